@@ -1,0 +1,52 @@
+# Everything runs in .venv, which is made on first use from constraints.txt (the tested versions).
+# `make help` lists the targets.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.stamp ## compress the bundled model, evaluate it, draw the report (minutes, CPU)
+	$(BIN)/python benchmarks/demo.py
+
+test: lint ## lint, types and the fast tests
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest -q --durations=10
+
+test-slow: $(VENV)/.stamp-dev ## the tests that need minutes
+	$(BIN)/python -m pytest -q --durations=10 -m slow
+
+lint: $(VENV)/.stamp-dev ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.stamp ## the benchmarks behind the numbers in the README
+	$(BIN)/python benchmarks/run.py
+
+clean: ## remove caches, builds and the demo's results; .venv stays
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist demo
+	find src tests benchmarks reference -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The runtime. Installed again only when one of these two files changes.
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "No '$(PYTHON)' here: install Python 3.11 or newer, or run: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Coterie needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
+		echo "Name another one: make PYTHON=python3.11"; exit 1; }
+	@echo "Setting up $(VENV) (some minutes the first time: PyTorch is large)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@$(PIP) -e .
+	@touch $@
+
+# The development tools on top.
+$(VENV)/.stamp-dev: $(VENV)/.stamp
+	@$(PIP) -e '.[dev]'
+	@touch $@
