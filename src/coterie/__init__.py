@@ -1,0 +1,68 @@
+"""Coterie: make Mixture-of-Experts language models fit the machine you have.
+
+    import coterie
+
+    coterie.inspect("model", budget="12GiB")
+    coterie.compress("model", "small", keep=0.5, text="text/calibration")
+    [card] = coterie.evaluate("small", against="model", text="text/test")
+
+Names are imported when they are first used, so ``import coterie`` is quick; see `coterie._callable` for why
+`coterie.profile`, `coterie.compress`, `coterie.evaluate` and `coterie.report` are packages that can be called.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from coterie.compress.apply import compress as compress
+    from coterie.compress.plan import Plan as Plan
+    from coterie.compress.plan import plan as plan
+    from coterie.evaluate.run import evaluate as evaluate
+    from coterie.evaluate.scorecard import Scorecard as Scorecard
+    from coterie.model.checkpoint import Checkpoint as Checkpoint
+    from coterie.model.inspect import inspect as inspect
+    from coterie.model.load import load_model as load_model
+    from coterie.profile.profile import Profile as Profile
+    from coterie.profile.run import profile as profile
+    from coterie.report.page import report as report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Checkpoint",
+    "Plan",
+    "Profile",
+    "Scorecard",
+    "compress",
+    "evaluate",
+    "inspect",
+    "load_model",
+    "plan",
+    "profile",
+    "report",
+]
+
+_CALLABLE_PACKAGES = ("compress", "evaluate", "profile", "report")
+_HOMES = {
+    "Checkpoint": "coterie.model.checkpoint",
+    "Plan": "coterie.compress.plan",
+    "Profile": "coterie.profile.profile",
+    "Scorecard": "coterie.evaluate.scorecard",
+    "inspect": "coterie.model.inspect",
+    "load_model": "coterie.model.load",
+    "plan": "coterie.compress.plan",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _CALLABLE_PACKAGES:
+        return import_module(f"coterie.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'coterie' has no attribute {name!r}")
+    value: object = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

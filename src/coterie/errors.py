@@ -1,0 +1,90 @@
+"""Every exception that Coterie raises on purpose.
+
+The tree; catch the root to catch them all::
+
+    CoterieError
+    ├── InputError (ValueError)       something that the user handed over is wrong
+    │   ├── NotACheckpoint            the path holds no safetensors checkpoint
+    │   ├── NotAMoE                   a checkpoint, but without routed experts
+    │   ├── CorruptCheckpoint         truncated, missing or overlapping data in a checkpoint
+    │   ├── UnsupportedDtype          tensors in a number format that cannot be compressed
+    │   ├── TextError                 no text, empty text, text shorter than one sequence
+    │   ├── UnknownName               a recipe, statistic, pass or domain that does not exist
+    │   └── OutputExists              the place for the result is taken
+    ├── Infeasible (ValueError)       a wish that no plan can meet; names the nearest one that can be met
+    ├── ArchitectureMismatch          a layer does not compute what Coterie believes it computes
+    ├── ReloadMismatch                what was written does not load as what was computed
+    ├── CorruptArtifact               an artefact of ours that is damaged
+    ├── StaleArtifact                 an artefact that belongs to another model, text or version
+    └── OutOfSpace (OSError)          the disk cannot hold the result
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class CoterieError(Exception):
+    """Root of all errors raised on purpose; its text says what, where, the numbers and the way out."""
+
+
+class InputError(CoterieError, ValueError):
+    """Something that the user handed over is wrong."""
+
+
+class NotACheckpoint(InputError):
+    """The path holds no safetensors checkpoint."""
+
+
+class NotAMoE(InputError):
+    """The checkpoint has no routed experts."""
+
+
+class CorruptCheckpoint(InputError):
+    """A checkpoint with truncated, missing or overlapping data."""
+
+
+class UnsupportedDtype(InputError):
+    """Tensors in a number format that cannot be compressed."""
+
+
+class TextError(InputError):
+    """No text, empty text, or text shorter than one sequence."""
+
+
+class UnknownName(InputError):
+    """A name that no table holds; the message carries the nearest names."""
+
+    def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
+        choices = sorted(known)
+        near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose from: {', '.join(choices)}"
+        super().__init__(f"unknown {what} {name!r}; {hint}")
+        self.nearest = near
+
+
+class OutputExists(InputError):
+    """The place for the result is taken."""
+
+
+class Infeasible(CoterieError, ValueError):
+    """A wish that no plan can meet."""
+
+
+class ArchitectureMismatch(CoterieError):
+    """A layer does not compute what Coterie believes it computes."""
+
+
+class ReloadMismatch(CoterieError):
+    """What was written does not load as what was computed."""
+
+
+class CorruptArtifact(CoterieError):
+    """An artefact of ours that is damaged."""
+
+
+class StaleArtifact(CoterieError):
+    """An artefact that belongs to another model, text or version."""
+
+
+class OutOfSpace(CoterieError, OSError):
+    """The disk cannot hold the result."""
