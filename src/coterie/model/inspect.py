@@ -1,0 +1,445 @@
+"""What is inside a MoE checkpoint, what it weighs and what would fit: from its headers and config.json alone.
+
+No weight is read and neither torch nor transformers is imported, so this takes well under a second for any size.
+
+Legend: E experts, K chosen experts, F expert width, D model width. All names here are names on disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coterie.artifact import read_artifact
+from coterie.errors import ArchitectureMismatch, NotAMoE
+from coterie.model.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
+from coterie.model.structure import (
+    Block,
+    Parts,
+    chosen_experts,
+    expert_counts,
+    find_blocks,
+    integer_entries,
+    nearest_entry,
+    split_name,
+)
+from coterie.model.units import parse_bytes
+
+#: Parts of a model, in the order of printing. "shared" is everything in a MoE block but routed experts and router;
+#: "attention" is any mixing of tokens; "unused" is what transformers does not run (multi-token prediction).
+PARTS = ("experts", "shared", "router", "attention", "dense", "norms", "embeddings", "other", "unused")
+
+#: Weights that share one scale and one zero point, 16 bits each, when experts are quantised.
+QUANTISATION_GROUP = 128
+_GROUP_OVERHEAD = 4  # bytes for each group
+
+_ATTENTION = re.compile(r"attn|attention|mamba|conv|ssm")
+_ATTENTION_TENSORS = re.compile(r"^(q_proj|qkv_proj|conv1d|A_log)$")
+_DENSE = re.compile(r"(^|_)(mlp|feed_forward|ffn|ff|moe)$|^mixer$")
+_EMBEDDING = re.compile(r"embed_tokens|word_embeddings|\bwte\b|lm_head")
+_INPUT = re.compile(r"embed|\bwte\b")
+_COMPANION = re.compile(r"scale|zero|g_idx|absmax|quant_map|quant_state|weight_shape")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Amount:
+    """How much of something there is.
+
+    Attributes:
+        parameters: weights, as the model computes with them: quantised storage is unpacked, its scales do not count.
+        bytes: bytes on disk, scales included.
+    """
+
+    parameters: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(parameters=self.parameters + other.parameters, bytes=self.bytes + other.bytes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoEBlock:
+    """One MoE block of the checkpoint.
+
+    Attributes:
+        layer: number of the decoder layer.
+        block: name of the block, for example ``model.layers.3.mlp``.
+        num_experts: E, as counted in the tensors.
+        router_rows: experts that the router knows; more than E only where a map joins them (``--router map``).
+        top_k: K.
+        width: F.
+        hidden_size: D, of what the experts receive.
+        router_tensors: names of the router's tensors.
+        experts: the routed experts, all E of them.
+        shared: shared experts, and all else in the block that every token passes.
+        router: the router.
+    """
+
+    layer: int
+    block: str
+    num_experts: int
+    router_rows: int
+    top_k: int
+    width: int
+    hidden_size: int
+    router_tensors: tuple[str, ...]
+    experts: Amount
+    shared: Amount
+    router: Amount
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BudgetFit:
+    """What fits into a budget at the stored precision, with equally many experts in every layer.
+
+    Attributes:
+        limit: the budget, in bytes of tensors.
+        experts: most experts a layer that fit, at most E; 0 when the rest of the model alone is too large.
+        keep: that as a fraction of E.
+        bytes: bytes of all tensors then.
+        smallest: bytes of all tensors with as few experts as routing allows.
+        smallest_experts: that number of experts.
+        feasible: whether enough experts are left to choose top_k of them.
+    """
+
+    limit: int
+    experts: int
+    keep: float
+    bytes: int
+    smallest: int
+    smallest_experts: int
+    feasible: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspection:
+    """What a MoE checkpoint holds.
+
+    Attributes:
+        path: the model folder.
+        model_type: as config.json names it.
+        layers: number of decoder layers, with and without experts.
+        expert_key: path into config.json of the entry that counts experts; None when no entry does.
+        moe_layers: the MoE blocks that the model runs, in order.
+        parts: every part of `PARTS`; their sum is the whole checkpoint.
+        active_parameters: parameters that one token uses: K/E of each layer's experts and all else but "unused". Each
+            embedding matrix counts once and in whole, and a matrix that is tied to the output is one matrix.
+        tied_embeddings: whether input and output share one matrix.
+        bytes_by_dtype: bytes of tensors by number format, largest first.
+        file_bytes: size of the weight files on disk.
+        estimates: bytes of all tensors but "unused", stored as "bf16" throughout, or with experts in "int8" or
+            "int4" (groups of 128 with a 16-bit scale and a 16-bit zero point each) and the rest in bf16.
+        budget: what fits, when a budget was given.
+    """
+
+    path: Path
+    model_type: str
+    layers: int
+    expert_key: tuple[str, ...] | None
+    moe_layers: tuple[MoEBlock, ...]
+    parts: Mapping[str, Amount]
+    active_parameters: int
+    tied_embeddings: bool
+    bytes_by_dtype: Mapping[str, int]
+    file_bytes: int
+    estimates: Mapping[str, int]
+    budget: BudgetFit | None
+
+    @property
+    def total(self) -> Amount:
+        """Everything in the checkpoint."""
+        return sum(self.parts.values(), Amount())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON content."""
+        content = dataclasses.asdict(self)
+        content["path"] = str(self.path)
+        content["expert_key"] = None if self.expert_key is None else ".".join(self.expert_key)
+        content["total"] = dataclasses.asdict(self.total)
+        return content
+
+
+def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection:
+    """Look into a MoE checkpoint by its headers and config.json alone.
+
+    Args:
+        model: a model folder or a hub id.
+        budget: bytes that all tensors may take, as a number or like ``"12GiB"``; asks what would fit.
+
+    Raises:
+        NotACheckpoint, CorruptCheckpoint: there is no whole checkpoint.
+        NotAMoE: no tensors of routed experts.
+        ArchitectureMismatch: config.json and tensors disagree, or do not say how many experts a token chooses.
+        InputError: the budget is no amount of bytes.
+    """
+    limit = None if budget is None else parse_bytes(budget)
+    checkpoint = Checkpoint.open(model)
+    config, tensors = checkpoint.config, checkpoint.tensors
+    counts = expert_counts(config)
+    storage = _Storage(config)
+    running: list[Block] = []
+    moe_layers: list[MoEBlock] = []
+    for block in find_blocks(tensors, counts, _mapped_counts(checkpoint.path)):
+        key = _expert_path(counts, block)
+        depth = _depth(config, key)
+        # Layers for multi-token prediction are stored, but transformers does not run them.
+        if not _is_extra(block.name) and (depth is None or block.layer < depth):
+            running.append(block)
+            moe_layers.append(_describe(block, config, key, storage))
+    if not running:
+        raise NotAMoE(_what_was_seen(checkpoint, counts))
+    path = _expert_path(counts, running[0])
+    depths = {block.stack: _depth(config, _expert_path(counts, block)) for block in running}
+    part_of = _parts_of(checkpoint, running, depths)
+    parts = dict.fromkeys(PARTS, Amount())
+    dtypes = Counter[str]()
+    for name, info in tensors.items():
+        parts[part_of[name]] += storage.amount([info])
+        dtypes[info.dtype] += info.num_bytes
+    total = sum(parts.values(), Amount())
+    used = total.parameters - parts["unused"].parameters
+    routed = parts["experts"].parameters
+    active = sum(
+        layer.experts.parameters * min(layer.top_k, layer.num_experts) // layer.num_experts for layer in moe_layers
+    )
+    return Inspection(
+        path=checkpoint.path,
+        model_type=str(config["model_type"]),
+        layers=_num_layers(part_of, set(depths)),
+        expert_key=path or None,
+        moe_layers=tuple(moe_layers),
+        parts=parts,
+        active_parameters=active + used - routed,
+        tied_embeddings=not any(part == "embeddings" and not _INPUT.search(name) for name, part in part_of.items()),
+        bytes_by_dtype=dict(dtypes.most_common()),
+        file_bytes=sum((checkpoint.path / shard).stat().st_size for shard in {info.shard for info in tensors.values()}),
+        estimates=_estimates(used, routed),
+        budget=None if limit is None else _fit(limit, moe_layers, total.bytes, config),
+    )
+
+
+class _Storage:
+    """Counts weights in tensors, unpacking what a quantised checkpoint packs."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        entries = [value for key, value in config.items() if key in ("quantization_config", "compression_config")]
+        self.quantised = bool(entries) and isinstance(entries[0], Mapping)
+        self.bits = _quantised_bits(entries[0]) if self.quantised else 16
+
+    def parameters(self, info: TensorInfo) -> int:
+        """Return the weights that a tensor stands for; 0 for the scales and zeros of a quantised one."""
+        if not self.quantised:
+            return info.num_elements
+        if self.is_companion(info):
+            return 0
+        packed = info.dtype in ("U8", "I32", "U32") and self.bits < DTYPE_BITS[info.dtype]
+        return info.num_elements * DTYPE_BITS[info.dtype] // self.bits if packed else info.num_elements
+
+    def is_companion(self, info: TensorInfo) -> bool:
+        """Tell whether a tensor only says how to read another one."""
+        return self.quantised and bool(_COMPANION.search(info.name.rpartition(".")[2]) or "quant_state" in info.name)
+
+    def amount(self, infos: Iterable[TensorInfo]) -> Amount:
+        """Add up tensors."""
+        parameters = size = 0
+        for info in infos:
+            parameters += self.parameters(info)
+            size += info.num_bytes
+        return Amount(parameters=parameters, bytes=size)
+
+
+def _quantised_bits(config: Mapping[str, Any]) -> int:
+    """Return the bits of a quantised weight, from the many ways in which quantisers write it."""
+    found = [
+        (path, value)
+        for path, value in integer_entries(config)
+        if path[-1] in ("bits", "num_bits", "w_bit", "wbits") and not any("activation" in part for part in path)
+    ]
+    found.sort(key=lambda entry: "weights" not in entry[0])
+    if found:
+        return found[0][1]
+    told = " ".join(f"{key} {value}" for key, value in config.items() if value).lower()
+    return 4 if re.search(r"fp4|4bit true|int4|awq|gptq", told) else 8
+
+
+def _mapped_counts(folder: Path) -> list[int]:
+    """Return the numbers of experts in a checkpoint of ours whose router knows more experts than there are."""
+    manifest = folder / "coterie.json"
+    if not manifest.is_file():
+        return []
+    body, _ = read_artifact(manifest, kind="manifest")
+    return sorted({int(layer["num_experts_after"]) for layer in body["layers"]}) if body["router"] == "map" else []
+
+
+def _expert_path(counts: Mapping[Parts, int], block: Block) -> Parts:
+    """Return the config entry that counts a block's experts: of several the one whose path speaks of the same stack."""
+    stack = block.stack.split(".")
+
+    def rank(path: Parts) -> tuple[bool, int]:
+        kin = sum(part.removesuffix("_config") in stack for part in path[:-1])
+        return counts[path] != block.num_experts, -kin
+
+    return min(counts, key=rank, default=())
+
+
+def _depth(config: Mapping[str, Any], path: Parts) -> int | None:
+    return nearest_entry(config, path, lambda key: key in ("num_hidden_layers", "num_layers", "n_layers"))
+
+
+def _is_extra(name: str) -> bool:
+    return any(part.startswith("mtp") for part in name.split("."))
+
+
+def _describe(block: Block, config: Mapping[str, Any], path: Parts, storage: _Storage) -> MoEBlock:
+    axes = {extent for info in block.router for extent in info.shape}
+    rows = next(
+        (value for entry, value in integer_entries(config) if entry == path and value in axes), block.num_experts
+    )
+    hidden_size, width = _expert_shape(block, config, path, storage)
+    return MoEBlock(
+        layer=block.layer,
+        block=block.name,
+        num_experts=block.num_experts,
+        router_rows=rows,
+        top_k=chosen_experts(config, path, rows),
+        width=width,
+        hidden_size=hidden_size,
+        router_tensors=tuple(info.name for info in block.router),
+        experts=storage.amount(block.experts),
+        shared=storage.amount(block.shared),
+        router=storage.amount(block.router),
+    )
+
+
+def _expert_shape(block: Block, config: Mapping[str, Any], path: Parts, storage: _Storage) -> tuple[int, int]:
+    """Return D and F of a block's experts: D is the axis that all their matrices have, F * D the smallest matrix."""
+    skip = 1 if block.fused else 0
+    shapes: list[tuple[int, ...]] = []
+    sizes: list[int] = []
+    for info in block.first_expert:
+        shape = info.shape[skip:]
+        if len(shape) >= 2 and min(shape) > 1 and not storage.is_companion(info):
+            shapes.append(shape)
+            sizes.append(storage.parameters(info) // (block.num_experts if block.fused else 1))
+    if not shapes:
+        raise ArchitectureMismatch(f"{block.name} has experts without matrices: {block.first_expert[0].name}")
+    common = set.intersection(*map(set, shapes))
+    named = [nearest_entry(config, path, word.__eq__) for word in ("hidden_size", "d_model", "n_embd")]
+    routed = [extent for info in block.router for extent in info.shape if extent != block.num_experts]
+    latent = [nearest_entry(config, path, lambda key: "latent" in key)]
+    candidates = [size for size in (*named, *routed, *latent) if size]
+    # Packed matrices do not show their shape; then the model width that is named first has to do.
+    visible = [size for size in candidates if size in common]
+    hidden_size = (visible or ([] if not storage.quantised else candidates) or sorted(common) or [0])[0]
+    if not hidden_size or any(size % hidden_size for size in sizes):
+        listed = ", ".join(str(list(shape)) for shape in shapes)
+        raise ArchitectureMismatch(
+            f"{block.name}: the matrices of an expert ({listed}) share no axis of the model width"
+        )
+    return hidden_size, min(sizes) // hidden_size
+
+
+def _parts_of(checkpoint: Checkpoint, running: list[Block], depths: Mapping[str, int | None]) -> dict[str, str]:
+    """Assign every tensor of a checkpoint to one of `PARTS`; `depths` are the layers that run, by stack."""
+    part_of: dict[str, str] = {}
+    for block in running:
+        for part, infos in (("experts", block.experts), ("router", block.router), ("shared", block.shared)):
+            part_of |= dict.fromkeys((info.name for info in infos), part)
+    placed = {name: split_name(name) for name in checkpoint.tensors}
+    mixers = {
+        (stack, layer, rest[0])
+        for stack, layer, rest in filter(None, placed.values())
+        if any(_ATTENTION_TENSORS.search(part) for part in rest)
+    }
+    vocabulary = nearest_entry(checkpoint.config, (), lambda key: key == "vocab_size")
+    for name, info in checkpoint.tensors.items():
+        if name in part_of:
+            continue
+        place = placed[name]
+        if _is_extra(name):
+            part_of[name] = "unused"
+        elif place is None:
+            is_matrix = len(info.shape) == 2 and vocabulary in info.shape
+            part_of[name] = (
+                "embeddings" if is_matrix or _EMBEDDING.search(name) else _part_by_name(tuple(name.split(".")), info)
+            )
+        elif place[0] not in depths:
+            part_of[name] = "other"
+        elif (depth := depths[place[0]]) is not None and place[1] >= depth:
+            part_of[name] = "unused"
+        else:
+            part_of[name] = _part_by_name(place[2], info, mixes=(place[0], place[1], place[2][0]) in mixers)
+    return part_of
+
+
+def _part_by_name(parts: Parts, info: TensorInfo, *, mixes: bool = False) -> str:
+    if len(info.shape) <= 1 and any("norm" in part or re.fullmatch(r"ln_?\w{0,2}", part) for part in parts):
+        return "norms"
+    if mixes or any(_ATTENTION.search(part) for part in parts):
+        return "attention"
+    return "dense" if any(_DENSE.search(part) for part in parts) else "other"
+
+
+def _num_layers(part_of: Mapping[str, str], stacks: set[str]) -> int:
+    places = {split[:2] for name, part in part_of.items() if part != "unused" and (split := split_name(name))}
+    return sum(stack in stacks for stack, _ in places)
+
+
+def _estimates(parameters: int, routed: int) -> dict[str, int]:
+    overhead = -(-routed // QUANTISATION_GROUP) * _GROUP_OVERHEAD
+    rest = 2 * (parameters - routed)
+    return {"bf16": 2 * parameters, "int8": rest + routed + overhead, "int4": rest + -(-routed // 2) + overhead}
+
+
+def _fit(limit: int, layers: list[MoEBlock], total: int, config: Mapping[str, Any]) -> BudgetFit:
+    """Find the most experts a layer whose tensors fit into `limit` bytes; router rows go with their experts."""
+    most = max(layer.num_experts for layer in layers)
+    top_k = max(layer.top_k for layer in layers)
+    groups = nearest_entry(config, (), lambda key: key == "n_group") or 1
+    chosen_groups = nearest_entry(config, (), lambda key: key == "topk_group") or 1
+
+    def size(experts: int) -> int:
+        saved = 0
+        for layer in layers:
+            rows = layer.router.bytes if layer.router_rows == layer.num_experts else 0
+            gone = max(0, layer.num_experts - experts)
+            saved += (layer.experts.bytes + rows) * gone // layer.num_experts
+        return total - saved
+
+    def routes(experts: int) -> bool:
+        if groups == 1:
+            return experts >= top_k
+        a_group = experts // groups
+        return experts % groups == 0 and a_group >= 2 and a_group * chosen_groups >= top_k
+
+    feasible = [experts for experts in range(1, most + 1) if routes(experts)] or [most]
+    fitting = [experts for experts in feasible if size(experts) <= limit]
+    if fitting:
+        experts = fitting[-1]
+    else:
+        experts = max((experts for experts in range(1, most + 1) if size(experts) <= limit), default=0)
+    return BudgetFit(
+        limit=limit,
+        experts=experts,
+        keep=experts / most,
+        bytes=size(experts),
+        smallest=size(feasible[0]),
+        smallest_experts=feasible[0],
+        feasible=bool(fitting),
+    )
+
+
+def _what_was_seen(checkpoint: Checkpoint, counts: Mapping[Parts, int]) -> str:
+    said = ", ".join(f"{'.'.join(path)} = {value}" for path, value in counts.items())
+    entries = f"config.json says {said}, but" if said else "config.json has no entry that counts experts, and"
+    layers = len({split[:2] for name in checkpoint.tensors if (split := split_name(name))})
+    return (
+        f"{checkpoint.path} ({checkpoint.config['model_type']}) has no routed experts: {entries} none of the "
+        f"{len(checkpoint.tensors)} tensors in {layers} layers are experts (looked for experts.0 ... experts.E-1 and "
+        "for stacked tensors whose first axis is E); Coterie works on Mixture-of-Experts models only"
+    )

@@ -1,0 +1,164 @@
+"""Load a whole model into memory: stock transformers for plain checkpoints, and the loader of mapped ones.
+
+A mapped checkpoint (``--router map``) keeps the router's E rows and points them at M experts. Its config counts E
+experts while its files hold M, so stock loaders refuse it instead of computing something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from coterie.artifact import read_artifact
+from coterie.errors import CorruptCheckpoint, InputError
+from coterie.model.checkpoint import Checkpoint
+from coterie.model.layers import Architecture, MoELayer, empty_model, quiet
+
+MANIFEST = "coterie.json"
+_MAPPED = "coterie_mapped"
+
+
+def load_model(
+    model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Load a checkpoint, plain or mapped, with nothing missing and nothing left over.
+
+    Args:
+        model: a model folder or a hub id.
+        dtype: number format in memory; float32 on the CPU and the checkpoint's own elsewhere when None.
+        device: where the model goes.
+
+    Raises:
+        CorruptCheckpoint: tensors are missing, unexpected or of the wrong shape.
+        NotACheckpoint: no such model.
+    """
+    checkpoint = Checkpoint.open(model)
+    target = torch.device(device)
+    chosen: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
+    manifest = read_manifest(checkpoint.path)
+    mapped = manifest is not None and manifest["router"] == "map"
+    model_class = type(empty_model(checkpoint.config, where=str(checkpoint.path)))
+    loaded: PreTrainedModel
+    info: dict[str, Any]
+    with quiet():
+        try:
+            if mapped:
+                assert manifest is not None
+                loaded, info = _load_mapped(checkpoint, manifest, chosen)
+            else:
+                loaded, info = model_class.from_pretrained(  # type: ignore[misc]
+                    checkpoint.path, dtype=chosen, output_loading_info=True, local_files_only=True
+                )
+        except (RuntimeError, OSError) as error:
+            raise CorruptCheckpoint(f"{checkpoint.path} does not load: {error}") from error
+    wrong = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)}
+    if wrong:
+        listed = "; ".join(f"{key.replace('_', ' ')}: {sorted(map(str, names))[:3]}" for key, names in wrong.items())
+        raise CorruptCheckpoint(f"{checkpoint.path} does not match its config: {listed}")
+    loaded.to(target)  # type: ignore[arg-type]
+    loaded.eval()  # type: ignore[no-untyped-call]
+    return loaded
+
+
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        InputError: the folder has none.
+    """
+    path = Checkpoint.open(model).path
+    with quiet():
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            first_line = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"{path} has no tokenizer that loads ({first_line}); put its files beside the weights"
+            ) from error
+    # Where a family has a tokenizer class of its own, transformers makes an empty one out of nothing.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.get_added_vocab()):
+        raise InputError(
+            f"{path} has no tokenizer: what loads knows {len(tokenizer)} special tokens and no text; "
+            "put tokenizer.json or the vocabulary files beside the weights"
+        )
+    return tokenizer
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the body of the manifest of a checkpoint that Coterie wrote, or None for any other checkpoint."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    return read_artifact(path, kind="manifest")[0]
+
+
+def attach_maps(model: PreTrainedModel, layers: Sequence[MoELayer], maps: Sequence[Tensor]) -> None:
+    """Make every experts module of `model` translate the router's choice through its map before it computes.
+
+    Args:
+        model: a model whose routers have E rows and whose experts modules hold M experts.
+        layers: its MoE layers.
+        maps: for each layer, the expert (below M) that stands for each of E router rows, int64.
+    """
+    inner = {layer.index: model.get_submodule(layer.experts).config._experts_implementation for layer in layers}  # type: ignore[union-attr]
+    for layer, expert_map_E in zip(layers, maps, strict=True):
+        experts = model.get_submodule(layer.experts)
+        device = next(experts.parameters()).device
+        experts.register_buffer("coterie_expert_map", expert_map_E.to(device), persistent=False)
+        experts.coterie_inner = inner[layer.index]
+        # Every experts module looks into its own config; several may share one.
+        experts.config._experts_implementation = _MAPPED  # type: ignore[union-attr]
+
+
+def _mapped_experts(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """Translate original expert numbers through the module's map, then run the implementation that was set before."""
+    own: Any = type(module).forward
+    function = ALL_EXPERTS_FUNCTIONS.get_interface(str(module.coterie_inner), own.__wrapped__)
+    return function(module, hidden_TD, module.coterie_expert_map[index_TK], weight_TK)  # type: ignore[index,no-any-return]
+
+
+ALL_EXPERTS_FUNCTIONS.register(_MAPPED, _mapped_experts)
+
+
+def widen_routers(model: PreTrainedModel, wide: PreTrainedModel, layers: Sequence[MoELayer]) -> None:
+    """Give `model` (M experts) the routers of `wide` (E experts), module and tensors."""
+    for layer in layers:
+        if layer.router is not None:
+            model.set_submodule(layer.router, wide.get_submodule(layer.router))
+        for name, _ in layer.router_tensors:
+            owner, _, leaf = name.rpartition(".")
+            if layer.router is None or not name.startswith(layer.router + "."):
+                source = wide.get_submodule(owner)
+                store = "_parameters" if leaf in source._parameters else "_buffers"
+                getattr(model.get_submodule(owner), store)[leaf] = getattr(source, store)[leaf]
+
+
+def _load_mapped(
+    checkpoint: Checkpoint, manifest: Mapping[str, Any], dtype: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a mapped checkpoint through the stock class, its routers widened before the weights come in."""
+    architecture = Architecture.of(checkpoint)
+    counts = {entry["num_experts_after"] for entry in manifest["layers"]}
+    small = empty_model(architecture.resized_config(counts.pop()))
+    base = type(small)
+    wide, layers = architecture.model, architecture.layers
+
+    class Mapped(base):  # type: ignore[misc,valid-type]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            widen_routers(self, base._from_config(wide.config), layers)  # type: ignore[no-untyped-call]
+
+    # The conversion of names is looked up by class name and by the module that the class lives in.
+    Mapped.__name__, Mapped.__module__ = base.__name__, base.__module__
+    model, info = Mapped.from_pretrained(
+        checkpoint.path, config=small.config, dtype=dtype, output_loading_info=True, local_files_only=True
+    )
+    maps = [torch.tensor(entry["expert_map"], dtype=torch.int64) for entry in manifest["layers"]]
+    attach_maps(model, layers, maps)
+    return model, info

@@ -1,0 +1,65 @@
+"""Bytes and counts as people write them."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from coterie.errors import InputError
+
+_BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | _BINARY
+_BY_LOWER = {name.lower(): size for name, size in _UNITS.items()}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Read an amount of bytes: ``12GiB`` (2^30), ``12GB`` (10^9), ``1.5 GiB``, ``800MB``, or plain bytes.
+
+    Upper and lower case do not matter. Fractions of a byte are cut off.
+
+    Raises:
+        InputError: not an amount, an ambiguous or unknown unit, or nothing at all (zero, negative).
+    """
+    examples = "write an amount like 12GiB (2^30 bytes), 12GB (10^9 bytes), 800MB, or plain bytes like 12884901888"
+    match = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text), flags=re.ASCII)
+    if match is None:
+        raise InputError(f"{str(text)!r} is no amount of bytes; {examples}")
+    number, unit = match.groups()
+    if unit.lower() in ("k", "m", "g", "t"):
+        letter = unit.upper()
+        raise InputError(f"{str(text)!r} can mean two things; write {number}{letter}iB or {number}{letter}B")
+    if unit and unit.lower() not in _BY_LOWER:
+        raise InputError(f"{str(text)!r} has the unknown unit {unit!r}; {examples}")
+    if not unit and "." in number:
+        raise InputError(f"{str(text)!r} has no unit, and bytes come whole; did you mean {number}GiB? {examples}")
+    size = int(Fraction(number) * _BY_LOWER.get(unit.lower(), 1))
+    if size <= 0:
+        raise InputError(f"{str(text)!r} is {size} bytes, which holds nothing; {examples}")
+    return size
+
+
+def format_bytes(size: int) -> str:
+    """Write an amount of bytes with a binary unit and three digits: ``11.9 GiB``, ``832 B``."""
+    value = float(size)
+    for unit in ("B", *_BINARY):
+        if abs(value) < 999.5 or unit == "TiB":
+            return f"{size} B" if unit == "B" else f"{_three_digits(value)} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+def format_count(count: int) -> str:
+    """Write a number of parameters with three digits: ``30.5 B`` (10^9), ``393 k``, ``832``."""
+    value = float(count)
+    for unit in ("", "k", "M", "B", "T"):
+        if abs(value) < 999.5 or unit == "T":
+            return str(count) if not unit else f"{_three_digits(value)} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def _three_digits(value: float) -> str:
+    for decimals in (2, 1):
+        if abs(round(value, decimals)) < 10 ** (3 - decimals):
+            return f"{value:.{decimals}f}"
+    return f"{value:.0f}"
