@@ -1,0 +1,181 @@
+"""From a folder of text to batches of tokens, one domain a file.
+
+A text folder holds one ``*.txt`` file a domain (documents separated by a line that is only ``<|endoftext|>``) or one
+``*.jsonl`` file a domain (one JSON object a line with a ``text`` field). ``*.qa.jsonl`` files hold questions with exact
+answers and are read by `coterie.evaluate`, not here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coterie.errors import TextError, UnknownName
+
+log = logging.getLogger(__name__)
+
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+_SEPARATOR_LINE = re.compile(rf"\n?^{re.escape(DOCUMENT_SEPARATOR)}$\n?", flags=re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenSet:
+    """Token sequences of one length, by domain.
+
+    Attributes:
+        sequences: domain name -> token ids (number of sequences, sequence length), int64.
+        seq_len: tokens in each sequence.
+        digest: SHA-256 of all token ids and domain names; equal text, seed and tokenizer give an equal digest.
+    """
+
+    sequences: dict[str, Tensor]
+    seq_len: int
+    digest: str
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domain names, sorted."""
+        return tuple(self.sequences)
+
+    @property
+    def num_tokens(self) -> dict[str, int]:
+        """Number of tokens in each domain."""
+        return {domain: ids.numel() for domain, ids in self.sequences.items()}
+
+    def batches(self, batch_size: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield (domain index, token ids (B, seq_len)); a batch holds one domain only."""
+        for index, ids in enumerate(self.sequences.values()):
+            for start in range(0, len(ids), batch_size):
+                yield index, ids[start : start + batch_size]
+
+
+def text_files(folder: str | Path, domains: tuple[str, ...] | None = None) -> dict[str, Path]:
+    """Return the text files of a folder by domain name, sorted.
+
+    Raises:
+        TextError: no such folder, no text in it, or two files for one domain.
+        UnknownName: a domain was asked for that has no file.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise TextError(f"{path} is not a folder; --text takes a folder with one *.txt or *.jsonl file a domain")
+    files: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
+        if file.name.endswith(".qa.jsonl") or file.suffix not in (".txt", ".jsonl") or not file.is_file():
+            continue
+        if file.stem in files:
+            raise TextError(f"domain {file.stem!r} has two files: {files[file.stem].name} and {file.name}")
+        files[file.stem] = file
+    if not files:
+        raise TextError(f"{path} holds no *.txt and no *.jsonl file; put one file a domain there")
+    chosen = files.keys() if domains is None else domains
+    if not chosen:
+        raise TextError(
+            f"none of the domains {', '.join(sorted(files))} was asked for; name one or leave the choice out"
+        )
+    for domain in chosen:
+        if domain not in files:
+            raise UnknownName("domain", domain, files)
+    return {domain: files[domain] for domain in sorted(set(chosen))}
+
+
+def read_documents(file: Path) -> list[str]:
+    """Read the documents of one domain.
+
+    Raises:
+        TextError: not UTF-8, not JSON, a line without ``text``, or no text at all.
+    """
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{file} is not UTF-8 text: {error}") from None
+    if file.suffix == ".jsonl":
+        documents = []
+        # Only \n ends a line: other separators that str.splitlines knows may stand inside a JSON string.
+        for number, line in enumerate(content.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                document = json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
+                document = None
+            if not isinstance(document, str):
+                raise TextError(f'{file}, line {number}: expected a JSON object with a "text" field that is a string')
+            documents.append(document)
+    else:
+        documents = _SEPARATOR_LINE.split(content)
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise TextError(f"{file} is empty; every domain needs text")
+    return documents
+
+
+def tokenize(
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    seq_len: int,
+    tokens: int | None = None,
+    seed: int = 0,
+    domains: tuple[str, ...] | None = None,
+) -> TokenSet:
+    """Cut the text of a folder into sequences and draw an equal share of them from each domain.
+
+    Documents are tokenized one by one and joined with the tokenizer's end-of-text token. The sequences are drawn
+    without replacement by `seed`, so a larger `tokens` contains a smaller one.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        folder: the text, see the module.
+        seq_len: tokens in a sequence.
+        tokens: tokens in all, shared equally by the domains; everything when None. A domain that has less gives all
+            that it has, and a warning is logged.
+        seed: seed of the draw.
+        domains: only these domains.
+
+    Raises:
+        TextError: a domain is empty or shorter than one sequence.
+        UnknownName: a domain that has no file.
+    """
+    files = text_files(folder, domains)
+    if seq_len < 2:
+        raise TextError(f"a sequence of {seq_len} tokens predicts nothing; use --seq-len 2 or more")
+    wanted = None if tokens is None else max(1, round(tokens / len(files) / seq_len))
+    digest = hashlib.sha256(f"{seq_len}".encode())
+    sequences: dict[str, Tensor] = {}
+    for domain, file in files.items():
+        ids = _token_ids(tokenizer, read_documents(file))
+        count = len(ids) // seq_len
+        if count == 0:
+            raise TextError(
+                f"{file} has {len(ids)} tokens, fewer than one sequence of {seq_len}; add text or lower --seq-len"
+            )
+        rows = ids[: count * seq_len].view(count, seq_len)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(count, generator=generator)
+        if wanted is not None and wanted > count:
+            log.warning("domain %s has %d of the %d tokens asked for", domain, count * seq_len, wanted * seq_len)
+        sequences[domain] = rows[order[:wanted]].clone()
+        digest.update(domain.encode())
+        digest.update(sequences[domain].numpy().tobytes())
+    return TokenSet(sequences=sequences, seq_len=seq_len, digest=digest.hexdigest())
+
+
+def _token_ids(tokenizer: Any, documents: list[str]) -> Tensor:
+    """Tokenize documents and join them with the end-of-text token (when the tokenizer has one)."""
+    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    ids: list[int] = []
+    # verbose=False: documents longer than the model's context are cut into sequences right here.
+    for encoded in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
+        ids += encoded
+        ids += end
+    return torch.tensor(ids, dtype=torch.int64)

@@ -1,0 +1,28 @@
+"""What each expert would output on every token, routing ignored: the features of HC-SMoE (2410.08589)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from coterie.profile.observation import Observation
+
+
+def measure(observation: Observation) -> Mapping[str, Tensor]:
+    """Return ``mean_output`` (E, D): the sum of f_e(x_t) over ALL tokens, without routing weights.
+
+    The mean over tokens is this divided by ``tokens``. The down projection is linear, so it is applied once to the
+    sum of the activations unless the family normalises each expert's output.
+    """
+    experts, hidden_TD = observation.experts, observation.hidden_TD
+    rows = []
+    for expert in range(experts.num_experts):
+        activations_TF = experts.hidden(expert, hidden_TD)
+        if experts.finish is not None:
+            rows.append(experts.project(expert, activations_TF).double().sum(0))
+            continue
+        row_D = experts.down_EDF[expert].double() @ activations_TF.double().sum(0)
+        if experts.down_bias_ED is not None:
+            row_D = row_D + len(hidden_TD) * experts.down_bias_ED[expert].double()
+        rows.append(row_D)
+    return {"mean_output": torch.stack(rows)}
