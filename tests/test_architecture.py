@@ -1,0 +1,236 @@
+"""The house rules that a program can check: import direction, no families by name, file length, docstrings."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "coterie"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 550
+
+#: Room -> the rooms that it may import from, beside itself. Rooms are the files and folders of src/coterie.
+FOUNDATION = {"_callable", "errors", "artifact", "progress"}
+ALLOWED = {
+    "_callable": set(),
+    "errors": set(),
+    "progress": set(),
+    "artifact": {"errors"},
+    "model": FOUNDATION,
+    "profile": FOUNDATION | {"model"},
+    "compress": FOUNDATION | {"model", "profile"},
+    "evaluate": FOUNDATION | {"model", "profile"},
+    "report": FOUNDATION | {"model", "profile", "compress", "evaluate"},
+    "cli": FOUNDATION | {"model", "profile", "compress", "evaluate", "report"},
+}
+#: They may import anything: the front door, and the test support.
+FREE = {"__init__", "testing"}
+
+HEAVY = {"torch", "transformers", "matplotlib", "scipy", "numpy", "safetensors", "huggingface_hub"}
+
+
+def sources() -> Iterator[tuple[str, Path, str]]:
+    """Yield (name below the package, path, source text) of every file of the package."""
+    for file in FILES:
+        yield file.relative_to(PACKAGE).as_posix(), file, file.read_text(encoding="utf-8")
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(tree: ast.AST, file: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line, room) for every way to name a module of ours: imports anywhere, and tables of "module:attribute"."""
+    package = ["coterie", *file.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{source}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            match = re.fullmatch(r"coterie\.(\w+)(\.\w+)*(:\w+)?", node.value)
+            names = [node.value] if match and match[1] in ALLOWED.keys() | FREE else []
+        for name in names:
+            parts = re.split("[.:]", name)
+            if parts[0] == "coterie":
+                yield node.lineno, parts[1] if len(parts) > 1 else ""
+
+
+def test_every_file_has_a_room():
+    assert {room_of(file) for file in FILES} <= ALLOWED.keys() | FREE
+
+
+def test_rooms_have_no_cycle():
+    placed: set[str] = set()
+    for room, allowed in ALLOWED.items():
+        assert allowed <= placed
+        placed.add(room)
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for name, file, source in sources():
+        room = room_of(file)
+        if room in FREE:
+            continue
+        allowed = ALLOWED[room] | {room, "__version__"}
+        rooms = imported_rooms(ast.parse(source), file)
+        wrong += [f"{name}:{line} may not import {to or 'coterie itself'}" for line, to in rooms if to not in allowed]
+    assert not wrong
+
+
+def test_the_import_rule_sees_all_ways_to_import():
+    source = """
+import coterie.report.page
+from coterie import evaluate
+from ..compress import plan
+def late():
+    from coterie.cli.main import main
+TABLE = {"x": "coterie.profile.run:profile"}
+"""
+    found = {target for _, target in imported_rooms(ast.parse(source), PACKAGE / "model" / "layers.py")}
+    assert found == {"report", "evaluate", "compress", "cli", "profile"}
+
+
+@pytest.fixture(scope="module")
+def families() -> set[str]:
+    """Model types whose code in transformers holds experts behind the common interface."""
+    models = Path(transformers.__file__).parent / "models"
+    modules = {
+        file.parent.name
+        for file in models.glob("*/modeling_*.py")
+        if "use_experts_implementation" in file.read_text(encoding="utf-8")
+    }
+    found = {name for name in CONFIG_MAPPING_NAMES if model_type_to_module_name(name) in modules}
+    assert {"olmoe", "mixtral", "gpt_oss"} <= found
+    return found
+
+
+def family_names(source: str, families: set[str]) -> list[str]:
+    """Return string literals of a source text, docstrings apart, that name a family."""
+    tree = ast.parse(source)
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    # Some families are called like things (beam, flint); within a sentence only the unmistakable names count.
+    unmistakable = {name for name in families if re.search(r"[_\d]", name)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            words = set(re.findall(r"[\w-]+", node.value.lower()))
+            if words & (unmistakable if " " in node.value else families):
+                found.append(f"line {node.lineno}: {node.value!r}")
+    return found
+
+
+def test_no_family_is_named(families):
+    named = []
+    for name, file, source in sources():
+        if room_of(file) != "testing":
+            named += [f"{name}, {found}" for found in family_names(source, families)]
+    assert not named, "derive it from the model instead"
+
+
+def test_the_family_rule_sees_names(families):
+    assert family_names('if kind == "olmoe": pass', families)
+    assert family_names('x = f"the {n} of qwen3_moe"', families)
+    assert not family_names('"""Works for qwen3_moe and olmoe."""\nx = "a beam of light"', families)
+
+
+def test_no_file_is_too_long():
+    lengths = {name: len(source.splitlines()) for name, _, source in sources()}
+    assert not {name: count for name, count in lengths.items() if count > MAX_LINES}, "split by what they are about"
+
+
+def public_definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not child.name.startswith("_"):
+            overload = any("overload" in ast.unparse(decorator) for decorator in child.decorator_list)
+            if not overload:
+                yield prefix + child.name, child
+            if isinstance(child, ast.ClassDef):
+                yield from public_definitions(child, f"{prefix}{child.name}.")
+
+
+def test_public_names_are_documented():
+    bare = []
+    for name, _, source in sources():
+        if not source.strip():
+            continue  # an empty __init__.py
+        tree = ast.parse(source)
+        if not ast.get_docstring(tree):
+            bare.append(name)
+        bare += [f"{name}: {public}" for public, node in public_definitions(tree) if not ast.get_docstring(node)]
+    assert not bare
+
+
+def test_exported_names_are_documented():
+    import coterie
+
+    for name in getattr(coterie, "__all__", ()):
+        exported = getattr(coterie, name)
+        assert isinstance(exported, str) or (exported.__doc__ or "").strip(), name
+
+
+def modules_loaded_by(*arguments: str) -> set[str]:
+    """Run a fresh interpreter and return the top-level packages that it imported."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if line not in lines)
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
+def test_help_imports_nothing_heavy():
+    loaded = modules_loaded_by("-m", "coterie.cli.main", "--help")
+    assert "coterie" in loaded
+    assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize("module", ["coterie", "coterie.errors", "coterie.artifact", "coterie.model.checkpoint"])
+def test_light_modules_import_nothing_heavy(module):
+    loaded = modules_loaded_by("-c", f"import {module}")
+    assert "coterie" in loaded
+    assert not loaded & HEAVY
+
+
+def repository_files() -> list[Path]:
+    """Files that are in the repository, or would be with the next commit; none outside a git checkout."""
+
+    def listed(*options: str) -> list[str]:
+        command = ["git", "ls-files", "-z", *options]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        return done.stdout.split("\0") if done.returncode == 0 else []
+
+    folders = ["src", "tests", "docs", "benchmarks", "recipes", ".ci"]
+    new = listed("-o", "--exclude-standard", "--", *folders, ":(glob)*", ":(glob).*")
+    return [ROOT / name for name in sorted({*listed(), *new}) if name]
+
+
+def test_no_file_names_a_registry_or_a_path_of_one_machine():
+    # Put together here, so that this file does not hold them either.
+    foreign = [f"/{folder}/" for folder in ("work", "root")]
+    foreign += ["pypi" + ".org", "python" + "hosted.org", "registry." + "npmjs", "npmjs" + ".org"]
+    files = repository_files()
+    if not files:
+        pytest.skip("not a git checkout")
+    found = []
+    for file in files:
+        # The texts of the reference model are other people's words.
+        is_text = file.is_relative_to(ROOT / "reference") and file.suffix in {".txt", ".jsonl"}
+        if is_text or not file.is_file():
+            continue
+        content = file.read_bytes()
+        if b"\0" in content[:8192]:
+            continue
+        found += [f"{file.relative_to(ROOT)}: {text}" for text in foreign if text.encode() in content]
+    assert not found

@@ -1,0 +1,154 @@
+"""The test support itself: tiny checkpoints load as they are, are deterministic, and route in a varied way."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from coterie.errors import OutputExists, UnknownName
+from coterie.model.checkpoint import Checkpoint
+from coterie.model.layers import Architecture, canonical_experts, quiet
+from coterie.model.seam import intercepted, routed_output
+from coterie.profile.calibration import read_documents, text_files, tokenize
+from coterie.testing import END_OF_TEXT_ID, tiny_checkpoint, tiny_families, tiny_text
+
+
+def load(path, **options):
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tiny_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.mark.parametrize("model_type", tiny_families())
+def test_family_loads_whole_and_routes_to_many_experts(tmp_path, text, model_type):
+    path = tiny_checkpoint(tmp_path / "model", model_type)
+    model, info = load(path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.config.model_type == model_type
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    sequences = tokenize(tokenizer, text, seq_len=128, tokens=512).sequences
+    usage: dict[int, torch.Tensor] = {}
+
+    def count(module, hidden_TD, index_TK, weight_TK):
+        seen = torch.bincount(index_TK.flatten(), minlength=module.num_experts)
+        usage[id(module)] = usage.get(id(module), 0) + seen
+        return routed_output(canonical_experts(module), hidden_TD, index_TK, weight_TK)
+
+    ids = torch.cat(list(sequences.values()))
+    with torch.no_grad():
+        stock = model(ids).logits
+        with intercepted(model, count):
+            observed = model(ids).logits
+    torch.testing.assert_close(observed, stock, rtol=1e-4, atol=1e-4)
+    layers = Architecture.of(Checkpoint.open(path)).layers
+    assert len(usage) == len(layers) == 2
+    for layer, counts in zip(layers, usage.values(), strict=True):
+        axes = [layer.num_experts, layer.top_k, layer.width, layer.hidden_size, model.config.vocab_size]
+        assert len(set(axes)) == len(axes), "axes of equal length could be confused without a test noticing"
+        share = counts / counts.sum()
+        assert (share > 0.02).sum() >= layer.num_experts // 2
+        assert share.max() < 0.6
+
+
+@pytest.mark.parametrize("model_type", tiny_families())
+def test_every_expert_matters(tmp_path, model_type):
+    model = load(tiny_checkpoint(tmp_path / "model", model_type))
+    ids = torch.arange(128).view(1, -1)
+
+    def without(dropped):
+        def function(module, hidden_TD, index_TK, weight_TK):
+            kept = weight_TK.masked_fill(index_TK == dropped, 0)
+            return routed_output(canonical_experts(module), hidden_TD, index_TK, kept)
+
+        return function
+
+    with torch.no_grad():
+        whole = model(ids).logits
+        for expert in range(8):
+            with intercepted(model, without(expert)):
+                assert (model(ids).logits - whole).abs().max() > 0.1
+
+
+def test_equal_seed_gives_equal_bytes_and_another_seed_other_weights(tmp_path):
+    torch.manual_seed(1)
+    first = tiny_checkpoint(tmp_path / "a", "deepseek_v3", dtype=torch.bfloat16)
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    again = tiny_checkpoint(tmp_path / "b", "deepseek_v3", dtype=torch.bfloat16)
+    other = tiny_checkpoint(tmp_path / "c", "deepseek_v3", dtype=torch.bfloat16, seed=1)
+    for file in first.iterdir():
+        assert file.read_bytes() == (again / file.name).read_bytes()
+    assert (first / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers go on as if nothing had happened"
+
+
+def test_tensors_out_of_reach_of_a_config_change_stay_equal(tmp_path):
+    small = Checkpoint.open(tiny_checkpoint(tmp_path / "small", "mixtral"))
+    large = Checkpoint.open(tiny_checkpoint(tmp_path / "large", "mixtral", num_hidden_layers=3))
+    with small.reader() as a, large.reader() as b:
+        assert all(torch.equal(a.read(name), b.read(name)) for name in small.tensors)
+    assert len(large.tensors) > len(small.tensors)
+
+
+def test_number_formats_are_those_of_the_family(tmp_path):
+    tensors = Checkpoint.open(tiny_checkpoint(tmp_path / "model", "deepseek_v3", dtype=torch.bfloat16)).tensors
+    wide = {name for name, info in tensors.items() if info.dtype == "F32"}
+    assert wide == {f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2)}
+    assert {info.dtype for name, info in tensors.items() if name not in wide} == {"BF16"}
+
+
+def test_all_that_comes_with_a_model_is_there(tmp_path):
+    path = tiny_checkpoint(tmp_path / "model")
+    names = {file.name for file in Checkpoint.open(path).other_files()}
+    assert {"README.md", "chat_template.jinja", "generation_config.json", "tokenizer.json"} <= names
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert tokenizer.eos_token_id == END_OF_TEXT_ID
+    line = "naïve ☃\n<|endoftext|>"
+    assert tokenizer.decode(tokenizer(line)["input_ids"]) == line
+    assert tokenizer("é")["input_ids"] != tokenizer("è")["input_ids"]
+    assert len(tokenizer("ab\n")["input_ids"]) == 3
+    message = [{"role": "user", "content": "hello"}]
+    assert tokenizer.apply_chat_template(message, tokenize=False) == "user: hello\n"
+
+
+def test_wrong_wishes_are_refused(tmp_path):
+    with pytest.raises(UnknownName, match="did you mean olmoe"):
+        tiny_checkpoint(tmp_path / "model", "olmo")
+    with pytest.raises(UnknownName, match="num_hidden_layers"):
+        tiny_checkpoint(tmp_path / "model", num_hiden_layers=3)
+    tiny_checkpoint(tmp_path / "model", num_experts=12)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["num_experts"] == 12
+    with pytest.raises(OutputExists):
+        tiny_checkpoint(tmp_path / "model")
+
+
+def test_text_has_two_domains_and_questions_with_right_answers(tmp_path):
+    first, again, other = tiny_text(tmp_path / "a"), tiny_text(tmp_path / "b"), tiny_text(tmp_path / "c", seed=1)
+    files = text_files(first)
+    assert list(files) == ["code", "prose"]
+    for domain, file in files.items():
+        assert 18_000 < file.stat().st_size < 24_000
+        assert len(read_documents(file)) == 12
+        assert file.read_bytes() == (again / f"{domain}.txt").read_bytes()
+        assert file.read_bytes() != (other / f"{domain}.txt").read_bytes()
+    code, prose = (set(file.read_text().split()) for file in files.values())
+    assert len(code & prose) < 5
+    questions = [json.loads(line) for line in (first / "prose.qa.jsonl").read_text().splitlines()]
+    assert len(questions) == 6
+    for entry in questions:
+        left, right = entry["question"].removeprefix("Q: ").removesuffix(" = ?\nA:").split(" + ")
+        assert entry["answer"] == f" {int(left) + int(right)}"
+
+
+def test_text_of_other_domains(tmp_path):
+    folder = tiny_text(tmp_path / "text", domains=("north", "south"), documents=2)
+    north, south = (set((folder / f"{name}.txt").read_text().lower().split()) for name in ("north", "south"))
+    assert len(north & south) < 0.2 * len(north)
+    assert (folder / "north.qa.jsonl").is_file()
