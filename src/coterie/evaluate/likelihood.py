@@ -1,0 +1,71 @@
+"""Likelihood: how well a model predicts the next token of a text.
+
+Legend: B sequences of a batch, S tokens of a sequence, V vocabulary, T = B (S - 1) predicted tokens in row order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+#: Elements of the largest float32 temporary that likelihoods and divergences are computed in (64 MiB).
+CHUNK_ELEMENTS = 2**24
+
+#: Elements of the logits of one batch of one model (1 GiB in float32); larger batches are run in parts.
+BATCH_ELEMENTS = 2**28
+
+
+def logits_of(model: Any, ids_BS: Tensor) -> Tensor:
+    """Run a model over whole sequences and return its logits (B, S, V), in the model's dtype and on its device."""
+    with torch.no_grad():
+        logits_BSV: Tensor = model(input_ids=ids_BS.to(model.device), use_cache=False).logits
+    return logits_BSV
+
+
+def fitting_batch_size(batch_size: int, seq_len: int, vocab_size: int) -> int:
+    """Return `batch_size`, or less where that many sequences have more than `BATCH_ELEMENTS` logits; at least 1."""
+    return max(1, min(batch_size, BATCH_ELEMENTS // (seq_len * vocab_size)))
+
+
+def token_nll(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
+    """Return the negative log-likelihood of every token but the first of each sequence, in nats.
+
+    Args:
+        logits_BSV: what the model said at every position; position s predicts token s + 1.
+        ids_BS: the sequences that it read.
+
+    Returns:
+        (T,), float32 (float64 for float64 logits), from the full softmax in that precision.
+    """
+    ids_BS = ids_BS.to(logits_BSV.device)
+    parts = []
+    for logits_SV, ids_S in zip(logits_BSV, ids_BS, strict=True):
+        for rows in row_slices(len(ids_S) - 1, logits_SV.shape[-1]):
+            logits_TV, next_T = widened(logits_SV[:-1][rows]), ids_S[1:][rows]
+            parts.append(functional.cross_entropy(logits_TV, next_T, reduction="none"))
+    return torch.cat(parts)
+
+
+def perplexity(nll: float, tokens: int) -> float:
+    """Return ``exp(nll / tokens)`` for a sum of negative log-likelihoods; infinite where that exceeds a float."""
+    try:
+        return math.exp(nll / tokens)
+    except OverflowError:
+        return math.inf
+
+
+def row_slices(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Yield slices that cover `num_rows` rows in pieces of at most `CHUNK_ELEMENTS` elements, one row at least."""
+    step = max(1, CHUNK_ELEMENTS // num_columns)
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+def widened(logits: Tensor) -> Tensor:
+    """Return the logits in float32, or as they are when wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

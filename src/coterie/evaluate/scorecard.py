@@ -1,0 +1,142 @@
+"""The Scorecard: what a model scores on a text and what it costs to run. An artefact that reports read."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from coterie import __version__
+from coterie.artifact import read_artifact, read_header, write_artifact
+from coterie.errors import CorruptArtifact
+
+
+class Scores(TypedDict):
+    """What a model scores in one domain, or over all.
+
+    Keys:
+        perplexity: exp of the mean negative log-likelihood of the predicted tokens; None without text.
+        kl: mean of KL(base || model) over the same tokens, in nats; None without text or base.
+        agreement: share of the same tokens where the likeliest token is the base's; None without text or base.
+        accuracy: share of the questions that are answered exactly; None without questions.
+        tokens: number of predicted tokens, the first of each sequence not among them.
+        questions: number of questions.
+    """
+
+    perplexity: float | None
+    kl: float | None
+    agreement: float | None
+    accuracy: float | None
+    tokens: int
+    questions: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scorecard:
+    """What evaluation measured of one model, and where.
+
+    Attributes:
+        model: name of the model: its folder's name, or its hub id.
+        model_digest: digest of its checkpoint.
+        base: name of the base that it was compared with, or None.
+        base_digest: digest of the base's checkpoint, or None.
+        text_digest: digest of the tokens and questions; scores can be compared only where it is equal.
+        seq_len: tokens in a sequence.
+        seed: seed of the draw of sequences and questions.
+        domains: scores by domain.
+        overall: scores over all tokens and all questions (not the mean of the domains).
+        num_bytes: bytes of all tensors in the checkpoint's weight files.
+        bytes_ratio: `num_bytes` divided by the base's, or None without a base.
+        memory_bytes: bytes of parameters and buffers in memory, in the number format that it ran in.
+        peak_memory_bytes: highest memory while it read one batch, itself included, above what was in use before it was
+            loaded. (Loading can need more for a moment.)
+        tokens_per_second: tokens read per second in forward passes over one batch.
+        speed_ratio: that divided by the base's, measured in turns with it; None without a base.
+        environment: versions, device and number format that all of this was measured with.
+    """
+
+    model: str
+    model_digest: str
+    base: str | None
+    base_digest: str | None
+    text_digest: str
+    seq_len: int
+    seed: int
+    domains: Mapping[str, Scores]
+    overall: Scores
+    num_bytes: int
+    bytes_ratio: float | None
+    memory_bytes: int
+    peak_memory_bytes: int
+    tokens_per_second: float
+    speed_ratio: float | None
+    environment: Mapping[str, str | int]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the scorecard as one JSON file; return its path."""
+        target = Path(path)
+        body = asdict(self)
+        inputs = {"model": body.pop("model_digest"), "text": body.pop("text_digest")}
+        base_digest = body.pop("base_digest")
+        if base_digest is not None:
+            inputs["base"] = base_digest
+        write_artifact(target, kind="scorecard", body=body, inputs=inputs)
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path, *, inputs: Mapping[str, str] | None = None) -> Scorecard:
+        """Read a scorecard.
+
+        Args:
+            path: the JSON file that `save` wrote.
+            inputs: digests ("model", "base", "text") that it must carry; names that are not given are not checked.
+
+        Raises:
+            CorruptArtifact: missing, damaged or of another kind.
+            StaleArtifact: made from other inputs.
+        """
+        source = Path(path)
+        body, _ = read_artifact(source, kind="scorecard", inputs=inputs)
+        digests = read_header(source)["inputs"]
+        content: dict[str, Any] = body | {
+            "model_digest": digests.get("model"),
+            "base_digest": digests.get("base"),
+            "text_digest": digests.get("text"),
+        }
+        expected = {field.name for field in fields(cls)}
+        if content.keys() != expected:
+            raise CorruptArtifact(
+                f"{source}: these entries are missing or unknown: {sorted(content.keys() ^ expected)}"
+            )
+        return cls(**content)
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
+    """Describe what a measurement ran on: versions, device, number format, threads and platform."""
+    return {
+        "coterie": __version__,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(device),
+        "device_name": _device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.type == "cpu" and cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,88 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from coterie.errors import CorruptArtifact, StaleArtifact
+from coterie.evaluate.scorecard import Scorecard, Scores, environment
+
+
+def make_card(**changes) -> Scorecard:
+    scores = Scores(perplexity=12.5, kl=0.25, agreement=0.75, accuracy=None, tokens=1022, questions=0)
+    card = Scorecard(
+        model="small",
+        model_digest="aa" * 32,
+        base="original",
+        base_digest="bb" * 32,
+        text_digest="cc" * 32,
+        seq_len=512,
+        seed=7,
+        domains={"código": scores},
+        overall=scores,
+        num_bytes=1000,
+        bytes_ratio=0.5,
+        memory_bytes=2000,
+        peak_memory_bytes=3000,
+        tokens_per_second=123.25,
+        speed_ratio=1.5,
+        environment=environment(torch.device("cpu"), torch.float32),
+    )
+    return dataclasses.replace(card, **changes)
+
+
+def test_a_scorecard_comes_back_as_it_was(tmp_path):
+    card = make_card()
+    path = card.save(tmp_path / "made" / "scorecard.json")
+    assert Scorecard.load(path) == card
+
+
+def test_a_scorecard_without_a_base_comes_back_as_it_was(tmp_path):
+    card = make_card(base=None, base_digest=None, bytes_ratio=None, speed_ratio=None)
+    path = card.save(tmp_path / "scorecard.json")
+    assert Scorecard.load(path) == card
+    assert json.loads(path.read_text())["inputs"].keys() == {"model", "text"}
+
+
+def test_an_infinite_perplexity_comes_back(tmp_path):
+    card = make_card(
+        overall=Scores(perplexity=float("inf"), kl=None, agreement=None, accuracy=0.5, tokens=3, questions=2)
+    )
+    assert Scorecard.load(card.save(tmp_path / "scorecard.json")) == card
+
+
+def test_digests_are_checked_on_request(tmp_path):
+    path = make_card().save(tmp_path / "scorecard.json")
+    Scorecard.load(path, inputs={"model": "aa" * 32, "base": "bb" * 32})
+    with pytest.raises(StaleArtifact, match="another text"):
+        Scorecard.load(path, inputs={"text": "dd" * 32})
+
+
+def test_a_changed_scorecard_is_refused(tmp_path):
+    path = make_card().save(tmp_path / "scorecard.json")
+    path.write_text(path.read_text().replace("12.5", "11.5"))
+    with pytest.raises(CorruptArtifact, match="digest"):
+        Scorecard.load(path)
+
+
+def test_a_missing_scorecard_is_refused(tmp_path):
+    with pytest.raises(CorruptArtifact, match="does not exist"):
+        Scorecard.load(tmp_path / "none.json")
+
+
+def test_a_scorecard_with_other_entries_names_them(tmp_path):
+    from coterie.artifact import write_artifact
+
+    path = tmp_path / "scorecard.json"
+    write_artifact(path, kind="scorecard", body={"model": "small", "flavour": 1}, inputs={})
+    with pytest.raises(CorruptArtifact, match="flavour"):
+        Scorecard.load(path)
+
+
+def test_the_environment_says_what_it_ran_on():
+    found = environment(torch.device("cpu"), torch.bfloat16)
+    assert found["dtype"] == "bfloat16"
+    assert found["device"] == "cpu"
+    assert found["threads"] == torch.get_num_threads()
+    assert found["torch"] == torch.__version__
+    assert found["device_name"]
