@@ -1,6 +1,7 @@
 import errno
 import json
 import logging
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,3 +204,21 @@ def test_a_damaged_result_does_not_load(olmoe: Path, olmoe_profile: Profile, tmp
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CorruptCheckpoint, match=r"missing keys: .*mlp\.gate\.weight"):
         load_model(out)
+
+
+def test_tensors_that_the_class_has_no_place_for_are_carried_and_named(
+    deepseek: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    """A head for multi-token prediction, as in the checkpoints of DeepSeek-V3: one layer more than config.json says."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(deepseek, tmp_path / "model")
+    tensors = load_file(deepseek / "model.safetensors")
+    extra = {name.replace("layers.2", "layers.3"): tensor + 1 for name, tensor in tensors.items() if "layers.2" in name}
+    save_file(tensors | extra, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    result = compress(tmp_path / "model", tmp_path / "out", keep=0.5, text=text_folder, tokens=512, seq_len=32)
+    assert result.plan.untouched == ("model.layers.3",)
+    assert result.logits_error == 0.0
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert extra
+    assert all(torch.equal(written[name], tensor) for name, tensor in extra.items())

@@ -300,7 +300,7 @@ def check_reload(job: _Job, folder: Path) -> float:
         The largest difference, relative to the largest logit.
 
     Raises:
-        CorruptCheckpoint: tensors are missing, unexpected or of the wrong shape.
+        CorruptCheckpoint: tensors are missing or of the wrong shape.
         ReloadMismatch: the logits differ by more than `RELOAD_TOLERANCE`.
     """
     vocabulary = int(job.small.config.get_text_config().vocab_size)

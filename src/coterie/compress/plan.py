@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ class Plan:
         recipe: name of the recipe.
         router: "plain" (M rows, loads anywhere) or "map" (E rows and a map, needs Coterie to load).
         sizes: what each MoE layer gets, in order.
-        untouched: names of MoE blocks that stay as they are.
+        untouched: parts of the checkpoint that the model class has no place for, such as heads for multi-token
+            prediction; they are copied as they are, their experts too.
         original_bytes: bytes of all tensors of the checkpoint.
         predicted_bytes: bytes of all tensors of the result.
         original_parameters: number of elements of all tensors of the checkpoint.
@@ -143,7 +145,7 @@ def make_plan(
         recipe=recipe,
         router=router,
         sizes=tuple(LayerSize(num_experts=count) for _ in architecture.layers),
-        untouched=(),
+        untouched=untouched_parts(checkpoint, architecture, crossing),
         original_bytes=checkpoint.num_bytes,
         predicted_bytes=sizing.num_bytes(count),
         original_parameters=sum(info.num_elements for info in checkpoint.tensors.values()),
@@ -184,6 +186,17 @@ def layer_tensors(checkpoint: Checkpoint, layers: tuple[MoELayer, ...], crossing
             if not names:
                 raise ArchitectureMismatch(f"{checkpoint.path}: no tensor of the {kind} of {layer.block} was found")
     return tuple(LayerTensors(experts=tuple(entry["experts"]), router=tuple(entry["router"])) for entry in found)
+
+
+def untouched_parts(checkpoint: Checkpoint, architecture: Architecture, crossing: Crossing) -> tuple[str, ...]:
+    """Return the names on disk, up to the layer number, of tensors that the model class has no place for."""
+    places = architecture.model.state_dict().keys()
+    parts = set()
+    for disk_name, memory_name in crossing.memory_names.items():
+        if memory_name not in places:
+            match = re.match(r".*?\.\d+(?=\.)", disk_name)
+            parts.add(match.group() if match else disk_name)
+    return tuple(sorted(parts))
 
 
 class _Sizing:

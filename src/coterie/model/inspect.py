@@ -18,9 +18,11 @@ from typing import Any
 from coterie.artifact import read_artifact
 from coterie.errors import ArchitectureMismatch, NotAMoE
 from coterie.model.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
+from coterie.model.routing import routing_problem
 from coterie.model.structure import (
     Block,
     Parts,
+    Place,
     chosen_experts,
     expert_counts,
     find_blocks,
@@ -39,7 +41,7 @@ QUANTISATION_GROUP = 128
 _GROUP_OVERHEAD = 4  # bytes for each group
 
 _ATTENTION = re.compile(r"attn|attention|mamba|conv|ssm")
-_ATTENTION_TENSORS = re.compile(r"^(q_proj|qkv_proj|conv1d|A_log)$")
+_ATTENTION_TENSORS = frozenset(("q_proj", "qkv_proj", "conv1d", "A_log"))
 _DENSE = re.compile(r"(^|_)(mlp|feed_forward|ffn|ff|moe)$|^mixer$")
 _EMBEDDING = re.compile(r"embed_tokens|word_embeddings|\bwte\b|lm_head")
 _INPUT = re.compile(r"embed|\bwte\b")
@@ -182,9 +184,10 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
     config, tensors = checkpoint.config, checkpoint.tensors
     counts = expert_counts(config)
     storage = _Storage(config)
+    places = {name: split_name(name) for name in tensors}
     running: list[Block] = []
     moe_layers: list[MoEBlock] = []
-    for block in find_blocks(tensors, counts, _mapped_counts(checkpoint.path)):
+    for block in find_blocks(tensors, places, counts, _mapped_counts(checkpoint.path)):
         key = _expert_path(counts, block)
         depth = _depth(config, key)
         # Layers for multi-token prediction are stored, but transformers does not run them.
@@ -192,15 +195,16 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
             running.append(block)
             moe_layers.append(_describe(block, config, key, storage))
     if not running:
-        raise NotAMoE(_what_was_seen(checkpoint, counts))
+        raise NotAMoE(_what_was_seen(checkpoint, places, counts))
     path = _expert_path(counts, running[0])
     depths = {block.stack: _depth(config, _expert_path(counts, block)) for block in running}
-    part_of = _parts_of(checkpoint, running, depths)
-    parts = dict.fromkeys(PARTS, Amount())
+    part_of = _parts_of(checkpoint, places, running, depths)
+    by_part: dict[str, list[TensorInfo]] = {part: [] for part in PARTS}
     dtypes = Counter[str]()
     for name, info in tensors.items():
-        parts[part_of[name]] += storage.amount([info])
+        by_part[part_of[name]].append(info)
         dtypes[info.dtype] += info.num_bytes
+    parts = {part: storage.amount(infos) for part, infos in by_part.items()}
     total = sum(parts.values(), Amount())
     used = total.parameters - parts["unused"].parameters
     routed = parts["experts"].parameters
@@ -210,7 +214,7 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
     return Inspection(
         path=checkpoint.path,
         model_type=str(config["model_type"]),
-        layers=_num_layers(part_of, set(depths)),
+        layers=_num_layers(places, part_of, set(depths)),
         expert_key=path or None,
         moe_layers=tuple(moe_layers),
         parts=parts,
@@ -344,23 +348,27 @@ def _expert_shape(block: Block, config: Mapping[str, Any], path: Parts, storage:
     return hidden_size, min(sizes) // hidden_size
 
 
-def _parts_of(checkpoint: Checkpoint, running: list[Block], depths: Mapping[str, int | None]) -> dict[str, str]:
+def _parts_of(
+    checkpoint: Checkpoint,
+    places: Mapping[str, Place | None],
+    running: list[Block],
+    depths: Mapping[str, int | None],
+) -> dict[str, str]:
     """Assign every tensor of a checkpoint to one of `PARTS`; `depths` are the layers that run, by stack."""
     part_of: dict[str, str] = {}
     for block in running:
         for part, infos in (("experts", block.experts), ("router", block.router), ("shared", block.shared)):
             part_of |= dict.fromkeys((info.name for info in infos), part)
-    placed = {name: split_name(name) for name in checkpoint.tensors}
     mixers = {
-        (stack, layer, rest[0])
-        for stack, layer, rest in filter(None, placed.values())
-        if any(_ATTENTION_TENSORS.search(part) for part in rest)
+        (place[0], place[1], place[2][0])
+        for place in places.values()
+        if place is not None and not _ATTENTION_TENSORS.isdisjoint(place[2])
     }
     vocabulary = nearest_entry(checkpoint.config, (), lambda key: key == "vocab_size")
     for name, info in checkpoint.tensors.items():
         if name in part_of:
             continue
-        place = placed[name]
+        place = places[name]
         if _is_extra(name):
             part_of[name] = "unused"
         elif place is None:
@@ -385,9 +393,9 @@ def _part_by_name(parts: Parts, info: TensorInfo, *, mixes: bool = False) -> str
     return "dense" if any(_DENSE.search(part) for part in parts) else "other"
 
 
-def _num_layers(part_of: Mapping[str, str], stacks: set[str]) -> int:
-    places = {split[:2] for name, part in part_of.items() if part != "unused" and (split := split_name(name))}
-    return sum(stack in stacks for stack, _ in places)
+def _num_layers(places: Mapping[str, Place | None], part_of: Mapping[str, str], stacks: set[str]) -> int:
+    run = {place[:2] for name, place in places.items() if place is not None and part_of[name] != "unused"}
+    return sum(stack in stacks for stack, _ in run)
 
 
 def _estimates(parameters: int, routed: int) -> dict[str, int]:
@@ -412,10 +420,7 @@ def _fit(limit: int, layers: list[MoEBlock], total: int, config: Mapping[str, An
         return total - saved
 
     def routes(experts: int) -> bool:
-        if groups == 1:
-            return experts >= top_k
-        a_group = experts // groups
-        return experts % groups == 0 and a_group >= 2 and a_group * chosen_groups >= top_k
+        return not routing_problem(experts, top_k=top_k, num_groups=groups, num_chosen_groups=chosen_groups)
 
     feasible = [experts for experts in range(1, most + 1) if routes(experts)] or [most]
     fitting = [experts for experts in feasible if size(experts) <= limit]
@@ -434,10 +439,10 @@ def _fit(limit: int, layers: list[MoEBlock], total: int, config: Mapping[str, An
     )
 
 
-def _what_was_seen(checkpoint: Checkpoint, counts: Mapping[Parts, int]) -> str:
+def _what_was_seen(checkpoint: Checkpoint, places: Mapping[str, Place | None], counts: Mapping[Parts, int]) -> str:
     said = ", ".join(f"{'.'.join(path)} = {value}" for path, value in counts.items())
     entries = f"config.json says {said}, but" if said else "config.json has no entry that counts experts, and"
-    layers = len({split[:2] for name in checkpoint.tensors if (split := split_name(name))})
+    layers = len({place[:2] for place in places.values() if place is not None})
     return (
         f"{checkpoint.path} ({checkpoint.config['model_type']}) has no routed experts: {entries} none of the "
         f"{len(checkpoint.tensors)} tensors in {layers} layers are experts (looked for experts.0 ... experts.E-1 and "

@@ -21,10 +21,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.moe import _default_apply_gate
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint, Infeasible, NotACheckpoint, NotAMoE
 from coterie.model.checkpoint import Checkpoint
+from coterie.model.routing import routing_problem
 
 Combine = Callable[[Tensor | None, Tensor], Tensor]
 
@@ -187,18 +189,12 @@ class Architecture:
         return [count for count in range(1, largest + 1) if self._routing_problem(count) is None]
 
     def _routing_problem(self, num_experts: int) -> str | None:
-        top_k = max(layer.top_k for layer in self.layers)
-        groups = max(layer.num_groups for layer in self.layers)
-        if num_experts < top_k:
-            return f"every token chooses {top_k} experts"
-        if num_experts % groups:
-            return f"the router has {groups} groups of equal size"
-        chosen = _num_chosen_groups(self.model)
-        if groups > 1 and num_experts // groups * chosen < top_k:
-            return f"{chosen} of {groups} groups hold {num_experts // groups * chosen} experts, {top_k} are chosen"
-        if groups > 1 and num_experts // groups < 2:
-            return f"the router scores a group by its two best experts, {num_experts // groups} would be left"
-        return None
+        return routing_problem(
+            num_experts,
+            top_k=max(layer.top_k for layer in self.layers),
+            num_groups=max(layer.num_groups for layer in self.layers),
+            num_chosen_groups=_num_chosen_groups(self.model),
+        )
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -337,10 +333,15 @@ def _fuse_interleaved(gate: Tensor, up: Tensor) -> Tensor:
 def _combine_of(module: nn.Module) -> Combine:
     """Return how a module joins gate and up: its own `_apply_gate`, fed in the layout that it expects."""
     concatenated = bool(module.is_concatenated)
+    # Most families keep transformers' default, which joins halves: no need to fuse them only to have them cut again.
+    family: Any = type(module)
+    plain = concatenated and bool(module.has_gate) and family._apply_gate is _default_apply_gate
 
     def combine(gate_TF: Tensor | None, up_TF: Tensor) -> Tensor:
         if gate_TF is None:
             return module.act_fn(up_TF)  # type: ignore[operator,no-any-return]
+        if plain:
+            return module.act_fn(gate_TF) * up_TF  # type: ignore[operator,no-any-return]
         fused = torch.cat((gate_TF, up_TF), -1) if concatenated else torch.stack((gate_TF, up_TF), -1).flatten(-2)
         return module._apply_gate(fused)  # type: ignore[operator,no-any-return]
 

@@ -6,6 +6,7 @@ experts while its files hold M, so stock loaders refuse it instead of computing 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from coterie.errors import CorruptCheckpoint, InputError
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.layers import Architecture, MoELayer, empty_model, quiet
 
+log = logging.getLogger(__name__)
+
 MANIFEST = "coterie.json"
 _MAPPED = "coterie_mapped"
 
@@ -27,7 +30,7 @@ _MAPPED = "coterie_mapped"
 def load_model(
     model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """Load a checkpoint, plain or mapped, with nothing missing and nothing left over.
+    """Load a checkpoint, plain or mapped, with nothing missing; what the model class has no place for is logged.
 
     Args:
         model: a model folder or a hub id.
@@ -35,7 +38,7 @@ def load_model(
         device: where the model goes.
 
     Raises:
-        CorruptCheckpoint: tensors are missing, unexpected or of the wrong shape.
+        CorruptCheckpoint: tensors are missing or of the wrong shape.
         NotACheckpoint: no such model.
     """
     checkpoint = Checkpoint.open(model)
@@ -57,10 +60,13 @@ def load_model(
                 )
         except (RuntimeError, OSError) as error:
             raise CorruptCheckpoint(f"{checkpoint.path} does not load: {error}") from error
-    wrong = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)}
+    wrong = {key: info[key] for key in ("missing_keys", "mismatched_keys") if info.get(key)}
     if wrong:
         listed = "; ".join(f"{key.replace('_', ' ')}: {sorted(map(str, names))[:3]}" for key, names in wrong.items())
         raise CorruptCheckpoint(f"{checkpoint.path} does not match its config: {listed}")
+    if info.get("unexpected_keys"):
+        # As in transformers: heads for multi-token prediction and the like stay on disk.
+        log.warning("%s: not part of the model class, not loaded: %s", checkpoint.path, sorted(info["unexpected_keys"]))
     loaded.to(target)  # type: ignore[arg-type]
     loaded.eval()  # type: ignore[no-untyped-call]
     return loaded

@@ -20,8 +20,10 @@ from coterie.errors import ArchitectureMismatch, CorruptCheckpoint
 from coterie.model.checkpoint import TensorInfo
 
 Parts = tuple[str, ...]
+Place = tuple[str, int, Parts]  # stack of layers, number of the layer, the rest of the name
 Member = tuple[Parts, TensorInfo]  # a tensor of one layer, its name without stack and layer number
 
+_IN_A_LAYER = re.compile(r"(.+?)\.([0-9]+)\.(.+)")
 _NOT_A_COUNT = re.compile(r"per_|top_?k|shared|selected|size|layer|period|offset|freq|step|interval|group|capacity|dim")
 _TOP_K_RANKS = (
     re.compile(r"expert.*per_tok|per_tok.*expert|top_?k.*expert|expert.*top_?k|selected.*expert|expert.*selected"),
@@ -121,22 +123,23 @@ def chosen_experts(config: Mapping[str, Any], path: Parts, num_experts: int) -> 
     )
 
 
-def split_name(name: str) -> tuple[str, int, Parts] | None:
+def split_name(name: str) -> Place | None:
     """Split a name into its stack of layers, the layer's number and the rest; None for a tensor outside all layers."""
-    parts = name.split(".")
-    for position, part in enumerate(parts):
-        if part.isdecimal() and 0 < position < len(parts) - 1:
-            return ".".join(parts[:position]), int(part), tuple(parts[position + 1 :])
-    return None
+    match = _IN_A_LAYER.match(name)
+    return None if match is None else (match[1], int(match[2]), tuple(match[3].split(".")))
 
 
 def find_blocks(
-    tensors: Mapping[str, TensorInfo], counts: Mapping[Parts, int], extents: Sequence[int] = ()
+    tensors: Mapping[str, TensorInfo],
+    places: Mapping[str, Place | None],
+    counts: Mapping[Parts, int],
+    extents: Sequence[int] = (),
 ) -> list[Block]:
     """Find all MoE blocks, in the order of stacks and layers.
 
     Args:
         tensors: the tensors of a checkpoint by name.
+        places: where they are, by name, see `split_name`.
         counts: what config.json says, see `expert_counts`.
         extents: further numbers of experts that the tensors may hold (fewer experts than router rows).
 
@@ -145,10 +148,9 @@ def find_blocks(
         ArchitectureMismatch: the tensors hold a number of experts that config.json does not name.
     """
     layers: dict[tuple[str, int], list[Member]] = defaultdict(list)
-    for name, info in tensors.items():
-        if (split := split_name(name)) is not None:
-            stack, layer, rest = split
-            layers[stack, layer].append((rest, info))
+    for name, place in places.items():
+        if place is not None:
+            layers[place[:2]].append((place[2], tensors[name]))
     blocks = []
     for (stack, layer), members in sorted(layers.items()):
         block = _find_block(stack, layer, members, counts, extents)
@@ -277,7 +279,7 @@ def _find_router(others: list[Member], modules: set[Parts], rows: set[int]) -> t
         if not named and not (matrices and depth):
             continue
         modules_of = {rest[: depth + 1] for rest, _ in named or matrices}
-        router = [(rest, info) for rest, info in below if rest[: depth + 1] in modules_of]
+        router = [(rest, info) for rest, info in others if rest[: depth + 1] in modules_of and not _is_shared(rest)]
         vectors = [(rest, info) for rest, info in candidates if sum(extent > 1 for extent in info.shape) == 1]
         router += [
             (rest, info) for rest, info in vectors if (depth and rest[:depth] == prefix) or _is_named_router(rest)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel
 
 from coterie.errors import ArchitectureMismatch, InputError, OutputExists
 from coterie.model.checkpoint import Checkpoint
-from coterie.model.layers import Architecture, MoELayer, canonical_experts, find_router
+from coterie.model.layers import Architecture, Experts, MoELayer, canonical_experts, find_router
 from coterie.model.load import load_model, load_tokenizer, read_manifest
 from coterie.model.seam import eager, intercepted, routed_output
 from coterie.profile.calibration import TokenSet, tokenize
@@ -177,6 +179,9 @@ def observed(model: PreTrainedModel, layers: tuple[MoELayer, ...]) -> Iterator[l
 def prove_layers(model: PreTrainedModel, layers: tuple[MoELayer, ...], ids: Tensor) -> dict[int, float]:
     """Check that every layer, recomputed from canonical experts, equals what the family's own code returns.
 
+    The most chosen expert is computed once more with its channels in reverse order, which must not matter: it shows
+    that gate, up and down projection were read with the same idea of what a channel is.
+
     Args:
         model: the model, with weights.
         layers: its MoE layers.
@@ -195,9 +200,8 @@ def prove_layers(model: PreTrainedModel, layers: tuple[MoELayer, ...], ids: Tens
         layer = by_module[id(module)]
         with eager(module):
             own_TD: Tensor = module(hidden_TD, index_TK, weight_TK)
-        ours_TD = routed_output(canonical_experts(module), hidden_TD, index_TK, weight_TK)
-        scale = own_TD.abs().max().item() or 1.0
-        error = (own_TD.float() - ours_TD.float()).abs().max().item() / scale
+        experts = canonical_experts(module)
+        error = _relative_error(routed_output(experts, hidden_TD, index_TK, weight_TK), own_TD)
         limit = TOLERANCE.get(own_TD.dtype, TOLERANCE[torch.float32])
         if not error <= limit:
             raise ArchitectureMismatch(
@@ -205,12 +209,37 @@ def prove_layers(model: PreTrainedModel, layers: tuple[MoELayer, ...], ids: Tens
                 f"{error:.2e} of its largest value (limit {limit:.0e}); this family computes something that Coterie "
                 "does not know: please report it"
             )
+        chosen = index_TK[index_TK < layer.num_experts].bincount(minlength=layer.num_experts).argmax()
+        one = experts.select(chosen[None])
+        channel_error = _relative_error(_with_channels_reversed(one).output(0, hidden_TD), one.output(0, hidden_TD))
+        if not channel_error <= limit:
+            raise ArchitectureMismatch(
+                f"{layer.experts}: with its channels in another order, an expert's output differs by "
+                f"{channel_error:.2e} of its largest value (limit {limit:.0e}); Coterie reads the gate and up "
+                "projection of this family in a wrong layout: please report it"
+            )
         errors[layer.index] = error
         return own_TD
 
     with intercepted(model, compare), torch.no_grad():
         model.base_model(input_ids=ids, use_cache=False)
     return errors
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return the largest absolute difference over the largest absolute expected value."""
+    wide = torch.promote_types(expected.dtype, torch.float32)
+    difference = (found.to(wide) - expected.to(wide)).abs().max().item()
+    return difference / (expected.abs().max().item() or 1.0)
+
+
+def _with_channels_reversed(experts: Experts) -> Experts:
+    flipped: dict[str, Any] = {
+        name: tensor.flip(-1 if name == "down_EDF" else 1)
+        for name, tensor in experts.tensors().items()
+        if name != "down_bias_ED"
+    }
+    return replace(experts, **flipped)
 
 
 def _keep_output(kept: dict[int, Tensor], index: int, position: int):  # type: ignore[no-untyped-def]

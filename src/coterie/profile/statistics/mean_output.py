@@ -7,6 +7,8 @@ from torch import Tensor
 
 from coterie.profile.observation import Observation
 
+_CHUNK = 1024  # tokens
+
 
 def measure(observation: Observation) -> Mapping[str, Tensor]:
     """Return ``mean_output`` (E, D): the sum of f_e(x_t) over ALL tokens, without routing weights.
@@ -15,13 +17,16 @@ def measure(observation: Observation) -> Mapping[str, Tensor]:
     sum of the activations unless the family normalises each expert's output.
     """
     experts, hidden_TD = observation.experts, observation.hidden_TD
+    start = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
+    # Chunks that stay in the processor's cache: the activations of all experts are the largest thing measured here.
+    chunks = torch.split(hidden_TD, _CHUNK)
     rows = []
     for expert in range(experts.num_experts):
-        activations_TF = experts.hidden(expert, hidden_TD)
         if experts.finish is not None:
-            rows.append(experts.project(expert, activations_TF).double().sum(0))
+            rows.append(sum((experts.output(expert, x_TD).sum(0, dtype=torch.float64) for x_TD in chunks), start))
             continue
-        row_D = experts.down_EDF[expert].double() @ activations_TF.double().sum(0)
+        sum_F = sum((experts.hidden(expert, x_TD).sum(0, dtype=torch.float64) for x_TD in chunks), start)
+        row_D = experts.down_EDF[expert].double() @ sum_F
         if experts.down_bias_ED is not None:
             row_D = row_D + len(hidden_TD) * experts.down_bias_ED[expert].double()
         rows.append(row_D)
