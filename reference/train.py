@@ -1,0 +1,370 @@
+"""Train the reference model: a small OLMoE (18 M parameters, 32 experts, top_k 4) on the reference corpus.
+
+    python reference/train.py --steps 2400                 # starts, or resumes from reference/run/checkpoint.pt
+    python reference/train.py --export reference/model     # writes the weights of the last checkpoint
+    python reference/train.py --plot                       # reference/training.png from the log
+
+Rates warm up, stay, and fall linearly to zero over the last quarter of the steps; the last quarter also doubles the
+sequence length. `--steps` may change on a resume before that quarter has begun. With `--minutes` the run chooses the
+steps itself as it goes, at most `--steps`, so that it ends in time. On SIGTERM it writes a checkpoint and ends.
+
+On a CPU the batch is shared out over `--threads` Python threads, each of which runs the operators on one core: the
+threads then meet once a step, not at every matrix product, which matters when others use the machine too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ALLOCATOR = {  # keep freed memory: giving 100 MB back and faulting it in again costs a third of a step
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "OMP_NUM_THREADS": "1",
+    # Every number of rows that an expert gets is a shape of its own, and making its kernel costs more than running it.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "30000",
+}
+if __name__ == "__main__" and "COTERIE_ALLOCATOR" not in os.environ:  # read at start only, hence the second start
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR, "COTERIE_ALLOCATOR": "set"})
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import GenerationConfig, OlmoeConfig, OlmoeForCausalLM  # noqa: E402
+
+import data  # noqa: E402
+import fast  # noqa: E402
+from optim import Optimizer  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+RUN = HERE / "run"
+SEED = 20240229
+NUM_WINDOWS = 16  # 16 windows of 512 tokens a step
+MICRO_WINDOWS = 4
+WARM_UP_STEPS = 60
+DECAY_SHARE = 0.25
+SHORT, LONG = 256, data.WINDOW  # sequence length before and during the decay
+BALANCE = 0.01
+MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 4e-3, 0.1
+SHARES = {"math": 0.15}
+
+
+def build_model(end: int, device: str) -> OlmoeForCausalLM:
+    """A stock OLMoE, bfloat16, with small output projections at the start."""
+    config = OlmoeConfig(
+        vocab_size=data.VOCABULARY,
+        hidden_size=256,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_experts=32,
+        num_experts_per_tok=4,
+        max_position_embeddings=1024,
+        norm_topk_prob=True,
+        router_aux_loss_coef=BALANCE,
+        tie_word_embeddings=True,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=None,  # padding_idx would keep the end mark, which pads, from being learned
+        use_cache=True,
+    )
+    torch.manual_seed(SEED)
+    model = OlmoeForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_((2 * config.num_hidden_layers) ** -0.5)
+            layer.mlp.experts.down_proj.mul_((2 * config.num_hidden_layers) ** -0.5)
+    return model.to(device=device, dtype=torch.bfloat16)
+
+
+def rate_scale(step: int, steps: int) -> float:
+    """Warm-up, stable, linear decay to zero; `step` counts from 0."""
+    decay_steps = max(1, round(DECAY_SHARE * steps))
+    return min(1.0, (step + 1) / WARM_UP_STEPS, max(0.0, (steps - step) / decay_steps))
+
+
+class Trainer:
+    """Everything that a checkpoint holds, and one step of training."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.device = arguments.device
+        self.steps = arguments.steps
+        self.step, self.seconds = 0, 0.0
+        RUN.mkdir(exist_ok=True)
+        texts = {path.stem: data.read_documents(path) for path in sorted((HERE / "corpus" / "train").glob("*.txt"))}
+        if not texts:
+            raise SystemExit("reference/corpus/train has no text: run reference/build_corpus.py first")
+        self.tokenizer = data.load_tokenizer(RUN / "tokenizer", texts)
+        tokens = {d: data.load_tokens(RUN / f"{d}.bin", self.tokenizer, texts[d]) for d in texts}
+        sizes = {domain: len(ids) for domain, ids in tokens.items()}
+        weights = data.choose_weights(sizes, self.steps * NUM_WINDOWS * data.WINDOW, SHARES)
+        self.windows = data.Windows(tokens, weights, SEED)
+        self.validation = {domain: self.load_validation(domain) for domain in texts}
+        self.model = build_model(self.tokenizer.eos_token_id, self.device)
+        self.named = dict(self.model.named_parameters())
+        self.optimizer = Optimizer(self.named, MUON_RATE, ADAM_RATE, WEIGHT_DECAY)
+        config = self.model.config
+        even = config.num_experts_per_tok / config.num_experts
+        self.load_LE = torch.full((config.num_hidden_layers, config.num_experts), even, device=self.device)
+        self.pool = ThreadPoolExecutor(arguments.threads if self.device == "cpu" else 1)
+        write_line({"event": "start", "tokens_by_domain": sizes, "weights": weights, "steps": self.steps})
+
+    def load_validation(self, domain: str) -> Tensor:
+        """The first windows of the calibration text of a domain, each from another place in it."""
+        documents = data.read_documents(HERE / "text" / "calibration" / f"{domain}.txt")
+        ids = torch.from_numpy(data.encode(self.tokenizer, documents).astype("int64"))
+        stride = (len(ids) - data.WINDOW - 1) // MICRO_WINDOWS
+        return torch.stack([ids[i * stride : i * stride + data.WINDOW + 1] for i in range(MICRO_WINDOWS)])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.step * NUM_WINDOWS * data.WINDOW
+
+    @property
+    def length(self) -> int:
+        """Sequence length of the present step."""
+        return LONG if self.in_decay else SHORT
+
+    @property
+    def in_decay(self) -> bool:
+        """Whether the last quarter has begun; the plan is then fixed."""
+        return self.step > 0 and self.step >= self.steps - round(DECAY_SHARE * self.steps)
+
+    def compute(self, windows: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """Gradients, loss, mean router probability and load of one micro-batch."""
+        inputs, labels = data.split(windows.to(self.device), self.length)
+        with torch.enable_grad():
+            loss, prob_LE, load_LE = fast.training_pass(self.model, inputs, labels)
+            total = loss + BALANCE * fast.balance_loss(self.load_LE, prob_LE)
+            grads = torch.autograd.grad(total, list(self.named.values()))
+        return list(grads), loss.detach(), prob_LE.detach(), load_LE
+
+    def train_step(self) -> dict[str, float]:
+        """One step of the optimizer over NUM_WINDOWS windows.
+
+        The balancing loss uses the load of the whole previous batch, not of the few sequences of a micro-batch: an
+        even load within each sequence would forbid experts to specialise (arXiv:2501.11873).
+        """
+        scale = rate_scale(self.step, self.steps)
+        parts = list(self.windows.draw(NUM_WINDOWS).split(MICRO_WINDOWS))
+        results = list(self.pool.map(self.compute, parts))
+        grads, losses, probs, loads = zip(*results, strict=True)
+        self.load_LE = torch.stack(loads).mean(0)
+        balance = fast.balance_loss(self.load_LE, torch.stack(probs).mean(0)).item()
+        loss = torch.stack(losses).mean().item()
+        if not loss < 100:
+            raise SystemExit(f"step {self.step}: loss {loss}; lower MUON_RATE or ADAM_RATE and start again")
+
+        def update(item: tuple[str, tuple[Tensor, ...]]) -> None:
+            self.optimizer.update(item[0], list(item[1]), scale, self.step + 1)
+
+        items = sorted(zip(self.named, zip(*grads, strict=True), strict=True), key=lambda item: -item[1][0].numel())
+        list(self.pool.map(update, items))
+        self.step += 1
+        share_LE = self.load_LE / self.load_LE.sum(1, keepdim=True)
+        entropy_L = -(share_LE * share_LE.clamp_min(1e-9).log()).sum(1) / torch.tensor(float(share_LE.shape[1])).log()
+        return {
+            "loss": loss + BALANCE * balance,
+            "lm_loss": loss,
+            "balance_loss": balance,
+            "rate": MUON_RATE * scale,
+            "least_share": share_LE.min().item() * share_LE.shape[1],
+            "most_share": share_LE.max().item() * share_LE.shape[1],
+            "entropy": entropy_L.min().item(),
+        }
+
+    def validate(self) -> dict[str, float]:
+        """Mean loss by domain on a fixed slice of the calibration text."""
+
+        def measure(windows: Tensor) -> float:
+            inputs, labels = data.split(windows.to(self.device), self.length)
+            with torch.no_grad():
+                return fast.training_pass(self.model, inputs, labels)[0].item()
+
+        losses = self.pool.map(measure, self.validation.values())
+        return dict(zip(self.validation, losses, strict=True))
+
+    def save(self) -> None:
+        """Checkpoint and stock folder, each put in place whole."""
+        state = {
+            "step": self.step,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "drawn": self.windows.drawn,
+            "weights": self.windows.weights,
+            "load": self.load_LE,
+            "optimizer": self.optimizer.state,
+            "rng": torch.get_rng_state(),
+        }
+        torch.save(state, RUN / "checkpoint.tmp")
+        (RUN / "checkpoint.tmp").replace(RUN / "checkpoint.pt")
+        export(self.model, self.tokenizer, RUN / "model")
+
+    def resume(self, steps: int) -> None:
+        """Goes on from the checkpoint; the plan changes only before the decay has begun."""
+        state = torch.load(RUN / "checkpoint.pt", map_location=self.device)
+        self.step, self.seconds, self.steps = state["step"], state["seconds"], state["steps"]
+        self.windows.drawn, self.windows.weights = state["drawn"], state["weights"]
+        self.load_LE = state["load"]
+        self.optimizer.load(state["optimizer"])
+        torch.set_rng_state(state["rng"].cpu())
+        if steps != self.steps:
+            if self.in_decay:
+                print(f"the decay of {self.steps} steps has begun at step {self.step}: --steps {steps} is ignored")
+            else:
+                first = self.step + round(self.step * DECAY_SHARE / (1 - DECAY_SHARE)) + 1
+                self.steps = max(steps, first)
+        write_line({"event": "resume", "step": self.step, "steps": self.steps})
+
+
+def export(model: OlmoeForCausalLM, tokenizer: data.PreTrainedTokenizerFast, folder: Path) -> None:
+    """Stock folder: safetensors, config, tokenizer, generation config. Files that are already there are replaced."""
+    staging = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    end = tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(
+        bos_token_id=end, eos_token_id=end, pad_token_id=end, max_new_tokens=128, do_sample=False
+    )
+    model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in staging.iterdir():
+        path.chmod(0o644)
+        path.replace(folder / path.name)
+    staging.rmdir()
+
+
+def write_line(record: dict[str, object]) -> None:
+    """Appends to the log and tells it to stdout."""
+    line = json.dumps(record)
+    with (RUN / "log.jsonl").open("a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
+
+
+def read_log() -> Iterator[dict[str, object]]:
+    """Records of the log; those of steps that a resume repeated come once, the later ones."""
+    records: dict[int, dict[str, object]] = {}
+    for line in (RUN / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "lm_loss" in record:
+            records[record["step"]] = records.get(record["step"], {}) | record
+    yield from (records[step] for step in sorted(records))
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """The whole run."""
+    torch.set_num_threads(1)
+    if arguments.compile:
+        fast.compile_kernels()
+    trainer = Trainer(arguments)
+    if (RUN / "checkpoint.pt").exists():
+        trainer.resume(arguments.steps)
+    stopped: list[int] = []
+    marks: list[tuple[int, float]] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+    saved_at = tick = time.monotonic()
+    compiled, ticked = None, trainer.step
+    while trainer.step < trainer.steps and not stopped:
+        if arguments.device == "cpu" and arguments.compile and compiled != trainer.length:
+            compiled = trainer.length  # compile on one thread, before the others need it
+            trainer.compute(next(iter(trainer.validation.values())))
+            ticked, tick = trainer.step, time.monotonic()
+        begin = time.monotonic()
+        record = {"step": trainer.step + 1, "tokens": trainer.tokens + NUM_WINDOWS * data.WINDOW}
+        record |= trainer.train_step()
+        trainer.seconds += time.monotonic() - begin
+        if trainer.step % 10 == 0 or trainer.step < 5 or trainer.step == trainer.steps:
+            now = time.monotonic()
+            record["tokens_per_second"] = (trainer.step - ticked) * NUM_WINDOWS * data.WINDOW / (now - tick)
+            if trainer.step % 100 == 0 or trainer.step == trainer.steps:
+                record["validation"] = {domain: round(loss, 4) for domain, loss in trainer.validate().items()}
+            record |= {"steps": trainer.steps, "minutes": trainer.seconds / 60, "length": trainer.length}
+            write_line({key: round(v, 5) if isinstance(v, float) else v for key, v in record.items()})
+            fit_steps(trainer, arguments.steps, arguments.minutes, marks)
+            ticked, tick = trainer.step, time.monotonic()
+        if time.monotonic() - saved_at > 60 * arguments.save_minutes:
+            trainer.save()
+            saved_at = time.monotonic()
+    trainer.save()
+    if trainer.step == trainer.steps:
+        export(trainer.model, trainer.tokenizer, arguments.export or RUN / "model")
+    write_line({"event": "end", "step": trainer.step, "steps": trainer.steps, "minutes": trainer.seconds / 60})
+
+
+def fit_steps(trainer: Trainer, most: int, minutes: float | None, marks: list[tuple[int, float]]) -> None:
+    """Sets the steps, `most` at most, so that the run takes `minutes` at the speed of late; only before the decay.
+
+    `marks` are step and seconds of training at each line of the log, to which this adds the present ones.
+    """
+    marks.append((trainer.step, trainer.seconds))
+    if minutes is None or trainer.in_decay or len(marks) < 5:
+        return
+    (step, seconds), (last_step, last_seconds) = marks[max(0, len(marks) - 13)], marks[-1]
+    speed = (last_step - step) / (last_seconds - seconds)
+    fitting = trainer.step + int((60 * minutes - trainer.seconds) * speed * 0.95)  # the decay's sequences are longer
+    first = trainer.step + round(trainer.step * DECAY_SHARE / (1 - DECAY_SHARE)) + 1  # whose decay begins now
+    fitting = min(most, max(fitting, first))
+    if fitting != trainer.steps:
+        write_line({"event": "steps", "step": trainer.step, "from": trainer.steps, "to": fitting})
+        trainer.steps = fitting
+
+
+def plot() -> None:
+    """Loss curves of the log as reference/training.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = list(read_log())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+    left.plot([r["tokens"] / 1e6 for r in records], [r["lm_loss"] for r in records], linewidth=0.8)
+    left.set(title="Training", xlabel="million tokens", ylabel="loss (nats per token)")
+    measured = [r for r in records if "validation" in r]
+    for domain in measured[0]["validation"] if measured else []:
+        losses = [r["validation"][domain] for r in measured]
+        right.plot([r["tokens"] / 1e6 for r in measured], losses, label=domain, linewidth=1.2)
+    right.set(title="Validation by domain", xlabel="million tokens")
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(HERE / "training.png", dpi=120)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, help="length of the run, 8192 tokens each")
+    parser.add_argument("--minutes", type=float, help="fit the steps, so that training takes so many minutes")
+    parser.add_argument("--save-minutes", type=float, default=4)
+    parser.add_argument("--export", type=Path, metavar="DIR", help="stock folder; without --steps, export and end")
+    parser.add_argument("--plot", action="store_true", help="draw reference/training.png and end")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    arguments = parser.parse_args()
+    if arguments.plot:
+        plot()
+    elif arguments.steps:
+        train(arguments)
+    elif arguments.export:
+        tokenizer = data.AutoTokenizer.from_pretrained(RUN / "tokenizer")
+        model = OlmoeForCausalLM.from_pretrained(RUN / "model", dtype=torch.bfloat16)
+        export(model, tokenizer, arguments.export)
+    else:
+        parser.error("give --steps, --export or --plot")
+
+
+if __name__ == "__main__":
+    main()
