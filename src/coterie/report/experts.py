@@ -1,0 +1,301 @@
+"""The sections on experts: what they do, from the profile, and what became of them, from the manifests.
+
+Legend: L layers, E experts, G domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from coterie.profile.profile import Profile
+from coterie.report import measures
+from coterie.report.draw import VIRIDIS, heat_png
+from coterie.report.gather import Entry, LayerChange, Manifest, Run
+from coterie.report.measures import Array
+from coterie.report.plots import FATES, colour_bar, fate_keys, fate_map, layer_bars, layer_lines, stack, usage_map
+from coterie.report.words import (
+    MISSING,
+    count_text,
+    note_text,
+    number_text,
+    percent_text,
+    range_text,
+    ranges_text,
+    times_text,
+)
+
+Section = dict[str, Any]
+
+_USAGE = "share of routed tokens; 1 is an even share"
+_SPECIALISTS = 10  # rows of the table
+_MAP_LAYERS = 16  # layers whose similarity maps are shown; evenly spaced when there are more
+_MAP_SIDE = 128  # pixels; larger maps are averaged down, or a page of them would weigh too much
+
+
+def experts(run: Run) -> Section | None:
+    """Return what the experts do on text, from the profile that most results were made from."""
+    if not run.profiles:
+        return None
+    path, profile = _chosen_profile(run)
+    if not profile.layers or any("usage" not in held for held in profile.statistics):
+        return None
+    counts = measures.usage_counts(profile)
+    overall = [measures.even_share(counts_GE) for counts_GE in counts]
+    return {
+        "path": path,
+        "others": [other for other, _ in run.profiles if other != path],
+        "tokens": count_text(sum(profile.num_tokens), "token"),
+        "usage": _usage(profile, counts, overall),
+        "focus": _focus(profile, counts, overall),
+        "specialists": _specialists(profile, counts),
+        "similarity": _similarity(profile),
+    }
+
+
+def _chosen_profile(run: Run) -> tuple[str, Profile]:
+    made_from = [(manifest.inputs.get("model"), manifest.inputs.get("text")) for manifest in run.manifests]
+    return max(run.profiles, key=lambda held: made_from.count((held[1].model_digest, held[1].text_digest)))
+
+
+def _usage(profile: Profile, counts: Sequence[Array], overall: Sequence[Array]) -> Section:
+    by_domain = [[measures.shares(counts_GE)[g] for counts_GE in counts] for g in range(len(profile.domains))]
+    relative = np.concatenate([share_E * len(share_E) for share_E in overall])
+    every = np.concatenate([share_E * len(share_E) for rows in by_domain for share_E in rows])
+    high, domain_high = _high(relative), _high(every)
+    unused = sum(int((counts_GE.sum(axis=0) == 0).sum()) for counts_GE in counts)
+    maps = []
+    if len(profile.domains) > 1:
+        for domain, rows in zip(profile.domains, by_domain, strict=True):
+            values = stack([share_E * len(share_E) for share_E in rows])
+            maps.append({"name": domain, "uri": heat_png(values, 0.0, domain_high)})
+    peak = int(relative.argmax())
+    layer, expert = _where(overall, peak)
+    return {
+        "plot": usage_map(overall, high),
+        "bar": colour_bar(0.0, high, _USAGE, over=bool(relative.max() > high)),
+        "domain_bar": colour_bar(0.0, domain_high, _USAGE, over=bool(every.max() > domain_high)),
+        "maps": maps,
+        "height": round(min(max(9.0 * len(overall), 54.0), 190.0)),
+        "unused": unused,
+        "total": len(relative),
+        "peak": f"expert {expert} of layer {layer} ({times_text(float(relative[peak]))} an even share)",
+    }
+
+
+def _where(rows: Sequence[Array], flat: int) -> tuple[int, int]:
+    """Return row and column of a place in the concatenated rows."""
+    for layer, row in enumerate(rows):
+        if flat < len(row):
+            return layer, flat
+        flat -= len(row)
+    raise AssertionError
+
+
+def _high(relative: Array) -> float:
+    """Return where the colours end: beyond 99 % of the values, rounded up to a half, from 4 on to a whole number."""
+    value = max(float(np.percentile(relative, 99)), 1.0)
+    return float(np.ceil(value * 2) / 2) if value < 4 else float(np.ceil(value))
+
+
+def _focus(profile: Profile, counts: Sequence[Array], overall: Sequence[Array]) -> Section:
+    """Return how evenly experts are used, and how much they tell about the domain, layer by layer."""
+    lines = []
+    if len(profile.domains) > 1:
+        for index, domain in enumerate(profile.domains):
+            row = [measures.normalised_entropy(measures.shares(counts_GE)[index]) for counts_GE in counts]
+            lines.append((domain, row))
+    main = [measures.normalised_entropy(share_E) for share_E in overall]
+    focus: Section = {
+        "entropy": layer_lines(lines, main, "Normalised entropy of expert usage by layer"),
+        "domains": len(lines),
+        "information": None,
+    }
+    if lines:
+        values = [measures.mutual_information(counts_GE) for counts_GE in counts]
+        chance = [measures.chance_information(counts_GE) for counts_GE in counts]
+        focus["information"] = layer_bars(values, chance, "Mutual information of expert and domain by layer, in bits")
+        focus["limit"] = number_text(float(np.log2(len(lines))))
+        focus["chance"] = number_text(max(chance), 2)
+    return focus
+
+
+def _specialists(profile: Profile, counts: Sequence[Array]) -> list[dict[str, str]]:
+    if len(profile.domains) < 2:
+        return []
+    return [
+        {
+            "layer": str(found.layer),
+            "expert": str(found.expert),
+            "domain": profile.domains[found.domain],
+            "domain_share": percent_text(found.domain_share),
+            "lift": times_text(found.lift),
+            "share": percent_text(found.share, 1),
+        }
+        for found in measures.specialists(counts, _SPECIALISTS)
+    ]
+
+
+def _similarity(profile: Profile) -> Section | None:
+    has_outputs = all({"mean_output", "tokens"} <= held.keys() for held in profile.statistics)
+    has_logits = all({"logit_sum", "logit_product", "tokens"} <= held.keys() for held in profile.statistics)
+    if not (has_outputs or has_logits):
+        return None
+    total = len(profile.layers)
+    wanted = np.linspace(0, total - 1, min(total, _MAP_LAYERS)).round().astype(int).tolist()
+    shown = [layer for layer in wanted if profile.layers[layer].num_experts > 1]
+    if not shown:
+        return None
+    cosines = [measures.output_cosine(profile, layer) for layer in shown] if has_outputs else []
+    logits = [measures.logit_correlation(profile, layer) for layer in shown] if has_logits else []
+    orders = [measures.cluster_order(matrix) for matrix in (cosines or logits)]
+    rows = []
+    for title, caption, matrices in (
+        ("Mean outputs", "cosine of mean outputs", cosines),
+        ("Router scores", "correlation of router scores", logits),
+    ):
+        if not matrices:
+            continue
+        off = np.concatenate([matrix[~np.eye(len(matrix), dtype=bool)] for matrix in matrices])
+        low, high = _limits(off)
+        maps = []
+        for layer, matrix, order in zip(shown, matrices, orders, strict=True):
+            first, second, value = measures.closest_pair(matrix)
+            uri = heat_png(_averaged_down(matrix[np.ix_(order, order)]), low, high, VIRIDIS)
+            maps.append({"layer": layer, "uri": uri, "pair": f"{first} & {second}", "value": number_text(value, 2)})
+        bar = colour_bar(low, high, caption, over=bool(off.max() > high))
+        rows.append({"title": title, "caption": caption, "maps": maps, "bar": bar})
+    return {"rows": rows, "shown": len(shown), "total": total, "by_outputs": has_outputs}
+
+
+def _limits(values: Array) -> tuple[float, float]:
+    """Return limits that hold nearly all values, as short numbers, at least 0.1 apart."""
+    low = float(np.floor(np.percentile(values, 1) * 20) / 20)
+    high = float(np.ceil(np.percentile(values, 99.5) * 20) / 20)
+    return max(-1.0, min(low, high - 0.1)), min(1.0, max(high, low + 0.1))
+
+
+def _averaged_down(matrix: Array) -> Array:
+    factor = -(-len(matrix) // _MAP_SIDE)
+    if factor == 1:
+        return matrix
+    starts = np.arange(0, len(matrix), factor)
+    sizes = np.diff(np.append(starts, len(matrix)))
+    summed = np.add.reduceat(np.add.reduceat(matrix, starts, axis=0), starts, axis=1)
+    return np.asarray(summed / np.outer(sizes, sizes), dtype=np.float64)
+
+
+def changes(entries: Sequence[Entry]) -> list[Section]:
+    """Return, for every compressed checkpoint, what was merged into what, what was dropped and what passes noted."""
+    return [_change(entry.label, entry.manifest) for entry in entries if entry.manifest is not None]
+
+
+def _change(label: str, manifest: Manifest) -> Section:
+    fates = [_fates(layer) for layer in manifest.layers]
+    counted = [sum(row.count(fate) for row in fates) for fate in range(len(FATES))]
+    columns, noted = _notes(manifest)
+    used = [fate for fate, count in enumerate(counted) if count]
+    keys = [
+        {"colour": css, "label": f"{name} ({counted[fate]:,})"}
+        for fate, (css, name) in enumerate(fate_keys())
+        if fate in used
+    ]
+    return {
+        "label": label,
+        "folder": manifest.folder,
+        "router": manifest.router,
+        "loads_with": manifest.loads_with,
+        "summary": _summary(manifest),
+        "plot": fate_map(fates, f"What became of every expert: {label}") if any(fates) else None,
+        "keys": keys,
+        "columns": [what for _, what in columns],
+        "passes": [(name, len(list(group))) for name, group in groupby(columns, key=lambda column: column[0])],
+        "drops": any(layer.dropped for layer in manifest.layers),
+        "rows": [_layer_row(layer, cells) for layer, cells in zip(manifest.layers, noted, strict=True)],
+        "sentences": _refit_sentences(manifest),
+        "merges": any(len(members) > 1 for layer in manifest.layers for _, members in layer.groups()),
+    }
+
+
+def _fates(layer: LayerChange) -> list[int]:
+    fates = [3] * len(layer.expert_map)
+    for centre, members in layer.groups():
+        for expert in members:
+            fates[expert] = 0 if len(members) == 1 else 1 if expert == centre else 2
+    return fates
+
+
+def _summary(manifest: Manifest) -> str:
+    before, after = (range_text([getattr(layer, side) for layer in manifest.layers]) for side in ("before", "after"))
+    return f"{before} → {after} experts in {count_text(len(manifest.layers), 'layer')}, {manifest.router} router"
+
+
+def _layer_row(layer: LayerChange, cells: list[str]) -> Section:
+    groups = layer.groups()
+    merged = sorted((group for group in groups if len(group[1]) > 1), key=lambda group: (-len(group[1]), group[1]))
+    alone = sorted(members[0] for _, members in groups if len(members) == 1)
+    return {
+        "index": layer.index,
+        "block": layer.block,
+        "experts": f"{layer.before} → {layer.after}",
+        "num_merged": len(merged),
+        "largest": max((len(members) for _, members in merged), default=0) or MISSING,
+        "num_alone": len(alone),
+        "num_dropped": len(layer.dropped),
+        "cells": cells,
+        "merged": [
+            {
+                "centre": MISSING if centre is None else centre,
+                "others": ranges_text([expert for expert in members if expert != centre]),
+                "size": len(members),
+            }
+            for centre, members in merged
+        ],
+        "alone": ranges_text(alone) if alone else "",
+        "dropped": ranges_text(layer.dropped) if layer.dropped else "",
+    }
+
+
+def _notes(manifest: Manifest) -> tuple[list[tuple[str, str]], list[list[str]]]:
+    """Return (pass, what) of every column and, for each layer, the cells of what the passes noted."""
+    flat: list[dict[tuple[str, str], str]] = []
+    for layer in manifest.layers:
+        cells: dict[tuple[str, str], str] = {}
+        for name, noted in layer.notes.items():
+            entries = noted.items() if isinstance(noted, dict) else [("", noted)]
+            for key, value in entries:
+                cells[name, str(key).replace("_", " ").replace("heldout", "held-out")] = note_text(value)
+        flat.append(cells)
+    found = dict.fromkeys(column for cells in flat for column in cells)
+    passes = list(dict.fromkeys(name for name, _ in found))
+    columns = sorted(found, key=lambda column: passes.index(column[0]))
+    return columns, [[cells.get(column, MISSING) for column in columns] for cells in flat]
+
+
+def _refit_sentences(manifest: Manifest) -> list[str]:
+    """Return what the re-fit of down projections achieved over all layers, from the pass's own notes."""
+    noted = [layer.notes["refit-down"] for layer in manifest.layers if isinstance(layer.notes.get("refit-down"), dict)]
+    pairs = [(note.get("heldout_error_average"), note.get("heldout_error_refit")) for note in noted]
+    known = [(before, after) for before, after in pairs if before is not None and after is not None]
+    if not known:
+        return []
+    before, after = (sum(values) / len(known) for values in zip(*known, strict=True))
+    merged = sum(int(note.get("merged") or 0) for note in noted)
+    fell_back = sum(int(note.get("kept_average") or 0) for note in noted)
+    ridges = sorted(ridge for note in noted for ridge in note.get("ridge") or [] if ridge is not None)
+    sentences = [
+        f"Held-out error of the merged experts: {number_text(before)} with the average, {number_text(after)} with "
+        f"re-fitted down projections "
+        f"(share of the members' squared output; mean over {count_text(len(known), 'layer')})."
+    ]
+    if ridges:
+        middle = f"{ridges[len(ridges) // 2]:.3g}"
+        span = f"{ridges[0]:.3g} to {ridges[-1]:.3g}"
+        sentences.append(f"Chosen ridge: {middle} at the median, from {span} (multiples of the mean Gram diagonal).")
+    sentences.append(
+        f"{fell_back:,} of {count_text(merged, 'merged expert')} kept the plain average, because no ridge beat it."
+    )
+    return sentences

@@ -1,0 +1,401 @@
+"""Find what a run folder holds: profiles, plans, compressed checkpoints and scorecards, and which belongs to which."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coterie.artifact import read_artifact, read_header
+from coterie.compress.plan import Plan
+from coterie.errors import CorruptArtifact, CoterieError, InputError
+from coterie.evaluate.scorecard import Scorecard
+from coterie.model.checkpoint import Checkpoint
+from coterie.model.inspect import inspect
+from coterie.profile.profile import FILE as PROFILE_FILE
+from coterie.profile.profile import Profile
+
+log = logging.getLogger(__name__)
+
+#: How deep below the run folder artefacts are looked for: RUN/a/b/file.json is found.
+DEPTH = 3
+
+MANIFEST_FILE = "coterie.json"
+_OUR_NAMES = (PROFILE_FILE, MANIFEST_FILE)
+_HEAD = 4096  # bytes; our JSON names itself in its first line
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerChange:
+    """What a manifest says of one layer.
+
+    Attributes:
+        index: position among the MoE layers.
+        block: name of the block.
+        before: experts of the original, E.
+        after: experts of the result, M.
+        expert_map: for each original expert the new one that stands for it, -1 when dropped.
+        centres: for each new expert the original one that it is centred on, or None.
+        notes: what passes noted, by pass.
+    """
+
+    index: int
+    block: str
+    before: int
+    after: int
+    expert_map: tuple[int, ...]
+    centres: tuple[int, ...] | None
+    notes: Mapping[str, Any]
+
+    def groups(self) -> list[tuple[int | None, tuple[int, ...]]]:
+        """Return (centre, all members) of every new expert, in the order of the new experts."""
+        members: dict[int, list[int]] = {}
+        for expert, new in enumerate(self.expert_map):
+            if new >= 0:
+                members.setdefault(new, []).append(expert)
+        centres = self.centres
+        return [
+            (centres[new] if centres is not None and new < len(centres) else None, tuple(experts))
+            for new, experts in sorted(members.items())
+        ]
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Original experts for which nothing stands."""
+        return tuple(expert for expert, new in enumerate(self.expert_map) if new < 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """One compressed checkpoint, from its ``coterie.json`` and its headers.
+
+    Attributes:
+        path: the JSON file, relative to the run folder.
+        folder: name of the checkpoint's folder.
+        model: name of the original model.
+        recipe, router, how_to_load, loads_with, domains, calibration_tokens, seq_len, seed, logits_error, seconds,
+            bytes_before, bytes_after: as in the file.
+        passes: (name, options) of every pass.
+        layers: what became of each layer.
+        inputs: digests of what it was made from.
+        version: version of Coterie that wrote it.
+        digest: digest of the checkpoint, or None when its weights are not there.
+        expert_bytes: bytes of its routed experts, or None when its weights are not there.
+    """
+
+    path: str
+    folder: str
+    model: str
+    recipe: str
+    router: str
+    how_to_load: str
+    loads_with: str
+    passes: tuple[tuple[str, Mapping[str, Any]], ...]
+    domains: tuple[str, ...]
+    calibration_tokens: int
+    seq_len: int
+    seed: int
+    logits_error: float | None
+    layers: tuple[LayerChange, ...]
+    seconds: Mapping[str, float]
+    bytes_before: int
+    bytes_after: int
+    plan: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    version: str
+    digest: str | None
+    expert_bytes: int | None
+
+
+@dataclass(slots=True)
+class Run:
+    """All artefacts of a run folder, sorted by path; paths are relative to it.
+
+    Attributes:
+        name: name of the run folder.
+        profiles, manifests, scorecards, plans: (relative path, artefact).
+        versions: version of Coterie that wrote each artefact, by relative path.
+        left_out: sentences about what was found and is not shown.
+    """
+
+    name: str
+    profiles: list[tuple[str, Profile]] = field(default_factory=list)
+    manifests: list[Manifest] = field(default_factory=list)
+    scorecards: list[tuple[str, Scorecard]] = field(default_factory=list)
+    plans: list[tuple[str, Plan]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One model of the report: the base, or a compressed one; scored, described by a manifest, or both.
+
+    Attributes:
+        label: short name, unique on the page.
+        name: name of its folder.
+        is_base: whether it is what others were compared with.
+        manifest: how it was made, or None when unknown.
+        card: what evaluation measured, or None when it was not evaluated.
+        base_card: the scorecard of its base on the same text, or None.
+        num_bytes: bytes of all tensors.
+    """
+
+    label: str
+    name: str
+    is_base: bool
+    manifest: Manifest | None
+    card: Scorecard | None
+    base_card: Scorecard | None
+    num_bytes: int
+
+    @property
+    def bytes_ratio(self) -> float | None:
+        """Bytes divided by the original's, or None when the original's are not known."""
+        if self.card is not None and self.card.bytes_ratio is not None:
+            return self.card.bytes_ratio
+        return self.num_bytes / self.manifest.bytes_before if self.manifest is not None else None
+
+    @property
+    def kept(self) -> float | None:
+        """Share of the experts that are left, over all layers."""
+        if self.manifest is None:
+            return None
+        before = sum(layer.before for layer in self.manifest.layers)
+        return sum(layer.after for layer in self.manifest.layers) / before if before else None
+
+    def score(self, key: str, domain: str | None = None) -> float | None:
+        """Return one score of `coterie.evaluate.scorecard.Scores`, or "perplexity_ratio", over all or in one domain."""
+        if self.card is None:
+            return None
+        if key == "perplexity_ratio":
+            mine = self.score("perplexity", domain)
+            base = _score(self.base_card, "perplexity", domain)
+            return mine / base if mine is not None and base else None
+        return _score(self.card, key, domain)
+
+
+def gather(run: str | Path) -> Run:
+    """Read every artefact of a run folder, down to `DEPTH` levels; hidden folders are not looked into.
+
+    Raises:
+        InputError: `run` is not a folder, or holds no artefact.
+        CorruptArtifact: an artefact is damaged.
+        StaleArtifact: an artefact is newer than this version reads.
+    """
+    root = Path(run).expanduser()
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder; a report is made from the folder that holds a run's results")
+    found = Run(name=root.resolve().name)
+    for path in _json_files(root, DEPTH):
+        if path.name in _OUR_NAMES or _names_itself(path):
+            _read(found, path, path.relative_to(root).as_posix())
+    if not (found.profiles or found.manifests or found.scorecards or found.plans):
+        raise InputError(
+            f"{root} holds nothing to report on: looked {DEPTH} levels deep for {PROFILE_FILE} (coterie profile), "
+            f"{MANIFEST_FILE} inside a compressed checkpoint (coterie compress), plans and scorecards as *.json "
+            f"(coterie plan, coterie evaluate); run one of these into {root} first"
+        )
+    return found
+
+
+def entries_of(run: Run) -> list[Entry]:
+    """Join manifests and scorecards to the models of the report: bases first, then the largest, the least damage."""
+    cards = _latest(run)
+    base_digests = {card.base_digest for _, card in cards if card.base_digest is not None}
+    by_digest = {(card.model_digest, card.text_digest): card for _, card in cards}
+    unmatched = list(run.manifests)
+    drafts: list[tuple[Manifest | None, Scorecard | None, str, bool]] = []
+    for path, scored in cards:
+        is_base = scored.model_digest in base_digests
+        found = None if is_base else _manifest_for(scored, run.manifests)
+        if found in unmatched:
+            unmatched.remove(found)
+        drafts.append((found, scored, path, is_base))
+    drafts += [(manifest, None, manifest.path, False) for manifest in unmatched]
+    labels = _labels(drafts)
+    entries = []
+    for (manifest, card, _, is_base), label in zip(drafts, labels, strict=True):
+        num_bytes = card.num_bytes if card is not None else manifest.bytes_after if manifest is not None else 0
+        digest = None if card is None else card.model_digest if is_base else card.base_digest
+        base_card = None if card is None or digest is None else by_digest.get((digest, card.text_digest))
+        name = manifest.folder if manifest is not None else card.model if card is not None else ""
+        entries.append(
+            Entry(
+                label=label,
+                name=name,
+                is_base=is_base,
+                manifest=manifest,
+                card=card,
+                base_card=base_card,
+                num_bytes=num_bytes,
+            )
+        )
+    return sorted(entries, key=_rank)
+
+
+def _rank(entry: Entry) -> tuple[Any, ...]:
+    costs = [(cost is None, cost or 0.0) for cost in (entry.score("kl"), entry.score("perplexity"))]
+    kept = entry.kept if entry.kept is not None else 2.0
+    return (not entry.is_base, -kept, *costs, entry.label)
+
+
+def _score(card: Scorecard | None, key: str, domain: str | None) -> float | None:
+    if card is None:
+        return None
+    scores: Mapping[str, Any] = card.overall if domain is None else card.domains.get(domain, {})
+    value = scores.get(key)
+    return None if value is None else float(value)
+
+
+def _json_files(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield the JSON files of a folder, then those of its folders, sorted."""
+    inside = sorted(folder.iterdir())
+    yield from (path for path in inside if path.suffix == ".json" and path.is_file())
+    if depth > 1:
+        for path in inside:
+            if path.is_dir() and not path.name.startswith("."):
+                yield from _json_files(path, depth - 1)
+
+
+def _names_itself(path: Path) -> bool:
+    """Tell whether a JSON file is one of ours, from its first bytes; tokenizers and indices can be very large."""
+    with path.open("rb") as file:
+        return b'"coterie"' in file.read(_HEAD)
+
+
+def _read(run: Run, path: Path, relative: str) -> None:
+    header = read_header(path)
+    kind = header["kind"]
+    run.versions[relative] = str(header.get("coterie", "unknown"))
+    if kind == "profile" and path.name == PROFILE_FILE:
+        run.profiles.append((relative, Profile.load(path.parent)))
+    elif kind == "manifest":
+        run.manifests.append(_read_manifest(path, relative, header))
+    elif kind == "scorecard":
+        run.scorecards.append((relative, Scorecard.load(path)))
+    elif kind == "plan":
+        run.plans.append((relative, Plan.load(path)))
+    else:
+        log.warning("%s is of the kind %s, which the report does not show", path, kind)
+        run.left_out.append(f"{relative} is of the kind {kind}, which the report does not show.")
+
+
+def _read_manifest(path: Path, relative: str, header: Mapping[str, Any]) -> Manifest:
+    body, _ = read_artifact(path, kind="manifest")
+    digest, expert_bytes = _weights(path.parent)
+    try:
+        layers = tuple(
+            LayerChange(
+                index=int(layer["index"]),
+                block=str(layer["block"]),
+                before=int(layer["num_experts_before"]),
+                after=int(layer["num_experts_after"]),
+                expert_map=tuple(map(int, layer["expert_map"])),
+                centres=None if layer["centres"] is None else tuple(map(int, layer["centres"])),
+                notes=dict(layer["notes"]),
+            )
+            for layer in body["layers"]
+        )
+        return Manifest(
+            path=relative,
+            folder=path.resolve().parent.name,
+            model=str(body["model"]),
+            recipe=str(body["recipe"]),
+            router=str(body["router"]),
+            how_to_load=str(body["how_to_load"]),
+            loads_with=str(body["loads_with"]),
+            passes=tuple((str(name), dict(options)) for name, options in body["passes"]),
+            domains=tuple(map(str, body["domains"])),
+            calibration_tokens=int(body["calibration_tokens"]),
+            seq_len=int(body["seq_len"]),
+            seed=int(body["seed"]),
+            logits_error=None if body["logits_error"] is None else float(body["logits_error"]),
+            layers=layers,
+            seconds={str(stage): float(seconds) for stage, seconds in body["seconds"].items()},
+            bytes_before=int(body["bytes_before"]),
+            bytes_after=int(body["bytes_after"]),
+            plan=body["plan"],
+            inputs=header["inputs"],
+            version=str(header.get("coterie", "unknown")),
+            digest=digest,
+            expert_bytes=expert_bytes,
+        )
+    except KeyError as error:
+        raise CorruptArtifact(f"{path}: the manifest lacks {error}; compress again with this version") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CorruptArtifact(f"{path}: the manifest holds something unexpected: {error}") from None
+
+
+def _weights(folder: Path) -> tuple[str | None, int | None]:
+    """Return digest and bytes of routed experts of a checkpoint; None for what cannot be found out."""
+    try:
+        digest = Checkpoint.open(folder).digest
+    except (CoterieError, OSError) as error:
+        log.info("%s: the weights cannot be read, so the report does without them: %s", folder, error)
+        return None, None
+    try:
+        return digest, inspect(folder).parts["experts"].bytes
+    except CoterieError as error:
+        log.info("%s: cannot tell expert bytes from others: %s", folder, error)
+        return digest, None
+
+
+def _latest(run: Run) -> list[tuple[str, Scorecard]]:
+    """Return one scorecard a model and text (the last by path, better with a base); say which are left out."""
+    latest: dict[tuple[str, str], tuple[str, Scorecard]] = {}
+    for path, card in run.scorecards:
+        key = (card.model_digest, card.text_digest)
+        if key not in latest:
+            latest[key] = (path, card)
+            continue
+        shown, hidden = (path, card), latest[key]
+        if card.base_digest is None and hidden[1].base_digest is not None:
+            shown, hidden = hidden, shown
+        latest[key] = shown
+        run.left_out.append(f"{hidden[0]} scores the same model on the same text as {shown[0]} and is not shown.")
+    return list(latest.values())
+
+
+def _manifest_for(card: Scorecard, manifests: list[Manifest]) -> Manifest | None:
+    """Return the manifest of a scored model: by digest, else by the name of a folder whose weights are gone."""
+    for manifest in manifests:
+        if manifest.digest == card.model_digest:
+            return manifest
+    named = [m for m in manifests if m.digest is None and m.folder == card.model.rstrip("/").rpartition("/")[2]]
+    return named[0] if len(named) == 1 else None
+
+
+def recipe_name(manifest: Manifest) -> str:
+    """Return the recipe, and the router's form where it is not the plain one."""
+    return manifest.recipe + (" · map" if manifest.router == "map" else "")
+
+
+def _labels(drafts: list[tuple[Manifest | None, Scorecard | None, str, bool]]) -> list[str]:
+    """Return a short unique label for each model: its recipe, with as much more as it takes.
+
+    Counts of experts are added to all or to none, so that labels look alike; folders only where they must be.
+    """
+    choices: list[list[str]] = []
+    for manifest, card, path, _ in drafts:
+        if manifest is None:
+            name = card.model if card is not None else path
+            choices.append([name, name, f"{name} ({path})"])
+            continue
+        counts = sorted({layer.after for layer in manifest.layers})
+        short = recipe_name(manifest)
+        sized = f"{short} · {'–'.join(map(str, [counts[0], counts[-1]][: len(counts)]))}" if counts else short
+        choices.append([short, sized, f"{sized} ({manifest.folder})", f"{sized} ({manifest.path}, {path})"])
+    labels = [options[0] for options in choices]
+    if len(set(labels)) < len(labels):
+        labels = [options[1] for options in choices]
+    for level in (2, 3):
+        counted = Counter(labels)
+        labels = [
+            options[min(level, len(options) - 1)] if counted[label] > 1 else label
+            for label, options in zip(labels, choices, strict=True)
+        ]
+    return labels

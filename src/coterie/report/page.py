@@ -1,0 +1,79 @@
+"""One HTML page to look at, from any run folder.
+
+    from coterie import report
+
+    report("run")                   # writes run/report.html
+
+The page holds everything inside: no script, no network, no other file. Equal artefacts give an equal page.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from coterie import __version__
+from coterie.artifact import atomic_path
+from coterie.errors import InputError
+from coterie.report.experts import changes, experts
+from coterie.report.gather import Run, entries_of, gather
+from coterie.report.sections import costs, headline, provenance, results_table, sizes
+
+FILE = "report.html"
+
+_TEMPLATE = "page.html.j2"
+
+
+def report(run: str | Path, out: str | Path | None = None) -> Path:
+    """Write one self-contained HTML page about everything that a run folder holds.
+
+    The folder is searched three levels deep for profiles, plans, compressed checkpoints and scorecards; the page has
+    the sections for which there is data.
+
+    Args:
+        run: the folder.
+        out: the page to write; ``RUN/report.html`` when None. An existing page is replaced.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        InputError: `run` is no folder or holds nothing to report on, or `out` is a folder or lies in none.
+        CorruptArtifact: an artefact is damaged.
+        StaleArtifact: an artefact was written by a newer version.
+    """
+    found = gather(run)
+    target = Path(run).expanduser() / FILE if out is None else Path(out).expanduser()
+    if target.is_dir():
+        raise InputError(f"{target} is a folder; name the file to write, such as {target / FILE}")
+    if not target.parent.is_dir():
+        raise InputError(f"{target.parent} is not a folder; make it first, or leave the place for the page out")
+    text = render(found)
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "replace"))  # names on disk may hold what UTF-8 cannot
+    return target
+
+
+def render(run: Run) -> str:
+    """Return the page of a run as HTML."""
+    entries = entries_of(run)
+    content: dict[str, Any] = {
+        "run": run.name,
+        "version": __version__,
+        "headline": headline(run, entries),
+        "results": results_table(entries),
+        "costs": costs(entries),
+        "experts": experts(run),
+        "changes": changes(entries),
+        "sizes": sizes(run, entries),
+        "provenance": provenance(run, entries),
+    }
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(_TEMPLATE).render(content)

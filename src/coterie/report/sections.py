@@ -1,0 +1,513 @@
+"""The sections on results: from the models of a run to what the template prints. A section without data is None.
+
+Every function returns plain content (text, numbers, ready SVG); the template only arranges it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from coterie.report.draw import CIVIDIS, colour, hex_colour, ink_on, key_mark
+from coterie.report.gather import Entry, Manifest, Run, recipe_name
+from coterie.report.plots import ByteRow, byte_bars, domain_dots, time_bars, trade_off
+from coterie.report.words import MISSING, bytes_text, count_text, number_text, percent_text, range_text, times_text
+
+Section = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """One column of the table of results."""
+
+    title: str
+    hint: str
+    value: Callable[[Entry], float | None]
+    text: Callable[[float | None], str]
+    better: str = ""  # "low", "high" or "" for neither
+
+
+COLUMNS = (
+    Column(title="Bytes", hint="all tensors in the weight files", value=lambda e: float(e.num_bytes),
+           text=lambda v: bytes_text(None if v is None else round(v)), better="low"),
+    Column(title="of original", hint="bytes divided by the original's", value=lambda e: e.bytes_ratio,
+           text=percent_text, better="low"),
+    Column(title="Perplexity", hint="exp of the mean negative log-likelihood of all test tokens",
+           value=lambda e: e.score("perplexity"), text=number_text, better="low"),
+    Column(title="× original", hint="perplexity divided by the original's on the same tokens",
+           value=lambda e: e.score("perplexity_ratio"), text=times_text, better="low"),
+    Column(title="KL", hint="mean divergence of the predictions from the original's, in nats a token",
+           value=lambda e: None if e.is_base else e.score("kl"), text=number_text, better="low"),
+    Column(title="Top-1 agreement", hint="share of tokens where the likeliest next token is the original's",
+           value=lambda e: None if e.is_base else e.score("agreement"),
+           text=lambda v: percent_text(v, 1), better="high"),
+    Column(title="Exact answers", hint="share of questions answered exactly", value=lambda e: e.score("accuracy"),
+           text=lambda v: percent_text(v, 1), better="high"),
+    Column(title="Speed", hint="tokens a second divided by the original's, measured in turns",
+           value=lambda e: None if e.card is None else e.card.speed_ratio, text=times_text, better="high"),
+)  # fmt: skip
+
+
+def compressed(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the models that are not a base."""
+    return [entry for entry in entries if not entry.is_base]
+
+
+def best_of(entries: Sequence[Entry]) -> Entry | None:
+    """Return the model that costs least: the lowest KL, else the lowest perplexity, else the first."""
+    for key in ("kl", "perplexity"):
+        scored = [(value, entry) for entry in entries if (value := entry.score(key)) is not None]
+        if scored:
+            return min(scored, key=lambda pair: (pair[0], pair[1].label))[1]
+    return entries[0] if entries else None
+
+
+def experts_text(manifest: Manifest | None) -> str:
+    """Return how many experts a layer has, before and after: ``32 → 16``."""
+    if manifest is None:
+        return MISSING
+    before, after = (range_text([getattr(layer, side) for layer in manifest.layers]) for side in ("before", "after"))
+    return f"{before} → {after}"
+
+
+def model_name(run: Run, entries: Sequence[Entry]) -> str:
+    """Return the name of the original model: the base's, else the one that results were made from, else the run's."""
+    names = [entry.card.model for entry in entries if entry.is_base and entry.card is not None]
+    names = names or [entry.card.base for entry in entries if entry.card is not None and entry.card.base]
+    names = names or [manifest.model for manifest in run.manifests]
+    names = names or [entry.card.model for entry in entries if entry.card is not None]
+    return Counter(names).most_common(1)[0][0] if names else run.name
+
+
+def headline(run: Run, entries: Sequence[Entry]) -> Section:
+    """Return which model, what was kept, what it weighs and what it cost."""
+    results = compressed(entries)
+    best = best_of(results)
+    name = model_name(run, entries)
+    facts = _facts(run, entries)
+    if best is None:
+        return {"model": name, "facts": facts, "cards": [], "lead": "", "best": "", "domains": "", "sizes": []}
+    scored = best.score("kl") is not None or best.score("perplexity") is not None
+    lead = f"{count_text(len(results), 'compressed result')} of {name}." if len(results) > 1 else ""
+    return {
+        "model": name,
+        "facts": facts,
+        "lead": lead,
+        "best": best.label,
+        "why": "costs least" if scored and len(results) > 1 else "",
+        "cards": _cards(best),
+        "domains": _hardest(best),
+        "sizes": _best_by_size(results),
+    }
+
+
+def _facts(run: Run, entries: Sequence[Entry]) -> list[str]:
+    facts = []
+    if run.profiles:
+        profile = run.profiles[0][1]
+        layers = profile.layers
+        facts.append(count_text(len(layers), "MoE layer"))
+        facts.append(f"{range_text([layer.num_experts for layer in layers])} experts a layer")
+        facts.append(f"top {range_text([layer.top_k for layer in layers])}")
+    elif run.manifests:
+        changes = run.manifests[0].layers
+        facts.append(count_text(len(changes), "MoE layer"))
+        facts.append(f"{range_text([layer.before for layer in changes])} experts a layer")
+    cards = [entry.card for entry in entries if entry.card is not None]
+    if cards:
+        facts.append(f"scored on {count_text(cards[0].overall['tokens'], 'token')}")
+        facts.append(count_text(len(cards[0].domains), "domain"))
+    elif run.profiles:
+        facts.append(f"profiled on {count_text(sum(run.profiles[0][1].num_tokens), 'token')}")
+    return facts
+
+
+def _cards(best: Entry) -> list[dict[str, str]]:
+    cards: list[dict[str, str]] = []
+
+    def add(title: str, value: str, note: str) -> None:
+        cards.append({"title": title, "value": value, "note": note})
+
+    manifest, base = best.manifest, best.base_card
+    if manifest is not None and manifest.layers:
+        before = range_text([layer.before for layer in manifest.layers])
+        after = range_text([layer.after for layer in manifest.layers])
+        note = f"experts in each of {count_text(len(manifest.layers), 'layer')}"
+        add("Kept", f"{after} of {before}", note)
+    ratio = best.bytes_ratio
+    note = f"{percent_text(ratio)} of {bytes_text(round(best.num_bytes / ratio))}" if ratio else "all tensors"
+    add("Bytes", bytes_text(best.num_bytes), note)
+    perplexity, times = best.score("perplexity"), best.score("perplexity_ratio")
+    if perplexity is not None:
+        before = number_text(base.overall["perplexity"]) if base is not None else ""
+        value = times_text(times) if times is not None else number_text(perplexity)
+        add("Perplexity", value, f"{before} → {number_text(perplexity)}" if times is not None else "test text")
+    if (kl := best.score("kl")) is not None:
+        add("KL", number_text(kl), "nats a token, from the original")
+    if (agreement := best.score("agreement")) is not None:
+        add("Top-1 agreement", percent_text(agreement, 1), "same likeliest token")
+    if (accuracy := best.score("accuracy")) is not None:
+        held = base.overall["accuracy"] if base is not None else None
+        add("Exact answers", percent_text(accuracy, 1), f"original {percent_text(held, 1)}" if held is not None else "")
+    return cards
+
+
+def _hardest(best: Entry) -> str:
+    if best.card is None:
+        return ""
+    scored = [(kl, domain) for domain in best.card.domains if (kl := best.score("kl", domain)) is not None]
+    if len(scored) < 2:
+        return ""
+    low, high = min(scored), max(scored)
+    return f"Hardest hit: {high[1]} (KL {number_text(high[0])}). Least: {low[1]} ({number_text(low[0])})."
+
+
+def _size_name(entry: Entry) -> str:
+    if entry.manifest is None:
+        return "unknown"
+    return f"{range_text([layer.after for layer in entry.manifest.layers])} experts a layer"
+
+
+def _best_by_size(results: Sequence[Entry]) -> list[dict[str, str]]:
+    sizes = list(dict.fromkeys(_size_name(entry) for entry in results if entry.manifest is not None))
+    if len(sizes) < 2:
+        return []
+    rows = []
+    for size in sizes:
+        best = best_of([entry for entry in results if _size_name(entry) == size])
+        assert best is not None
+        rows.append(
+            {
+                "size": size,
+                "label": best.label,
+                "bytes": bytes_text(best.num_bytes),
+                "ratio": percent_text(best.bytes_ratio),
+                "kl": number_text(best.score("kl")),
+                "perplexity": times_text(best.score("perplexity_ratio")),
+            }
+        )
+    return rows
+
+
+def results_table(entries: Sequence[Entry]) -> Section | None:
+    """Return the table of all models, the base first and the best values marked, and size against cost."""
+    results = compressed(entries)
+    if not entries:
+        return None
+    columns = [column for column in COLUMNS if any(column.value(entry) is not None for entry in entries)]
+    titles = {column.title for column in columns}
+    sizes = Counter(_size_name(entry) for entry in results)
+    apart = len(sizes) > 1 and max(sizes.values()) > 1
+    best: dict[tuple[str, str], float] = {}
+    for column in columns:
+        for size in sizes:
+            held = [entry for entry in results if not apart or _size_name(entry) == size]
+            values = [value for entry in held if (value := column.value(entry)) is not None and math.isfinite(value)]
+            if len(values) > 1 and column.better and max(values) > min(values):
+                best[size, column.title] = min(values) if column.better == "low" else max(values)
+    rows = []
+    group = ""
+    for entry in entries:
+        size = _size_name(entry)
+        heading = size if apart and not entry.is_base and size != group else ""
+        group = size if not entry.is_base else ""
+        cells = []
+        for column in columns:
+            value = column.value(entry)
+            chosen = not entry.is_base and value is not None and best.get((size, column.title)) == value
+            cells.append({"text": column.text(value), "best": chosen})
+        manifest = entry.manifest
+        rows.append(
+            {
+                "heading": heading,
+                "label": "original" if entry.is_base else entry.label,
+                "name": entry.name,
+                "is_base": entry.is_base,
+                "router": MISSING if manifest is None else manifest.router,
+                "experts": experts_text(manifest),
+                "cells": cells,
+            }
+        )
+    return {
+        "columns": columns,
+        "rows": rows,
+        "apart": apart,
+        "any_best": bool(best),
+        "any_base": any(entry.is_base for entry in entries),
+        "order": next((word for key, word in (("KL", "KL"), ("Perplexity", "perplexity")) if key in titles), ""),
+        "maps": any(entry.manifest is not None and entry.manifest.router == "map" for entry in results),
+        "texts": len({entry.card.text_digest for entry in entries if entry.card is not None}),
+        "trade_off": _trade_off(results),
+    }
+
+
+def _trade_off(results: Sequence[Entry]) -> Section | None:
+    """Return KL against bytes, one line a recipe and router, where sizes differ by two hundredths or more."""
+    series: dict[str, list[tuple[str, float, float]]] = {}
+    for entry in results:
+        ratio, kl = entry.bytes_ratio, entry.score("kl")
+        if ratio is not None and kl is not None and math.isfinite(kl):
+            name = entry.label if entry.manifest is None else recipe_name(entry.manifest)
+            series.setdefault(name, []).append((entry.label, ratio, kl))
+    ratios = [ratio for points in series.values() for _, ratio, _ in points]
+    if len(ratios) < 2 or max(ratios) - min(ratios) < 0.02:
+        return None
+    joined = [sorted(points, key=lambda point: point[1]) for points in series.values()]
+    plot = trade_off(joined, "bytes, as a share of the original's", "KL from the original, nats a token")
+    return {"plot": plot, "legend": _legend(list(series))}
+
+
+def _legend(labels: Sequence[str]) -> list[dict[str, Any]]:
+    return [{"mark": key_mark(number), "label": label} for number, label in enumerate(labels)]
+
+
+def costs(entries: Sequence[Entry]) -> Section | None:
+    """Return what compression cost in every domain: heat tables of KL, perplexity and answers; a dot plot of KL."""
+    scored = [entry for entry in compressed(entries) if entry.card is not None]
+    domains = list(dict.fromkeys(domain for entry in scored if entry.card is not None for domain in entry.card.domains))
+    if not scored or not domains:
+        return None
+    tables = [
+        table
+        for table in (
+            _heat_table(
+                scored, domains, "kl", "KL from the original, nats a token", number_text,
+                "Brighter cells cost more; 0 means that every prediction is the original's.", floor=0.0,
+            ),
+            _heat_table(
+                scored, domains, "perplexity_ratio", "Perplexity, as a multiple of the original's", times_text,
+                "Brighter cells cost more; 1× is no loss. The colours are on a logarithmic scale.", floor=1.0, log=True,
+            ),
+            _perplexity_table(scored, domains),
+            _answers_table(scored, domains, entries),
+        )
+        if table is not None
+    ]  # fmt: skip
+    if not tables:
+        return None
+    series = [[_finite(entry.score("kl", domain)) for domain in domains] for entry in scored]
+    plot: Markup | None = None
+    if any(value is not None for row in series for value in row):
+        plot = domain_dots(domains, series, "KL from the original, nats a token", 0.0)
+    return {"tables": tables, "plot": plot, "legend": _legend([entry.label for entry in scored])}
+
+
+def _heat_table(
+    scored: Sequence[Entry],
+    domains: Sequence[str],
+    key: str,
+    title: str,
+    text: Callable[[float | None], str],
+    caption: str,
+    *,
+    floor: float,
+    log: bool = False,
+) -> Section | None:
+    columns = [None, *domains]
+    values = [[entry.score(key, domain) for domain in columns] for entry in scored]
+    known = [value for row in values for value in row if value is not None and math.isfinite(value)]
+    if not known:
+        return None
+    high = max([*known, floor])
+
+    def place(value: float) -> float:
+        if not math.isfinite(value):
+            return 1.0
+        if log:
+            return math.log(max(value, floor) / floor) / math.log(high / floor) if high > floor else 0.0
+        return (value - floor) / (high - floor) if high > floor else 0.0
+
+    rows = []
+    for entry, row in zip(scored, values, strict=True):
+        cells = []
+        for value in row:
+            rgb = None if value is None else colour(CIVIDIS, place(value))
+            style = "" if rgb is None else f"background:{hex_colour(rgb)};color:{ink_on(rgb)}"
+            cells.append({"text": text(value), "style": style})
+        rows.append({"label": entry.label, "cells": cells})
+    return {"title": title, "caption": caption, "columns": ["all", *domains], "rows": rows}
+
+
+def _perplexity_table(scored: Sequence[Entry], domains: Sequence[str]) -> Section | None:
+    """Return perplexity by domain without colours, where there is no original to compare with."""
+    if any(entry.score("perplexity_ratio") is not None for entry in scored):
+        return None
+    columns = [None, *domains]
+    if all(entry.score("perplexity", domain) is None for entry in scored for domain in columns):
+        return None
+    rows = []
+    for entry in scored:
+        cells = [{"text": number_text(entry.score("perplexity", domain)), "style": ""} for domain in columns]
+        rows.append({"label": entry.label, "cells": cells})
+    caption = "Not compared with an original: none was scored on the same text."
+    return {"title": "Perplexity", "caption": caption, "columns": ["all", *domains], "rows": rows}
+
+
+def _answers_table(scored: Sequence[Entry], domains: Sequence[str], entries: Sequence[Entry]) -> Section | None:
+    asked = [domain for domain in domains if any(entry.score("accuracy", domain) is not None for entry in scored)]
+    if len(asked) < 2:  # one domain of questions stands in the table of results
+        return None
+    base = [entry for entry in entries if entry.is_base and entry.card is not None]
+    rows = []
+    for entry in [*base, *scored]:
+        cells = []
+        for domain in (None, *asked):
+            value = entry.score("accuracy", domain)
+            rgb = None if value is None else colour(CIVIDIS, 1.0 - value)
+            style = "" if rgb is None else f"background:{hex_colour(rgb)};color:{ink_on(rgb)}"
+            cells.append({"text": percent_text(value), "style": style})
+        rows.append({"label": "original" if entry.is_base else entry.label, "cells": cells})
+    caption = "Share of questions answered exactly; brighter cells answer fewer."
+    return {"title": "Exact answers", "caption": caption, "columns": ["all", *asked], "rows": rows}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def sizes(run: Run, entries: Sequence[Entry]) -> Section | None:
+    """Return bars of bytes before and after, and the plans that were not carried out."""
+    results = [entry for entry in compressed(entries) if entry.bytes_ratio]
+    done = [manifest.plan for manifest in run.manifests]
+    open_plans = []
+    for path, plan in run.plans:
+        if _as_json(plan.body()) not in done:
+            ratio = plan.predicted_bytes / plan.original_bytes if plan.original_bytes else None
+            open_plans.append(
+                {
+                    "path": path,
+                    "recipe": plan.recipe,
+                    "router": plan.router,
+                    "experts": range_text([size.num_experts for size in plan.sizes]),
+                    "layers": len(plan.sizes),
+                    "bytes": bytes_text(plan.predicted_bytes),
+                    "original": bytes_text(plan.original_bytes),
+                    "ratio": percent_text(ratio),
+                }
+            )
+    if not results and not open_plans:
+        return None
+    plot = None
+    apart = False
+    if results:
+        first = results[0]
+        original = round(first.num_bytes / (first.bytes_ratio or 1.0))
+        rows = _byte_rows(results)
+        known = [row for row in rows if row.experts is not None]
+        # What is not an expert stays (a plain router loses rows, a map keeps them), so experts are the original's rest.
+        fixed = max((row.total - (row.experts or 0) for row in known), default=None)
+        rows.insert(0, ByteRow(name="original", total=original, experts=None if fixed is None else original - fixed))
+        plot, apart = byte_bars(rows), bool(known)
+    return {"plot": plot, "apart": apart, "plans": open_plans}
+
+
+def _byte_rows(results: Sequence[Entry]) -> list[ByteRow]:
+    """Return one bar for all results of one size; equal bars side by side say nothing."""
+    alike: dict[tuple[int, int | None], list[Entry]] = {}
+    for entry in results:
+        held = None if entry.manifest is None else entry.manifest.expert_bytes
+        alike.setdefault((entry.num_bytes, held), []).append(entry)
+    rows = []
+    for (total, held), group in alike.items():
+        name = group[0].label
+        if len(group) > 1 and group[0].manifest is not None:
+            routers = list(dict.fromkeys(entry.manifest.router for entry in group if entry.manifest is not None))
+            counts = range_text([layer.after for layer in group[0].manifest.layers])
+            name = f"{counts} experts, {routers[0]}" if len(routers) == 1 else f"{counts} experts"
+        rows.append(ByteRow(name=name, total=total, experts=held, title=", ".join(entry.label for entry in group)))
+    return rows
+
+
+def _as_json(value: Any) -> Any:
+    """Return what JSON makes of tuples."""
+    if isinstance(value, dict):
+        return {key: _as_json(entry) for key, entry in value.items()}
+    return [_as_json(entry) for entry in value] if isinstance(value, (tuple, list)) else value
+
+
+def provenance(run: Run, entries: Sequence[Entry]) -> Section:
+    """Return what everything was made from, how long it took, where it ran and how to load it."""
+    manifests = [(entry.label, entry.manifest) for entry in entries if entry.manifest is not None]
+    stages = list(dict.fromkeys(stage for _, manifest in manifests for stage in manifest.seconds))
+    timed = [(label, list(manifest.seconds.items())) for label, manifest in manifests if manifest.seconds]
+    return {
+        "artefacts": _artefacts(run),
+        "making": [_making(label, manifest) for label, manifest in manifests],
+        "time": time_bars(timed, stages) if timed else None,
+        "stages": [{"css": f"s{number % 7}", "name": stage} for number, stage in enumerate(stages)],
+        "environment": _environment(run),
+        "evaluation": _evaluation(entries),
+        "left_out": run.left_out,
+    }
+
+
+def _artefacts(run: Run) -> list[dict[str, Any]]:
+    rows: list[tuple[str, str, dict[str, str]]] = []
+    for path, profile in run.profiles:
+        rows.append((path, "profile", {"model": profile.model_digest, "text": profile.text_digest}))
+    rows += [(manifest.path, "manifest", dict(manifest.inputs)) for manifest in run.manifests]
+    for path, card in run.scorecards:
+        digests = {"model": card.model_digest, "base": card.base_digest, "text": card.text_digest}
+        rows.append((path, "scorecard", {name: digest for name, digest in digests.items() if digest is not None}))
+    rows += [(path, "plan", dict(plan.inputs)) for path, plan in run.plans]
+    return [
+        {
+            "path": path,
+            "kind": kind,
+            "version": run.versions.get(path, MISSING),
+            "digests": [{"name": name, "short": digest[:12], "full": digest} for name, digest in digests.items()],
+        }
+        for path, kind, digests in rows
+    ]
+
+
+def _making(label: str, manifest: Manifest) -> dict[str, Any]:
+    passes = []
+    for name, options in manifest.passes:
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        passes.append(f"{name} ({given})" if given else name)
+    folder = manifest.path.removesuffix("coterie.json").rstrip("/") or "."
+    return {
+        "label": label,
+        "folder": folder,
+        "passes": " → ".join(passes),
+        "tokens": f"{manifest.calibration_tokens:,}",
+        "seq_len": manifest.seq_len,
+        "domains": len(manifest.domains),
+        "domain_names": ", ".join(manifest.domains),
+        "seed": manifest.seed,
+        "logits_error": number_text(manifest.logits_error, 2),
+        "how": manifest.how_to_load.replace("OUT", repr(folder)),
+        "loads_with": manifest.loads_with,
+    }
+
+
+def _environment(run: Run) -> list[dict[str, str]]:
+    held: dict[str, dict[str, None]] = {}
+    for _, card in run.scorecards:
+        for key, value in card.environment.items():
+            held.setdefault(key, {})[str(value)] = None
+    return [{"key": key.replace("_", " "), "value": "; ".join(values)} for key, values in held.items()]
+
+
+def _evaluation(entries: Sequence[Entry]) -> list[dict[str, str]]:
+    rows: dict[tuple[str, ...], None] = {}
+    for entry in entries:
+        if entry.card is None:
+            continue
+        card = entry.card
+        rows[
+            f"{card.overall['tokens']:,}",
+            f"{card.overall['questions']:,}",
+            str(card.seq_len),
+            str(card.seed),
+            str(len(card.domains)),
+            card.text_digest[:12],
+        ] = None
+    names = ("tokens", "questions", "seq_len", "seed", "domains", "text")
+    return [dict(zip(names, row, strict=True)) for row in rows]

@@ -1,0 +1,212 @@
+"""Run folders made up from seeded random numbers, written by the real save functions."""
+
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from coterie.artifact import write_artifact
+from coterie.compress.plan import Plan
+from coterie.compress.state import LayerSize
+from coterie.evaluate.scorecard import Scorecard
+from coterie.model.layers import MoELayer
+from coterie.profile.profile import Profile, Sample
+
+NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, TOKENS = 2, 8, 2, 12, 400
+BASE = "0ba5e" * 8
+ORIGINAL_BYTES = 1_000_000
+
+
+class RunMaker:
+    """Writes artefacts into one run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.random = np.random.default_rng(0)
+        self.text_digest = "7e87" * 10
+
+    def profile(
+        self,
+        domains: Sequence[str] = ("code", "prose"),
+        *,
+        drop: Sequence[str] = (),
+        usage: Sequence[np.ndarray] | None = None,
+        place: str = "profile",
+    ) -> Profile:
+        """Save a profile; `usage` replaces the drawn counts ((G, E) by layer), `drop` leaves statistics out."""
+        count = len(domains)
+        layers, statistics, samples = [], [], []
+        for index in range(NUM_LAYERS):
+            share_GE = self.random.dirichlet(np.ones(NUM_EXPERTS), size=count)
+            drawn = np.stack([self.random.multinomial(TOKENS * TOP_K, share_E) for share_E in share_GE])
+            counts_GE = drawn if usage is None else usage[index]
+            logits_TE = self.random.normal(size=(TOKENS, NUM_EXPERTS))
+            held = {
+                "tokens": np.full(count, TOKENS),
+                "usage": counts_GE,
+                "mean_output": self.random.normal(size=(count, counts_GE.shape[1], HIDDEN)) * TOKENS,
+                "logit_sum": np.stack([logits_TE.sum(0) / count] * count),
+                "logit_product": np.stack([logits_TE.T @ logits_TE / count] * count),
+            }
+            statistics.append({name: torch.tensor(value).double() for name, value in held.items() if name not in drop})
+            samples.append(
+                Sample(
+                    inputs_TD=torch.zeros(3, HIDDEN),
+                    index_TK=torch.zeros(3, TOP_K, dtype=torch.int64),
+                    weight_TK=torch.ones(3, TOP_K),
+                    logits_TE=None,
+                    output_TD=torch.zeros(3, HIDDEN),
+                    domain_T=torch.zeros(3, dtype=torch.int64),
+                )
+            )
+            block = f"model.layers.{index}.mlp"
+            layers.append(
+                MoELayer(
+                    index=index, block=block, experts=f"{block}.experts", router=f"{block}.gate",
+                    router_tensors=((f"{block}.gate.weight", 0),), num_experts=counts_GE.shape[1], top_k=TOP_K,
+                    width=16, hidden_size=HIDDEN,
+                )
+            )  # fmt: skip
+        profile = Profile(
+            model_digest=BASE, text_digest=self.text_digest, domains=tuple(domains), num_tokens=(TOKENS,) * count,
+            seq_len=64, seed=0, layers=tuple(layers), statistics=tuple(statistics), samples=tuple(samples),
+        )  # fmt: skip
+        profile.save(self.folder / place)
+        return profile
+
+    def plan(self, recipe: str = "mergemoe", router: Any = "plain", kept: int = 4) -> Plan:
+        """Return a plan; it is not saved."""
+        return Plan(
+            recipe=recipe, router=router, sizes=(LayerSize(num_experts=kept),) * NUM_LAYERS, untouched=(),
+            original_bytes=ORIGINAL_BYTES, predicted_bytes=ORIGINAL_BYTES * (kept + 8) // 16,
+            original_parameters=500, predicted_parameters=300, seed=3, inputs={"model": BASE, "text": self.text_digest},
+        )  # fmt: skip
+
+    def manifest(
+        self,
+        name: str,
+        recipe: str = "mergemoe",
+        router: str = "plain",
+        kept: int = 4,
+        *,
+        expert_map: Sequence[int] | None = None,
+        centres: Sequence[int] | None = None,
+        notes: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> Path:
+        """Save a manifest; experts from `kept` on join expert 0, or are dropped by recipes that do not merge."""
+        plan = self.plan(recipe, router, kept)
+        rest = -1 if recipe in ("reap", "frequency") else 0
+        expert_map = expert_map or [expert if expert < kept else rest for expert in range(NUM_EXPERTS)]
+        layers = [
+            {
+                "index": index,
+                "block": f"model.layers.{index}.mlp",
+                "num_experts_before": NUM_EXPERTS,
+                "num_experts_after": kept,
+                "expert_map": list(expert_map),
+                "centres": list(centres or range(kept)),
+                "notes": dict(notes or {}),
+            }
+            for index in range(NUM_LAYERS)
+        ]
+        body: dict[str, Any] = {
+            "recipe": recipe,
+            "passes": [["cluster", {"rule": recipe}], ["average", {}]],
+            "router": router,
+            "loads_with": "coterie" if router == "map" else "transformers",
+            "how_to_load": "coterie.load_model(OUT)" if router == "map" else "Auto.from_pretrained(OUT)",
+            "plan": plan.body(),
+            "model": "grandmother",
+            "domains": ["code", "prose"],
+            "calibration_tokens": 800,
+            "seq_len": 64,
+            "seed": 3,
+            "logits_error": 2e-7,
+            "layers": layers,
+            "seconds": {"plan": 0.5, "compress": 2.0},
+            "bytes_before": plan.original_bytes,
+            "bytes_after": plan.predicted_bytes,
+        }
+        path = self.folder / name / "coterie.json"
+        write_artifact(path, kind="manifest", body=body | changes, inputs=plan.inputs)
+        return path
+
+    def card(
+        self,
+        name: str,
+        kl: float | None = 0.25,
+        *,
+        base: str | None = "grandmother",
+        domains: Sequence[str] = ("code", "prose"),
+        digest: str | None = None,
+        text: str = "5c0e" * 10,
+        num_bytes: int = 750_000,
+        factor: float = 1.5,
+        place: str | None = None,
+        accuracy: float | None = 0.5,
+    ) -> Path:
+        """Save a scorecard; perplexity is 10 times `factor`, and 20 times it in the last domain."""
+
+        def scores(scale: float) -> dict[str, Any]:
+            return {
+                "perplexity": 10 * scale * factor,
+                "kl": None if kl is None else kl * scale,
+                "agreement": None if kl is None else 1 - kl / 2,
+                "accuracy": accuracy,
+                "tokens": 504,
+                "questions": 0 if accuracy is None else 20,
+            }
+
+        held = {domain: scores(2.0 if domain == domains[-1] else 1.0) for domain in domains}
+        card = Scorecard(
+            model=name, model_digest=digest or sha256(name.encode()).hexdigest(), base=base,
+            base_digest=None if base is None else BASE, text_digest=text, seq_len=64, seed=0,
+            domains=held, overall=scores(1.0),  # type: ignore[arg-type]
+            num_bytes=num_bytes, bytes_ratio=None if base is None else num_bytes / ORIGINAL_BYTES,
+            memory_bytes=1, peak_memory_bytes=2, tokens_per_second=100.0, speed_ratio=None if base is None else 1.25,
+            environment={"coterie": "0.1.0", "device": "cpu", "threads": 1},
+        )  # fmt: skip
+        return card.save(self.folder / (place or f"scorecards/{len(list(self.folder.rglob('*.json'))):02d}.json"))
+
+    def base_card(self, **changes: Any) -> Path:
+        """Save the scorecard of the original."""
+        options: dict[str, Any] = {"kl": 0.0, "digest": BASE, "factor": 1.0, "num_bytes": ORIGINAL_BYTES}
+        return self.card("grandmother", **(options | changes))
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., RunMaker]:
+    """Return a function that makes an empty run folder of a name."""
+    return lambda name="run": RunMaker(tmp_path / name)
+
+
+@pytest.fixture
+def full_run(make_run: Callable[..., RunMaker]) -> RunMaker:
+    """Return a run with everything in it: a profile, three results with scores, and a plan that was not carried out."""
+    run = make_run()
+    run.profile()
+    run.base_card()
+    notes = {
+        "refit-down": {
+            "ridge": [0.01, None, None, None],
+            "merged": 1,
+            "kept_average": 0,
+            "heldout_error_average": 0.5,
+            "heldout_error_refit": 0.25,
+        }
+    }
+    for name, recipe, router, kl, kept in (
+        ("merged", "mergemoe", "map", 0.125, 4),
+        ("merged-plain", "mergemoe", "plain", 0.25, 4),
+        ("pruned", "reap", "plain", 0.5, 6),
+    ):
+        run.manifest(name, recipe, router, kept, notes=notes if recipe == "mergemoe" else None)
+        run.card(name, kl, num_bytes=ORIGINAL_BYTES * (kept + 8) // 16)
+    run.plan("hc-smoe", kept=2).save(run.folder / "plans" / "small.json")
+    return run
