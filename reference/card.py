@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from rich.progress import track
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import data
 import fast
+from coterie.evaluate.generation import count_correct, read_questions
 
 HERE = Path(__file__).resolve().parent
 ROWS = 16
@@ -40,19 +41,6 @@ def measure_domain(model: PreTrainedModel, windows: Tensor) -> tuple[float, floa
             chosen = router_logits.topk(config.num_experts_per_tok, dim=-1).indices.reshape(-1).cpu()
             counts_LE[layer] += torch.bincount(chosen, minlength=config.num_experts)
     return total / num_tokens, right / num_tokens, counts_LE
-
-
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, questions: list[str]) -> list[str]:
-    """Greedy continuation of each question up to the end of the line."""
-    tokenizer.padding_side = "left"
-    answers = []
-    for start in range(0, len(questions), 256):
-        prompts = [data.END + question for question in questions[start : start + 256]]
-        batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
-        output = model.generate(**batch, max_new_tokens=8, do_sample=False)
-        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers += [text.split("\n")[0].strip() for text in texts]
-    return answers
 
 
 def entropy(share: Tensor) -> Tensor:
@@ -100,10 +88,8 @@ def measure(folder: Path, num_windows: int, device: str) -> dict[str, object]:
             "accuracy": accuracy,
         }
         counts.append(counts_LE)
-    lines = (HERE / "text" / "test" / "math.qa.jsonl").read_text(encoding="utf-8").splitlines()
-    pairs = [json.loads(line) for line in lines if line.strip()]
-    given = answer(model, tokenizer, [pair["question"] for pair in pairs])
-    right = sum(text == pair["answer"].strip() for text, pair in zip(given, pairs, strict=True))
+    questions = read_questions(HERE / "text" / "test")["math"]
+    right = count_correct(model, tokenizer, questions, batch_size=128)
     parameters = sum(p.numel() for p in model.parameters())
     idle = config.num_experts - config.num_experts_per_tok
     per_expert = 3 * config.hidden_size * config.intermediate_size
@@ -113,9 +99,9 @@ def measure(folder: Path, num_windows: int, device: str) -> dict[str, object]:
         "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "domains": domains,
         "mean_perplexity": math.exp(sum(d["loss"] for d in domains.values()) / len(domains)),
-        "questions": len(pairs),
+        "questions": len(questions),
         "exact_answers": right,
-        "exact_answer_accuracy": right / len(pairs),
+        "exact_answer_accuracy": right / len(questions),
         "layers": measure_routing(torch.stack(counts)),
     }
     names = "hidden_size num_hidden_layers num_attention_heads num_experts num_experts_per_tok intermediate_size"

@@ -1,0 +1,123 @@
+"""``coterie evaluate``: what did it cost."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coterie.cli import options
+from coterie.cli.output import number, percent, print_json, print_table, print_text
+
+if TYPE_CHECKING:
+    from coterie.evaluate.scorecard import Scorecard, Scores
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model folders or hub ids.")],
+    text: Annotated[Path, typer.Option(help="Folder with test text: *.txt or *.jsonl a domain, and *.qa.jsonl.")],
+    against: Annotated[str | None, typer.Option(help="The model to compare with, usually the original.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens in all, shared equally by the domains; the whole text when left out.")
+    ] = None,
+    seq_len: options.SequenceLength = 512,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    questions: Annotated[
+        int | None, typer.Option(help="Questions of each domain at most; all when left out, none with 0.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the scorecards go: a file (*.json) for one model, or a folder.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Measure what a smaller model costs.
+
+    Perplexity, KL divergence, agreement and exact answers by domain; bytes, memory and speed.
+    """
+    files = [] if out is None else _files(out, models)
+    from coterie.evaluate.run import evaluate as run
+
+    cards = run(
+        models,
+        against=against,
+        text=text,
+        tokens=tokens,
+        seq_len=seq_len,
+        seed=seed,
+        device=device,
+        questions=questions,
+    )
+    for card, file in zip(cards, files, strict=False):
+        card.save(file)
+    if json:
+        print_json([dataclasses.asdict(card) for card in cards])
+        return
+    for card in cards:
+        _print(card)
+    _print_cost(cards)
+    for file in files:
+        print_text(f"scorecard written to {file}")
+
+
+def _files(out: Path, models: list[str]) -> list[Path]:
+    """Return the file for each model's scorecard; raise before anything is computed when one exists."""
+    from coterie.errors import OutputExists
+
+    if out.suffix == ".json":
+        if len(models) > 1:
+            raise typer.BadParameter(
+                f"{len(models)} models have {len(models)} scorecards: name a folder", param_hint="--out"
+            )
+        files = [out]
+    else:
+        names = [Path(model).expanduser().resolve().name if Path(model).exists() else model for model in models]
+        files = [out / f"scorecard-{name.replace('/', '--')}.json" for name in names]
+        if len(set(files)) < len(files):
+            raise typer.BadParameter(f"the models {', '.join(names)} need distinct names", param_hint="MODEL")
+    for file in files:
+        if file.exists():
+            raise OutputExists(f"{file} exists; choose another place or remove it")
+    return files
+
+
+def _print(card: "Scorecard") -> None:
+    def row(name: str, scores: "Scores") -> tuple[str, ...]:
+        return (
+            name,
+            number(scores["perplexity"], 3),
+            number(scores["kl"], 4),
+            percent(scores["agreement"]),
+            percent(scores["accuracy"]),
+            f"{scores['tokens']:,}",
+            f"{scores['questions']:,}",
+        )
+
+    print_text(card.model if card.base is None else f"{card.model} against {card.base}")
+    print_text()
+    print_table(
+        ("domain", "perplexity", "KL (nats)", "agreement", "exact answers", "tokens", "questions"),
+        [row(domain, scores) for domain, scores in card.domains.items()],
+        footer=row("all", card.overall),
+    )
+    print_text()
+
+
+def _print_cost(cards: "list[Scorecard]") -> None:
+    from coterie.model.units import format_bytes
+
+    print_table(
+        ("model", "bytes", "of base", "memory", "peak memory", "tokens/s", "of base"),
+        [
+            (
+                card.model,
+                format_bytes(card.num_bytes),
+                percent(card.bytes_ratio),
+                format_bytes(card.memory_bytes),
+                format_bytes(card.peak_memory_bytes),
+                f"{card.tokens_per_second:,.0f}",
+                percent(card.speed_ratio),
+            )
+            for card in cards
+        ],
+    )

@@ -1,0 +1,84 @@
+"""``coterie inspect``: what is inside a model, what it weighs, what would fit."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coterie.cli import options
+from coterie.cli.output import percent, print_json, print_table, print_text
+
+if TYPE_CHECKING:
+    from coterie.model.inspect import BudgetFit, Inspection, MoEBlock
+
+
+def inspect(
+    model: options.Model,
+    budget: Annotated[str | None, typer.Option(help="Ask how many experts fit into it, like 12GiB or 800MB.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Show what is in a model and what would fit.
+
+    Only config.json and the headers of the weight files are read.
+    """
+    from coterie.model.inspect import inspect as look
+
+    found = look(model, budget=budget)
+    if json:
+        print_json(found.to_json())
+        return
+    _print(found)
+
+
+def _print(found: "Inspection") -> None:
+    from coterie.model.units import format_bytes, format_count
+
+    print_text(f"{found.path}: {found.model_type}, {found.layers} layers, {len(found.moe_layers)} of them with experts")
+    for line in _layer_lines(found.moe_layers):
+        print_text(line)
+    print_text()
+    total = found.total
+    print_table(
+        ("part", "parameters", "bytes", "share of bytes"),
+        [
+            (part, format_count(amount.parameters), format_bytes(amount.bytes), percent(amount.bytes / total.bytes))
+            for part, amount in found.parts.items()
+            if amount.bytes
+        ],
+        footer=("all", format_count(total.parameters), format_bytes(total.bytes), "100.0 %"),
+    )
+    print_text()
+    tied = "tied" if found.tied_embeddings else "not tied"
+    print_text(f"a token uses     {format_count(found.active_parameters)} parameters (embeddings in whole; {tied})")
+    stored = ", ".join(f"{name} {format_bytes(size)}" for name, size in found.bytes_by_dtype.items())
+    print_text(f"stored as        {stored}")
+    print_text(f"files on disk    {format_bytes(found.file_bytes)}")
+    sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in found.estimates.items())
+    print_text(f"it would take    {sizes} (int8, int4: experts in groups of 128 with scale and zero; rest bf16)")
+    if found.budget is not None:
+        print_text(f"a budget of      {_budget_line(found.budget)}")
+
+
+def _layer_lines(layers: "tuple[MoEBlock, ...]") -> Iterator[str]:
+    def facts(layer: "MoEBlock") -> tuple[int, ...]:
+        return layer.num_experts, layer.router_rows, layer.top_k, layer.width, layer.hidden_size
+
+    for (experts, rows, top_k, width, hidden), group in groupby(layers, key=facts):
+        members = list(group)
+        first, last = members[0], members[-1]
+        where = first.block if first is last else f"{first.block} to {last.block}"
+        mapped = "" if rows == experts else f" (behind a map of {rows})"
+        yield f"{where}: {experts} experts{mapped}, {top_k} a token, width {width}, model width {hidden}"
+
+
+def _budget_line(fit: "BudgetFit") -> str:
+    from coterie.model.units import format_bytes
+
+    if fit.feasible:
+        kept = f"{fit.experts} experts a layer fit (--keep {fit.keep:.3g}), {format_bytes(fit.bytes)}"
+        return f"{format_bytes(fit.limit)}: {kept}"
+    return (
+        f"{format_bytes(fit.limit)} cannot be met by keeping fewer experts: the least that can be routed, "
+        f"{fit.smallest_experts} a layer, takes {format_bytes(fit.smallest)}"
+    )

@@ -1,0 +1,96 @@
+"""The program ``coterie``: its commands, its exit codes, and how it says what went wrong.
+
+Exit codes: 0 done; 1 cannot be done, and the message says why; 2 the command line is not understood; 130 interrupted.
+Run it as ``coterie`` or ``python -m coterie.cli.main``. Nothing heavy is imported here: commands import what they need.
+"""
+
+import logging
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from coterie import __version__
+from coterie.cli.compress import compress
+from coterie.cli.evaluate import evaluate
+from coterie.cli.inspect import inspect
+from coterie.cli.plan import plan
+from coterie.cli.profile import profile
+from coterie.cli.recipes import recipes
+from coterie.cli.report import report
+from coterie.errors import CoterieError
+
+
+class Commands(TyperGroup):
+    """Commands whose foreseen errors end in one message instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> object:
+        """Run the command; turn errors raised on purpose, and those of the file system, into a message and code 1."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # the reader of our output has gone; typer ends quietly
+        except (CoterieError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            _say(f"error: {_message(error)}")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            _say("interrupted")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="coterie",
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    # Plain help: typer's boxes cost twice the time that the rest of the program takes to start.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for command in (inspect, profile, plan, compress, evaluate, report, recipes):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"coterie {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="COTERIE_DEBUG", help="Show the traceback of an error.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Make Mixture-of-Experts language models fit the machine you have."""
+    # Python prints warnings that nobody handles through this handler; give them a name that a reader understands.
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(logging.Formatter("warning: %(message)s"))
+
+
+def _message(error: Exception) -> str:
+    # An OSError puts its number in front of its text, which helps nobody.
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def main() -> None:
+    """Run the program."""
+    sys.exit(app(prog_name="coterie"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Arguments and options that several commands share, and what they must fulfil together."""
+
+from typing import Annotated, Literal
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model folder with config.json and *.safetensors, or a hub id.")
+]
+Keep = Annotated[float | None, typer.Option(help="Share of the experts to keep in each layer, like 0.5.")]
+Experts = Annotated[int | None, typer.Option(help="Number of experts to keep in each layer.")]
+Budget = Annotated[str | None, typer.Option(help="Size of all weights at most, like 12GiB or 800MB.")]
+Recipe = Annotated[str, typer.Option(help="How experts are chosen or merged; see `coterie recipes`.")]
+RouterForm = Literal["plain", "map"]
+Router = Annotated[
+    RouterForm,
+    typer.Option(help="plain: the result loads anywhere. map: the router stays whole; only Coterie loads the result."),
+]
+Tokens = Annotated[int, typer.Option(help="Tokens of text in all, shared equally by the domains.")]
+SequenceLength = Annotated[int, typer.Option("--seq-len", help="Tokens in a sequence.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str, typer.Option(help="Where the model runs, like cpu or cuda.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")]
+
+
+def check_one_wish(keep: float | None, experts: int | None, budget: str | None) -> None:
+    """Raise a usage error unless exactly one option says how small the result is to be."""
+    wishes = {"--keep": keep, "--experts": experts, "--budget": budget}
+    given = [name for name, value in wishes.items() if value is not None]
+    if len(given) != 1:
+        raise typer.BadParameter(
+            f"say how small with exactly one of them; got {' and '.join(given) or 'none'}",
+            param_hint=", ".join(wishes),
+        )

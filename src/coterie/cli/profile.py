@@ -1,0 +1,60 @@
+"""``coterie profile``: run text through a model once and keep what was measured."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coterie.cli import options
+from coterie.cli.output import print_json, print_table, print_text
+
+
+def profile(
+    model: options.Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the profile.")],
+    text: Annotated[Path, typer.Option(help="Folder with calibration text, one *.txt or *.jsonl file a domain.")],
+    tokens: options.Tokens = 131_072,
+    seq_len: options.SequenceLength = 512,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    domains: Annotated[str | None, typer.Option(help="Only these domains, separated by commas.")] = None,
+    sample_tokens: Annotated[int, typer.Option(help="Tokens of each layer's sample.")] = 8_192,
+    json: options.Json = False,
+) -> None:
+    """Run text through a model and keep what was seen."""
+    from coterie.profile.run import profile as run
+
+    chosen = None if domains is None else tuple(domain.strip() for domain in domains.split(",") if domain.strip())
+    made = run(
+        model,
+        out,
+        text=text,
+        tokens=tokens,
+        seq_len=seq_len,
+        seed=seed,
+        device=device,
+        sample_tokens=sample_tokens,
+        domains=chosen,
+    )
+    counts = dict(zip(made.domains, made.num_tokens, strict=True))
+    if json:
+        print_json(
+            {
+                "path": str(out),
+                "model_digest": made.model_digest,
+                "text_digest": made.text_digest,
+                "num_tokens": counts,
+                "seq_len": made.seq_len,
+                "seed": made.seed,
+                "layers": len(made.layers),
+                "sample_tokens": len(made.samples[0].inputs_TD),
+            }
+        )
+        return
+    print_table(
+        ("domain", "tokens"),
+        [(domain, f"{count:,}") for domain, count in counts.items()],
+        footer=("all", f"{sum(counts.values()):,}"),
+    )
+    print_text()
+    print_text(f"profile of {len(made.layers)} MoE layers written to {out}")

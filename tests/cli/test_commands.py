@@ -1,0 +1,149 @@
+import json
+import re
+from dataclasses import asdict
+
+import pytest
+from typer.testing import CliRunner
+
+import coterie
+from coterie.artifact import read_artifact
+from coterie.cli.main import app
+from coterie.compress.recipes import RECIPES
+from coterie.evaluate.scorecard import Scorecard
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.stderr or result.exception
+    return result
+
+
+def words(text):
+    """Return the lines of a table with single spaces."""
+    return [re.sub(r"\s+", " ", line).strip() for line in text.splitlines()]
+
+
+SMALL = ("--tokens", 512, "--seq-len", 64)
+
+
+@pytest.fixture(scope="module")
+def made(tiny, text, tmp_path_factory):
+    """Return a folder with what the commands make one after another from a tiny model, by the paths they print."""
+    folder = tmp_path_factory.mktemp("run")
+    run("profile", tiny(), folder / "profile", "--text", text, "--sample-tokens", 128, *SMALL)
+    run("compress", tiny(), folder / "half", "--keep", 0.5, "--recipe", "reap", "--profile", folder / "profile")
+    return folder
+
+
+def test_inspect_prints_parts_sizes_and_what_fits(tiny):
+    lines = words(run("inspect", tiny("deepseek_v3"), "--budget", "240KiB").stdout)
+    assert lines[0] == f"{tiny('deepseek_v3')}: deepseek_v3, 3 layers, 2 of them with experts"
+    assert "model.layers.1.mlp to model.layers.2.mlp: 8 experts, 2 a token, width 24, model width 32" in lines
+    assert "part parameters bytes share of bytes" in lines
+    assert any(line.startswith("experts 36.9 k 144 KiB ") for line in lines)
+    assert any(line.startswith("dense 3.84 k 15.0 KiB ") for line in lines)
+    assert any(line.startswith("a budget of 240 KiB: 4 experts a layer fit (--keep 0.5), ") for line in lines)
+    below = run("inspect", tiny("deepseek_v3"), "--budget", "1KiB").stdout
+    assert "cannot be met by keeping fewer experts: the least that can be routed, 4 a layer, takes" in below
+
+
+def test_inspect_as_json_is_the_inspection(tiny):
+    shown = json.loads(run("inspect", tiny(), "--budget", "200KiB", "--json").stdout)
+    assert shown == json.loads(json.dumps(coterie.inspect(tiny(), budget="200KiB").to_json()))
+
+
+def test_profile_writes_what_the_library_makes(tiny, text, made, tmp_path):
+    options = ("--domains", "prose", "--seed", 3, "--sample-tokens", 128, *SMALL)
+    shown = json.loads(run("profile", tiny(), tmp_path / "out", "--text", text, "--json", *options).stdout)
+    profile = coterie.Profile.load(tmp_path / "out")
+    assert shown["num_tokens"] == {"prose": 512} == dict(zip(profile.domains, profile.num_tokens, strict=True))
+    assert (shown["text_digest"], shown["seed"], shown["layers"]) == (profile.text_digest, 3, 2)
+    assert shown["sample_tokens"] == 128
+    both = coterie.Profile.load(made / "profile")
+    assert both.num_tokens == (256, 256)
+
+
+def test_profile_prints_tokens_by_domain(tiny, text, tmp_path):
+    lines = words(run("profile", tiny(), tmp_path / "out", "--text", text, *SMALL).stdout)
+    assert lines[2:4] == ["code 256", "prose 256"]
+    assert "all 512" in lines
+    assert lines[-1] == f"profile of 2 MoE layers written to {tmp_path / 'out'}"
+
+
+def test_plan_prints_and_writes_the_same_plan(tiny, made, tmp_path):
+    file = tmp_path / "plan.json"
+    options = ("--budget", "200KiB", "--recipe", "hc-smoe", "--router", "map", "--seed", 5, "--out", file)
+    lines = words(run("plan", tiny(), made / "profile", *options).stdout)
+    assert lines[:2] == ["recipe hc-smoe, router map, seed 5", "MoE layers 0 to 1: 5 experts"]
+    plan = coterie.Plan.load(file)
+    assert {size.num_experts for size in plan.sizes} == {5}
+    assert any(line.startswith("bytes 239 KiB 18") for line in lines)
+    shown = json.loads(run("plan", tiny(), made / "profile", *options, "--json").stdout)
+    assert shown.pop("inputs") == dict(plan.inputs)
+    assert shown == json.loads(json.dumps(plan.body()))
+
+
+def test_plan_needs_no_profile(tiny):
+    shown = json.loads(run("plan", tiny(), "--experts", 4, "--json").stdout)
+    assert [size["num_experts"] for size in shown["sizes"]] == [4, 4]
+    assert shown["recipe"] == "mergemoe"
+
+
+def test_compress_says_where_it_is_and_how_to_load_it(tiny, text, tmp_path):
+    options = ("--experts", 4, "--router", "map", "--text", text, "--profile", tmp_path / "profile", *SMALL)
+    out = run("compress", tiny(), tmp_path / "out", *options).stdout
+    assert f"written to {tmp_path / 'out'}; loaded again, its logits differ by " in out
+    assert f"load it with coterie.load_model('{tmp_path / 'out'}')" in out
+    assert (tmp_path / "profile" / "profile.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "profile"]
+
+
+def test_compress_as_json_is_the_manifest(tiny, made, tmp_path):
+    options = ("--keep", 0.5, "--recipe", "reap", "--profile", made / "profile", "--json")
+    shown = json.loads(run("compress", tiny(), tmp_path / "out", *options).stdout)
+    assert shown.pop("out") == str(tmp_path / "out")
+    assert shown == read_artifact(tmp_path / "out" / "coterie.json", kind="manifest")[0]
+    # The same command gives the same weights.
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "out", made / "half")]
+    assert weights[0] == weights[1]
+
+
+def test_evaluate_prints_every_domain_and_keeps_scorecards(tiny, text, made, tmp_path):
+    options = ("--against", tiny(), "--text", text, "--questions", 2, "--out", tmp_path / "cards", *SMALL)
+    lines = words(run("evaluate", made / "half", tiny(), *options).stdout)
+    assert lines[0] == f"half against {tiny().name}"
+    assert "domain perplexity KL (nats) agreement exact answers tokens questions" in lines
+    files = [tmp_path / "cards" / f"scorecard-{name}.json" for name in ("half", tiny().name)]
+    half, itself = map(Scorecard.load, files)
+    for name, scores in {**half.domains, "all": half.overall}.items():
+        start = f"{name} {scores['perplexity']:.3f} {scores['kl']:.4f} {100 * scores['agreement']:.1f} %"
+        assert any(line.startswith(start) for line in lines)
+    assert any(line.startswith("code ") and line.endswith(" - 252 0") for line in lines)
+    assert itself.overall["kl"] == pytest.approx(0, abs=1e-6)
+    assert lines[-2:] == [f"scorecard written to {file}" for file in files]
+
+
+def test_evaluate_as_json_is_the_scorecards(tiny, text, tmp_path):
+    file = tmp_path / "card.json"
+    options = ("--text", text, "--questions", 0, "--out", file, "--json", *SMALL)
+    [shown] = json.loads(run("evaluate", tiny(), *options).stdout)
+    assert shown == json.loads(json.dumps(asdict(Scorecard.load(file))))
+    assert shown["base"] is None
+    assert shown["overall"]["tokens"] == 504
+
+
+def test_report_draws_a_page(made, tmp_path):
+    page = tmp_path / "page.html"
+    assert run("report", made, "--out", page).stdout == f"page written to {page}\n"
+    assert "<html" in page.read_text(encoding="utf-8")
+    assert json.loads(run("report", made, "--out", page, "--json").stdout) == {"page": str(page)}
+
+
+def test_recipes_lists_all():
+    shown = json.loads(run("recipes", "--json").stdout)
+    assert [recipe["name"] for recipe in shown] == list(RECIPES)
+    kinds = {recipe["name"]: recipe["kind"] for recipe in shown}
+    assert (kinds["reap"], kinds["mergemoe"]) == ("drop", "merge")
+    printed = run("recipes").stdout
+    for recipe in RECIPES.values():
+        assert recipe.summary in printed
