@@ -162,7 +162,7 @@ class _EndOfLine(StoppingCriteria):
 
 def _read_file(file: Path) -> list[Question]:
     try:
-        content = file.read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise TextError(f"{file} is not UTF-8 text: {error}") from None
     questions = []

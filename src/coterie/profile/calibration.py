@@ -95,7 +95,7 @@ def read_documents(file: Path) -> list[str]:
         TextError: not UTF-8, not JSON, a line without ``text``, or no text at all.
     """
     try:
-        content = file.read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise TextError(f"{file} is not UTF-8 text: {error}") from None
     if file.suffix == ".jsonl":

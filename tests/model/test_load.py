@@ -1,0 +1,145 @@
+"""Loading whole models: as stock transformers loads them, and with an error where stock transformers goes on."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from coterie.artifact import write_artifact
+from coterie.errors import CorruptArtifact, CorruptCheckpoint, InputError, NotACheckpoint
+from coterie.model.layers import quiet
+from coterie.model.load import MANIFEST, load_model, load_tokenizer, read_manifest
+from coterie.testing import END_OF_TEXT_ID, tiny_families
+
+IDS = torch.arange(40).view(2, 20)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    """Return a function that copies a tiny checkpoint to a place where it may be changed."""
+
+    def make(model_type="olmoe"):
+        shutil.copytree(tiny(model_type), tmp_path / "copy")
+        return tmp_path / "copy"
+
+    return make
+
+
+def change(path, *, drop=(), **tensors):
+    held = load_file(path / "model.safetensors") | tensors
+    kept = {name: tensor for name, tensor in held.items() if name not in drop}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("model_type", tiny_families())
+def test_it_loads_what_stock_transformers_loads(tiny, model_type):
+    path = tiny(model_type)
+    with quiet():
+        stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    loaded = load_model(path)
+    assert type(loaded) is type(stock)
+    assert not loaded.training
+    assert torch.equal(logits(loaded), logits(stock))
+
+
+def test_number_formats(tiny):
+    path = tiny("olmoe", dtype=torch.bfloat16)
+    assert load_model(path).dtype == torch.float32, "a CPU is slow and coarse in anything narrower"
+    assert load_model(path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load_model(str(path), dtype=torch.float64, device=torch.device("cpu")).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.gate.weight",
+        "model.layers.1.mlp.experts.5.down_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_a_missing_tensor_is_an_error(copy, name):
+    path = copy()
+    change(path, drop=[name])
+    with pytest.raises(CorruptCheckpoint, match=rf"{path.name} does not"):
+        load_model(path)
+
+
+def test_a_missing_tensor_is_named(copy):
+    path = copy()
+    change(path, drop=["model.norm.weight"])
+    with pytest.raises(CorruptCheckpoint, match=r"missing keys: \['model\.norm\.weight'\]"):
+        load_model(path)
+
+
+def test_a_tensor_that_the_model_has_no_place_for_is_told(copy, tiny, caplog):
+    path = copy()
+    change(path, **{"model.layers.0.mlp.extra.weight": torch.ones(3)})
+    loaded = load_model(path)
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"{path}: not part of the model class" in record.message
+    assert "model.layers.0.mlp.extra.weight" in record.message
+    assert torch.equal(logits(loaded), logits(load_model(tiny())))
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size", "num_experts"])
+def test_a_config_that_contradicts_the_weights_is_an_error(copy, key):
+    path = copy()
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {key: config[key] + 8}))
+    with pytest.raises(CorruptCheckpoint, match=path.name):
+        load_model(path)
+
+
+def test_what_is_no_model(tmp_path):
+    with pytest.raises(NotACheckpoint):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(NotACheckpoint):
+        load_tokenizer(tmp_path)
+
+
+def test_the_tokenizer_is_the_one_of_the_folder(tiny):
+    tokenizer = load_tokenizer(tiny("mixtral"))
+    assert tokenizer.eos_token_id == END_OF_TEXT_ID
+    assert tokenizer.decode(tokenizer("naïve ☃")["input_ids"]) == "naïve ☃"
+
+
+@pytest.mark.parametrize("model_type", tiny_families())
+@pytest.mark.parametrize("left", [(), ("tokenizer_config.json",)], ids=["nothing", "only its config"])
+def test_no_tokenizer_is_an_error(copy, model_type, left):
+    # Some families have a tokenizer class that is content with no files: it would turn all text into nothing.
+    path = copy(model_type)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if name not in left:
+            (path / name).unlink(missing_ok=True)
+    with pytest.raises(InputError, match=r"has no tokenizer.*beside the weights"):
+        load_tokenizer(path)
+
+
+def test_loading_says_nothing_and_writes_nothing(tiny, capfd, caplog):
+    with caplog.at_level(logging.WARNING):
+        load_model(tiny())
+        load_tokenizer(tiny())
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+def test_the_manifest_is_read_where_there_is_one(copy):
+    path = copy()
+    assert read_manifest(path) is None
+    write_artifact(path / MANIFEST, kind="manifest", body={"router": "plain"}, inputs={})
+    assert read_manifest(path) == {"router": "plain"}
+    assert torch.isfinite(logits(load_model(path))).all()
+    (path / MANIFEST).write_text("{")
+    with pytest.raises(CorruptArtifact):
+        load_model(path)

@@ -1,0 +1,177 @@
+"""The Profile as an artefact and as a sum: what is saved comes back, and what does not belong together is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from coterie.errors import CorruptArtifact, StaleArtifact, UnknownName
+from coterie.model.layers import MoELayer
+from coterie.profile.profile import FILE, Profile, Sample
+
+
+def layer(index, **facts):
+    defaults = {
+        "block": f"model.layers.{index}.mlp",
+        "experts": f"model.layers.{index}.mlp.experts",
+        "router": f"model.layers.{index}.mlp.gate",
+        "router_tensors": ((f"model.layers.{index}.mlp.gate.weight", 0), (f"model.layers.{index}.mlp.gate.bias", 1)),
+        "num_experts": 4,
+        "top_k": 2,
+        "width": 3,
+        "hidden_size": 5,
+        "num_groups": 2,
+    }
+    return MoELayer(index=index, **(defaults | facts))
+
+
+def sample(seed, *, tokens=6, logits=True):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    return Sample(
+        inputs_TD=normal(tokens, 5).to(torch.bfloat16),
+        index_TK=torch.randint(5, (tokens, 2), generator=generator),
+        weight_TK=normal(tokens, 2),
+        logits_TE=normal(tokens, 4) if logits else None,
+        output_TD=normal(tokens, 5).to(torch.bfloat16),
+        domain_T=torch.arange(tokens) % 2,
+    )
+
+
+def make(seed=0, *, logits=True, **changes):
+    generator = torch.Generator().manual_seed(seed)
+
+    def statistics():
+        return {
+            "tokens": torch.tensor([10.0, 20.0], dtype=torch.float64),
+            "usage": torch.rand(2, 4, generator=generator, dtype=torch.float64),
+            "coactivation": torch.rand(2, 4, 4, generator=generator, dtype=torch.float64),
+        }
+
+    fields = {
+        "model_digest": "m" * 64,
+        "text_digest": f"{seed}" * 64,
+        "domains": ("code", "größe.v2"),
+        "num_tokens": (10, 20),
+        "seq_len": 7,
+        "seed": 3,
+        "layers": (layer(0), layer(1, router=None, num_groups=1)),
+        "statistics": (statistics(), statistics()),
+        "samples": (sample(seed, logits=logits), sample(seed + 100, logits=logits)),
+    }
+    return Profile(**(fields | changes))
+
+
+def assert_same(one, two):
+    for name in ("model_digest", "text_digest", "domains", "num_tokens", "seq_len", "seed", "layers"):
+        assert getattr(one, name) == getattr(two, name), name
+    for a, b in zip(one.statistics, two.statistics, strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+    for first, second in zip(one.samples, two.samples, strict=True):
+        a, b = first.tensors(), second.tensors()
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_saved_and_loaded_is_the_same(tmp_path, logits):
+    profile = make(logits=logits)
+    path = profile.save(tmp_path / "run" / "profile")
+    assert path == tmp_path / "run" / "profile" / FILE
+    loaded = Profile.load(path.parent)
+    assert_same(loaded, profile)
+    assert (loaded.samples[0].logits_TE is not None) == logits
+    assert isinstance(loaded.layers[0].router_tensors[0], tuple), "facts compare equal after a round trip"
+    assert_same(Profile.load(str(path.parent), model_digest="m" * 64, text_digest="0" * 64), profile)
+
+
+def test_equal_profiles_are_equal_bytes(tmp_path):
+    for name in ("a", "b"):
+        make().save(tmp_path / name)
+    for file in ("profile.json", "profile.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_the_file_says_in_words_what_it_holds(tmp_path):
+    document = json.loads(make().save(tmp_path).read_text(encoding="utf-8"))
+    assert document["kind"] == "profile"
+    assert document["inputs"] == {"model": "m" * 64, "text": "0" * 64}
+    assert document["body"]["domains"] == ["code", "größe.v2"]
+    assert document["body"]["num_tokens"] == [10, 20]
+    assert document["body"]["layers"][1]["block"] == "model.layers.1.mlp"
+
+
+def test_a_profile_of_another_model_or_text_is_stale(tmp_path):
+    make().save(tmp_path)
+    with pytest.raises(StaleArtifact, match="made from another model"):
+        Profile.load(tmp_path, model_digest="x" * 64)
+    with pytest.raises(StaleArtifact, match="made from another text"):
+        Profile.load(tmp_path, text_digest="x" * 64)
+
+
+def test_a_place_without_a_profile(tmp_path):
+    with pytest.raises(CorruptArtifact, match=r"profile\.json does not exist"):
+        Profile.load(tmp_path)
+    path = make().save(tmp_path)
+    with pytest.raises(CorruptArtifact, match="does not exist"):
+        Profile.load(path)  # the file where its folder belongs
+    path.with_suffix(".safetensors").write_bytes(b"")
+    with pytest.raises(CorruptArtifact, match=r"profile\.safetensors.*damaged"):
+        Profile.load(tmp_path)
+
+
+def test_sums_and_domains():
+    profile = make()
+    held = profile.statistics[1]["coactivation"]
+    assert torch.equal(profile.by_domain(1, "coactivation"), held)
+    assert torch.equal(profile.sum(1, "coactivation"), held[0] + held[1])
+    assert profile.sum(0, "tokens").item() == 30
+    for ask in (profile.sum, profile.by_domain):
+        with pytest.raises(UnknownName, match="unknown statistic 'usages'; did you mean usage"):
+            ask(0, "usages")
+
+
+def test_profiles_of_two_texts_add_up():
+    one, two = make(0), make(1, num_tokens=(1, 2))
+    both = one.merge(two)
+    assert both.num_tokens == (11, 22)
+    assert both.domains == one.domains
+    assert both.model_digest == one.model_digest
+    assert both.text_digest not in (one.text_digest, two.text_digest)
+    for index in range(2):
+        for name in ("tokens", "usage", "coactivation"):
+            expected = one.statistics[index][name] + two.statistics[index][name]
+            assert torch.equal(both.by_domain(index, name), expected)
+        for name, joined in both.samples[index].tensors().items():
+            parts = [each.samples[index].tensors()[name] for each in (one, two)]
+            assert torch.equal(joined, torch.cat(parts))
+
+
+def test_adding_in_another_order_gives_the_same_sums():
+    one, two, three = make(0), make(1), make(2)
+    left, right = one.merge(two).merge(three), three.merge(one.merge(two))
+    for a, b in zip(left.statistics, right.statistics, strict=True):
+        assert all(torch.allclose(a[name], b[name], rtol=1e-14) for name in a)
+
+
+def test_adding_keeps_what_both_hold():
+    lean = make(1, logits=False)
+    lean = replace(lean, statistics=tuple({"usage": held["usage"]} for held in lean.statistics))
+    both = make(0).merge(lean)
+    assert [set(held) for held in both.statistics] == [{"usage"}] * 2
+    assert all(each.logits_TE is None and len(each.inputs_TD) == 12 for each in both.samples)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model_digest": "x"}, {"domains": ("code", "prose")}, {"layers": (layer(0), layer(1, num_experts=5))}],
+    ids=["model", "domains", "layers"],
+)
+def test_what_does_not_belong_together_is_not_added(changes):
+    with pytest.raises(StaleArtifact, match="different models or domains"):
+        make().merge(make(1, **changes))

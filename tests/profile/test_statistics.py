@@ -1,0 +1,388 @@
+"""Every statistic against slow loops that share no code with the library, and what makes statistics add up.
+
+The oracle reads the weights of the stock module in the layout of its family, decides the routing itself from the
+router's weights, and sums in float64, token by token.
+
+Legend: E experts, D model width, F expert width, T tokens, K chosen experts, G domains.
+"""
+
+import math
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from coterie.errors import UnknownName
+from coterie.model.checkpoint import Checkpoint
+from coterie.model.layers import Architecture, Experts, MoELayer
+from coterie.model.load import load_model, load_tokenizer
+from coterie.profile.calibration import TokenSet, tokenize
+from coterie.profile.observation import Observation
+from coterie.profile.run import profile_model
+from coterie.profile.statistics import STATISTICS, load_statistic, mean_output
+
+FAMILIES = ("olmoe", "deepseek_v3", "gpt_oss")
+NAMES = {
+    "tokens", "usage", "gate_mass", "output_norm", "output_square", "reap", "router_probability", "coactivation",
+    "mean_output", "logit_sum", "logit_product",
+}  # fmt: skip
+
+
+# --- the oracle ---------------------------------------------------------------------------------------------------
+
+
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
+def expert_output(model_type, module, expert, x_D):
+    """Return f_e(x) from the weights as the family stores them."""
+    if model_type == "gpt_oss":  # (E, D, 2F), gate and up interleaved, biases, clamped
+        both = module.gate_up_proj[expert].T @ x_D + module.gate_up_proj_bias[expert]
+        gate = torch.stack([both[2 * f] for f in range(len(both) // 2)]).clamp(max=7.0)
+        up = torch.stack([both[2 * f + 1] for f in range(len(both) // 2)]).clamp(-7.0, 7.0)
+        hidden_F = (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
+        return module.down_proj[expert].T @ hidden_F + module.down_proj_bias[expert]
+    width = module.down_proj.shape[2]  # (E, 2F, D), first all gates, then all ups
+    both = module.gate_up_proj[expert] @ x_D
+    return module.down_proj[expert] @ (silu(both[:width]) * both[width:])
+
+
+def routing(model_type, block, config, x_D):
+    """Return the router scores of all experts and {chosen expert: weight} for one token."""
+    if model_type == "gpt_oss":
+        logits = (block.router.weight @ x_D + block.router.bias).tolist()
+        chosen = sorted(range(len(logits)), key=lambda e: -logits[e])[: config.num_experts_per_tok]
+        total = sum(math.exp(logits[e]) for e in chosen)
+        return logits, {e: math.exp(logits[e]) / total for e in chosen}
+    logits = (block.gate.weight @ x_D).tolist()
+    if model_type == "olmoe":
+        assert not config.norm_topk_prob
+        total = sum(math.exp(score) for score in logits)
+        chosen = sorted(range(len(logits)), key=lambda e: -logits[e])[: config.num_experts_per_tok]
+        return logits, {e: math.exp(logits[e]) / total for e in chosen}
+    scores = [1 / (1 + math.exp(-score)) for score in logits]
+    biased = [score + bias for score, bias in zip(scores, block.gate.e_score_correction_bias.tolist(), strict=True)]
+    size = len(scores) // config.n_group
+    groups = [range(group * size, (group + 1) * size) for group in range(config.n_group)]
+    groups.sort(key=lambda group: -sum(sorted((biased[e] for e in group), reverse=True)[:2]))
+    allowed = [e for group in groups[: config.topk_group] for e in group]
+    chosen = sorted(allowed, key=lambda e: -biased[e])[: config.num_experts_per_tok]
+    assert config.norm_topk_prob
+    total = sum(scores[e] for e in chosen)
+    return logits, {e: config.routed_scaling_factor * scores[e] / total for e in chosen}
+
+
+def oracle(model_type, block, config, x_TD):
+    """Return every statistic of one layer for some tokens of one domain."""
+    num_experts = 8
+    vector = lambda: [0.0] * num_experts  # noqa: E731
+    found = {name: vector() for name in ("usage", "gate_mass", "output_norm", "output_square", "reap")}
+    probability, logit_sum = vector(), vector()
+    coactivation = [vector() for _ in range(num_experts)]
+    logit_product = [vector() for _ in range(num_experts)]
+    mean_output = torch.zeros(num_experts, x_TD.shape[1], dtype=torch.float64)
+    for x_D in x_TD:
+        logits, chosen = routing(model_type, block, config, x_D)
+        total = sum(math.exp(score) for score in logits)
+        for e in range(num_experts):
+            output_D = expert_output(model_type, block.experts, e, x_D)
+            mean_output[e] += output_D
+            probability[e] += math.exp(logits[e]) / total
+            logit_sum[e] += logits[e]
+            for other in range(num_experts):
+                logit_product[e][other] += logits[e] * logits[other]
+                coactivation[e][other] += e in chosen and other in chosen
+            if e in chosen:
+                norm = math.sqrt(sum(value * value for value in output_D.tolist()))
+                found["usage"][e] += 1
+                found["gate_mass"][e] += chosen[e]
+                found["output_norm"][e] += norm
+                found["output_square"][e] += norm * norm
+                found["reap"][e] += chosen[e] * norm
+    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+    return tensors | {
+        "tokens": torch.tensor(float(len(x_TD)), dtype=torch.float64),
+        "router_probability": torch.tensor(probability, dtype=torch.float64),
+        "coactivation": torch.tensor(coactivation, dtype=torch.float64),
+        "mean_output": mean_output,
+        "logit_sum": torch.tensor(logit_sum, dtype=torch.float64),
+        "logit_product": torch.tensor(logit_product, dtype=torch.float64),
+    }
+
+
+# --- measured on models -------------------------------------------------------------------------------------------
+
+
+class Measured:
+    """One family in float64 with its tokens and profile, and what its experts modules received."""
+
+    def __init__(self, model_type, path, text):
+        self.model_type = model_type
+        self.layers = Architecture.of(Checkpoint.open(path)).layers
+        self.model = load_model(path, dtype=torch.float64)
+        self.token_set = tokenize(load_tokenizer(path), text, seq_len=12, tokens=72)
+        assert self.token_set.num_tokens == {"code": 36, "prose": 36}
+        self.profile = self.run(self.token_set)
+
+    def run(self, token_set, **options):
+        return profile_model(self.model, self.layers, token_set, model_digest="m", **options)
+
+    def block(self, layer):
+        return self.model.get_submodule(layer.block)
+
+    def received(self, domain):
+        """Return for each layer what its experts receive from one domain in a plain forward pass, (T, D)."""
+        seen, hooks = [], []
+        for layer in self.layers:
+            module = self.model.get_submodule(layer.experts)
+            hooks.append(module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])))
+        self.model.set_experts_implementation("eager")
+        with torch.no_grad():
+            self.model(input_ids=self.token_set.sequences[domain], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def measured(request, tiny, text):
+    return Measured(request.param, tiny(request.param), text)
+
+
+def test_the_table_holds_what_the_oracle_knows(measured):
+    for held in measured.profile.statistics:
+        assert set(held) == NAMES
+        for name, value in held.items():
+            assert value.dtype == torch.float64, name
+            assert value.shape[0] == 2, name
+
+
+def test_every_statistic_equals_the_slow_loops(measured):
+    for domain_index, domain in enumerate(measured.token_set.domains):
+        for layer, x_TD in zip(measured.layers, measured.received(domain), strict=True):
+            with torch.no_grad():
+                expected = oracle(measured.model_type, measured.block(layer), measured.model.config, x_TD)
+            assert expected.keys() == NAMES
+            assert (expected["usage"] > 0).sum() >= 4, "the test shows little when few experts are chosen"
+            for name, value in expected.items():
+                found = measured.profile.by_domain(layer.index, name)[domain_index]
+                exact = name in ("tokens", "usage", "coactivation")
+                # Norms are kept in float32, and one family's router computes in float32.
+                tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-5}
+                torch.testing.assert_close(found, value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_sum_over_domains(measured):
+    for name in NAMES:
+        both = measured.profile.by_domain(1, name)
+        torch.testing.assert_close(measured.profile.sum(1, name), both[0] + both[1])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_the_batch_size_does_not_matter(measured, batch_size):
+    other = measured.run(measured.token_set, batch_size=batch_size)
+    for one, two in zip(measured.profile.statistics, other.statistics, strict=True):
+        for name in NAMES:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-6)
+    for one, two in zip(measured.profile.samples, other.samples, strict=True):
+        assert torch.equal(one.index_TK, two.index_TK)
+        torch.testing.assert_close(one.inputs_TD, two.inputs_TD)
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_two_halves_of_a_text_add_up_to_the_whole(measured, cut):
+    def part(start, stop):
+        rows = {domain: ids[start:stop] for domain, ids in measured.token_set.sequences.items()}
+        return measured.run(TokenSet(sequences=rows, seq_len=12, digest=f"{start}"))
+
+    merged = part(0, cut).merge(part(cut, 3))
+    assert merged.num_tokens == measured.profile.num_tokens == (36, 36)
+    for one, two in zip(merged.statistics, measured.profile.statistics, strict=True):
+        assert one.keys() == two.keys()
+        for name in NAMES:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-6)
+
+
+def test_only_the_statistics_that_are_asked_for(measured):
+    held = measured.run(measured.token_set, statistics=("usage", "reap")).statistics
+    assert [set(each) for each in held] == [{"tokens", "usage", "reap"}] * 2
+    with pytest.raises(UnknownName, match="unknown statistic 'useage'; did you mean usage"):
+        measured.run(measured.token_set, statistics=("useage",))
+
+
+# --- measured on drawn observations -------------------------------------------------------------------------------
+
+
+def draw(seed, *, num_experts=5, top_k=2, num_tokens=9, nobody=0.3, bias=True, finish=None):
+    """Draw an observation as a layer with "no expert" entries would give it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    width, hidden = 3, 4
+    experts = Experts(
+        gate_EFD=normal(num_experts, width, hidden),
+        up_EFD=normal(num_experts, width, hidden),
+        down_EDF=normal(num_experts, hidden, width),
+        down_bias_ED=normal(num_experts, hidden) if bias else None,
+        combine=lambda gate, up: gate.tanh() * up,
+        finish=finish,
+    )
+    layer = MoELayer(
+        index=0, block="b", experts="b.e", router=None, router_tensors=(), num_experts=num_experts, top_k=top_k,
+        width=width, hidden_size=hidden,
+    )  # fmt: skip
+    index_TK = torch.rand(num_tokens, num_experts, generator=generator).argsort(1)[:, :top_k]
+    nobody_TK = torch.rand(num_tokens, top_k, generator=generator) < nobody
+    index_TK = index_TK.masked_fill(nobody_TK, num_experts)
+    x_TD = normal(num_tokens, hidden)
+    norm_TK = torch.zeros(num_tokens, top_k)
+    for token in range(num_tokens):
+        for slot in range(top_k):
+            if index_TK[token, slot] < num_experts:
+                output_D = experts.output(int(index_TK[token, slot]), x_TD[token : token + 1])[0]
+                norm_TK[token, slot] = output_D.norm()
+    return Observation(
+        layer=layer, experts=experts, hidden_TD=x_TD, index_TK=index_TK, weight_TK=normal(num_tokens, top_k).float(),
+        logits_TE=normal(num_tokens, num_experts).float(), norm_TK=norm_TK, output_TD=normal(num_tokens, hidden),
+    )  # fmt: skip
+
+
+def rows(observation, chosen):
+    """Return the observation of some of the tokens."""
+    names = ("hidden_TD", "index_TK", "weight_TK", "logits_TE", "norm_TK", "output_TD")
+    return replace(observation, **{name: getattr(observation, name)[chosen] for name in names})
+
+
+def measure_all(observation):
+    found = {}
+    for name in STATISTICS:
+        found |= load_statistic(name)(observation)
+    return found
+
+
+def all_close(one, two):
+    assert one.keys() == two.keys() == NAMES
+    for name in one:
+        torch.testing.assert_close(
+            one[name], two[name], rtol=1e-12, atol=1e-12, msg=lambda text, name=name: name + text
+        )
+
+
+@given(
+    seed=st.integers(0, 10**6), num_tokens=st.integers(0, 9), cut=st.integers(0, 9), nobody=st.sampled_from([0, 0.4, 1])
+)
+@example(seed=0, num_tokens=6, cut=0, nobody=0.4)
+def test_any_split_of_a_batch_adds_up(seed, num_tokens, cut, nobody):
+    whole = draw(seed, num_tokens=num_tokens, nobody=nobody)
+    first, second = measure_all(rows(whole, slice(0, cut))), measure_all(rows(whole, slice(cut, None)))
+    all_close({name: first[name] + second[name] for name in first}, measure_all(whole))
+
+
+@given(seed=st.integers(0, 10**6))
+def test_the_order_of_tokens_and_of_choices_does_not_matter(seed):
+    observation = draw(seed)
+    flipped = replace(
+        rows(observation, torch.arange(8, -1, -1)),
+        **{name: getattr(observation, name).flip(0, 1) for name in ("index_TK", "weight_TK", "norm_TK")},
+    )
+    all_close(measure_all(flipped), measure_all(observation))
+
+
+@given(seed=st.integers(0, 10**6))
+def test_renaming_experts_renames_the_statistics(seed):
+    observation = draw(seed)
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+    place = torch.cat([order.argsort(), torch.tensor([5])])  # where each expert went; "no expert" stays
+    renamed = replace(
+        observation,
+        experts=observation.experts.select(order),
+        index_TK=place[observation.index_TK],
+        logits_TE=observation.logits_TE[:, order],
+    )
+    before, after = measure_all(observation), measure_all(renamed)
+    for name, value in before.items():
+        expected = value if name == "tokens" else value[order]
+        if name in ("coactivation", "logit_product"):
+            expected = expected[:, order]
+        torch.testing.assert_close(after[name], expected, rtol=1e-12, atol=1e-12)
+
+
+@given(seed=st.integers(0, 10**6), beyond=st.integers(0, 3), weight=st.floats(-9, 9))
+def test_no_expert_contributes_nothing(seed, beyond, weight):
+    observation = draw(seed, nobody=0.5)
+    nobody_TK = observation.index_TK == 5
+    other = replace(
+        observation,
+        index_TK=observation.index_TK.masked_fill(nobody_TK, 5 + beyond),
+        weight_TK=observation.weight_TK.masked_fill(nobody_TK, weight),
+    )
+    found = measure_all(other)
+    all_close(found, measure_all(observation))
+    assert found["usage"].sum() == (~nobody_TK).sum()
+    assert found["coactivation"].diagonal().equal(found["usage"])
+    assert found["tokens"] == 9, "a token that nobody takes is a token"
+
+
+def test_nobody_at_all():
+    found = measure_all(draw(0, nobody=1.0))
+    for name in ("usage", "gate_mass", "output_norm", "output_square", "reap", "coactivation"):
+        assert not found[name].any()
+    assert found["mean_output"].any(), "outputs on all tokens, chosen or not"
+    assert found["router_probability"].sum().item() == pytest.approx(9)
+
+
+@given(seed=st.integers(0, 10**6), bias=st.booleans(), normed=st.booleans(), chunk=st.integers(1, 10))
+def test_mean_output_is_the_sum_of_outputs_on_all_tokens(seed, bias, normed, chunk):
+    finish = (lambda out_TD: out_TD / out_TD.norm(dim=-1, keepdim=True)) if normed else None
+    observation = draw(seed, bias=bias, finish=finish)
+    experts = observation.experts
+    expected = torch.zeros(5, 4, dtype=torch.float64)
+    for e in range(5):
+        for x_D in observation.hidden_TD:
+            hidden_F = torch.tanh(experts.gate_EFD[e] @ x_D) * (experts.up_EFD[e] @ x_D)
+            output_D = experts.down_EDF[e] @ hidden_F + (experts.down_bias_ED[e] if bias else 0)
+            expected[e] += output_D / output_D.norm() if normed else output_D
+    with patch.object(mean_output, "_CHUNK", chunk):
+        found = mean_output.measure(observation)["mean_output"]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_model_without_recorded_scores_has_no_score_statistics():
+    found = measure_all(replace(draw(0), logits_TE=None))
+    assert found.keys() == NAMES - {"router_probability", "logit_sum", "logit_product"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_numbers_are_summed_wide(dtype):
+    # 5000 tokens of one expert: in half precision a running sum of ones stops at 2048, in bfloat16 at 256.
+    count = 5000
+    observation = draw(0, num_experts=1, top_k=1, num_tokens=2, nobody=0)
+    many = replace(
+        observation,
+        experts=replace(
+            observation.experts.map(lambda tensor: torch.ones_like(tensor, dtype=dtype)),
+            combine=lambda gate, up: torch.ones_like(up),
+        ),
+        hidden_TD=torch.ones(count, 4, dtype=dtype),
+        index_TK=torch.zeros(count, 1, dtype=torch.int64),
+        weight_TK=torch.ones(count, 1, dtype=dtype),
+        logits_TE=torch.ones(count, 1, dtype=dtype),
+        norm_TK=torch.ones(count, 1, dtype=dtype),
+    )
+    found = measure_all(many)
+    for name in ("usage", "gate_mass", "output_norm", "output_square", "reap", "router_probability", "logit_sum"):
+        assert found[name].tolist() == [count], name
+    assert found["coactivation"].tolist() == found["logit_product"].tolist() == [[count]]
+    assert found["mean_output"].tolist() == [[4 * count] * 4], "three activations of 1 and a bias of 1"
+
+
+def test_every_statistic_loads_and_unknown_ones_get_the_nearest():
+    assert all(callable(load_statistic(name)) for name in STATISTICS)
+    with pytest.raises(UnknownName, match="unknown statistic 'raep'; did you mean reap"):
+        load_statistic("raep")
