@@ -2,7 +2,8 @@
 
     python reference/card.py                       # reference/model, or --model DIR
 
-Every number in the card comes from this command, the training log (reference/run/log.jsonl) or the model's config.
+Every number in the card comes from this command, the training log (reference/run/log.jsonl, or reference/training.jsonl
+where there is no run) or the model's config.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ def measure(folder: Path, num_windows: int, device: str) -> dict[str, object]:
 def read_training() -> dict[str, object]:
     """Tokens, steps, time and data of the run, from its log; empty without a log."""
     path = HERE / "run" / "log.jsonl"
+    path = path if path.exists() else HERE / "training.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     steps = [record for record in records if "lm_loss" in record]
     starts = [record for record in records if record.get("event") == "start"]

@@ -4,6 +4,8 @@
     python reference/train.py --export reference/model     # writes the weights of the last checkpoint
     python reference/train.py --plot                       # reference/training.png from the log
 
+The log of the run that made reference/model is kept as reference/training.jsonl.
+
 Rates warm up, stay, and fall linearly to zero over the last quarter of the steps; the last quarter also doubles the
 sequence length. `--steps` may change on a resume before that quarter has begun. With `--minutes` the run chooses the
 steps itself as it goes, at most `--steps`, so that it ends in time. On SIGTERM it writes a checkpoint and ends.
@@ -256,7 +258,8 @@ def write_line(record: dict[str, object]) -> None:
 def read_log() -> Iterator[dict[str, object]]:
     """Records of the log; those of steps that a resume repeated come once, the later ones."""
     records: dict[int, dict[str, object]] = {}
-    for line in (RUN / "log.jsonl").read_text().splitlines():
+    path = RUN / "log.jsonl" if (RUN / "log.jsonl").exists() else HERE / "training.jsonl"
+    for line in path.read_text().splitlines():
         record = json.loads(line)
         if "lm_loss" in record:
             records[record["step"]] = records.get(record["step"], {}) | record
