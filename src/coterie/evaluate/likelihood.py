@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-#: Elements of the largest float32 temporary that likelihoods and divergences are computed in (64 MiB).
-CHUNK_ELEMENTS = 2**24
+#: Elements of the largest float32 temporary that likelihoods and divergences are computed in (8 MiB: on a CPU the many
+#: passes over it then mostly stay in its cache).
+CHUNK_ELEMENTS = 2**21
 
 #: Elements of the logits of one batch of one model (1 GiB in float32); larger batches are run in parts.
 BATCH_ELEMENTS = 2**28

@@ -1,0 +1,151 @@
+"""`make demo`: halve the bundled reference model with every recipe and show what each one costs.
+
+    python benchmarks/demo.py [--model reference/model] [--out demo] [--keep 0.5]
+                              [--tokens 40960] [--test-tokens 20480] [--questions 100]
+
+Profiles the model on the calibration text, compresses it with every recipe, evaluates all results against the original
+on the test text, prints the tables (in Markdown: OUT/tables.md) and writes the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from coterie.compress.apply import compress
+from coterie.compress.recipes import RECIPES
+from coterie.evaluate.run import evaluate
+from coterie.evaluate.scorecard import Scorecard
+from coterie.model.units import format_bytes
+from coterie.profile.run import profile
+from coterie.report.page import report
+
+HERE = Path(__file__).resolve().parent.parent
+MODEL = HERE / "reference" / "model"
+CALIBRATION = HERE / "reference" / "text" / "calibration"
+TEST = HERE / "reference" / "text" / "test"
+
+HEADERS = ("model", "size", "KL", "perplexity", "top-1 agreement", "exact answers", "speed", "seconds to make")
+
+
+def variants() -> list[tuple[str, str]]:
+    """Return (recipe, router) of every result: each recipe in its plain form, merging ones also with a map."""
+    routers = {name: ("map", "plain") if recipe.merges else ("plain",) for name, recipe in RECIPES.items()}
+    return [(name, router) for name, forms in routers.items() for router in forms]
+
+
+def rows(base: Scorecard, cards: dict[str, tuple[Scorecard, float]]) -> list[tuple[str, ...]]:
+    """Return the table's rows: the original first, then the results from the least to the most damage."""
+
+    def row(name: str, card: Scorecard, seconds: float | None) -> tuple[str, ...]:
+        overall = card.overall
+        accuracy = overall["accuracy"]
+        return (
+            name,
+            format_bytes(card.num_bytes),
+            f"{overall['kl']:.3f}",
+            f"{overall['perplexity']:.2f}",
+            f"{overall['agreement']:.1%}",
+            "-" if accuracy is None else f"{accuracy:.1%}",
+            "-" if card.speed_ratio is None else f"{card.speed_ratio:.2f}x",
+            "-" if seconds is None else f"{seconds:.1f}",
+        )
+
+    ordered = sorted(cards.items(), key=lambda entry: float(entry[1][0].overall["kl"] or 0))
+    return [row("original", base, None), *(row(name, card, seconds) for name, (card, seconds) in ordered)]
+
+
+def domain_rows(cards: dict[str, tuple[Scorecard, float]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return headers and rows of the table of KL by domain."""
+    domains = tuple(next(iter(cards.values()))[0].domains)
+    ordered = sorted(cards.items(), key=lambda entry: float(entry[1][0].overall["kl"] or 0))
+    body = [(name, *(f"{card.domains[domain]['kl']:.3f}" for domain in domains)) for name, (card, _) in ordered]
+    return ("model", *domains), body
+
+
+def show(console: Console, title: str, headers: tuple[str, ...], body: list[tuple[str, ...]]) -> None:
+    """Print one table."""
+    table = Table(title=title, title_justify="left")
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="left" if index == 0 else "right")
+    for line in body:
+        table.add_row(*line)
+    console.print(table)
+
+
+def markdown(headers: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
+    """Return a table as Markdown."""
+    lines = [headers, ("---", *("---:" for _ in headers[1:])), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "demo", help="folder for everything that is made")
+    parser.add_argument("--model", type=Path, default=MODEL, help="the model to halve")
+    parser.add_argument("--keep", type=float, default=0.5, help="share of the experts to keep")
+    parser.add_argument("--tokens", type=int, default=40_960, help="calibration tokens")
+    parser.add_argument("--test-tokens", type=int, default=20_480, help="test tokens")
+    parser.add_argument("--questions", type=int, default=100, help="questions with exact answers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--markdown", type=Path, help="where the tables go, OUT/tables.md by default")
+    options = parser.parse_args()
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    started = time.perf_counter()
+    shutil.rmtree(options.out, ignore_errors=True)
+    console.print(f"profiling {options.model.name} on {options.tokens} tokens of {CALIBRATION.relative_to(HERE)}")
+    held = options.out / "profile"
+    measured = profile(
+        options.model, held, text=CALIBRATION, tokens=options.tokens, seed=options.seed, device=options.device
+    )
+    results: dict[str, tuple[Path, float]] = {}
+    for recipe, router in variants():
+        name = f"{recipe} ({router})" if RECIPES[recipe].merges else recipe
+        console.print(f"compressing with {name}")
+        begin = time.perf_counter()
+        out = options.out / f"{recipe}-{router}"
+        compress(
+            options.model, out, keep=options.keep, recipe=recipe, router=router, profile=measured, seed=options.seed
+        )
+        results[name] = (out, time.perf_counter() - begin)
+    console.print(f"evaluating {len(results)} results on {options.test_tokens} tokens of {TEST.relative_to(HERE)}")
+    base, *cards = evaluate(
+        [options.model, *(out for out, _ in results.values())],
+        against=options.model,
+        text=TEST,
+        tokens=options.test_tokens,
+        seed=options.seed,
+        device=options.device,
+        questions=options.questions,
+        batch_size=4,
+        speed_seconds=1.5,
+    )
+    for card, folder in zip((base, *cards), ("original", *(out.name for out, _ in results.values())), strict=True):
+        card.save(options.out / "scorecards" / f"{folder}.json")
+    scored = {name: (card, seconds) for card, (name, (_, seconds)) in zip(cards, results.items(), strict=True)}
+
+    kept = f"{options.keep:.0%} of the experts kept"
+    show(console, f"What each recipe costs, {kept}", HEADERS, rows(base, scored))
+    headers, body = domain_rows(scored)
+    show(console, "KL to the original by domain", headers, body)
+    tables = markdown(HEADERS, rows(base, scored)) + "\nKL to the original by domain:\n\n" + markdown(headers, body)
+    (options.markdown or options.out / "tables.md").write_text(tables)
+    page = report(options.out)
+    console.print(f"report: {page}")
+    console.print(f"all in {time.perf_counter() - started:.0f} seconds; now to your own model:")
+    console.print("  coterie inspect  MODEL --budget 12GiB")
+    console.print("  coterie compress MODEL OUT --keep 0.5 --text DIR")
+    console.print("  coterie evaluate OUT --against MODEL --text DIR")
+
+
+if __name__ == "__main__":
+    main()
