@@ -367,7 +367,7 @@ def _appearing(target: Path) -> Iterator[Path]:
             raise OutputExists(f"{target} appeared while it was being made; the result was dropped")
         folder.rename(target)
     except OSError as error:
-        if error.errno == errno.ENOSPC and not isinstance(error, OutOfSpace):
+        if error.errno == errno.ENOSPC:  # from whichever file met it; the user knows the target
             raise OutOfSpace(
                 errno.ENOSPC, f"the disk filled up while {target} was written; nothing was kept"
             ) from error
