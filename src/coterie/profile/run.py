@@ -107,7 +107,8 @@ def profile_model(
     """Measure a model that is in memory; see `profile`."""
     device = next(model.parameters()).device
     prove_layers(model, layers, next(token_set.batches(1))[1].to(device))
-    collectors = [_Collector(token_set, load, seed, sample_tokens) for load in [_load(statistics)] * len(layers)]
+    measures = tuple(load_statistic(name) for name in statistics)
+    collectors = [_Collector(token_set, measures, seed, sample_tokens) for _ in layers]
     batches = list(token_set.batches(batch_size))
     for domain, ids in track(batches, "profiling", total=len(batches)):
         with observed(model, layers) as observations, torch.no_grad():
@@ -249,10 +250,6 @@ def _keep_output(kept: dict[int, Tensor], index: int, position: int):  # type: i
         kept[index] = value.detach()
 
     return hook
-
-
-def _load(names: tuple[str, ...]) -> tuple[Statistic, ...]:
-    return tuple(load_statistic(name) for name in names)
 
 
 class _Collector:
