@@ -17,8 +17,11 @@ from coterie import artifact
 from coterie.artifact import (
     FORMAT,
     atomic_path,
+    check_file,
+    differences,
     digest_of,
     file_digest,
+    open_artifact,
     read_artifact,
     read_header,
     write_artifact,
@@ -54,9 +57,13 @@ def written(tmp_path, tensors):
     return path
 
 
-def change(path: Path, **entries) -> None:
-    document = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(document | entries), encoding="utf-8")
+def change(path: Path, *, forged: bool = False, **entries) -> None:
+    """Change entries of the document, when it is forged with a digest that fits."""
+    document = json.loads(path.read_text(encoding="utf-8")) | entries
+    if forged:
+        del document["digest"]
+        document["digest"] = digest_of(document)
+    path.write_text(json.dumps(document), encoding="utf-8")
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -142,6 +149,139 @@ def test_a_changed_body_is_noticed(written):
         read_artifact(written, kind="profile")
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"inputs": INPUTS | {"model": "c" * 64}},
+        {"inputs": {}},
+        {"kind": "plan"},
+        {"coterie": "9"},
+        {"tensors": "other.safetensors"},
+        {"tensors_digest": "c" * 64},
+        {"files": {"more.safetensors": "c" * 64}},
+        {"digest": "c" * 64},
+        {"digest": None},
+    ],
+)
+def test_all_that_the_document_says_is_covered_by_its_digest(written, entries):
+    change(written, **entries)
+    kind = entries.get("kind", "profile")
+    with pytest.raises(CorruptArtifact, match="does not match its digest"):
+        read_artifact(written, kind=kind, inputs=entries.get("inputs"))
+    with pytest.raises(CorruptArtifact, match="does not match its digest"):
+        read_header(written)
+
+
+def test_an_artefact_of_the_first_format_is_read(written):
+    """Its digest was of the body alone."""
+    document = json.loads(written.read_text(encoding="utf-8"))
+    del document["digest"]
+    document |= {"format": 1, "body_digest": digest_of(document["body"])}
+    written.write_text(json.dumps(document), encoding="utf-8")
+    assert read_artifact(written, kind="profile", inputs=INPUTS)[0] == BODY
+    change(written, body={})
+    with pytest.raises(CorruptArtifact, match="does not match its digest"):
+        read_artifact(written, kind="profile")
+    change(written, body=BODY, format=2)
+    with pytest.raises(CorruptArtifact, match="does not match its digest"):
+        read_artifact(written, kind="profile")
+
+
+def test_opening_gives_all_that_an_artefact_says(tmp_path, tensors):
+    path = tmp_path / "profile.json"
+    (tmp_path / "layer-0.safetensors").write_bytes(b"abc")
+    files = {"layer-0.safetensors": file_digest(tmp_path / "layer-0.safetensors")}
+    write_artifact(path, kind="profile", body=BODY, inputs=INPUTS, tensors=tensors, files=files)
+    found = open_artifact(path, kind="profile", inputs=INPUTS)
+    assert (found.body, found.inputs, found.files) == (BODY, INPUTS, files)
+    assert found.tensors.keys() == tensors.keys()
+    for name, digest in found.files.items():
+        check_file(tmp_path, name, digest)
+    write_artifact(tmp_path / "plan.json", kind="plan", body={}, inputs={}, files=files)
+    plan = open_artifact(tmp_path / "plan.json", kind="plan")
+    assert (plan.files, plan.tensors, plan.inputs) == (files, {}, {})
+    assert open_artifact(path, kind="profile").body == read_artifact(path, kind="profile")[0]
+
+
+def test_other_files_are_checked_when_they_are_asked_for(tmp_path):
+    digest = file_digest(_with_content(tmp_path / "a.bin", b"abc"))
+    check_file(tmp_path, "a.bin", digest)
+    _with_content(tmp_path / "a.bin", b"abd")
+    with pytest.raises(
+        CorruptArtifact, match=r"a\.bin: the bytes do not match the digest in plan\.json; it is damaged"
+    ):
+        check_file(tmp_path, "a.bin", digest, owner="plan.json")
+    with pytest.raises(CorruptArtifact, match=r"b\.bin is missing; the artefact needs it"):
+        check_file(tmp_path, "b.bin", digest)
+
+
+def _with_content(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["../a.bin", "sub/a.bin", "", "..", ".", "a\\b"])
+def test_other_files_are_beside_the_document(tmp_path, name):
+    path = tmp_path / "sub" / "plan.json"
+    with pytest.raises(ValueError, match="no name of a file beside"):
+        write_artifact(path, kind="plan", body={}, inputs={}, files={name: "a" * 64})
+    assert not path.exists()
+    write_artifact(path, kind="plan", body={}, inputs={})
+    change(path, forged=True, files={name: "a" * 64})
+    with pytest.raises(CorruptArtifact, match="cannot be"):
+        open_artifact(path, kind="plan")
+
+
+@pytest.mark.parametrize("files", [[], 3, {"a.bin": 3}])
+def test_a_list_of_files_that_is_none_is_refused(tmp_path, files):
+    write_artifact(tmp_path / "plan.json", kind="plan", body={}, inputs={})
+    change(tmp_path / "plan.json", forged=True, files=files)
+    with pytest.raises(CorruptArtifact, match="cannot be"):
+        open_artifact(tmp_path / "plan.json", kind="plan")
+
+
+@given(old=st.dictionaries(st.text(max_size=3), json_values), new=st.dictionaries(st.text(max_size=3), json_values))
+def test_differences_are_told_exactly_where_there_are_some(old, new):
+    assert differences(old, json.loads(json.dumps(old))) == []
+    assert bool(differences(old, new)) == (old != new) or flattens_alike(old, new)
+
+
+def flattens_alike(old, new) -> bool:
+    """Dotted names cannot tell {"a.b": 1} from {"a": {"b": 1}}."""
+    return "." in "".join([*map(str, old), *map(str, new)])
+
+
+def test_differences_in_words():
+    old = {"model": "a" * 64, "keep": 0.5, "nested": {"x": {"y": 1}, "same": 1}, "gone": None, "long": "x" * 200}
+    new = {"model": "b" * 64, "keep": 0.25, "nested": {"x": {"y": [2]}, "same": 1}, "long": "y" * 200, "new": {}}
+    assert differences(old, new) == [
+        f"model was {'a' * 12}, now it is {'b' * 12}",
+        "keep was 0.5, now it is 0.25",
+        "nested.x.y was 1, now it is [2]",
+        f'long was "{"x" * 56}..., now it is "{"y" * 56}...',
+        "new was not set, now it is {}",
+        "gone was null, now it is not set",
+    ]
+
+
+def test_a_written_file_and_its_folder_are_flushed_to_the_disk(tmp_path, monkeypatch):
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc to tell which file a descriptor is")
+    synced = []
+    fsync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{descriptor}").resolve(), (tmp_path / "x.json").exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    write_json(tmp_path / "x.json", [1])
+    (file, there), (folder, there_then) = synced
+    assert file.name.startswith(".x.json.")
+    assert not there, "the content is on the disk before the name"
+    assert (folder, there_then) == (tmp_path, True)
+
+
 def test_a_changed_byte_of_the_tensors_is_noticed(written):
     file = written.with_suffix(".safetensors")
     content = bytearray(file.read_bytes())
@@ -159,7 +299,7 @@ def test_missing_tensors_are_noticed(written):
 
 @pytest.mark.parametrize("name", ["../profile.safetensors", "", "..", 3, "profile.pt"])
 def test_tensors_elsewhere_are_not_opened(written, name):
-    change(written, tensors=name)
+    change(written, forged=True, tensors=name)
     with pytest.raises(CorruptArtifact, match="cannot be"):
         read_artifact(written, kind="profile")
 

@@ -1,7 +1,8 @@
 """Artefacts: versioned JSON, with tensors beside it, that carry the digests of what they were made from.
 
 An artefact named ``profile`` in a folder is ``profile.json`` and, when it holds tensors, ``profile.safetensors``.
-The JSON is the artefact's commit: it is written last, atomically, and records the digest of the tensors.
+The JSON is the artefact's commit: it is written last, atomically, and records the digest of the tensors, those of any
+other files that belong to it, and its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +23,33 @@ from coterie.errors import CorruptArtifact, OutOfSpace, StaleArtifact
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1
+#: Format 1 had a digest of the body alone, under the name ``body_digest``; it is still read.
+FORMAT = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artifact:
+    """An artefact as it was read, checked against its digests.
+
+    Attributes:
+        body: what it says.
+        inputs: digest of every input that it was made from, by name.
+        tensors: its tensors by name, empty when there are none.
+        files: other files beside the JSON that belong to it: name -> SHA-256. They are not read, see `check_file`.
+    """
+
+    body: dict[str, Any]
+    inputs: Mapping[str, str]
+    tensors: Mapping[str, torch.Tensor]
+    files: Mapping[str, str]
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed to `path`.
 
-    On an exception the temporary file is removed and `path` is as it was.
+    Once the block is left, `path` survives a crash of the machine. On an exception the temporary file is removed and
+    `path` is as it was.
 
     Raises:
         OutOfSpace: the disk filled up.
@@ -38,26 +59,43 @@ def atomic_path(path: Path) -> Iterator[Path]:
     mask = os.umask(0)
     os.umask(mask)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
-        os.close(handle)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
-    except Exception as error:
-        if _is_full_disk(error):
-            raise OutOfSpace(
-                errno.ENOSPC, f"the disk filled up while {path} was written; it was left as it was"
-            ) from error
-        raise
+        with full_disk(f"{path} was written; it was left as it was"):
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            temporary = Path(name)
+            os.close(handle)
+            yield temporary
+            sync(temporary)
+            temporary.chmod(0o666 & ~mask)
+            temporary.replace(path)
+            sync(path.parent)
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-def _is_full_disk(error: Exception) -> bool:
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def full_disk(meanwhile: str) -> Iterator[None]:
+    """Raise OutOfSpace ("the disk filled up while ...") in place of the errors that mean it."""
+    try:
+        yield
+    except Exception as error:
+        if is_full_disk(error):
+            raise OutOfSpace(errno.ENOSPC, f"the disk filled up while {meanwhile}") from error
+        raise
+
+
+def is_full_disk(error: Exception) -> bool:
     """Tell whether an error means a full disk; safetensors puts the system's error into words."""
     if isinstance(error, OutOfSpace):
         return False
@@ -87,6 +125,37 @@ def digest_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+_NOT_SET = object()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return in words what differs, "a.b was 1, now it is 2", with long values shortened.
+
+    Args:
+        old: anything that JSON can hold; nested entries get dotted names.
+        new: the same.
+    """
+    before, after = _flat(old), _flat(new)
+    pairs = {name: (before.get(name, _NOT_SET), after.get(name, _NOT_SET)) for name in (after | before)}
+    return [f"{name} was {_short(a)}, now it is {_short(b)}" for name, (a, b) in pairs.items() if a != b]
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return flat
+
+
+def _short(value: object) -> str:
+    if value is _NOT_SET:
+        return "not set"
+    if isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"):
+        return value[:12]
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def write_artifact(
     path: Path,
     *,
@@ -94,6 +163,7 @@ def write_artifact(
     body: Mapping[str, Any],
     inputs: Mapping[str, str],
     tensors: Mapping[str, torch.Tensor] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write an artefact: the JSON file `path`, and its tensors in the same place with the suffix ``.safetensors``.
 
@@ -103,12 +173,17 @@ def write_artifact(
         body: what the artefact says; anything that JSON can hold.
         inputs: digest of every input that it was made from, by name.
         tensors: tensors by name, or None.
+        files: other files beside it that belong to it, name -> SHA-256 (see `file_digest`); they are there already.
 
     Raises:
+        ValueError: a name in `files` is no plain file name.
         OutOfSpace: the disk filled up; an artefact that was there before is as it was.
     """
     from coterie import __version__
 
+    for name in files or {}:
+        if not _is_plain_name(name):
+            raise ValueError(f"{name!r} is no name of a file beside {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     document: dict[str, Any] = {
         "coterie": __version__,
@@ -117,9 +192,10 @@ def write_artifact(
         "inputs": dict(inputs),
         "body": dict(body),
     }
-    document["body_digest"] = digest_of(document["body"])
+    if files:
+        document["files"] = dict(files)
     if tensors is None:
-        write_json(path, document)
+        write_json(path, _with_digest(document))
         return
     from safetensors.torch import save_file
 
@@ -129,21 +205,28 @@ def write_artifact(
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary_tensors)
         document["tensors"] = tensor_path.name
         document["tensors_digest"] = file_digest(temporary_tensors)
-        temporary.write_text(_json_text(document), encoding="utf-8")
+        temporary.write_text(_json_text(_with_digest(document)), encoding="utf-8")
+
+
+def _with_digest(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {**document, "digest": digest_of(document)}
 
 
 def read_artifact(
     path: Path, *, kind: str, inputs: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read an artefact's body and tensors; see `open_artifact` for arguments and errors."""
+    artifact = open_artifact(path, kind=kind, inputs=inputs)
+    return artifact.body, dict(artifact.tensors)
+
+
+def open_artifact(path: Path, *, kind: str, inputs: Mapping[str, str] | None = None) -> Artifact:
     """Read an artefact and check that it is whole and made from what the caller has.
 
     Args:
         path: the JSON file.
         kind: the noun that is expected.
         inputs: digests that the artefact must carry, by name; names that are not given are not checked.
-
-    Returns:
-        The body and the tensors (empty when there are none).
 
     Raises:
         CorruptArtifact: missing, not JSON, of another kind, or its content does not match its digest.
@@ -159,26 +242,53 @@ def read_artifact(
                 f"{path} was made from another {name} (it has {str(found)[:12]}, this one is {digest[:12]}); "
                 f"make the {kind} again, or pass the {name} that it was made from"
             )
-    if digest_of(document["body"]) != document["body_digest"]:
-        raise CorruptArtifact(f"{path}: the content does not match its digest; the file was changed or damaged")
     tensors: dict[str, torch.Tensor] = {}
     if "tensors" in document:
         from safetensors.torch import load_file
 
         name = document["tensors"]
-        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".safetensors":
+        if not _is_plain_name(name) or Path(name).suffix != ".safetensors":
             raise CorruptArtifact(f"{path} names {name!r} as the file of its tensors, which cannot be")
-        tensor_path = path.with_name(name)
-        if not tensor_path.is_file():
-            raise CorruptArtifact(f"{tensor_path} is missing; {path} needs it")
-        if file_digest(tensor_path) != document.get("tensors_digest"):
-            raise CorruptArtifact(f"{tensor_path}: the bytes do not match the digest in {path.name}; it is damaged")
-        tensors = load_file(tensor_path)
-    return document["body"], tensors
+        check_file(path.parent, name, str(document.get("tensors_digest")), owner=path.name)
+        tensors = load_file(path.with_name(name))
+    files = document.get("files", {})
+    if not isinstance(files, dict) or not all(
+        _is_plain_name(name) and isinstance(digest, str) for name, digest in files.items()
+    ):
+        raise CorruptArtifact(f"{path} names {files!r:.80} as the files that belong to it, which cannot be")
+    return Artifact(body=document["body"], inputs=document["inputs"], tensors=tensors, files=files)
+
+
+def check_file(folder: Path, name: str, digest: str, *, owner: str = "the artefact") -> None:
+    """Check a file that belongs to an artefact, by the whole of its bytes.
+
+    Args:
+        folder: where it is.
+        name: its name.
+        digest: the SHA-256 that it must have.
+        owner: who needs it, for the message.
+
+    Raises:
+        CorruptArtifact: it is missing or its bytes are others.
+    """
+    file = folder / name
+    if not file.is_file():
+        raise CorruptArtifact(f"{file} is missing; {owner} needs it")
+    if file_digest(file) != digest:
+        raise CorruptArtifact(f"{file}: the bytes do not match the digest in {owner}; it is damaged")
+
+
+def _is_plain_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\\" not in name
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Read an artefact's JSON document without its tensors; raise CorruptArtifact or StaleArtifact if unreadable."""
+    """Read an artefact's JSON document without its tensors, checked against its digest.
+
+    Raises:
+        CorruptArtifact: missing, not JSON, no artefact, or its content does not match its digest.
+        StaleArtifact: the format is newer than this version reads.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -187,11 +297,17 @@ def read_header(path: Path) -> dict[str, Any]:
         raise CorruptArtifact(f"{path} is a folder, not an artefact's JSON file") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CorruptArtifact(f"{path} is not JSON: {error}") from None
-    parts = {"kind": str, "format": int, "inputs": dict, "body": dict, "body_digest": str}
+    parts = {"kind": str, "format": int, "inputs": dict, "body": dict}
     if not isinstance(document, dict) or not all(isinstance(document.get(key), kind) for key, kind in parts.items()):
         raise CorruptArtifact(f"{path} is JSON, but no artefact of coterie")
     if document["format"] > FORMAT:
         raise StaleArtifact(
             f"{path} has format {document['format']}; this version reads up to {FORMAT}: upgrade coterie"
         )
+    if document["format"] == 1:
+        found, expected = document.get("body_digest"), digest_of(document["body"])
+    else:
+        found, expected = document.get("digest"), digest_of({k: v for k, v in document.items() if k != "digest"})
+    if found != expected:
+        raise CorruptArtifact(f"{path}: the content does not match its digest; the file was changed or damaged")
     return document

@@ -10,7 +10,8 @@ The tree; catch the root to catch them all::
     │   ├── UnsupportedDtype          tensors in a number format that cannot be compressed
     │   ├── TextError                 no text, empty text, text shorter than one sequence
     │   ├── UnknownName               a recipe, statistic, pass or domain that does not exist
-    │   └── OutputExists              the place for the result is taken
+    │   ├── OutputExists              the place for the result is taken
+    │   └── OutputBusy                another process makes the result at this moment
     ├── Infeasible (ValueError)       a wish that no plan can meet; names the nearest one that can be met
     ├── ArchitectureMismatch          a layer does not compute what Coterie believes it computes
     ├── ReloadMismatch                what was written does not load as what was computed
@@ -64,6 +65,10 @@ class UnknownName(InputError):
 
 class OutputExists(InputError):
     """The place for the result is taken."""
+
+
+class OutputBusy(InputError):
+    """Another process makes the result at this moment."""
 
 
 class Infeasible(CoterieError, ValueError):
