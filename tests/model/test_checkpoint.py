@@ -1,20 +1,35 @@
 """Reading headers: what safetensors writes is understood byte by byte, and every kind of damage has a clear error."""
 
+import io
 import json
+import math
+import os
+import pickle
 import random
 import shutil
 import struct
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from coterie.errors import CorruptCheckpoint, NotACheckpoint
-from coterie.model.checkpoint import DTYPE_BITS, INDEX_NAME, Checkpoint, read_header
+from coterie.model.checkpoint import (
+    DTYPE_BITS,
+    INDEX_NAME,
+    PICKLE_INDEX_NAME,
+    PICKLE_NAME,
+    TORCH_NAMES,
+    Checkpoint,
+    read_header,
+)
 
 CONFIG = {"model_type": "olmoe", "hidden_size": 4}
 DTYPES = {
@@ -114,6 +129,103 @@ def test_reader_reads_from_all_shards(sharded):
             reader.read("d")
 
 
+def test_tensors_of_every_number_format_are_read_as_safetensors_reads_them(tmp_path):
+    assert TORCH_NAMES.keys() == DTYPE_BITS.keys()
+    tensors = {}
+    for name, attribute in TORCH_NAMES.items():
+        raw = torch.randint(0, 2 if name == "BOOL" else 256, (48,), dtype=torch.uint8)
+        tensors[name] = raw.view(getattr(torch, attribute)).view(2, -1)
+    tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 7), "odd": torch.arange(7, dtype=torch.int8)}
+    make(tmp_path, {"model.safetensors": tensors})
+    checkpoint = Checkpoint.open(tmp_path)
+    expected = load_file(tmp_path / "model.safetensors")
+    with checkpoint.reader() as reader:
+        for name, tensor in expected.items():
+            found = reader.read(name)
+            assert (
+                (found.dtype, found.shape) == (tensor.dtype, tensor.shape) == (tensors[name].dtype, tensors[name].shape)
+            )
+            assert torch.equal(bits(found), bits(tensor)), name
+            assert checkpoint.tensors[name].num_bytes == tensor.numel() * tensor.element_size()
+        assert reader.num_bytes_read == checkpoint.num_bytes == sum(len(bits(tensor)) for tensor in tensors.values())
+
+
+def bits(tensor):
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def test_several_threads_may_read_at_once(tmp_path, monkeypatch):
+    class Slow(io.FileIO):
+        """Takes its time to open, so that all threads meet there."""
+
+        def __init__(self, path):
+            super().__init__(path)
+            time.sleep(0.02)
+
+    monkeypatch.setattr("coterie.model.checkpoint.FileIO", Slow)
+    tensors = {f"t{number}": torch.randn(2000) for number in range(50)}
+    checkpoint = Checkpoint.open(make(tmp_path, {"model.safetensors": tensors}))
+    with checkpoint.reader() as reader, ThreadPoolExecutor(8) as pool:
+        names = list(tensors) * 4
+        for name, found in zip(names, pool.map(reader.read, names), strict=True):
+            assert torch.equal(found, tensors[name])
+        assert reader.num_bytes_read == 4 * checkpoint.num_bytes
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mappings and open files are listed in /proc")
+def test_reading_maps_no_file_and_closes_all(sharded):
+    def opened():
+        links = list(Path("/proc/self/fd").iterdir())
+        return [link for link in links if link.is_symlink() and str(sharded) in str(link.readlink())]
+
+    checkpoint = Checkpoint.open(sharded)
+    with checkpoint.reader() as reader:
+        held = [reader.read(name) for name in checkpoint.tensors]
+        assert str(sharded) not in Path("/proc/self/maps").read_text()
+        assert len(opened()) == 2
+    assert len(held) == 3
+    assert opened() == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_a_tensor_is_held_once_while_it_is_read(tmp_path):
+    make(tmp_path, {"model.safetensors": {"x": torch.zeros(2**24)}})  # 64 MiB
+    code = f"""
+import torch
+from coterie.model.checkpoint import Checkpoint
+def status(key):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))
+with Checkpoint.open({str(tmp_path)!r}).reader() as reader:
+    before = status("VmRSS")
+    tensor = reader.read("x")
+    print(status("VmHWM") - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
+    assert 64 < float(result.stdout) < 64 + 24
+
+
+def test_a_file_cut_off_after_it_was_opened(sharded):
+    checkpoint = Checkpoint.open(sharded)
+    shard = sharded / "model-00001-of-00002.safetensors"
+    first = checkpoint.tensors["a"]
+    os.truncate(shard, first.end - 3)
+    with checkpoint.reader() as reader:
+        with pytest.raises(
+            CorruptCheckpoint, match=rf"ends after {first.end - 3} bytes, within tensor 'a'.*{first.end}"
+        ):
+            reader.read("a")
+        assert torch.equal(reader.read("c"), torch.zeros(5))
+
+
+def test_a_file_removed_after_it_was_opened(sharded):
+    checkpoint = Checkpoint.open(sharded)
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    with checkpoint.reader() as reader, pytest.raises(CorruptCheckpoint, match=r"00002\.safetensors: is missing"):
+        reader.read("c")
+    with pytest.raises(CorruptCheckpoint, match=r"00002\.safetensors: is missing"):
+        checkpoint.file_stamps()
+
+
 def test_looking_needs_no_torch(sharded):
     code = (
         f"import sys; from coterie.model.checkpoint import Checkpoint; Checkpoint.open({str(sharded)!r}).other_files()"
@@ -148,10 +260,35 @@ FAULTS = {
     "file ends early": ({"a": entry(0, 8)}, 7, r"describes \d+ bytes, the file has \d+"),
     "file has a tail": ({"a": entry(0, 8)}, 9, r"describes \d+ bytes, the file has \d+"),
     "no dtype": ({"a": {"shape": [2], "data_offsets": [0, 8]}}, 8, "KeyError"),
-    "one offset": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}, 8, "IndexError"),
+    "one offset": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}, 8, "not enough values"),
+    "three offsets": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 8]}}, 8, "too many values"),
+    "offsets are an object": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": {"0": 0, "1": 8}}}, 8, "'0'"),
     "shape is no list": ({"a": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}, 8, "TypeError"),
     "shape of words": ({"a": {"dtype": "F32", "shape": ["two"], "data_offsets": [0, 8]}}, 8, "ValueError"),
-    "shape is infinite": (b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 8]}}', 8, "OverflowError"),
+    "shape is infinite": (
+        b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 8]}}',
+        8,
+        "'inf' is not a whole",
+    ),
+    "shape of fractions": ({"a": entry(0, 8, shape=[2.0])}, 8, "'2.0' is not a whole number"),
+    "shape of truths": ({"a": entry(0, 4, shape=[True])}, 4, "'True' is not a whole number"),
+    "numbers as text": ({"a": {"dtype": "F32", "shape": ["2"], "data_offsets": ["0", "8"]}}, 8, "'0' is not a whole"),
+    "an extent beyond any file": ({"a": entry(0, 0, shape=[0, 2**63])}, 0, "not a whole number below"),
+    "extents beyond any file": ({"a": entry(0, 0, shape=[0, 2**40, 2**40])}, 0, "more elements than a file can hold"),
+    "a number of a thousand digits": (b'{"a": {"dtype": "F32", "shape": [' + b"9" * 1000 + b"]}}", 0, "KeyError"),
+    "an offset of many digits": (b'{"a": {"data_offsets": [0, ' + b"9" * 4300 + b"]}}", 0, "'9{40}' is not a whole"),
+    "an offset of too many digits": (b'{"a": {"data_offsets": [0, ' + b"9" * 4301 + b"]}}", 0, "ValueError"),
+    "more axes than torch has": ({"a": entry(0, 4, shape=[1] * 65)}, 4, "has 65 axes"),
+    "half a four-bit pair": ({"a": entry(0, 2, dtype="F4", shape=[3])}, 2, r"2 bytes for F4 \(3,\)"),
+    "a name twice": (
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+        b'"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+        8,
+        "the name 'a' occurs twice",
+    ),
+    "a key of an entry twice": (b'{"a": {"dtype": "F32", "dtype": "F16"}}', 0, "the name 'dtype' occurs twice"),
+    "a name that is no text": ({"\ud800": entry(0, 8)}, 8, "UnicodeEncodeError"),
+    "header in UTF-16": (json.dumps({"a": entry(0, 8)}).encode("utf-16-le"), 8, "header is not readable"),
     "entry is no object": ({"a": 3}, 8, "TypeError"),
     "header is a list": ([1], 0, "AttributeError"),
     "header is no JSON": (b'{"a": ', 0, "JSONDecodeError"),
@@ -205,6 +342,60 @@ def test_a_damaged_header_gives_our_error_or_stays_within_the_file(tmp_path):
         else:
             assert all(8 < info.begin <= info.end <= len(content) for info in found.values())
     assert refused > 150
+
+
+#: JSON of any kind, with the words and numbers of headers among it.
+words = st.sampled_from(["a", "b", "dtype", "shape", "data_offsets", "__metadata__", "F32", "F4", "U8"]) | st.text(
+    max_size=3
+)
+numbers = st.sampled_from([0, 1, 2, 4, 8, 16, 24, -1, 2**31, 2**63, 2**64, 10**30]) | st.integers() | st.floats()
+anything = st.recursive(
+    st.none() | st.booleans() | numbers | words,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4),
+    max_leaves=12,
+)
+near_entry = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "U8", "F4", "BF16"]) | anything,
+        "shape": st.lists(numbers, max_size=3) | anything,
+        "data_offsets": st.tuples(numbers, numbers) | anything,
+    }
+)
+near_header = st.dictionaries(words, near_entry, max_size=3) | st.dictionaries(words, anything, max_size=3) | anything
+
+
+def check_header(file):
+    """Read a header that nobody vouches for: what comes back lies within the file, or it is our error."""
+    size = file.stat().st_size
+    try:
+        found = read_header(file)
+    except CorruptCheckpoint:
+        return False
+    assert all(8 < info.begin <= info.end <= size for info in found.values())
+    assert all(info.num_bytes == info.end - info.begin for info in found.values())
+    assert sum(info.num_bytes for info in found.values()) <= size
+    with Checkpoint(path=file.parent, config={}, tensors=found, digest="").reader() as reader:
+        for name, info in found.items():
+            assert math.prod(reader.read(name).shape) == info.num_elements // (2 if info.dtype == "F4" else 1)
+    return True
+
+
+@settings(max_examples=300)
+@given(header=near_header, size=st.sampled_from([0, 4, 8, 16]))
+def test_any_json_as_a_header_gives_our_error_or_stays_within_the_file(folder, header, size):
+    check_header(write_header(folder / "any.safetensors", header, bytes(size)))
+
+
+@settings(max_examples=200)
+@given(edits=st.lists(st.tuples(st.integers(0, 190), st.binary(max_size=3), st.integers(0, 3)), max_size=3))
+def test_an_edited_header_gives_our_error_or_stays_within_the_file(folder, edits):
+    file = folder / "edited.safetensors"
+    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7), "c": torch.zeros(2, dtype=torch.uint8)}, file)
+    content = file.read_bytes()
+    for position, inserted, removed in edits:
+        content = content[:position] + inserted + content[position + removed :]
+    file.write_bytes(content)
+    assert check_header(file) or edits
 
 
 # --- folders that are wrong ---------------------------------------------------------------------------------------
@@ -307,10 +498,29 @@ def test_a_hub_id_is_fetched(sharded, monkeypatch):
     assert Checkpoint.open("someone/some-model").path == sharded
     [(name, patterns)] = asked
     assert name == "someone/some-model"
-    assert not any(pattern in patterns for pattern in ("*", "*.bin", "*.py")), "no pickles and no code are fetched"
+    assert not any(pattern in patterns for pattern in ("*", "*.py")), "no code is fetched"
+    assert not any("bin" in pattern for pattern in patterns), "no pickles are fetched"
+    Checkpoint.open("someone/some-model", allow_pickle=True)
+    assert len(asked) == 2, "safetensors are there: pickles are not fetched beside them"
 
 
-@pytest.mark.parametrize("content", [b"", b"{'model_type': 1}", b"\xff\xfe", b"[" * 100_000])
+def test_pickles_are_fetched_when_allowed_and_nothing_else_is_there(tmp_path, monkeypatch):
+    make(tmp_path, {})
+
+    def fetch(name, *, allow_patterns):
+        if "pytorch_model*.bin" in allow_patterns:
+            torch.save({"x": torch.ones(2)}, tmp_path / PICKLE_NAME)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    with pytest.raises(NotACheckpoint, match=r"has no \*\.safetensors weights"):
+        Checkpoint.open("someone/some-model")
+    assert list(Checkpoint.open("someone/some-model", allow_pickle=True).tensors) == ["x"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{'model_type': 1}", b"\xff\xfe", b"[" * 100_000, b'{"x": ' + b"9" * 5000 + b"}"]
+)
 def test_a_config_that_is_no_json(sharded, content):
     (sharded / "config.json").write_bytes(content)
     with pytest.raises(CorruptCheckpoint, match=r"config\.json is not JSON"):
@@ -324,13 +534,244 @@ def test_a_config_without_a_model_type(sharded, content):
         Checkpoint.open(sharded)
 
 
-def test_pickles_only(tmp_path):
-    make(tmp_path / "m", {})
+@pytest.mark.parametrize("name", ["config.json", INDEX_NAME])
+def test_text_of_absurd_size_is_refused_unparsed(sharded, name):
+    with (sharded / name).open("r+b") as file:
+        file.truncate(200_000_000)  # a hole: takes no room
+    with pytest.raises(CorruptCheckpoint, match=rf"{name} has 200000000 bytes, at most \d+ are believed"):
+        Checkpoint.open(sharded)
+
+
+def test_an_index_that_places_a_tensor_twice(sharded):
+    text = (sharded / INDEX_NAME).read_text()
+    (sharded / INDEX_NAME).write_text(text.replace('"a":', '"b": "model-00002-of-00002.safetensors", "a":'))
+    with pytest.raises(CorruptCheckpoint, match=r"not a weight index: ValueError: the name 'b' occurs twice"):
+        Checkpoint.open(sharded)
+
+
+# --- links --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(sharded, tmp_path):
+    """The same model as the hub's client keeps it: files are blobs, a snapshot links to them."""
+    cache = tmp_path / "models--someone--some-model"
+    snapshot = cache / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    (sharded / "tokenizer.json").write_text("{}")
+    for number, file in enumerate(sorted(sharded.iterdir())):
+        shutil.copy(file, cache / "blobs" / f"{number:040x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:040x}")
+    return snapshot
+
+
+def test_a_download_cache_opens_as_the_folder_it_holds(sharded, cached):
+    plain, linked = Checkpoint.open(sharded), Checkpoint.open(cached)
+    assert linked.digest == plain.digest
+    assert linked.tensors == plain.tensors
+    assert linked.file_stamps().keys() == plain.file_stamps().keys()
+    assert [file.name for file in linked.other_files()] == ["tokenizer.json"]
+    with plain.reader() as one, linked.reader() as other:
+        assert all(torch.equal(one.read(name), other.read(name)) for name in plain.tensors)
+    with pytest.raises(NotACheckpoint, match=r"it is a download cache: pass .*snapshots/0123abcd"):
+        Checkpoint.open(cached.parent.parent)
+
+
+def test_a_link_to_a_model_folder(sharded, tmp_path):
+    (tmp_path / "link").symlink_to(sharded)
+    assert Checkpoint.open(tmp_path / "link").digest == Checkpoint.open(sharded).digest
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    with pytest.raises(NotACheckpoint, match=r"nowhere is a link to .*gone, which does not exist"):
+        Checkpoint.open(tmp_path / "nowhere")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(NotACheckpoint, match=r"circle is a link to .*circle, which does not exist"):
+        Checkpoint.open(tmp_path / "circle")
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX_NAME, "model-00002-of-00002.safetensors", "tokenizer.json"])
+def test_links_that_lead_nowhere_are_named(cached, name):
+    (cached / name).resolve().unlink()
+    message = rf"{name}:? .*is a link to \.\./\.\./blobs/0+\d, which does not exist; (fetch|remove)"
+    with pytest.raises((CorruptCheckpoint, NotACheckpoint), match=message):
+        Checkpoint.open(cached).other_files()
+
+
+def test_a_shard_that_is_no_regular_file(sharded):
+    shard = sharded / "model-00002-of-00002.safetensors"
+    shard.unlink()
+    os.mkfifo(shard)  # opening it would wait for ever
+    with pytest.raises(CorruptCheckpoint, match=r"00002\.safetensors: the shard is no regular file"):
+        Checkpoint.open(sharded)
+
+
+def test_links_to_files_belong_to_the_model_and_links_to_folders_do_not(sharded, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "merges.txt").write_text("x")
+    (sharded / "merges.txt").symlink_to(tmp_path / "merges.txt")
+    (sharded / "folder").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(sharded / "pipe")
+    assert [file.name for file in Checkpoint.open(sharded).other_files()] == ["merges.txt"]
+
+
+def test_stamps_follow_every_write(cached):
+    checkpoint = Checkpoint.open(cached)
+    before = checkpoint.file_stamps()
+    assert before.keys() == {"config.json", *checkpoint.shards}
+    assert json.loads(json.dumps(before)) == before
+    for name, (size, changed) in before.items():
+        found = (cached / name).resolve().stat()
+        assert (size, changed) == (found.st_size, found.st_mtime_ns)
+    (cached / "tokenizer.json").resolve().write_text("changed")
+    assert checkpoint.file_stamps() == before
+    for name in before:
+        file = (cached / name).resolve()
+        os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+        now = checkpoint.file_stamps()
+        assert [other for other in before if now[other] != before[other]] == [name]
+        before = now
+
+
+# --- pickles ------------------------------------------------------------------------------------------------------
+
+
+class Trap:
+    """What runs a program when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+@pytest.fixture
+def pickled(tmp_path):
+    folder = make(tmp_path / "pickled", {})
+    one, two = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
+    torch.save({"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(4, dtype=torch.bfloat16)}, folder / one)
+    torch.save({"c": torch.zeros(5, dtype=torch.int64)}, folder / two)
+    (folder / PICKLE_INDEX_NAME).write_text(json.dumps({"weight_map": {"a": one, "b": one, "c": two}}))
+    return folder
+
+
+def test_pickles_are_read_only_when_allowed(pickled):
+    message = r"it has pytorch_model-00001-of-00002\.bin, a pickle.*convert it.*or pass --allow-pickle .*trust"
+    with pytest.raises(NotACheckpoint, match=message):
+        Checkpoint.open(pickled)
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in pickled.iterdir()}
+    checkpoint = Checkpoint.open(pickled, allow_pickle=True)
+    assert {name: (info.dtype, info.shape, info.num_bytes) for name, info in checkpoint.tensors.items()} == {
+        "a": ("F32", (3, 2), 24),
+        "b": ("BF16", (4,), 8),
+        "c": ("I64", (5,), 40),
+    }
+    with checkpoint.reader() as reader:
+        found = reader.read("a")
+        assert torch.equal(found, torch.arange(6.0).view(2, 3).T)
+        assert found.is_contiguous()
+        found.add_(1)
+        assert torch.equal(reader.read("a"), torch.arange(6.0).view(2, 3).T)
+        assert torch.equal(reader.read("b"), torch.ones(4, dtype=torch.bfloat16))
+        assert torch.equal(reader.read("c"), torch.zeros(5, dtype=torch.int64))
+        assert reader.num_bytes_read == 24 + 24 + 8 + 40
+    assert checkpoint.file_stamps().keys() == {"config.json", *checkpoint.shards}
+    assert checkpoint.other_files() == ()
+    assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in pickled.iterdir()} == before
+    shard = pickled / "pytorch_model-00002-of-00002.bin"
+    torch.save({"c": torch.ones(5, dtype=torch.int64)}, shard)
+    assert Checkpoint.open(pickled, allow_pickle=True).digest != checkpoint.digest
+
+
+def test_safetensors_come_before_pickles(pickled):
+    save_file({"x": torch.ones(2)}, pickled / "model.safetensors")
+    checkpoint = Checkpoint.open(pickled, allow_pickle=True)
+    assert set(checkpoint.tensors) == {"x"}
+    assert not checkpoint.pickled
+
+
+def test_a_pickle_under_the_name_of_a_safetensors_shard_is_not_unpickled(tmp_path):
+    folder = make(tmp_path / "m", {}, index={"x": "x.bin"})
+    (folder / "x.bin").write_bytes(pickle.dumps(Trap(tmp_path / "ran")))
+    for allowed in (False, True):
+        with pytest.raises(CorruptCheckpoint, match=r"x\.bin: the header claims"):
+            Checkpoint.open(folder, allow_pickle=allowed)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_runs_code_is_refused(tmp_path, legacy):
+    folder = make(tmp_path / "m", {})
+    content = {"x": torch.ones(2), "y": Trap(tmp_path / "ran")}
+    torch.save(content, folder / PICKLE_NAME, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CorruptCheckpoint, match=r"pytorch_model\.bin is not read as a dictionary of tensors"):
+        Checkpoint.open(folder, allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_pickle_gives_our_error_or_what_it_still_says(tmp_path):
+    folder = make(tmp_path / "m", {})
+    file = folder / PICKLE_NAME
+    torch.save({"x": torch.ones(3)}, file)
+    whole = file.read_bytes()
+    source = random.Random(0)
+    refused = 0
+    for attempt in range(150):
+        content = bytearray(whole)
+        if attempt % 2:
+            content = content[: source.randrange(len(content))]
+        else:
+            for _ in range(8):
+                content[source.randrange(len(content))] = source.randrange(256)
+        file.write_bytes(content)
+        try:
+            assert set(Checkpoint.open(folder, allow_pickle=True).tensors) <= {"x"} or attempt % 2 == 0
+        except CorruptCheckpoint:
+            refused += 1
+    assert refused > 75
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.ones(2)], "holds a list, expected a dictionary"),
+        ({"x": 3}, "entry 'x' is a int, no tensor"),
+        ({3: torch.ones(2)}, "entry 3 is a Tensor, no tensor with a name"),
+        ({"\ud800": torch.ones(2)}, "no tensor with a name"),
+        ({"x": torch.ones(2).to_sparse()}, "tensor 'x' is torch.float32 torch.sparse_coo, no plain numbers"),
+        ({"x": torch.ones(2, dtype=torch.complex128)}, "torch.complex128 torch.strided, no plain numbers"),
+    ],
+)
+def test_pickles_of_other_things(tmp_path, content, message):
+    folder = make(tmp_path / "m", {})
+    torch.save(content, folder / PICKLE_NAME)
+    with pytest.raises(CorruptCheckpoint, match=message):
+        Checkpoint.open(folder, allow_pickle=True)
+
+
+def test_pickles_that_do_not_fit_their_index(pickled):
+    shard = pickled / "pytorch_model-00002-of-00002.bin"
+    checkpoint = Checkpoint.open(pickled, allow_pickle=True)
+    torch.save({"c": torch.ones(6)}, shard)
+    with checkpoint.reader() as reader, pytest.raises(CorruptCheckpoint, match=r"'c' is not what it was"):
+        reader.read("c")
+    torch.save({"d": torch.ones(6)}, shard)
+    with pytest.raises(CorruptCheckpoint, match=r"bin\.index\.json places tensor 'c' in pytorch_model-00002"):
+        Checkpoint.open(pickled, allow_pickle=True)
+    shard.unlink()
+    with pytest.raises(CorruptCheckpoint, match=r"00002\.bin: the shard is missing"):
+        Checkpoint.open(pickled, allow_pickle=True)
+
+
+def test_folders_with_no_weights_that_may_be_read(tmp_path):
+    folder = make(tmp_path / "m", {})
     with pytest.raises(NotACheckpoint, match=r"has no \*\.safetensors weights$"):
-        Checkpoint.open(tmp_path / "m")
-    (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(NotACheckpoint, match=r"it has pytorch_model\.bin: convert it"):
-        Checkpoint.open(tmp_path / "m")
+        Checkpoint.open(folder)
+    (folder / "other.bin").write_bytes(b"")
+    with pytest.raises(
+        NotACheckpoint, match=r"other\.bin, but neither pytorch_model\.bin nor pytorch_model\.bin\.index"
+    ):
+        Checkpoint.open(folder, allow_pickle=True)
 
 
 # --- digest and files ---------------------------------------------------------------------------------------------
