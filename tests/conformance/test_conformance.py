@@ -11,19 +11,20 @@ from coterie.compress import methods, recipes
 from coterie.compress.methods.select import slice_router
 from coterie.testing import check_family, check_method, tiny_families
 
-#: One family for each way to lay out experts and to route; the others take their minute in make test-slow.
-FAST = {"olmoe", "deepseek_v3", "gpt_oss"}
-
 
 @pytest.mark.parametrize("recipe", sorted(recipes.RECIPES))
 def test_recipe_keeps_its_promises(recipe):
     check_method(recipe)
 
 
-@pytest.mark.parametrize(
-    "model_type", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in tiny_families()]
-)
+@pytest.mark.parametrize("model_type", tiny_families())
 def test_family_goes_all_the_way(model_type):
+    check_family(model_type, thorough=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", tiny_families())
+def test_family_goes_all_the_way_with_every_recipe_and_router_form(model_type):
     check_family(model_type)
 
 

@@ -12,10 +12,10 @@ from coterie.errors import ArchitectureMismatch, CorruptCheckpoint
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.convert import TORCH_DTYPES, Crossing
 from coterie.model.layers import Architecture, quiet
-from coterie.testing import tiny_families
+from coterie.testing import CORE_FAMILIES
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-every_family = pytest.mark.parametrize("model_type", tiny_families())
+every_family = pytest.mark.parametrize("model_type", CORE_FAMILIES)
 
 
 def opened(path):

@@ -1,5 +1,6 @@
 """Architecture: derived from the config alone, right for every family; and canonical experts, in and out of layouts."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -23,7 +24,7 @@ from coterie.model.layers import (
     native_experts,
     quiet,
 )
-from coterie.testing import tiny_families
+from coterie.testing import CORE_FAMILIES, tiny_families
 
 # What is known of each family from its code in transformers: the block of a layer, the config key, the layers that are
 # MoE layers, the router, and the tensors that steer it with their expert axis.
@@ -40,6 +41,9 @@ KNOWN = {
     "glm4_moe": ("mlp", "n_routed_experts", [1, 2], "gate", {"gate.weight": 0, "gate.e_score_correction_bias": 0}),
     "granitemoe": ("block_sparse_moe", "num_local_experts", [0, 1], "router", {"router.weight": 0}),
 }  # fmt: skip
+
+#: Tensors with one row more than there are experts: for a shared expert, or for "no expert".
+SPARE_ROWS = {"inkling_text": ("gate.weight",), "zaya": ("gate.router_mlp.out_proj.weight", "gate.balancing_biases")}
 
 OLMOE = {
     "model_type": "olmoe", "vocab_size": 272, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -64,12 +68,12 @@ NESTED = {
 # --- what a checkpoint computes -----------------------------------------------------------------------------------
 
 
-def test_every_tiny_family_is_known_here():
-    assert set(KNOWN) == set(tiny_families())
+def test_every_core_family_is_known_here():
+    assert set(KNOWN) == set(CORE_FAMILIES)
 
 
-@pytest.mark.parametrize("model_type", tiny_families())
-def test_architecture_of_every_family(tiny, model_type):
+@pytest.mark.parametrize("model_type", CORE_FAMILIES)
+def test_architecture_of_every_core_family(tiny, model_type):
     block, key, positions, router, router_tensors = KNOWN[model_type]
     architecture = Architecture.of(Checkpoint.open(tiny(model_type)))
     assert architecture.expert_key == (key,)
@@ -89,18 +93,24 @@ def test_architecture_of_every_family(tiny, model_type):
 def test_resizing_reaches_the_experts_and_the_router_tensors_and_nothing_else(tiny, model_type):
     architecture = Architecture.of(Checkpoint.open(tiny(model_type)))
     config = architecture.resized_config(6)
-    assert config == dict(architecture.config) | {architecture.expert_key[0]: 6}
+    *outer, key = architecture.expert_key
+    expected_config = copy.deepcopy(dict(architecture.config))
+    holder = expected_config[outer[0]] if outer else expected_config
+    assert holder[key] == 8
+    holder[key] = 6
+    assert config == expected_config
     before, after = architecture.model.state_dict(), empty_model(config).state_dict()
     assert before.keys() == after.keys()
     axes = dict(itertools.chain.from_iterable(layer.router_tensors for layer in architecture.layers))
-    experts = {name for name in before for layer in architecture.layers if name.startswith(layer.experts + ".")}
+    modules = {layer.experts for layer in architecture.layers}
+    experts = {name for name in before if name.rpartition(".")[0] in modules}
     changed = {name for name in before if before[name].shape != after[name].shape}
     assert changed == experts | axes.keys()
     for name in changed:
         axis = axes.get(name, 0)
         expected = list(before[name].shape)
-        assert expected[axis] == 8
-        expected[axis] = 6
+        assert expected[axis] == (9 if name.endswith(SPARE_ROWS.get(model_type, ("none",))) else 8)
+        expected[axis] -= 2
         assert list(after[name].shape) == expected
 
 
@@ -148,8 +158,10 @@ def test_of_two_names_for_the_count_the_one_that_rules_is_found():
     base |= {"model_type": "qwen3_moe", "moe_intermediate_size": 24, "head_dim": 16}
     for names in (("num_experts",), ("num_local_experts",), ("num_experts", "num_local_experts")):
         architecture = Architecture.from_config(base | dict.fromkeys(names, 8))
-        resized = Architecture.from_config(architecture.resized_config(4))
-        assert resized.layers[0].num_experts == 4
+        config = architecture.resized_config(4)
+        assert [config[name] for name in names] == [4] * len(names), "no name is left behind with the old count"
+        for order in (config, dict(reversed(config.items()))):
+            assert {layer.num_experts for layer in Architecture.from_config(order).layers} == {4}
 
 
 def test_a_dense_model_is_refused(tmp_path, tiny):
@@ -160,6 +172,17 @@ def test_a_dense_model_is_refused(tmp_path, tiny):
     (tmp_path / "dense" / "config.json").write_text(json.dumps(dense))
     with pytest.raises(NotAMoE, match="dense"):
         Architecture.of(Checkpoint.open(tmp_path / "dense"))
+
+
+def test_experts_that_transformers_does_not_route_through_its_interface_are_refused():
+    config = {
+        "model_type": "llama4_text", "vocab_size": 272, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24, "intermediate_size_mlp": 40,
+        "num_local_experts": 8, "num_experts_per_tok": 1,
+    }  # fmt: skip
+    assert any("experts" in name for name, _ in empty_model(config).named_modules())
+    with pytest.raises(NotAMoE, match=r"\(llama4_text\) .* does not route its experts through the common interface"):
+        Architecture.from_config(config)
 
 
 def test_an_unknown_model_type_is_refused():
@@ -214,9 +237,42 @@ def test_a_block_whose_router_reshapes_more_than_one_axis_is_refused(monkeypatch
         Architecture.from_config(OLMOE)
 
 
-def test_a_block_that_cannot_run_by_itself_is_refused():
-    with pytest.raises(ArchitectureMismatch, match=r"model\.layers\.0\.mlp: the block cannot be run by itself"):
-        Architecture.from_config(OLMOE | {"num_experts_per_tok": 99})
+def test_a_model_that_does_not_run_is_refused():
+    with pytest.raises(ArchitectureMismatch, match=r"here: how many experts .* cannot be seen, .* does not run \(\w+"):
+        Architecture.from_config(OLMOE | {"num_experts_per_tok": 99}, where="here")
+
+
+def test_a_tensor_outside_all_blocks_that_depends_on_the_count_is_refused(monkeypatch):
+    def odd(config, **options):
+        model = empty_model(config, **options)
+        model.model.balance = nn.Parameter(torch.empty(model.config.num_experts, device="meta"))
+        return model
+
+    monkeypatch.setattr(layers_module, "empty_model", odd)
+    with pytest.raises(ArchitectureMismatch, match=r"model\.balance \[8\] depends .* but is in no MoE block"):
+        Architecture.from_config(OLMOE)
+
+
+def test_top_k_is_seen_where_a_block_does_not_run_by_itself(tiny, monkeypatch):
+    # Here the block is the whole decoder layer: it wants positions too.
+    checkpoint = Checkpoint.open(tiny("gemma4_text"))
+    monkeypatch.setattr(layers_module, "_probed", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(layers_module, "FakeTensorMode", None)
+        with pytest.raises(ArchitectureMismatch, match="cannot be seen"):
+            Architecture.of(checkpoint)
+    assert [layer.top_k for layer in Architecture.of(checkpoint).layers] == [2, 2]
+    assert len(layers_module._probed) == 1
+    again, other = Architecture.of(checkpoint), Architecture.from_config(dict(checkpoint.config) | {"top_k_experts": 3})
+    assert [layer.top_k for layer in (*again.layers, *other.layers)] == [2, 2, 3, 3]
+
+
+def test_infinity_in_a_config_is_read_as_transformers_writes_it(tiny):
+    checkpoint = Checkpoint.open(tiny("nemotron_h"))
+    assert checkpoint.config["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
+    architecture = Architecture.of(checkpoint)
+    assert architecture.model.config.time_step_limit[1] == float("inf")
+    assert architecture.resized_config(4)["time_step_limit"] == checkpoint.config["time_step_limit"]
 
 
 def test_the_router_is_the_one_that_the_model_declares(tiny):

@@ -13,7 +13,7 @@ from coterie.artifact import write_artifact
 from coterie.errors import CorruptArtifact, CorruptCheckpoint, InputError, NotACheckpoint
 from coterie.model.layers import quiet
 from coterie.model.load import MANIFEST, load_model, load_tokenizer, read_manifest
-from coterie.testing import END_OF_TEXT_ID, tiny_families
+from coterie.testing import CORE_FAMILIES, END_OF_TEXT_ID
 
 IDS = torch.arange(40).view(2, 20)
 
@@ -40,7 +40,7 @@ def change(path, *, drop=(), **tensors):
     save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("model_type", tiny_families())
+@pytest.mark.parametrize("model_type", CORE_FAMILIES)
 def test_it_loads_what_stock_transformers_loads(tiny, model_type):
     path = tiny(model_type)
     with quiet():
@@ -114,7 +114,7 @@ def test_the_tokenizer_is_the_one_of_the_folder(tiny):
     assert tokenizer.decode(tokenizer("naïve ☃")["input_ids"]) == "naïve ☃"
 
 
-@pytest.mark.parametrize("model_type", tiny_families())
+@pytest.mark.parametrize("model_type", CORE_FAMILIES)
 @pytest.mark.parametrize("left", [(), ("tokenizer_config.json",)], ids=["nothing", "only its config"])
 def test_no_tokenizer_is_an_error(copy, model_type, left):
     # Some families have a tokenizer class that is content with no files: it would turn all text into nothing.

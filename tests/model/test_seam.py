@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from coterie.model.layers import Experts, canonical_experts, is_experts
 from coterie.model.load import load_model
 from coterie.model.seam import _active, eager, intercepted, routed_output
-from coterie.testing import tiny_families
+from coterie.testing import CORE_FAMILIES
 
 
 def experts_of(model):
@@ -30,7 +30,7 @@ def model(tiny):
 # --- routed_output ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", tiny_families())
+@pytest.mark.parametrize("model_type", CORE_FAMILIES)
 def test_routed_output_equals_the_familys_own_loop(tiny, model_type):
     model = load_model(tiny(model_type), dtype=torch.float64)
     for module in experts_of(model):
@@ -42,7 +42,7 @@ def test_routed_output_equals_the_familys_own_loop(tiny, model_type):
         torch.testing.assert_close(ours_TD, own_TD, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("model_type", tiny_families())
+@pytest.mark.parametrize("model_type", CORE_FAMILIES)
 def test_no_expert_adds_nothing(tiny, model_type):
     model = load_model(tiny(model_type), dtype=torch.float64)
     module = experts_of(model)[0]

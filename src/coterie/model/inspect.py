@@ -28,6 +28,7 @@ from coterie.model.structure import (
     find_blocks,
     integer_entries,
     nearest_entry,
+    spare_rows,
     split_name,
 )
 from coterie.model.units import parse_bytes
@@ -45,6 +46,7 @@ _ATTENTION_TENSORS = frozenset(("q_proj", "qkv_proj", "conv1d", "A_log"))
 _DENSE = re.compile(r"(^|_)(mlp|feed_forward|ffn|ff|moe)$|^mixer$")
 _EMBEDDING = re.compile(r"embed_tokens|word_embeddings|\bwte\b|lm_head")
 _INPUT = re.compile(r"embed|\bwte\b")
+_GROUPS = re.compile(r"^n(um)?(_expert)?_group$")
 _COMPANION = re.compile(r"scale|zero|g_idx|absmax|quant_map|quant_state|weight_shape")
 
 
@@ -80,6 +82,7 @@ class MoEBlock:
         experts: the routed experts, all E of them.
         shared: shared experts, and all else in the block that every token passes.
         router: the router.
+        row_bytes: bytes of the router that belong to one expert and go with it.
     """
 
     layer: int
@@ -93,6 +96,7 @@ class MoEBlock:
     experts: Amount
     shared: Amount
     router: Amount
+    row_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,7 +191,7 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
     places = {name: split_name(name) for name in tensors}
     running: list[Block] = []
     moe_layers: list[MoEBlock] = []
-    for block in find_blocks(tensors, places, counts, _mapped_counts(checkpoint.path)):
+    for block in find_blocks(tensors, places, counts, _mapped_counts(checkpoint.path), spare_rows(config)):
         key = _expert_path(counts, block)
         depth = _depth(config, key)
         # Layers for multi-token prediction are stored, but transformers does not run them.
@@ -317,6 +321,7 @@ def _describe(block: Block, config: Mapping[str, Any], path: Parts, storage: _St
         experts=storage.amount(block.experts),
         shared=storage.amount(block.shared),
         router=storage.amount(block.router),
+        row_bytes=block.row_bytes,
     )
 
 
@@ -408,15 +413,15 @@ def _fit(limit: int, layers: list[MoEBlock], total: int, config: Mapping[str, An
     """Find the most experts a layer whose tensors fit into `limit` bytes; router rows go with their experts."""
     most = max(layer.num_experts for layer in layers)
     top_k = max(layer.top_k for layer in layers)
-    groups = nearest_entry(config, (), lambda key: key == "n_group") or 1
+    groups = nearest_entry(config, (), lambda key: _GROUPS.search(key) is not None) or 1
     chosen_groups = nearest_entry(config, (), lambda key: key == "topk_group") or 1
 
     def size(experts: int) -> int:
         saved = 0
         for layer in layers:
-            rows = layer.router.bytes if layer.router_rows == layer.num_experts else 0
+            rows = layer.row_bytes if layer.router_rows == layer.num_experts else 0
             gone = max(0, layer.num_experts - experts)
-            saved += (layer.experts.bytes + rows) * gone // layer.num_experts
+            saved += layer.experts.bytes * gone // layer.num_experts + rows * gone
         return total - saved
 
     def routes(experts: int) -> bool:

@@ -3,7 +3,8 @@
 Nothing is listed by family. Two empty models that differ only in their number of experts are compared: the tensors
 whose shape differs are the experts' and the router's, the axis that differs is the expert axis, and the config key
 that made the difference is the key to change. transformers' own marks say which modules hold experts
-(`use_experts_implementation`) and which are routers (`_can_record_outputs["router_logits"]`).
+(`use_experts_implementation`) and which are routers (`_can_record_outputs["router_logits"]`); how many experts a token
+chooses is seen by running the empty model on empty text.
 
 Legend: E experts, F expert width, D model width, T tokens, K chosen experts. All names here are names in memory.
 """
@@ -12,87 +13,43 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.integrations.moe import _default_apply_gate
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint, Infeasible, NotACheckpoint, NotAMoE
 from coterie.model.checkpoint import Checkpoint
+from coterie.model.experts import Combine, Experts, canonical_experts, is_experts, native_experts
 from coterie.model.routing import routing_problem
 
-Combine = Callable[[Tensor | None, Tensor], Tensor]
+__all__ = [
+    "Architecture",
+    "Combine",
+    "Experts",
+    "MoELayer",
+    "canonical_experts",
+    "empty_model",
+    "find_router",
+    "is_experts",
+    "native_experts",
+    "quiet",
+]
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Experts:
-    """The experts of one layer in canonical form.
-
-    For expert e and token x, ``h_e(x) = combine(gate_e x + gate_bias_e, up_e x + up_bias_e)`` and
-    ``f_e(x) = finish(down_e h_e(x) + down_bias_e)``. Experts without a gate have ``gate_EFD`` None and
-    ``h_e(x) = combine(None, up_e x)``.
-    """
-
-    gate_EFD: Tensor | None
-    up_EFD: Tensor
-    down_EDF: Tensor
-    combine: Combine
-    gate_bias_EF: Tensor | None = None
-    up_bias_EF: Tensor | None = None
-    down_bias_ED: Tensor | None = None
-    finish: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.up_EFD.shape[0]
-
-    @property
-    def width(self) -> int:
-        """F."""
-        return self.up_EFD.shape[1]
-
-    def hidden(self, expert: int, x_TD: Tensor) -> Tensor:
-        """Return h_e(x), the activations between up and down projection, as (T, F)."""
-        up_TF = nn.functional.linear(x_TD, self.up_EFD[expert], _row(self.up_bias_EF, expert))
-        gate_TF = None
-        if self.gate_EFD is not None:
-            gate_TF = nn.functional.linear(x_TD, self.gate_EFD[expert], _row(self.gate_bias_EF, expert))
-        return self.combine(gate_TF, up_TF)
-
-    def project(self, expert: int, hidden_TF: Tensor) -> Tensor:
-        """Return f_e(x) from h_e(x), as (T, D)."""
-        out_TD = nn.functional.linear(hidden_TF, self.down_EDF[expert], _row(self.down_bias_ED, expert))
-        return out_TD if self.finish is None else self.finish(out_TD)
-
-    def output(self, expert: int, x_TD: Tensor) -> Tensor:
-        """Return f_e(x), as (T, D), without the routing weight."""
-        return self.project(expert, self.hidden(expert, x_TD))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that exist, by field name; the first axis of each is the expert axis."""
-        names = ("gate_EFD", "up_EFD", "down_EDF", "gate_bias_EF", "up_bias_EF", "down_bias_ED")
-        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Experts:
-        """Apply `function` to every tensor."""
-        changed: dict[str, Any] = {name: function(tensor) for name, tensor in self.tensors().items()}
-        return replace(self, **changed)
-
-    def select(self, index_M: Tensor) -> Experts:
-        """Return the experts that `index_M` names, in that order."""
-        return self.map(lambda tensor: tensor[index_M])
-
-
-def _row(bias: Tensor | None, expert: int) -> Tensor | None:
-    return None if bias is None else bias[expert]
+#: What running whole empty models showed, by the text of their configs.
+_probed: dict[str, dict[str, int]] = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +61,8 @@ class MoELayer:
         block: name of the module that holds router and experts.
         experts: name of the experts module.
         router: name of the router module, or None when the model declares none inside the block.
-        router_tensors: every parameter and buffer outside the experts that has an expert axis, with that axis.
+        router_tensors: every parameter and buffer outside the experts that has an expert axis, with that axis. The axis
+            may be longer than E: what follows the first E entries (rows for shared experts or for "no expert") stays.
         num_experts: E.
         top_k: K.
         width: F.
@@ -158,15 +116,33 @@ class Architecture:
                 f"{where} ({config['model_type']}) has no routed experts that Coterie can reach: "
                 "it is a dense model, or transformers does not route its experts through the common interface"
             )
-        counts = {name: int(model.get_submodule(name).num_experts) for name in names}  # type: ignore[arg-type]
+        top_k = _probe_top_k(model, names, where, known_as=json.dumps(config, sort_keys=True, default=str))
+        counts = {name: int(model.get_submodule(name).num_experts) for name in top_k}  # type: ignore[arg-type]
         key, other = _find_expert_key(config, model, counts, where)
+        for name in names:
+            if name not in top_k and model.get_submodule(name).num_experts != other.get_submodule(name).num_experts:
+                raise ArchitectureMismatch(
+                    f"{where}: text never reaches {name}, so nothing can be measured there, but the number of its "
+                    f"experts hangs on {'.'.join(key)} too; experts for images or sound that are counted together with "
+                    "those for text are not supported"
+                )
+        _check_nothing_shared(model, names, where)
+        routers = _router_tensors(model, other, counts, where)
         groups = _num_groups(model)
-        layers = tuple(_describe(model, other, name, index, groups.get(name, 1)) for index, name in enumerate(names))
+        layers = tuple(
+            _describe(model, name, index, routers[name], top_k[name], groups) for index, name in enumerate(counts)
+        )
         return cls(config=config, model=model, layers=layers, expert_key=key)
 
     def resized_config(self, num_experts: int) -> dict[str, Any]:
-        """Return the content of config.json with another number of experts."""
-        return _with_value(self.config, self.expert_key, num_experts)
+        """Return the content of config.json with another number of experts, under all names that it has there."""
+        config = _with_value(self.config, self.expert_key, num_experts)
+        siblings: dict[str, Any] = config
+        for part in self.expert_key[:-1]:
+            siblings = siblings[part]
+        for name in _aliases(self.model, self.expert_key) & siblings.keys():
+            siblings[name] = num_experts
+        return config
 
     def check_feasible(self, num_experts: int) -> None:
         """Check that the resized model can route.
@@ -197,12 +173,6 @@ class Architecture:
         )
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Tell whether transformers routes this module's experts through the common interface."""
-    marks = ("is_transposed", "is_concatenated", "has_bias", "has_gate", "num_experts")
-    return all(hasattr(module, mark) for mark in marks)
-
-
 def empty_model(
     config: Mapping[str, Any], *, where: str = "the config", dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
@@ -227,11 +197,15 @@ def empty_model(
     model_class = getattr(transformers, name, None) if name else None
     with torch.device("meta"), quiet():
         try:
-            parsed = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))
+            # Infinity and the like stand as objects in config.json; transformers reads them back like this.
+            decoded = PreTrainedConfig._decode_special_floats(copy.deepcopy(dict(config)))
+            parsed = CONFIG_MAPPING[model_type].from_dict(decoded)
             if model_class is not None:
                 model = model_class._from_config(parsed, dtype=dtype or torch.float32)
             else:
-                model = AutoModelForCausalLM.from_config(parsed, dtype=dtype or torch.float32)  # type: ignore[no-untyped-call]
+                text = type(parsed) in MODEL_FOR_CAUSAL_LM_MAPPING
+                auto: Any = AutoModelForCausalLM if text else AutoModelForImageTextToText
+                model = auto.from_config(parsed, dtype=dtype or torch.float32)
         except Exception as error:  # every family checks its config in its own way
             first_line = str(error).strip().split("\n")[0]
             raise CorruptCheckpoint(
@@ -258,94 +232,6 @@ class quiet:  # noqa: N801  # used like the functions of contextlib
         hf_logging.set_verbosity(self._level)
         if self._bar:
             hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def canonical_experts(module: nn.Module) -> Experts:
-    """Read the experts of a module into canonical form; the tensors are views of the module's parameters.
-
-    Interleaved (gate0, up0, gate1, ...) and transposed (E, D, F) layouts are undone.
-    """
-    has_gate, transposed, concatenated = module.has_gate, module.is_transposed, module.is_concatenated
-    fused = module.gate_up_proj if has_gate else module.up_proj
-    assert isinstance(fused, Tensor)
-    assert isinstance(module.down_proj, Tensor)
-    fused_EFD = fused.transpose(1, 2) if transposed else fused
-    down_EDF = module.down_proj.transpose(1, 2) if transposed else module.down_proj
-    gate_EFD: Tensor | None = None
-    up_EFD = fused_EFD
-    gate_bias_EF: Tensor | None = None
-    up_bias_EF: Tensor | None = None
-    down_bias_ED: Tensor | None = None
-    if has_gate:
-        gate_EFD, up_EFD = _halves(fused_EFD, bool(concatenated))
-    if module.has_bias:
-        up_bias_EF = module.gate_up_proj_bias if has_gate else module.up_proj_bias  # type: ignore[assignment]
-        down_bias_ED = module.down_proj_bias  # type: ignore[assignment]
-        if has_gate:
-            assert up_bias_EF is not None
-            gate_bias_EF, up_bias_EF = _halves(up_bias_EF, bool(concatenated))
-    experts = Experts(
-        gate_EFD=gate_EFD,
-        up_EFD=up_EFD,
-        down_EDF=down_EDF,
-        gate_bias_EF=gate_bias_EF,
-        up_bias_EF=up_bias_EF,
-        down_bias_ED=down_bias_ED,
-        combine=_combine_of(module),
-        finish=getattr(module, "post_expert_norm", None) if getattr(module, "has_post_expert_norm", False) else None,
-    )
-    return experts.map(lambda tensor: tensor.detach())
-
-
-def native_experts(module: nn.Module, experts: Experts) -> dict[str, Tensor]:
-    """Return canonical experts in the layout of `module`, by parameter name: the inverse of `canonical_experts`."""
-    fuse = _fuse_concatenated if module.is_concatenated else _fuse_interleaved
-    tensors: dict[str, Tensor] = {}
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    tensors[name] = experts.up_EFD if experts.gate_EFD is None else fuse(experts.gate_EFD, experts.up_EFD)
-    tensors["down_proj"] = experts.down_EDF
-    if module.is_transposed:
-        tensors = {key: tensor.transpose(1, 2) for key, tensor in tensors.items()}
-    if experts.up_bias_EF is not None:
-        bias = experts.up_bias_EF
-        tensors[f"{name}_bias"] = bias if experts.gate_bias_EF is None else fuse(experts.gate_bias_EF, bias)
-    if experts.down_bias_ED is not None:
-        tensors["down_proj_bias"] = experts.down_bias_ED
-    return {key: tensor.contiguous() for key, tensor in tensors.items()}
-
-
-def _halves(fused: Tensor, concatenated: bool) -> tuple[Tensor, Tensor]:
-    """Split the width axis (axis 1) of gate and up."""
-    if concatenated:
-        first, second = fused.chunk(2, dim=1)
-        return first, second
-    return fused[:, 0::2], fused[:, 1::2]
-
-
-def _fuse_concatenated(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.cat((gate, up), dim=1)
-
-
-def _fuse_interleaved(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.stack((gate, up), dim=2).flatten(1, 2)
-
-
-def _combine_of(module: nn.Module) -> Combine:
-    """Return how a module joins gate and up: its own `_apply_gate`, fed in the layout that it expects."""
-    concatenated = bool(module.is_concatenated)
-    # Most families keep transformers' default, which joins halves: no need to fuse them only to have them cut again.
-    family: Any = type(module)
-    plain = concatenated and bool(module.has_gate) and family._apply_gate is _default_apply_gate
-
-    def combine(gate_TF: Tensor | None, up_TF: Tensor) -> Tensor:
-        if gate_TF is None:
-            return module.act_fn(up_TF)  # type: ignore[operator,no-any-return]
-        if plain:
-            return module.act_fn(gate_TF) * up_TF  # type: ignore[operator,no-any-return]
-        fused = torch.cat((gate_TF, up_TF), -1) if concatenated else torch.stack((gate_TF, up_TF), -1).flatten(-2)
-        return module._apply_gate(fused)  # type: ignore[operator,no-any-return]
-
-    return combine
 
 
 def _integer_entries(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
@@ -401,34 +287,93 @@ def _try_resize(
         other = empty_model(_with_value(config, path, count))
     except Exception:  # whatever a family's constructor raises, it means: not this key
         return None
-    modules = {name for name, module in other.named_modules() if is_experts(module)}
-    if modules != set(names) or any(other.get_submodule(name).num_experts != count for name in names):
-        return None
-    return other
+    held = {name: module.num_experts for name, module in other.named_modules() if is_experts(module)}
+    return other if all(held.get(name) == count for name in names) else None
+
+
+def _aliases(model: PreTrainedModel, path: tuple[str, ...]) -> set[str]:
+    """Return all names under which the config class knows the entry at `path`."""
+    config: Any = model.config
+    for part in path[:-1]:
+        config = getattr(config, part)
+    renamed: dict[str, str] = getattr(config, "attribute_map", {})
+    own = renamed.get(path[-1], path[-1])
+    return {own} | {alias for alias, name in renamed.items() if name == own}
 
 
 def _json_like(value: Any) -> Any:
     return {str(key): _json_like(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
-def _describe(model: PreTrainedModel, other: PreTrainedModel, name: str, index: int, groups: int) -> MoELayer:
-    """Describe one layer from two empty models that differ in the number of experts."""
+def _check_nothing_shared(model: PreTrainedModel, names: list[str], where: str) -> None:
+    """Refuse a model in which one set of experts stands in two places."""
+    first: dict[int, str] = {}
+    for name in names:
+        for parameter in model.get_submodule(name).parameters():
+            holder = first.setdefault(id(parameter), name)
+            if holder != name:
+                raise ArchitectureMismatch(
+                    f"{where}: {name} and {holder} are one set of experts that runs in two places; what it does in one "
+                    "place says nothing of the other, so such models are not supported"
+                )
+
+
+def _router_tensors(
+    model: PreTrainedModel, other: PreTrainedModel, counts: Mapping[str, int], where: str
+) -> dict[str, list[tuple[str, int]]]:
+    """Find the tensors outside the experts whose shape depends on the number of experts, by experts module.
+
+    Args:
+        model: the empty model.
+        other: the same with twice as many experts.
+        counts: number of experts by experts module.
+        where: what to name in an error.
+    """
+    mine, theirs = (dict(each.named_parameters()) | dict(each.named_buffers()) for each in (model, other))
+    blocks = {name.rpartition(".")[0]: name for name in counts}
+    found: dict[str, list[tuple[str, int]]] = {name: [] for name in counts}
+    for tensor_name, tensor in mine.items():
+        same_shape = tensor_name in theirs and theirs[tensor_name].shape == tensor.shape
+        if same_shape or any(tensor_name.startswith(f"{name}.") for name in counts):
+            continue
+        owner = _enclosing(tensor_name, blocks)
+        if owner is None or tensor_name not in theirs:
+            raise ArchitectureMismatch(
+                f"{where}: {tensor_name} {list(tensor.shape)} depends on the number of experts, but is in no MoE block "
+                f"({', '.join(list(blocks)[:3])}, ...)"
+            )
+        count, wide = counts[blocks[owner]], theirs[tensor_name]
+        axes = [axis for axis, (a, b) in enumerate(zip(tensor.shape, wide.shape, strict=True)) if a != b]
+        if len(axes) > 1 or wide.shape[axes[0]] - tensor.shape[axes[0]] != count:
+            raise ArchitectureMismatch(
+                f"{tensor_name}: more than its expert axis depends on the number of experts: {list(tensor.shape)} "
+                f"becomes {list(wide.shape)} with {2 * count} experts"
+            )
+        found[blocks[owner]].append((tensor_name, axes[0]))
+    for block, name in blocks.items():
+        if not found[name]:
+            raise ArchitectureMismatch(f"{block}: no tensor outside {name} has an axis of {counts[name]} experts")
+        for tensor_name, tensor in _tensors_of(model, block).items():
+            if not tensor.is_floating_point() and not tensor_name.startswith(f"{name}."):
+                raise ArchitectureMismatch(
+                    f"{tensor_name} {list(tensor.shape)} holds integers: this router looks experts up in a fixed table "
+                    "(by token, for example) instead of scoring them, and a table of expert numbers cannot follow when "
+                    "experts are dropped or merged"
+                )
+    return found
+
+
+def _enclosing(name: str, blocks: Iterable[str]) -> str | None:
+    """Return the innermost block that a tensor lies in."""
+    return max((block for block in blocks if name.startswith(f"{block}.")), key=len, default=None)
+
+
+def _describe(
+    model: PreTrainedModel, name: str, index: int, router_tensors: list[tuple[str, int]], top_k: int, groups: int
+) -> MoELayer:
+    """Describe one layer."""
     experts = canonical_experts(model.get_submodule(name))
     block_name = name.rpartition(".")[0]
-    mine, theirs = (_tensors_of(each, block_name) for each in (model, other))
-    router_tensors = []
-    for tensor_name, tensor in mine.items():
-        if tensor_name.startswith(name + "."):
-            continue
-        axes = [axis for axis, (a, b) in enumerate(zip(tensor.shape, theirs[tensor_name].shape, strict=True)) if a != b]
-        if len(axes) > 1 or (axes and 2 * tensor.shape[axes[0]] != theirs[tensor_name].shape[axes[0]]):
-            raise ArchitectureMismatch(f"{tensor_name}: more than its expert axis depends on the number of experts")
-        if axes:
-            router_tensors.append((tensor_name, axes[0]))
-    if not router_tensors:
-        raise ArchitectureMismatch(
-            f"{block_name}: no tensor outside {name} has an axis of {experts.num_experts} experts"
-        )
     router, _ = find_router(model, block_name) or (None, 0)
     return MoELayer(
         index=index,
@@ -437,7 +382,7 @@ def _describe(model: PreTrainedModel, other: PreTrainedModel, name: str, index: 
         router=router,
         router_tensors=tuple(router_tensors),
         num_experts=experts.num_experts,
-        top_k=_probe_top_k(model, block_name, name, router),
+        top_k=top_k,
         width=experts.width,
         hidden_size=experts.up_EFD.shape[2],
         num_groups=groups,
@@ -468,39 +413,75 @@ def find_router(model: PreTrainedModel, block: str) -> tuple[str, int] | None:
     return None
 
 
-def _probe_top_k(model: PreTrainedModel, block: str, experts: str, router: str | None) -> int:
-    """Read K from the shape of the routing decision that the empty block hands to its experts."""
+def _probe_top_k(model: PreTrainedModel, names: list[str], where: str, known_as: str) -> dict[str, int]:
+    """Read K from the shape of the routing decisions that empty text leads to, by name of the experts modules it meets.
+
+    Mostly a block can be run by itself, which takes no time. Where it cannot, or where a layer has several kinds of
+    experts and text may not meet them all, the whole empty model is run: a tenth of a second a layer, so what that
+    showed is kept under `known_as`, the text of the config.
+    """
+    if known_as in _probed:
+        return dict(_probed[known_as])
+    kinds = {re.sub(r"\d+", "#", name) for name in names}
+    if len(kinds) == 1:
+        try:
+            return {name: _run_empty(model, [name], name.rpartition(".")[0])[name] for name in names}
+        except Exception as error:  # whatever a family's block raises: it wants more than hidden states
+            log.debug("%s: a block does not run by itself (%s); running the whole model", where, error)
+    try:
+        found = _run_empty(model, names, "")
+    except ArchitectureMismatch:
+        raise
+    except Exception as error:  # whatever a family's model raises, the way out is the same
+        raise ArchitectureMismatch(
+            f"{where}: how many experts a token chooses cannot be seen, the empty model does not run "
+            f"({type(error).__name__}: {str(error).strip()[:200]}); please report it"
+        ) from error
+    if not found:
+        raise NotAMoE(f"{where}: text reaches none of its {len(names)} experts modules ({names[0]}, ...)")
+    if len(_probed) >= 16:
+        _probed.clear()
+    _probed[known_as] = dict(found)
+    return found
+
+
+def _run_empty(model: PreTrainedModel, names: list[str], block: str) -> dict[str, int]:
+    """Run a block, or the whole model for "", on nothing; return K by name of the experts modules that were called."""
     from coterie.model.seam import intercepted
 
-    seen: list[int] = []
+    by_module = {id(model.get_submodule(name)): name for name in names}
+    seen: list[tuple[str, int]] = []
 
     def probe(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        seen.append(index_TK.shape[-1])
+        seen.append((by_module[id(module)], index_TK.shape[-1]))
         return torch.zeros_like(hidden_TD)
 
-    module = model.get_submodule(block)
-    width = canonical_experts(model.get_submodule(experts)).up_EFD.shape[2]
     with torch.no_grad(), intercepted(model, probe):
-        try:
-            module(torch.zeros(1, 2, width, device="meta"))
-        except Exception as error:  # whatever a family's block raises, the way out is the same
-            raise ArchitectureMismatch(
-                f"{block}: the block cannot be run by itself to see how many experts a token chooses "
-                f"({type(error).__name__}: {error}); router {router}"
-            ) from error
-    if len(seen) != 1:
-        raise ArchitectureMismatch(f"{block}: the block called its experts {len(seen)} times for one input")
-    return seen[0]
+        if block:
+            # Some experts work in a narrower space than the block that holds them.
+            width = int(model.config.get_text_config(decoder=True).hidden_size)
+            model.get_submodule(block)(torch.zeros(1, 2, width, device="meta"))
+        else:
+            # Fake tensors are what transformers takes for tracing: then it asks no mask for its values.
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device="meta"), use_cache=False)
+    found = dict(seen)
+    if len(seen) != len(found) or (block and not found):
+        raise ArchitectureMismatch(
+            f"{block or 'the model'} called its experts {len(seen)} times for one input, expected {len(names)} modules "
+            "once each"
+        )
+    # In the order of the model, whatever the order of the calls.
+    return {name: found[name] for name in names if name in found}
 
 
 def _text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def _num_groups(model: PreTrainedModel) -> dict[str, int]:
-    """Return the number of router groups by experts module; group-limited routers need groups of equal size."""
-    groups = int(getattr(_text_config(model), "n_group", None) or 1)
-    return {name: groups for name, module in model.named_modules() if is_experts(module)}
+def _num_groups(model: PreTrainedModel) -> int:
+    """Return the number of router groups; group-limited routers need groups of equal size."""
+    return int(getattr(_text_config(model), "n_group", None) or 1)
 
 
 def _num_chosen_groups(model: PreTrainedModel) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,9 @@ class Block:
         experts: tensors of the routed experts.
         first_expert: those of them that hold expert 0 (all of them when fused).
         fused: whether one tensor holds all experts.
-        router: tensors with an axis of E.
+        router: tensors with an axis of E, or a little longer where the router also scores what is no routed expert, and
+            all that stands with them in a module called router or gate.
+        row_bytes: bytes of the router that belong to one expert and go with it.
         shared: all other tensors of the block.
     """
 
@@ -59,6 +61,7 @@ class Block:
     first_expert: tuple[TensorInfo, ...]
     fused: bool
     router: tuple[TensorInfo, ...]
+    row_bytes: int
     shared: tuple[TensorInfo, ...]
 
 
@@ -86,6 +89,16 @@ def expert_counts(config: Mapping[str, Any]) -> dict[Parts, int]:
         for path, value in integer_entries(config)
         if "expert" in path[-1] and value > 0 and not _NOT_A_COUNT.search(path[-1])
     }
+
+
+def spare_rows(config: Mapping[str, Any]) -> set[int]:
+    """Return how many rows a router may have beyond its experts: one for "no expert", or one a shared expert."""
+    shared = {
+        value
+        for path, value in integer_entries(config)
+        if "expert" in path[-1] and "shared" in path[-1] and not re.search(r"size|dim", path[-1])
+    }
+    return {1} | {value for value in shared if value > 0}
 
 
 def nearest_entry(config: Mapping[str, Any], path: Parts, accept: Callable[[str], bool]) -> int | None:
@@ -134,6 +147,7 @@ def find_blocks(
     places: Mapping[str, Place | None],
     counts: Mapping[Parts, int],
     extents: Sequence[int] = (),
+    spare: Iterable[int] = (),
 ) -> list[Block]:
     """Find all MoE blocks, in the order of stacks and layers.
 
@@ -142,6 +156,7 @@ def find_blocks(
         places: where they are, by name, see `split_name`.
         counts: what config.json says, see `expert_counts`.
         extents: further numbers of experts that the tensors may hold (fewer experts than router rows).
+        spare: rows that a router may have beyond its experts, see `spare_rows`.
 
     Raises:
         CorruptCheckpoint: experts are missing in a layer.
@@ -153,14 +168,19 @@ def find_blocks(
             layers[place[:2]].append((place[2], tensors[name]))
     blocks = []
     for (stack, layer), members in sorted(layers.items()):
-        block = _find_block(stack, layer, members, counts, extents)
+        block = _find_block(stack, layer, members, counts, extents, spare)
         if block is not None:
             blocks.append(block)
     return blocks
 
 
 def _find_block(
-    stack: str, layer: int, members: list[Member], counts: Mapping[Parts, int], extents: Sequence[int]
+    stack: str,
+    layer: int,
+    members: list[Member],
+    counts: Mapping[Parts, int],
+    extents: Sequence[int],
+    spare: Iterable[int],
 ) -> Block | None:
     where = f"{stack}.{layer}"
     allowed = {*counts.values(), *extents}
@@ -176,7 +196,9 @@ def _find_block(
         first = experts
     else:
         first = [(rest, info) for rest, info in experts if next(part for part in rest if part.isdecimal()) == "0"]
-    prefix, router = _find_router(others, modules, _router_rows(num_experts, counts))
+    rows = _router_rows(num_experts, counts)
+    prefix, router = _find_router(others, modules, rows, spare)
+    scored = [(info, _router_axis(rest, info, rows, spare)) for rest, info in router]
     routed = {info.name for _, info in router}
     shared = [
         info
@@ -192,6 +214,7 @@ def _find_block(
         first_expert=tuple(info for _, info in first),
         fused=fused,
         router=tuple(info for _, info in router),
+        row_bytes=sum(info.num_bytes // extent for info, extent in scored if extent is not None),
         shared=tuple(shared),
     )
 
@@ -262,13 +285,15 @@ def _fused_experts(
     return num_experts, modules, True
 
 
-def _find_router(others: list[Member], modules: set[Parts], rows: set[int]) -> tuple[Parts, list[Member]]:
+def _find_router(
+    others: list[Member], modules: set[Parts], rows: set[int], spare: Iterable[int] = ()
+) -> tuple[Parts, list[Member]]:
     """Climb from the experts towards the layer until a tensor with an axis of E appears; return where, and which."""
     start = _common_prefix(list(modules))
     candidates = [
         (rest, info)
         for rest, info in others
-        if any(extent in rows for extent in info.shape) and not _is_shared(rest) and not _is_attention_or_norm(rest)
+        if _router_axis(rest, info, rows, spare) and not _is_shared(rest) and not _is_attention_or_norm(rest)
     ]
     for depth in range(len(start), -1, -1):
         prefix = start[:depth]
@@ -286,6 +311,14 @@ def _find_router(others: list[Member], modules: set[Parts], rows: set[int]) -> t
         ]
         return prefix, list({info.name: (rest, info) for rest, info in router}.values())
     return start[:-1] if modules == {start} else start, []
+
+
+def _router_axis(rest: Parts, info: TensorInfo, rows: set[int], spare: Iterable[int]) -> int | None:
+    """Return the length of the axis along which a tensor knows the experts, None if it has none."""
+    # A little more than E counts only in what is called a router.
+    more = {extent + extra for extent in rows for extra in spare} if _is_named_router(rest) else set()
+    exact = [extent for extent in info.shape if extent in rows]
+    return next(iter(exact or [extent for extent in info.shape if extent in more]), None)
 
 
 def _is_named_router(rest: Parts) -> bool:

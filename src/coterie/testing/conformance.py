@@ -1,0 +1,364 @@
+"""Conformance: the promises that every recipe and every family must keep, checked on the real path."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coterie.artifact import file_digest
+from coterie.compress.apply import Result, compress
+from coterie.compress.recipes import RECIPES, get_recipe
+from coterie.errors import Infeasible
+from coterie.model.checkpoint import Checkpoint
+from coterie.model.inspect import inspect
+from coterie.model.layers import Architecture, MoELayer, canonical_experts, quiet
+from coterie.model.load import load_model
+from coterie.model.seam import intercepted
+from coterie.profile.run import profile
+from coterie.testing.families import END_OF_TEXT_ID, SOFTMAX_OVER_ALL
+from coterie.testing.tiny import tiny_checkpoint, tiny_text, tiny_tokenizer
+
+
+def check_method(recipe: str, *, model_type: str = "olmoe") -> None:
+    """Check that a recipe keeps the promises that every method must keep, on tiny checkpoints and the real path.
+
+    Full size is bit-identical; half size is a whole checkpoint with all that came with the model, in the predicted
+    bytes, the same bytes every time, and independent of the order of the experts; experts that no token chose and that
+    equal another one go without a trace; a wish that cannot be routed is refused and leaves nothing behind; the input
+    is not written. Merging recipes are checked with both router forms. Takes some ten seconds.
+
+    Args:
+        recipe: name of the recipe.
+        model_type: the tiny family for all checks but the one on unused experts.
+
+    Raises:
+        AssertionError: a promise is broken; the message says which, where and by how much.
+        UnknownName: no such recipe or family.
+    """
+    routers = ("plain", "map") if get_recipe(recipe).merges else ("plain",)
+    with _workshop() as shop:
+        model = tiny_checkpoint(shop.folder / "model", model_type)
+        permuted = shop.edited(model, _permute_experts)
+        redundant = shop.edited(tiny_checkpoint(shop.folder / "glm4_moe", "glm4_moe"), _make_half_redundant)
+        before = _digests(model)
+        for router in routers:
+            what = f"{recipe}, router {router}"
+            shop.check_full_size(model, recipe, router)
+            result = shop.compress(model, recipe, router, experts=4)
+            check_result(model, result)
+            again = shop.compress(model, recipe, router, experts=4, fresh_profile=True)
+            digests = [_digests(each.out, "*.safetensors") for each in (result, again)]
+            _require(digests[0] == digests[1], f"{what}: equal input, unequal bytes")
+            other = shop.compress(permuted, recipe, router, experts=4)
+            _require_close(shop.logits(other.out), shop.logits(result.out), f"{what}: another order of the experts")
+            lean = shop.compress(redundant, recipe, router, experts=4)
+            _require_close(shop.logits(lean.out), shop.logits(redundant), f"{what}: without unused copies of experts")
+            shop.check_refusal(model, recipe, router)
+        _require(_digests(model) == before, f"{recipe}: the model folder was written")
+
+
+def check_family(model_type: str, *, thorough: bool = True) -> None:
+    """Check that a tiny family goes all the way: inspect, profile, prune, merge, save, load by the stock class.
+
+    The inspection of the files agrees with the model; full size is bit-identical; pruned and merged halves are whole,
+    load by the stock class and give the logits that were computed in flight; a merged half does not depend on the order
+    of the experts; dropping experts that a text never chooses leaves the logits on that text as they were, unless the
+    family weights by a softmax over all experts. Takes two or three seconds, thorough three times that.
+
+    Args:
+        model_type: one of `tiny_families`.
+        thorough: also with the router form "map", in bfloat16, and with every recipe that there is.
+
+    Raises:
+        AssertionError: a promise is broken.
+        ArchitectureMismatch: a layer does not compute what its canonical experts compute.
+        UnknownName: no such tiny family.
+    """
+    with _workshop(tokens=2048 if thorough else 512) as shop:
+        model = tiny_checkpoint(shop.folder / model_type, model_type)
+        _, info = _load_stock(model)
+        _require(not any(info.values()), f"{model_type}: the stock class does not load it whole: {info}")
+        architecture = Architecture.of(Checkpoint.open(model))
+        _check_inspection(model, architecture)
+        permuted = shop.edited(model, _permute_experts)
+        recipes = _applicable_recipes(architecture)
+        merging = "mergemoe" if "mergemoe" in recipes else "hc-smoe"
+        shop.check_full_size(model, merging, "plain")
+        check_result(model, shop.compress(model, "frequency", "plain", experts=4))
+        for router in ("plain", "map") if thorough else ("plain",):
+            result = shop.compress(model, merging, router, experts=4)
+            check_result(model, result)
+            other = shop.compress(permuted, merging, router, experts=4)
+            what = f"{model_type}, router {router}: another order of the experts"
+            _require_close(shop.logits(other.out), shop.logits(result.out), what)
+        if thorough:
+            narrow = tiny_checkpoint(shop.folder / "bfloat16", model_type, dtype=torch.bfloat16)
+            shop.check_full_size(narrow, merging, "map")
+            for recipe in recipes:
+                check_result(narrow, shop.compress(narrow, recipe, "plain", experts=4))
+        shop.check_dropping_unused(model, architecture.layers)
+
+
+def _applicable_recipes(architecture: Architecture) -> list[str]:
+    """Return the recipes that can work on a model: experts that end in a norm cannot be re-fitted."""
+    modules = (architecture.model.get_submodule(layer.experts) for layer in architecture.layers)
+    solvable = all(canonical_experts(module).finish is None for module in modules)
+    return [
+        name for name, recipe in RECIPES.items() if solvable or all(step != "refit-down" for step, _ in recipe.passes)
+    ]
+
+
+def _check_inspection(model: Path, truth: Architecture) -> None:
+    """Check that what the headers say and what the model says is the same."""
+    found = inspect(model)
+    _require(found.expert_key == truth.expert_key, f"inspect says {found.expert_key}, the model {truth.expert_key}")
+    facts = [(each.num_experts, each.top_k, each.width, each.hidden_size) for each in found.moe_layers]
+    expected = [(each.num_experts, each.top_k, each.width, each.hidden_size) for each in truth.layers]
+    _require(facts == expected, f"inspect says {facts} (experts, top_k, width, hidden size), the model {expected}")
+
+
+def check_result(model: str | Path, result: Result) -> None:
+    """Check that a result is a whole checkpoint that says the truth about itself.
+
+    Args:
+        model: the checkpoint that the result was made from.
+        result: what `coterie.compress` returned.
+
+    Raises:
+        AssertionError: a tensor or file is missing or changed that should not be, a map or a number is wrong.
+    """
+    source, made = Checkpoint.open(model), Checkpoint.open(result.out)
+    layers = Architecture.of(source).layers
+    mapped = result.plan.router == "map"
+    _require(made.num_bytes == result.plan.predicted_bytes, f"{made.num_bytes} bytes, not as the plan predicted")
+    for file in source.other_files():
+        copy = result.out / file.name
+        _require(copy.is_file() and copy.read_bytes() == file.read_bytes(), f"{file.name} was not carried along")
+    if not mapped:
+        new_model, info = _load_stock(result.out)
+        _require(not any(info.values()), f"{result.out} does not load whole: {info}")
+        counts = [layer.num_experts for layer in Architecture.of(made).layers]
+        _require(counts == [size.num_experts for size in result.plan.sizes], f"{counts} experts, not as planned")
+    else:
+        new_model = load_model(result.out)
+    old, new = load_model(model).state_dict(), new_model.state_dict()
+    touched = tuple(name for layer in layers for name in (f"{layer.experts}.", *dict(layer.router_tensors)))
+    for name in old.keys() | new.keys():
+        if not name.startswith(touched):
+            _require(name in old and name in new and torch.equal(old[name], new[name]), f"{name} is not as it was")
+    for layer, entry in zip(layers, result.manifest["layers"], strict=True):
+        _check_map(layer, entry)
+
+
+def _check_map(layer: MoELayer, entry: dict[str, Any]) -> None:
+    expert_map, count = entry["expert_map"], entry["num_experts_after"]
+    where = f"{layer.block}: expert_map {expert_map}"
+    _require(len(expert_map) == layer.num_experts, f"{where} has not {layer.num_experts} entries")
+    _require(set(expert_map) - {-1} == set(range(count)), f"{where} does not reach each of {count} experts")
+    for new, centre in enumerate(entry["centres"] or ()):
+        _require(centre is None or expert_map[centre] == new, f"{where} does not send centre {centre} to {new}")
+
+
+class _Shop:
+    """A folder of checkpoints under test, with the text and the profiles that they share."""
+
+    def __init__(self, folder: Path, tokens: int) -> None:
+        self.folder = folder
+        self._tokens = tokens
+        self._text = tiny_text(folder / "text", documents=4)
+        self._profiles: dict[Path, Any] = {}
+        self._count = 0
+
+    def new_path(self, name: str) -> Path:
+        self._count += 1
+        return self.folder / f"{self._count}-{name}"
+
+    def compress(self, model: Path, recipe: str, router: Any, *, fresh_profile: bool = False, **wish: Any) -> Result:
+        if fresh_profile or model not in self._profiles:
+            self._profiles[model] = profile(model, text=self._text, tokens=self._tokens, seq_len=64, sample_tokens=512)
+        out = self.new_path(f"{recipe}-{router}")
+        return compress(model, out, recipe=recipe, router=router, profile=self._profiles[model], **wish)
+
+    def edited(self, model: Path, edit: Callable[[PreTrainedModel, tuple[MoELayer, ...]], None]) -> Path:
+        """Copy a checkpoint with its weights changed in memory, through the stock classes."""
+        loaded, out = load_model(model), self.new_path("edited")
+        with quiet(), torch.no_grad():
+            edit(loaded, Architecture.of(Checkpoint.open(model)).layers)
+            loaded.save_pretrained(out)
+        for file in Checkpoint.open(model).other_files():
+            shutil.copyfile(file, out / file.name)
+        return out
+
+    def logits(self, model: Path, ids: Tensor | None = None) -> Tensor:
+        """Return the logits on given or on seeded random tokens."""
+        if ids is None:
+            ids = torch.randint(END_OF_TEXT_ID, (4, 48), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            return load_model(model)(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+    def check_full_size(self, model: Path, recipe: str, router: str) -> None:
+        result = self.compress(model, recipe, router, keep=1.0)
+        source, made = Checkpoint.open(model), Checkpoint.open(result.out)
+        what = f"{recipe}, router {router}, keep 1"
+        _require(source.tensors.keys() == made.tensors.keys(), f"{what}: other tensors than before")
+        with source.reader() as old, made.reader() as new:
+            for name in source.tensors:
+                a, b = old.read(name), new.read(name)
+                _require(a.dtype == b.dtype and torch.equal(a, b), f"{what}: {name} is not bit-identical")
+
+    def check_refusal(self, model: Path, recipe: str, router: str) -> None:
+        wish = max(layer.top_k for layer in Architecture.of(Checkpoint.open(model)).layers) - 1
+        there = set(self.folder.iterdir())
+        try:
+            self.compress(model, recipe, router, experts=wish)
+        except Infeasible:
+            left = sorted(path.name for path in set(self.folder.iterdir()) - there)
+            _require(not left, f"{recipe}: the refusal of {wish} experts left {left} behind")
+        else:
+            raise AssertionError(f"{recipe}: {wish} experts a layer, fewer than top_k, were not refused")
+
+    def check_dropping_unused(self, model: Path, layers: tuple[MoELayer, ...]) -> None:
+        """Drop a quarter of the experts, none of which a two-letter text chooses: its logits must stay.
+
+        The folder's name is the family's. Where the weights depend on all experts, only that is checked.
+        """
+        loaded = load_model(model)
+        for letters in ("ab", "cd", "ef", "gh", "ij", "kl", "mn", "op", "qr", "st"):
+            text = self.new_path("letters")
+            text.mkdir()
+            (text / "letters.txt").write_text(letters, encoding="utf-8")
+            ids = torch.tensor(tiny_tokenizer()(letters)["input_ids"])[None]
+            used = _used_experts(loaded, ids)
+            if all(_fits(layer, each) for layer, each in zip(layers, used, strict=True)):
+                depends = not _ignores_unused(loaded, layers, used, ids)
+                listed = model.name in SOFTMAX_OVER_ALL
+                _require(
+                    depends == listed, f"{model.name}: weights depend on unchosen experts: {depends}, not {listed}"
+                )
+                if depends:
+                    return
+                held = profile(model, text=text, tokens=2, seq_len=2)
+                result = compress(model, self.new_path("dropped"), experts=6, recipe="frequency", profile=held)
+                what = f"{model.name}: dropping experts that {letters!r} never chooses"
+                with torch.no_grad():
+                    expected = loaded(input_ids=ids, use_cache=False).logits
+                _require_close(self.logits(result.out, ids), expected, what)
+                return
+        raise AssertionError(f"{model.name}: every text chooses so many experts that no quarter can be dropped")
+
+
+@contextmanager
+def _workshop(tokens: int = 2048) -> Iterator[_Shop]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would only wait for each other on tensors this small
+    try:
+        with tempfile.TemporaryDirectory(prefix="coterie-check-") as folder:
+            yield _Shop(Path(folder), tokens)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _load_stock(path: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a checkpoint with the stock class that its config names, without any code of Coterie."""
+    stock = getattr(transformers, json.loads((path / "config.json").read_text(encoding="utf-8"))["architectures"][0])
+    with quiet():
+        loaded, info = stock.from_pretrained(path, output_loading_info=True)
+    return loaded, info
+
+
+def _used_experts(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """Return for each layer the experts that the tokens choose."""
+    used: list[Tensor] = []
+
+    def look(module: torch.nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        used.append(torch.unique(index_TK))
+        return type(module).forward.__wrapped__(module, hidden_TD, index_TK, weight_TK)  # type: ignore[attr-defined,no-any-return]
+
+    with intercepted(model, look), torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    return used
+
+
+def _fits(layer: MoELayer, used: Tensor) -> bool:
+    """Tell whether the used experts are within the three quarters of each router group that will be kept."""
+    group_size = layer.num_experts // layer.num_groups
+    return bool((torch.bincount(used // group_size) <= group_size * 3 // 4).all())
+
+
+def _ignores_unused(model: PreTrainedModel, layers: tuple[MoELayer, ...], used: list[Tensor], ids: Tensor) -> bool:
+    """Tell whether the routing weights of chosen experts depend on them alone.
+
+    A softmax over all experts that is not renormalised after the choice gives other weights when experts go,
+    and should. The model itself tells: the router rows of unused experts are changed a little, too little for another
+    choice.
+    """
+    state, before = model.state_dict(), {}
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        for layer, chosen in zip(layers, used, strict=True):
+            unused = [expert for expert in range(layer.num_experts) if expert not in chosen]
+            for name, axis in layer.router_tensors:
+                before[name] = state[name].clone()
+                rows = state[name].index_select(axis, torch.tensor(unused))
+                state[name].index_copy_(axis, torch.tensor(unused), rows - 1e-3 * rows.abs())
+        found = model(input_ids=ids, use_cache=False).logits
+        for name, tensor in before.items():
+            state[name].copy_(tensor)
+    # Rounding, where a softmax over all is renormalised, is some 1e-7; a real dependence is 4e-5 and more.
+    return float((found - expected).abs().max() / expected.abs().max()) <= 5e-6
+
+
+def _permute_experts(model: PreTrainedModel, layers: tuple[MoELayer, ...]) -> None:
+    """Put the experts of each router group in another order, and their router rows with them."""
+    for layer in layers:
+        generator = torch.Generator().manual_seed(layer.index + 7)
+        size = layer.num_experts // layer.num_groups
+        order = torch.cat(
+            [torch.randperm(size, generator=generator) + group * size for group in range(layer.num_groups)]
+        )
+        _reorder(model, layer, order, order)
+
+
+def _make_half_redundant(model: PreTrainedModel, layers: tuple[MoELayer, ...]) -> None:
+    """Turn half of the experts into copies of others, and make the router never choose them."""
+    for layer in layers:
+        source = torch.tensor([5, 1, 2, 2, 1, 5, 6, 6])  # 1, 2, 5 and 6 stay
+        _reorder(model, layer, source, torch.arange(8))
+        for name, _ in layer.router_tensors:
+            if name.endswith("bias"):
+                model.state_dict()[name][torch.tensor([0, 3, 4, 7])] = -1e4
+
+
+def _reorder(model: PreTrainedModel, layer: MoELayer, experts: Tensor, rows: Tensor) -> None:
+    state = model.state_dict()
+    for name, _ in model.get_submodule(layer.experts).named_parameters(recurse=False):
+        tensor = state[f"{layer.experts}.{name}"]
+        tensor.copy_(tensor[experts].clone())
+    for name, axis in layer.router_tensors:
+        others = torch.arange(layer.num_experts, state[name].shape[axis])  # rows that are no routed expert's
+        state[name].copy_(state[name].index_select(axis, torch.cat((rows, others))).clone())
+
+
+def _digests(folder: Path, pattern: str = "*") -> dict[str, str]:
+    return {file.name: file_digest(file) for file in sorted(folder.glob(pattern))}
+
+
+def _require(condition: bool, message: str) -> None:
+    # Not the assert statement: these checks must hold under python -O too.
+    if not condition:
+        raise AssertionError(message)
+
+
+def _require_close(found: Tensor, expected: Tensor, what: str, tolerance: float = 1e-4) -> None:
+    error = float((found - expected).abs().max() / expected.abs().max())
+    _require(error <= tolerance, f"{what} changes the logits by {error:.1e} of the largest (limit {tolerance:.0e})")
