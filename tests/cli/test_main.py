@@ -13,7 +13,7 @@ import coterie
 from coterie.cli.main import app
 from coterie.errors import CoterieError
 
-COMMANDS = ("inspect", "profile", "plan", "compress", "evaluate", "report", "recipes")
+COMMANDS = ("inspect", "profile", "plan", "compress", "evaluate", "report", "recipes", "families")
 
 
 def run(*arguments, **options):

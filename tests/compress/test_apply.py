@@ -4,12 +4,15 @@ import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import coterie.compress.apply as apply_module
+import coterie.compress.shards as shards_module
 from coterie.artifact import file_digest
 from coterie.compress.apply import compress
 from coterie.errors import (
@@ -21,7 +24,6 @@ from coterie.errors import (
     StaleArtifact,
     TextError,
 )
-from coterie.model.checkpoint import Checkpoint
 from coterie.model.load import load_model
 from coterie.profile.profile import Profile
 from coterie.testing import tiny_checkpoint
@@ -32,6 +34,14 @@ IDS = torch.arange(256).view(4, 64)
 def logits(model: transformers.PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=IDS, use_cache=False).logits
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    return {file.name: file_digest(file) for file in folder.glob("*.safetensors")}
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -50,7 +60,7 @@ def test_stock_auto_class_loads_a_plain_result_without_a_warning(
     assert not any(info.values())
     assert model.config.num_experts == 4
     assert result.logits_error == 0.0
-    size = {folder: (folder / "model.safetensors").stat().st_size for folder in (olmoe, out)}
+    size = {folder: sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (olmoe, out)}
     assert size[out] < 0.72 * size[olmoe]  # experts are 61 % of this tiny model
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert tokenizer.decode(tokenizer("two")["input_ids"]) == "two"
@@ -59,9 +69,7 @@ def test_stock_auto_class_loads_a_plain_result_without_a_warning(
 
 def slow_mapped_logits(model: Path, out: Path) -> torch.Tensor:
     """The papers' form without our loader: the original model, each expert's weights replaced by its cluster's."""
-    from safetensors.torch import load_file
-
-    merged = load_file(out / "model.safetensors")
+    merged = tensors_of(out)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     layers = json.loads((out / "coterie.json").read_text())["body"]["layers"]
     with torch.no_grad():
@@ -108,7 +116,7 @@ def test_the_profile_is_made_kept_and_used_again(olmoe: Path, text_folder: Path,
     assert Profile.load(where).num_tokens == (256, 256)
     second = compress(olmoe, tmp_path / "b", keep=0.5, profile=where)
     assert first.plan == second.plan
-    assert file_digest(tmp_path / "a/model.safetensors") == file_digest(tmp_path / "b/model.safetensors")
+    assert weight_digests(tmp_path / "a") == weight_digests(tmp_path / "b")
     other = tiny_checkpoint(tmp_path / "other", "olmoe", seed=5)
     with pytest.raises(StaleArtifact, match="another model"):
         compress(other, tmp_path / "c", keep=0.5, profile=where)
@@ -153,53 +161,78 @@ def test_too_little_space_is_seen_before_any_compute(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_midway_leaves_nothing(
+def test_a_disk_that_fills_up_midway_keeps_what_was_finished(
     olmoe: Path, olmoe_profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    real, written = shards_module.save_file, []
 
-    monkeypatch.setattr(apply_module, "save_file", full)
-    with pytest.raises(OutOfSpace, match=r"filled up while .*out was written; nothing was kept"):
+    def full(*arguments: Any, **options: Any) -> None:
+        if written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(real(*arguments, **options))
+
+    monkeypatch.setattr(shards_module, "save_file", full)
+    with pytest.raises(OutOfSpace, match=r"filled up while .* steps are kept: free some space and give the same"):
         compress(olmoe, tmp_path / "out", keep=0.5, profile=olmoe_profile)
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(shards_module, "save_file", real)
+    monkeypatch.setattr(apply_module, "compress_layer", _counted(calls := []))
+    compress(olmoe, tmp_path / "out", keep=0.5, profile=olmoe_profile)
+    assert calls == [1]  # the layer that had been written was not compressed again
+    whole = compress(olmoe, tmp_path / "whole", keep=0.5, profile=olmoe_profile)
+    assert weight_digests(tmp_path / "out") == weight_digests(whole.out)
+
+
+def _counted(calls: list[int]) -> Any:
+    real = apply_module.compress_layer
+
+    def compress_layer(model: Any, layer: Any, *arguments: Any) -> Any:
+        calls.append(layer.index)
+        return real(model, layer, *arguments)
+
+    return compress_layer
 
 
 def test_a_result_that_computes_something_else_is_dropped(
     olmoe: Path, olmoe_profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Damage the weights after they were computed: the comparison with the model in flight must see it."""
-    real = apply_module.save_file
+    real = shards_module.save_file
 
     def damaged(tensors: dict[str, torch.Tensor], *args: object, **options: object) -> None:
-        name = next(name for name in tensors if ".experts.0.up_proj" in name)
-        real({**tensors, name: tensors[name] * 1.5}, *args, **options)
+        real(
+            {name: tensor * 1.5 if "up_proj" in name else tensor for name, tensor in tensors.items()}, *args, **options
+        )
 
-    monkeypatch.setattr(apply_module, "save_file", damaged)
+    monkeypatch.setattr(shards_module, "save_file", damaged)
     with pytest.raises(ReloadMismatch, match="nothing was kept"):
         compress(olmoe, tmp_path / "out", keep=0.5, profile=olmoe_profile)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_large_result_is_split_into_shards_with_an_index(
-    olmoe: Path, olmoe_profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_layer_has_a_weight_file_and_the_rest_shares_one(
+    olmoe: Path, olmoe_profile: Profile, tmp_path: Path
 ) -> None:
-    whole = compress(olmoe, tmp_path / "whole", keep=0.5, profile=olmoe_profile)
-    monkeypatch.setattr(apply_module, "MAX_SHARD_BYTES", 20_000)
-    split = compress(olmoe, tmp_path / "split", keep=0.5, profile=olmoe_profile)
-    shards = sorted(file.name for file in split.out.glob("*.safetensors"))
-    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
-    assert len(shards) > 2
-    largest_tensor = max(info.num_bytes for info in Checkpoint.open(split.out).tensors.values())
-    assert all((split.out / shard).stat().st_size < max(20_000, largest_tensor) + 4_000 for shard in shards)
-    assert torch.equal(logits(load_model(split.out)), logits(load_model(whole.out)))
+    result = compress(olmoe, tmp_path / "out", keep=0.5, profile=olmoe_profile)
+    files = {file.name: set(load_file(file)) for file in result.out.glob("*.safetensors")}
+    assert sorted(files) == [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
+    for number in (0, 1):
+        names = files[f"model-{number + 1:05d}-of-00003.safetensors"]
+        assert names
+        assert all(name.startswith(f"model.layers.{number}.") for name in names)
+    assert files["model-00003-of-00003.safetensors"] == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    }
+    index = json.loads((result.out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for file, names in files.items() for name in names}
+    assert index["metadata"]["total_size"] == result.plan.predicted_bytes
 
 
 def test_a_damaged_result_does_not_load(olmoe: Path, olmoe_profile: Profile, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     out = compress(olmoe, tmp_path / "out", keep=0.5, profile=olmoe_profile).out
-    tensors = load_file(out / "model.safetensors")
+    tensors = tensors_of(out)
     del tensors["model.layers.0.mlp.gate.weight"]
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CorruptCheckpoint, match=r"missing keys: .*mlp\.gate\.weight"):
@@ -210,8 +243,6 @@ def test_tensors_that_the_class_has_no_place_for_are_carried_and_named(
     deepseek: Path, text_folder: Path, tmp_path: Path
 ) -> None:
     """A head for multi-token prediction, as in the checkpoints of DeepSeek-V3: one layer more than config.json says."""
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(deepseek, tmp_path / "model")
     tensors = load_file(deepseek / "model.safetensors")
     extra = {name.replace("layers.2", "layers.3"): tensor + 1 for name, tensor in tensors.items() if "layers.2" in name}
@@ -219,6 +250,6 @@ def test_tensors_that_the_class_has_no_place_for_are_carried_and_named(
     result = compress(tmp_path / "model", tmp_path / "out", keep=0.5, text=text_folder, tokens=512, seq_len=32)
     assert result.plan.untouched == ("model.layers.3",)
     assert result.logits_error == 0.0
-    written = load_file(tmp_path / "out" / "model.safetensors")
+    written = tensors_of(tmp_path / "out")
     assert extra
     assert all(torch.equal(written[name], tensor) for name, tensor in extra.items())

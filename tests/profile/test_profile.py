@@ -8,7 +8,7 @@ import torch
 
 from coterie.errors import CorruptArtifact, StaleArtifact, UnknownName
 from coterie.model.layers import MoELayer
-from coterie.profile.profile import FILE, Profile, Sample
+from coterie.profile.profile import FILE, Profile, Sample, layer_file
 
 
 def layer(index, **facts):
@@ -93,7 +93,7 @@ def test_saved_and_loaded_is_the_same(tmp_path, logits):
 def test_equal_profiles_are_equal_bytes(tmp_path):
     for name in ("a", "b"):
         make().save(tmp_path / name)
-    for file in ("profile.json", "profile.safetensors"):
+    for file in ("profile.json", layer_file(0), layer_file(1)):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
@@ -120,9 +120,26 @@ def test_a_place_without_a_profile(tmp_path):
     path = make().save(tmp_path)
     with pytest.raises(CorruptArtifact, match="does not exist"):
         Profile.load(path)  # the file where its folder belongs
-    path.with_suffix(".safetensors").write_bytes(b"")
-    with pytest.raises(CorruptArtifact, match=r"profile\.safetensors.*damaged"):
+    layer = tmp_path / layer_file(1)
+    damaged = bytearray(layer.read_bytes())
+    damaged[-1] ^= 1
+    layer.write_bytes(damaged)
+    found = Profile.load(tmp_path)
+    assert found.statistics[0].keys() == make().statistics[0].keys()
+    with pytest.raises(CorruptArtifact, match=layer_file(1)):
+        _ = found.samples[1]
+    layer.unlink()
+    with pytest.raises(CorruptArtifact, match=rf"{layer_file(1)} is missing"):
         Profile.load(tmp_path)
+
+
+def test_the_digest_is_that_of_the_content(tmp_path):
+    one, two = make(), make()
+    assert one.digest() == two.digest()
+    assert one.digest() != make(1).digest()
+    one.save(tmp_path / "a")
+    two.save(tmp_path / "b")
+    assert Profile.load(tmp_path / "a").digest() == Profile.load(tmp_path / "b").digest()
 
 
 def test_sums_and_domains():

@@ -15,14 +15,16 @@ from coterie.model import seam
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.layers import Architecture, canonical_experts
 from coterie.model.load import MANIFEST, load_model, load_tokenizer
+from coterie.profile import observation as observation_module
 from coterie.profile import run as run_module
 from coterie.profile.calibration import TokenSet, tokenize
+from coterie.profile.observation import TOLERANCE, observed, prove_layers
 from coterie.profile.profile import FILE, Profile
-from coterie.profile.run import TOLERANCE, observed, profile, profile_model, prove_layers
-from coterie.testing import tiny_families
+from coterie.profile.run import profile, profile_model
+from coterie.testing import CORE_FAMILIES
 
 IDS = torch.arange(60).view(3, 20)
-every_family = pytest.mark.parametrize("model_type", tiny_families())
+every_family = pytest.mark.parametrize("model_type", CORE_FAMILIES)
 
 
 def loaded(path, dtype=None):
@@ -120,7 +122,7 @@ def test_anything_but_one_forward_pass_is_an_error(tiny, passes):
 
 def test_a_model_that_records_no_scores_is_still_measured(tiny, text, monkeypatch):
     model, layers = loaded(tiny())
-    monkeypatch.setattr(run_module, "find_router", lambda *_: None)
+    monkeypatch.setattr(observation_module, "find_router", lambda *_: None)
     tokens = tokenize(load_tokenizer(tiny()), text, seq_len=8, tokens=32)
     found = profile_model(model, layers, tokens, model_digest="m")
     assert "usage" in found.statistics[0]
@@ -277,7 +279,7 @@ def test_a_layer_read_wrongly_is_caught_and_named(tiny, monkeypatch, fault, brok
         }, "no shape gives it away"
         return changed
 
-    monkeypatch.setattr(run_module, "canonical_experts", misread)
+    monkeypatch.setattr(observation_module, "canonical_experts", misread)
     with pytest.raises(ArchitectureMismatch, match=rf"^{name}: recomputed.*differs.*\d\.\d+e[+-]\d+ of.*limit 1e-04"):
         prove_layers(model, layers, IDS)
     assert not seam._active
@@ -318,7 +320,7 @@ def test_small_errors_are_told_apart_from_rounding(tiny, monkeypatch):
         def misread(module):
             return canonical_experts(module).map(lambda tensor: tensor * (1 + share))
 
-        monkeypatch.setattr(run_module, "canonical_experts", misread)
+        monkeypatch.setattr(observation_module, "canonical_experts", misread)
         return prove_layers(model, layers, IDS)
 
     assert max(off_by(1e-6).values()) < 1e-4
@@ -327,6 +329,9 @@ def test_small_errors_are_told_apart_from_rounding(tiny, monkeypatch):
 
 
 # --- from folder to folder ----------------------------------------------------------------------------------------
+
+
+LAYER_FILES = ("profile-layer-00000.safetensors", "profile-layer-00001.safetensors")
 
 
 def run(tiny, text, out=None, **options):
@@ -350,13 +355,13 @@ def test_from_a_model_and_text_to_a_profile(tiny, text, tmp_path):
     again = Profile.load(out, model_digest=checkpoint.digest, text_digest=found.text_digest)
     for one, two in zip(found.statistics, again.statistics, strict=True):
         assert all(torch.equal(one[name], two[name]) for name in one)
-    assert sorted(file.name for file in out.iterdir()) == [FILE, "profile.safetensors"]
+    assert sorted(file.name for file in out.iterdir()) == [*LAYER_FILES, FILE]
 
 
 def test_the_same_again_is_the_same_bytes(tiny, text, tmp_path):
     for name in ("a", "b"):
         run(tiny, text, tmp_path / name)
-    for name in (FILE, "profile.safetensors"):
+    for name in (FILE, *LAYER_FILES):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -370,8 +375,8 @@ def test_only_some_domains(tiny, text):
 
 def test_a_profile_is_never_overwritten(tiny, text, tmp_path, monkeypatch):
     (tmp_path / FILE).write_text("kept")
-    monkeypatch.setattr(run_module, "load_model", None)  # refused before anything is computed
-    with pytest.raises(OutputExists, match=r"profile\.json exists; choose another place"):
+    monkeypatch.setattr(run_module.Measure, "stream", None)  # refused before anything is computed
+    with pytest.raises(OutputExists, match="exists; choose another place"):
         run(tiny, text, tmp_path)
     assert (tmp_path / FILE).read_text() == "kept"
 
@@ -383,7 +388,7 @@ def test_nothing_to_measure_is_refused(tiny, text, options):
 
 
 def test_text_problems_come_before_the_model_is_loaded(tiny, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "load_model", None)
+    monkeypatch.setattr(run_module.Measure, "stream", None)
     with pytest.raises(TextError, match="is not a folder"):
         run(tiny, tmp_path / "nowhere")
     with pytest.raises(TextError, match="fewer than one sequence of 100000"):

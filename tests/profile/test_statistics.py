@@ -353,6 +353,15 @@ def test_mean_output_is_the_sum_of_outputs_on_all_tokens(seed, bias, normed, chu
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("thin", [2, 3, 4])
+def test_the_mean_output_of_a_long_text_is_estimated_from_every_so_many_th_token(thin):
+    whole = draw(0)
+    few = replace(whole, hidden_TD=whole.hidden_TD[::thin])
+    mean_ED = mean_output.measure(few)["mean_output"] / len(few.hidden_TD)
+    found = mean_output.measure(replace(whole, thin=thin))["mean_output"]
+    torch.testing.assert_close(found / len(whole.hidden_TD), mean_ED, rtol=1e-12, atol=1e-12)
+
+
 def test_a_model_without_recorded_scores_has_no_score_statistics():
     found = measure_all(replace(draw(0), logits_TE=None))
     assert found.keys() == NAMES - {"router_probability", "logit_sum", "logit_product"}

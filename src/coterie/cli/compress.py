@@ -1,7 +1,7 @@
 """``coterie compress``: write a smaller checkpoint."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,11 +28,24 @@ def compress(
     seq_len: options.SequenceLength = 512,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
+    inputs: Annotated[
+        Literal["original", "compressed"],
+        typer.Option(
+            help="What a layer is measured on: outputs of the original layers before it, or of compressed ones."
+        ),
+    ] = "original",
+    output_dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"],
+        typer.Option(help="Number format for weights that are stored quantised (FP8, MXFP4); others keep theirs."),
+    ] = "bfloat16",
+    max_memory: options.MaxMemory = None,
+    allow_pickle: options.AllowPickle = False,
     json: options.Json = False,
 ) -> None:
-    """Write a smaller checkpoint.
+    """Write a smaller checkpoint, one layer in memory at a time.
 
-    It is loaded again and compared with what was computed before it appears at OUT.
+    It is loaded again and compared with what was computed before it appears at OUT. Ended early, the same command goes
+    on from the last finished layer.
     """
     options.check_one_wish(keep, experts, budget)
     from coterie.compress.apply import compress as run
@@ -51,9 +64,14 @@ def compress(
         seq_len=seq_len,
         seed=seed,
         device=device,
+        inputs=inputs,
+        output_dtype=output_dtype,
+        max_memory=max_memory,
+        allow_pickle=allow_pickle,
     )
     if json:
-        print_json({"out": str(made.out), **made.manifest})
+        memory = {"forecast_bytes": made.forecast, "peak_bytes": made.peak_bytes}
+        print_json({"out": str(made.out), **made.manifest, "seconds": made.seconds, **memory})
         return
     print_plan(made.plan)
     print_text(f"written to {made.out}; loaded again, its logits differ by {made.logits_error:.1e} of the largest")

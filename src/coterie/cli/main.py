@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from coterie import __version__
 from coterie.cli.compress import compress
 from coterie.cli.evaluate import evaluate
+from coterie.cli.families import families
 from coterie.cli.inspect import inspect
 from coterie.cli.plan import plan
 from coterie.cli.profile import profile
@@ -51,7 +52,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (inspect, profile, plan, compress, evaluate, report, recipes):
+for command in (inspect, profile, plan, compress, evaluate, report, recipes, families):
     app.command()(command)
 
 
@@ -71,9 +72,19 @@ def options(
     ] = False,
 ) -> None:
     """Make Mixture-of-Experts language models fit the machine you have."""
-    # Python prints warnings that nobody handles through this handler; give them a name that a reader understands.
+    # Python prints what nobody handles through this handler, to stderr.
     if logging.lastResort is not None:
-        logging.lastResort.setFormatter(logging.Formatter("warning: %(message)s"))
+        logging.lastResort.setFormatter(_Words())
+        logging.lastResort.setLevel(logging.INFO)
+    logging.getLogger("coterie").setLevel(logging.INFO)
+
+
+class _Words(logging.Formatter):
+    """Messages as sentences: what is only told stands by itself, a warning says that it is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        return f"warning: {text}" if record.levelno >= logging.WARNING else text
 
 
 def _message(error: Exception) -> str:

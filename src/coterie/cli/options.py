@@ -20,6 +20,14 @@ Tokens = Annotated[int, typer.Option(help="Tokens of text in all, shared equally
 SequenceLength = Annotated[int, typer.Option("--seq-len", help="Tokens in a sequence.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="Where the model runs, like cpu or cuda.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="Memory that the run may take, like 8GiB; it is refused beforehand when it needs more."),
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Read weights stored as pickles (*.bin) too; only from a source you trust."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")]
 
 

@@ -19,9 +19,14 @@ def profile(
     device: options.Device = "cpu",
     domains: Annotated[str | None, typer.Option(help="Only these domains, separated by commas.")] = None,
     sample_tokens: Annotated[int, typer.Option(help="Tokens of each layer's sample.")] = 8_192,
+    max_memory: options.MaxMemory = None,
+    allow_pickle: options.AllowPickle = False,
     json: options.Json = False,
 ) -> None:
-    """Run text through a model and keep what was seen."""
+    """Run text through a model and keep what was seen.
+
+    One layer is in memory at a time. Ended early, the same command goes on from the last finished layer.
+    """
     from coterie.profile.run import profile as run
 
     chosen = None if domains is None else tuple(domain.strip() for domain in domains.split(",") if domain.strip())
@@ -35,6 +40,8 @@ def profile(
         device=device,
         sample_tokens=sample_tokens,
         domains=chosen,
+        max_memory=max_memory,
+        allow_pickle=allow_pickle,
     )
     counts = dict(zip(made.domains, made.num_tokens, strict=True))
     if json:

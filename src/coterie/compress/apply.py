@@ -1,50 +1,56 @@
-"""Do what a plan says: checkpoint + Plan -> checkpoint, one layer at a time.
+"""Do what a plan says: checkpoint + Plan -> checkpoint, one decoder layer in memory at a time.
 
-OUT appears only when it is whole: everything is written into a hidden folder beside it, loaded again by stock
-transformers, compared with what was computed in flight, and only then renamed.
+The layers come by as a few tokens run through the model (`coterie.model.stream`). Each is compressed, written to a
+weight file, and goes on in its compressed form, so that at the end the logits of the compressed model are known. OUT
+appears only when it is whole: everything is written into a run folder beside it (`coterie.journal`), loaded again and
+compared with those logits, and only then put in its place. A run that was killed goes on from the last finished layer.
 """
 
 from __future__ import annotations
 
-import copy
 import errno
+import functools
 import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from coterie.artifact import atomic_path, write_artifact, write_json
-from coterie.compress.methods import load_pass
-from coterie.compress.plan import LayerTensors, Plan, Router, layer_tensors, make_plan
+from coterie.artifact import write_artifact, write_json
+from coterie.compress.layer import LayerSummary, Swap, compress_layer
+from coterie.compress.plan import Plan, Router, check_statistics, layer_tensors, make_plan
 from coterie.compress.recipes import get_recipe
-from coterie.compress.state import LayerSize, LayerState
-from coterie.errors import InputError, OutOfSpace, OutputExists, ReloadMismatch
-from coterie.model.checkpoint import INDEX_NAME, Checkpoint, TensorReader, read_header
-from coterie.model.convert import TORCH_DTYPES, Crossing
-from coterie.model.layers import Architecture, MoELayer, canonical_experts, empty_model, native_experts
-from coterie.model.load import MANIFEST, attach_maps, load_model, widen_routers
-from coterie.model.units import format_bytes
+from coterie.compress.shards import Shard, lay_out, write_index, write_shard
+from coterie.errors import ArchitectureMismatch, CoterieError, InputError, OutOfSpace, OutputExists, ReloadMismatch
+from coterie.journal import Run, open_run
+from coterie.model.checkpoint import Checkpoint
+from coterie.model.layers import Architecture, MoELayer
+from coterie.model.load import MANIFEST, open_checkpoint
+from coterie.model.memory import Forecast, forecast, peak_bytes
+from coterie.model.stream import Stage, Stream
+from coterie.model.units import format_bytes, parse_bytes
+from coterie.profile.observation import Observation, observed, proving
 from coterie.profile.profile import FILE as PROFILE_FILE
-from coterie.profile.profile import Profile
+from coterie.profile.profile import Profile, Sample
+from coterie.profile.run import Measure, Settings, profile_in_run
 from coterie.profile.run import profile as run_profile
 from coterie.progress import track
 
 log = logging.getLogger(__name__)
 
-#: Weight files are split when they would be larger than this.
-MAX_SHARD_BYTES = 2 * 2**30
+Inputs = Literal["original", "compressed"]
 
 #: Largest difference of logits between the model in flight and the one loaded again, relative to the largest logit.
 RELOAD_TOLERANCE = 1e-4
+
+#: What the run took: beside the manifest, since it differs between two runs that give the same result.
+RUN_FILE = "coterie-run.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,12 +62,20 @@ class Result:
         plan: what was done.
         manifest: what ``coterie.json`` in it says.
         logits_error: largest difference of logits, in flight against loaded again, relative to the largest logit.
+        seconds: seconds spent in each stage.
+        forecast: the memory that was announced, in bytes.
+        peak_bytes: largest resident memory of the process.
+        input_bytes_read: bytes of tensors that were read from the model.
     """
 
     out: Path
     plan: Plan
     manifest: Mapping[str, Any]
     logits_error: float
+    seconds: Mapping[str, float]
+    forecast: int
+    peak_bytes: int
+    input_bytes_read: int
 
 
 def compress(
@@ -79,8 +93,14 @@ def compress(
     seq_len: int = 512,
     seed: int = 0,
     device: str = "cpu",
+    inputs: Inputs = "original",
+    output_dtype: str = "bfloat16",
+    max_memory: int | str | None = None,
+    allow_pickle: bool = False,
 ) -> Result:
     """Write a smaller checkpoint. Exactly one of `keep`, `experts` and `budget` says how small.
+
+    A run that was ended early goes on from the last finished layer when it is called again in the same way.
 
     Args:
         model: a model folder or hub id; it is only read.
@@ -95,50 +115,99 @@ def compress(
         tokens: calibration tokens in all.
         seq_len: tokens in a calibration sequence.
         seed: seed of everything random.
-        device: where the model runs while it is profiled.
+        device: where layers are computed; what is done to their weights is always done on the CPU, in float32.
+        inputs: what each layer receives while it is measured: "original", the output of the original layers before
+            it, or "compressed", the output of the compressed ones (sequential calibration). The output that it is
+            compared with is the original model's in both cases. "compressed" takes text and no profile.
+        output_dtype: number format of weights that are stored quantised; all others keep theirs.
+        max_memory: bytes, or an amount like "8GiB", that the run may take.
+        allow_pickle: read weights that are stored as pickles.
 
     Raises:
         OutputExists: `out` exists.
+        OutputBusy: another run writes to `out`.
+        StaleArtifact: an earlier run to `out` that was ended early had other settings or another input.
         InputError: the model, the text or the wish is not usable, see `coterie.profile` and `coterie.plan`.
-        Infeasible: no result can be that small.
+        Infeasible: no result can be that small, or `max_memory` is too little.
         OutOfSpace: the disk cannot hold the result.
         ReloadMismatch: the result does not load as what was computed; nothing is left at `out`.
     """
     clock = _Clock()
     target = Path(out).expanduser()
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model, output_dtype=output_dtype, allow_pickle=allow_pickle)
     _check_target(target, checkpoint.path)
+    if inputs == "compressed" and (profile is not None or text is None):
+        raise InputError("with compressed inputs every layer is measured anew: give --text, and no --profile")
     architecture = Architecture.of(checkpoint)
-    crossing = Crossing(checkpoint, architecture.model)
+    stream = Stream(checkpoint, device=device, scratch=target.parent)
     held = _held_profile(profile, checkpoint)
     wish: dict[str, Any] = {
         "keep": keep, "experts": experts, "budget": budget, "recipe": recipe, "router": router, "seed": seed,
     }  # fmt: skip
     # Planning before profiling refuses what cannot be done before any compute.
-    plan = make_plan(checkpoint, architecture, crossing, held, **wish)
+    plan = make_plan(checkpoint, architecture, stream.crossing, held, **wish)
     check_space(target.parent, plan.predicted_bytes)
-    clock.lap("plan")
+    measure: Measure | None = None
     if held is None:
         if text is None:
             raise InputError("no profile yet: give calibration text with --text, or a profile with --profile")
-        folder = profile if isinstance(profile, str | Path) else None
-        held = run_profile(model, folder, text=text, tokens=tokens, seq_len=seq_len, seed=seed, device=device)
-        plan = make_plan(checkpoint, architecture, crossing, held, **wish)
-    clock.lap("profile")
-    job = _Job(checkpoint, architecture, crossing, held, plan)
-    with _appearing(target) as folder:
-        states = job.write_weights(folder)
-        written = sum(info.num_bytes for file in folder.glob("*.safetensors") for info in read_header(file).values())
-        assert written == plan.predicted_bytes, f"planned {plan.predicted_bytes} bytes, wrote {written}"
+        settings = Settings(text=text, tokens=tokens, seq_len=seq_len, seed=seed)
+        measure = settings.measure(checkpoint, architecture.layers)
+    expected = _forecast(stream, architecture.layers, measure, held)
+    expected.check(None if max_memory is None else parse_bytes(max_memory))
+    clock.lap("plan")
+    if isinstance(profile, str | Path) and held is None:
+        held = run_profile(
+            model, profile, text=str(text), tokens=tokens, seq_len=seq_len, seed=seed, device=device,
+            allow_pickle=allow_pickle,
+        )  # fmt: skip
+        measure = None
+    header = {
+        "plan": plan.body(),
+        "inputs": inputs,
+        "output_dtype": output_dtype,
+        "model": checkpoint.digest,
+        "model files": checkpoint.file_stamps(),
+        "device": stream.device.type,
+        "profile": None if held is None else held.digest(),
+        "measured": None if measure is None else measure.header(stream),
+    }
+    with open_run(target, header, what="compression") as run, _worthless_on_error(run, target), stream:
+        if held is None and inputs == "original":
+            assert measure is not None
+            profile_in_run(run, stream, architecture.layers, measure, private=True)
+            held = Profile.load(run.private)
+        if held is not None:
+            plan = make_plan(checkpoint, architecture, stream.crossing, held, **wish)
+        clock.lap("profile")
+        job = _Job(stream, architecture, plan, held, measure)
+        logits_BSV = job.write_weights(run)
         clock.lap("compress")
-        _write_config(job, folder)
-        _carry_files(checkpoint, folder)
-        _write_manifest(job, folder, job.manifest(states, None, clock.laps))
-        error = check_reload(job, folder)
+        job.write_rest(run)
+        written = write_index(run.folder, job.shards)
+        assert written == plan.predicted_bytes, f"planned {plan.predicted_bytes} bytes, wrote {written}"
+        write_json(run.folder / "config.json", job.result_config())
+        _carry_files(checkpoint, run.folder)
+        job.write_manifest(run, logits_error=None)
+        clock.lap("write")
+        error = check_reload(run.folder, job.check_ids(), logits_BSV, device=device)
+        manifest = job.write_manifest(run, logits_error=error)
         clock.lap("check")
-        manifest = job.manifest(states, error, clock.laps)
-        _write_manifest(job, folder, manifest)
-    return Result(out=target, plan=plan, manifest=manifest, logits_error=error)
+        peak = peak_bytes()
+        took = {
+            "seconds": clock.laps,
+            "forecast_bytes": expected.num_bytes,
+            "peak_bytes": peak,
+            "input_bytes_read": stream.bytes_read,
+            "device": device,
+        }
+        write_json(run.folder / RUN_FILE, took)
+        run.publish()
+    log.info("memory: the peak was %s", format_bytes(peak))
+    return Result(
+        out=target, plan=plan, manifest=manifest, logits_error=error, seconds=clock.laps,
+        forecast=expected.num_bytes, peak_bytes=peak, input_bytes_read=stream.bytes_read,
+    )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -154,125 +223,171 @@ class _Clock:
         self._last = now
 
 
-@dataclass(frozen=True, slots=True)
-class LayerSummary:
-    """What the manifest says of one layer."""
-
-    expert_map: list[int]
-    centres: list[int] | None
-    num_experts: int
-    notes: Mapping[str, object]
-
-
 class _Job:
-    """Everything that one compression knows; its methods run in the order they stand here."""
+    """One compression: goes through the model's stages, and knows what the manifest has to say."""
 
     def __init__(
-        self, checkpoint: Checkpoint, architecture: Architecture, crossing: Crossing, profile: Profile, plan: Plan
+        self, stream: Stream, architecture: Architecture, plan: Plan, profile: Profile | None, measure: Measure | None
     ) -> None:
-        self.checkpoint = checkpoint
-        self.architecture = architecture
-        self.profile = profile
+        self.stream = stream
+        self.checkpoint = stream.checkpoint
+        self.layers = architecture.layers
         self.plan = plan
-        self.passes = get_recipe(plan.recipe).with_router(plan.router)
-        self.config = architecture.resized_config(plan.sizes[0].num_experts)
-        self.small = empty_model(self.config)
-        if plan.router == "map":
-            widen_routers(self.small, empty_model(checkpoint.config), architecture.layers)
-        self.in_memory: dict[str, Tensor] = {}
-        self.maps: list[Tensor] = []
-        self._crossing = crossing
-        self._parts = layer_tensors(checkpoint, architecture.layers, crossing)
+        self.shards = lay_out(stream.checkpoint, stream.units, stream.crossing)
+        self._architecture = architecture
+        self._profile = profile
+        self._measure = measure
+        self._passes = get_recipe(plan.recipe).with_router(plan.router)
+        self._parts = layer_tensors(stream.checkpoint, architecture.layers, stream.crossing)
+        self._swap = Swap(stream, architecture, plan)
+        self._summaries: dict[int, LayerSummary] = {}
 
-    def write_weights(self, folder: Path) -> list[LayerSummary]:
-        """Compress layer by layer and write all tensors, changed or copied."""
-        changed = {name for part in self._parts for name in (*part.experts, *part.router)}
-        writer = _ShardWriter(folder, self.plan.predicted_bytes)
-        summaries = []
-        with self.checkpoint.reader() as reader:
-            layers = list(zip(self.architecture.layers, self._parts, self.plan.sizes, strict=True))
-            for layer, part, size in track(layers, "compressing", total=len(layers)):
-                disk, summary = self._one_layer(reader, layer, part, size)
-                for name, tensor in disk.items():
-                    writer.add(name, tensor)
-                summaries.append(summary)
-            for name in self.checkpoint.tensors:
-                if name not in changed:
-                    writer.add(name, reader.read(name))
-        writer.finish()
-        return summaries
+    def check_ids(self) -> Tensor:
+        """Return the seeded random tokens (B, S) that the result is checked with."""
+        vocabulary = int(self.stream.model.config.get_text_config().vocab_size)
+        return torch.randint(vocabulary, (2, 64), generator=torch.Generator().manual_seed(self.plan.seed))
 
-    def _one_layer(
-        self, reader: TensorReader, layer: MoELayer, part: LayerTensors, size: LayerSize
-    ) -> tuple[dict[str, Tensor], LayerSummary]:
-        tensors, conversions = self._crossing.read(reader, (*part.experts, *part.router))
-        state = self._initial_state(layer, tensors)
-        for name, options in self.passes:
-            state = load_pass(name)(state, size, **options)
-        module = self.architecture.model.get_submodule(layer.experts)
-        native = native_experts(module, state.experts)
-        memory = {f"{layer.experts}.{name}": tensor for name, tensor in native.items()} | dict(state.router)
-        disk = self._crossing.write(self.small, memory, conversions)
-        # What a loader will see: the values rounded to the number format on disk.
-        rounded_to = {
-            self._crossing.memory_names[name]: TORCH_DTYPES[self.checkpoint.tensors[name].dtype]
-            for name in (*part.experts, *part.router)
-        }
-        self.in_memory.update({name: tensor.to(rounded_to[name]) for name, tensor in memory.items()})
-        self.maps.append(state.expert_map_E)
-        summary = LayerSummary(
-            expert_map=state.expert_map_E.tolist(),
-            centres=None if state.centres_M is None else state.centres_M.tolist(),
-            num_experts=state.experts.num_experts,
-            notes=dict(state.notes),
-        )
-        return disk, summary
+    def write_weights(self, run: Run) -> Tensor:
+        """Compress layer by layer and write each layer's file; return the logits (B, S, V) of the result in flight."""
+        stream, model = self.stream, self.stream.model
+        by_unit = {shard.unit: shard for shard in self.shards if shard.unit is not None}
+        routed = {name for part in self._parts for name in (*part.experts, *part.router)}
+        jobs: list[Any] = [functools.partial(_logits, model, self.check_ids())]
+        if self._profile is None:
+            assert self._measure is not None
+            batches = [ids_BS for _, ids_BS in self._measure.batches()]
+            jobs += [functools.partial(_run_base, model, ids_BS) for ids_BS in (*batches, *batches)]
+        passes = stream.run(jobs, keep=lambda name: name not in routed)
+        seen: set[str] = set()
+        for stage in track(passes, "compressing", total=len(stream.units)):
+            shard = by_unit.get(stage.unit.name)
+            here = [layer for layer in self.layers if stage.unit.holds(layer.experts)]
+            if here and stage.unit.name in seen:
+                raise ArchitectureMismatch(f"{stage.unit.name} runs more than once for one text: not supported")
+            if here:
+                assert shard is not None, f"{stage.unit.name} has no weight file"
+                self._one_stage(run, stage, here, shard)
+            elif shard is not None and shard.file not in run.finished:
+                write_shard(run.folder, shard, {name: stage.kept[name] for name in shard.names})
+                run.finish(shard.file, files=[shard.file])
+            seen.add(stage.unit.name)
+        missed = [layer.block for layer in self.layers if layer.index not in self._summaries]
+        if missed:
+            raise ArchitectureMismatch(f"text ran through the model without passing its MoE layers {missed}")
+        logits_BSV: Tensor = passes.results[0]
+        return logits_BSV
 
-    def _initial_state(self, layer: MoELayer, tensors: Mapping[str, Tensor]) -> LayerState:
-        module = copy.deepcopy(self.architecture.model.get_submodule(layer.experts))
-        for name in [name for name, _ in module.named_parameters(recurse=False)]:
-            parameter = torch.nn.Parameter(tensors[f"{layer.experts}.{name}"], requires_grad=False)
-            module.register_parameter(name, parameter)
-        experts = canonical_experts(module)
-        return LayerState(
-            layer=layer,
-            experts=experts,
-            router={name: tensors[name] for name, _ in layer.router_tensors},
-            expert_map_E=torch.arange(layer.num_experts),
-            statistics={name: value.sum(0) for name, value in self.profile.statistics[layer.index].items()},
-            sample=self.profile.samples[layer.index],
-            original=experts,
-        )
+    def write_rest(self, run: Run) -> None:
+        """Copy what no stage wrote: shared files, and parts of the model that text does not pass."""
+        for shard in self.shards:
+            if shard.file not in run.finished:
+                write_shard(run.folder, shard, {name: self.stream.read(name) for name in shard.names})
+                run.finish(shard.file, files=[shard.file])
 
-    def in_flight(self) -> PreTrainedModel:
-        """Return the compressed model assembled in memory, without a detour over names on disk, conversion or files."""
-        model = load_model(self.checkpoint.path)
-        layers = self.architecture.layers
-        for layer in layers:
-            old, new = model.get_submodule(layer.block), self.small.get_submodule(layer.block)
-            _fill(new, old, {name.removeprefix(layer.block + "."): value for name, value in self.in_memory.items()})
-            model.set_submodule(layer.block, new)
-        if self.plan.router == "map":
-            attach_maps(model, layers, self.maps)
-        return model
+    def _one_stage(self, run: Run, stage: Stage, here: Sequence[MoELayer], shard: Shard) -> None:
+        """Compress the MoE layers of a unit (as a rule one), write the unit's file and let the jobs go on."""
+        finished = shard.file in run.finished
+        measured = self._measured(stage, here, measuring=not finished)
+        memory: dict[str, Tensor] = {}
+        if finished:
+            contents = run.finished[shard.file].content["layers"]
+            summaries = {layer.index: LayerSummary(**contents[str(layer.index)]) for layer in here}
+            memory = self._swap.read(run.folder, shard, here)
+        else:
+            disk, summaries = {name: tensor for name, tensor in stage.kept.items() if name in shard.names}, {}
+            for layer in here:
+                statistics, sample = measured[layer.index]
+                new, summaries[layer.index] = compress_layer(
+                    self.stream.model, layer, self.plan.sizes[layer.index], self._passes, statistics, sample
+                )
+                disk |= self.stream.crossing.write(self._swap.model, new, stage.conversions)
+                memory |= self._swap.rounded(new)
+                del statistics, sample, new
+            measured.clear()
+            write_shard(run.folder, shard, disk)
+            content = {str(index): summary.content() for index, summary in summaries.items()}
+            run.finish(shard.file, files=[shard.file], content={"layers": content})
+        self._summaries |= summaries
+        maps = {layer.index: summaries[layer.index].expert_map for layer in here}
+        with self._swap.filled(stage.unit, memory, maps) as module:
+            for call in stage.calls:
+                if self._is_prefix(call.job):
+                    call.finish(call.compute(module))
 
-    def manifest(
-        self, summaries: Sequence[LayerSummary], logits_error: float | None, seconds: Mapping[str, float]
-    ) -> dict[str, Any]:
-        """Return the content of coterie.json."""
+    def _is_prefix(self, job: int) -> bool:
+        """Tell whether a job runs through compressed layers: the check and, after it, the first half of the text."""
+        return self._profile is not None or job <= self._num_batches()
+
+    def _num_batches(self) -> int:
+        assert self._measure is not None
+        return len(self._measure.batches())
+
+    def _measured(
+        self, stage: Stage, here: Sequence[MoELayer], *, measuring: bool
+    ) -> dict[int, tuple[Mapping[str, Tensor], Sample]]:
+        """Return statistics and sample of each layer: from the profile or, with compressed inputs, measured now."""
+        if self._profile is not None:
+            if not measuring:
+                return {}
+            profile = self._profile
+            return {
+                layer.index: (_summed(profile.statistics[layer.index]), profile.samples[layer.index]) for layer in here
+            }
+        assert self._measure is not None
+        batches, model = self._measure.batches(), self.stream.model
+        collectors = {layer.index: self._measure.collector() for layer in here}
+        count = len(batches)
+        if measuring:
+            with proving(model, tuple(here)):
+                stage.calls[1].compute()
+        for number, (domain, _) in enumerate(batches):
+            prefix, original = stage.calls[1 + number], stage.calls[1 + count + number]
+            # A finished layer is observed too: it must hand on the very same numbers as in the first run.
+            with observed(model, tuple(here)) as targets:
+                original.finish(original.compute())
+            if not measuring:
+                continue
+            with observed(model, tuple(here), thin=self._measure.thin) as observations:
+                prefix.compute()
+            for observation, target in zip(observations, targets, strict=True):
+                collectors[observation.layer.index].add(domain, _with_target(observation, target))
+        if not measuring:
+            return {}
+        for each in collectors.values():
+            check_statistics(each.statistics, get_recipe(self.plan.recipe).needs)
+        return {index: (_summed(each.statistics), each.sample()) for index, each in collectors.items()}
+
+    def result_config(self) -> dict[str, Any]:
+        """Return the content of the result's config.json."""
+        if self.plan.router == "plain":
+            return self._architecture.resized_config(self.plan.sizes[0].num_experts)
+        # A mapped result keeps the router's E rows and says so in its config, so stock loaders refuse it.
+        return dict(self.checkpoint.config)
+
+    def write_manifest(self, run: Run, *, logits_error: float | None) -> dict[str, Any]:
+        """Write coterie.json into the result, and return its content."""
         mapped = self.plan.router == "map"
         how = "coterie.load_model(OUT)" if mapped else "transformers.AutoModelForCausalLM.from_pretrained(OUT)"
-        return {
+        if self._profile is not None:
+            domains, num_tokens, seq_len = self._profile.domains, sum(self._profile.num_tokens), self._profile.seq_len
+            text_digest = self._profile.text_digest
+        else:
+            assert self._measure is not None
+            token_set = self._measure.token_set
+            domains, num_tokens, seq_len = token_set.domains, sum(token_set.num_tokens.values()), token_set.seq_len
+            text_digest = token_set.digest
+        body = {
             "recipe": self.plan.recipe,
-            "passes": [[name, dict(options)] for name, options in self.passes],
+            "passes": [[name, dict(options)] for name, options in self._passes],
             "router": self.plan.router,
             "loads_with": "coterie" if mapped else "transformers",
             "how_to_load": how,
             "plan": self.plan.body(),
             "model": self.checkpoint.path.resolve().name,
-            "domains": list(self.profile.domains),
-            "calibration_tokens": sum(self.profile.num_tokens),
-            "seq_len": self.profile.seq_len,
+            "domains": list(domains),
+            "calibration_tokens": num_tokens,
+            "calibration_inputs": "original" if self._profile is not None else "compressed",
+            "seq_len": seq_len,
             "seed": self.plan.seed,
             "logits_error": logits_error,
             "layers": [
@@ -280,21 +395,51 @@ class _Job:
                     "index": layer.index,
                     "block": layer.block,
                     "num_experts_before": layer.num_experts,
-                    "num_experts_after": summary.num_experts,
-                    "expert_map": summary.expert_map,
-                    "centres": summary.centres,
-                    "notes": dict(summary.notes),
+                    "num_experts_after": self._summaries[layer.index].num_experts,
+                    "expert_map": self._summaries[layer.index].expert_map,
+                    "centres": self._summaries[layer.index].centres,
+                    "notes": dict(self._summaries[layer.index].notes),
                 }
-                for layer, summary in zip(self.architecture.layers, summaries, strict=True)
+                for layer in self.layers
             ],
-            "seconds": dict(seconds),
             "bytes_before": self.plan.original_bytes,
             "bytes_after": self.plan.predicted_bytes,
         }
+        inputs = {"model": self.checkpoint.digest, "text": text_digest}
+        write_artifact(run.folder / MANIFEST, kind="manifest", body=body, inputs=inputs)
+        return body
 
 
-def check_reload(job: _Job, folder: Path) -> float:
-    """Load what was written and compare its logits with the model assembled in flight, on seeded random tokens.
+def _logits(model: Any, ids_BS: Tensor) -> Tensor:
+    logits_BSV: Tensor = model(input_ids=ids_BS, use_cache=False).logits
+    return logits_BSV
+
+
+def _run_base(model: Any, ids_BS: Tensor) -> None:
+    model.base_model(input_ids=ids_BS, use_cache=False)
+
+
+def _summed(statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sum statistics over their domains."""
+    return {name: value.sum(0) for name, value in statistics.items()}
+
+
+def _with_target(observation: Observation, target: Observation) -> Observation:
+    """Return an observation whose output is another one's."""
+    return replace(observation, output_TD=target.output_TD)
+
+
+def _forecast(stream: Stream, layers: tuple[MoELayer, ...], measure: Measure | None, held: Profile | None) -> Forecast:
+    if measure is not None:
+        return measure.forecast(stream, layers)
+    assert held is not None
+    widest = max(layers, key=lambda layer: layer.num_experts)
+    taken = len(held.samples[0].domain_T)
+    return forecast(stream, sample_tokens=taken, hidden_size=widest.hidden_size, num_experts=widest.num_experts)
+
+
+def check_reload(folder: Path, ids_BS: Tensor, expected_BSV: Tensor, *, device: str = "cpu") -> float:
+    """Run what was written, layer by layer, and compare its logits with those of the model in flight.
 
     Returns:
         The largest difference, relative to the largest logit.
@@ -303,18 +448,36 @@ def check_reload(job: _Job, folder: Path) -> float:
         CorruptCheckpoint: tensors are missing or of the wrong shape.
         ReloadMismatch: the logits differ by more than `RELOAD_TOLERANCE`.
     """
-    vocabulary = int(job.small.config.get_text_config().vocab_size)
-    ids = torch.randint(vocabulary, (4, 64), generator=torch.Generator().manual_seed(job.plan.seed))
-    with torch.no_grad():
-        expected = job.in_flight()(input_ids=ids, use_cache=False).logits
-        found = load_model(folder)(input_ids=ids, use_cache=False).logits
-    error = float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-30))
+    with Stream(Checkpoint.open(folder), device=device, scratch=folder.parent) as stream:
+        run = stream.run([functools.partial(_logits, stream.model, ids_BS)])
+        for _ in run:
+            pass
+    found_BSV: Tensor = run.results[0]
+    error = float((expected_BSV - found_BSV).abs().max() / expected_BSV.abs().max().clamp(min=1e-30))
     if not error <= RELOAD_TOLERANCE:
         raise ReloadMismatch(
             f"the checkpoint that was written computes other logits than the model in flight: they differ by "
             f"{error:.2e} of the largest logit (limit {RELOAD_TOLERANCE:.0e}); nothing was kept, please report it"
         )
     return error
+
+
+@contextmanager
+def _worthless_on_error(run: Run, target: Path) -> Iterator[None]:
+    """Keep what was finished when the disk is full or somebody stops the run; a result that is wrong is dropped."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # from whichever file met it; the user knows the target
+            raise OutOfSpace(
+                errno.ENOSPC,
+                f"the disk filled up while {target} was made; the {len(run.finished)} finished steps are kept: free "
+                "some space and give the same command again",
+            ) from error
+        raise
+    except CoterieError:
+        run.discard()
+        raise
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
@@ -328,19 +491,6 @@ def check_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _fill(new: nn.Module, old: nn.Module, replaced: Mapping[str, Tensor]) -> None:
-    """Give the empty module `new` the tensors in `replaced` and, for all other names, those of `old`."""
-    sources = dict(old.named_parameters()) | dict(old.named_buffers())
-    for name, empty in [*new.named_parameters(), *new.named_buffers()]:
-        owner_name, _, leaf = name.rpartition(".")
-        owner = new.get_submodule(owner_name)
-        value = replaced[name].float() if name in replaced else sources[name].detach()
-        if isinstance(empty, nn.Parameter):
-            owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-        else:
-            setattr(owner, leaf, value)
-
-
 def _held_profile(profile: Profile | str | Path | None, checkpoint: Checkpoint) -> Profile | None:
     if profile is None or isinstance(profile, Profile):
         return profile
@@ -352,85 +502,6 @@ def _check_target(target: Path, source: Path) -> None:
         raise OutputExists(f"{target} exists; choose another place or remove it")
     if target.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{target} is inside the model folder {source}, which is never written; choose another place")
-
-
-@contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `target` that becomes `target` at the end, or vanishes on an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.parent / f".{target.name}.partial"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        if target.exists():
-            raise OutputExists(f"{target} appeared while it was being made; the result was dropped")
-        folder.rename(target)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:  # from whichever file met it; the user knows the target
-            raise OutOfSpace(
-                errno.ENOSPC, f"the disk filled up while {target} was written; nothing was kept"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-class _ShardWriter:
-    """Collects tensors and writes them as one weight file, or as several with an index when they are many bytes."""
-
-    def __init__(self, folder: Path, total_bytes: int) -> None:
-        self._folder = folder
-        self._single = total_bytes <= MAX_SHARD_BYTES
-        self._held: dict[str, Tensor] = {}
-        self._held_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if not self._single and self._held and self._held_bytes + size > MAX_SHARD_BYTES:
-            self._flush()
-        self._held[name] = tensor
-        self._held_bytes += size
-        self._total += size
-
-    def finish(self) -> None:
-        if self._held:
-            self._flush()
-        if self._single:
-            (self._folder / self._temporary(0)).rename(self._folder / "model.safetensors")
-            return
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards):
-            final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            (self._folder / self._temporary(number)).rename(self._folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(self._folder / INDEX_NAME, index)
-
-    def _flush(self) -> None:
-        with atomic_path(self._folder / self._temporary(len(self._shards))) as temporary:
-            save_file(self._held, temporary, metadata={"format": "pt"})
-        self._shards.append(list(self._held))
-        self._held = {}
-        self._held_bytes = 0
-
-    @staticmethod
-    def _temporary(number: int) -> str:
-        return f"shard-{number}.safetensors"
-
-
-def _write_config(job: _Job, folder: Path) -> None:
-    # A mapped result keeps the router's E rows and says so in its config, so stock loaders refuse it.
-    config = job.config if job.plan.router == "plain" else dict(job.checkpoint.config)
-    write_json(folder / "config.json", config)
-
-
-def _write_manifest(job: _Job, folder: Path, manifest: Mapping[str, Any]) -> None:
-    inputs = {"model": job.checkpoint.digest, "text": job.profile.text_digest}
-    write_artifact(folder / MANIFEST, kind="manifest", body=manifest, inputs=inputs)
 
 
 def _carry_files(checkpoint: Checkpoint, folder: Path) -> None:

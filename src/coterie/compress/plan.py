@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from coterie.artifact import read_artifact, write_artifact
+from coterie.artifact import open_artifact, write_artifact
 from coterie.compress.recipes import get_recipe
 from coterie.compress.state import LayerSize
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError, StaleArtifact, UnsupportedDtype
@@ -66,12 +66,11 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path, *, inputs: Mapping[str, str] | None = None) -> Plan:
         """Read a plan; raises CorruptArtifact or, when made from other inputs, StaleArtifact."""
-        from coterie.artifact import read_header
-
-        body, _ = read_artifact(Path(path), kind="plan", inputs=inputs)
+        found = open_artifact(Path(path), kind="plan", inputs=inputs)
+        body = dict(found.body)
         sizes = tuple(LayerSize(**size) for size in body.pop("sizes"))
         untouched = tuple(body.pop("untouched"))
-        return cls(**body, sizes=sizes, untouched=untouched, inputs=read_header(Path(path))["inputs"])
+        return cls(**body, sizes=sizes, untouched=untouched, inputs=found.inputs)
 
 
 def plan(
@@ -136,7 +135,7 @@ def make_plan(
         _check_profile(profile, checkpoint, chosen.needs)
     parts = layer_tensors(checkpoint, architecture.layers, crossing)
     _check_dtypes(checkpoint, parts)
-    sizing = _Sizing(checkpoint, architecture, parts, router)
+    sizing = _Sizing(checkpoint, architecture, crossing, parts, router)
     count = _wished_count(architecture, sizing, keep=keep, experts=experts, budget=budget)
     inputs = {"model": checkpoint.digest}
     if profile is not None:
@@ -203,10 +202,21 @@ class _Sizing:
     """Predicts the size of the result: tensors with an expert axis scale with the number of experts."""
 
     def __init__(
-        self, checkpoint: Checkpoint, architecture: Architecture, parts: tuple[LayerTensors, ...], router: Router
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        crossing: Crossing,
+        parts: tuple[LayerTensors, ...],
+        router: Router,
     ) -> None:
         self._checkpoint = checkpoint
         self._layers = architecture.layers
+        # Router rows behind the experts' (for shared experts, or for "no expert") stay, however many experts go.
+        axes = {name: axis for layer in self._layers for name, axis in layer.router_tensors}
+        state = architecture.model.state_dict()
+        self._rows = {
+            disk: state[memory].shape[axes[memory]] for disk, memory in crossing.memory_names.items() if memory in axes
+        }
         self._scaled = [(*part.experts, *(part.router if router == "plain" else ())) for part in parts]
 
     def num_bytes(self, count: int) -> int:
@@ -218,7 +228,11 @@ class _Sizing:
     def _total(self, count: int, measure: str) -> int:
         total: int = sum(getattr(info, measure) for info in self._checkpoint.tensors.values())
         for layer, names in zip(self._layers, self._scaled, strict=True):
-            scaled: int = sum(getattr(self._checkpoint.tensors[name], measure) for name in names)
+            experts = layer.num_experts
+            scaled: int = sum(
+                getattr(self._checkpoint.tensors[name], measure) * experts // self._rows.get(name, experts)
+                for name in names
+            )
             total += scaled * count // layer.num_experts - scaled
         return total
 
@@ -262,7 +276,12 @@ def _check_profile(profile: Profile, checkpoint: Checkpoint, needs: tuple[str, .
             f"the profile was made from another model ({profile.model_digest[:12]}; {checkpoint.path} is "
             f"{checkpoint.digest[:12]}); run coterie profile again"
         )
-    missing = sorted(set(needs) - profile.statistics[0].keys())
+    check_statistics(profile.statistics[0].keys(), needs)
+
+
+def check_statistics(held: Iterable[str], needs: Iterable[str]) -> None:
+    """Raise ArchitectureMismatch when a recipe needs statistics that were not measured."""
+    missing = sorted(set(needs) - set(held))
     if missing:
         raise ArchitectureMismatch(
             f"the recipe needs {', '.join(missing)}, which the profile does not hold: the model records no router "

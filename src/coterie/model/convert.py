@@ -6,17 +6,17 @@ transformers' own conversion does both directions; this file only feeds it some 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
-    WeightRenaming,
     convert_and_load_state_dict_in_model,
+    dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
 )
@@ -33,24 +33,62 @@ class Crossing:
     Attributes:
         memory_names: name on disk -> name in memory. A tensor that becomes several carries the first one's name; a
             tensor that the model has no place for carries its renamed name.
+        sources: name in memory -> names on disk that it is made from, of all tensors that the model has a place for.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+        """Match names.
+
+        Args:
+            checkpoint: the side of the names on disk.
+            model: its empty model, the side of the names in memory. Conversions pass through it; between two calls its
+                parameters are empty.
+        """
         self._checkpoint = checkpoint
         self._model = model
         self._transforms = get_model_conversion_mapping(model)
-        renamings = [entry for entry in self._transforms if isinstance(entry, WeightRenaming)]
+        renamings: list[Any] = [entry for entry in self._transforms if not isinstance(entry, WeightConverter)]
         converters = [entry for entry in self._transforms if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         state: dict[str, Any] = model.state_dict()
-        self.memory_names = {
-            name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0]
-            for name in checkpoint.tensors
-        }
+        self.memory_names: dict[str, str] = {}
+        self.sources: dict[str, tuple[str, ...]] = {}
+        # In the order in which stock loaders read them: some renamings are switched on by an earlier name.
+        for name in sorted(checkpoint.tensors, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+            if target not in state and name in state:
+                target, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+            self.memory_names[name] = target
+            patterns = [""] if pattern is None else by_pattern[pattern].target_patterns
+            for made in {target, *(target.replace(patterns[0], other) for other in patterns[1:])} & state.keys():
+                self.sources[made] = (*self.sources.get(made, ()), name)
         # What was matched above must not count as used: only the tensors that are read decide what is reverted.
-        self._transforms = get_model_conversion_mapping(model)
+        for entry in self._transforms:
+            entry._was_used = False
+        self._use_disk_dtypes(state)
 
-    def read(self, reader: TensorReader, names: Iterable[str]) -> tuple[dict[str, Tensor], list[Any]]:
-        """Read tensors by their names on disk and return them by their names in memory, float32, on the CPU.
+    def _use_disk_dtypes(self, state: Mapping[str, Tensor]) -> None:
+        """Give the empty model the number formats on disk, so that converting needs no memory for wider ones."""
+        for name, disk_names in self.sources.items():
+            dtypes = {TORCH_DTYPES.get(self._checkpoint.tensors[disk].dtype) for disk in disk_names}
+            dtype = dtypes.pop()
+            if not dtypes and dtype is not None and state[name].is_floating_point():
+                put(self._model, name, state[name].to(dtype))
+
+    def read(
+        self, reader: TensorReader, names: Iterable[str], dtype: torch.dtype = torch.float32
+    ) -> tuple[dict[str, Tensor], list[Any]]:
+        """Read tensors by their names on disk; see `convert`."""
+        return self.convert({name: reader.read(name) for name in names}, lambda name: dtype)
+
+    def convert(
+        self, raw: dict[str, Tensor], dtype_of: Callable[[str], torch.dtype]
+    ) -> tuple[dict[str, Tensor], list[Any]]:
+        """Return tensors by their names in memory, on the CPU.
+
+        Args:
+            raw: tensors by their names on disk; emptied on the way, to let go of their memory early.
+            dtype_of: number format of each name in memory, for those that hold fractions.
 
         Returns:
             The tensors, and the conversions that were used, for `write`.
@@ -58,11 +96,11 @@ class Crossing:
         Raises:
             CorruptCheckpoint: shapes contradict the config, or a conversion failed.
         """
-        held = {name: reader.read(name) for name in names}
         transforms: list[Any] = copy.deepcopy(self._transforms)
         config = LoadStateDictConfig(dtype=torch.float32, device_map={"": "cpu"}, weight_mapping=transforms)
         with quiet(), torch.no_grad():
-            info, _ = convert_and_load_state_dict_in_model(self._model, held, config)
+            info, _ = convert_and_load_state_dict_in_model(self._model, raw, config)
+        raw.clear()
         tensors = _take_out(self._model)
         if info.mismatched_keys:
             name, found, expected = sorted(info.mismatched_keys)[0]
@@ -72,6 +110,11 @@ class Crossing:
         if info.conversion_errors:
             name, problem = next(iter(info.conversion_errors.items()))
             raise CorruptCheckpoint(f"{self._checkpoint.path}: {name} cannot be converted: {problem}")
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                # Not one dict comprehension: each narrow tensor goes before the next wide one comes.
+                tensors[name] = tensor.to(dtype_of(name))
+            del tensor
         conversions: Any = self._model._weight_conversions
         return tensors, list(conversions or [])
 
@@ -105,15 +148,25 @@ class Crossing:
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
+def put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set a parameter or buffer of a model by its name."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
 def _take_out(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the tensors that are no longer empty, and make their places empty again."""
+    """Return the saved tensors that are no longer empty, and make their places empty again."""
     taken: dict[str, Tensor] = {}
     for module_name, module in model.named_modules():
         for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is None or tensor.is_meta:
+            for name, tensor in list(store.items()):
+                if tensor is None or tensor.is_meta or name in module._non_persistent_buffers_set:
                     continue
-                taken[f"{module_name}.{name}" if module_name else name] = tensor.detach()
-                empty = tensor.detach().to("meta")
-                store[name] = torch.nn.Parameter(empty, requires_grad=False) if store is module._parameters else empty
+                full_name = f"{module_name}.{name}" if module_name else name
+                taken[full_name] = tensor.detach()
+                put(model, full_name, taken[full_name].to("meta"))
     return taken

@@ -20,6 +20,7 @@ from coterie.artifact import read_artifact
 from coterie.errors import CorruptCheckpoint, InputError
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.layers import Architecture, MoELayer, empty_model, quiet
+from coterie.model.quantized import dequantized
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,73 @@ def load_model(
     return loaded
 
 
+def hollow_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the model of a checkpoint, plain or mapped, without its weights.
+
+    Parameters and saved buffers are on the meta device; what a checkpoint does not hold (rotary frequencies and the
+    like) is there, on the CPU, as a stock loader would make it.
+
+    Raises:
+        NotACheckpoint, CorruptCheckpoint: no model can be built from the config.
+    """
+    manifest = read_manifest(checkpoint.path)
+    if manifest is not None and manifest["router"] == "map":
+        count = manifest["layers"][0]["num_experts_after"]
+        return hollow_result(Architecture.of(checkpoint), count, maps=_maps_of(manifest), dtype=dtype)
+    model = empty_model(checkpoint.config, where=str(checkpoint.path), dtype=dtype)
+    _make_buffers(model)
+    return model
+
+
+def hollow_result(
+    architecture: Architecture, num_experts: int, *, maps: Sequence[Tensor] | None, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Build what a compression of a model makes, without its weights; see `hollow_model`.
+
+    Args:
+        architecture: the original model's.
+        num_experts: experts in each layer of the result.
+        maps: for a mapped result, the expert that stands for each router row of each layer; else None.
+        dtype: number format of the parameters.
+    """
+    model = empty_model(architecture.resized_config(num_experts), dtype=dtype)
+    if maps is not None:
+        widen_routers(model, empty_model(architecture.config, dtype=dtype), architecture.layers)
+        attach_maps(model, architecture.layers, maps)
+    _make_buffers(model)
+    return model
+
+
+def _make_buffers(model: PreTrainedModel) -> None:
+    """Compute, on the CPU, the buffers that checkpoints do not hold, by the model's own initialisation."""
+    owners: dict[str, nn.Module] = {}
+    for name, buffer in model.named_non_persistent_buffers():
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            owners[owner] = model.get_submodule(owner)
+            owners[owner]._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+    families = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    with torch.no_grad():
+        for name, module in owners.items():
+            inner = max((key for key in families if not key or f"{name}.".startswith(f"{key}.")), key=len)
+            families[inner]._init_weights(module)  # type: ignore[no-untyped-call]
+
+
+def open_checkpoint(model: str | Path, *, output_dtype: str = "bfloat16", allow_pickle: bool = False) -> Checkpoint:
+    """Open a checkpoint as one of plain numbers: what is stored in 8 or 4 bits is dequantised as it is read.
+
+    Args:
+        model: a model folder or a hub id.
+        output_dtype: number format that quantised tensors are given; others keep theirs.
+        allow_pickle: read weights that are stored as pickles.
+
+    Raises:
+        NotACheckpoint, CorruptCheckpoint: no such model, or a damaged one.
+        UnsupportedDtype: quantised in a way that cannot be undone here, or an unknown `output_dtype`.
+    """
+    return dequantized(Checkpoint.open(model, allow_pickle=allow_pickle), output_dtype)
+
+
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder.
 
@@ -115,7 +183,8 @@ def attach_maps(model: PreTrainedModel, layers: Sequence[MoELayer], maps: Sequen
     inner = {layer.index: model.get_submodule(layer.experts).config._experts_implementation for layer in layers}  # type: ignore[union-attr]
     for layer, expert_map_E in zip(layers, maps, strict=True):
         experts = model.get_submodule(layer.experts)
-        device = next(experts.parameters()).device
+        parameter = next(experts.parameters())
+        device = "cpu" if parameter.is_meta else parameter.device
         experts.register_buffer("coterie_expert_map", expert_map_E.to(device), persistent=False)
         experts.coterie_inner = inner[layer.index]
         # Every experts module looks into its own config; several may share one.
@@ -165,6 +234,9 @@ def _load_mapped(
     model, info = Mapped.from_pretrained(
         checkpoint.path, config=small.config, dtype=dtype, output_loading_info=True, local_files_only=True
     )
-    maps = [torch.tensor(entry["expert_map"], dtype=torch.int64) for entry in manifest["layers"]]
-    attach_maps(model, layers, maps)
+    attach_maps(model, layers, _maps_of(manifest))
     return model, info
+
+
+def _maps_of(manifest: Mapping[str, Any]) -> list[Tensor]:
+    return [torch.tensor(entry["expert_map"], dtype=torch.int64) for entry in manifest["layers"]]

@@ -5,19 +5,27 @@ Legend: E experts, D model width, F expert width, T tokens, K chosen experts, G 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from coterie.artifact import read_artifact, write_artifact
-from coterie.errors import StaleArtifact, UnknownName
+from coterie.artifact import atomic_path, check_file, digest_of, file_digest, open_artifact, write_artifact
+from coterie.errors import CorruptArtifact, StaleArtifact, UnknownName
 from coterie.model.layers import MoELayer
 
 FILE = "profile.json"
+
+
+def layer_file(index: int) -> str:
+    """Return the name of the file that holds one layer's statistics and sample."""
+    return f"profile-layer-{index:05d}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +68,9 @@ class Profile:
         statistics: for each layer, statistic name -> sums by domain (G, ...), float64. All are sums over tokens, so
             the profiles of two halves of a text add up to the profile of the whole.
         samples: for each layer, its token sample.
+
+    A profile that was loaded reads a layer's statistics or sample from its file each time it is asked for them, so one
+    of any size takes the memory of one layer.
     """
 
     model_digest: str
@@ -69,8 +80,17 @@ class Profile:
     seq_len: int
     seed: int
     layers: tuple[MoELayer, ...]
-    statistics: tuple[Mapping[str, Tensor], ...]
-    samples: tuple[Sample, ...]
+    statistics: Sequence[Mapping[str, Tensor]]
+    samples: Sequence[Sample]
+
+    def digest(self) -> str:
+        """Return a digest of what was measured and of what it was made from."""
+        content = [self.model_digest, self.text_digest, self.domains, self.num_tokens, self.seq_len, self.seed]
+        if isinstance(self.statistics, _Statistics):
+            return digest_of([*content, self.statistics.digests])
+        layers = [{**held, **sample.tensors()} for held, sample in zip(self.statistics, self.samples, strict=True)]
+        hashes = [_hash(tensor) for held in layers for tensor in held.values()]
+        return digest_of([*content, hashes])
 
     def sum(self, layer: int, name: str) -> Tensor:
         """Return one statistic of one layer summed over all domains, float64.
@@ -111,11 +131,17 @@ class Profile:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write the profile into a folder as ``profile.json`` and ``profile.safetensors``; return the JSON's path."""
-        tensors: dict[str, Tensor] = {}
+        """Write the profile into a folder: a file a layer, then ``profile.json``; return the JSON's path."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        digests = {}
         for index, (statistics, sample) in enumerate(zip(self.statistics, self.samples, strict=True)):
-            tensors |= {f"{index}.statistics.{name}": tensor for name, tensor in statistics.items()}
-            tensors |= {f"{index}.sample.{name}": tensor for name, tensor in sample.tensors().items()}
+            name = write_layer(target, index, statistics, sample)
+            digests[name] = file_digest(target / name)
+        return self.commit(target, digests)
+
+    def commit(self, folder: Path, digests: Mapping[str, str]) -> Path:
+        """Write ``profile.json`` beside the layers' files, whose SHA-256 digests are given by name."""
         body: dict[str, Any] = {
             "domains": list(self.domains),
             "num_tokens": list(self.num_tokens),
@@ -123,43 +149,108 @@ class Profile:
             "seed": self.seed,
             "layers": [asdict(layer) for layer in self.layers],
         }
-        path = Path(folder) / FILE
+        path = folder / FILE
         inputs = {"model": self.model_digest, "text": self.text_digest}
-        write_artifact(path, kind="profile", body=body, inputs=inputs, tensors=tensors)
+        write_artifact(path, kind="profile", body=body, inputs=inputs, files=digests)
         return path
 
     @classmethod
     def load(cls, folder: str | Path, *, model_digest: str | None = None, text_digest: str | None = None) -> Profile:
-        """Read a profile from the folder that `save` wrote.
+        """Open a profile in the folder that `save` wrote; layers are read when asked for.
 
         Raises:
-            CorruptArtifact: missing or damaged.
+            CorruptArtifact: missing or damaged; a layer's file that is damaged is noticed when it is first read.
             StaleArtifact: made from another model or text than the digests that are given.
         """
-        from coterie.artifact import read_header
-
         path = Path(folder) / FILE
         expected = {"model": model_digest, "text": text_digest}
-        body, tensors = read_artifact(
+        found = open_artifact(
             path, kind="profile", inputs={name: digest for name, digest in expected.items() if digest is not None}
         )
-        inputs = read_header(path)["inputs"]
+        body = found.body
         layers = tuple(_layer_from(entry) for entry in body["layers"])
-        grouped: list[dict[str, dict[str, Tensor]]] = [{"statistics": {}, "sample": {}} for _ in layers]
-        for name, tensor in tensors.items():
-            index, group, key = name.split(".", 2)
-            grouped[int(index)][group][key] = tensor
+        files = _LayerFiles(path.parent, found.files, len(layers))
         return cls(
-            model_digest=inputs["model"],
-            text_digest=inputs["text"],
+            model_digest=found.inputs["model"],
+            text_digest=found.inputs["text"],
             domains=tuple(body["domains"]),
             num_tokens=tuple(body["num_tokens"]),
             seq_len=body["seq_len"],
             seed=body["seed"],
             layers=layers,
-            statistics=tuple(entry["statistics"] for entry in grouped),
-            samples=tuple(Sample(**({"logits_TE": None} | entry["sample"])) for entry in grouped),  # type: ignore[arg-type]
+            statistics=_Statistics(files),
+            samples=_Samples(files),
         )
+
+
+def _hash(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def write_layer(folder: Path, index: int, statistics: Mapping[str, Tensor], sample: Sample) -> str:
+    """Write one layer's file, atomically, and return its name."""
+    name = layer_file(index)
+    tensors = {f"statistics.{key}": tensor.contiguous() for key, tensor in statistics.items()}
+    tensors |= {f"sample.{key}": tensor.contiguous() for key, tensor in sample.tensors().items()}
+    with atomic_path(folder / name) as temporary:
+        save_file(tensors, temporary)
+    return name
+
+
+class _LayerFiles:
+    """The files of a profile's layers; each is checked against its digest when it is first read."""
+
+    def __init__(self, folder: Path, digests: Mapping[str, str], count: int) -> None:
+        for index in range(count):
+            if layer_file(index) not in digests:
+                raise CorruptArtifact(f"{folder / FILE} names no file for layer {index}; make the profile again")
+            if not (folder / layer_file(index)).is_file():
+                raise CorruptArtifact(f"{folder / layer_file(index)} is missing; {FILE} needs it")
+        self.count = count
+        self._folder = folder
+        self.digests = digests
+        self._checked: set[int] = set()
+
+    def read(self, index: int, group: str) -> dict[str, Tensor]:
+        """Return the tensors of one layer whose names begin with `group`, without that prefix."""
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        name = layer_file(index)
+        if index not in self._checked:
+            check_file(self._folder, name, self.digests[name])
+            self._checked.add(index)
+        with safe_open(self._folder / name, framework="pt") as file:
+            return {
+                key.removeprefix(group): file.get_tensor(key) for key in sorted(file.keys()) if key.startswith(group)
+            }
+
+
+class _Statistics(Sequence[Mapping[str, Tensor]]):
+    def __init__(self, files: _LayerFiles) -> None:
+        self._files = files
+        self.digests = dict(files.digests)
+
+    def __len__(self) -> int:
+        return self._files.count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        return self._files.read(index + len(self) if index < 0 else index, "statistics.")
+
+
+class _Samples(Sequence[Sample]):
+    def __init__(self, files: _LayerFiles) -> None:
+        self._files = files
+
+    def __len__(self) -> int:
+        return self._files.count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        tensors = self._files.read(index + len(self) if index < 0 else index, "sample.")
+        return Sample(**({"logits_TE": None} | tensors))  # type: ignore[arg-type]
 
 
 def _layer_from(entry: Mapping[str, Any]) -> MoELayer:

@@ -5,32 +5,35 @@ Legend: E experts, D model width, T tokens, K chosen experts, G domains.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from coterie.errors import ArchitectureMismatch, InputError, OutputExists
+from coterie.journal import Run, open_run
 from coterie.model.checkpoint import Checkpoint
-from coterie.model.layers import Architecture, Experts, MoELayer, canonical_experts, find_router
-from coterie.model.load import load_model, load_tokenizer, read_manifest
-from coterie.model.seam import eager, intercepted, routed_output
+from coterie.model.layers import Architecture, MoELayer
+from coterie.model.load import load_tokenizer, open_checkpoint, read_manifest
+from coterie.model.memory import Forecast, fitting_batch, forecast, peak_bytes
+from coterie.model.stream import Stream
+from coterie.model.units import format_bytes, parse_bytes
 from coterie.profile.calibration import TokenSet, tokenize
-from coterie.profile.observation import Observation
-from coterie.profile.profile import FILE, Profile, Sample
+from coterie.profile.observation import Observation, observed, prove_layers, proving
+from coterie.profile.profile import FILE, Profile, Sample, write_layer
 from coterie.profile.statistics import STATISTICS, Statistic, load_statistic
 from coterie.progress import track
 
 log = logging.getLogger(__name__)
 
-#: Largest relative difference between a layer's own output and the recomputed one, by number format.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+#: Tokens, of the whole text, that statistics of all experts on all tokens are estimated from.
+THIN_TOKENS = 4_096
 
 
 def profile(
@@ -42,55 +45,138 @@ def profile(
     seq_len: int = 512,
     seed: int = 0,
     device: str = "cpu",
+    dtype: torch.dtype | None = None,
     sample_tokens: int = 8_192,
     domains: tuple[str, ...] | None = None,
     batch_size: int = 8,
+    max_memory: int | str | None = None,
+    allow_pickle: bool = False,
 ) -> Profile:
-    """Measure what the experts of a model do on text.
+    """Measure what the experts of a model do on text, one decoder layer in memory at a time.
+
+    A run with `out` that was ended early goes on from the last finished layer when it is called again in the same way.
 
     Args:
         model: a model folder or hub id.
-        out: folder for the profile; nothing is written when None.
+        out: folder for the profile; when None the profile is held in memory.
         text: folder with one text file a domain, see `coterie.profile.calibration`.
         tokens: tokens in all, shared equally by the domains.
         seq_len: tokens in a sequence.
         seed: seed of the draw of text and of the token sample.
-        device: where the model runs.
+        device: where the layers are computed.
+        dtype: number format that layers are computed in; see `coterie.model.stream.working_dtype`.
         sample_tokens: tokens of the sample of each layer, shared equally by the domains.
         domains: only these domains.
-        batch_size: sequences in a batch; the result does not depend on it beyond rounding.
+        batch_size: sequences in a batch at most; the result does not depend on it beyond rounding.
+        max_memory: bytes, or an amount like "8GiB", that the run may take.
+        allow_pickle: read weights that are stored as pickles.
 
     Raises:
-        OutputExists: `out` already holds a profile.
+        OutputExists: `out` is taken.
+        OutputBusy: another run writes to `out`.
+        StaleArtifact: an earlier run to `out` that was ended early had other settings or another input.
+        Infeasible: `max_memory` is too little.
         TextError: no text, empty text, or text shorter than a sequence.
         NotACheckpoint, NotAMoE, CorruptCheckpoint: the model cannot be used.
         ArchitectureMismatch: a layer does not compute what its canonical experts compute.
     """
-    if out is not None and (Path(out) / FILE).exists():
-        raise OutputExists(f"{Path(out) / FILE} exists; choose another place or remove it")
-    if tokens < 1 or sample_tokens < 1:
-        raise InputError(f"nothing can be measured on {tokens} tokens with a sample of {sample_tokens}; ask for more")
-    checkpoint = Checkpoint.open(model)
-    manifest = read_manifest(checkpoint.path)
-    if manifest is not None and manifest["router"] == "map":
-        raise InputError(f"{checkpoint.path} is a mapped result; profile the model that it was made from")
+    target = None if out is None else Path(out).expanduser()
+    if target is not None:
+        check_target(target)
+    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     architecture = Architecture.of(checkpoint)
-    token_set = tokenize(
-        load_tokenizer(checkpoint.path), text, seq_len=seq_len, tokens=tokens, seed=seed, domains=domains
-    )
-    loaded = load_model(checkpoint.path, device=device)
-    result = profile_model(
-        loaded,
-        architecture.layers,
-        token_set,
-        model_digest=checkpoint.digest,
-        seed=seed,
-        sample_tokens=sample_tokens,
+    settings = Settings(
+        text=text, tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, domains=domains,
         batch_size=batch_size,
-    )
-    if out is not None:
-        result.save(out)
-    return result
+    )  # fmt: skip
+    measure = settings.measure(checkpoint, architecture.layers)
+    stream = Stream(checkpoint, device=device, dtype=dtype, scratch=None if target is None else target.parent)
+    measure.forecast(stream, architecture.layers).check(None if max_memory is None else parse_bytes(max_memory))
+    if target is None:
+        with stream:
+            measured = {layer: entry for layer, *entry in measure.stream(stream, architecture.layers)}
+        statistics, samples = zip(*(measured[layer.index] for layer in architecture.layers), strict=True)
+        return measure.profile(checkpoint.digest, architecture.layers, statistics, samples)
+    if is_empty_folder(target):
+        target.rmdir()
+    with open_run(target, measure.header(stream), what="profile") as run, stream:
+        profile_in_run(run, stream, architecture.layers, measure, private=False)
+        run.publish()
+    log.info("memory: the peak was %s", format_bytes(peak_bytes()))
+    return Profile.load(target)
+
+
+def check_target(target: Path) -> None:
+    """Raise OutputExists when a profile cannot be written to a folder; an empty folder is as good as none."""
+    if (target / FILE).exists() or target.is_symlink() or (target.exists() and not is_empty_folder(target)):
+        raise OutputExists(f"{target} exists; choose another place or remove it")
+
+
+def is_empty_folder(path: Path) -> bool:
+    """Tell whether a path is a folder with nothing in it."""
+    return path.is_dir() and next(path.iterdir(), None) is None
+
+
+def profile_in_run(run: Run, stream: Stream, layers: tuple[MoELayer, ...], measure: Measure, *, private: bool) -> None:
+    """Measure layer by layer, each a step of a run; layers that the run has finished are not measured again.
+
+    Args:
+        run: where the profile's files go.
+        stream: the model, open.
+        layers: its MoE layers.
+        measure: what is measured.
+        private: whether the files go into the run's private folder instead of its result.
+    """
+    folder = run.private if private else run.folder
+    kind = "private" if private else "files"
+    done = {layer.index for layer in layers if _step(layer.index) in run.finished}
+    for index, statistics, sample in measure.stream(stream, layers, skip=done):
+        names = [write_layer(folder, index, statistics, sample)]
+        run.finish(_step(index), files=() if private else names, private=names if private else ())
+        del statistics, sample
+    if "profile" not in run.finished:
+        steps = [run.finished[_step(layer.index)] for layer in layers]
+        digests = {name: digest for step in steps for name, digest in getattr(step, kind).items()}
+        measure.profile(stream.checkpoint.digest, layers, (), ()).commit(folder, digests)
+        run.finish("profile", files=() if private else [FILE], private=[FILE] if private else ())
+
+
+def _step(index: int) -> str:
+    return f"profile of layer {index}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What text is measured, and how; see `profile`."""
+
+    text: str | Path
+    tokens: int
+    seq_len: int
+    seed: int
+    sample_tokens: int = 8_192
+    domains: tuple[str, ...] | None = None
+    batch_size: int = 8
+
+    def measure(self, checkpoint: Checkpoint, layers: tuple[MoELayer, ...]) -> Measure:
+        """Cut the text into tokens with the checkpoint's own tokenizer.
+
+        Raises:
+            InputError: nothing to measure, or a mapped checkpoint.
+            TextError: no text, empty text, or text shorter than a sequence.
+        """
+        if self.tokens < 1 or self.sample_tokens < 1:
+            raise InputError(
+                f"nothing can be measured on {self.tokens} tokens with a sample of {self.sample_tokens}; ask for more"
+            )
+        manifest = read_manifest(checkpoint.path)
+        if manifest is not None and manifest["router"] == "map":
+            raise InputError(f"{checkpoint.path} is a mapped result; profile the model that it was made from")
+        token_set = tokenize(
+            load_tokenizer(checkpoint.path), self.text, seq_len=self.seq_len, tokens=self.tokens, seed=self.seed,
+            domains=self.domains,
+        )  # fmt: skip
+        size = fitting_batch(self.batch_size, seq_len=self.seq_len, hidden_size=layers[0].hidden_size)
+        return Measure(token_set=token_set, seed=self.seed, sample_tokens=self.sample_tokens, batch_size=size)
 
 
 def profile_model(
@@ -104,155 +190,140 @@ def profile_model(
     batch_size: int = 8,
     statistics: tuple[str, ...] = tuple(STATISTICS),
 ) -> Profile:
-    """Measure a model that is in memory; see `profile`."""
+    """Measure a model that is in memory as a whole; see `profile`."""
+    measure = Measure(
+        token_set=token_set, seed=seed, sample_tokens=sample_tokens, batch_size=batch_size, statistics=statistics
+    )
     device = next(model.parameters()).device
     prove_layers(model, layers, next(token_set.batches(1))[1].to(device))
-    measures = tuple(load_statistic(name) for name in statistics)
-    collectors = [_Collector(token_set, measures, seed, sample_tokens) for _ in layers]
+    collectors = [measure.collector() for _ in layers]
     batches = list(token_set.batches(batch_size))
     for domain, ids in track(batches, "profiling", total=len(batches)):
-        with observed(model, layers) as observations, torch.no_grad():
+        with observed(model, layers, thin=measure.thin) as observations, torch.no_grad():
             model.base_model(input_ids=ids.to(device), use_cache=False)
         for collector, observation in zip(collectors, observations, strict=True):
             collector.add(domain, observation)
-    num_tokens = token_set.num_tokens
-    return Profile(
-        model_digest=model_digest,
-        text_digest=token_set.digest,
-        domains=token_set.domains,
-        num_tokens=tuple(num_tokens[domain] for domain in token_set.domains),
-        seq_len=token_set.seq_len,
-        seed=seed,
-        layers=layers,
-        statistics=tuple(collector.statistics for collector in collectors),
-        samples=tuple(collector.sample() for collector in collectors),
+    return measure.profile(
+        model_digest, layers, [each.statistics for each in collectors], [each.sample() for each in collectors]
     )
 
 
-@contextmanager
-def observed(model: PreTrainedModel, layers: tuple[MoELayer, ...]) -> Iterator[list[Observation]]:
-    """Within the block, one forward pass of `model` appends one Observation a layer to the list that is yielded."""
-    by_module = {id(model.get_submodule(layer.experts)): layer for layer in layers}
-    logits: dict[int, Tensor] = {}
-    handles = []
-    for layer in layers:
-        found = find_router(model, layer.block)
-        if found is not None:
-            name, position = found
-            handles.append(model.get_submodule(name).register_forward_hook(_keep_output(logits, layer.index, position)))
-    observations: list[Observation] = []
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measure:
+    """What is measured on which tokens.
 
-    def observe(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        layer = by_module[id(module)]
-        experts = canonical_experts(module)
-        norm_TK = torch.zeros(index_TK.shape, dtype=torch.float32, device=index_TK.device)
-
-        def visit(expert: int, token_N: Tensor, slot_N: Tensor, output_ND: Tensor) -> None:
-            norm_TK[token_N, slot_N] = output_ND.float().norm(dim=-1)
-
-        output_TD = routed_output(experts, hidden_TD, index_TK, weight_TK, visit=visit)
-        scores = logits.pop(layer.index, None)
-        observations.append(
-            Observation(
-                layer=layer,
-                experts=experts,
-                hidden_TD=hidden_TD,
-                index_TK=index_TK,
-                weight_TK=weight_TK,
-                logits_TE=None if scores is None else scores.reshape(-1, layer.num_experts),
-                norm_TK=norm_TK,
-                output_TD=output_TD,
-            )
-        )
-        return output_TD
-
-    try:
-        with intercepted(model, observe):
-            yield observations
-        seen = [observation.layer.index for observation in observations]
-        if seen != [layer.index for layer in layers]:
-            raise ArchitectureMismatch(f"a forward pass ran the MoE layers {seen}, expected each of {len(layers)} once")
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def prove_layers(model: PreTrainedModel, layers: tuple[MoELayer, ...], ids: Tensor) -> dict[int, float]:
-    """Check that every layer, recomputed from canonical experts, equals what the family's own code returns.
-
-    The most chosen expert is computed once more with its channels in reverse order, which must not matter: it shows
-    that gate, up and down projection were read with the same idea of what a channel is.
-
-    Args:
-        model: the model, with weights.
-        layers: its MoE layers.
-        ids: token ids (B, L).
-
-    Returns:
-        For each layer the largest absolute difference over the largest absolute output.
-
-    Raises:
-        ArchitectureMismatch: a difference above `TOLERANCE`, with the layer and the error.
+    Attributes:
+        token_set: the tokens.
+        seed: seed of the draw of the token sample.
+        sample_tokens: tokens of each layer's sample.
+        batch_size: sequences in a batch.
+        statistics: names of the statistics.
     """
-    by_module = {id(model.get_submodule(layer.experts)): layer for layer in layers}
-    errors: dict[int, float] = {}
 
-    def compare(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        layer = by_module[id(module)]
-        with eager(module):
-            own_TD: Tensor = module(hidden_TD, index_TK, weight_TK)
-        experts = canonical_experts(module)
-        error = _relative_error(routed_output(experts, hidden_TD, index_TK, weight_TK), own_TD)
-        limit = TOLERANCE.get(own_TD.dtype, TOLERANCE[torch.float32])
-        if not error <= limit:
-            raise ArchitectureMismatch(
-                f"{layer.experts}: recomputed from its weights, the layer differs from the model's own output by "
-                f"{error:.2e} of its largest value (limit {limit:.0e}); this family computes something that Coterie "
-                "does not know: please report it"
-            )
-        chosen = index_TK[index_TK < layer.num_experts].bincount(minlength=layer.num_experts).argmax()
-        one = experts.select(chosen[None])
-        channel_error = _relative_error(_with_channels_reversed(one).output(0, hidden_TD), one.output(0, hidden_TD))
-        if not channel_error <= limit:
-            raise ArchitectureMismatch(
-                f"{layer.experts}: with its channels in another order, an expert's output differs by "
-                f"{channel_error:.2e} of its largest value (limit {limit:.0e}); Coterie reads the gate and up "
-                "projection of this family in a wrong layout: please report it"
-            )
-        errors[layer.index] = error
-        return own_TD
+    token_set: TokenSet
+    seed: int
+    sample_tokens: int
+    batch_size: int
+    statistics: tuple[str, ...] = tuple(STATISTICS)
 
-    with intercepted(model, compare), torch.no_grad():
-        model.base_model(input_ids=ids, use_cache=False)
-    return errors
+    @property
+    def thin(self) -> int:
+        """See `Observation.thin`."""
+        return max(1, sum(self.token_set.num_tokens.values()) // THIN_TOKENS)
+
+    def batches(self) -> list[tuple[int, Tensor]]:
+        """Return the batches: index of the domain, token ids (B, S)."""
+        return list(self.token_set.batches(self.batch_size))
+
+    def header(self, stream: Stream) -> dict[str, Any]:
+        """Return all that decides what will be measured, for the header of a run."""
+        return {
+            "model": stream.checkpoint.digest,
+            "model files": stream.checkpoint.file_stamps(),
+            "text": self.token_set.digest,
+            "seed": self.seed,
+            "sample_tokens": self.sample_tokens,
+            "batch_size": self.batch_size,
+            "dtype": str(stream.dtype).removeprefix("torch."),
+            "device": stream.device.type,
+        }
+
+    def forecast(self, stream: Stream, layers: tuple[MoELayer, ...]) -> Forecast:
+        """Say how much memory measuring takes at most."""
+        taken = min(self.sample_tokens, sum(self.token_set.num_tokens.values()))
+        widest = max(layers, key=lambda layer: layer.num_experts)
+        return forecast(stream, sample_tokens=taken, hidden_size=widest.hidden_size, num_experts=widest.num_experts)
+
+    def collector(self) -> Collector:
+        """Return a collector for one layer."""
+        measures = tuple(load_statistic(name) for name in self.statistics)
+        return Collector(self.token_set, measures, self.seed, self.sample_tokens)
+
+    def stream(
+        self, stream: Stream, layers: tuple[MoELayer, ...], *, skip: Collection[int] = ()
+    ) -> Iterator[tuple[int, Mapping[str, Tensor], Sample]]:
+        """Run the tokens through an open stream; yield each layer's index, statistics and sample as it is measured.
+
+        Args:
+            stream: the model.
+            layers: its MoE layers.
+            skip: indices of layers that are run but not measured.
+        """
+        model: Any = stream.model
+        domains, batches = zip(*self.batches(), strict=True)
+        jobs = [functools.partial(_run_base, model, ids_BS) for ids_BS in batches]
+        left = {layer.index for layer in layers} - set(skip)
+        for stage in track(stream.run(jobs), "profiling", total=len(stream.units)):
+            here = tuple(layer for layer in layers if stage.unit.holds(layer.experts))
+            if not here:
+                continue
+            new = {layer.index for layer in here} & left
+            if new:
+                with proving(model, here):
+                    stage.calls[0].compute()
+            collectors = {index: self.collector() for index in sorted(new)}
+            for call in stage.calls:
+                # Layers that are skipped are observed too: they must hand on the very same numbers as in the first run.
+                with observed(model, here, thin=self.thin) as observations:
+                    call.finish(call.compute())
+                for observation in observations:
+                    if observation.layer.index in new:
+                        collectors[observation.layer.index].add(domains[call.job], observation)
+            for index, collector in collectors.items():
+                yield index, collector.statistics, collector.sample()
+            left -= new
+            if not left:
+                return
+        if left:
+            raise ArchitectureMismatch(f"text ran through the model without passing its MoE layers {sorted(left)}")
+
+    def profile(
+        self,
+        model_digest: str,
+        layers: tuple[MoELayer, ...],
+        statistics: Sequence[Mapping[str, Tensor]],
+        samples: Sequence[Sample],
+    ) -> Profile:
+        """Put a profile together."""
+        num_tokens = self.token_set.num_tokens
+        return Profile(
+            model_digest=model_digest,
+            text_digest=self.token_set.digest,
+            domains=self.token_set.domains,
+            num_tokens=tuple(num_tokens[domain] for domain in self.token_set.domains),
+            seq_len=self.token_set.seq_len,
+            seed=self.seed,
+            layers=layers,
+            statistics=statistics,
+            samples=samples,
+        )
 
 
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    """Return the largest absolute difference over the largest absolute expected value."""
-    wide = torch.promote_types(expected.dtype, torch.float32)
-    difference = (found.to(wide) - expected.to(wide)).abs().max().item()
-    return difference / (expected.abs().max().item() or 1.0)
+def _run_base(model: Any, ids_BS: Tensor) -> None:
+    model.base_model(input_ids=ids_BS, use_cache=False)
 
 
-def _with_channels_reversed(experts: Experts) -> Experts:
-    flipped: dict[str, Any] = {
-        name: tensor.flip(-1 if name == "down_EDF" else 1)
-        for name, tensor in experts.tensors().items()
-        if name != "down_bias_ED"
-    }
-    return replace(experts, **flipped)
-
-
-def _keep_output(kept: dict[int, Tensor], index: int, position: int):  # type: ignore[no-untyped-def]
-    def hook(module: nn.Module, inputs: object, output: object) -> None:
-        value = output[position] if isinstance(output, tuple) else output
-        assert isinstance(value, Tensor)
-        kept[index] = value.detach()
-
-    return hook
-
-
-class _Collector:
+class Collector:
     """Adds up the statistics of one layer and keeps its token sample."""
 
     def __init__(self, token_set: TokenSet, measures: tuple[Statistic, ...], seed: int, sample_tokens: int) -> None:
@@ -269,6 +340,7 @@ class _Collector:
         self._rows: list[dict[str, Tensor]] = []
 
     def add(self, domain: int, observation: Observation) -> None:
+        """Add one batch of one domain."""
         for measure in self._measures:
             for name, value in measure(observation).items():
                 if name not in self.statistics:
@@ -297,5 +369,6 @@ class _Collector:
         self._rows.append(kept)
 
     def sample(self) -> Sample:
+        """Return the token sample of all batches so far."""
         joined = {name: torch.cat([rows[name] for rows in self._rows]) for name in self._rows[0]}
         return Sample(**({"logits_TE": None} | joined))  # type: ignore[arg-type]

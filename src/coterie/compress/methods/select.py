@@ -76,4 +76,9 @@ def top_experts(values_E: Tensor, count: int, num_groups: int = 1) -> Tensor:
 def slice_router(state: LayerState, rows_M: Tensor) -> dict[str, Tensor]:
     """Return the router's tensors with only these experts along each expert axis."""
     axes = dict(state.layer.router_tensors)
-    return {name: tensor.index_select(axes[name], rows_M) for name, tensor in state.router.items()}
+    sliced = {}
+    for name, tensor in state.router.items():
+        # Rows behind the experts' (for shared experts, or for "no expert") stay.
+        spare = torch.arange(state.layer.num_experts, tensor.shape[axes[name]])
+        sliced[name] = tensor.index_select(axes[name], torch.cat((rows_M, spare)))
+    return sliced

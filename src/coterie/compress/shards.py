@@ -1,0 +1,97 @@
+"""Which weight file of the result holds which tensors; decided from headers, before anything is read.
+
+Every member of the model's list of layers has a file of its own, and so has any other large unit, so that a file can be
+written as soon as its unit is done. All other tensors (norms, small embeddings, parts that the model class has no place
+for) share files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coterie.artifact import atomic_path, write_json
+from coterie.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_header
+from coterie.model.convert import Crossing
+from coterie.model.stream import Unit
+
+#: Units beside the list of layers have a file of their own from this size on.
+OWN_FILE_BYTES = 64 * 2**20
+
+#: Files of tensors that belong to no such unit are split here.
+SHARED_FILE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """One weight file of the result.
+
+    Attributes:
+        file: its name.
+        names: names on disk of its tensors, sorted.
+        unit: name of the unit that they belong to, or None for a shared file.
+    """
+
+    file: str
+    names: tuple[str, ...]
+    unit: str | None
+
+
+def lay_out(checkpoint: Checkpoint, units: Sequence[Unit], crossing: Crossing) -> tuple[Shard, ...]:
+    """Assign every tensor of a checkpoint to one weight file."""
+    by_unit: dict[str, list[str]] = {unit.name: [] for unit in units}
+    owner = {name: unit.name for unit in units for name in unit.names}
+    shared: list[str] = []
+    for name in sorted(checkpoint.tensors):
+        unit = owner.get(crossing.memory_names[name])
+        (shared if unit is None else by_unit[unit]).append(name)
+    sizes = {name: info.num_bytes for name, info in checkpoint.tensors.items()}
+    shards = []
+    for unit_name, names in by_unit.items():
+        if not names:
+            continue
+        if unit_name.rpartition(".")[2].isdigit() or sum(sizes[name] for name in names) >= OWN_FILE_BYTES:
+            shards.append(Shard(file="", names=tuple(names), unit=unit_name))
+        else:
+            shared += names
+    shards += [Shard(file="", names=tuple(names), unit=None) for names in _parts(sorted(shared), sizes)]
+    if len(shards) == 1:
+        return (replace(shards[0], file=SINGLE_NAME),)
+    return tuple(
+        replace(shard, file=f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+        for number, shard in enumerate(shards, start=1)
+    )
+
+
+def _parts(names: list[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    part: list[str] = []
+    for name in names:
+        if part and sum(sizes[other] for other in part) + sizes[name] > SHARED_FILE_BYTES:
+            yield part
+            part = []
+        part.append(name)
+    if part:
+        yield part
+
+
+def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
+    """Write one weight file, atomically; a layer that lost experts has fewer tensors than it had."""
+    assert tensors.keys() <= set(shard.names), f"{shard.file}: {tensors.keys() - set(shard.names)}"
+    with atomic_path(folder / shard.file) as temporary:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={"format": "pt"})
+
+
+def write_index(folder: Path, shards: Sequence[Shard]) -> int:
+    """Write the index of all weight files, where there are several; return the bytes of all tensors."""
+    infos = [info for shard in shards for info in read_header(folder / shard.file).values()]
+    total = sum(info.num_bytes for info in infos)
+    if len(shards) > 1:
+        weight_map = {info.name: info.shard for info in infos}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / INDEX_NAME, index)
+    return total

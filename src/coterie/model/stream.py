@@ -1,0 +1,481 @@
+"""Run a model of any size with one of its units in memory at a time.
+
+A *unit* is a decoder layer, an embedding, a norm or a head: any part that holds weights and is called as a whole. The
+model is built empty (its weights on the meta device). Every batch is a job that runs the model's own, unchanged
+``forward`` in a thread of its own. Wherever a job calls a unit, it waits; when all jobs wait, the unit's weights are
+read from the checkpoint, all jobs' calls are computed one after another, and the weights are let go. So nothing about a
+family's forward pass needs to be known: masks, several residual streams and extra arguments are its own affair.
+
+    with Stream(checkpoint) as stream:
+        run = stream.run([lambda ids=ids: stream.model(input_ids=ids, use_cache=False).logits for ids in batches])
+        for stage in run:
+            print(stage.unit.name, len(stage.calls))
+        logits = run.results
+
+Jobs take turns: one thread runs at a time, so results do not depend on timing. What units return is kept in files
+beyond `coterie.model.spill.SPILL_BYTES`, so that the memory that a stage needs does not grow with the text either.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import dataclasses
+import functools
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from coterie.errors import CorruptCheckpoint
+from coterie.model.checkpoint import Checkpoint, TensorReader
+from coterie.model.convert import TORCH_DTYPES, Crossing, put
+from coterie.model.jobs import Job
+from coterie.model.load import hollow_model
+from coterie.model.spill import Spill
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """A part of the model that is called as a whole and whose weights are in memory together.
+
+    Attributes:
+        name: name of its module.
+        order: position among the units.
+        names: names in memory of its parameters and persistent buffers.
+        disk_names: names on disk of the tensors that they are read from.
+    """
+
+    name: str
+    order: int
+    names: tuple[str, ...]
+    disk_names: tuple[str, ...]
+
+    def holds(self, module: str) -> bool:
+        """Tell whether a module of that name is this unit or a part of it."""
+        return module == self.name or module.startswith(f"{self.name}.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """One job's call of the unit whose weights are in memory.
+
+    `compute` may be called more than once, or never; `finish` hands a value back to the job.
+    """
+
+    job: int
+    _compute: Callable[..., Any]
+    _finish: Callable[[int, Any], None]
+
+    def compute(self, module: nn.Module | None = None) -> Any:
+        """Run the unit, or a module in its place, on what the job passed; the output is on the stream's device."""
+        return self._compute(module=module)
+
+    def finish(self, output: Any) -> None:
+        """Let the job go on with `output` after this stage."""
+        self._finish(self.job, output)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stage:
+    """A unit in memory, and the calls of it that wait.
+
+    Attributes:
+        unit: which one.
+        calls: one a job, in the order of the jobs.
+        kept: raw tensors by name on disk, as `Stream.run` was asked to keep them.
+        conversions: how the unit's names and layouts were changed while reading, for `Crossing.write`.
+    """
+
+    unit: Unit
+    calls: tuple[Call, ...]
+    kept: dict[str, Tensor]
+    conversions: list[Any]
+
+
+class Stream(AbstractContextManager["Stream"]):
+    """A checkpoint's model, run one unit at a time.
+
+    Attributes:
+        model: the model; its weights are on the meta device except while a unit's stage lasts.
+        units: its units, in the order of their modules.
+        crossing: between the names on disk and in memory.
+        bytes_read: bytes of tensors that were read from the checkpoint so far.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        scratch: Path | None = None,
+        crossing: Crossing | None = None,
+    ) -> None:
+        """Build the empty model.
+
+        Args:
+            checkpoint: what to run.
+            dtype: number format of the weights while they are in memory; see `working_dtype`.
+            device: where units are computed; everything else stays on the CPU.
+            scratch: folder for outputs beyond `coterie.model.spill.SPILL_BYTES`; the system's own when None.
+            crossing: the checkpoint's crossing, where it is there already.
+
+        Raises:
+            NotACheckpoint, CorruptCheckpoint: the model cannot be built, or tensors are missing.
+        """
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.dtype = dtype or working_dtype(checkpoint, self.device)
+        self.model = hollow_model(checkpoint, dtype=self.dtype)
+        self.crossing = crossing or Crossing(checkpoint, hollow_model(checkpoint, dtype=torch.float32))
+        self._spill = Spill(scratch)
+        self._reader: TensorReader | None = None
+        self._bytes_read = 0
+        self._reading = checkpoint.reader()
+        self._modules = _unit_modules(self.model)
+        self._precise = _kept_precise(self.model, self.dtype)
+        self._load_lock = threading.Lock()
+        self._sources = _sources(self.model, self.crossing)
+        self.units = tuple(self._describe(name, order) for order, name in enumerate(self._modules))
+        self._originals: dict[str, Callable[..., Any]] = {}
+
+    def __enter__(self) -> Self:
+        self._reader = self._reading.__enter__()
+        for unit in self.units:
+            module = self._modules[unit.name]
+            self._originals[unit.name] = module.forward
+            module.forward = functools.partial(self._called, unit)
+        # Weights that containers hold themselves are few and may be used anywhere: they stay in memory.
+        for name, tensor in self._load(self._loose_names())[0].items():
+            put(self.model, name, tensor)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, original in self._originals.items():
+            self._modules[name].forward = original
+        self._originals.clear()
+        self._bytes_read = self.bytes_read
+        self._reading.__exit__(kind, error, trace)
+        self._reader = None
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read from the checkpoint so far."""
+        return self._bytes_read if self._reader is None else self._reader.num_bytes_read
+
+    def run(self, jobs: Sequence[Callable[[], Any]], *, keep: Callable[[str], bool] = lambda name: False) -> Run:
+        """Run jobs; iterate over what is returned to go through the stages.
+
+        Args:
+            jobs: functions that call `model`, each run in a thread of its own, without gradients.
+            keep: which raw tensors (by name on disk) a stage hands out in `Stage.kept`.
+        """
+        return Run(self, jobs, keep)
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor by its name on disk, as it is there."""
+        assert self._reader is not None, "the stream is not open"
+        return self._reader.read(name)
+
+    def release(self) -> None:
+        """Let the system take the memory of outputs that are in files; they stay readable, also of a closed stream."""
+        self._spill.release()
+
+    @staticmethod
+    def move_buffers(module: nn.Module, device: torch.device) -> None:
+        """Move the buffers of a module that checkpoints do not hold, which are never empty."""
+        for owner in module.modules():
+            for name in owner._non_persistent_buffers_set:
+                if (buffer := owner._buffers.get(name)) is not None:
+                    owner._buffers[name] = buffer.to(device)
+
+    def unit_bytes(self, unit: Unit) -> int:
+        """Bytes of a unit in the working number format."""
+        state = self._state
+        return sum(state[name].numel() * self._dtype_of(name).itemsize for name in unit.names)
+
+    @contextmanager
+    def materialised(self, unit: Unit, *, keep: Callable[[str], bool] = lambda name: False) -> Iterator[Loaded]:
+        """Within the block, the weights of a unit are in memory, on the stream's device."""
+        loaded = self._load_unit(unit, keep)
+        self._fill(loaded)
+        try:
+            yield loaded
+        finally:
+            del loaded
+            self._empty(unit)
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor, Any], Tensor]]:
+        """Within the block, a function gives logits (B, S, V) from token ids (B, S) and what the base model returned.
+
+        All units outside the base model (as a rule the head alone) are in memory meanwhile.
+        """
+        base: Any = self.model.base_model
+        assert base is not self.model, f"{type(self.model).__name__} has no head"
+        inside = {id(module) for module in base.modules()}
+        outside = [unit for unit in self.units if id(self._modules[unit.name]) not in inside]
+        for unit in outside:
+            self._fill(self._load_unit(unit, lambda name: False))
+
+        def logits(ids_BS: Tensor, output: Any) -> Tensor:
+            base.forward = lambda *args, **kwargs: output
+            try:
+                with torch.no_grad():
+                    found: Tensor = self.model(input_ids=ids_BS, use_cache=False).logits
+                return found
+            finally:
+                del base.forward
+
+        try:
+            yield logits
+        finally:
+            for unit in outside:
+                self._empty(unit)
+
+    def _describe(self, name: str, order: int) -> Unit:
+        prefix = f"{name}."
+        names = tuple(sorted(key for key in self._state if key.startswith(prefix)))
+        return Unit(name=name, order=order, names=names, disk_names=self._disk_names(names))
+
+    def _disk_names(self, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(sorted({disk for name in names for disk in self._sources.get(name, ())}))
+
+    @functools.cached_property
+    def _state(self) -> dict[str, Tensor]:
+        return dict(self.model.state_dict())
+
+    def _loose_names(self) -> tuple[str, ...]:
+        held = {name for unit in self.units for name in unit.names}
+        return tuple(sorted(self._state.keys() - held))
+
+    def _called(self, unit: Unit, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for a unit's forward: a job waits for its turn, anybody else computes at once."""
+        worker = threading.current_thread()
+        if isinstance(worker, Job):
+            return worker.wait(unit, args, kwargs)
+        return self._compute(unit, args, kwargs)
+
+    def _compute(
+        self, unit: Unit, args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Module | None = None
+    ) -> Any:
+        args, kwargs = _mapped((args, kwargs), lambda tensor: tensor.to(self.device))
+        with torch.no_grad():
+            return (self._originals[unit.name] if module is None else module.forward)(*args, **kwargs)
+
+    def _load_unit(self, unit: Unit, keep: Callable[[str], bool]) -> Loaded:
+        tensors, kept, conversions = self._load(unit.names, keep)
+        return Loaded(unit=unit, tensors=tensors, kept=kept, conversions=conversions)
+
+    def _load(
+        self, names: Sequence[str], keep: Callable[[str], bool] = lambda name: False
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Any]]:
+        """Read tensors by their names in memory, in the working number format, on the CPU."""
+        assert self._reader is not None, "the stream is not open"
+        with self._load_lock:
+            raw = {name: self._reader.read(name) for name in self._disk_names(names)}
+            kept = {name: tensor for name, tensor in raw.items() if keep(name)}
+            found, conversions = self.crossing.convert(raw, self._dtype_of)
+        tied: Mapping[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        tensors = {}
+        for name in names:
+            source = name if name in found else tied.get(name, name)
+            source = source if source in found else next((other for other in found if tied.get(other) == name), source)
+            if source not in found:
+                raise CorruptCheckpoint(
+                    f"{self.checkpoint.path}: {name} is missing (the model needs {len(self._state)} tensors, "
+                    f"{len(self.checkpoint.tensors)} are there); fetch the checkpoint again"
+                )
+            tensors[name] = found[source]
+        return tensors, kept, conversions
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if self._precise(name) else self.dtype
+
+    def _fill(self, loaded: Loaded) -> None:
+        """Put a unit's weights in their places."""
+        while loaded.tensors:
+            name, tensor = loaded.tensors.popitem()
+            put(self.model, name, tensor.to(self.device))
+        self.move_buffers(self._modules[loaded.unit.name], self.device)
+
+    def _empty(self, unit: Unit) -> None:
+        for name in unit.names:
+            put(self.model, name, self._state[name])
+        self.move_buffers(self._modules[unit.name], torch.device("cpu"))
+        trim_memory()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """A unit's weights by name in memory, the raw tensors that were to be kept, and the conversions that were used."""
+
+    unit: Unit
+    tensors: dict[str, Tensor]
+    kept: dict[str, Tensor]
+    conversions: list[Any]
+
+
+class Run:
+    """Jobs on their way through a stream; iterate to go through the stages.
+
+    Calls that the loop's body leaves alone are computed when it asks for the next stage.
+
+    Attributes:
+        results: what the jobs returned, once the iteration is over.
+    """
+
+    def __init__(self, stream: Stream, jobs: Sequence[Callable[[], Any]], keep: Callable[[str], bool]) -> None:
+        self.results: list[Any] = []
+        self._stream = stream
+        self._jobs = jobs
+        self._keep = keep
+
+    def __iter__(self) -> Iterator[Stage]:
+        stream = self._stream
+        workers = [Job(number, job) for number, job in enumerate(self._jobs)]
+        # Where units are computed elsewhere, the next one is read meanwhile; here that would only cost memory.
+        ahead = ThreadPoolExecutor(1) if stream.device.type != "cpu" else None
+        next_up: tuple[Unit, Future[Loaded]] | None = None
+        try:
+            for worker in workers:
+                worker.go()
+            while waiting := [worker for worker in workers if worker.unit is not None]:
+                unit = min((worker.unit for worker in waiting if worker.unit), key=lambda unit: unit.order)
+                here = [worker for worker in waiting if worker.unit is unit]
+                if next_up is not None and next_up[0] is unit:
+                    loaded = next_up[1].result()
+                else:
+                    loaded = stream._load_unit(unit, self._keep)
+                next_up = None
+                stream._fill(loaded)
+                if ahead is not None and (following := self._following(unit)) is not None:
+                    next_up = (following, ahead.submit(stream._load_unit, following, self._keep))
+                outputs: dict[int, Any] = {}
+                try:
+                    yield from self._stage(loaded, here, outputs)
+                finally:
+                    kept = loaded.kept
+                    del loaded
+                    kept.clear()
+                    stream._empty(unit)
+                for worker in here:
+                    worker.go(outputs.pop(worker.number))
+            self.results = [worker.result for worker in workers]
+        finally:
+            for worker in workers:
+                worker.abort()
+            if ahead is not None:
+                ahead.shutdown(wait=True, cancel_futures=True)
+
+    def _stage(self, loaded: Loaded, here: list[Job], outputs: dict[int, Any]) -> Iterator[Stage]:
+        stream = self._stream
+        stream._spill.begin()
+
+        def finish(job: int, output: Any) -> None:
+            outputs[job] = _mapped(output, stream._spill.keep)
+
+        calls = tuple(
+            Call(worker.number, functools.partial(stream._compute, loaded.unit, *worker.request), finish)
+            for worker in here
+        )
+        yield Stage(loaded.unit, calls, loaded.kept, loaded.conversions)
+        for call in calls:
+            if call.job not in outputs:
+                call.finish(call.compute())
+            stream._spill.release()
+
+    def _following(self, unit: Unit) -> Unit | None:
+        """Guess the unit that comes next: its neighbour in the same list of layers."""
+        later = [other for other in self._stream.units if other.order == unit.order + 1]
+        return later[0] if later and _same_list(unit.name, later[0].name) else None
+
+
+def working_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """Return the number format that a model runs in: float32 on the CPU, elsewhere the one of most of its weights."""
+    if device.type == "cpu":
+        return torch.float32
+    sizes: dict[torch.dtype, int] = {torch.float32: 0}
+    for info in checkpoint.tensors.values():
+        if (dtype := TORCH_DTYPES.get(info.dtype)) is not None:
+            sizes[dtype] = sizes.get(dtype, 0) + info.num_bytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def trim_memory() -> None:
+    """Give memory that was let go of back to the system, where the C library would keep it for later."""
+    library = ctypes.util.find_library("c")
+    trim = getattr(ctypes.CDLL(library), "malloc_trim", None) if library else None
+    if trim is not None:
+        trim(0)
+
+
+def _unit_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that are units by name: the members of each list of layers, and what lies beside the lists."""
+    units: dict[str, nn.Module] = {}
+
+    def descend(name: str, module: nn.Module) -> None:
+        if not module.state_dict():
+            return
+        is_list = isinstance(module, nn.ModuleList | nn.ModuleDict)
+        holds_list = any(isinstance(inner, nn.ModuleList | nn.ModuleDict) for inner in module.modules())
+        for child_name, child in module.named_children():
+            if is_list and child.state_dict():
+                units[f"{name}.{child_name}"] = child
+            elif holds_list and not is_list:
+                descend(f"{name}.{child_name}" if name else child_name, child)
+        if not holds_list:
+            units[name] = module
+
+    descend("", model)
+    return units
+
+
+def _same_list(name: str, other: str) -> bool:
+    """Tell whether two units are neighbours in one list of layers."""
+    (one, _, first), (two, _, second) = name.rpartition("."), other.rpartition(".")
+    return one == two and first.isdigit() and second.isdigit()
+
+
+def _kept_precise(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Return which names a stock loader keeps in float32 whatever the model's number format is."""
+    patterns = [re.compile(pattern.replace("*", r"\d+")) for pattern in model._get_dtype_plan(dtype)]
+    return lambda name: any(pattern.search(name) for pattern in patterns)
+
+
+def _sources(model: PreTrainedModel, crossing: Crossing) -> dict[str, tuple[str, ...]]:
+    """Return the names on disk of each name in memory; tied weights come from the one that is on disk."""
+    sources = dict(crossing.sources)
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, source in tied.items():
+        for missing, there in ((target, source), (source, target)):
+            if missing not in sources and there in sources:
+                sources[missing] = sources[there]
+    return sources
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to all tensors in nested tuples, lists, dicts and dataclass-like outputs."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(item, function) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(item, function) for item in value)
+    if type(value) is dict:
+        return {key: _mapped(item, function) for key, item in value.items()}
+    if isinstance(value, ModelOutput):
+        return type(value)(**{key: _mapped(item, function) for key, item in value.items()})
+    return value

@@ -1,0 +1,224 @@
+"""A stream computes what the model in memory computes, and holds one unit's weights at a time."""
+
+import threading
+
+import pytest
+import torch
+import transformers
+
+from coterie.errors import CorruptCheckpoint, Infeasible
+from coterie.model import spill as spill_module
+from coterie.model.checkpoint import Checkpoint
+from coterie.model.memory import FIXED_BYTES, Forecast, fitting_batch, forecast, peak_bytes
+from coterie.model.stream import Stream, working_dtype
+from coterie.testing import tiny_checkpoint
+
+IDS = torch.randint(256, (6, 24), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    made = {}
+
+    def make(model_type="olmoe", **changes):
+        key = (model_type, *sorted(changes.items()))
+        if key not in made:
+            made[key] = tiny_checkpoint(tmp_path_factory.mktemp(model_type) / "model", model_type, **changes)
+        return made[key]
+
+    return make
+
+
+def stock_logits(path, ids):
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def logits_job(stream, ids):
+    return lambda: stream.model(input_ids=ids, use_cache=False).logits
+
+
+def streamed_logits(path, batches, **options):
+    with Stream(Checkpoint.open(path), **options) as stream:
+        run = stream.run([logits_job(stream, ids) for ids in batches])
+        for _ in run:
+            pass
+    return run.results
+
+
+@pytest.mark.parametrize("model_type", ["olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "qwen2_moe"])
+def test_logits_are_those_of_the_stock_model(tiny, model_type):
+    path = tiny(model_type)
+    for found, ids in zip(streamed_logits(path, IDS.split(2)), IDS.split(2), strict=True):
+        assert torch.equal(found, stock_logits(path, ids))
+
+
+def test_tied_embeddings_come_from_the_one_tensor_on_disk(tiny):
+    path = tiny("qwen3_moe", tie_word_embeddings=True)
+    assert "lm_head.weight" not in Checkpoint.open(path).tensors
+    assert torch.equal(streamed_logits(path, [IDS])[0], stock_logits(path, IDS))
+
+
+def test_units_are_the_layers_and_what_stands_beside_them(tiny):
+    with Stream(Checkpoint.open(tiny())) as stream:
+        names = [unit.name for unit in stream.units]
+        assert names == ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head"]
+        held = [name for unit in stream.units for name in unit.names]
+        assert sorted(held) == sorted(stream.model.state_dict())
+        on_disk = [name for unit in stream.units for name in unit.disk_names]
+        assert sorted(on_disk) == sorted(stream.checkpoint.tensors)
+
+
+def test_only_the_present_unit_has_weights(tiny):
+    with Stream(Checkpoint.open(tiny())) as stream:
+        seen = []
+        for stage in stream.run([logits_job(stream, ids) for ids in IDS.split(2)]):
+            real = {name for name, tensor in stream.model.state_dict().items() if not tensor.is_meta}
+            assert real == set(stage.unit.names)
+            assert [call.job for call in stage.calls] == [0, 1, 2]
+            seen.append(stage.unit.name)
+        assert seen == [unit.name for unit in stream.units]
+        assert all(tensor.is_meta for tensor in stream.model.state_dict().values())
+        # One pass reads every tensor once, however many batches there are.
+        assert stream.bytes_read == stream.checkpoint.num_bytes
+
+
+def test_outputs_beyond_the_bound_go_to_files_and_come_back_equal(tiny, tmp_path, monkeypatch):
+    expected = streamed_logits(tiny(), IDS.split(2))
+    monkeypatch.setattr(spill_module, "SPILL_BYTES", 0)
+    monkeypatch.setattr(spill_module, "SMALL_BYTES", 0)
+    files = []
+    real = spill_module.tempfile.TemporaryFile
+    monkeypatch.setattr(
+        spill_module.tempfile, "TemporaryFile", lambda **options: files.append(options) or real(**options)
+    )
+    found = streamed_logits(tiny(), IDS.split(2), scratch=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(files) == 5 * 3  # every unit, every batch
+    assert all(options["dir"] == tmp_path for options in files)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_raw_tensors_are_handed_out_as_they_are_on_disk(tiny):
+    with Stream(Checkpoint.open(tiny())) as stream:
+        for stage in stream.run([logits_job(stream, IDS)], keep=lambda name: "norm" in name):
+            assert set(stage.kept) == {name for name in stage.unit.disk_names if "norm" in name}
+            for name, tensor in stage.kept.items():
+                assert torch.equal(tensor, stream.read(name))
+
+
+def test_a_call_can_be_computed_again_and_answered_with_something_else(tiny):
+    with Stream(Checkpoint.open(tiny())) as stream:
+        run = stream.run([logits_job(stream, IDS), logits_job(stream, IDS)])
+        for stage in run:
+            if stage.unit.name == "model.layers.1":
+                first, second = stage.calls
+                output = first.compute()
+                assert torch.equal(output, first.compute())
+                second.finish(torch.zeros_like(output))
+    doubled = stock_logits(tiny(), IDS)
+    assert torch.equal(run.results[0], doubled)
+    assert run.results[1].abs().max() == 0  # the norm of zeros, times the head
+
+
+def test_the_head_alone_gives_the_same_logits_again(tiny):
+    for model_type in ("olmoe", "granitemoe"):
+        with Stream(Checkpoint.open(tiny(model_type))) as stream:
+            run = stream.run([lambda: stream.model.base_model(input_ids=IDS, use_cache=False)])
+            for _ in run:
+                pass
+            with stream.head() as head:
+                for _ in range(2):
+                    assert torch.equal(head(IDS, run.results[0]), stock_logits(tiny(model_type), IDS))
+
+
+def test_an_error_in_a_job_comes_out_and_leaves_no_thread(tiny):
+    def broken():
+        stream.model.base_model(input_ids=IDS, use_cache=False)
+        raise RuntimeError("mine")
+
+    before = threading.active_count()
+    with Stream(Checkpoint.open(tiny())) as stream, pytest.raises(RuntimeError, match="mine"):
+        for _ in stream.run([logits_job(stream, IDS), broken]):
+            pass
+    assert threading.active_count() == before
+
+
+def test_a_loop_that_is_left_early_leaves_no_thread_and_no_weights(tiny):
+    before = threading.active_count()
+    with Stream(Checkpoint.open(tiny())) as stream:
+        for stage in stream.run([logits_job(stream, IDS)] * 3):
+            if stage.unit.name == "model.layers.0":
+                break
+        assert threading.active_count() == before
+        assert all(tensor.is_meta for tensor in stream.model.state_dict().values())
+
+
+def test_a_missing_tensor_is_named(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = tiny_checkpoint(tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CorruptCheckpoint, match=r"model\.layers\.1\.self_attn\.k_proj\.weight is missing"):
+        streamed_logits(path, [IDS])
+
+
+def test_the_model_is_whole_again_after_use(tiny):
+    """Closing a stream gives the units their own forward back."""
+    with Stream(Checkpoint.open(tiny())) as stream:
+        assert "forward" in vars(stream.model.lm_head)
+    assert type(stream.model.lm_head).forward == torch.nn.Linear.forward
+    assert stream.model.lm_head.forward.__func__ is torch.nn.Linear.forward
+
+
+def test_bfloat16_is_worked_in_float32_on_the_cpu_and_as_it_is_elsewhere(tmp_path):
+    checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path / "model", dtype=torch.bfloat16))
+    assert working_dtype(checkpoint, torch.device("cpu")) == torch.float32
+    assert working_dtype(checkpoint, torch.device("cuda")) == torch.bfloat16
+    with Stream(checkpoint, dtype=torch.bfloat16) as stream:
+        run = stream.run([logits_job(stream, IDS)])
+        for stage in run:
+            assert stream.unit_bytes(stage.unit) == sum(
+                tensor.numel() * tensor.element_size()
+                for name, tensor in stream.model.state_dict().items()
+                if stage.unit.holds(name)
+            )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(run.results[0], model(input_ids=IDS, use_cache=False).logits)
+
+
+def test_the_forecast_names_its_parts_and_refuses_with_numbers(tiny):
+    stream = Stream(Checkpoint.open(tiny()))
+    said = forecast(stream, sample_tokens=100, hidden_size=32, num_experts=8)
+    largest = max(
+        sum(tensor.numel() * 4 for name, tensor in stream.model.state_dict().items() if name.startswith(prefix))
+        for prefix in ("model.layers.0.", "model.layers.1.", "lm_head.")
+    )
+    assert said.unit_bytes == largest
+    assert said.num_bytes == int(2.5 * largest) + 100 * (2 * 32 + 8 + 64) * 4 + FIXED_BYTES
+    said.check(None)
+    said.check(said.num_bytes)
+    with pytest.raises(
+        Infeasible, match=r"may take 1\.00 GiB.*--max-memory allows 512 MiB; no setting makes it smaller"
+    ):
+        said.check(2**29)
+    wide = Forecast(unit="model.layers.0", unit_bytes=2**20, sample_bytes=2**30)
+    with pytest.raises(Infeasible, match=r"with fewer sample tokens 1\.00 GiB and a little would do"):
+        wide.check(2**30 + 2**24)
+
+
+def test_the_measured_peak_grows_with_what_is_held():
+    before = peak_bytes()
+    held = torch.ones(before // 4 + 2**25)  # more than the peak so far, and touched
+    assert peak_bytes() >= held.numel() * 4
+    assert peak_bytes() > before
+
+
+def test_batches_shrink_where_a_model_is_wide():
+    assert fitting_batch(8, seq_len=512, hidden_size=256) == 8
+    assert fitting_batch(8, seq_len=512, hidden_size=2048) == 4
+    assert fitting_batch(8, seq_len=100_000, hidden_size=8192) == 1
