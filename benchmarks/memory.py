@@ -1,0 +1,300 @@
+"""What profile, compress and evaluate take on models of growing size: memory, bytes read and written, time.
+
+    python benchmarks/memory.py [--sizes 4GB 8GB 16GB] [--work DIR] [--keep-files] [--json FILE]
+                                [--commands profile compress evaluate] [--limit 4GiB]
+
+For each size a synthetic checkpoint is made (`make_large.py`), and each command runs on it in a process of its own, the
+checkpoint being out of the file cache. Prints a table in Markdown, and exits with status 1 when a promise is broken:
+
+- the peak of a command's memory does not grow with the model (by at most 10 %), stays under what the command announced,
+  and under --limit;
+- profile and compress together read every byte of the model at most twice;
+- compress writes the result once (at most 1.1 times its bytes).
+
+The peak is the largest resident memory of the process as the system counts it. "Input read" counts what the process
+reads of the model's files (`os.preadv`, through which Coterie reads weights); "read" and "written" are the system's
+counts of all that passes through read and write calls, so also the result that is read again to check it. They are
+known on Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+# Nothing heavy: a process begins with the peak of the process that started it.
+from coterie.model.units import format_bytes, parse_bytes
+
+HERE = Path(__file__).resolve().parent
+COMMANDS = ("profile", "compress", "evaluate")
+
+MAX_GROWTH = 1.1
+MAX_INPUT_READS = 2.01  # headers and digests are read besides
+MAX_WRITTEN = 1.1
+
+# Runs the program and counts what it reads of one folder.
+_COUNTING = """
+import os, sys
+from pathlib import Path
+folder, report = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
+sys.argv = ["coterie", *sys.argv[3:]]
+preadv, inside, counts = os.preadv, {}, []
+def counting(descriptor, buffers, *rest):
+    number = preadv(descriptor, buffers, *rest)
+    key = (descriptor, os.fstat(descriptor).st_ino)
+    if key not in inside:
+        inside[key] = Path(f"/proc/self/fd/{descriptor}").resolve().is_relative_to(folder)
+    counts.append(number * inside[key])
+    return number
+if Path("/proc/self/fd").exists():
+    os.preadv = counting
+from coterie.cli.main import main
+try:
+    main()
+finally:
+    report.write_text(str(sum(counts)))
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What one command took; bytes, or None where the system does not tell.
+
+    Attributes:
+        model_bytes: of the weights of the input.
+        peak: largest resident memory.
+        forecast: what the command announced.
+        input_read: of the files of the model.
+        read: through read calls in all.
+        written: through write calls in all.
+        stored: that reached the disk, with what was written through mapped files.
+        result_bytes: of the weights of the result, 0 where there is none.
+        returncode: of the process.
+        message: the end of what it printed to stderr.
+    """
+
+    command: str
+    size: str
+    model_bytes: int
+    seconds: float
+    peak: int
+    forecast: int | None
+    input_read: int | None
+    read: int | None
+    written: int | None
+    stored: int | None
+    result_bytes: int
+    returncode: int
+    message: str
+
+
+def run_measured(command: Sequence[str], folder: Path, work: Path) -> dict[str, object]:
+    """Run `coterie COMMAND` in a process of its own and return what it took; reads of `folder` are counted apart."""
+    report = work / "input-read"
+    report.unlink(missing_ok=True)
+    with (work / "stdout").open("wb") as out, (work / "stderr").open("wb") as err:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-c", _COUNTING, str(folder), str(report), *command], stdout=out, stderr=err
+        )
+        if hasattr(os, "waitid"):  # ended, but not yet reaped: its counters can still be read
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        seconds = time.perf_counter() - started
+        counts = _counters(process.pid)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    input_read = int(report.read_text()) if report.exists() else 0
+    return {
+        "seconds": seconds,
+        "peak": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "input_read": input_read if counts else None,
+        "read": counts.get("rchar"),
+        "written": counts.get("wchar"),
+        "stored": counts.get("write_bytes"),
+        "returncode": process.returncode,
+        "message": (work / "stderr").read_text(errors="replace").strip()[-1500:],
+    }
+
+
+def _counters(pid: int) -> dict[str, int]:
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    except OSError:
+        return {}
+    return {name: int(value) for name, value in (line.split(": ") for line in lines)}
+
+
+def announced(work: Path, out: Path) -> int | None:
+    """Return the memory that the last command announced, from what it printed or from the run file of its result."""
+    said = (work / "stdout").read_text(errors="replace") + (work / "stderr").read_text(errors="replace")
+    for file in sorted(out.glob("*run*.json")) if out.is_dir() else ():
+        said += file.read_text()
+    if exact := re.search(r'"forecast_bytes": (\d+)', said):
+        return int(exact[1])
+    found = re.search(r"memory: at most ([\d.]+ ?[KMGT]?i?B)", said)
+    return None if found is None else parse_bytes(found[1])
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the bytes of a model's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def forget_files(folder: Path) -> None:
+    """Take the files of a folder out of the system's file cache, where the system can."""
+    if hasattr(os, "posix_fadvise"):
+        for file in folder.glob("*.safetensors"):
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+def measure_size(size: str, work: Path, options: argparse.Namespace) -> Iterator[Measured]:
+    """Make a checkpoint and run the commands on it one after another; those that need a failed one are left out."""
+    model, text = work / "model", work / "model-text"
+    made, result = work / "profile", work / "result"
+    make = [sys.executable, str(HERE / "make_large.py"), str(model)]
+    subprocess.run([*make, *(("--layers", size) if size.isdecimal() else ("--size", size))], check=True)
+    sample = ["--text", str(text), "--tokens", str(options.tokens), "--seq-len", "256", "--device", options.device]
+    lines = {
+        "profile": ["profile", str(model), str(made), *sample],
+        "compress": ["compress", str(model), str(result), "--keep", "0.5", "--recipe", options.recipe, *sample],
+        "evaluate": ["evaluate", str(result), "--against", str(model), *sample, "--questions", "0"],
+    }
+    for command in (name for name in COMMANDS if name in options.commands):
+        line = list(lines[command])
+        if command == "compress" and made.exists():
+            line += ["--profile", str(made)]
+        if command == "evaluate" and not result.exists():
+            continue
+        forget_files(model)
+        print(f"{size}: coterie {command} ...", file=sys.stderr, flush=True)
+        took = run_measured(line, model, work)
+        yield Measured(
+            command=command,
+            size=size,
+            model_bytes=weight_bytes(model),
+            forecast=announced(work, {"profile": made, "compress": result}.get(command, work / "none")),
+            result_bytes=weight_bytes(result) if command == "compress" and result.exists() else 0,
+            **took,  # type: ignore[arg-type]
+        )
+
+
+def broken_promises(measured: Sequence[Measured], limit: int) -> list[str]:
+    """Return in words which promises the measurements break."""
+    broken = []
+    for row in measured:
+        name = f"{row.command} of {row.size}"
+        if row.returncode:
+            broken.append(f"{name} failed with status {row.returncode}: {row.message[-500:]}")
+            continue
+        if row.peak > limit:
+            broken.append(f"{name} took {format_bytes(row.peak)} of memory, more than {format_bytes(limit)}")
+        if row.forecast is None:
+            broken.append(f"{name} did not say how much memory it would take")
+        elif row.peak > row.forecast:
+            broken.append(f"{name} took {format_bytes(row.peak)}, but announced {format_bytes(row.forecast)}")
+        if row.command == "compress" and row.written is not None and row.written > MAX_WRITTEN * row.result_bytes:
+            broken.append(
+                f"{name} wrote {format_bytes(row.written)} for a result of {format_bytes(row.result_bytes)}: "
+                f"more than {MAX_WRITTEN} times as much"
+            )
+    done = [row for row in measured if not row.returncode]
+    for command in COMMANDS:
+        rows = sorted((row for row in done if row.command == command), key=lambda row: row.model_bytes)
+        broken += [
+            f"the peak of {command} grows with the model: {format_bytes(rows[0].peak)} for {rows[0].size}, "
+            f"{format_bytes(row.peak)} for {row.size}"
+            for row in rows[1:]
+            if row.peak > MAX_GROWTH * rows[0].peak
+        ]
+    for size in dict.fromkeys(row.size for row in done):
+        rows = [row for row in done if row.size == size and row.command in ("profile", "compress")]
+        if any(row.input_read is None for row in rows) or "compress" not in [row.command for row in rows]:
+            continue
+        times = sum((row.input_read or 0) / row.model_bytes for row in rows)
+        if times > MAX_INPUT_READS:
+            broken.append(f"profile and compress of {size} read the model {times:.2f} times, more than twice")
+        if times < 0.9:
+            broken.append(f"profile and compress of {size} read the model {times:.2f} times: the count cannot be right")
+    return broken
+
+
+def table(measured: Sequence[Measured]) -> str:
+    """Return the measurements as Markdown."""
+
+    def size(value: int | None) -> str:
+        return "-" if value is None else format_bytes(value)
+
+    def times(value: int | None, row: Measured) -> str:
+        return "-" if value is None else f"{value / row.model_bytes:.2f}"
+
+    headers = ("model", "bytes", "command", "peak", "announced", "input read", "read", "written", "s", "s/GB")
+    lines = [headers, ("---", "---:", "---", *("---:" for _ in headers[3:]))]
+    lines += [
+        (
+            row.size, size(row.model_bytes), row.command + (" (failed)" if row.returncode else ""),
+            size(row.peak), size(row.forecast), times(row.input_read, row), times(row.read, row),
+            times(row.written, row), f"{row.seconds:.0f}", f"{row.seconds / row.model_bytes * 1e9:.1f}",
+        )
+        for row in measured
+    ]  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print the table, and say which promises are broken."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["4GB", "8GB", "16GB"], help="sizes, or numbers of layers")
+    parser.add_argument("--work", type=Path, help="folder for the checkpoints; a temporary one by default")
+    parser.add_argument("--keep-files", action="store_true", help="leave checkpoints and results in place")
+    parser.add_argument("--json", type=Path, help="where all figures go as JSON")
+    parser.add_argument("--markdown", type=Path, help="where the table goes as well")
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
+    parser.add_argument("--limit", default="4GiB", help="memory that no command may exceed")
+    parser.add_argument("--recipe", default="reap")
+    parser.add_argument("--tokens", type=int, default=16_384, help="tokens of text for each command")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    limit = parse_bytes(options.limit)
+    measured: list[Measured] = []
+    work = Path(options.work or tempfile.mkdtemp(prefix="coterie-memory-"))
+    try:
+        for number, size in enumerate(options.sizes):
+            place = work / f"{number}-{size}"
+            place.mkdir(parents=True)
+            try:
+                for row in measure_size(size, place, options):
+                    measured.append(row)  # noqa: PERF402 - the figures so far stay when a later command is interrupted
+            finally:
+                if not options.keep_files:
+                    shutil.rmtree(place)
+    finally:
+        if options.work is None and not options.keep_files:
+            shutil.rmtree(work)
+    print("Bytes read and written are in multiples of the model's bytes.\n")
+    print(table(measured))
+    if options.markdown:
+        options.markdown.write_text(table(measured))
+    broken = broken_promises(measured, limit)
+    if options.json:
+        options.json.write_text(json.dumps({"rows": [asdict(row) for row in measured], "broken": broken}, indent=2))
+    if broken:
+        sys.exit("\n".join(f"broken: {line}" for line in broken))
+    print("All promises are kept.")
+
+
+if __name__ == "__main__":
+    main()
