@@ -102,9 +102,15 @@ def test_compress_as_json_is_the_manifest(tiny, made, tmp_path):
     options = ("--keep", 0.5, "--recipe", "reap", "--profile", made / "profile", "--json")
     shown = json.loads(run("compress", tiny(), tmp_path / "out", *options).stdout)
     assert shown.pop("out") == str(tmp_path / "out")
+    took = json.loads((tmp_path / "out" / "coterie-run.json").read_text())
+    for key in ("seconds", "forecast_bytes", "peak_bytes"):
+        assert shown.pop(key) == took[key]
     assert shown == read_artifact(tmp_path / "out" / "coterie.json", kind="manifest")[0]
     # The same command gives the same weights.
-    weights = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "out", made / "half")]
+    weights = [
+        {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+        for folder in (tmp_path / "out", made / "half")
+    ]
     assert weights[0] == weights[1]
 
 
@@ -119,8 +125,23 @@ def test_evaluate_prints_every_domain_and_keeps_scorecards(tiny, text, made, tmp
         start = f"{name} {scores['perplexity']:.3f} {scores['kl']:.4f} {100 * scores['agreement']:.1f} %"
         assert any(line.startswith(start) for line in lines)
     assert any(line.startswith("code ") and line.endswith(" - 252 0") for line in lines)
+    assert "model bytes of base" in lines  # speed and memory only on request
     assert itself.overall["kl"] == pytest.approx(0, abs=1e-6)
     assert lines[-2:] == [f"scorecard written to {file}" for file in files]
+
+
+def test_evaluate_measures_speed_and_memory_on_request(tiny, text, monkeypatch):
+    monkeypatch.setattr("coterie.cli.evaluate._SPEED_SECONDS", 0.0)
+    options = ("--text", text, "--questions", 0, "--speed", *SMALL)
+    lines = words(run("evaluate", tiny(), *options).stdout)
+    assert lines[-3] == "model bytes of base memory peak memory tokens/s of base"
+    assert re.fullmatch(rf"{tiny().name} 239 KiB - 239 KiB [\d.]+ \w+ [\d,]+ -", lines[-1])
+
+
+def test_evaluate_refuses_what_does_not_fit(tiny, text):
+    result = CliRunner().invoke(app, ["evaluate", str(tiny()), "--text", str(text), "--max-memory", "64MiB"])
+    assert result.exit_code == 1
+    assert "this run may take 1.00 GiB of memory" in result.stderr
 
 
 def test_evaluate_as_json_is_the_scorecards(tiny, text, tmp_path):

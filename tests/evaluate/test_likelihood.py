@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coterie.evaluate import likelihood
-from coterie.evaluate.likelihood import fitting_batch_size, perplexity, row_slices, token_nll
+from coterie.evaluate.likelihood import perplexity, position_slices, row_slices, token_nll
 
 
 def slow_nll(logits_BSV, ids_BS):
@@ -65,7 +65,15 @@ def test_perplexity_beyond_a_float_is_infinite():
     assert perplexity(math.inf, 10) == math.inf
 
 
-def test_batches_shrink_until_their_logits_fit():
-    assert fitting_batch_size(8, 512, 8192) == 8
-    assert fitting_batch_size(8, 512, 2**18) == 2
-    assert fitting_batch_size(8, 2**20, 2**18) == 1
+@pytest.mark.parametrize(("positions", "bound"), [(1, 1), (7, 1), (7, 60), (7, 90), (7, 10**6), (0, 60), (31, 100)])
+def test_position_slices_cover_every_position_once_within_the_bound(positions, bound, monkeypatch):
+    monkeypatch.setattr(likelihood, "BATCH_ELEMENTS", bound)
+    pieces = list(position_slices(positions, 3, 10))
+    assert [place for piece in pieces for place in range(positions)[piece]] == list(range(positions))
+    # One more position than the piece has must fit too, unless not even two do.
+    assert all(3 * 10 * (piece.stop - piece.start + 1) <= max(bound, 60) for piece in pieces)
+
+
+def test_a_small_batch_is_one_piece():
+    assert list(position_slices(511, 8, 4096)) == [slice(0, 511)]
+    assert len(list(position_slices(511, 8, 4097))) == 2

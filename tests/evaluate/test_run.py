@@ -5,25 +5,19 @@ import shutil
 import pytest
 import torch
 
-from coterie.errors import InputError, NotACheckpoint, TextError
+from coterie.compress.apply import compress
+from coterie.errors import Infeasible, InputError, NotACheckpoint, TextError
 from coterie.evaluate import likelihood, run, speed
+from coterie.evaluate.generation import count_correct, read_questions
 from coterie.evaluate.run import evaluate
+from coterie.model import spill, stream
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.load import load_model, load_tokenizer
+from coterie.model.memory import forecast
 from coterie.profile.calibration import tokenize
 from coterie.testing import tiny_checkpoint, tiny_text
 
 TEXT = {"tokens": 512, "seq_len": 32}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    """Keep measurements of speed and memory short: they have tests of their own."""
-    measure = run.measure_speed
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "measure_speed", lambda *args, **more: measure(*args, rounds=3, **more))
-        patch.setattr(speed, "_release_free_memory", lambda: None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +77,14 @@ def test_the_base_does_not_differ_from_itself(base_path, text_path):
         assert scores["agreement"] == 1
     assert card.bytes_ratio == 1
     assert card.model_digest == card.base_digest
-    assert card.speed_ratio > 0
+
+
+def test_a_copy_of_the_base_does_not_differ_from_it(base_path, text_path, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(base_path, copy)
+    [card] = evaluate(copy, against=base_path, text=text_path, **TEXT)
+    assert card.overall["kl"] == 0
+    assert card.overall["agreement"] == 1
 
 
 def test_the_card_says_what_was_measured(base_path, small_path, text_path, tmp_path):
@@ -93,9 +94,7 @@ def test_the_card_says_what_was_measured(base_path, small_path, text_path, tmp_p
     assert (card.model_digest, card.base_digest) == (small.digest, base.digest)
     assert card.num_bytes == small.num_bytes
     assert card.bytes_ratio == pytest.approx(small.num_bytes / base.num_bytes)
-    assert card.memory_bytes >= small.num_bytes  # float32 on disk and in memory, and buffers
-    assert card.peak_memory_bytes >= 0
-    assert card.tokens_per_second > 0
+    assert card.memory_bytes is card.peak_memory_bytes is card.tokens_per_second is card.speed_ratio is None
     assert (card.seq_len, card.seed) == (32, 3)
     assert card.environment["dtype"] == "float32"
     assert card.domains["prose"]["questions"] == 6
@@ -103,6 +102,65 @@ def test_the_card_says_what_was_measured(base_path, small_path, text_path, tmp_p
     assert card.domains["code"]["accuracy"] is None
     assert 0 <= card.overall["accuracy"] <= 1
     assert run.Scorecard.load(card.save(tmp_path / "card.json")) == card
+
+
+def test_speed_and_memory_are_measured_on_request(base_path, small_path, text_path, monkeypatch):
+    monkeypatch.setattr(speed, "_release_free_memory", lambda: None)
+    [card] = evaluate(small_path, against=base_path, text=text_path, questions=0, speed_seconds=0, **TEXT)
+    assert card.memory_bytes >= Checkpoint.open(small_path).num_bytes  # float32 on disk and in memory, and buffers
+    assert card.peak_memory_bytes >= 0
+    assert card.tokens_per_second > 0
+    assert card.speed_ratio > 0
+    [bare] = evaluate(small_path, text=text_path, questions=0, speed_seconds=0, dtype=torch.bfloat16, **TEXT)
+    assert bare.speed_ratio is None
+    assert bare.memory_bytes < 0.6 * card.memory_bytes
+
+
+def test_models_that_do_not_fit_as_a_whole_are_refused_beforehand(base_path, small_path, text_path, monkeypatch):
+    monkeypatch.setattr(run, "read", None)
+    arguments = {"against": base_path, "text": text_path, "speed_seconds": 0} | TEXT
+    enough = forecast(stream.Stream(Checkpoint.open(base_path))).num_bytes  # for one unit at a time
+    with pytest.raises(Infeasible, match=r"loads models as a whole.*1\.00 GiB\); --max-memory allows 1\.00 GiB: leave"):
+        evaluate(small_path, max_memory=enough, **arguments)
+    monkeypatch.setattr(speed.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**29}))
+    with pytest.raises(Infeasible, match=r"takes 1\.00 GiB \(\d+ KiB \+ \d+ KiB \+ 1\.00 GiB\); 512 MiB are free"):
+        evaluate(small_path, **arguments)
+
+
+def test_memory_that_one_unit_needs_is_checked_beforehand(base_path, text_path, monkeypatch):
+    monkeypatch.setattr(run, "read", None)
+    with pytest.raises(Infeasible, match=r"--max-memory allows 512 MiB"):
+        evaluate(base_path, text=text_path, max_memory="512MiB", **TEXT)
+
+
+def test_nothing_is_loaded_as_a_whole_unless_speed_is_asked_for(base_path, small_path, text_path, monkeypatch):
+    held = {}
+
+    def count(self, loaded, fill=stream.Stream._fill):
+        fill(self, loaded)
+        units = [unit for unit in self.units if not self.model.get_parameter(unit.names[0]).is_meta]
+        held.setdefault(self.checkpoint.path.name, set()).add(len(units))
+
+    monkeypatch.setattr(stream.Stream, "_fill", count)
+    monkeypatch.setattr(speed, "load_model", None)
+    evaluate([small_path, base_path], against=base_path, text=text_path, **TEXT)
+    assert held == {"small": {1}, "original": {1}}
+
+
+def test_every_model_is_read_once(base_path, small_path, text_path, monkeypatch):
+    read = []
+
+    def note(self, unit, keep, load=stream.Stream._load_unit):
+        read.append((self.checkpoint.path.name, unit.name))
+        return load(self, unit, keep)
+
+    monkeypatch.setattr(stream.Stream, "_load_unit", note)
+    evaluate([small_path, base_path], against=base_path, text=text_path, **TEXT)
+    counts = {entry: read.count(entry) for entry in read}
+    heads = {("original", "lm_head"): 2, ("small", "lm_head"): 1}
+    assert len(counts) == 10
+    assert {entry: count for entry, count in counts.items() if entry[1] == "lm_head"} == heads
+    assert {count for entry, count in counts.items() if entry not in heads} == {1}
 
 
 def test_without_a_base_there_is_nothing_to_compare(base_path, text_path):
@@ -127,29 +185,26 @@ def test_the_batch_size_does_not_change_the_scores(base_path, small_path, text_p
     assert_same_quality(alone[small_path], card, rel=1e-4)
 
 
-def test_batches_whose_logits_are_too_large_are_cut(base_path, small_path, text_path, alone, monkeypatch):
-    shapes = set()
-    forward = run.logits_of
-    monkeypatch.setattr(run, "logits_of", lambda model, ids_BS: shapes.add(len(ids_BS)) or forward(model, ids_BS))
-    monkeypatch.setattr(likelihood, "BATCH_ELEMENTS", 2 * 32 * 272)
+@pytest.mark.parametrize("positions", [1, 2, 5, 31])
+def test_logits_of_a_part_of_a_batch_exist_at_a_time(base_path, small_path, text_path, alone, monkeypatch, positions):
+    monkeypatch.setattr(likelihood, "BATCH_ELEMENTS", (positions + 1) * 8 * 272)
+    sizes = []
+    nll = run.token_nll
+    monkeypatch.setattr(run, "token_nll", lambda logits, ids: sizes.append(logits.numel()) or nll(logits, ids))
     [card] = evaluate(small_path, against=base_path, text=text_path, questions=2, **TEXT)
-    assert shapes == {2}
-    assert_same_quality(alone[small_path], card, rel=1e-4)
+    assert max(sizes) == (positions + 1) * 8 * 272
+    assert_same_quality(alone[small_path], card, rel=1e-5)
 
 
-@pytest.mark.parametrize(("cache_bytes", "base_passes"), [(2**30, 1), (512 * 272 * 4, 1), (512 * 272 * 4 - 1, 2)])
-def test_several_models_score_as_each_alone(
-    base_path, small_path, text_path, alone, monkeypatch, cache_bytes, base_passes
-):
-    asked, loaded = [], []
-    forward, load = run.logits_of, run.load_model
-    monkeypatch.setattr(run, "CACHE_BYTES", cache_bytes)
-    monkeypatch.setattr(run, "logits_of", lambda model, ids_BS: asked.append(id(model)) or forward(model, ids_BS))
-    monkeypatch.setattr(run, "load_model", lambda path, **more: loaded.append(load(path, **more)) or loaded[-1])
+def test_outcomes_in_files_are_those_in_memory(base_path, small_path, text_path, alone, monkeypatch):
+    monkeypatch.setattr(spill, "SPILL_BYTES", 0)
+    monkeypatch.setattr(spill, "SMALL_BYTES", 0)
+    [card] = evaluate(small_path, against=base_path, text=text_path, questions=2, **TEXT)
+    assert_same_quality(alone[small_path], card, rel=0)
+
+
+def test_several_models_score_as_each_alone(base_path, small_path, text_path, alone):
     cards = evaluate([small_path, base_path], against=base_path, text=text_path, questions=2, **TEXT)
-    assert len(loaded) == 3
-    batches = 2  # of 8 sequences, one a domain
-    assert asked.count(id(loaded[0])) == base_passes * batches
     assert_same_quality(alone[small_path], cards[0], rel=1e-9)
     assert_same_quality(alone[base_path], cards[1], rel=1e-9)
 
@@ -176,17 +231,56 @@ def test_a_model_runs_in_the_number_format_asked_for(base_path, text_path):
     [card] = evaluate(base_path, text=text_path, questions=0, dtype=torch.bfloat16, **TEXT)
     [wide] = evaluate(base_path, text=text_path, questions=0, **TEXT)
     assert card.environment["dtype"] == "bfloat16"
-    assert card.memory_bytes < 0.6 * wide.memory_bytes
     assert card.overall["perplexity"] == pytest.approx(wide.overall["perplexity"], rel=0.1)
     assert card.overall["perplexity"] != wide.overall["perplexity"]
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
-def test_other_families_are_evaluated_the_same_way(model_type, text_path, tmp_path):
-    path = tiny_checkpoint(tmp_path / "model", model_type)
-    [card] = evaluate(path, against=path, text=text_path, tokens=128, seq_len=32, questions=1)
-    assert card.overall["kl"] == 0
-    assert card.overall["agreement"] == 1
+def whole_scores(path, base_path, text, **cut):
+    """Score with whole models and whole logits."""
+    model, base = load_model(path), load_model(base_path)
+    nll, kl, agreeing, count = 0.0, 0.0, 0, 0
+    for ids_BS in tokenize(load_tokenizer(base_path), text, **cut).sequences.values():
+        with torch.no_grad():
+            log_q_BSV = model(input_ids=ids_BS, use_cache=False).logits.double().log_softmax(-1)[:, :-1]
+            log_p_BSV = base(input_ids=ids_BS, use_cache=False).logits.double().log_softmax(-1)[:, :-1]
+        nll -= float(log_q_BSV.gather(-1, ids_BS[:, 1:, None]).sum())
+        kl += float((log_p_BSV.exp() * (log_p_BSV - log_q_BSV)).sum())
+        agreeing += int((log_p_BSV.argmax(-1) == log_q_BSV.argmax(-1)).sum())
+        count += ids_BS[:, 1:].numel()
+    return nll, kl, agreeing, count
+
+
+# Plain, tied heads, scaled logits, soft caps, dense layers first, recurrent layers.
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("mixtral", {}),
+        ("qwen3_moe", {"tie_word_embeddings": True}),
+        ("granitemoe", {"logits_scaling": 3.0}),
+        ("gemma4_text", {"final_logit_softcapping": 2.0}),
+        ("deepseek_v3", {}),
+        ("jamba", {}),
+        ("gpt_oss", {}),
+    ],
+)
+def test_other_families_score_as_their_whole_models(model_type, changes, text_path, tmp_path):
+    cut = {"tokens": 128, "seq_len": 32}
+    path = tiny_checkpoint(tmp_path / "model", model_type, **changes)
+    other = tiny_checkpoint(tmp_path / "other", model_type, seed=1, **changes)
+    card, same = evaluate([other, path], against=path, text=text_path, questions=1, **cut)
+    check_scores(card.overall, *whole_scores(other, path, text_path, **cut))
+    assert card.overall["kl"] > 0.001
+    assert same.overall["kl"] == 0
+    assert same.overall["agreement"] == 1
+
+
+def test_a_mapped_result_scores_as_its_whole_model(base_path, text_path, tmp_path):
+    out = compress(base_path, tmp_path / "mapped", keep=0.5, recipe="hc-smoe", router="map", text=text_path, **TEXT).out
+    [card] = evaluate(out, against=base_path, text=text_path, **TEXT)
+    check_scores(card.overall, *whole_scores(out, base_path, text_path, **TEXT))
+    tokenizer = load_tokenizer(out)
+    right = count_correct(load_model(out), tokenizer, read_questions(text_path)["prose"])
+    assert card.domains["prose"]["accuracy"] == right / 6
 
 
 def test_another_vocabulary_is_refused_with_both_sizes(base_path, text_path, tmp_path):
@@ -194,6 +288,12 @@ def test_another_vocabulary_is_refused_with_both_sizes(base_path, text_path, tmp
     with pytest.raises(InputError, match=r"wider has a vocabulary of 280, original of 272"):
         evaluate([base_path, wider], against=base_path, text=text_path, **TEXT)
     assert evaluate(wider, text=text_path, questions=0, **TEXT)[0].overall["perplexity"] > 1
+
+
+def test_a_model_that_predicts_no_tokens_is_refused(text_path, tmp_path):
+    path = tiny_checkpoint(tmp_path / "labels", "openai_privacy_filter")
+    with pytest.raises(InputError, match=r"labels gives \d+ scores a token where its vocabulary has 272"):
+        evaluate(path, text=text_path, **TEXT)
 
 
 def test_another_tokenizer_is_refused_with_numbers(base_path, text_path, tmp_path):
@@ -221,7 +321,7 @@ def test_predictions_that_are_not_numbers_are_refused(base_path, text_path, tmp_
     tensors = load_file(broken / "model.safetensors")
     tensors["lm_head.weight"][5, 3] = math.nan
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"broken predicts \d+ of \d+ tokens in code .* float32"):
+    with pytest.raises(InputError, match=r"broken predicts \d+ of \d+ tokens of a batch in code .* float32"):
         evaluate(broken, against=base_path, text=text_path, questions=0, **TEXT)
 
 
@@ -238,7 +338,7 @@ def test_predictions_that_are_not_numbers_are_refused(base_path, text_path, tmp_
     ],
 )
 def test_nonsense_is_refused_before_anything_is_loaded(base_path, text_path, changes, message, monkeypatch):
-    monkeypatch.setattr(run, "load_model", None)
+    monkeypatch.setattr(run, "Stream", None)
     arguments = {"models": base_path, "text": text_path} | TEXT | changes
     with pytest.raises(InputError, match=message):
         evaluate(arguments.pop("models"), **arguments)
@@ -253,7 +353,7 @@ def test_nonsense_is_refused_before_anything_is_loaded(base_path, text_path, cha
     ],
 )
 def test_bad_text_is_refused_before_anything_is_loaded(base_path, tmp_path, name, content, message, monkeypatch):
-    monkeypatch.setattr(run, "load_model", None)
+    monkeypatch.setattr(run, "Stream", None)
     text = tiny_text(tmp_path / "text", documents=1)
     (text / name).write_text(content)
     with pytest.raises(TextError, match=message):
@@ -278,6 +378,7 @@ def test_cuda_scores_as_the_cpu_does(base_path, small_path, text_path, alone):
         questions=2,
         device="cuda",
         dtype=torch.float32,
+        speed_seconds=0,
         **TEXT,
     )
     for path, card in zip((small_path, base_path), cards, strict=True):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from coterie.artifact import write_artifact
+from coterie.artifact import write_artifact, write_json
 from coterie.compress.plan import Plan
 from coterie.compress.state import LayerSize
 from coterie.evaluate.scorecard import Scorecard
@@ -97,9 +97,13 @@ class RunMaker:
         expert_map: Sequence[int] | None = None,
         centres: Sequence[int] | None = None,
         notes: Mapping[str, Any] | None = None,
+        took: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> Path:
-        """Save a manifest; experts from `kept` on join expert 0, or are dropped by recipes that do not merge."""
+        """Save a manifest, and what the run took beside it.
+
+        Experts from `kept` on join expert 0, or are dropped by recipes that do not merge.
+        """
         plan = self.plan(recipe, router, kept)
         rest = -1 if recipe in ("reap", "frequency") else 0
         expert_map = expert_map or [expert if expert < kept else rest for expert in range(NUM_EXPERTS)]
@@ -129,12 +133,13 @@ class RunMaker:
             "seed": 3,
             "logits_error": 2e-7,
             "layers": layers,
-            "seconds": {"plan": 0.5, "compress": 2.0},
             "bytes_before": plan.original_bytes,
             "bytes_after": plan.predicted_bytes,
         }
         path = self.folder / name / "coterie.json"
         write_artifact(path, kind="manifest", body=body | changes, inputs=plan.inputs)
+        taken = {"seconds": {"plan": 0.5, "compress": 2.0}, "forecast_bytes": 2**31, "peak_bytes": 3 * 2**29}
+        write_json(path.with_name("coterie-run.json"), taken if took is None else took)
         return path
 
     def card(
@@ -150,6 +155,7 @@ class RunMaker:
         factor: float = 1.5,
         place: str | None = None,
         accuracy: float | None = 0.5,
+        timed: bool = True,
     ) -> Path:
         """Save a scorecard; perplexity is 10 times `factor`, and 20 times it in the last domain."""
 
@@ -169,7 +175,8 @@ class RunMaker:
             base_digest=None if base is None else BASE, text_digest=text, seq_len=64, seed=0,
             domains=held, overall=scores(1.0),  # type: ignore[arg-type]
             num_bytes=num_bytes, bytes_ratio=None if base is None else num_bytes / ORIGINAL_BYTES,
-            memory_bytes=1, peak_memory_bytes=2, tokens_per_second=100.0, speed_ratio=None if base is None else 1.25,
+            memory_bytes=1 if timed else None, peak_memory_bytes=2 if timed else None,
+            tokens_per_second=100.0 if timed else None, speed_ratio=1.25 if timed and base is not None else None,
             environment={"coterie": "0.1.0", "device": "cpu", "threads": 1},
         )  # fmt: skip
         return card.save(self.folder / (place or f"scorecards/{len(list(self.folder.rglob('*.json'))):02d}.json"))

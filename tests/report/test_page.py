@@ -273,13 +273,53 @@ def test_names_are_escaped_everywhere(make_run: Maker) -> None:
     run.base_card(domains=(HOSTILE, "prose"))
     run.card(HOSTILE, domains=(HOSTILE, "prose"))
     run.manifest("merged", HOSTILE, model=HOSTILE, how_to_load=HOSTILE, notes={HOSTILE: {HOSTILE: HOSTILE}},
-                 passes=[[HOSTILE, {HOSTILE: HOSTILE}]], domains=[HOSTILE], seconds={HOSTILE: 1.0})  # fmt: skip
+                 passes=[[HOSTILE, {HOSTILE: HOSTILE}]], domains=[HOSTILE],
+                 took={"seconds": {HOSTILE: 1.0}, "peak_bytes": 1})  # fmt: skip
 
     page = Page(report(run.folder))
 
     assert "script" not in page.tags
     assert "<script" not in page.source
     assert page.text.count("alert(") > 20
+
+
+def test_what_a_compression_took_is_read_from_beside_its_manifest(make_run: Maker) -> None:
+    run = make_run()
+    run.manifest("merged", took={"seconds": {"profile": 4.5, "compress": 2}, "peak_bytes": 3 * 2**29, "device": "cpu"})
+    [manifest] = gather(run.folder).manifests
+    assert (dict(manifest.seconds), manifest.peak_bytes) == ({"profile": 4.5, "compress": 2.0}, 3 * 2**29)
+    page = Page(report(run.folder))
+    assert "1.50 GiB" in next(row for row in page.rows if "800" in row)
+    assert "6.50 s" in " ".join(page.text.split())
+
+
+def test_a_report_does_without_what_a_compression_took(make_run: Maker) -> None:
+    run = make_run()
+    path = run.manifest("merged").with_name("coterie-run.json")
+    path.unlink()
+    [manifest] = gather(run.folder).manifests
+    assert (manifest.seconds, manifest.peak_bytes) == ({}, None)
+    page = Page(report(run.folder))
+    assert "Time by stage" not in page.text
+    assert page.row("mergemoe")[2:4] == ["8 → 4", "732 KiB"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"seconds": {"plan": 1}}', '{"seconds": {"a": "b"}, "peak_bytes": 1}'])
+def test_a_damaged_record_of_what_a_compression_took_is_refused(make_run: Maker, content: str) -> None:
+    run = make_run()
+    path = run.manifest("merged").with_name("coterie-run.json")
+    path.write_text(content)
+    with pytest.raises(CorruptArtifact, match=r"coterie-run\.json does not say .* remove it"):
+        gather(run.folder)
+
+
+def test_speed_is_not_shown_where_it_was_not_measured(make_run: Maker) -> None:
+    run = make_run()
+    run.base_card(timed=False)
+    run.card("small", timed=False)
+    page = Page(report(run.folder))
+    assert page.row("small")[3:] == ["732 KiB", "75 %", "15.0", "1.50×", "0.250", "87.5 %", "50.0 %"]
+    assert not any("Speed" in row for row in page.rows)
 
 
 def test_manifest_and_scorecard_meet_by_digest_or_else_by_name(full_run: Any) -> None:
@@ -400,7 +440,7 @@ def test_damaged_artefacts_are_errors(full_run: Any, name: str) -> None:
 
 
 def test_damaged_tensors_and_incomplete_manifests_are_errors(full_run: Any, make_run: Maker) -> None:
-    (full_run.folder / "profile" / "profile.safetensors").write_bytes(b"short")
+    next((full_run.folder / "profile").glob("*.safetensors")).write_bytes(b"short")
     with pytest.raises(CorruptArtifact, match="do not match the digest"):
         report(full_run.folder)
 

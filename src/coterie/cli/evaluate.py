@@ -12,6 +12,9 @@ from coterie.cli.output import number, percent, print_json, print_table, print_t
 if TYPE_CHECKING:
     from coterie.evaluate.scorecard import Scorecard, Scores
 
+#: Time to spend on each model's speed.
+_SPEED_SECONDS = 20.0
+
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model folders or hub ids.")],
@@ -26,6 +29,16 @@ def evaluate(
     questions: Annotated[
         int | None, typer.Option(help="Questions of each domain at most; all when left out, none with 0.")
     ] = None,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed",
+            help="Measure speed and memory too. This loads each model, and the one that it is compared with, into "
+            "memory as a whole; refused beforehand where they do not fit.",
+        ),
+    ] = False,
+    max_memory: options.MaxMemory = None,
+    allow_pickle: options.AllowPickle = False,
     out: Annotated[
         Path | None, typer.Option(help="Where the scorecards go: a file (*.json) for one model, or a folder.")
     ] = None,
@@ -33,7 +46,8 @@ def evaluate(
 ) -> None:
     """Measure what a smaller model costs.
 
-    Perplexity, KL divergence, agreement and exact answers by domain; bytes, memory and speed.
+    Perplexity, KL divergence, agreement and exact answers by domain, with one layer in memory at a time; bytes, and on
+    request memory and speed.
     """
     files = [] if out is None else _files(out, models)
     from coterie.evaluate.run import evaluate as run
@@ -47,6 +61,9 @@ def evaluate(
         seed=seed,
         device=device,
         questions=questions,
+        speed_seconds=_SPEED_SECONDS if speed else None,
+        max_memory=max_memory,
+        allow_pickle=allow_pickle,
     )
     for card, file in zip(cards, files, strict=False):
         card.save(file)
@@ -106,18 +123,13 @@ def _print(card: "Scorecard") -> None:
 def _print_cost(cards: "list[Scorecard]") -> None:
     from coterie.model.units import format_bytes
 
-    print_table(
-        ("model", "bytes", "of base", "memory", "peak memory", "tokens/s", "of base"),
-        [
-            (
-                card.model,
-                format_bytes(card.num_bytes),
-                percent(card.bytes_ratio),
-                format_bytes(card.memory_bytes),
-                format_bytes(card.peak_memory_bytes),
-                f"{card.tokens_per_second:,.0f}",
-                percent(card.speed_ratio),
-            )
-            for card in cards
-        ],
-    )
+    columns = ["model", "bytes", "of base"]
+    rows = [[card.model, format_bytes(card.num_bytes), percent(card.bytes_ratio)] for card in cards]
+    if any(card.tokens_per_second is not None for card in cards):
+        columns += ["memory", "peak memory", "tokens/s", "of base"]
+        for row, card in zip(rows, cards, strict=True):
+            sizes = (card.memory_bytes, card.peak_memory_bytes)
+            row += ["-" if size is None else format_bytes(size) for size in sizes]
+            row += ["-" if card.tokens_per_second is None else f"{card.tokens_per_second:,.0f}"]
+            row += [percent(card.speed_ratio)]
+    print_table(columns, rows)

@@ -1,20 +1,21 @@
-"""Generation: questions with exact answers, answered greedily.
+"""Generation: questions with exact answers, answered greedily by a model that is in memory as a whole.
 
 A file ``<domain>.qa.jsonl`` in the text folder has one JSON object a line, ``{"question": ..., "answer": ...}``. The
 question is the prompt as it stands; the model's answer is what it writes up to the end of the line.
+`coterie.evaluate.answers` finds the same out without writing, for models of any size.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from coterie.errors import TextError
 from coterie.progress import track
@@ -127,11 +128,11 @@ def first_lines(
     Returns:
         What was written after each prompt up to the first newline or end-of-text token, stripped.
     """
-    ends = _end_ids(model, tokenizer)
+    ends = end_ids(model.generation_config, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
-    encoded = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     lines = [""] * len(prompts)
-    for rows in track(_batches(encoded, batch_size), description):
+    for rows in track(batches_of_one_length(encoded, lambda length: batch_size), description):
         ids_BS = torch.tensor([encoded[row] for row in rows], dtype=torch.int64, device=model.device)
         length = ids_BS.shape[1]
         with torch.no_grad():
@@ -144,7 +145,7 @@ def first_lines(
                 **GREEDY,
             )
         for row, ids in zip(rows, written_BS[:, length:].tolist(), strict=True):
-            lines[row] = _first_line(tokenizer, ids, ends)
+            lines[row] = line_so_far(tokenizer, ids, ends)
     return lines
 
 
@@ -185,19 +186,24 @@ def _read_file(file: Path) -> list[Question]:
     return questions
 
 
-def _batches(encoded: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Return the row numbers of each batch: rows of one length only, short ones first."""
+def batches_of_one_length(encoded: Sequence[Sequence[int]], batch_size: Callable[[int], int]) -> list[list[int]]:
+    """Return the row numbers of each batch: rows of one length only, short ones first.
+
+    Args:
+        encoded: tokens of each row.
+        batch_size: rows in a batch at most, from their length.
+    """
     by_length: dict[int, list[int]] = {}
     for row, ids in enumerate(encoded):
         by_length.setdefault(len(ids), []).append(row)
     return [
-        rows[start : start + batch_size]
-        for _, rows in sorted(by_length.items())
-        for start in range(0, len(rows), batch_size)
+        rows[start : start + batch_size(length)]
+        for length, rows in sorted(by_length.items())
+        for start in range(0, len(rows), batch_size(length))
     ]
 
 
-def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Encode a prompt as the model expects it to begin (with its start token, if any), but open at its end."""
     ids = list(tokenizer(prompt)["input_ids"])
     plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -206,13 +212,26 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return ids
 
 
-def _end_ids(model: Any, tokenizer: Any) -> set[int]:
-    found = model.generation_config.eos_token_id
+def end_ids(config: GenerationConfig | None, tokenizer: Any) -> set[int]:
+    """Return the tokens that end a text, by a model's generation config and its tokenizer."""
+    found = None if config is None else config.eos_token_id
     ends = set(found) if isinstance(found, list | tuple) else {found}
     return {int(end) for end in ends | {tokenizer.eos_token_id} if end is not None}
 
 
-def _first_line(tokenizer: Any, ids: Sequence[int], ends: set[int]) -> str:
+def finished_line(tokenizer: Any, ids: Sequence[int], ends: Set[int]) -> str | None:
+    """Return what was written up to the first newline or end-of-text token, stripped; None when neither came."""
+    if ends.isdisjoint(ids) and "\n" not in _text(tokenizer, ids, ends):
+        return None
+    return line_so_far(tokenizer, ids, ends)
+
+
+def line_so_far(tokenizer: Any, ids: Sequence[int], ends: Set[int]) -> str:
+    """Return what was written up to the first newline or end-of-text token, if any, stripped."""
+    return _text(tokenizer, ids, ends).split("\n", 1)[0].strip()
+
+
+def _text(tokenizer: Any, ids: Sequence[int], ends: Set[int]) -> str:
     stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
     text: str = tokenizer.decode(ids[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text.split("\n", 1)[0].strip()
+    return text

@@ -17,8 +17,9 @@ from torch.nn import functional
 #: passes over it then mostly stay in its cache).
 CHUNK_ELEMENTS = 2**21
 
-#: Elements of the logits of one batch of one model (1 GiB in float32); larger batches are run in parts.
-BATCH_ELEMENTS = 2**28
+#: Elements of the logits of one model that exist at a time (64 MiB in float32). A head may need a few copies of them
+#: (number formats, soft caps), and the base has its own.
+BATCH_ELEMENTS = 2**24
 
 
 def logits_of(model: Any, ids_BS: Tensor) -> Tensor:
@@ -28,9 +29,14 @@ def logits_of(model: Any, ids_BS: Tensor) -> Tensor:
     return logits_BSV
 
 
-def fitting_batch_size(batch_size: int, seq_len: int, vocab_size: int) -> int:
-    """Return `batch_size`, or less where that many sequences have more than `BATCH_ELEMENTS` logits; at least 1."""
-    return max(1, min(batch_size, BATCH_ELEMENTS // (seq_len * vocab_size)))
+def position_slices(num_positions: int, batch_size: int, vocab_size: int) -> Iterator[slice]:
+    """Yield slices that cover so many positions of a batch, the logits of each within `BATCH_ELEMENTS`.
+
+    With one more position, which a caller may need for the last prediction, they still are.
+    """
+    step = max(1, BATCH_ELEMENTS // (batch_size * vocab_size) - 1)
+    for start in range(0, num_positions, step):
+        yield slice(start, min(start + step, num_positions))
 
 
 def token_nll(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import torch
 
 from coterie import __version__
-from coterie.artifact import read_artifact, read_header, write_artifact
+from coterie.artifact import open_artifact, write_artifact
 from coterie.errors import CorruptArtifact
 
 
@@ -52,10 +52,11 @@ class Scorecard:
         overall: scores over all tokens and all questions (not the mean of the domains).
         num_bytes: bytes of all tensors in the checkpoint's weight files.
         bytes_ratio: `num_bytes` divided by the base's, or None without a base.
-        memory_bytes: bytes of parameters and buffers in memory, in the number format that it ran in.
-        peak_memory_bytes: highest memory while it read one batch, itself included, above what was in use before it was
-            loaded. (Loading can need more for a moment.)
-        tokens_per_second: tokens read per second in forward passes over one batch.
+        memory_bytes: bytes of parameters and buffers of the whole model in memory, in the number format that it ran in;
+            None, like the next three, unless speed was asked for.
+        peak_memory_bytes: highest memory while the whole model read one batch, itself included, above what was in use
+            before it was loaded. (Loading can need more for a moment.)
+        tokens_per_second: tokens that the whole model read per second in forward passes over one batch.
         speed_ratio: that divided by the base's, measured in turns with it; None without a base.
         environment: versions, device and number format that all of this was measured with.
     """
@@ -71,9 +72,9 @@ class Scorecard:
     overall: Scores
     num_bytes: int
     bytes_ratio: float | None
-    memory_bytes: int
-    peak_memory_bytes: int
-    tokens_per_second: float
+    memory_bytes: int | None
+    peak_memory_bytes: int | None
+    tokens_per_second: float | None
     speed_ratio: float | None
     environment: Mapping[str, str | int]
 
@@ -101,9 +102,9 @@ class Scorecard:
             StaleArtifact: made from other inputs.
         """
         source = Path(path)
-        body, _ = read_artifact(source, kind="scorecard", inputs=inputs)
-        digests = read_header(source)["inputs"]
-        content: dict[str, Any] = body | {
+        artifact = open_artifact(source, kind="scorecard", inputs=inputs)
+        digests = artifact.inputs
+        content: dict[str, Any] = artifact.body | {
             "model_digest": digests.get("model"),
             "base_digest": digests.get("base"),
             "text_digest": digests.get("text"),

@@ -1,4 +1,4 @@
-"""Speed and memory: what a model costs to run here, next to the base."""
+"""Speed and memory: what a model costs to run here, next to the base. Both are in memory as a whole for that."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,12 @@ import psutil
 import torch
 from torch import Tensor
 
+from coterie.errors import Infeasible, InputError
 from coterie.evaluate.likelihood import logits_of
+from coterie.model.load import load_model
+from coterie.model.memory import FIXED_BYTES
+from coterie.model.stream import Stream
+from coterie.model.units import format_bytes
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -40,11 +45,98 @@ class Speed:
     rounds: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What a whole model costs to run; see `coterie.evaluate.scorecard.Scorecard` for the attributes."""
+
+    memory_bytes: int
+    peak_memory_bytes: int
+    tokens_per_second: float
+    speed_ratio: float | None
+
+
 @dataclass(slots=True)
 class Peak:
     """What `peak_memory` found, in bytes; valid after its block."""
 
     num_bytes: int = 0
+
+
+def check_whole(streams: Sequence[Stream], *, limit: int | None) -> None:
+    """Check beforehand that models can be loaded as a whole next to each other, and fit.
+
+    Args:
+        streams: the models.
+        limit: bytes that may be taken; as many as are free when None.
+
+    Raises:
+        InputError: one is stored in a way that only reading it unit by unit understands.
+        Infeasible: they are too large.
+    """
+    for stream in streams:
+        checkpoint = stream.checkpoint
+        if checkpoint.pickled or any(info.packed is not None for info in checkpoint.tensors.values()):
+            stored = "as pickles" if checkpoint.pickled else "quantised"
+            raise InputError(
+                f"{checkpoint.path} is stored {stored} and cannot be loaded as a whole; leave --speed out, or measure "
+                "a checkpoint of plain safetensors made from it"
+            )
+    device = streams[0].device
+    allowed = limit
+    if allowed is None:
+        cuda = device.type == "cuda"
+        allowed = torch.cuda.mem_get_info(device)[0] if cuda else int(psutil.virtual_memory().available)
+    sizes = [sum(stream.unit_bytes(unit) for unit in stream.units) for stream in streams]
+    needed = sum(sizes) + FIXED_BYTES
+    if needed > allowed:
+        parts = " + ".join(format_bytes(size) for size in (*sizes, FIXED_BYTES))
+        room = format_bytes(allowed)
+        found = f"{room} are free" if limit is None else f"--max-memory allows {room}"
+        raise Infeasible(
+            f"measuring speed loads models as a whole, which takes {format_bytes(needed)} ({parts}); {found}: "
+            "leave --speed out, which measures all else with one layer in memory"
+        )
+
+
+def measure_cost(
+    contestants: Sequence[tuple[Path, Tensor]],
+    *,
+    base: Path | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    seconds: float,
+) -> list[Cost]:
+    """Load models as a whole, one after another, and measure what they cost to run.
+
+    Args:
+        contestants: each model's folder, and the token ids (B, S) that it (and the base) read.
+        base: folder of the model to compare with, which stays in memory; or None.
+        dtype: see `coterie.model.load.load_model`.
+        device: where they run.
+        seconds: time to spend on each, see `measure_speed`.
+    """
+    original = None
+    if base is not None:
+        original = load_model(base, dtype=dtype, device=device)
+        own_memory(original)
+    costs = []
+    for path, ids_BS in contestants:
+        before = memory_in_use(device)
+        model = load_model(path, dtype=dtype, device=device)
+        own_memory(model)
+        with peak_memory(device, above=before) as peak:
+            logits_of(model, ids_BS)
+        speed = measure_speed(model, ids_BS, base=original, seconds=seconds)
+        costs.append(
+            Cost(
+                memory_bytes=memory_bytes(model),
+                peak_memory_bytes=peak.num_bytes,
+                tokens_per_second=speed.tokens_per_second,
+                speed_ratio=speed.ratio,
+            )
+        )
+        del model
+    return costs
 
 
 def measure_speed(model: Any, ids_BS: Tensor, *, base: Any = None, rounds: int = 25, seconds: float = 20.0) -> Speed:

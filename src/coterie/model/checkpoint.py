@@ -127,7 +127,7 @@ class Checkpoint:
             NotACheckpoint: there is no such folder, or it has no config or no weights that may be read.
             CorruptCheckpoint: a shard is missing, truncated, or its header contradicts the file.
         """
-        folder = _resolve(path, allow_pickle=allow_pickle)
+        folder = resolve(path, allow_pickle=allow_pickle)
         config = _read_config(folder)
         tensors: dict[str, TensorInfo] = {}
         weights = _find_weights(folder, allow_pickle=allow_pickle)
@@ -357,7 +357,12 @@ def _absence(file: Path) -> str:
     return f"is a link to {file.readlink()}, which " + ("is no regular file" if file.exists() else "does not exist")
 
 
-def _resolve(path: str | Path, *, allow_pickle: bool) -> Path:
+def resolve(path: str | Path, *, allow_pickle: bool = False) -> Path:
+    """Return the folder of a model: a local one as it is, or the one that a hub id is fetched into.
+
+    Raises:
+        NotACheckpoint: there is neither.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder

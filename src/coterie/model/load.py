@@ -18,7 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from coterie.artifact import read_artifact
 from coterie.errors import CorruptCheckpoint, InputError
-from coterie.model.checkpoint import Checkpoint
+from coterie.model.checkpoint import Checkpoint, resolve
 from coterie.model.layers import Architecture, MoELayer, empty_model, quiet
 from coterie.model.quantized import dequantized
 
@@ -146,7 +146,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         InputError: the folder has none.
     """
-    path = Checkpoint.open(model).path
+    path = resolve(model)
     with quiet():
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import mmap
 import tempfile
 import weakref
@@ -11,7 +13,10 @@ import torch
 from torch import Tensor
 
 #: Bytes of units' outputs that are held in memory in one stage; what comes after them goes to files.
-SPILL_BYTES = 64 * 2**20
+SPILL_BYTES = 16 * 2**20
+
+#: Bytes of outputs after which the C library is asked to give back memory.
+TRIM_BYTES = 64 * 2**20
 
 #: Tensors below this size are never worth a file.
 SMALL_BYTES = 64 * 2**10
@@ -24,6 +29,7 @@ class Spill:
         self._folder = folder
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
         self._held = 0
+        self._since_trim = 0
 
     def begin(self) -> None:
         """Begin to count anew what is held in memory."""
@@ -32,6 +38,7 @@ class Spill:
     def keep(self, tensor: Tensor) -> Tensor:
         """Return a tensor of equal content on the CPU, in memory or, beyond the bound, in a file."""
         size = tensor.numel() * tensor.element_size()
+        self._since_trim += size
         if size < SMALL_BYTES or self._held + size <= SPILL_BYTES:
             self._held += size if size >= SMALL_BYTES else 0
             return tensor.to("cpu")
@@ -48,6 +55,24 @@ class Spill:
         """Let the system take the pages of all files out of memory; what is in them stays."""
         for mapped in self._maps:
             _forget_pages(mapped)
+        # What batches leave behind in the C library's heap grows with the text where nobody trims it.
+        if self._since_trim >= TRIM_BYTES:
+            self._since_trim = 0
+            trim_memory()
+
+
+def trim_memory() -> None:
+    """Give memory that was let go of back to the system, where the C library would keep it for later."""
+    if (library := _c_library()) is not None and hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):  # Windows has no such handle
+        return None
 
 
 def _forget_pages(mapped: mmap.mmap) -> None:

@@ -18,8 +18,6 @@ beyond `coterie.model.spill.SPILL_BYTES`, so that the memory that a stage needs 
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import dataclasses
 import functools
 import re
@@ -41,7 +39,7 @@ from coterie.model.checkpoint import Checkpoint, TensorReader
 from coterie.model.convert import TORCH_DTYPES, Crossing, put
 from coterie.model.jobs import Job
 from coterie.model.load import hollow_model
-from coterie.model.spill import Spill
+from coterie.model.spill import Spill, trim_memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -412,14 +410,6 @@ def working_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
         if (dtype := TORCH_DTYPES.get(info.dtype)) is not None:
             sizes[dtype] = sizes.get(dtype, 0) + info.num_bytes
     return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def trim_memory() -> None:
-    """Give memory that was let go of back to the system, where the C library would keep it for later."""
-    library = ctypes.util.find_library("c")
-    trim = getattr(ctypes.CDLL(library), "malloc_trim", None) if library else None
-    if trim is not None:
-        trim(0)
 
 
 def _unit_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 DEPTH = 3
 
 MANIFEST_FILE = "coterie.json"
+TOOK_FILE = "coterie-run.json"  # beside a manifest: what the compression took
 _OUR_NAMES = (PROFILE_FILE, MANIFEST_FILE)
 _HEAD = 4096  # bytes; our JSON names itself in its first line
 
@@ -76,8 +78,10 @@ class Manifest:
         path: the JSON file, relative to the run folder.
         folder: name of the checkpoint's folder.
         model: name of the original model.
-        recipe, router, how_to_load, loads_with, domains, calibration_tokens, seq_len, seed, logits_error, seconds,
+        recipe, router, how_to_load, loads_with, domains, calibration_tokens, seq_len, seed, logits_error,
             bytes_before, bytes_after: as in the file.
+        seconds: seconds spent in each stage, from ``coterie-run.json`` beside it; empty where that is not there.
+        peak_bytes: largest resident memory of the compression, from the same file, or None.
         passes: (name, options) of every pass.
         layers: what became of each layer.
         inputs: digests of what it was made from.
@@ -101,6 +105,7 @@ class Manifest:
     logits_error: float | None
     layers: tuple[LayerChange, ...]
     seconds: Mapping[str, float]
+    peak_bytes: int | None
     bytes_before: int
     bytes_after: int
     plan: Mapping[str, Any]
@@ -287,6 +292,7 @@ def _read(run: Run, path: Path, relative: str) -> None:
 def _read_manifest(path: Path, relative: str, header: Mapping[str, Any]) -> Manifest:
     body, _ = read_artifact(path, kind="manifest")
     digest, expert_bytes = _weights(path.parent)
+    seconds, peak_bytes = _took(path.with_name(TOOK_FILE))
     try:
         layers = tuple(
             LayerChange(
@@ -315,7 +321,8 @@ def _read_manifest(path: Path, relative: str, header: Mapping[str, Any]) -> Mani
             seed=int(body["seed"]),
             logits_error=None if body["logits_error"] is None else float(body["logits_error"]),
             layers=layers,
-            seconds={str(stage): float(seconds) for stage, seconds in body["seconds"].items()},
+            seconds=seconds,
+            peak_bytes=peak_bytes,
             bytes_before=int(body["bytes_before"]),
             bytes_after=int(body["bytes_after"]),
             plan=body["plan"],
@@ -328,6 +335,21 @@ def _read_manifest(path: Path, relative: str, header: Mapping[str, Any]) -> Mani
         raise CorruptArtifact(f"{path}: the manifest lacks {error}; compress again with this version") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise CorruptArtifact(f"{path}: the manifest holds something unexpected: {error}") from None
+
+
+def _took(path: Path) -> tuple[dict[str, float], int | None]:
+    """Return what a compression took, seconds by stage and peak memory, as far as it is known."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        seconds = {str(stage): float(spent) for stage, spent in content["seconds"].items()}
+        return seconds, int(content["peak_bytes"])
+    except FileNotFoundError:
+        return {}, None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptArtifact(
+            f"{path} does not say what the compression took ({type(error).__name__}: {error}); remove it, the report "
+            "does without"
+        ) from None
 
 
 def _weights(folder: Path) -> tuple[str | None, int | None]:

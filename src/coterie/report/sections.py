@@ -482,6 +482,7 @@ def _making(label: str, manifest: Manifest) -> dict[str, Any]:
         "domain_names": ", ".join(manifest.domains),
         "seed": manifest.seed,
         "logits_error": number_text(manifest.logits_error, 2),
+        "memory": bytes_text(manifest.peak_bytes),
         "how": manifest.how_to_load.replace("OUT", repr(folder)),
         "loads_with": manifest.loads_with,
     }
