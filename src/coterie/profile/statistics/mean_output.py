@@ -19,7 +19,7 @@ def measure(observation: Observation) -> Mapping[str, Tensor]:
     expert's output.
     """
     experts, hidden_TD = observation.experts, observation.hidden_TD[:: observation.thin]
-    scale = len(observation.hidden_TD) / len(hidden_TD)
+    scale = len(observation.hidden_TD) / max(1, len(hidden_TD))
     start = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
     # Chunks that stay in the processor's cache: the activations of all experts are the largest thing measured here.
     chunks = torch.split(hidden_TD, _CHUNK)
