@@ -128,7 +128,7 @@ class Checkpoint:
             CorruptCheckpoint: a shard is missing, truncated, or its header contradicts the file.
         """
         folder = resolve(path, allow_pickle=allow_pickle)
-        config = _read_config(folder)
+        config = read_config(folder)
         tensors: dict[str, TensorInfo] = {}
         weights = _find_weights(folder, allow_pickle=allow_pickle)
         if weights.pickled:
@@ -388,7 +388,8 @@ def resolve(path: str | Path, *, allow_pickle: bool = False) -> Path:
     raise NotACheckpoint(f"{folder} does not exist; pass a folder with config.json and *.safetensors, or a hub id")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of a model folder's config.json; raises NotACheckpoint or CorruptCheckpoint."""
     file = folder / "config.json"
     if not file.is_file():
         if file.is_symlink():

@@ -18,7 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from coterie.artifact import read_artifact
 from coterie.errors import CorruptCheckpoint, InputError
-from coterie.model.checkpoint import Checkpoint, resolve
+from coterie.model.checkpoint import Checkpoint, read_config, resolve
 from coterie.model.layers import Architecture, MoELayer, empty_model, quiet
 from coterie.model.quantized import dequantized
 
@@ -147,6 +147,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         InputError: the folder has none.
     """
     path = resolve(model)
+    read_config(path)
     with quiet():
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
