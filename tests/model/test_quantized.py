@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from coterie import compress
 from coterie.errors import CorruptCheckpoint, UnsupportedDtype
 from coterie.model import quantized
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.convert import Crossing
 from coterie.model.layers import Architecture, quiet
 from coterie.model.quantized import dequantized
+from coterie.testing import tiny_text
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
@@ -576,3 +578,35 @@ def test_a_value_that_the_chosen_format_cannot_hold(tmp_path):
     ):
         reader.read("x.weight")
     assert read_all(dequantized(checkpoint, "F32"))["x.weight"].tolist() == [[448000.0, 1000.0]]
+
+
+def test_from_a_packed_checkpoint_to_a_plain_half(packed, tmp_path):
+    """Compressing it gives the bits that compressing the unpacked model gives, and stock transformers loads them."""
+    plain, path, expected = packed
+    unpacked = shutil.copytree(plain, tmp_path / "unpacked")
+    tensors = load_file(plain / "model.safetensors")
+    for name, tensor in expected.items():
+        tensors[name] = tensor.to(torch.bfloat16).contiguous()
+    save_file(tensors, unpacked / "model.safetensors", metadata={"format": "pt"})
+    text = tiny_text(tmp_path / "text", documents=3)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    results = [
+        compress(model, tmp_path / out, experts=4, recipe="reap", text=text, tokens=256, seq_len=32)
+        for model, out in ((path, "from-packed"), (unpacked, "from-plain"))
+    ]
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    found, wanted = ({file.name: load_file(file) for file in each.out.glob("*.safetensors")} for each in results)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert found[name].keys() == wanted[name].keys()
+        assert all(torch.equal(found[name][key], wanted[name][key]) for key in wanted[name])
+    config = json.loads((results[0].out / "config.json").read_text())
+    assert "quantization_config" not in config
+    model, info = AutoModelForCausalLM.from_pretrained(results[0].out, output_loading_info=True)
+    assert not any(info.values())
+    assert model.dtype == torch.bfloat16
+    halves = compress(
+        path, tmp_path / "wide", experts=4, recipe="reap", text=text, tokens=256, seq_len=32, output_dtype="float32"
+    )
+    dtypes = {tensor.dtype for file in halves.out.glob("*.safetensors") for tensor in load_file(file).values()}
+    assert torch.float32 in dtypes

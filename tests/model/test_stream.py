@@ -133,6 +133,27 @@ def test_the_head_alone_gives_the_same_logits_again(tiny):
                     assert torch.equal(head(IDS, run.results[0]), stock_logits(tiny(model_type), IDS))
 
 
+def test_reading_ahead_changes_nothing(tiny):
+    """As on a GPU: while a layer is computed, the next one of the list is read in another thread."""
+    with Stream(Checkpoint.open(tiny("qwen3_moe", num_hidden_layers=5))) as stream:
+        stream.reads_ahead = True
+        readers, real = [], stream._load_unit
+
+        def load(unit, keep):
+            readers.append((unit.name, threading.current_thread() is threading.main_thread()))
+            return real(unit, keep)
+
+        stream._load_unit = load
+        run = stream.run([logits_job(stream, ids) for ids in IDS.split(2)])
+        for _ in run:
+            pass
+        assert stream.bytes_read == stream.checkpoint.num_bytes
+    by_main = dict(readers)
+    assert [by_main[f"model.layers.{number}"] for number in range(5)] == [True, False, False, False, False]
+    for found, ids in zip(run.results, IDS.split(2), strict=True):
+        assert torch.equal(found, stock_logits(tiny("qwen3_moe", num_hidden_layers=5), ids))
+
+
 def test_an_error_in_a_job_comes_out_and_leaves_no_thread(tiny):
     def broken():
         stream.model.base_model(input_ids=IDS, use_cache=False)

@@ -15,7 +15,7 @@ from coterie.errors import ArchitectureMismatch, Infeasible, InputError, StaleAr
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.convert import TORCH_DTYPES, Crossing
 from coterie.model.layers import Architecture, MoELayer
-from coterie.model.load import read_manifest
+from coterie.model.load import open_checkpoint, read_manifest
 from coterie.model.units import format_bytes, parse_bytes
 from coterie.profile.profile import Profile
 
@@ -32,7 +32,7 @@ class Plan:
         sizes: what each MoE layer gets, in order.
         untouched: parts of the checkpoint that the model class has no place for, such as heads for multi-token
             prediction; they are copied as they are, their experts too.
-        original_bytes: bytes of all tensors of the checkpoint.
+        original_bytes: bytes of all tensors of the checkpoint; of a quantised one, as it is read.
         predicted_bytes: bytes of all tensors of the result.
         original_parameters: number of elements of all tensors of the checkpoint.
         predicted_parameters: number of elements of all tensors of the result.
@@ -102,7 +102,7 @@ def plan(
         UnknownName: no such recipe.
         StaleArtifact: the profile is of another model.
     """
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model)
     architecture = Architecture.of(checkpoint)
     if isinstance(profile, str | Path):
         profile = Profile.load(profile, model_digest=checkpoint.digest)

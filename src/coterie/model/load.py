@@ -21,6 +21,7 @@ from coterie.errors import CorruptCheckpoint, InputError
 from coterie.model.checkpoint import Checkpoint, read_config, resolve
 from coterie.model.layers import Architecture, MoELayer, empty_model, quiet
 from coterie.model.quantized import dequantized
+from coterie.model.units import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,12 @@ def open_checkpoint(model: str | Path, *, output_dtype: str = "bfloat16", allow_
         NotACheckpoint, CorruptCheckpoint: no such model, or a damaged one.
         UnsupportedDtype: quantised in a way that cannot be undone here, or an unknown `output_dtype`.
     """
-    return dequantized(Checkpoint.open(model, allow_pickle=allow_pickle), output_dtype)
+    stored = Checkpoint.open(model, allow_pickle=allow_pickle)
+    plain = dequantized(stored, output_dtype)
+    if plain is not stored:
+        sizes = f"{format_bytes(stored.num_bytes)} there, {format_bytes(plain.num_bytes)} as {output_dtype}"
+        log.info("%s is stored quantised and read as plain numbers: %s", stored.path, sizes)
+    return plain
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:

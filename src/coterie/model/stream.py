@@ -108,6 +108,7 @@ class Stream(AbstractContextManager["Stream"]):
         units: its units, in the order of their modules.
         crossing: between the names on disk and in memory.
         bytes_read: bytes of tensors that were read from the checkpoint so far.
+        reads_ahead: whether the next layer is read while one is computed.
     """
 
     def __init__(
@@ -134,6 +135,8 @@ class Stream(AbstractContextManager["Stream"]):
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self.dtype = dtype or working_dtype(checkpoint, self.device)
+        # Where units are computed elsewhere, the next one is read meanwhile; here that would only cost memory.
+        self.reads_ahead = self.device.type != "cpu"
         self.model = hollow_model(checkpoint, dtype=self.dtype)
         self.crossing = crossing or Crossing(checkpoint, hollow_model(checkpoint, dtype=torch.float32))
         self._spill = Spill(scratch)
@@ -344,8 +347,7 @@ class Run:
     def __iter__(self) -> Iterator[Stage]:
         stream = self._stream
         workers = [Job(number, job) for number, job in enumerate(self._jobs)]
-        # Where units are computed elsewhere, the next one is read meanwhile; here that would only cost memory.
-        ahead = ThreadPoolExecutor(1) if stream.device.type != "cpu" else None
+        ahead = ThreadPoolExecutor(1) if stream.reads_ahead else None
         next_up: tuple[Unit, Future[Loaded]] | None = None
         try:
             for worker in workers:
