@@ -228,7 +228,7 @@ def test_the_forecast_names_its_parts_and_refuses_with_numbers(tiny):
     ):
         said.check(2**29)
     wide = Forecast(unit="model.layers.0", unit_bytes=2**20, sample_bytes=2**30)
-    with pytest.raises(Infeasible, match=r"with fewer sample tokens 1\.00 GiB and a little would do"):
+    with pytest.raises(Infeasible, match=r"with a small sample \(--sample-tokens\) 1\.00 GiB and a little would do"):
         wide.check(2**30 + 2**24)
 
 

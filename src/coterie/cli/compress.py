@@ -27,6 +27,7 @@ def compress(
     tokens: options.Tokens = 131_072,
     seq_len: options.SequenceLength = 512,
     seed: options.Seed = 0,
+    sample_tokens: options.SampleTokens = 8_192,
     device: options.Device = "cpu",
     inputs: Annotated[
         Literal["original", "compressed"],
@@ -63,6 +64,7 @@ def compress(
         tokens=tokens,
         seq_len=seq_len,
         seed=seed,
+        sample_tokens=sample_tokens,
         device=device,
         inputs=inputs,
         output_dtype=output_dtype,

@@ -18,6 +18,7 @@ Router = Annotated[
 ]
 Tokens = Annotated[int, typer.Option(help="Tokens of text in all, shared equally by the domains.")]
 SequenceLength = Annotated[int, typer.Option("--seq-len", help="Tokens in a sequence.")]
+SampleTokens = Annotated[int, typer.Option(help="Tokens of each layer's sample.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="Where the model runs, like cpu or cuda.")]
 MaxMemory = Annotated[

@@ -18,7 +18,7 @@ def profile(
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     domains: Annotated[str | None, typer.Option(help="Only these domains, separated by commas.")] = None,
-    sample_tokens: Annotated[int, typer.Option(help="Tokens of each layer's sample.")] = 8_192,
+    sample_tokens: options.SampleTokens = 8_192,
     max_memory: options.MaxMemory = None,
     allow_pickle: options.AllowPickle = False,
     json: options.Json = False,

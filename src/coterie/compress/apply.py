@@ -92,6 +92,7 @@ def compress(
     tokens: int = 131_072,
     seq_len: int = 512,
     seed: int = 0,
+    sample_tokens: int = 8_192,
     device: str = "cpu",
     inputs: Inputs = "original",
     output_dtype: str = "bfloat16",
@@ -115,6 +116,7 @@ def compress(
         tokens: calibration tokens in all.
         seq_len: tokens in a calibration sequence.
         seed: seed of everything random.
+        sample_tokens: tokens of the sample of each layer, where a profile is made.
         device: where layers are computed; what is done to their weights is always done on the CPU, in float32.
         inputs: what each layer receives while it is measured: "original", the output of the original layers before
             it, or "compressed", the output of the compressed ones (sequential calibration). The output that it is
@@ -151,7 +153,7 @@ def compress(
     if held is None:
         if text is None:
             raise InputError("no profile yet: give calibration text with --text, or a profile with --profile")
-        settings = Settings(text=text, tokens=tokens, seq_len=seq_len, seed=seed)
+        settings = Settings(text=text, tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens)
         measure = settings.measure(checkpoint, architecture.layers)
     expected = _forecast(stream, architecture.layers, measure, held)
     expected.check(None if max_memory is None else parse_bytes(max_memory))
@@ -159,7 +161,7 @@ def compress(
     if isinstance(profile, str | Path) and held is None:
         held = run_profile(
             model, profile, text=str(text), tokens=tokens, seq_len=seq_len, seed=seed, device=device,
-            allow_pickle=allow_pickle,
+            sample_tokens=sample_tokens, allow_pickle=allow_pickle,
         )  # fmt: skip
         measure = None
     header = {

@@ -53,7 +53,7 @@ class Forecast:
         if limit is not None and self.num_bytes > limit:
             least = self.num_bytes - self.sample_bytes
             way = (
-                f"with fewer sample tokens {format_bytes(least)} and a little would do"
+                f"with a small sample (--sample-tokens) {format_bytes(least)} and a little would do"
                 if least < limit
                 else "no setting makes it smaller, since one layer must fit: use a machine with more memory"
             )
