@@ -256,16 +256,23 @@ class TensorReader:
                     self._files[info.shard] = FileIO(path)
                 except FileNotFoundError:
                     raise CorruptCheckpoint(f"{path}: {_absence(path)}; fetch this file again") from None
-            descriptor = self._files[info.shard].fileno()
+            file = self._files[info.shard]
         done = 0
         while done < len(target):
-            count = os.preadv(descriptor, [target[done:]], info.begin + done)
+            count = self._read_at(file, target[done:], info.begin + done)
             if count == 0:
                 raise CorruptCheckpoint(
                     f"{path}: ends after {info.begin + done} bytes, within tensor {info.name!r}, which ends at byte "
                     f"{info.end}: it was cut off after it was opened; fetch this file again"
                 )
             done += count
+
+    def _read_at(self, file: FileIO, target: memoryview, position: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(file.fileno(), [target], position)
+        with self._lock:  # where a file has one position that all threads share
+            file.seek(position)
+            return file.readinto(target) or 0
 
     def close(self) -> None:
         """Close all files."""

@@ -7,10 +7,12 @@ is read and converted, or compressed, parts of it exist twice; the rest is one l
 from __future__ import annotations
 
 import logging
-import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from coterie.errors import Infeasible
 from coterie.model.stream import Stream
@@ -86,6 +88,11 @@ def peak_bytes() -> int:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    memory: Any = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return int(memory.peak_wset)
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
