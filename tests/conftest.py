@@ -1,6 +1,7 @@
 """What all tests share: tiny checkpoints and text made once a session, one thread, no network, repeatable draws."""
 
 import hashlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -73,3 +74,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     before = digests(folder)
     yield folder
     assert digests(folder) == before, "a test wrote into the shared text"
+
+
+@pytest.fixture(autouse=True)
+def quiet_library() -> Iterator[None]:
+    """The program makes the library talk (its messages are what a user sees); no test inherits that from another."""
+    yield
+    logging.getLogger("coterie").setLevel(logging.NOTSET)
