@@ -9,7 +9,6 @@ compared with those logits, and only then put in its place. A run that was kille
 from __future__ import annotations
 
 import errno
-import functools
 import logging
 import shutil
 import time
@@ -251,14 +250,14 @@ class _Job:
 
     def write_weights(self, run: Run) -> Tensor:
         """Compress layer by layer and write each layer's file; return the logits (B, S, V) of the result in flight."""
-        stream, model = self.stream, self.stream.model
+        stream = self.stream
         by_unit = {shard.unit: shard for shard in self.shards if shard.unit is not None}
         routed = {name for part in self._parts for name in (*part.experts, *part.router)}
-        jobs: list[Any] = [functools.partial(_logits, model, self.check_ids())]
+        jobs: list[Any] = [stream.logits_job(self.check_ids())]
         if self._profile is None:
             assert self._measure is not None
             batches = [ids_BS for _, ids_BS in self._measure.batches()]
-            jobs += [functools.partial(_run_base, model, ids_BS) for ids_BS in (*batches, *batches)]
+            jobs += [stream.base_job(ids_BS) for ids_BS in (*batches, *batches)]
         passes = stream.run(jobs, keep=lambda name: name not in routed)
         seen: set[str] = set()
         for stage in track(passes, "compressing", total=len(stream.units)):
@@ -412,15 +411,6 @@ class _Job:
         return body
 
 
-def _logits(model: Any, ids_BS: Tensor) -> Tensor:
-    logits_BSV: Tensor = model(input_ids=ids_BS, use_cache=False).logits
-    return logits_BSV
-
-
-def _run_base(model: Any, ids_BS: Tensor) -> None:
-    model.base_model(input_ids=ids_BS, use_cache=False)
-
-
 def _summed(statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sum statistics over their domains."""
     return {name: value.sum(0) for name, value in statistics.items()}
@@ -451,7 +441,7 @@ def check_reload(folder: Path, ids_BS: Tensor, expected_BSV: Tensor, *, device: 
         ReloadMismatch: the logits differ by more than `RELOAD_TOLERANCE`.
     """
     with Stream(Checkpoint.open(folder), device=device, scratch=folder.parent) as stream:
-        run = stream.run([functools.partial(_logits, stream.model, ids_BS)])
+        run = stream.run([stream.logits_job(ids_BS)])
         for _ in run:
             pass
     found_BSV: Tensor = run.results[0]

@@ -118,7 +118,6 @@ class Stream(AbstractContextManager["Stream"]):
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         scratch: Path | None = None,
-        crossing: Crossing | None = None,
     ) -> None:
         """Build the empty model.
 
@@ -127,7 +126,6 @@ class Stream(AbstractContextManager["Stream"]):
             dtype: number format of the weights while they are in memory; see `working_dtype`.
             device: where units are computed; everything else stays on the CPU.
             scratch: folder for outputs beyond `coterie.model.spill.SPILL_BYTES`; the system's own when None.
-            crossing: the checkpoint's crossing, where it is there already.
 
         Raises:
             NotACheckpoint, CorruptCheckpoint: the model cannot be built, or tensors are missing.
@@ -138,7 +136,7 @@ class Stream(AbstractContextManager["Stream"]):
         # Where units are computed elsewhere, the next one is read meanwhile; here that would only cost memory.
         self.reads_ahead = self.device.type != "cpu"
         self.model = hollow_model(checkpoint, dtype=self.dtype)
-        self.crossing = crossing or Crossing(checkpoint, hollow_model(checkpoint, dtype=torch.float32))
+        self.crossing = Crossing(checkpoint, hollow_model(checkpoint, dtype=torch.float32))
         self._spill = Spill(scratch)
         self._reader: TensorReader | None = None
         self._bytes_read = 0
@@ -148,6 +146,7 @@ class Stream(AbstractContextManager["Stream"]):
         self._load_lock = threading.Lock()
         self._sources = _sources(self.model, self.crossing)
         self.units = tuple(self._describe(name, order) for order, name in enumerate(self._modules))
+        self._check_whole()
         self._originals: dict[str, Callable[..., Any]] = {}
 
     def __enter__(self) -> Self:
@@ -185,6 +184,23 @@ class Stream(AbstractContextManager["Stream"]):
         """
         return Run(self, jobs, keep)
 
+    def logits_job(self, ids_BS: Tensor) -> Callable[[], Tensor]:
+        """Return a job that computes logits (B, S, V) from token ids."""
+
+        def job() -> Tensor:
+            logits_BSV: Tensor = self.model(input_ids=ids_BS, use_cache=False).logits
+            return logits_BSV
+
+        return job
+
+    def base_job(self, ids_BS: Tensor) -> Callable[[], None]:
+        """Return a job that sends token ids (B, S) through all layers, for whoever watches them."""
+
+        def job() -> None:
+            self.model.base_model(input_ids=ids_BS, use_cache=False)
+
+        return job
+
     def read(self, name: str) -> Tensor:
         """Read one tensor by its name on disk, as it is there."""
         assert self._reader is not None, "the stream is not open"
@@ -206,17 +222,6 @@ class Stream(AbstractContextManager["Stream"]):
         """Bytes of a unit in the working number format."""
         state = self._state
         return sum(state[name].numel() * self._dtype_of(name).itemsize for name in unit.names)
-
-    @contextmanager
-    def materialised(self, unit: Unit, *, keep: Callable[[str], bool] = lambda name: False) -> Iterator[Loaded]:
-        """Within the block, the weights of a unit are in memory, on the stream's device."""
-        loaded = self._load_unit(unit, keep)
-        self._fill(loaded)
-        try:
-            yield loaded
-        finally:
-            del loaded
-            self._empty(unit)
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor, Any], Tensor]]:
@@ -245,6 +250,14 @@ class Stream(AbstractContextManager["Stream"]):
         finally:
             for unit in outside:
                 self._empty(unit)
+
+    def _check_whole(self) -> None:
+        missing = sorted(self._state.keys() - self._sources.keys())
+        if missing:
+            raise CorruptCheckpoint(
+                f"{self.checkpoint.path}: {missing[0]} is missing, and {len(missing) - 1} others of the "
+                f"{len(self._state)} tensors that the model needs; fetch the checkpoint again"
+            )
 
     def _describe(self, name: str, order: int) -> Unit:
         prefix = f"{name}."
@@ -295,10 +308,7 @@ class Stream(AbstractContextManager["Stream"]):
             source = name if name in found else tied.get(name, name)
             source = source if source in found else next((other for other in found if tied.get(other) == name), source)
             if source not in found:
-                raise CorruptCheckpoint(
-                    f"{self.checkpoint.path}: {name} is missing (the model needs {len(self._state)} tensors, "
-                    f"{len(self.checkpoint.tensors)} are there); fetch the checkpoint again"
-                )
+                raise CorruptCheckpoint(f"{self.checkpoint.path}: {name} was not made from {self._sources.get(name)}")
             tensors[name] = found[source]
         return tensors, kept, conversions
 

@@ -5,7 +5,6 @@ Legend: E experts, D model width, T tokens, K chosen experts, G domains.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -271,7 +270,7 @@ class Measure:
         """
         model: Any = stream.model
         domains, batches = zip(*self.batches(), strict=True)
-        jobs = [functools.partial(_run_base, model, ids_BS) for ids_BS in batches]
+        jobs = [stream.base_job(ids_BS) for ids_BS in batches]
         left = {layer.index for layer in layers} - set(skip)
         for stage in track(stream.run(jobs), "profiling", total=len(stream.units)):
             here = tuple(layer for layer in layers if stage.unit.holds(layer.experts))
@@ -317,10 +316,6 @@ class Measure:
             statistics=statistics,
             samples=samples,
         )
-
-
-def _run_base(model: Any, ids_BS: Tensor) -> None:
-    model.base_model(input_ids=ids_BS, use_cache=False)
 
 
 class Collector:
