@@ -29,8 +29,12 @@ lint: $(VENV)/.stamp-dev ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.stamp ## the demo, its tables kept as benchmarks/demo.md
+bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (an hour, 50 GB of disk)
 	$(BIN)/python benchmarks/demo.py --markdown benchmarks/demo.md
+	$(BIN)/python benchmarks/inputs.py --markdown benchmarks/inputs.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/overhead.py --tokens 131072 --repeats 3 --large-size 0 --recipes reap \
+		--markdown benchmarks/overhead.md
+	$(BIN)/python benchmarks/memory.py --tokens 2048 --markdown benchmarks/memory.md
 
 clean: ## remove caches, builds and the demo's results; .venv stays
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist demo
