@@ -23,7 +23,7 @@ from torch import Tensor
 
 from coterie.artifact import write_artifact, write_json
 from coterie.compress.layer import LayerSummary, Swap, compress_layer
-from coterie.compress.plan import Plan, Router, check_statistics, layer_tensors, make_plan
+from coterie.compress.plan import Plan, Router, check_profile, check_statistics, layer_tensors, make_plan
 from coterie.compress.recipes import get_recipe
 from coterie.compress.shards import Shard, lay_out, write_index, write_shard
 from coterie.errors import ArchitectureMismatch, CoterieError, InputError, OutOfSpace, OutputExists, ReloadMismatch
@@ -31,13 +31,13 @@ from coterie.journal import Run, open_run
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.layers import Architecture, MoELayer
 from coterie.model.load import MANIFEST, open_checkpoint
-from coterie.model.memory import Forecast, forecast, peak_bytes
+from coterie.model.memory import Forecast, peak_bytes
 from coterie.model.stream import Stage, Stream
 from coterie.model.units import format_bytes, parse_bytes
-from coterie.profile.observation import Observation, observed, proving
+from coterie.profile.observation import observed, proving
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile, Sample
-from coterie.profile.run import Measure, Settings, profile_in_run
+from coterie.profile.run import Measure, Settings, forecast_with_sample, profile_in_run
 from coterie.profile.run import profile as run_profile
 from coterie.progress import track
 
@@ -179,7 +179,8 @@ def compress(
             profile_in_run(run, stream, architecture.layers, measure, private=True)
             held = Profile.load(run.private)
         if held is not None:
-            plan = make_plan(checkpoint, architecture, stream.crossing, held, **wish)
+            check_profile(held, checkpoint, get_recipe(recipe).needs)
+            plan = replace(plan, inputs={**plan.inputs, "text": held.text_digest})
         clock.lap("profile")
         job = _Job(stream, architecture, plan, held, measure)
         logits_BSV = job.write_weights(run)
@@ -238,6 +239,8 @@ class _Job:
         self._architecture = architecture
         self._profile = profile
         self._measure = measure
+        #: Text that is measured while the layers are compressed: none where a profile is there.
+        self._batches = measure.batches() if profile is None and measure is not None else []
         self._passes = get_recipe(plan.recipe).with_router(plan.router)
         self._parts = layer_tensors(stream.checkpoint, architecture.layers, stream.crossing)
         self._swap = Swap(stream, architecture, plan)
@@ -254,10 +257,7 @@ class _Job:
         by_unit = {shard.unit: shard for shard in self.shards if shard.unit is not None}
         routed = {name for part in self._parts for name in (*part.experts, *part.router)}
         jobs: list[Any] = [stream.logits_job(self.check_ids())]
-        if self._profile is None:
-            assert self._measure is not None
-            batches = [ids_BS for _, ids_BS in self._measure.batches()]
-            jobs += [stream.base_job(ids_BS) for ids_BS in (*batches, *batches)]
+        jobs += [stream.base_job(ids_BS) for _, ids_BS in (*self._batches, *self._batches)]
         passes = stream.run(jobs, keep=lambda name: name not in routed)
         seen: set[str] = set()
         for stage in track(passes, "compressing", total=len(stream.units)):
@@ -312,16 +312,9 @@ class _Job:
         maps = {layer.index: summaries[layer.index].expert_map for layer in here}
         with self._swap.filled(stage.unit, memory, maps) as module:
             for call in stage.calls:
-                if self._is_prefix(call.job):
+                # The check and, after it, the first half of the text run through compressed layers.
+                if call.job <= len(self._batches):
                     call.finish(call.compute(module))
-
-    def _is_prefix(self, job: int) -> bool:
-        """Tell whether a job runs through compressed layers: the check and, after it, the first half of the text."""
-        return self._profile is not None or job <= self._num_batches()
-
-    def _num_batches(self) -> int:
-        assert self._measure is not None
-        return len(self._measure.batches())
 
     def _measured(
         self, stage: Stage, here: Sequence[MoELayer], *, measuring: bool
@@ -335,9 +328,8 @@ class _Job:
                 layer.index: (_summed(profile.statistics[layer.index]), profile.samples[layer.index]) for layer in here
             }
         assert self._measure is not None
-        batches, model = self._measure.batches(), self.stream.model
+        batches, model, count = self._batches, self.stream.model, len(self._batches)
         collectors = {layer.index: self._measure.collector() for layer in here}
-        count = len(batches)
         if measuring:
             with proving(model, tuple(here)):
                 stage.calls[1].compute()
@@ -351,7 +343,7 @@ class _Job:
             with observed(model, tuple(here), thin=self._measure.thin) as observations:
                 prefix.compute()
             for observation, target in zip(observations, targets, strict=True):
-                collectors[observation.layer.index].add(domain, _with_target(observation, target))
+                collectors[observation.layer.index].add(domain, replace(observation, output_TD=target.output_TD))
         if not measuring:
             return {}
         for each in collectors.values():
@@ -416,18 +408,11 @@ def _summed(statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.sum(0) for name, value in statistics.items()}
 
 
-def _with_target(observation: Observation, target: Observation) -> Observation:
-    """Return an observation whose output is another one's."""
-    return replace(observation, output_TD=target.output_TD)
-
-
 def _forecast(stream: Stream, layers: tuple[MoELayer, ...], measure: Measure | None, held: Profile | None) -> Forecast:
     if measure is not None:
         return measure.forecast(stream, layers)
     assert held is not None
-    widest = max(layers, key=lambda layer: layer.num_experts)
-    taken = len(held.samples[0].domain_T)
-    return forecast(stream, sample_tokens=taken, hidden_size=widest.hidden_size, num_experts=widest.num_experts)
+    return forecast_with_sample(stream, layers, len(held.samples[0].domain_T))
 
 
 def check_reload(folder: Path, ids_BS: Tensor, expected_BSV: Tensor, *, device: str = "cpu") -> float:

@@ -132,7 +132,7 @@ def make_plan(
     if manifest is not None and manifest["router"] == "map":
         raise InputError(f"{checkpoint.path} is a mapped result; compress the model that it was made from")
     if profile is not None:
-        _check_profile(profile, checkpoint, chosen.needs)
+        check_profile(profile, checkpoint, chosen.needs)
     parts = layer_tensors(checkpoint, architecture.layers, crossing)
     _check_dtypes(checkpoint, parts)
     sizing = _Sizing(checkpoint, architecture, crossing, parts, router)
@@ -270,7 +270,8 @@ def _largest_within(architecture: Architecture, sizing: _Sizing, limit: int) -> 
     return fitting[-1]
 
 
-def _check_profile(profile: Profile, checkpoint: Checkpoint, needs: tuple[str, ...]) -> None:
+def check_profile(profile: Profile, checkpoint: Checkpoint, needs: tuple[str, ...]) -> None:
+    """Raise StaleArtifact for the profile of another model, ArchitectureMismatch where it lacks what a recipe needs."""
     if profile.model_digest != checkpoint.digest:
         raise StaleArtifact(
             f"the profile was made from another model ({profile.model_digest[:12]}; {checkpoint.path} is "

@@ -249,9 +249,7 @@ class Measure:
 
     def forecast(self, stream: Stream, layers: tuple[MoELayer, ...]) -> Forecast:
         """Say how much memory measuring takes at most."""
-        taken = min(self.sample_tokens, sum(self.token_set.num_tokens.values()))
-        widest = max(layers, key=lambda layer: layer.num_experts)
-        return forecast(stream, sample_tokens=taken, hidden_size=widest.hidden_size, num_experts=widest.num_experts)
+        return forecast_with_sample(stream, layers, min(self.sample_tokens, sum(self.token_set.num_tokens.values())))
 
     def collector(self) -> Collector:
         """Return a collector for one layer."""
@@ -316,6 +314,12 @@ class Measure:
             statistics=statistics,
             samples=samples,
         )
+
+
+def forecast_with_sample(stream: Stream, layers: tuple[MoELayer, ...], sample_tokens: int) -> Forecast:
+    """Say how much memory a run takes at most that holds one layer's sample of so many tokens."""
+    widest = max(layers, key=lambda layer: layer.num_experts)
+    return forecast(stream, sample_tokens=sample_tokens, hidden_size=widest.hidden_size, num_experts=widest.num_experts)
 
 
 class Collector:
