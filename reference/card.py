@@ -1,9 +1,12 @@
-"""Measure the reference model and write its card: README.md and card.json in the model's folder.
+"""Measure a reference model and write its card: README.md and card.json in the model's folder.
 
-    python reference/card.py                       # reference/model, or --model DIR
+    python reference/card.py                               # reference/model
+    python reference/card.py --model reference/glm4_moe
 
-Every number in the card comes from this command, the training log (reference/run/log.jsonl, or reference/training.jsonl
-where there is no run) or the model's config.
+Every number in the card comes from this command, the training log (that of the run in reference/run, or the kept one
+where there is none) or the model's weights and config.
+
+Shape suffixes: N domains, L layers with experts, E experts, T tokens, K top_k.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import textwrap
 from pathlib import Path
 
 import torch
@@ -21,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import data
 import fast
 from coterie.evaluate.generation import count_correct, read_questions
+from families import FAMILIES, find_log
 
 HERE = Path(__file__).resolve().parent
 ROWS = 16
@@ -28,19 +33,25 @@ ROWS = 16
 
 def measure_domain(model: PreTrainedModel, windows: Tensor) -> tuple[float, float, Tensor]:
     """Mean loss (nats per token), share of tokens guessed right and routing counts [layers, E] over test windows."""
-    config = model.config
+    routers = [block.gate for block in fast.moe_blocks(model)]
+    counts_LE = torch.zeros(len(routers), routers[0].num_experts, dtype=torch.int64)
+
+    def count(layer: int, index_TK: Tensor) -> None:
+        counts_LE[layer] += torch.bincount(index_TK.reshape(-1).cpu(), minlength=counts_LE.shape[1])
+
+    hooks = [
+        router.register_forward_hook(lambda module, arguments, output, layer=layer: count(layer, output[2]))
+        for layer, router in enumerate(routers)
+    ]
     total, right, num_tokens = 0.0, 0, 0
-    counts_LE = torch.zeros(config.num_hidden_layers, config.num_experts, dtype=torch.int64)
     for part in windows.split(ROWS):
         inputs, labels = part[:, :-1].to(model.device), part[:, 1:].reshape(-1).to(model.device)
-        output = model(inputs, output_router_logits=True, use_cache=False)
-        logits = output.logits.flatten(0, 1).float()
+        logits = model(inputs, use_cache=False).logits.flatten(0, 1).float()
         total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         right += int((logits.argmax(-1) == labels).sum())
         num_tokens += len(labels)
-        for layer, router_logits in enumerate(output.router_logits):
-            chosen = router_logits.topk(config.num_experts_per_tok, dim=-1).indices.reshape(-1).cpu()
-            counts_LE[layer] += torch.bincount(chosen, minlength=config.num_experts)
+    for hook in hooks:
+        hook.remove()
     return total / num_tokens, right / num_tokens, counts_LE
 
 
@@ -92,11 +103,12 @@ def measure(folder: Path, num_windows: int, device: str) -> dict[str, object]:
     questions = read_questions(HERE / "text" / "test")["math"]
     right = count_correct(model, tokenizer, questions, batch_size=128)
     parameters = sum(p.numel() for p in model.parameters())
-    idle = config.num_experts - config.num_experts_per_tok
-    per_expert = 3 * config.hidden_size * config.intermediate_size
+    experts = [block.experts for block in fast.moe_blocks(model)]
+    num_experts, hidden_width, expert_width = experts[0].down_proj.shape
+    idle = len(experts) * (num_experts - config.num_experts_per_tok)
     result: dict[str, object] = {
         "parameters": parameters,
-        "active_parameters": parameters - config.num_hidden_layers * idle * per_expert,
+        "active_parameters": parameters - idle * 3 * hidden_width * expert_width,
         "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "domains": domains,
         "mean_perplexity": math.exp(sum(d["loss"] for d in domains.values()) / len(domains)),
@@ -105,15 +117,25 @@ def measure(folder: Path, num_windows: int, device: str) -> dict[str, object]:
         "exact_answer_accuracy": right / len(questions),
         "layers": measure_routing(torch.stack(counts)),
     }
-    names = "hidden_size num_hidden_layers num_attention_heads num_experts num_experts_per_tok intermediate_size"
-    result["config"] = {name: getattr(config, name) for name in [*names.split(), "vocab_size", "norm_topk_prob"]}
-    return result | {"training": read_training()}
+    result["config"] = {
+        "model_type": config.model_type,
+        "hidden_size": hidden_width,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_moe_layers": len(experts),
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "num_experts": num_experts,
+        "num_shared_experts": getattr(config, "n_shared_experts", 0),
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "intermediate_size": expert_width,
+        "vocab_size": config.vocab_size,
+        "norm_topk_prob": config.norm_topk_prob,
+    }
+    return result | {"training": read_training(find_log(FAMILIES[config.model_type]))}
 
 
-def read_training() -> dict[str, object]:
-    """Tokens, steps, time and data of the run, from its log; empty without a log."""
-    path = HERE / "run" / "log.jsonl"
-    path = path if path.exists() else HERE / "training.jsonl"
+def read_training(path: Path) -> dict[str, object]:
+    """Tokens, steps, time and data of a run, from its log; empty without a log."""
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     steps = [record for record in records if "lm_loss" in record]
     starts = [record for record in records if record.get("event") == "start"]
@@ -135,9 +157,25 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def write_structure(config: dict[str, object]) -> str:
+    """Layers, heads and experts, as an item of the card's list."""
+    dense = config["num_hidden_layers"] - config["num_moe_layers"]
+    first = f" (the first {f'{dense} ' if dense > 1 else ''}dense)" if dense else ""
+    shared = config["num_shared_experts"]
+    text = (
+        f"- {config['num_hidden_layers']} layers{first}, hidden width "
+        f"{config['hidden_size']}, {config['num_attention_heads']} heads ({config['num_key_value_heads']} of keys and "
+        f"values); {config['num_experts']} experts of width {config['intermediate_size']} a layer"
+        f"{f' and {shared} shared' if shared else ''}, top_k {config['num_experts_per_tok']}, weights of the chosen "
+        f"experts normalised: {config['norm_topk_prob']}."
+    )
+    return textwrap.fill(text, 120, subsequent_indent="  ")
+
+
 def write_card(result: dict[str, object]) -> str:
     """The model card in Markdown."""
     config, training = result["config"], result["training"]
+    family = FAMILIES[config["model_type"]]
     by_domain, weights = result["domains"], training.get("weights", {})
     corpus = training.get("corpus_tokens", {})
     domain_rows = []
@@ -148,7 +186,7 @@ def write_card(result: dict[str, object]) -> str:
         domain_rows.append([name, share, epochs, f"{d['tokens']:,}", f"{d['perplexity']:.2f}", accuracy])
     layer_rows = [
         [
-            str(i),
+            str(i + config["num_hidden_layers"] - config["num_moe_layers"]),
             f"{layer['entropy']:.3f}",
             f"{layer['least_share']:.2f}",
             f"{layer['most_share']:.2f}",
@@ -164,33 +202,35 @@ def write_card(result: dict[str, object]) -> str:
         if training
         else "no training log was found"
     )
+    text = (
+        f"{trained[0].upper() + trained[1:]}, sequences of 256 tokens and, in the last quarter, of {data.WINDOW}. "
+        "Muon for the matrices, AdamW for embeddings, norms and routers, constant rate and then a linear decay over "
+        f"the last quarter, {family.BALANCING}. Data: the ten domains below, from open-source packages and "
+        "public-domain books; the mathematics is generated. Made by `reference/build_corpus.py`, trained by "
+        f"`reference/train.py --model={config['model_type']}`."
+    )
     domain_heads = ["domain", "share of training", "epochs", "test tokens", "perplexity", "next token right"]
     layer_heads = ["layer", "entropy", "least used", "most used", "unused", "information (bits)", "normalised"]
     return f"""---
 license: apache-2.0
 library_name: transformers
 pipeline_tag: text-generation
-tags: [mixture-of-experts, olmoe, coterie]
+tags: [mixture-of-experts, {config["model_type"]}, coterie]
 ---
 
-# Coterie reference model
+# {family.TITLE}
 
 A small Mixture-of-Experts language model, made to try compression methods on: real routing, real domains, seconds to
-load. It is a stock `OlmoeForCausalLM` and no assistant: it is far too small to rely on for anything it says.
+load. It is a stock `{family.MODEL.__name__}` and no assistant: it is far too small to rely on for anything it says.
 
 - {result["parameters"]:,} parameters, {result["active_parameters"]:,} active per token, {result["bytes"]:,} bytes
   (bfloat16), embeddings tied.
-- {config["num_hidden_layers"]} layers, hidden width {config["hidden_size"]}, {config["num_attention_heads"]} heads;
-  {config["num_experts"]} experts of width {config["intermediate_size"]} a layer, top_k
-  {config["num_experts_per_tok"]}, weights of the chosen experts normalised: {config["norm_topk_prob"]}.
+{write_structure(config)}
 - Byte-level BPE, {config["vocab_size"]} tokens, every digit its own token; `<|endoftext|>` begins a document.
 
 ## Training
 
-{trained[0].upper() + trained[1:]}, sequences of 256 tokens and, in the last quarter, of {data.WINDOW}. Muon for the
-matrices, AdamW for embeddings, norms and routers, constant rate and then a linear decay over the last quarter,
-load-balancing loss with coefficient 0.01. Data: the ten domains below, from open-source packages and public-domain
-books; the mathematics is generated. Made by `reference/build_corpus.py`, trained by `reference/train.py`.
+{textwrap.fill(text, 120, break_on_hyphens=False)}
 
 ## Test
 

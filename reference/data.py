@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 END = "<|endoftext|>"
 VOCABULARY = 8192
 WINDOW = 512
+SEED = 20240229
 
 
 def read_documents(path: Path) -> list[str]:

@@ -1,7 +1,8 @@
-"""Fast training pass over a stock `OlmoeForCausalLM`: the same parameters and the same maths, fewer passes over memory.
+"""Parts of a fast training pass over stock models: the same parameters and the same maths, fewer passes over memory.
 
 The stock forward is written for clarity. Here the rows are sorted by expert and multiplied expert by expert in one
-autograd function, the loss never holds all logits, and the element-wise parts can be fused by `torch.compile`.
+autograd function, the loss never holds all logits, and the element-wise parts can be fused by `torch.compile`. The
+passes themselves are in families/, one module a model.
 
 Shape suffixes: B batch, S sequence, T = B * S tokens, K top_k, R = T * K routed rows, E experts, D hidden width,
 F expert width, G = 2 * F (gate and up), V vocabulary.
@@ -14,9 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
-from transformers import OlmoeForCausalLM
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.models.olmoe.modeling_olmoe import apply_rotary_pos_emb
 
 SORTED = "sorted"
 
@@ -208,67 +208,21 @@ def mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The norm of OLMoE: float32 inside, the weight applied in the dtype of `x`."""
+    """The norm of both models: float32 inside, the weight applied in the dtype of `x`."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def qkv(
-    hidden_BSD: Tensor,
-    norm: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    weight_v: Tensor,
-    norm_q: Tensor,
-    norm_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normed, rotated queries and keys, and values: each [B, heads, S, head width]."""
-    batch, length, _ = hidden_BSD.shape
-    head_width = cos.shape[-1]
-    x_BSD = rms_norm(hidden_BSD, norm, eps)
-    query = rms_norm(F.linear(x_BSD, weight_q), norm_q, eps).view(batch, length, -1, head_width).transpose(1, 2)
-    key = rms_norm(F.linear(x_BSD, weight_k), norm_k, eps).view(batch, length, -1, head_width).transpose(1, 2)
-    value = F.linear(x_BSD, weight_v).view(batch, length, -1, head_width).transpose(1, 2)
-    query, key = apply_rotary_pos_emb(query, key, cos, sin)
-    return query, key, value
-
-
-def route(
-    residual_BSD: Tensor, mixed_BSD: Tensor, weight_o: Tensor, norm: Tensor, router_ED: Tensor, top_k: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output projection, residual, norm and router.
-
-    Returns:
-        New residual [B, S, D], the experts' input [T, D], weights [T, K], index [T, K], mean probability [E].
-    """
-    residual_BSD = residual_BSD + F.linear(mixed_BSD, weight_o)
-    x_TD = rms_norm(residual_BSD, norm, eps).flatten(0, 1)
-    prob_TE = torch.softmax(F.linear(x_TD, router_ED), dim=-1, dtype=torch.float32)
-    weight_TK, index_TK = torch.topk(prob_TE, top_k, dim=-1)
-    weight_TK = (weight_TK / weight_TK.sum(-1, keepdim=True)).to(x_TD.dtype)
-    return residual_BSD, x_TD, weight_TK, index_TK, prob_TE.mean(0)
-
-
-EAGER: dict[str, Callable] = {
-    "gated": gated,
-    "gated_backward": gated_backward,
-    "combine": combine,
-    "attend": attend,
-    "attend_backward": attend_backward,
-    "rms_norm": rms_norm,
-    "qkv": qkv,
-    "route": route,
+KERNELS: dict[str, Callable] = {
+    kernel.__name__: kernel for kernel in (gated, gated_backward, combine, attend, attend_backward, rms_norm)
 }
-KERNELS: dict[str, Callable] = dict(EAGER)
 
 
-def compile_kernels() -> None:
-    """Fuse the element-wise parts with `torch.compile` (needs a C++ compiler); results agree to rounding."""
-    for name, kernel in EAGER.items():
-        KERNELS[name] = torch.compile(kernel, dynamic=False)
+def compile_kernels(*tables: dict[str, Callable]) -> None:
+    """Fuse the element-wise parts in `tables` with `torch.compile` (needs a C++ compiler); they agree to rounding."""
+    for table in tables:
+        for name, kernel in table.items():
+            table[name] = torch.compile(kernel, dynamic=False)
 
 
 def balance_loss(load_LE: Tensor, prob_LE: Tensor) -> Tensor:
@@ -284,49 +238,19 @@ def balance_loss(load_LE: Tensor, prob_LE: Tensor) -> Tensor:
     return load_LE.shape[1] * (load_LE * prob_LE).sum(1).mean()
 
 
-def training_pass(model: OlmoeForCausalLM, tokens_BS: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Language-model loss and routing statistics of one batch.
+def moe_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The MoE blocks of a model, each with a router `gate` and `experts`; dense layers have none."""
+    return [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "gate")]
 
-    Returns:
-        Mean cross-entropy in nats, mean router probability [layers, E], load [layers, E] (see `balance_loss`).
-    """
-    config, trunk = model.config, model.model
-    if not config.norm_topk_prob or config.clip_qkv is not None or config.attention_bias:
-        raise ValueError("training_pass covers norm_topk_prob=True, no clip_qkv and no attention_bias only")
-    eps, num_experts = config.rms_norm_eps, config.num_experts
-    hidden_BSD = trunk.embed_tokens(tokens_BS)
-    positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
-    cos, sin = trunk.rotary_emb(hidden_BSD, positions)
-    probs, loads = [], []
-    for layer in trunk.layers:
-        attention, moe = layer.self_attn, layer.mlp
-        query, key, value = KERNELS["qkv"](
-            hidden_BSD,
-            layer.input_layernorm.weight,
-            attention.q_proj.weight,
-            attention.k_proj.weight,
-            attention.v_proj.weight,
-            attention.q_norm.weight,
-            attention.k_norm.weight,
-            cos,
-            sin,
-            eps,
-        )
-        mixed = mix(query, key, value)
-        hidden_BSD, x_TD, weight_TK, index_TK, prob_E = KERNELS["route"](
-            hidden_BSD,
-            mixed.transpose(1, 2).reshape(hidden_BSD.shape),
-            attention.o_proj.weight,
-            layer.post_attention_layernorm.weight,
-            moe.gate.weight,
-            config.num_experts_per_tok,
-            eps,
-        )
-        probs.append(prob_E)
-        loads.append(torch.bincount(index_TK.reshape(-1), minlength=num_experts).float() / index_TK.shape[0])
-        out_TD = SortedExperts.apply(x_TD, index_TK, weight_TK, moe.experts.gate_up_proj, moe.experts.down_proj)
-        hidden_BSD = hidden_BSD + out_TD.view(hidden_BSD.shape)
-    hidden_BSD = KERNELS["rms_norm"](hidden_BSD, trunk.norm.weight, eps)
+
+def measure_load(index_TK: Tensor, num_experts: int) -> Tensor:
+    """Chosen slots per token of each expert, [E], float32; the sum is top_k."""
+    return torch.bincount(index_TK.reshape(-1), minlength=num_experts).float() / index_TK.shape[0]
+
+
+def head_loss(model: PreTrainedModel, hidden_BSD: Tensor, labels_BS: Tensor) -> Tensor:
+    """Mean cross-entropy in nats, from the hidden states after the last layer."""
+    trunk = model.model
+    hidden_BSD = KERNELS["rms_norm"](hidden_BSD, trunk.norm.weight, model.config.rms_norm_eps)
     hidden_TD, label_T = hidden_BSD.flatten(0, 1), labels_BS.reshape(-1)
-    loss = ChunkedCrossEntropy.apply(hidden_TD, model.lm_head.weight, label_T, 512, torch.is_grad_enabled())
-    return loss, torch.stack(probs), torch.stack(loads)
+    return ChunkedCrossEntropy.apply(hidden_TD, model.lm_head.weight, label_T, 512, torch.is_grad_enabled())

@@ -1,10 +1,13 @@
-"""Train the reference model: a small OLMoE (18 M parameters, 32 experts, top_k 4) on the reference corpus.
+"""Train a reference model on the reference corpus: a small OLMoE, or with `--model glm4_moe` a small GLM-4 MoE.
 
     python reference/train.py --steps 2400                 # starts, or resumes from reference/run/checkpoint.pt
     python reference/train.py --export reference/model     # writes the weights of the last checkpoint
     python reference/train.py --plot                       # reference/training.png from the log
 
-The log of the run that made reference/model is kept as reference/training.jsonl.
+What differs between the models is in families/: config, training pass, balancing, names of files. They share the
+tokenizer and the tokens in reference/run; the other one's run is in reference/run/glm4_moe, its weights in
+reference/glm4_moe. The logs of the runs that made the weights are kept as reference/training.jsonl and
+reference/training-glm4_moe.jsonl.
 
 Rates warm up, stay, and fall linearly to zero over the last quarter of the steps; the last quarter also doubles the
 sequence length. `--steps` may change on a resume before that quarter has begun. With `--minutes` the run chooses the
@@ -26,6 +29,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 ALLOCATOR = {  # keep freed memory: giving 100 MB back and faulting it in again costs a third of a step
     "MALLOC_ARENA_MAX": "1",
@@ -42,57 +46,32 @@ if __name__ == "__main__" and "COTERIE_ALLOCATOR" not in os.environ:  # read at 
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
-from transformers import GenerationConfig, OlmoeConfig, OlmoeForCausalLM  # noqa: E402
+from transformers import GenerationConfig, PreTrainedModel  # noqa: E402
 
 import data  # noqa: E402
 import fast  # noqa: E402
+from families import FAMILIES, find_log  # noqa: E402
 from optim import Optimizer  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RUN = HERE / "run"
-SEED = 20240229
 NUM_WINDOWS = 16  # 16 windows of 512 tokens a step
 MICRO_WINDOWS = 4
 WARM_UP_STEPS = 60
 DECAY_SHARE = 0.25
 SHORT, LONG = 256, data.WINDOW  # sequence length before and during the decay
-BALANCE = 0.01
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 4e-3, 0.1
 SHARES = {"math": 0.15}
 
 
-def build_model(end: int, device: str) -> OlmoeForCausalLM:
-    """A stock OLMoE, bfloat16, with small output projections at the start."""
-    config = OlmoeConfig(
-        vocab_size=data.VOCABULARY,
-        hidden_size=256,
-        intermediate_size=96,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_experts=32,
-        num_experts_per_tok=4,
-        max_position_embeddings=1024,
-        norm_topk_prob=True,
-        router_aux_loss_coef=BALANCE,
-        tie_word_embeddings=True,
-        bos_token_id=end,
-        eos_token_id=end,
-        pad_token_id=None,  # padding_idx would keep the end mark, which pads, from being learned
-        use_cache=True,
-    )
-    torch.manual_seed(SEED)
-    model = OlmoeForCausalLM(config)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.mul_((2 * config.num_hidden_layers) ** -0.5)
-            layer.mlp.experts.down_proj.mul_((2 * config.num_hidden_layers) ** -0.5)
-    return model.to(device=device, dtype=torch.bfloat16)
-
-
 def rate_scale(step: int, steps: int) -> float:
     """Warm-up, stable, linear decay to zero; `step` counts from 0."""
-    decay_steps = max(1, round(DECAY_SHARE * steps))
-    return min(1.0, (step + 1) / WARM_UP_STEPS, max(0.0, (steps - step) / decay_steps))
+    return min((step + 1) / WARM_UP_STEPS, decay_scale(step, steps))
+
+
+def decay_scale(step: int, steps: int) -> float:
+    """One, then linear decay to zero over the last quarter."""
+    return min(1.0, max(0.0, (steps - step) / max(1, round(DECAY_SHARE * steps))))
 
 
 class Trainer:
@@ -100,9 +79,11 @@ class Trainer:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device = arguments.device
+        self.family = FAMILIES[arguments.model]
+        self.run = HERE / self.family.RUN
         self.steps = arguments.steps
         self.step, self.seconds = 0, 0.0
-        RUN.mkdir(exist_ok=True)
+        self.run.mkdir(parents=True, exist_ok=True)
         texts = {path.stem: data.read_documents(path) for path in sorted((HERE / "corpus" / "train").glob("*.txt"))}
         if not texts:
             raise SystemExit("reference/corpus/train has no text: run reference/build_corpus.py first")
@@ -110,16 +91,17 @@ class Trainer:
         tokens = {d: data.load_tokens(RUN / f"{d}.bin", self.tokenizer, texts[d]) for d in texts}
         sizes = {domain: len(ids) for domain, ids in tokens.items()}
         weights = data.choose_weights(sizes, self.steps * NUM_WINDOWS * data.WINDOW, SHARES)
-        self.windows = data.Windows(tokens, weights, SEED)
+        self.windows = data.Windows(tokens, weights, data.SEED)
         self.validation = {domain: self.load_validation(domain) for domain in texts}
-        self.model = build_model(self.tokenizer.eos_token_id, self.device)
+        self.model = self.family.build(self.tokenizer.eos_token_id, self.device)
         self.named = dict(self.model.named_parameters())
         self.optimizer = Optimizer(self.named, MUON_RATE, ADAM_RATE, WEIGHT_DECAY)
-        config = self.model.config
-        even = config.num_experts_per_tok / config.num_experts
-        self.load_LE = torch.full((config.num_hidden_layers, config.num_experts), even, device=self.device)
+        blocks = fast.moe_blocks(self.model)
+        num_experts = blocks[0].gate.num_experts
+        even = self.model.config.num_experts_per_tok / num_experts
+        self.load_LE = torch.full((len(blocks), num_experts), even, device=self.device)
         self.pool = ThreadPoolExecutor(arguments.threads if self.device == "cpu" else 1)
-        write_line({"event": "start", "tokens_by_domain": sizes, "weights": weights, "steps": self.steps})
+        self.write_line({"event": "start", "tokens_by_domain": sizes, "weights": weights, "steps": self.steps})
 
     def load_validation(self, domain: str) -> Tensor:
         """The first windows of the calibration text of a domain, each from another place in it."""
@@ -147,8 +129,8 @@ class Trainer:
         """Gradients, loss, mean router probability and load of one micro-batch."""
         inputs, labels = data.split(windows.to(self.device), self.length)
         with torch.enable_grad():
-            loss, prob_LE, load_LE = fast.training_pass(self.model, inputs, labels)
-            total = loss + BALANCE * fast.balance_loss(self.load_LE, prob_LE)
+            loss, prob_LE, load_LE = self.family.training_pass(self.model, inputs, labels)
+            total = loss + self.family.BALANCE * fast.balance_loss(self.load_LE, prob_LE)
             grads = torch.autograd.grad(total, list(self.named.values()))
         return list(grads), loss.detach(), prob_LE.detach(), load_LE
 
@@ -173,11 +155,12 @@ class Trainer:
 
         items = sorted(zip(self.named, zip(*grads, strict=True), strict=True), key=lambda item: -item[1][0].numel())
         list(self.pool.map(update, items))
+        self.family.adjust(self.model, self.load_LE, decay_scale(self.step, self.steps))
         self.step += 1
         share_LE = self.load_LE / self.load_LE.sum(1, keepdim=True)
         entropy_L = -(share_LE * share_LE.clamp_min(1e-9).log()).sum(1) / torch.tensor(float(share_LE.shape[1])).log()
         return {
-            "loss": loss + BALANCE * balance,
+            "loss": loss + self.family.BALANCE * balance,
             "lm_loss": loss,
             "balance_loss": balance,
             "rate": MUON_RATE * scale,
@@ -192,7 +175,7 @@ class Trainer:
         def measure(windows: Tensor) -> float:
             inputs, labels = data.split(windows.to(self.device), self.length)
             with torch.no_grad():
-                return fast.training_pass(self.model, inputs, labels)[0].item()
+                return self.family.training_pass(self.model, inputs, labels)[0].item()
 
         losses = self.pool.map(measure, self.validation.values())
         return dict(zip(self.validation, losses, strict=True))
@@ -208,29 +191,40 @@ class Trainer:
             "load": self.load_LE,
             "optimizer": self.optimizer.state,
             "rng": torch.get_rng_state(),
+            "buffers": dict(self.model.named_buffers()),
         }
-        torch.save(state, RUN / "checkpoint.tmp")
-        (RUN / "checkpoint.tmp").replace(RUN / "checkpoint.pt")
-        export(self.model, self.tokenizer, RUN / "model")
+        torch.save(state, self.run / "checkpoint.tmp")
+        (self.run / "checkpoint.tmp").replace(self.run / "checkpoint.pt")
+        export(self.model, self.tokenizer, self.run / "model")
 
     def resume(self, steps: int) -> None:
         """Goes on from the checkpoint; the plan changes only before the decay has begun."""
-        state = torch.load(RUN / "checkpoint.pt", map_location=self.device)
+        state = torch.load(self.run / "checkpoint.pt", map_location=self.device)
         self.step, self.seconds, self.steps = state["step"], state["seconds"], state["steps"]
         self.windows.drawn, self.windows.weights = state["drawn"], state["weights"]
         self.load_LE = state["load"]
         self.optimizer.load(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
+        buffers = dict(self.model.named_buffers())
+        for name, saved in state.get("buffers", {}).items():  # a correction bias changes in training
+            buffers[name].copy_(saved)
         if steps != self.steps:
             if self.in_decay:
                 print(f"the decay of {self.steps} steps has begun at step {self.step}: --steps {steps} is ignored")
             else:
                 first = self.step + round(self.step * DECAY_SHARE / (1 - DECAY_SHARE)) + 1
                 self.steps = max(steps, first)
-        write_line({"event": "resume", "step": self.step, "steps": self.steps})
+        self.write_line({"event": "resume", "step": self.step, "steps": self.steps})
+
+    def write_line(self, record: dict[str, object]) -> None:
+        """Appends to the log and tells it to stdout."""
+        line = json.dumps(record)
+        with (self.run / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
 
 
-def export(model: OlmoeForCausalLM, tokenizer: data.PreTrainedTokenizerFast, folder: Path) -> None:
+def export(model: PreTrainedModel, tokenizer: data.PreTrainedTokenizerFast, folder: Path) -> None:
     """Stock folder: safetensors, config, tokenizer, generation config. Files that are already there are replaced."""
     staging = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
@@ -247,18 +241,9 @@ def export(model: OlmoeForCausalLM, tokenizer: data.PreTrainedTokenizerFast, fol
     staging.rmdir()
 
 
-def write_line(record: dict[str, object]) -> None:
-    """Appends to the log and tells it to stdout."""
-    line = json.dumps(record)
-    with (RUN / "log.jsonl").open("a") as file:
-        file.write(line + "\n")
-    print(line, flush=True)
-
-
-def read_log() -> Iterator[dict[str, object]]:
-    """Records of the log; those of steps that a resume repeated come once, the later ones."""
+def read_log(path: Path) -> Iterator[dict[str, object]]:
+    """Records of a log; those of steps that a resume repeated come once, the later ones."""
     records: dict[int, dict[str, object]] = {}
-    path = RUN / "log.jsonl" if (RUN / "log.jsonl").exists() else HERE / "training.jsonl"
     for line in path.read_text().splitlines():
         record = json.loads(line)
         if "lm_loss" in record:
@@ -270,9 +255,9 @@ def train(arguments: argparse.Namespace) -> None:
     """The whole run."""
     torch.set_num_threads(1)
     if arguments.compile:
-        fast.compile_kernels()
+        fast.compile_kernels(fast.KERNELS, FAMILIES[arguments.model].KERNELS)
     trainer = Trainer(arguments)
-    if (RUN / "checkpoint.pt").exists():
+    if (trainer.run / "checkpoint.pt").exists():
         trainer.resume(arguments.steps)
     stopped: list[int] = []
     marks: list[tuple[int, float]] = []
@@ -294,7 +279,7 @@ def train(arguments: argparse.Namespace) -> None:
             if trainer.step % 100 == 0 or trainer.step == trainer.steps:
                 record["validation"] = {domain: round(loss, 4) for domain, loss in trainer.validate().items()}
             record |= {"steps": trainer.steps, "minutes": trainer.seconds / 60, "length": trainer.length}
-            write_line({key: round(v, 5) if isinstance(v, float) else v for key, v in record.items()})
+            trainer.write_line({key: round(v, 5) if isinstance(v, float) else v for key, v in record.items()})
             fit_steps(trainer, arguments.steps, arguments.minutes, marks)
             ticked, tick = trainer.step, time.monotonic()
         if time.monotonic() - saved_at > 60 * arguments.save_minutes:
@@ -302,8 +287,8 @@ def train(arguments: argparse.Namespace) -> None:
             saved_at = time.monotonic()
     trainer.save()
     if trainer.step == trainer.steps:
-        export(trainer.model, trainer.tokenizer, arguments.export or RUN / "model")
-    write_line({"event": "end", "step": trainer.step, "steps": trainer.steps, "minutes": trainer.seconds / 60})
+        export(trainer.model, trainer.tokenizer, arguments.export or trainer.run / "model")
+    trainer.write_line({"event": "end", "step": trainer.step, "steps": trainer.steps, "minutes": trainer.seconds / 60})
 
 
 def fit_steps(trainer: Trainer, most: int, minutes: float | None, marks: list[tuple[int, float]]) -> None:
@@ -320,18 +305,18 @@ def fit_steps(trainer: Trainer, most: int, minutes: float | None, marks: list[tu
     first = trainer.step + round(trainer.step * DECAY_SHARE / (1 - DECAY_SHARE)) + 1  # whose decay begins now
     fitting = min(most, max(fitting, first))
     if fitting != trainer.steps:
-        write_line({"event": "steps", "step": trainer.step, "from": trainer.steps, "to": fitting})
+        trainer.write_line({"event": "steps", "step": trainer.step, "from": trainer.steps, "to": fitting})
         trainer.steps = fitting
 
 
-def plot() -> None:
-    """Loss curves of the log as reference/training.png."""
+def plot(family: ModuleType) -> None:
+    """Loss curves of the log as reference/training.png, or as the model's own."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = list(read_log())
+    records = list(read_log(find_log(family)))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
     left.plot([r["tokens"] / 1e6 for r in records], [r["lm_loss"] for r in records], linewidth=0.8)
     left.set(title="Training", xlabel="million tokens", ylabel="loss (nats per token)")
@@ -342,28 +327,30 @@ def plot() -> None:
     right.set(title="Validation by domain", xlabel="million tokens")
     right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
-    figure.savefig(HERE / "training.png", dpi=120)
+    figure.savefig(HERE / f"{family.LOG}.png", dpi=120)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=FAMILIES, default="olmoe")
     parser.add_argument("--steps", type=int, help="length of the run, 8192 tokens each")
     parser.add_argument("--minutes", type=float, help="fit the steps, so that training takes so many minutes")
     parser.add_argument("--save-minutes", type=float, default=4)
     parser.add_argument("--export", type=Path, metavar="DIR", help="stock folder; without --steps, export and end")
-    parser.add_argument("--plot", action="store_true", help="draw reference/training.png and end")
+    parser.add_argument("--plot", action="store_true", help="draw the log as reference/training*.png and end")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     arguments = parser.parse_args()
+    family = FAMILIES[arguments.model]
     if arguments.plot:
-        plot()
+        plot(family)
     elif arguments.steps:
         train(arguments)
     elif arguments.export:
         tokenizer = data.AutoTokenizer.from_pretrained(RUN / "tokenizer")
-        model = OlmoeForCausalLM.from_pretrained(RUN / "model", dtype=torch.bfloat16)
+        model = family.MODEL.from_pretrained(HERE / family.RUN / "model", dtype=torch.bfloat16)
         export(model, tokenizer, arguments.export)
     else:
         parser.error("give --steps, --export or --plot")

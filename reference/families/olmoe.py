@@ -1,0 +1,142 @@
+"""OLMoE: every layer with experts, softmax router, a load-balancing loss. 18 M parameters, 32 experts, top_k 4.
+
+Shape suffixes: B batch, S sequence, T = B * S tokens, K top_k, E experts, D hidden width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
+from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers.models.olmoe.modeling_olmoe import apply_rotary_pos_emb
+
+import data
+import fast
+
+MODEL = OlmoeForCausalLM
+BALANCE = 0.01
+RUN, LOG = "run", "training"
+TITLE = "Coterie reference model"
+BALANCING = "load-balancing loss with coefficient 0.01"
+
+
+def build(end: int, device: str) -> OlmoeForCausalLM:
+    """A stock OLMoE, bfloat16, with small output projections at the start."""
+    config = OlmoeConfig(
+        vocab_size=data.VOCABULARY,
+        hidden_size=256,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_experts=32,
+        num_experts_per_tok=4,
+        max_position_embeddings=1024,
+        norm_topk_prob=True,
+        router_aux_loss_coef=BALANCE,
+        tie_word_embeddings=True,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=None,  # padding_idx would keep the end mark, which pads, from being learned
+        use_cache=True,
+    )
+    torch.manual_seed(data.SEED)
+    model = OlmoeForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_((2 * config.num_hidden_layers) ** -0.5)
+            layer.mlp.experts.down_proj.mul_((2 * config.num_hidden_layers) ** -0.5)
+    return model.to(device=device, dtype=torch.bfloat16)
+
+
+def qkv(
+    hidden_BSD: Tensor,
+    norm: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    weight_v: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed, rotated queries and keys, and values: each [B, heads, S, head width]."""
+    batch, length, _ = hidden_BSD.shape
+    head_width = cos.shape[-1]
+    x_BSD = fast.rms_norm(hidden_BSD, norm, eps)
+    query = fast.rms_norm(F.linear(x_BSD, weight_q), norm_q, eps).view(batch, length, -1, head_width).transpose(1, 2)
+    key = fast.rms_norm(F.linear(x_BSD, weight_k), norm_k, eps).view(batch, length, -1, head_width).transpose(1, 2)
+    value = F.linear(x_BSD, weight_v).view(batch, length, -1, head_width).transpose(1, 2)
+    query, key = apply_rotary_pos_emb(query, key, cos, sin)
+    return query, key, value
+
+
+def route(
+    residual_BSD: Tensor, mixed_BSD: Tensor, weight_o: Tensor, norm: Tensor, router_ED: Tensor, top_k: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output projection, residual, norm and router.
+
+    Returns:
+        New residual [B, S, D], the experts' input [T, D], weights [T, K], index [T, K], mean probability [E].
+    """
+    residual_BSD = residual_BSD + F.linear(mixed_BSD, weight_o)
+    x_TD = fast.rms_norm(residual_BSD, norm, eps).flatten(0, 1)
+    prob_TE = torch.softmax(F.linear(x_TD, router_ED), dim=-1, dtype=torch.float32)
+    weight_TK, index_TK = torch.topk(prob_TE, top_k, dim=-1)
+    weight_TK = (weight_TK / weight_TK.sum(-1, keepdim=True)).to(x_TD.dtype)
+    return residual_BSD, x_TD, weight_TK, index_TK, prob_TE.mean(0)
+
+
+KERNELS: dict[str, Callable] = {"qkv": qkv, "route": route}
+
+
+def training_pass(model: OlmoeForCausalLM, tokens_BS: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Language-model loss and routing statistics of one batch.
+
+    Returns:
+        Mean cross-entropy in nats, mean router probability [layers, E], load [layers, E] (see `balance_loss`).
+    """
+    config, trunk = model.config, model.model
+    if not config.norm_topk_prob or config.clip_qkv is not None or config.attention_bias:
+        raise ValueError("training_pass covers norm_topk_prob=True, no clip_qkv and no attention_bias only")
+    eps, num_experts = config.rms_norm_eps, config.num_experts
+    hidden_BSD = trunk.embed_tokens(tokens_BS)
+    positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
+    cos, sin = trunk.rotary_emb(hidden_BSD, positions)
+    probs, loads = [], []
+    for layer in trunk.layers:
+        attention, moe = layer.self_attn, layer.mlp
+        query, key, value = KERNELS["qkv"](
+            hidden_BSD,
+            layer.input_layernorm.weight,
+            attention.q_proj.weight,
+            attention.k_proj.weight,
+            attention.v_proj.weight,
+            attention.q_norm.weight,
+            attention.k_norm.weight,
+            cos,
+            sin,
+            eps,
+        )
+        mixed = fast.mix(query, key, value)
+        hidden_BSD, x_TD, weight_TK, index_TK, prob_E = KERNELS["route"](
+            hidden_BSD,
+            mixed.transpose(1, 2).reshape(hidden_BSD.shape),
+            attention.o_proj.weight,
+            layer.post_attention_layernorm.weight,
+            moe.gate.weight,
+            config.num_experts_per_tok,
+            eps,
+        )
+        probs.append(prob_E)
+        loads.append(fast.measure_load(index_TK, num_experts))
+        out_TD = fast.SortedExperts.apply(x_TD, index_TK, weight_TK, moe.experts.gate_up_proj, moe.experts.down_proj)
+        hidden_BSD = hidden_BSD + out_TD.view(hidden_BSD.shape)
+    return fast.head_loss(model, hidden_BSD, labels_BS), torch.stack(probs), torch.stack(loads)
+
+
+def adjust(model: OlmoeForCausalLM, load_LE: Tensor, scale: float) -> None:
+    """Nothing: the load-balancing loss is all that balances."""
