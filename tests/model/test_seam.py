@@ -77,7 +77,8 @@ def test_routed_output_is_the_sum_over_choices(seed, num_experts, num_tokens, da
     weight_TK = torch.randn(num_tokens, top_k, dtype=torch.float64)
     visited = {}
 
-    def visit(expert, token_N, slot_N, output_ND):
+    def visit(expert, token_N, slot_N, hidden_NF, output_ND):
+        torch.testing.assert_close(hidden_NF, experts.hidden(expert, hidden_TD[token_N]))
         for token, slot, output_D in zip(token_N.tolist(), slot_N.tolist(), output_ND, strict=True):
             assert (token, slot) not in visited
             visited[token, slot] = expert, output_D

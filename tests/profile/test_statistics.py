@@ -22,13 +22,17 @@ from coterie.model.load import load_model, load_tokenizer
 from coterie.profile.calibration import TokenSet, tokenize
 from coterie.profile.observation import Observation
 from coterie.profile.run import profile_model
-from coterie.profile.statistics import STATISTICS, load_statistic, mean_output
+from coterie.profile.statistics import STATISTICS, load_statistic, mean_output, merged
+from coterie.profile.statistics.easy_ep import measure as easy_ep
+from coterie.profile.statistics.tcess import measure as tcess
 
 FAMILIES = ("olmoe", "deepseek_v3", "gpt_oss")
 NAMES = {
     "tokens", "usage", "gate_mass", "output_norm", "output_square", "reap", "router_probability", "coactivation",
-    "mean_output", "logit_sum", "logit_product",
+    "mean_output", "logit_sum", "logit_product", "hidden_square", "gated_hidden_square", "easy_ep", "tcess",
+    "tcess_tokens", "output_peak",
 }  # fmt: skip
+BACKWARD = {"channel_gradient", "channel_fisher", "gradient_energy"}  # only where there is a gradient
 
 
 # --- the oracle ---------------------------------------------------------------------------------------------------
@@ -39,16 +43,17 @@ def silu(x):
 
 
 def expert_output(model_type, module, expert, x_D):
-    """Return f_e(x) from the weights as the family stores them."""
+    """Return h_e(x) and f_e(x) from the weights as the family stores them."""
     if model_type == "gpt_oss":  # (E, D, 2F), gate and up interleaved, biases, clamped
         both = module.gate_up_proj[expert].T @ x_D + module.gate_up_proj_bias[expert]
         gate = torch.stack([both[2 * f] for f in range(len(both) // 2)]).clamp(max=7.0)
         up = torch.stack([both[2 * f + 1] for f in range(len(both) // 2)]).clamp(-7.0, 7.0)
         hidden_F = (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
-        return module.down_proj[expert].T @ hidden_F + module.down_proj_bias[expert]
+        return hidden_F, module.down_proj[expert].T @ hidden_F + module.down_proj_bias[expert]
     width = module.down_proj.shape[2]  # (E, 2F, D), first all gates, then all ups
     both = module.gate_up_proj[expert] @ x_D
-    return module.down_proj[expert] @ (silu(both[:width]) * both[width:])
+    hidden_F = silu(both[:width]) * both[width:]
+    return hidden_F, module.down_proj[expert] @ hidden_F
 
 
 def routing(model_type, block, config, x_D):
@@ -76,20 +81,31 @@ def routing(model_type, block, config, x_D):
     return logits, {e: config.routed_scaling_factor * scores[e] / total for e in chosen}
 
 
-def oracle(model_type, block, config, x_TD):
-    """Return every statistic of one layer for some tokens of one domain."""
+def cosine(one, two):
+    dot = sum(a * b for a, b in zip(one.tolist(), two.tolist(), strict=True))
+    return dot / math.sqrt(sum(a * a for a in one.tolist()) * sum(b * b for b in two.tolist()))
+
+
+def oracle(model_type, block, config, x_TD, residual_TD):
+    """Return every statistic of one layer for some tokens of one domain, before whose block the stream is residual."""
     num_experts = 8
     vector = lambda: [0.0] * num_experts  # noqa: E731
     found = {name: vector() for name in ("usage", "gate_mass", "output_norm", "output_square", "reap")}
+    found |= {name: vector() for name in ("easy_ep", "tcess", "output_peak")}
     probability, logit_sum = vector(), vector()
     coactivation = [vector() for _ in range(num_experts)]
     logit_product = [vector() for _ in range(num_experts)]
     mean_output = torch.zeros(num_experts, x_TD.shape[1], dtype=torch.float64)
-    for x_D in x_TD:
+    squares = [torch.zeros(num_experts, block.experts.down_proj.shape[2], dtype=torch.float64) for _ in range(2)]
+    if model_type == "gpt_oss":
+        squares = [torch.zeros(num_experts, block.experts.down_proj.shape[1], dtype=torch.float64) for _ in range(2)]
+    for x_D, residual_D in zip(x_TD, residual_TD, strict=True):
         logits, chosen = routing(model_type, block, config, x_D)
         total = sum(math.exp(score) for score in logits)
+        added_D = sum(weight * expert_output(model_type, block.experts, e, x_D)[1] for e, weight in chosen.items())
+        turn = max(1 - cosine(residual_D, residual_D + added_D), 0)
         for e in range(num_experts):
-            output_D = expert_output(model_type, block.experts, e, x_D)
+            hidden_F, output_D = expert_output(model_type, block.experts, e, x_D)
             mean_output[e] += output_D
             probability[e] += math.exp(logits[e]) / total
             logit_sum[e] += logits[e]
@@ -99,16 +115,24 @@ def oracle(model_type, block, config, x_TD):
             if e in chosen:
                 norm = math.sqrt(sum(value * value for value in output_D.tolist()))
                 found["usage"][e] += 1
+                squares[0][e] += hidden_F**2
+                squares[1][e] += (chosen[e] * hidden_F) ** 2
                 found["gate_mass"][e] += chosen[e]
                 found["output_norm"][e] += norm
                 found["output_square"][e] += norm * norm
                 found["reap"][e] += chosen[e] * norm
+                found["easy_ep"][e] += chosen[e] * norm * turn
+                found["tcess"][e] += logits[e]
+                found["output_peak"][e] = max(found["output_peak"][e], *(abs(value) for value in output_D.tolist()))
     tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
     return tensors | {
         "tokens": torch.tensor(float(len(x_TD)), dtype=torch.float64),
+        "tcess_tokens": tensors["usage"],
         "router_probability": torch.tensor(probability, dtype=torch.float64),
         "coactivation": torch.tensor(coactivation, dtype=torch.float64),
         "mean_output": mean_output,
+        "hidden_square": squares[0],
+        "gated_hidden_square": squares[1],
         "logit_sum": torch.tensor(logit_sum, dtype=torch.float64),
         "logit_product": torch.tensor(logit_product, dtype=torch.float64),
     }
@@ -135,17 +159,19 @@ class Measured:
         return self.model.get_submodule(layer.block)
 
     def received(self, domain):
-        """Return for each layer what its experts receive from one domain in a plain forward pass, (T, D)."""
-        seen, hooks = [], []
+        """Return what each layer's experts and the norm before their block receive in a plain forward pass, (T, D)."""
+        seen, streams, hooks = [], [], []
         for layer in self.layers:
             module = self.model.get_submodule(layer.experts)
+            norm = self.model.get_submodule(layer.block.rpartition(".")[0]).post_attention_layernorm
             hooks.append(module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])))
+            hooks.append(norm.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0].flatten(0, -2))))
         self.model.set_experts_implementation("eager")
         with torch.no_grad():
             self.model(input_ids=self.token_set.sequences[domain], use_cache=False)
         for hook in hooks:
             hook.remove()
-        return seen
+        return zip(seen, streams, strict=True)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -165,14 +191,15 @@ def test_the_table_holds_what_the_oracle_knows(measured):
 
 def test_every_statistic_equals_the_slow_loops(measured):
     for domain_index, domain in enumerate(measured.token_set.domains):
-        for layer, x_TD in zip(measured.layers, measured.received(domain), strict=True):
+        for layer, (x_TD, residual_TD) in zip(measured.layers, measured.received(domain), strict=True):
             with torch.no_grad():
-                expected = oracle(measured.model_type, measured.block(layer), measured.model.config, x_TD)
+                block = measured.block(layer)
+                expected = oracle(measured.model_type, block, measured.model.config, x_TD, residual_TD)
             assert expected.keys() == NAMES
             assert (expected["usage"] > 0).sum() >= 4, "the test shows little when few experts are chosen"
             for name, value in expected.items():
                 found = measured.profile.by_domain(layer.index, name)[domain_index]
-                exact = name in ("tokens", "usage", "coactivation")
+                exact = name in ("tokens", "usage", "coactivation", "tcess_tokens")
                 # Norms are kept in float32, and one family's router computes in float32.
                 tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-5}
                 torch.testing.assert_close(found, value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
@@ -181,7 +208,8 @@ def test_every_statistic_equals_the_slow_loops(measured):
 def test_the_sum_over_domains(measured):
     for name in NAMES:
         both = measured.profile.by_domain(1, name)
-        torch.testing.assert_close(measured.profile.sum(1, name), both[0] + both[1])
+        expected = torch.maximum(*both) if name == "output_peak" else both[0] + both[1]
+        torch.testing.assert_close(measured.profile.sum(1, name), expected)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
@@ -243,22 +271,45 @@ def draw(seed, *, num_experts=5, top_k=2, num_tokens=9, nobody=0.3, bias=True, f
     nobody_TK = torch.rand(num_tokens, top_k, generator=generator) < nobody
     index_TK = index_TK.masked_fill(nobody_TK, num_experts)
     x_TD = normal(num_tokens, hidden)
-    norm_TK = torch.zeros(num_tokens, top_k)
+    norm_TK, peak_TK = torch.zeros(num_tokens, top_k), torch.zeros(num_tokens, top_k)
     for token in range(num_tokens):
         for slot in range(top_k):
             if index_TK[token, slot] < num_experts:
                 output_D = experts.output(int(index_TK[token, slot]), x_TD[token : token + 1])[0]
                 norm_TK[token, slot] = output_D.norm()
-    return Observation(
+                peak_TK[token, slot] = output_D.abs().max()
+    residual_TD, block_output_TD = normal(num_tokens, hidden), normal(num_tokens, hidden)
+    nothing = torch.zeros(num_experts, width, dtype=torch.float64)
+    return with_squares(Observation(
         layer=layer, experts=experts, hidden_TD=x_TD, index_TK=index_TK, weight_TK=normal(num_tokens, top_k).float(),
-        logits_TE=normal(num_tokens, num_experts).float(), norm_TK=norm_TK, output_TD=normal(num_tokens, hidden),
-    )  # fmt: skip
+        logits_TE=normal(num_tokens, num_experts).float(), norm_TK=norm_TK, peak_TK=peak_TK,
+        output_TD=normal(num_tokens, hidden), residual_TD=residual_TD, block_output_TD=block_output_TD,
+        after_TD=residual_TD + 0.5 * block_output_TD,
+        gradient_TD=normal(num_tokens, hidden), hidden_square_EF=nothing, gated_hidden_square_EF=nothing,
+    ))  # fmt: skip
+
+
+def with_squares(observation):
+    """Return the observation with its sums of squared activations, by slow loops."""
+    square, gated = (torch.zeros_like(observation.hidden_square_EF) for _ in range(2))
+    for x_D, index_K, weight_K in zip(
+        observation.hidden_TD, observation.index_TK.tolist(), observation.weight_TK.tolist(), strict=True
+    ):
+        for expert, weight in zip(index_K, weight_K, strict=True):
+            if expert < observation.layer.num_experts:
+                for channel, value in enumerate(observation.experts.hidden(expert, x_D[None])[0].tolist()):
+                    square[expert, channel] += value**2
+                    gated[expert, channel] += (weight * value) ** 2
+    return replace(observation, hidden_square_EF=square, gated_hidden_square_EF=gated)
 
 
 def rows(observation, chosen):
     """Return the observation of some of the tokens."""
-    names = ("hidden_TD", "index_TK", "weight_TK", "logits_TE", "norm_TK", "output_TD")
-    return replace(observation, **{name: getattr(observation, name)[chosen] for name in names})
+    names = (
+        "hidden_TD", "index_TK", "weight_TK", "logits_TE", "norm_TK", "peak_TK", "output_TD", "gradient_TD",
+        "residual_TD", "block_output_TD", "after_TD",
+    )  # fmt: skip
+    return with_squares(replace(observation, **{name: getattr(observation, name)[chosen] for name in names}))
 
 
 def measure_all(observation):
@@ -269,7 +320,7 @@ def measure_all(observation):
 
 
 def all_close(one, two):
-    assert one.keys() == two.keys() == NAMES
+    assert one.keys() == two.keys() == NAMES | BACKWARD
     for name in one:
         torch.testing.assert_close(
             one[name], two[name], rtol=1e-12, atol=1e-12, msg=lambda text, name=name: name + text
@@ -283,7 +334,7 @@ def all_close(one, two):
 def test_any_split_of_a_batch_adds_up(seed, num_tokens, cut, nobody):
     whole = draw(seed, num_tokens=num_tokens, nobody=nobody)
     first, second = measure_all(rows(whole, slice(0, cut))), measure_all(rows(whole, slice(cut, None)))
-    all_close({name: first[name] + second[name] for name in first}, measure_all(whole))
+    all_close({name: merged(name, first[name], second[name]) for name in first}, measure_all(whole))
 
 
 @given(seed=st.integers(0, 10**6))
@@ -291,7 +342,7 @@ def test_the_order_of_tokens_and_of_choices_does_not_matter(seed):
     observation = draw(seed)
     flipped = replace(
         rows(observation, torch.arange(8, -1, -1)),
-        **{name: getattr(observation, name).flip(0, 1) for name in ("index_TK", "weight_TK", "norm_TK")},
+        **{name: getattr(observation, name).flip(0, 1) for name in ("index_TK", "weight_TK", "norm_TK", "peak_TK")},
     )
     all_close(measure_all(flipped), measure_all(observation))
 
@@ -301,11 +352,13 @@ def test_renaming_experts_renames_the_statistics(seed):
     observation = draw(seed)
     order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
     place = torch.cat([order.argsort(), torch.tensor([5])])  # where each expert went; "no expert" stays
-    renamed = replace(
-        observation,
-        experts=observation.experts.select(order),
-        index_TK=place[observation.index_TK],
-        logits_TE=observation.logits_TE[:, order],
+    renamed = with_squares(
+        replace(
+            observation,
+            experts=observation.experts.select(order),
+            index_TK=place[observation.index_TK],
+            logits_TE=observation.logits_TE[:, order],
+        )
     )
     before, after = measure_all(observation), measure_all(renamed)
     for name, value in before.items():
@@ -365,8 +418,8 @@ def test_the_mean_output_of_a_long_text_is_estimated_from_every_so_many_th_token
 
 
 def test_a_model_without_recorded_scores_has_no_score_statistics():
-    found = measure_all(replace(draw(0), logits_TE=None))
-    assert found.keys() == NAMES - {"router_probability", "logit_sum", "logit_product"}
+    found = measure_all(replace(draw(0), logits_TE=None, gradient_TD=None))
+    assert found.keys() == NAMES - {"router_probability", "logit_sum", "logit_product", "tcess", "tcess_tokens"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -385,12 +438,99 @@ def test_narrow_numbers_are_summed_wide(dtype):
         weight_TK=torch.ones(count, 1, dtype=dtype),
         logits_TE=torch.ones(count, 1, dtype=dtype),
         norm_TK=torch.ones(count, 1, dtype=dtype),
+        peak_TK=torch.ones(count, 1, dtype=dtype),
+        output_TD=torch.tensor([[1, -1, 1, -1]], dtype=dtype).expand(count, 4),
+        residual_TD=torch.ones(count, 4, dtype=dtype),
+        block_output_TD=torch.tensor([[1, -1, 1, -1]], dtype=dtype).expand(count, 4),
+        after_TD=torch.tensor([[2, 0, 2, 0]], dtype=dtype).expand(count, 4),
+        gradient_TD=torch.ones(count, 4, dtype=dtype),
     )
     found = measure_all(many)
     for name in ("usage", "gate_mass", "output_norm", "output_square", "reap", "router_probability", "logit_sum"):
         assert found[name].tolist() == [count], name
+    assert found["tcess"].tolist() == found["tcess_tokens"].tolist() == [count]
+    assert found["output_peak"].tolist() == [1]
+    assert found["easy_ep"].tolist() == pytest.approx([count * (1 - math.sqrt(0.5))]), "the stream turns by 45 degrees"
     assert found["coactivation"].tolist() == found["logit_product"].tolist() == [[count]]
     assert found["mean_output"].tolist() == [[4 * count] * 4], "three activations of 1 and a bias of 1"
+    for name in BACKWARD:
+        assert found[name].tolist() == [[16 * count] * 3], name
+
+
+@given(seed=st.integers(0, 10**6), nobody=st.sampled_from([0, 0.4, 1]))
+def test_gradients_of_channels_equal_slow_loops(seed, nobody):
+    observation = draw(seed, nobody=nobody)
+    experts, width = observation.experts, observation.experts.width
+    expected = {name: torch.zeros(5, width, dtype=torch.float64) for name in BACKWARD}
+    for token, x_D in enumerate(observation.hidden_TD):
+        for expert in range(5):
+            hidden = experts.hidden(expert, x_D[None])[0].tolist()
+            for channel in range(width):
+                slope = sum(
+                    float(observation.gradient_TD[token, d]) * float(experts.down_EDF[expert, d, channel])
+                    for d in range(len(x_D))
+                )
+                expected["gradient_energy"][expert, channel] += slope**2
+                for slot in range(2):
+                    if observation.index_TK[token, slot] == expert:
+                        weight = float(observation.weight_TK[token, slot])
+                        expected["channel_gradient"][expert, channel] += (weight * slope) ** 2
+                        expected["channel_fisher"][expert, channel] += (weight * slope * hidden[channel]) ** 2
+    found = load_statistic("channels")(observation)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("thin", [2, 4])
+def test_the_gradient_energy_of_a_long_text_is_estimated_from_every_so_many_th_token(thin):
+    whole = draw(0)
+    few = load_statistic("channels")(rows(whole, slice(None, None, thin)))["gradient_energy"]
+    found = load_statistic("channels")(replace(whole, thin=thin))["gradient_energy"]
+    scale = len(whole.hidden_TD) / len(whole.hidden_TD[::thin])
+    torch.testing.assert_close(found, few * scale)
+
+
+@given(
+    seed=st.integers(0, 10**6), nobody=st.sampled_from([0, 0.4, 1]), candidates=st.sampled_from([1, 2, 3, None]),
+    threshold=st.sampled_from([0.0, 0.2, 0.5]),
+)  # fmt: skip
+def test_tcess_counts_the_best_of_the_chosen(seed, nobody, candidates, threshold):
+    observation = draw(seed, nobody=nobody, top_k=3)
+    expected, tokens = [0.0] * 5, [0] * 5
+    for index_K, logits_E in zip(observation.index_TK.tolist(), observation.logits_TE.double().tolist(), strict=True):
+        best = sorted((e for e in index_K if e < 5), key=lambda e: -logits_E[e])[:candidates]
+        for expert in best:
+            if math.exp(logits_E[expert]) / sum(math.exp(logits_E[e]) for e in best) >= threshold:
+                expected[expert] += logits_E[expert]
+                tokens[expert] += 1
+    found = tcess(observation, candidates=candidates, threshold=threshold)
+    assert found["tcess"].tolist() == pytest.approx(expected)
+    assert found["tcess_tokens"].tolist() == tokens
+
+
+@given(seed=st.integers(0, 10**6), factor=st.sampled_from([1.0, 0.22, -2.0]))
+def test_easy_ep_weighs_tokens_by_how_far_the_routed_experts_turn_the_stream(seed, factor):
+    whole = draw(seed, num_tokens=4)
+    observation = replace(whole, after_TD=whole.residual_TD + factor * whole.block_output_TD)
+    expected = [0.0] * 5
+    for token in range(4):
+        before_D = observation.residual_TD[token]
+        turn = max(1 - cosine(before_D, before_D + factor * observation.output_TD[token]), 0)
+        for slot in range(2):
+            if (expert := int(observation.index_TK[token, slot])) < 5:
+                added = float(observation.weight_TK[token, slot]) * float(observation.norm_TK[token, slot])
+                expected[expert] += added * turn
+    assert easy_ep(observation)["easy_ep"].tolist() == pytest.approx(expected)
+
+
+def test_easy_ep_is_not_measured_where_the_stream_is_not_known():
+    observation = draw(0)
+    for name in ("residual_TD", "block_output_TD", "after_TD"):
+        assert easy_ep(replace(observation, **{name: None})) == {}
+    normed_TD = observation.residual_TD + torch.nn.functional.layer_norm(observation.block_output_TD, (4,))
+    assert easy_ep(replace(observation, after_TD=normed_TD)) == {}, "a norm between block and stream"
+    attention_TD = 0.1 * torch.ones_like(observation.after_TD)
+    assert easy_ep(replace(observation, after_TD=observation.after_TD + attention_TD)) == {}, "attention beside it"
 
 
 def test_every_statistic_loads_and_unknown_ones_get_the_nearest():

@@ -12,13 +12,24 @@ from coterie.cli.output import print_json, print_table, print_text
 def profile(
     model: options.Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the profile.")],
-    text: Annotated[Path, typer.Option(help="Folder with calibration text, one *.txt or *.jsonl file a domain.")],
+    text: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR",
+            help="Folder with calibration text, one *.txt or *.jsonl file a domain; or self: the model writes it.",
+        ),
+    ],
     tokens: options.Tokens = 131_072,
     seq_len: options.SequenceLength = 512,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
-    domains: Annotated[str | None, typer.Option(help="Only these domains, separated by commas.")] = None,
+    domains: Annotated[
+        str | None, typer.Option(help="Only these domains, like math,python; with weights, like math=2,python=1.")
+    ] = None,
     sample_tokens: options.SampleTokens = 8_192,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Also measure gradients of the loss: three to four times as long.")
+    ] = False,
     max_memory: options.MaxMemory = None,
     allow_pickle: options.AllowPickle = False,
     json: options.Json = False,
@@ -27,9 +38,11 @@ def profile(
 
     One layer is in memory at a time. Ended early, the same command goes on from the last finished layer.
     """
+    from coterie.profile.mixing import parse_domains
+
+    weights = None if domains is None else parse_domains(domains)
     from coterie.profile.run import profile as run
 
-    chosen = None if domains is None else tuple(domain.strip() for domain in domains.split(",") if domain.strip())
     made = run(
         model,
         out,
@@ -39,7 +52,8 @@ def profile(
         seed=seed,
         device=device,
         sample_tokens=sample_tokens,
-        domains=chosen,
+        weights=weights,
+        gradients=gradients,
         max_memory=max_memory,
         allow_pickle=allow_pickle,
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.integrations.moe import _default_apply_gate
 
 Combine = Callable[[Tensor | None, Tensor], Tensor]
@@ -37,7 +38,7 @@ class Experts:
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.up_EFD.shape[0]
+        return len(self.up_EFD)
 
     @property
     def width(self) -> int:
@@ -86,10 +87,14 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, mark) for mark in marks)
 
 
-def canonical_experts(module: nn.Module) -> Experts:
+def canonical_experts(module: nn.Module, *, attached: bool = False) -> Experts:
     """Read the experts of a module into canonical form; the tensors are views of the module's parameters.
 
     Interleaved (gate0, up0, gate1, ...) and transposed (E, D, F) layouts are undone.
+
+    Args:
+        module: the experts module.
+        attached: whether gradients flow back to the module's parameters.
     """
     has_gate, transposed, concatenated = module.has_gate, module.is_transposed, module.is_concatenated
     fused = module.gate_up_proj if has_gate else module.up_proj
@@ -120,7 +125,7 @@ def canonical_experts(module: nn.Module) -> Experts:
         combine=_combine_of(module),
         finish=_finish_of(module),
     )
-    return experts.map(lambda tensor: tensor.detach())
+    return experts if attached else experts.map(lambda tensor: tensor.detach())
 
 
 def native_experts(module: nn.Module, experts: Experts) -> dict[str, Tensor]:
@@ -138,6 +143,16 @@ def native_experts(module: nn.Module, experts: Experts) -> dict[str, Tensor]:
     if experts.down_bias_ED is not None:
         tensors["down_proj_bias"] = experts.down_bias_ED
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
+
+
+def width_axes(module: nn.Module) -> dict[str, int]:
+    """Return the axis of each parameter of an experts module along which the expert width runs, by parameter name.
+
+    Fused gate and up projections hold each hidden neuron twice along it. What has no such axis is left out.
+    """
+    first, second = (2, 1) if module.is_transposed else (1, 2)
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    return {name: first, "down_proj": second} | ({f"{name}_bias": 1} if module.has_bias else {})
 
 
 def _halves(fused: Tensor, concatenated: bool) -> tuple[Tensor, Tensor]:
@@ -163,8 +178,8 @@ def _finish_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     norm: Any = module.post_expert_norm
 
     def finish(out_TD: Tensor) -> Tensor:
-        with torch.no_grad():
-            return norm(out_TD)  # type: ignore[no-any-return]
+        weights = {name: weight.detach() for name, weight in norm.named_parameters()}
+        return functional_call(norm, weights, (out_TD,))  # type: ignore[no-any-return]
 
     return finish
 

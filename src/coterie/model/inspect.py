@@ -18,6 +18,7 @@ from typing import Any
 from coterie.artifact import read_artifact
 from coterie.errors import ArchitectureMismatch, NotAMoE
 from coterie.model.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
+from coterie.model.filled import filled_up
 from coterie.model.routing import routing_problem
 from coterie.model.structure import (
     Block,
@@ -186,18 +187,21 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
     limit = None if budget is None else parse_bytes(budget)
     checkpoint = Checkpoint.open(model)
     config, tensors = checkpoint.config, checkpoint.tensors
+    manifest = _manifest(checkpoint.path)
+    # Experts of a ragged checkpoint of ours are stored narrower than they are read.
+    whole = filled_up(checkpoint, manifest.get("ragged")).tensors
     counts = expert_counts(config)
     storage = _Storage(config)
     places = {name: split_name(name) for name in tensors}
     running: list[Block] = []
     moe_layers: list[MoEBlock] = []
-    for block in find_blocks(tensors, places, counts, _mapped_counts(checkpoint.path), spare_rows(config)):
+    for block in find_blocks(tensors, places, counts, _mapped_counts(manifest), spare_rows(config)):
         key = _expert_path(counts, block)
         depth = _depth(config, key)
         # Layers for multi-token prediction are stored, but transformers does not run them.
         if not _is_extra(block.name) and (depth is None or block.layer < depth):
             running.append(block)
-            moe_layers.append(_describe(block, config, key, storage))
+            moe_layers.append(_describe(block, config, key, storage, whole))
     if not running:
         raise NotAMoE(_what_was_seen(checkpoint, places, counts))
     path = _expert_path(counts, running[0])
@@ -275,13 +279,16 @@ def _quantised_bits(config: Mapping[str, Any]) -> int:
     return 4 if re.search(r"fp4|4bit true|int4|awq|gptq", told) else 8
 
 
-def _mapped_counts(folder: Path) -> list[int]:
+def _manifest(folder: Path) -> Mapping[str, Any]:
+    """Return the body of the manifest of a checkpoint that Coterie wrote; empty for any other."""
+    path = folder / "coterie.json"
+    return read_artifact(path, kind="manifest")[0] if path.is_file() else {}
+
+
+def _mapped_counts(manifest: Mapping[str, Any]) -> list[int]:
     """Return the numbers of experts in a checkpoint of ours whose router knows more experts than there are."""
-    manifest = folder / "coterie.json"
-    if not manifest.is_file():
-        return []
-    body, _ = read_artifact(manifest, kind="manifest")
-    return sorted({int(layer["num_experts_after"]) for layer in body["layers"]}) if body["router"] == "map" else []
+    mapped = manifest.get("router") == "map"
+    return sorted({int(layer["num_experts_after"]) for layer in manifest["layers"]}) if mapped else []
 
 
 def _expert_path(counts: Mapping[Parts, int], block: Block) -> Parts:
@@ -303,12 +310,15 @@ def _is_extra(name: str) -> bool:
     return any(part.startswith("mtp") for part in name.split("."))
 
 
-def _describe(block: Block, config: Mapping[str, Any], path: Parts, storage: _Storage) -> MoEBlock:
+def _describe(
+    block: Block, config: Mapping[str, Any], path: Parts, storage: _Storage, whole: Mapping[str, TensorInfo]
+) -> MoEBlock:
     axes = {extent for info in block.router for extent in info.shape}
     rows = next(
         (value for entry, value in integer_entries(config) if entry == path and value in axes), block.num_experts
     )
-    hidden_size, width = _expert_shape(block, config, path, storage)
+    first = [whole[info.name] for info in block.first_expert]
+    hidden_size, width = _expert_shape(block, first, config, path, storage)
     return MoEBlock(
         layer=block.layer,
         block=block.name,
@@ -325,18 +335,20 @@ def _describe(block: Block, config: Mapping[str, Any], path: Parts, storage: _St
     )
 
 
-def _expert_shape(block: Block, config: Mapping[str, Any], path: Parts, storage: _Storage) -> tuple[int, int]:
+def _expert_shape(
+    block: Block, first: list[TensorInfo], config: Mapping[str, Any], path: Parts, storage: _Storage
+) -> tuple[int, int]:
     """Return D and F of a block's experts: D is the axis that all their matrices have, F * D the smallest matrix."""
     skip = 1 if block.fused else 0
     shapes: list[tuple[int, ...]] = []
     sizes: list[int] = []
-    for info in block.first_expert:
+    for info in first:
         shape = info.shape[skip:]
         if len(shape) >= 2 and min(shape) > 1 and not storage.is_companion(info):
             shapes.append(shape)
             sizes.append(storage.parameters(info) // (block.num_experts if block.fused else 1))
     if not shapes:
-        raise ArchitectureMismatch(f"{block.name} has experts without matrices: {block.first_expert[0].name}")
+        raise ArchitectureMismatch(f"{block.name} has experts without matrices: {first[0].name}")
     common = set.intersection(*map(set, shapes))
     named = [nearest_entry(config, path, word.__eq__) for word in ("hidden_size", "d_model", "n_embd")]
     routed = [extent for info in block.router for extent in info.shape if extent != block.num_experts]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from coterie.model.backward import Backward
+
 if TYPE_CHECKING:
     from coterie.model.stream import Unit
 
@@ -22,9 +24,10 @@ class _Aborted(BaseException):
 class Job(threading.Thread):
     """A thread that runs a job and waits wherever the job calls a unit; it runs only between `go` and the next wait."""
 
-    def __init__(self, number: int, job: Callable[[], Any]) -> None:
+    def __init__(self, number: int, job: Callable[[], Any], *, gradients: bool = False) -> None:
         super().__init__(daemon=True, name=f"coterie-job-{number}")
         self.number = number
+        self.gradients = gradients
         self.unit: Unit | None = None
         self.request: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
         self.result: Any = None
@@ -33,6 +36,11 @@ class Job(threading.Thread):
         self._answer: Any = None
         self._aborted = False
         self._may_go, self._has_stopped = threading.Semaphore(0), threading.Semaphore(0)
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether the job waits for gradients of what it passed to a unit before."""
+        return bool(self.request[0]) and isinstance(self.request[0][0], Backward)
 
     def go(self, answer: Any = None) -> None:
         """Let the job run until it waits or ends; an error in it is raised here."""
@@ -67,7 +75,7 @@ class Job(threading.Thread):
     def run(self) -> None:
         """Run the job; called by the thread itself."""
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.gradients):
                 self.result = self._job()
         except _Aborted:
             pass

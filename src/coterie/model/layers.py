@@ -16,7 +16,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint, Infeasible, NotACheckpoint, NotAMoE
 from coterie.model.checkpoint import Checkpoint
+from coterie.model.entries import whole_numbers, with_value, with_values
 from coterie.model.experts import Combine, Experts, canonical_experts, is_experts, native_experts
 from coterie.model.routing import routing_problem
 
@@ -134,15 +135,22 @@ class Architecture:
         )
         return cls(config=config, model=model, layers=layers, expert_key=key)
 
-    def resized_config(self, num_experts: int) -> dict[str, Any]:
-        """Return the content of config.json with another number of experts, under all names that it has there."""
-        config = _with_value(self.config, self.expert_key, num_experts)
-        siblings: dict[str, Any] = config
-        for part in self.expert_key[:-1]:
-            siblings = siblings[part]
-        for name in _aliases(self.model, self.expert_key) & siblings.keys():
-            siblings[name] = num_experts
-        return config
+    def resized_config(self, num_experts: int, width: int | None = None) -> dict[str, Any]:
+        """Return the content of config.json with another number of experts and another expert width.
+
+        Args:
+            num_experts: experts in each layer.
+            width: their width; None leaves it as it is.
+
+        Raises:
+            Infeasible: no entry, or no value of it, gives experts of that width and leaves all else as it is.
+        """
+        from coterie.model.width import width_rule
+
+        values = {self.expert_key: num_experts}
+        if width is not None and width != self.layers[0].width:
+            values |= width_rule(self).values(width)
+        return with_values(self.config, values, self.model)
 
     def check_feasible(self, num_experts: int) -> None:
         """Check that the resized model can route.
@@ -234,23 +242,6 @@ class quiet:  # noqa: N801  # used like the functions of contextlib
             hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _integer_entries(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _integer_entries(value, (*path, key))
-        elif isinstance(value, int) and not isinstance(value, bool):
-            yield (*path, key), value
-
-
-def _with_value(config: Mapping[str, Any], path: tuple[str, ...], value: int) -> dict[str, Any]:
-    changed = copy.deepcopy(dict(config))
-    inner = changed
-    for key in path[:-1]:
-        inner = inner.setdefault(key, {})
-    inner[path[-1]] = value
-    return changed
-
-
 def _find_expert_key(
     config: Mapping[str, Any], model: PreTrainedModel, counts: Mapping[str, int], where: str
 ) -> tuple[tuple[str, ...], PreTrainedModel]:
@@ -260,11 +251,11 @@ def _find_expert_key(
         raise ArchitectureMismatch(f"{where}: layers with different numbers of experts ({distinct}) are not supported")
     count = distinct[0]
     # Keys that stand in the file come first: a default that the file leaves out may have another name in the class.
-    stages = [config, _json_like(model.config.to_dict())]
+    stages = [config, model.config.to_dict()]
     candidates: list[tuple[str, ...]] = []
     works: list[tuple[tuple[str, ...], PreTrainedModel]] = []
     for entries, named in itertools.product(stages, (True, False)):
-        for path, value in _integer_entries(entries):
+        for path, value in whole_numbers(entries):
             if value != count or ("expert" in path[-1]) != named or path in candidates:
                 continue
             candidates.append(path)
@@ -284,25 +275,11 @@ def _try_resize(
 ) -> PreTrainedModel | None:
     """Build the empty model with `count` at `path`; None unless just that makes all experts modules hold `count`."""
     try:
-        other = empty_model(_with_value(config, path, count))
+        other = empty_model(with_value(config, path, count))
     except Exception:  # whatever a family's constructor raises, it means: not this key
         return None
     held = {name: module.num_experts for name, module in other.named_modules() if is_experts(module)}
     return other if all(held.get(name) == count for name in names) else None
-
-
-def _aliases(model: PreTrainedModel, path: tuple[str, ...]) -> set[str]:
-    """Return all names under which the config class knows the entry at `path`."""
-    config: Any = model.config
-    for part in path[:-1]:
-        config = getattr(config, part)
-    renamed: dict[str, str] = getattr(config, "attribute_map", {})
-    own = renamed.get(path[-1], path[-1])
-    return {own} | {alias for alias, name in renamed.items() if name == own}
-
-
-def _json_like(value: Any) -> Any:
-    return {str(key): _json_like(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def _check_nothing_shared(model: PreTrainedModel, names: list[str], where: str) -> None:

@@ -1,7 +1,8 @@
-"""Load a whole model into memory: stock transformers for plain checkpoints, and the loader of mapped ones.
+"""Load a whole model into memory: stock transformers for plain checkpoints, and the loaders of mapped and ragged ones.
 
 A mapped checkpoint (``--router map``) keeps the router's E rows and points them at M experts. Its config counts E
-experts while its files hold M, so stock loaders refuse it instead of computing something else.
+experts while its files hold M, so stock loaders refuse it instead of computing something else. A ragged checkpoint has
+experts of different widths (`coterie.model.filled`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from coterie.artifact import read_artifact
 from coterie.errors import CorruptCheckpoint, InputError
 from coterie.model.checkpoint import Checkpoint, read_config, resolve
+from coterie.model.filled import filled_up
 from coterie.model.layers import Architecture, MoELayer, empty_model, quiet
 from coterie.model.quantized import dequantized
 from coterie.model.units import format_bytes
@@ -32,7 +35,7 @@ _MAPPED = "coterie_mapped"
 def load_model(
     model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """Load a checkpoint, plain or mapped, with nothing missing; what the model class has no place for is logged.
+    """Load a checkpoint, plain, mapped or ragged, with nothing missing; what its class has no place for is logged.
 
     Args:
         model: a model folder or a hub id.
@@ -43,12 +46,13 @@ def load_model(
         CorruptCheckpoint: tensors are missing or of the wrong shape.
         NotACheckpoint: no such model.
     """
-    checkpoint = Checkpoint.open(model)
+    stored = Checkpoint.open(model)
     target = torch.device(device)
     chosen: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
-    manifest = read_manifest(checkpoint.path)
+    manifest = read_manifest(stored.path)
+    checkpoint = filled_up(stored, _ragged(manifest))
     mapped = manifest is not None and manifest["router"] == "map"
-    model_class = type(empty_model(checkpoint.config, where=str(checkpoint.path)))
+    empty = empty_model(checkpoint.config, where=str(checkpoint.path))
     loaded: PreTrainedModel
     info: dict[str, Any]
     with quiet():
@@ -56,8 +60,10 @@ def load_model(
             if mapped:
                 assert manifest is not None
                 loaded, info = _load_mapped(checkpoint, manifest, chosen)
+            elif checkpoint is not stored:
+                loaded, info = _load_filled_up(checkpoint, empty, chosen)
             else:
-                loaded, info = model_class.from_pretrained(  # type: ignore[misc]
+                loaded, info = type(empty).from_pretrained(  # type: ignore[misc]
                     checkpoint.path, dtype=chosen, output_loading_info=True, local_files_only=True
                 )
         except (RuntimeError, OSError) as error:
@@ -93,7 +99,12 @@ def hollow_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> PreTrainedMod
 
 
 def hollow_result(
-    architecture: Architecture, num_experts: int, *, maps: Sequence[Tensor] | None, dtype: torch.dtype
+    architecture: Architecture,
+    num_experts: int,
+    *,
+    maps: Sequence[Tensor] | None,
+    dtype: torch.dtype,
+    width: int | None = None,
 ) -> PreTrainedModel:
     """Build what a compression of a model makes, without its weights; see `hollow_model`.
 
@@ -102,8 +113,9 @@ def hollow_result(
         num_experts: experts in each layer of the result.
         maps: for a mapped result, the expert that stands for each router row of each layer; else None.
         dtype: number format of the parameters.
+        width: expert width of the result; None for the original's.
     """
-    model = empty_model(architecture.resized_config(num_experts), dtype=dtype)
+    model = empty_model(architecture.resized_config(num_experts, width), dtype=dtype)
     if maps is not None:
         widen_routers(model, empty_model(architecture.config, dtype=dtype), architecture.layers)
         attach_maps(model, architecture.layers, maps)
@@ -129,6 +141,8 @@ def _make_buffers(model: PreTrainedModel) -> None:
 def open_checkpoint(model: str | Path, *, output_dtype: str = "bfloat16", allow_pickle: bool = False) -> Checkpoint:
     """Open a checkpoint as one of plain numbers: what is stored in 8 or 4 bits is dequantised as it is read.
 
+    Experts of a ragged checkpoint are filled up with zeros to the same width.
+
     Args:
         model: a model folder or a hub id.
         output_dtype: number format that quantised tensors are given; others keep theirs.
@@ -143,7 +157,7 @@ def open_checkpoint(model: str | Path, *, output_dtype: str = "bfloat16", allow_
     if plain is not stored:
         sizes = f"{format_bytes(stored.num_bytes)} there, {format_bytes(plain.num_bytes)} as {output_dtype}"
         log.info("%s is stored quantised and read as plain numbers: %s", stored.path, sizes)
-    return plain
+    return filled_up(plain, _ragged(read_manifest(plain.path)))
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
@@ -177,6 +191,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     return read_artifact(path, kind="manifest")[0]
+
+
+def _ragged(manifest: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return None if manifest is None else manifest.get("ragged")
 
 
 def attach_maps(model: PreTrainedModel, layers: Sequence[MoELayer], maps: Sequence[Tensor]) -> None:
@@ -242,6 +260,21 @@ def _load_mapped(
         checkpoint.path, config=small.config, dtype=dtype, output_loading_info=True, local_files_only=True
     )
     attach_maps(model, layers, _maps_of(manifest))
+    return model, info
+
+
+def _load_filled_up(
+    checkpoint: Checkpoint, empty: PreTrainedModel, dtype: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a view of a checkpoint through the stock class, which is handed the tensors instead of reading files."""
+    with checkpoint.reader() as reader:
+        tensors = {name: reader.read(name) for name in checkpoint.tensors}
+    stock: Any = type(empty)
+    model, info = stock.from_pretrained(
+        None, config=empty.config, state_dict=tensors, dtype=dtype, output_loading_info=True
+    )
+    if (checkpoint.path / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     return model, info
 
 

@@ -35,16 +35,18 @@ class Forecast:
         unit: name of the largest unit.
         unit_bytes: its bytes in the working number format.
         sample_bytes: bytes of one layer's token sample.
+        logits_bytes: bytes of the logits of a batch and their gradients, where gradients are computed.
     """
 
     unit: str
     unit_bytes: int
     sample_bytes: int
+    logits_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
         """Bytes in all."""
-        return int(UNIT_COPIES * self.unit_bytes) + self.sample_bytes + FIXED_BYTES
+        return int(UNIT_COPIES * self.unit_bytes) + self.sample_bytes + self.logits_bytes + FIXED_BYTES
 
     def check(self, limit: int | None) -> None:
         """Log the forecast; raise Infeasible when it is above `limit` bytes, with what would fit."""
@@ -52,6 +54,8 @@ class Forecast:
             f"{UNIT_COPIES:g} x {format_bytes(self.unit_bytes)} ({self.unit}) + {format_bytes(self.sample_bytes)} "
             f"(token sample) + {format_bytes(FIXED_BYTES)}"
         )
+        if self.logits_bytes:
+            parts += f" + {format_bytes(self.logits_bytes)} (logits)"
         if limit is not None and self.num_bytes > limit:
             least = self.num_bytes - self.sample_bytes
             way = (

@@ -74,7 +74,7 @@ def routed_output(
     index_TK: Tensor,
     weight_TK: Tensor,
     *,
-    visit: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+    visit: Callable[[int, Tensor, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Compute ``y_t = sum_k weight_tk f_index_tk(x_t)`` from canonical experts, one expert at a time.
 
@@ -83,8 +83,8 @@ def routed_output(
         hidden_TD: the inputs.
         index_TK: chosen experts; an index of E or more means "no expert".
         weight_TK: routing weights.
-        visit: called for every chosen expert with (expert, token_N, slot_N, output_ND): the rows it was chosen for
-            and its outputs there, without the routing weight.
+        visit: called for every chosen expert with (expert, token_N, slot_N, hidden_NF, output_ND): the rows it was
+            chosen for, and its activations and outputs there, without the routing weight.
 
     Returns:
         The routed output (T, D), summed in float32 or wider, in the dtype of `hidden_TD`.
@@ -101,8 +101,9 @@ def routed_output(
             continue
         rows = order[begin:end]
         token_N, slot_N = rows // top_k, rows % top_k
-        output_ND = experts.output(expert, hidden_TD[token_N])
+        hidden_NF = experts.hidden(expert, hidden_TD[token_N])
+        output_ND = experts.project(expert, hidden_NF)
         if visit is not None:
-            visit(expert, token_N, slot_N, output_ND)
+            visit(expert, token_N, slot_N, hidden_NF, output_ND)
         total_TD.index_add_(0, token_N, (output_ND * weight_TK[token_N, slot_N, None]).to(total_TD.dtype))
     return total_TD.to(hidden_TD.dtype)

@@ -31,9 +31,9 @@ class Spill:
         self._held = 0
         self._since_trim = 0
 
-    def begin(self) -> None:
-        """Begin to count anew what is held in memory."""
-        self._held = 0
+    def begin(self, *, hold: bool = True) -> None:
+        """Begin to count anew what is held in memory; nothing is where what comes is kept for long."""
+        self._held = 0 if hold else SPILL_BYTES
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Return a tensor of equal content on the CPU, in memory or, beyond the bound, in a file."""

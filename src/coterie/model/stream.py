@@ -32,9 +32,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
 from coterie.errors import CorruptCheckpoint
+from coterie.model.backward import Backward, call_unit, mapped
 from coterie.model.checkpoint import Checkpoint, TensorReader
 from coterie.model.convert import TORCH_DTYPES, Crossing, put
 from coterie.model.jobs import Job
@@ -74,9 +74,13 @@ class Call:
     _compute: Callable[..., Any]
     _finish: Callable[[int, Any], None]
 
-    def compute(self, module: nn.Module | None = None) -> Any:
-        """Run the unit, or a module in its place, on what the job passed; the output is on the stream's device."""
-        return self._compute(module=module)
+    def compute(self, module: nn.Module | None = None, watch: Callable[[Any], None] | None = None) -> Any:
+        """Run the unit, or a module in its place, on what the job passed; the output is on the stream's device.
+
+        Where the job wants gradients of the unit's inputs, those are returned, and `watch` is called with what the
+        unit returned, before they are computed.
+        """
+        return self._compute(module=module, watch=watch)
 
     def finish(self, output: Any) -> None:
         """Let the job go on with `output` after this stage."""
@@ -90,12 +94,14 @@ class Stage:
     Attributes:
         unit: which one.
         calls: one a job, in the order of the jobs.
+        backward: whether the calls want gradients of what they passed before.
         kept: raw tensors by name on disk, as `Stream.run` was asked to keep them.
         conversions: how the unit's names and layouts were changed while reading, for `Crossing.write`.
     """
 
     unit: Unit
     calls: tuple[Call, ...]
+    backward: bool
     kept: dict[str, Tensor]
     conversions: list[Any]
 
@@ -135,7 +141,7 @@ class Stream(AbstractContextManager["Stream"]):
         self.dtype = dtype or working_dtype(checkpoint, self.device)
         # Where units are computed elsewhere, the next one is read meanwhile; here that would only cost memory.
         self.reads_ahead = self.device.type != "cpu"
-        self.model = hollow_model(checkpoint, dtype=self.dtype)
+        self.model = hollow_model(checkpoint, dtype=self.dtype).requires_grad_(False)
         self.crossing = Crossing(checkpoint, hollow_model(checkpoint, dtype=torch.float32))
         self._spill = Spill(scratch)
         self._reader: TensorReader | None = None
@@ -175,14 +181,25 @@ class Stream(AbstractContextManager["Stream"]):
         """Bytes of tensors read from the checkpoint so far."""
         return self._bytes_read if self._reader is None else self._reader.num_bytes_read
 
-    def run(self, jobs: Sequence[Callable[[], Any]], *, keep: Callable[[str], bool] = lambda name: False) -> Run:
+    def run(
+        self,
+        jobs: Sequence[Callable[[], Any]],
+        *,
+        keep: Callable[[str], bool] = lambda name: False,
+        heads_apart: bool = False,
+        gradients: bool = False,
+    ) -> Run:
         """Run jobs; iterate over what is returned to go through the stages.
 
         Args:
-            jobs: functions that call `model`, each run in a thread of its own, without gradients.
+            jobs: functions that call `model`, each run in a thread of its own.
             keep: which raw tensors (by name on disk) a stage hands out in `Stage.kept`.
+            heads_apart: whether the units outside the base model, as a rule the head, answer one job after another and
+                make no stage, so that the logits of one job only are in memory.
+            gradients: whether jobs may call ``backward`` on what they computed: the units then come by once more, in
+                reverse order (`Stage.backward`). What every unit received is kept in files meanwhile. Heads are apart.
         """
-        return Run(self, jobs, keep)
+        return Run(self, jobs, keep, heads_apart or gradients, gradients)
 
     def logits_job(self, ids_BS: Tensor) -> Callable[[], Tensor]:
         """Return a job that computes logits (B, S, V) from token ids."""
@@ -190,6 +207,19 @@ class Stream(AbstractContextManager["Stream"]):
         def job() -> Tensor:
             logits_BSV: Tensor = self.model(input_ids=ids_BS, use_cache=False).logits
             return logits_BSV
+
+        return job
+
+    def loss_job(self, ids_BS: Tensor) -> Callable[[], float]:
+        """Return a job that sends the gradient of the summed next-token loss (nats) back through all layers."""
+
+        def job() -> float:
+            logits_BSV: Tensor = self.model(input_ids=ids_BS, use_cache=False).logits
+            loss = nn.functional.cross_entropy(
+                logits_BSV[:, :-1].flatten(0, 1).float(), ids_BS[:, 1:].flatten(), reduction="sum"
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+            return float(loss.detach())
 
         return job
 
@@ -230,9 +260,7 @@ class Stream(AbstractContextManager["Stream"]):
         All units outside the base model (as a rule the head alone) are in memory meanwhile.
         """
         base: Any = self.model.base_model
-        assert base is not self.model, f"{type(self.model).__name__} has no head"
-        inside = {id(module) for module in base.modules()}
-        outside = [unit for unit in self.units if id(self._modules[unit.name]) not in inside]
+        outside = self._outside()
         for unit in outside:
             self._fill(self._load_unit(unit, lambda name: False))
 
@@ -250,6 +278,13 @@ class Stream(AbstractContextManager["Stream"]):
         finally:
             for unit in outside:
                 self._empty(unit)
+
+    def _outside(self) -> list[Unit]:
+        """Return the units outside the base model, as a rule the head alone."""
+        base = self.model.base_model
+        assert base is not self.model, f"{type(self.model).__name__} has no head"
+        inside = {id(module) for module in base.modules()}
+        return [unit for unit in self.units if id(self._modules[unit.name]) not in inside]
 
     def _check_whole(self) -> None:
         missing = sorted(self._state.keys() - self._sources.keys())
@@ -279,15 +314,23 @@ class Stream(AbstractContextManager["Stream"]):
         """Stand in for a unit's forward: a job waits for its turn, anybody else computes at once."""
         worker = threading.current_thread()
         if isinstance(worker, Job):
-            return worker.wait(unit, args, kwargs)
+            return call_unit(worker, unit, args, kwargs) if worker.gradients else worker.wait(unit, args, kwargs)
         return self._compute(unit, args, kwargs)
 
     def _compute(
-        self, unit: Unit, args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Module | None = None
+        self,
+        unit: Unit,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        module: nn.Module | None = None,
+        watch: Callable[[Any], None] | None = None,
     ) -> Any:
-        args, kwargs = _mapped((args, kwargs), lambda tensor: tensor.to(self.device))
+        forward = self._originals[unit.name] if module is None else module.forward
+        if args and isinstance(args[0], Backward):
+            return args[0].compute(forward, self.device, watch)
+        args, kwargs = mapped((args, kwargs), lambda tensor: tensor.to(self.device))
         with torch.no_grad():
-            return (self._originals[unit.name] if module is None else module.forward)(*args, **kwargs)
+            return forward(*args, **kwargs)
 
     def _load_unit(self, unit: Unit, keep: Callable[[str], bool]) -> Loaded:
         tensors, kept, conversions = self._load(unit.names, keep)
@@ -348,34 +391,48 @@ class Run:
         results: what the jobs returned, once the iteration is over.
     """
 
-    def __init__(self, stream: Stream, jobs: Sequence[Callable[[], Any]], keep: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        jobs: Sequence[Callable[[], Any]],
+        keep: Callable[[str], bool],
+        heads_apart: bool,
+        gradients: bool,
+    ) -> None:
         self.results: list[Any] = []
         self._stream = stream
         self._jobs = jobs
         self._keep = keep
+        self._heads_apart = heads_apart
+        self._gradients = gradients
 
     def __iter__(self) -> Iterator[Stage]:
         stream = self._stream
-        workers = [Job(number, job) for number, job in enumerate(self._jobs)]
+        workers = [Job(number, job, gradients=self._gradients) for number, job in enumerate(self._jobs)]
+        outside = stream._outside() if self._heads_apart else []
         ahead = ThreadPoolExecutor(1) if stream.reads_ahead else None
         next_up: tuple[Unit, Future[Loaded]] | None = None
         try:
             for worker in workers:
                 worker.go()
             while waiting := [worker for worker in workers if worker.unit is not None]:
-                unit = min((worker.unit for worker in waiting if worker.unit), key=lambda unit: unit.order)
-                here = [worker for worker in waiting if worker.unit is unit]
+                unit, backward = _next_unit(waiting)
+                here = [worker for worker in waiting if worker.unit is unit and worker.goes_back == backward]
                 if next_up is not None and next_up[0] is unit:
                     loaded = next_up[1].result()
                 else:
                     loaded = stream._load_unit(unit, self._keep)
                 next_up = None
                 stream._fill(loaded)
-                if ahead is not None and (following := self._following(unit)) is not None:
+                if ahead is not None and (following := self._following(unit, backward)) is not None:
                     next_up = (following, ahead.submit(stream._load_unit, following, self._keep))
                 outputs: dict[int, Any] = {}
                 try:
-                    yield from self._stage(loaded, here, outputs)
+                    if unit in outside:
+                        self._there_and_back(unit, here)
+                        here = []
+                    else:
+                        yield from self._stage(loaded, here, backward, outputs)
                 finally:
                     kept = loaded.kept
                     del loaded
@@ -390,27 +447,43 @@ class Run:
             if ahead is not None:
                 ahead.shutdown(wait=True, cancel_futures=True)
 
-    def _stage(self, loaded: Loaded, here: list[Job], outputs: dict[int, Any]) -> Iterator[Stage]:
+    def _there_and_back(self, unit: Unit, here: list[Job]) -> None:
+        """Answer jobs one after another as long as they ask for this unit, so that logits of one job only are held."""
+        for worker in here:
+            while worker.unit is unit:
+                output = self._stream._compute(unit, *worker.request)
+                worker.go(mapped(output, lambda tensor: tensor.to("cpu")))
+                del output
+
+    def _stage(self, loaded: Loaded, here: list[Job], backward: bool, outputs: dict[int, Any]) -> Iterator[Stage]:
         stream = self._stream
-        stream._spill.begin()
+        stream._spill.begin(hold=not self._gradients)
 
         def finish(job: int, output: Any) -> None:
-            outputs[job] = _mapped(output, stream._spill.keep)
+            outputs[job] = mapped(output, stream._spill.keep)
 
         calls = tuple(
             Call(worker.number, functools.partial(stream._compute, loaded.unit, *worker.request), finish)
             for worker in here
         )
-        yield Stage(loaded.unit, calls, loaded.kept, loaded.conversions)
+        yield Stage(loaded.unit, calls, backward, loaded.kept, loaded.conversions)
         for call in calls:
             if call.job not in outputs:
                 call.finish(call.compute())
             stream._spill.release()
 
-    def _following(self, unit: Unit) -> Unit | None:
+    def _following(self, unit: Unit, backward: bool) -> Unit | None:
         """Guess the unit that comes next: its neighbour in the same list of layers."""
-        later = [other for other in self._stream.units if other.order == unit.order + 1]
+        later = [other for other in self._stream.units if other.order == unit.order + (-1 if backward else 1)]
         return later[0] if later and _same_list(unit.name, later[0].name) else None
+
+
+def _next_unit(waiting: Sequence[Job]) -> tuple[Unit, bool]:
+    """Return the unit whose turn it is, and whether for gradients: the first forward, else the last backward."""
+    there = [worker.unit for worker in waiting if worker.unit is not None and not worker.goes_back]
+    if there:
+        return min(there, key=lambda unit: unit.order), False
+    return max((worker.unit for worker in waiting if worker.unit is not None), key=lambda unit: unit.order), True
 
 
 def working_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
@@ -466,18 +539,3 @@ def _sources(model: PreTrainedModel, crossing: Crossing) -> dict[str, tuple[str,
             if missing not in sources and there in sources:
                 sources[missing] = sources[there]
     return sources
-
-
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to all tensors in nested tuples, lists, dicts and dataclass-like outputs."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_mapped(item, function) for item in value))
-    if isinstance(value, tuple | list):
-        return type(value)(_mapped(item, function) for item in value)
-    if type(value) is dict:
-        return {key: _mapped(item, function) for key, item in value.items()}
-    if isinstance(value, ModelOutput):
-        return type(value)(**{key: _mapped(item, function) for key, item in value.items()})
-    return value

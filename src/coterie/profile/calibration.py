@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.errors import TextError, UnknownName
+from coterie.errors import InputError, TextError, UnknownName
+from coterie.profile.mixing import checked_weights, shares
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +36,13 @@ class TokenSet:
         sequences: domain name -> token ids (number of sequences, sequence length), int64.
         seq_len: tokens in each sequence.
         digest: SHA-256 of all token ids and domain names; equal text, seed and tokenizer give an equal digest.
+        weights: the weight of each domain in the draw; None when all are equal.
     """
 
     sequences: dict[str, Tensor]
     seq_len: int
     digest: str
+    weights: Mapping[str, float] | None = None
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -50,6 +53,12 @@ class TokenSet:
     def num_tokens(self) -> dict[str, int]:
         """Number of tokens in each domain."""
         return {domain: ids.numel() for domain, ids in self.sequences.items()}
+
+    def share_out(self, total: int) -> list[int]:
+        """Share out an amount, such as the tokens of a sample, among the domains by their weights; 1 at least."""
+        if self.weights is None:
+            return [max(1, total // len(self.sequences))] * len(self.sequences)
+        return shares(total, [self.weights[domain] for domain in self.sequences])
 
     def batches(self, batch_size: int) -> Iterator[tuple[int, Tensor]]:
         """Yield (domain index, token ids (B, seq_len)); a batch holds one domain only."""
@@ -127,8 +136,9 @@ def tokenize(
     tokens: int | None = None,
     seed: int = 0,
     domains: tuple[str, ...] | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> TokenSet:
-    """Cut the text of a folder into sequences and draw an equal share of them from each domain.
+    """Cut the text of a folder into sequences and draw from each domain an equal share of them, or one by weight.
 
     Documents are tokenized one by one and joined with the tokenizer's end-of-text token. The sequences are drawn
     without replacement by `seed`, so a larger `tokens` contains a smaller one.
@@ -137,41 +147,81 @@ def tokenize(
         tokenizer: a Hugging Face tokenizer.
         folder: the text, see the module.
         seq_len: tokens in a sequence.
-        tokens: tokens in all, shared equally by the domains; everything when None. A domain that has less gives all
-            that it has, and a warning is logged.
+        tokens: tokens in all, shared by the domains; everything when None. A domain that has less gives all that it
+            has, and a warning is logged.
         seed: seed of the draw.
         domains: only these domains.
+        weights: share of the tokens by domain, in any unit; domains that are not named, or have weight 0, get
+            nothing. Equal weights draw the same as no weights.
 
     Raises:
         TextError: a domain is empty or shorter than one sequence.
         UnknownName: a domain that has no file.
+        InputError: weights that share nothing out, weights beside `domains`, or weights without `tokens`.
     """
-    files = text_files(folder, domains)
+    if weights is None:
+        files = text_files(folder, domains)
+        chosen: Mapping[str, float] = dict.fromkeys(files, 1)
+    else:
+        if domains is not None or tokens is None:
+            raise InputError("weights share out a number of tokens, and name the domains: give tokens, and no domains")
+        chosen = checked_weights(weights)
+        files = {domain: file for domain, file in text_files(folder, tuple(weights)).items() if domain in chosen}
+    sources = ((domain, str(file), read_documents(file)) for domain, file in files.items())
+    return draw(tokenizer, sources, seq_len=seq_len, tokens=tokens, seed=seed, weights=chosen)
+
+
+def draw(
+    tokenizer: Any,
+    sources: Iterable[tuple[str, str, list[str]]],
+    *,
+    seq_len: int,
+    tokens: int | None,
+    seed: int,
+    weights: Mapping[str, float],
+) -> TokenSet:
+    """Cut documents into sequences and draw from them, see `tokenize`.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        sources: domain, where its text is from, and its documents.
+        seq_len: tokens in a sequence.
+        tokens: tokens in all; everything when None.
+        seed: seed of the draw.
+        weights: of all domains.
+    """
     if seq_len < 2:
         raise TextError(f"a sequence of {seq_len} tokens predicts nothing; use --seq-len 2 or more")
-    wanted = None if tokens is None else max(1, round(tokens / len(files) / seq_len))
+    counts = shares(0 if tokens is None else tokens, list(weights.values()), step=seq_len)
+    wanted = dict(zip(weights, counts, strict=True))
     digest = hashlib.sha256(f"{seq_len}".encode())
     sequences: dict[str, Tensor] = {}
-    for domain, file in files.items():
-        ids = _token_ids(tokenizer, read_documents(file))
+    for domain, origin, documents in sources:
+        ids = token_ids(tokenizer, documents)
         count = len(ids) // seq_len
         if count == 0:
             raise TextError(
-                f"{file} has {len(ids)} tokens, fewer than one sequence of {seq_len}; add text or lower --seq-len"
+                f"{origin} has {len(ids)} tokens, fewer than one sequence of {seq_len}; add text or lower --seq-len"
             )
         rows = ids[: count * seq_len].view(count, seq_len)
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(count, generator=generator)
-        if wanted is not None and wanted > count:
-            log.warning("domain %s has %d of the %d tokens asked for", domain, count * seq_len, wanted * seq_len)
-        sequences[domain] = rows[order[:wanted]].clone()
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        if tokens is not None:
+            if wanted[domain] > count:
+                log.warning(
+                    "domain %s has %d of the %d tokens asked for", domain, count * seq_len, wanted[domain] * seq_len
+                )
+            order = order[: wanted[domain]]
+        sequences[domain] = rows[order].clone()
         digest.update(domain.encode())
         digest.update(sequences[domain].numpy().tobytes())
-    return TokenSet(sequences=sequences, seq_len=seq_len, digest=digest.hexdigest())
+    uneven = len(set(weights.values())) > 1
+    return TokenSet(
+        sequences=sequences, seq_len=seq_len, digest=digest.hexdigest(), weights=dict(weights) if uneven else None
+    )
 
 
-def _token_ids(tokenizer: Any, documents: list[str]) -> Tensor:
-    """Tokenize documents and join them with the end-of-text token (when the tokenizer has one)."""
+def token_ids(tokenizer: Any, documents: list[str]) -> Tensor:
+    """Tokenize documents and join them with the end-of-text token (when the tokenizer has one); (T,), int64."""
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     ids: list[int] = []
     # verbose=False: documents longer than the model's context are cut into sequences right here.

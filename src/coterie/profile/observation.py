@@ -5,6 +5,7 @@ Legend: E experts, D model width, T tokens, K chosen experts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,7 +38,16 @@ class Observation:
         weight_TK: routing weights that the model really applied.
         logits_TE: router scores of all experts as the model records them, or None.
         norm_TK: Euclidean norm of f_e(x_t) for each chosen expert, 0 for "no expert".
+        peak_TK: largest absolute element of f_e(x_t) for each chosen expert, 0 for "no expert".
         output_TD: routed output, without shared experts.
+        block_TD: what the block that holds router and experts received; None where it takes more than one tensor.
+        hidden_square_EF: sum of h_e(x_t)^2 over the tokens that chose e, float64.
+        gated_hidden_square_EF: sum of (g_te h_e(x_t))^2 over them, float64.
+        residual_TD: what the norm before the block received: the residual stream before the block; None where no module
+            next to the block makes the block's input.
+        block_output_TD: what the block returned, shared experts included; None where it is not known.
+        after_TD: what the decoder layer returned: the residual stream behind the block; None where it is not known.
+        gradient_TD: gradient of the summed next-token loss (nats) with respect to `output_TD`; None in a forward pass.
         thin: statistics that would cost more than the forward pass itself use every so many-th token only.
     """
 
@@ -48,8 +58,23 @@ class Observation:
     weight_TK: Tensor
     logits_TE: Tensor | None
     norm_TK: Tensor
+    peak_TK: Tensor
     output_TD: Tensor
+    hidden_square_EF: Tensor
+    gated_hidden_square_EF: Tensor
+    block_TD: Tensor | None = None
+    residual_TD: Tensor | None = None
+    block_output_TD: Tensor | None = None
+    after_TD: Tensor | None = None
+    gradient_TD: Tensor | None = None
     thin: int = 1
+
+    def chosen(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (expert, token_N, weight_N) for every chosen expert: the rows that chose it, its weights there."""
+        for expert in range(self.layer.num_experts):
+            token_N, slot_N = (self.index_TK == expert).nonzero(as_tuple=True)
+            if len(token_N):
+                yield expert, token_N, self.weight_TK[token_N, slot_N]
 
     def sum_by_expert(self, value_TK: Tensor) -> Tensor:
         """Sum a value of each choice over the tokens that made it, (E,) float64."""
@@ -59,27 +84,54 @@ class Observation:
 
 
 @contextmanager
-def observed(model: PreTrainedModel, layers: tuple[MoELayer, ...], *, thin: int = 1) -> Iterator[list[Observation]]:
-    """Within the block, one forward pass of `model` appends one Observation a layer to the list that is yielded."""
+def observed(
+    model: PreTrainedModel,
+    layers: tuple[MoELayer, ...],
+    *,
+    thin: int = 1,
+    gradients: dict[int, Tensor] | None = None,
+) -> Iterator[list[Observation]]:
+    """Within the block, one forward pass of `model` appends one Observation a layer to the list that is yielded.
+
+    A backward pass in the block puts the gradient with respect to each layer's routed output (T, D) into `gradients`,
+    by the layer's index.
+    """
     by_module = {id(model.get_submodule(layer.experts)): layer for layer in layers}
     logits: dict[int, Tensor] = {}
+    received: dict[int, Tensor] = {}
+    streams: dict[int, Tensor] = {}
+    observations: list[Observation] = []
     handles = []
     for layer in layers:
+        block = model.get_submodule(layer.block)
+        calls: list[tuple[Tensor, Tensor]] = []
+        around = model.get_submodule(layer.block.rpartition(".")[0])
+        handles += [each.register_forward_hook(_keep_call(calls)) for each in around.children() if each is not block]
+        keep = _keep_input(received, streams, calls, layer.index)
+        handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
+        handles.append(block.register_forward_hook(_add_output(observations, layer.index, "block_output_TD")))
+        handles.append(around.register_forward_hook(_add_output(observations, layer.index, "after_TD")))
         found = find_router(model, layer.block)
         if found is not None:
             name, position = found
             handles.append(model.get_submodule(name).register_forward_hook(_keep_output(logits, layer.index, position)))
-    observations: list[Observation] = []
 
     def observe(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         layer = by_module[id(module)]
         experts = canonical_experts(module)
         # Some families hand over tokens without an expert as a choice of the first one with weight 0.
         index_TK = index_TK.masked_fill(weight_TK == 0, layer.num_experts)
-        norm_TK = torch.zeros(index_TK.shape, dtype=torch.float32, device=index_TK.device)
+        norm_TK, peak_TK = (torch.zeros(index_TK.shape, dtype=torch.float32, device=index_TK.device) for _ in range(2))
+        square_EF, gated_EF = (torch.zeros(experts.up_EFD.shape[:2], dtype=torch.float64) for _ in range(2))
 
-        def visit(expert: int, token_N: Tensor, slot_N: Tensor, output_ND: Tensor) -> None:
-            norm_TK[token_N, slot_N] = output_ND.float().norm(dim=-1)
+        def visit(expert: int, token_N: Tensor, slot_N: Tensor, hidden_NF: Tensor, output_ND: Tensor) -> None:
+            with torch.no_grad():
+                norm_TK[token_N, slot_N] = output_ND.float().norm(dim=-1)
+                peak_TK[token_N, slot_N] = output_ND.float().abs().amax(dim=-1)
+                square_NF = hidden_NF.float().square()
+                square_EF[expert] = square_NF.sum(0, dtype=torch.float64).cpu()
+                weight_N1 = weight_TK[token_N, slot_N, None].float()
+                gated_EF[expert] = (square_NF * weight_N1.square()).sum(0, dtype=torch.float64).cpu()
 
         output_TD = routed_output(experts, hidden_TD, index_TK, weight_TK, visit=visit)
         scores = logits.pop(layer.index, None)
@@ -87,15 +139,22 @@ def observed(model: PreTrainedModel, layers: tuple[MoELayer, ...], *, thin: int 
             Observation(
                 layer=layer,
                 experts=experts,
-                hidden_TD=hidden_TD,
+                hidden_TD=hidden_TD.detach(),
                 index_TK=index_TK,
-                weight_TK=weight_TK,
+                weight_TK=weight_TK.detach(),
                 logits_TE=None if scores is None else scores.flatten(0, -2)[:, : layer.num_experts],
                 norm_TK=norm_TK,
-                output_TD=output_TD,
+                peak_TK=peak_TK,
+                output_TD=output_TD.detach(),
+                hidden_square_EF=square_EF,
+                gated_hidden_square_EF=gated_EF,
+                block_TD=received.pop(layer.index, None),
+                residual_TD=streams.pop(layer.index, None),
                 thin=thin,
             )
         )
+        if gradients is not None and output_TD.requires_grad:
+            output_TD.register_hook(functools.partial(gradients.__setitem__, layer.index))  # type: ignore[no-untyped-call]
         return output_TD
 
     try:
@@ -107,6 +166,24 @@ def observed(model: PreTrainedModel, layers: tuple[MoELayer, ...], *, thin: int 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def with_residual(observation: Observation, output: object) -> Observation:
+    """Return the observation with what its decoder layer returned, the first tensor of `output`, as `after_TD`.
+
+    For a layer whose forward function was called directly, so that no hook of it saw the output.
+    """
+    return replace(observation, after_TD=_first_tensor(output, len(observation.hidden_TD)))
+
+
+def _first_tensor(output: object, num_tokens: int) -> Tensor | None:
+    """Return the first tensor of what a module returned as (T, D), detached; None where it has other tokens."""
+    first = output
+    while isinstance(first, tuple | list) and first:
+        first = first[0]
+    if not isinstance(first, Tensor) or first.ndim < 2 or first.shape[:-1].numel() != num_tokens:
+        return None
+    return first.detach().flatten(0, -2)
 
 
 def prove_layers(model: PreTrainedModel, layers: tuple[MoELayer, ...], ids: Tensor) -> dict[int, float]:
@@ -181,6 +258,44 @@ def _with_channels_reversed(experts: Experts) -> Experts:
         if name != "down_bias_ED"
     }
     return replace(experts, **flipped)
+
+
+def _keep_call(calls: list[tuple[Tensor, Tensor]]) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+    """Return a hook that keeps (input, output) of the last call, where both are tensors of one shape."""
+
+    def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        calls.clear()
+        if len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+            calls.append((inputs[0], output))
+
+    return hook
+
+
+def _keep_input(
+    kept: dict[int, Tensor], streams: dict[int, Tensor], calls: list[tuple[Tensor, Tensor]], index: int
+) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
+    """Return a hook that keeps what a block receives, and what the module that made it had received."""
+
+    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if len(tensors) == 1:
+            kept[index] = tensors[0].detach().flatten(0, -2)
+            if calls and calls[0][1] is tensors[0] and calls[0][0].shape == tensors[0].shape:
+                streams[index] = calls[0][0].detach().flatten(0, -2)
+        calls.clear()
+
+    return hook
+
+
+def _add_output(observations: list[Observation], index: int, field: str) -> Callable[[nn.Module, object, object], None]:
+    """Return a hook that adds what a module returned to the observation of a layer, where that is the last one."""
+
+    def hook(module: nn.Module, inputs: object, output: object) -> None:
+        if observations and (seen := observations[-1]).layer.index == index:
+            found: dict[str, Any] = {field: _first_tensor(output, len(seen.hidden_TD))}
+            observations[-1] = replace(seen, **found)
+
+    return hook
 
 
 def _keep_output(kept: dict[int, Tensor], index: int, position: int) -> Callable[[nn.Module, object, object], None]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from coterie.artifact import atomic_path, check_file, digest_of, file_digest, open_artifact, write_artifact
 from coterie.errors import CorruptArtifact, StaleArtifact, UnknownName
 from coterie.model.layers import MoELayer
+from coterie.profile.statistics import merged, over_domains
 
 FILE = "profile.json"
 
@@ -39,6 +40,7 @@ class Sample:
         logits_TE: router scores of all experts as the model recorded them, or None when it records none.
         output_TD: routed output (without shared experts).
         domain_T: domain of each token, as an index into the profile's domains.
+        block_TD: what the block that holds router and experts received, where that is not `inputs_TD`.
     """
 
     inputs_TD: Tensor
@@ -47,6 +49,12 @@ class Sample:
     logits_TE: Tensor | None
     output_TD: Tensor
     domain_T: Tensor
+    block_TD: Tensor | None = None
+
+    @property
+    def router_inputs_TD(self) -> Tensor:  # noqa: N802  # the suffix names the shape
+        """What the block that holds router and experts received."""
+        return self.inputs_TD if self.block_TD is None else self.block_TD
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that exist, by field name."""
@@ -65,8 +73,8 @@ class Profile:
         seq_len: tokens in a sequence.
         seed: seed of the draw of text and sample.
         layers: the MoE layers, in order.
-        statistics: for each layer, statistic name -> sums by domain (G, ...), float64. All are sums over tokens, so
-            the profiles of two halves of a text add up to the profile of the whole.
+        statistics: for each layer, statistic name -> sums by domain (G, ...), float64. All are sums over tokens (a few
+            are maxima), so the profiles of two halves of a text add up to the profile of the whole.
         samples: for each layer, its token sample.
 
     A profile that was loaded reads a layer's statistics or sample from its file each time it is asked for them, so one
@@ -93,12 +101,16 @@ class Profile:
         return digest_of([*content, hashes])
 
     def sum(self, layer: int, name: str) -> Tensor:
-        """Return one statistic of one layer summed over all domains, float64.
+        """Return one statistic of one layer summed over all domains (for maxima, the largest), float64.
 
         Raises:
             UnknownName: the profile does not hold that statistic.
         """
-        return self.by_domain(layer, name).sum(0)
+        return over_domains(name, self.by_domain(layer, name))
+
+    def all_layers(self, name: str) -> Tensor:
+        """Return one statistic of all layers, summed over all domains, as (L, ...); raises UnknownName."""
+        return torch.stack([self.sum(layer, name) for layer in range(len(self.layers))])
 
     def by_domain(self, layer: int, name: str) -> Tensor:
         """Return one statistic of one layer with its domain axis first, float64; raises UnknownName."""
@@ -124,7 +136,7 @@ class Profile:
             seed=self.seed,
             layers=self.layers,
             statistics=tuple(
-                {name: a[name] + b[name] for name in a.keys() & b.keys()}
+                {name: merged(name, a[name], b[name]) for name in a.keys() & b.keys()}
                 for a, b in zip(self.statistics, other.statistics, strict=True)
             ),
             samples=tuple(_join(a, b) for a, b in zip(self.samples, other.samples, strict=True)),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,21 @@ from coterie.errors import ArchitectureMismatch, InputError, OutputExists
 from coterie.journal import Run, open_run
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.layers import Architecture, MoELayer
-from coterie.model.load import load_tokenizer, open_checkpoint, read_manifest
+from coterie.model.load import open_checkpoint, read_manifest
 from coterie.model.memory import Forecast, fitting_batch, forecast, peak_bytes
 from coterie.model.stream import Stream
 from coterie.model.units import format_bytes, parse_bytes
-from coterie.profile.calibration import TokenSet, tokenize
-from coterie.profile.observation import Observation, observed, prove_layers, proving
+from coterie.profile.calibrate import take_text
+from coterie.profile.calibration import TokenSet
+from coterie.profile.observation import Observation, observed, prove_layers, proving, with_residual
 from coterie.profile.profile import FILE, Profile, Sample, write_layer
-from coterie.profile.statistics import STATISTICS, Statistic, load_statistic
+from coterie.profile.statistics import STATISTICS, Statistic, load_statistic, merged
 from coterie.progress import track
 
 log = logging.getLogger(__name__)
+
+#: Copies of a batch's logits that computing the gradient of their loss holds at once, in float32.
+LOGITS_COPIES = 5
 
 #: Tokens, of the whole text, that statistics of all experts on all tokens are estimated from.
 THIN_TOKENS = 4_096
@@ -47,7 +51,9 @@ def profile(
     dtype: torch.dtype | None = None,
     sample_tokens: int = 8_192,
     domains: tuple[str, ...] | None = None,
+    weights: Mapping[str, float] | None = None,
     batch_size: int = 8,
+    gradients: bool = False,
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
 ) -> Profile:
@@ -58,15 +64,20 @@ def profile(
     Args:
         model: a model folder or hub id.
         out: folder for the profile; when None the profile is held in memory.
-        text: folder with one text file a domain, see `coterie.profile.calibration`.
-        tokens: tokens in all, shared equally by the domains.
+        text: folder with one text file a domain, see `coterie.profile.calibration`; "self" for text that the model
+            writes itself, for which it is loaded as a whole, see `coterie.profile.self_text`.
+        tokens: tokens in all, shared by the domains.
         seq_len: tokens in a sequence.
         seed: seed of the draw of text and of the token sample.
         device: where the layers are computed.
         dtype: number format that layers are computed in; see `coterie.model.stream.working_dtype`.
-        sample_tokens: tokens of the sample of each layer, shared equally by the domains.
+        sample_tokens: tokens of the sample of each layer, shared by the domains.
         domains: only these domains.
+        weights: share of the tokens by domain, in any unit, and of the sample; domains that are not named get nothing.
+            Equal shares when None.
         batch_size: sequences in a batch at most; the result does not depend on it beyond rounding.
+        gradients: send the gradient of the loss back through the model as well, for the statistics that need it; takes
+            three to four times as long.
         max_memory: bytes, or an amount like "8GiB", that the run may take.
         allow_pickle: read weights that are stored as pickles.
 
@@ -86,9 +97,9 @@ def profile(
     architecture = Architecture.of(checkpoint)
     settings = Settings(
         text=text, tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, domains=domains,
-        batch_size=batch_size,
+        weights=weights, batch_size=batch_size, gradients=gradients, device=device, max_memory=max_memory,
     )  # fmt: skip
-    measure = settings.measure(checkpoint, architecture.layers)
+    measure = settings.measure(checkpoint, architecture)
     stream = Stream(checkpoint, device=device, dtype=dtype, scratch=None if target is None else target.parent)
     measure.forecast(stream, architecture.layers).check(None if max_memory is None else parse_bytes(max_memory))
     if target is None:
@@ -154,9 +165,13 @@ class Settings:
     seed: int
     sample_tokens: int = 8_192
     domains: tuple[str, ...] | None = None
+    weights: Mapping[str, float] | None = None
     batch_size: int = 8
+    gradients: bool = False
+    device: str = "cpu"
+    max_memory: int | str | None = None
 
-    def measure(self, checkpoint: Checkpoint, layers: tuple[MoELayer, ...]) -> Measure:
+    def measure(self, checkpoint: Checkpoint, architecture: Architecture) -> Measure:
         """Cut the text into tokens with the checkpoint's own tokenizer.
 
         Raises:
@@ -170,12 +185,20 @@ class Settings:
         manifest = read_manifest(checkpoint.path)
         if manifest is not None and manifest["router"] == "map":
             raise InputError(f"{checkpoint.path} is a mapped result; profile the model that it was made from")
-        token_set = tokenize(
-            load_tokenizer(checkpoint.path), self.text, seq_len=self.seq_len, tokens=self.tokens, seed=self.seed,
-            domains=self.domains,
+        token_set = take_text(
+            checkpoint, self.text, seq_len=self.seq_len, tokens=self.tokens, seed=self.seed, domains=self.domains,
+            weights=self.weights, device=self.device,
+            limit=None if self.max_memory is None else parse_bytes(self.max_memory),
         )  # fmt: skip
-        size = fitting_batch(self.batch_size, seq_len=self.seq_len, hidden_size=layers[0].hidden_size)
-        return Measure(token_set=token_set, seed=self.seed, sample_tokens=self.sample_tokens, batch_size=size)
+        widest = architecture.layers[0].hidden_size
+        if self.gradients:  # the logits of a batch are held as a whole
+            check_predicts(architecture)
+            widest = max(widest, int(architecture.model.config.get_text_config().vocab_size) // 16)
+        size = fitting_batch(self.batch_size, seq_len=self.seq_len, hidden_size=widest)
+        return Measure(
+            token_set=token_set, seed=self.seed, sample_tokens=self.sample_tokens, batch_size=size,
+            gradients=self.gradients,
+        )  # fmt: skip
 
 
 def profile_model(
@@ -216,6 +239,7 @@ class Measure:
         seed: seed of the draw of the token sample.
         sample_tokens: tokens of each layer's sample.
         batch_size: sequences in a batch.
+        gradients: whether the gradient of the loss is sent back through the model, for the statistics that need it.
         statistics: names of the statistics.
     """
 
@@ -223,6 +247,7 @@ class Measure:
     seed: int
     sample_tokens: int
     batch_size: int
+    gradients: bool = False
     statistics: tuple[str, ...] = tuple(STATISTICS)
 
     @property
@@ -240,16 +265,23 @@ class Measure:
             "model": stream.checkpoint.digest,
             "model files": stream.checkpoint.file_stamps(),
             "text": self.token_set.digest,
+            "weights": self.token_set.weights,
             "seed": self.seed,
             "sample_tokens": self.sample_tokens,
             "batch_size": self.batch_size,
+            "gradients": self.gradients,
             "dtype": str(stream.dtype).removeprefix("torch."),
             "device": stream.device.type,
         }
 
     def forecast(self, stream: Stream, layers: tuple[MoELayer, ...]) -> Forecast:
         """Say how much memory measuring takes at most."""
-        return forecast_with_sample(stream, layers, min(self.sample_tokens, sum(self.token_set.num_tokens.values())))
+        found = forecast_with_sample(stream, layers, min(self.sample_tokens, sum(self.token_set.num_tokens.values())))
+        if not self.gradients:
+            return found
+        vocabulary = int(stream.model.config.get_text_config().vocab_size)
+        logits_bytes = LOGITS_COPIES * 4 * self.batch_size * self.token_set.seq_len * vocabulary
+        return replace(found, logits_bytes=logits_bytes)
 
     def collector(self) -> Collector:
         """Return a collector for one layer."""
@@ -261,6 +293,8 @@ class Measure:
     ) -> Iterator[tuple[int, Mapping[str, Tensor], Sample]]:
         """Run the tokens through an open stream; yield each layer's index, statistics and sample as it is measured.
 
+        With gradients that is in the backward pass, so the last layer comes first.
+
         Args:
             stream: the model.
             layers: its MoE layers.
@@ -268,27 +302,34 @@ class Measure:
         """
         model: Any = stream.model
         domains, batches = zip(*self.batches(), strict=True)
-        jobs = [stream.base_job(ids_BS) for ids_BS in batches]
+        jobs = [stream.loss_job(ids_BS) if self.gradients else stream.base_job(ids_BS) for ids_BS in batches]
         left = {layer.index for layer in layers} - set(skip)
-        for stage in track(stream.run(jobs), "profiling", total=len(stream.units)):
+        total = len(stream.units) * (2 if self.gradients else 1)
+        for stage in track(stream.run(jobs, gradients=self.gradients), "profiling", total=total):
             here = tuple(layer for layer in layers if stage.unit.holds(layer.experts))
             if not here:
                 continue
             new = {layer.index for layer in here} & left
-            if new:
+            if new and not stage.backward:
                 with proving(model, here):
                     stage.calls[0].compute()
-            collectors = {index: self.collector() for index in sorted(new)}
+            measuring = stage.backward == self.gradients
+            collectors = {index: self.collector() for index in sorted(new) if measuring}
             for call in stage.calls:
-                # Layers that are skipped are observed too: they must hand on the very same numbers as in the first run.
-                with observed(model, here, thin=self.thin) as observations:
-                    call.finish(call.compute())
+                # Layers that are not measured are observed too: they must hand on the same numbers as those that are.
+                gradients: dict[int, Tensor] = {}
+                outputs: list[Any] = []
+                with observed(model, here, thin=self.thin, gradients=gradients) as observations:
+                    answer = call.compute(watch=outputs.append)
+                output = outputs[0] if stage.backward else answer
                 for observation in observations:
-                    if observation.layer.index in new:
-                        collectors[observation.layer.index].add(domains[call.job], observation)
+                    if (index := observation.layer.index) in collectors:
+                        seen = replace(with_residual(observation, output), gradient_TD=gradients.get(index))
+                        collectors[index].add(domains[call.job], seen)
+                call.finish(answer)
             for index, collector in collectors.items():
                 yield index, collector.statistics, collector.sample()
-            left -= new
+            left -= collectors.keys()
             if not left:
                 return
         if left:
@@ -316,6 +357,16 @@ class Measure:
         )
 
 
+def check_predicts(architecture: Architecture) -> None:
+    """Raise ArchitectureMismatch for a model that predicts no next token, so that there is no loss to send back."""
+    model: Any = architecture.model
+    if model.get_output_embeddings() is None:
+        raise ArchitectureMismatch(
+            f"{type(model).__name__} predicts no next token, so the gradient of that loss cannot be measured; leave "
+            "--gradients out, and use a recipe that needs none, such as easy-slim"
+        )
+
+
 def forecast_with_sample(stream: Stream, layers: tuple[MoELayer, ...], sample_tokens: int) -> Forecast:
     """Say how much memory a run takes at most that holds one layer's sample of so many tokens."""
     widest = max(layers, key=lambda layer: layer.num_experts)
@@ -330,25 +381,31 @@ class Collector:
         self._measures = measures
         self._num_domains = len(token_set.domains)
         self._seen = [0] * self._num_domains
-        share = max(1, sample_tokens // self._num_domains)
         # The same seed in every layer: the sample holds the same token positions everywhere.
         self._positions = [
             torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:share].sort().values
-            for count in token_set.num_tokens.values()
+            for count, share in zip(token_set.num_tokens.values(), token_set.share_out(sample_tokens), strict=True)
         ]
         self._rows: list[dict[str, Tensor]] = []
 
-    def add(self, domain: int, observation: Observation) -> None:
-        """Add one batch of one domain."""
+    def add(self, domain: int, observation: Observation, *, target_TD: Tensor | None = None) -> None:
+        """Add one batch of one domain.
+
+        Args:
+            domain: which one.
+            observation: the batch.
+            target_TD: what the sample keeps as the routed output, where that is not the observation's own.
+        """
         for measure in self._measures:
             for name, value in measure(observation).items():
                 if name not in self.statistics:
                     shape = (self._num_domains, *value.shape)
                     self.statistics[name] = torch.zeros(shape, dtype=torch.float64)
-                self.statistics[name][domain] += value.cpu()
-        self._keep_sample(domain, observation)
+                held = self.statistics[name]
+                held[domain] = merged(name, held[domain], value.cpu())
+        self._keep_sample(domain, observation, observation.output_TD if target_TD is None else target_TD)
 
-    def _keep_sample(self, domain: int, observation: Observation) -> None:
+    def _keep_sample(self, domain: int, observation: Observation, target_TD: Tensor) -> None:
         start = self._seen[domain]
         stop = start + len(observation.hidden_TD)
         self._seen[domain] = stop
@@ -361,7 +418,8 @@ class Collector:
             "index_TK": observation.index_TK,
             "weight_TK": observation.weight_TK,
             "logits_TE": observation.logits_TE,
-            "output_TD": observation.output_TD,
+            "output_TD": target_TD,
+            "block_TD": _unless_same(observation.block_TD, observation.hidden_TD),
         }
         kept = {name: value[rows].cpu() for name, value in fields.items() if value is not None}
         kept["domain_T"] = torch.full((len(rows),), domain, dtype=torch.int64)
@@ -371,3 +429,10 @@ class Collector:
         """Return the token sample of all batches so far."""
         joined = {name: torch.cat([rows[name] for rows in self._rows]) for name in self._rows[0]}
         return Sample(**({"logits_TE": None} | joined))  # type: ignore[arg-type]
+
+
+def _unless_same(block_TD: Tensor | None, hidden_TD: Tensor) -> Tensor | None:
+    """Return what the block received, or None where that is what its experts received."""
+    if block_TD is None or (block_TD.shape == hidden_TD.shape and torch.equal(block_TD, hidden_TD)):
+        return None
+    return block_TD

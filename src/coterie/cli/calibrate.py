@@ -1,0 +1,111 @@
+"""``coterie calibrate``: look at sources of calibration text, or let the model write one."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from coterie.cli import options
+from coterie.cli.output import number, percent, print_json, print_table, print_text
+
+if TYPE_CHECKING:
+    from coterie.profile.calibrate import Calibration
+
+
+def calibrate(
+    model: options.Model,
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Folder with calibration text to look at; or self: the model writes it."),
+    ] = None,
+    generate: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Let the model write text into this folder, and look at that.")
+    ] = None,
+    tokens: options.Tokens = 131_072,
+    seq_len: options.SequenceLength = 512,
+    seed: options.Seed = 0,
+    domains: Annotated[str | None, typer.Option(help="Only these domains, separated by commas.")] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(help="For --generate: 1 draws from the model's own distribution; lower is more likely text."),
+    ] = 1.0,
+    first_token: Annotated[
+        Literal["sampled", "likeliest"],
+        typer.Option(help="For --generate: document n starts with a drawn token, or with the n-th likeliest."),
+    ] = "sampled",
+    device: options.Device = "cpu",
+    max_memory: options.MaxMemory = None,
+    allow_pickle: options.AllowPickle = False,
+    json: options.Json = False,
+) -> None:
+    """Look at calibration text and choose a mix.
+
+    Shows what each source of text is to the model (perplexity, repeated 4-grams, diversity) and the mix that keeps
+    most of its abilities. With --generate the model, in memory as a whole, writes the text itself.
+    """
+    if (text is None) == (generate is None):
+        given = "both" if text is not None else "neither"
+        raise typer.BadParameter(f"give exactly one of them; got {given}", param_hint="--text, --generate")
+    if generate is not None and domains is not None:
+        raise typer.BadParameter("text that the model writes has no domains; leave it out", param_hint="--domains")
+    from coterie.profile.calibrate import calibrate as run
+    from coterie.profile.calibrate import generate as write
+
+    chosen = None if domains is None else tuple(domain.strip() for domain in domains.split(",") if domain.strip())
+    if generate is not None:
+        file = write(
+            model,
+            generate,
+            tokens=tokens,
+            seq_len=seq_len,
+            seed=seed,
+            temperature=temperature,
+            first_token=first_token,
+            device=device,
+            max_memory=max_memory,
+            allow_pickle=allow_pickle,
+        )
+        text, chosen = str(file.parent), (file.stem,)
+    assert text is not None
+    found = run(
+        model,
+        text=text,
+        tokens=tokens,
+        seq_len=seq_len,
+        seed=seed,
+        domains=chosen,
+        device=device,
+        max_memory=max_memory,
+        allow_pickle=allow_pickle,
+    )
+    written = None if generate is None else str(file)
+    if json:
+        print_json(found.to_json() | {"written": written})
+        return
+    _print(found)
+    if written is not None:
+        print_text(f"text written to {written}; use it with --text {generate}")
+    else:
+        mix = f" --domains {found.domains}" if len(found.sources) > 1 else ""
+        print_text(f"use it with --text {text}{mix}")
+
+
+def _print(found: "Calibration") -> None:
+    print_table(
+        ("source", "tokens", "perplexity", "4-grams repeated", "different pairs", "entropy (nats)", "share of mix"),
+        [
+            (
+                source.domain,
+                f"{source.tokens:,}",
+                number(source.perplexity, 2),
+                percent(source.aggregation),
+                percent(source.diversity),
+                number(source.entropy, 2),
+                percent(found.weights.get(source.domain)),
+            )
+            for source in found.sources
+        ],
+    )
+    print_text()
+    for domain, reason in found.dropped.items():
+        print_text(f"{domain} is left out: {reason}")

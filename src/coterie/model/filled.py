@@ -1,0 +1,76 @@
+"""Read ragged checkpoints: every expert has a width of its own, stored as it is and read filled up with zeros.
+
+A hidden neuron whose gate, up and down weights are zero adds nothing, so what is read computes what was stored. The
+config counts the full width, which the files do not hold: stock loaders refuse such a checkpoint instead of computing
+something else. Nothing here imports torch until a tensor is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from coterie.errors import CorruptCheckpoint
+from coterie.model.checkpoint import Checkpoint, TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Padded:
+    """A tensor that is filled up with zeros along one axis as it is read."""
+
+    stored: TensorInfo
+    axis: int
+    shape: tuple[int, ...]
+
+    def unpack(self, read: Callable[[TensorInfo], Tensor]) -> Tensor:
+        """Return the value; `read` reads one tensor as it is stored."""
+        import torch
+
+        tensor = read(self.stored)
+        whole = torch.zeros(self.shape, dtype=tensor.dtype)
+        whole.narrow(self.axis, 0, tensor.shape[self.axis]).copy_(tensor)
+        return whole
+
+
+def filled_up(checkpoint: Checkpoint, ragged: Mapping[str, Any] | None) -> Checkpoint:
+    """Return a view of a checkpoint in which all experts have the full width; the same object when it is not ragged.
+
+    Args:
+        checkpoint: what `Checkpoint.open` returned.
+        ragged: what its manifest says under ``ragged``: the full width, and the axis that it runs along for each
+            pattern of names, in which a star stands for the number of the expert. None for any other checkpoint.
+
+    Raises:
+        CorruptCheckpoint: an expert is wider than the manifest allows.
+    """
+    if ragged is None:
+        return checkpoint
+    full, axes = int(ragged["width"]), ragged["axes"]
+    tensors: dict[str, TensorInfo] = {}
+    for name, info in checkpoint.tensors.items():
+        axis = _axis_of(name, axes)
+        tensors[name] = info
+        if axis is not None and info.shape[axis] != full:
+            if info.shape[axis] > full:
+                raise CorruptCheckpoint(
+                    f"{checkpoint.path}: {name} {list(info.shape)} is wider than the {full} of the manifest"
+                )
+            shape = (*info.shape[:axis], full, *info.shape[axis + 1 :])
+            tensors[name] = replace(
+                info, shape=shape, begin=0, end=0, packed=Padded(stored=info, axis=axis, shape=shape)
+            )
+    return replace(checkpoint, tensors=tensors)
+
+
+def _axis_of(name: str, axes: Mapping[str, int]) -> int | None:
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            pattern = ".".join((*parts[:position], "*", *parts[position + 1 :]))
+            if pattern in axes:
+                return axes[pattern]
+    return None

@@ -1,0 +1,99 @@
+"""Write ragged checkpoints: which tensors hold one expert alone, and how they are cut to its width.
+
+Reading them is the affair of `coterie.model.filled`. Names here are names on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from coterie.errors import ArchitectureMismatch, Infeasible
+from coterie.model.convert import Crossing
+from coterie.model.experts import width_axes
+from coterie.model.layers import Architecture, MoELayer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a tensor belongs.
+
+    Attributes:
+        layer: number of the MoE layer.
+        expert: number of the expert.
+        axis: along which the expert's width runs.
+        pattern: its name with a star for the number of the expert.
+    """
+
+    layer: int
+    expert: int
+    axis: int
+    pattern: str
+
+
+def places_of(crossing: Crossing, architecture: Architecture, names: Iterable[Iterable[str]]) -> dict[str, Place]:
+    """Find the tensors that become smaller with the width of one expert, by name.
+
+    Args:
+        crossing: between the names on disk and in memory.
+        architecture: of the checkpoint.
+        names: for each MoE layer the names of its experts' tensors.
+
+    Raises:
+        Infeasible: a layer stores all its experts in one tensor.
+    """
+    found: dict[str, Place] = {}
+    for layer, held in zip(architecture.layers, names, strict=True):
+        module = architecture.model.get_submodule(layer.experts)
+        axes, listed = width_axes(module), sorted(held)
+        position = _expert_position(listed, layer)
+        for name in listed:
+            leaf = crossing.memory_names[name].rpartition(".")[2]
+            if leaf in axes:
+                parts = name.split(".")
+                expert, parts[position] = int(parts[position]), "*"
+                # In memory the expert axis comes first.
+                found[name] = Place(layer=layer.index, expert=expert, axis=axes[leaf] - 1, pattern=".".join(parts))
+    return found
+
+
+def _expert_position(names: list[str], layer: MoELayer) -> int:
+    """Return which part of the names counts experts."""
+    split = [name.split(".") for name in names]
+    numbers = set(map(str, range(layer.num_experts)))
+    for position in range(min(map(len, split))):
+        if {parts[position] for parts in split} == numbers:
+            return position
+    raise Infeasible(
+        f"{layer.experts}: this family stores all experts of a layer in one tensor ({names[0]}), which cannot hold "
+        "experts of different widths; use the uniform form of the recipe"
+    )
+
+
+def cut(
+    tensors: Mapping[str, Tensor], places: Mapping[str, Place], widths_LE: Mapping[int, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """Return tensors with the zeros cut off that fill experts up to the full width.
+
+    Args:
+        tensors: by name.
+        places: where they belong; others stay as they are.
+        widths_LE: by layer, the width of each expert.
+
+    Raises:
+        ArchitectureMismatch: what would be cut off is not zero.
+    """
+    smaller = dict(tensors)
+    for name, tensor in tensors.items():
+        if name in places:
+            place = places[name]
+            width = widths_LE[place.layer][place.expert]
+            rest = tensor.narrow(place.axis, width, tensor.shape[place.axis] - width)
+            if rest.any():
+                raise ArchitectureMismatch(
+                    f"{name} {list(tensor.shape)}: axis {place.axis} is not the width of an expert; please report it"
+                )
+            smaller[name] = tensor.narrow(place.axis, 0, width)
+    return smaller

@@ -1,0 +1,101 @@
+"""Ask a family's own router what it would choose with other router tensors, such as those of fewer experts.
+
+The block of an empty model with that many experts is run with the given router tensors and with the original weights
+of everything else in the block; its experts are not computed, only their routing decision is caught. So softmax,
+sigmoid, correction bias, group limits and renormalisation are the family's own.
+
+Legend: E experts of the original, M rows of the router now, D model width, T tokens, K chosen experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from coterie.errors import ArchitectureMismatch
+from coterie.model.layers import Architecture, MoELayer
+from coterie.model.load import hollow_result
+from coterie.model.seam import intercepted
+
+_CHUNK = 8192  # tokens
+
+
+class Reroute:
+    """Routing decisions of the blocks of one model; keeps an empty model for each number of experts asked for."""
+
+    def __init__(self, architecture: Architecture, model: PreTrainedModel) -> None:
+        """Remember the model.
+
+        Args:
+            architecture: of the original.
+            model: the original; the weights of a block must be in memory when its router is asked.
+        """
+        self._architecture = architecture
+        self._model = model
+        self._hollow: dict[int, PreTrainedModel] = {}
+
+    def __call__(self, layer: MoELayer, router: Mapping[str, Tensor], block_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the router chooses: ``index_TK`` (M means "no expert"), int64, and ``weight_TK``, float32.
+
+        Differentiable in the router tensors where the family's router is.
+
+        Args:
+            layer: which one.
+            router: all its router tensors by name in memory, sliced to the experts that there are.
+            block_TD: what the block receives.
+
+        Raises:
+            ArchitectureMismatch: the block does not run on hidden states alone.
+            Infeasible: so few experts cannot be routed.
+        """
+        count = self._count(layer, router)
+        block, tensors = self._prepared(layer, router, count)
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def catch(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+            index_TK = index_TK.masked_fill(weight_TK == 0, count).clamp(max=count)
+            found.append((index_TK, weight_TK.float()))
+            return torch.zeros_like(hidden_TD)
+
+        with intercepted(self._hollow[count], catch):
+            for chunk_TD in torch.split(block_TD, _CHUNK):
+                try:
+                    functional_call(block, tensors, (chunk_TD[None],))
+                except Exception as error:  # whatever a family's block raises: it wants more than hidden states
+                    raise ArchitectureMismatch(
+                        f"{layer.block}: the router of this family cannot be run by itself "
+                        f"({type(error).__name__}: {str(error).strip()[:200]}); use a recipe that does not ask it"
+                    ) from error
+        return torch.cat([index_TK for index_TK, _ in found]), torch.cat([weight_TK for _, weight_TK in found])
+
+    def _count(self, layer: MoELayer, router: Mapping[str, Tensor]) -> int:
+        """Return M: rows behind the experts' (for shared experts, or for "no expert") are not counted."""
+        name, axis = layer.router_tensors[0]
+        spare: int = self._architecture.model.state_dict()[name].shape[axis] - layer.num_experts
+        rows: int = router[name].shape[axis]
+        return rows - int(spare)
+
+    def _prepared(
+        self, layer: MoELayer, router: Mapping[str, Tensor], count: int
+    ) -> tuple[nn.Module, dict[str, Tensor]]:
+        """Return the empty block with `count` experts, and the tensors that it is to run with."""
+        if count not in self._hollow:
+            self._architecture.check_feasible(count)
+            self._hollow[count] = hollow_result(self._architecture, count, maps=None, dtype=torch.float32)
+        inside = f"{layer.block}." if layer.block else ""
+        weights = {
+            name.removeprefix(inside): tensor
+            for name, tensor in self._model.get_submodule(layer.block).state_dict(prefix=inside).items()
+            if not name.startswith(f"{layer.experts}.")
+        }
+        device = next(iter(router.values())).device
+        tensors = {
+            name: tensor.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in weights.items()
+        }
+        tensors |= {name.removeprefix(inside): tensor for name, tensor in router.items()}
+        return self._hollow[count].get_submodule(layer.block), tensors

@@ -1,0 +1,231 @@
+"""Calibrate: look at sources of calibration text before a model is measured on them, or let the model write one.
+
+from coterie.profile.calibrate import calibrate, generate
+
+generate("model", "text/own", tokens=65536)
+found = calibrate("model", text="text/calibration")
+found.weights, found.dropped
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie.artifact import atomic_path, file_digest, write_artifact
+from coterie.errors import InputError, OutputExists
+from coterie.model.checkpoint import Checkpoint
+from coterie.model.load import load_tokenizer, open_checkpoint
+from coterie.model.memory import forecast
+from coterie.model.stream import Stream
+from coterie.model.units import parse_bytes
+from coterie.profile.calibration import TokenSet, tokenize
+from coterie.profile.information import Information, measure_information
+from coterie.profile.mixing import choose_mix
+from coterie.profile.self_text import SELF, FirstToken, Writing, own_tokens, write_text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """What is known of the sources of a text, and the mix that was chosen from that.
+
+    Attributes:
+        sources: one entry a domain.
+        weights: share by domain of the chosen mix, in thousandths; domains that were left out are not in it.
+        dropped: why a domain was left out, by domain.
+        text_digest: digest of the tokens that were measured.
+    """
+
+    sources: tuple[Information, ...]
+    weights: Mapping[str, float]
+    dropped: Mapping[str, str]
+    text_digest: str
+
+    @property
+    def domains(self) -> str:
+        """The mix as ``--domains`` takes it."""
+        return ",".join(f"{domain}={weight:g}" for domain, weight in self.weights.items())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        return {
+            "sources": [source.to_json() for source in self.sources],
+            "weights": dict(self.weights),
+            "dropped": dict(self.dropped),
+            "domains": self.domains,
+            "text_digest": self.text_digest,
+        }
+
+
+def calibrate(
+    model: str | Path,
+    *,
+    text: str | Path,
+    tokens: int = 131_072,
+    seq_len: int = 512,
+    seed: int = 0,
+    domains: tuple[str, ...] | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    batch_size: int = 8,
+    max_memory: int | str | None = None,
+    allow_pickle: bool = False,
+) -> Calibration:
+    """Measure what each source of a text is to a model and choose a mix, one decoder layer in memory at a time.
+
+    See `coterie.profile.information` for the metrics and `coterie.profile.mixing.choose_mix` for the choice, which
+    follow IGSP [arXiv 2606.03328].
+
+    Args:
+        model: a model folder or hub id.
+        text: folder with one text file a domain; "self" for text that the model writes.
+        tokens: tokens in all, shared equally by the domains.
+        seq_len: tokens in a sequence, 4 or more.
+        seed: seed of the draw of text, and of what the model writes.
+        domains: only these domains.
+        device: where the model runs.
+        dtype: number format of the layers; see `coterie.model.stream.working_dtype`.
+        batch_size: sequences in a batch at most.
+        max_memory: bytes, or an amount like "8GiB", that the run may take.
+        allow_pickle: read weights that are stored as pickles.
+
+    Raises:
+        TextError: no text, empty or too short text, or none that is fit for calibration.
+        Infeasible: `max_memory` is too little, or the model does not fit into memory to write text.
+        InputError: the model cannot be used, or its predictions are not numbers.
+    """
+    limit = None if max_memory is None else parse_bytes(max_memory)
+    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
+    stream = Stream(checkpoint, device=device, dtype=dtype)
+    forecast(stream).check(limit)
+    token_set = take_text(
+        checkpoint, text, tokens=tokens, seq_len=seq_len, seed=seed, domains=domains, device=device, limit=limit
+    )
+    with stream:
+        sources = measure_information(stream, token_set, batch_size=batch_size)
+    weights, dropped = choose_mix(sources)
+    return Calibration(sources=sources, weights=weights, dropped=dropped, text_digest=token_set.digest)
+
+
+def take_text(
+    checkpoint: Checkpoint,
+    text: str | Path,
+    *,
+    tokens: int,
+    seq_len: int,
+    seed: int,
+    domains: tuple[str, ...] | None = None,
+    weights: Mapping[str, float] | None = None,
+    device: str = "cpu",
+    limit: int | None = None,
+) -> TokenSet:
+    """Cut text into tokens with a checkpoint's own tokenizer: the text of a folder, or what the model itself writes.
+
+    Args:
+        checkpoint: the model.
+        text: a text folder, or "self"; a folder of that name is "./self".
+        tokens: tokens in all.
+        seq_len: tokens in a sequence.
+        seed: seed of the draw, and of what the model writes.
+        domains: only these domains.
+        weights: see `coterie.profile.calibration.tokenize`.
+        device: where the model writes.
+        limit: bytes of memory that writing may take; as many as are free when None.
+
+    Raises:
+        InputError: domains or weights for text that the model writes; see `tokenize` and `write_text` for more.
+    """
+    if str(text) != SELF:
+        tokenizer = load_tokenizer(checkpoint.path)
+        return tokenize(tokenizer, text, seq_len=seq_len, tokens=tokens, seed=seed, domains=domains, weights=weights)
+    if domains is not None or weights is not None:
+        raise InputError(
+            "text that the model writes has no domains: leave them out, or let it write a file into a text folder "
+            "first (coterie calibrate MODEL --generate DIR) and mix that with the others"
+        )
+    writing = Writing(tokens=tokens, max_length=seq_len, seed=seed, device=device)
+    return own_tokens(checkpoint, writing, limit=limit)
+
+
+def generate(
+    model: str | Path,
+    out: str | Path,
+    *,
+    tokens: int = 131_072,
+    seq_len: int = 512,
+    seed: int = 0,
+    temperature: float = 1.0,
+    first_token: FirstToken = "sampled",
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    max_memory: int | str | None = None,
+    allow_pickle: bool = False,
+) -> Path:
+    """Let a model write calibration text into a folder: ``self.jsonl``, and how it was made in ``self.json``.
+
+    A profile on the folder, with the same `tokens`, `seq_len` and `seed`, equals a profile on the text "self".
+
+    Args:
+        model: a model folder or hub id; it is loaded as a whole.
+        out: the folder; it may hold text of other domains.
+        tokens: tokens to write at least.
+        seq_len: tokens of a document at most.
+        seed: seed of everything random.
+        temperature: 1 draws from the model's own distribution; below, from its likelier tokens.
+        first_token: "sampled", or "likeliest": the n-th document starts with the n-th likeliest token.
+        device: where the model runs.
+        dtype: number format of the model; see `coterie.model.load.load_model`.
+        max_memory: bytes, or an amount like "8GiB", that the run may take.
+        allow_pickle: accept a checkpoint of pickles, only to say that it cannot be loaded as a whole.
+
+    Returns:
+        The file.
+
+    Raises:
+        OutputExists: the folder has a domain "self", or is no folder.
+        InputError, Infeasible, TextError: see `coterie.profile.self_text.write_text`.
+        OSError: the place cannot be written to.
+    """
+    folder = Path(out).expanduser()
+    file = folder / f"{SELF}.jsonl"
+    _check_place(folder)
+    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
+    writing = Writing(
+        tokens=tokens, max_length=seq_len, seed=seed, temperature=temperature, first_token=first_token, device=device,
+        dtype=dtype,
+    )  # fmt: skip
+    documents = write_text(checkpoint, writing, limit=None if max_memory is None else parse_bytes(max_memory))
+    _write_lines(file, documents)
+    settings = {
+        "tokens": tokens, "seq_len": seq_len, "seed": seed, "temperature": temperature, "first_token": first_token,
+        "documents": len(documents),
+    }  # fmt: skip
+    write_artifact(
+        file.with_suffix(".json"), kind="text", body=settings, inputs={"model": checkpoint.digest},
+        files={file.name: file_digest(file)},
+    )  # fmt: skip
+    return file
+
+
+def _write_lines(file: Path, documents: Sequence[str]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(file) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as handle:
+        handle.writelines(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
+
+
+def _check_place(folder: Path) -> None:
+    """Raise before anything is computed when text cannot be put into a folder."""
+    for name in (f"{SELF}.jsonl", f"{SELF}.txt"):
+        if (folder / name).exists():
+            raise OutputExists(f"{folder / name} exists; choose another place or remove it")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
+    if not there.is_dir():
+        raise OutputExists(f"{there} is not a folder; choose another place or remove it")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(13, "Permission denied", str(there))
