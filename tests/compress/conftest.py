@@ -1,16 +1,21 @@
 """A small random layer in flight, its statistics computed by slow loops."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from coterie.compress.state import LayerState
-from coterie.model.layers import Experts, MoELayer
+from coterie.compress.state import LayerState, Route
+from coterie.model.layers import Architecture, Experts, MoELayer
+from coterie.model.load import load_model, open_checkpoint
+from coterie.model.reroute import Reroute
+from coterie.profile.observation import observed
 from coterie.profile.profile import Profile, Sample
 from coterie.profile.run import profile
+from coterie.profile.statistics import load_statistic
 from coterie.testing import tiny_checkpoint, tiny_text
 
 
@@ -61,6 +66,15 @@ def make_state(
             usage[expert] += 1
             reap[expert] += float(weight[token, slot]) * float(value.double().norm())
             output[token] += weight[token, slot] * value
+    statistics = {
+        "usage": usage,
+        "reap": reap,
+        "tokens": torch.tensor(float(tokens)).double(),
+        "mean_output": mean_output,
+        "logit_product": logits.double().T @ logits.double(),
+        "logit_sum": logits.double().sum(0),
+    }
+    rows = {"block.gate.weight": router}
     return LayerState(
         layer=MoELayer(
             index=0,
@@ -75,16 +89,10 @@ def make_state(
             num_groups=groups,
         ),
         experts=experts,
-        router={"block.gate.weight": router},
+        router=rows,
         expert_map_E=torch.arange(num_experts),
-        statistics={
-            "usage": usage,
-            "reap": reap,
-            "tokens": torch.tensor(float(tokens)).double(),
-            "mean_output": mean_output,
-            "logit_product": logits.double().T @ logits.double(),
-            "logit_sum": logits.double().sum(0),
-        },
+        statistics=statistics,
+        by_domain={name: value[None] for name, value in statistics.items()},
         sample=Sample(
             inputs_TD=inputs,
             index_TK=index,
@@ -94,7 +102,19 @@ def make_state(
             domain_T=torch.zeros(tokens, dtype=torch.int64),
         ),
         original=experts,
+        original_router=rows,
+        route=softmax_route(top_k),
     )
+
+
+def softmax_route(top_k: int) -> Route:
+    """A router without noise: softmax over all rows, the K best, not renormalised."""
+
+    def route(router: Mapping[str, Tensor], inputs_TD: Tensor) -> tuple[Tensor, Tensor]:
+        weight, index = (inputs_TD @ router["block.gate.weight"].T).softmax(-1).topk(top_k)
+        return index, weight
+
+    return route
 
 
 @pytest.fixture(scope="session")
@@ -121,3 +141,42 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def olmoe_profile(olmoe: Path, text_folder: Path) -> Profile:
     return profile(olmoe, text=text_folder, tokens=2048, seq_len=64, sample_tokens=512)
+
+
+@pytest.fixture(scope="session")
+def family_state(tiny: Callable[..., Path]) -> Callable[..., LayerState]:
+    """A factory: the last layer of a tiny checkpoint of a family, on its way, with the family's own router."""
+
+    def make(model_type: str, tokens: int = 60) -> LayerState:
+        folder = tiny(model_type)
+        architecture, model = Architecture.of(open_checkpoint(folder)), load_model(folder, dtype=torch.float32)
+        ids_BS = torch.randint(5, 60, (2, tokens // 2), generator=torch.Generator().manual_seed(0))
+        with observed(model, architecture.layers) as observations, torch.no_grad():
+            model(input_ids=ids_BS, use_cache=False)
+        layer, seen = architecture.layers[-1], observations[-1]
+        statistics: dict[str, Tensor] = {}
+        for name in ("usage", "reap"):
+            statistics.update(load_statistic(name)(seen))
+        tensors = model.state_dict()
+        return LayerState(
+            layer=layer,
+            experts=seen.experts,
+            router={name: tensors[name] for name, _ in layer.router_tensors},
+            expert_map_E=torch.arange(layer.num_experts),
+            statistics=statistics,
+            by_domain={name: value[None] for name, value in statistics.items()},
+            sample=Sample(
+                inputs_TD=seen.hidden_TD,
+                index_TK=seen.index_TK,
+                weight_TK=seen.weight_TK,
+                logits_TE=seen.logits_TE,
+                output_TD=seen.output_TD,
+                domain_T=torch.zeros(tokens, dtype=torch.int64),
+                block_TD=seen.block_TD,
+            ),
+            original=seen.experts,
+            route=functools.partial(Reroute(architecture, model), layer),
+            original_router={name: tensors[name] for name, _ in layer.router_tensors},
+        )
+
+    return make

@@ -10,6 +10,7 @@ from coterie.compress.methods.average import average, usage_shares
 from coterie.compress.methods.cluster import cluster
 from coterie.compress.methods.merge_router import merge_router
 from coterie.compress.state import LayerSize, LayerState
+from coterie.errors import UnknownName
 
 
 def slow_average(tensor: torch.Tensor, members: list[int], usage: list[float]) -> torch.Tensor:
@@ -22,11 +23,16 @@ def slow_average(tensor: torch.Tensor, members: list[int], usage: list[float]) -
 
 
 @pytest.mark.parametrize("biases", [False, True])
-def test_a_cluster_becomes_its_usage_weighted_mean(state: Callable[..., LayerState], biases: bool) -> None:
+@pytest.mark.parametrize("weights", ["usage", "equal", "reap"])
+def test_a_cluster_becomes_its_weighted_mean(state: Callable[..., LayerState], biases: bool, weights: str) -> None:
     before = cluster(state(biases=biases, seed=9), LayerSize(num_experts=3), rule="mergemoe")
-    after = average(before, LayerSize(num_experts=3))
+    after = average(before, LayerSize(num_experts=3), weights=weights)
     assert before.clusters_E is not None
     labels, usage = before.clusters_E.tolist(), before.statistics["usage"].tolist()
+    if weights == "equal":
+        usage = [1.0] * 8
+    elif weights == "reap":
+        usage = [total / max(1, count) for total, count in zip(before.statistics["reap"].tolist(), usage, strict=True)]
     assert after.experts.tensors().keys() == before.experts.tensors().keys()
     for name, tensor in before.experts.tensors().items():
         for label in range(3):
@@ -71,10 +77,7 @@ def test_identical_experts_merge_without_change(state: Callable[..., LayerState]
         torch.testing.assert_close(tensor, twins.tensors()[name][::2], atol=1e-7, rtol=1e-6)
 
 
-def test_the_plain_router_has_the_centres_rows(state: Callable[..., LayerState]) -> None:
+def test_unknown_weights_are_refused(state: Callable[..., LayerState]) -> None:
     size = LayerSize(num_experts=3)
-    before = cluster(state(seed=12), size, rule="m-smoe")
-    after = merge_router(average(before, size), size)
-    assert before.centres_M is not None
-    for row, centre in enumerate(before.centres_M.tolist()):
-        assert torch.equal(after.router["block.gate.weight"][row], before.router["block.gate.weight"][centre])
+    with pytest.raises(UnknownName, match="did you mean usage"):
+        average(cluster(state(), size, rule="mergemoe"), size, weights="usages")

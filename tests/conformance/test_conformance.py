@@ -88,3 +88,17 @@ def test_broken_method_is_caught(monkeypatch, function, complaint):
     monkeypatch.setitem(recipes.RECIPES, "broken", broken)
     with pytest.raises(AssertionError, match=complaint):
         check_method("broken")
+
+
+def test_broken_slimming_is_caught(monkeypatch):
+    def keep_first_neurons(state, size, *, score):
+        width = size.width
+        tensors = {
+            name: tensor if name == "down_bias_ED" else tensor[..., :width] if name == "down_EDF" else tensor[:, :width]
+            for name, tensor in state.experts.tensors().items()
+        }
+        return replace(state, experts=replace(state.experts, **tensors))
+
+    monkeypatch.setattr("coterie.compress.methods.slim.slim", keep_first_neurons)
+    with pytest.raises(AssertionError, match="without neurons that do nothing changes the logits"):
+        check_method("easy-slim")

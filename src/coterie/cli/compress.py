@@ -15,14 +15,26 @@ def compress(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the result; must not exist.")],
     keep: options.Keep = None,
     experts: options.Experts = None,
+    width: options.Width = None,
     budget: options.Budget = None,
     recipe: options.Recipe = "mergemoe",
+    effort: Annotated[
+        Literal["fast", "balanced", "thorough"],
+        typer.Option(help="How long a recipe that distils trains the result: not at all, one epoch or four."),
+    ] = "balanced",
     router: options.Router = "plain",
     profile: Annotated[
         Path | None, typer.Option(help="Folder of a profile; one that holds none yet gets the profile made here.")
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="Folder with calibration text; needed where there is no profile yet.")
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder with calibration text, or self: the model writes it; needed where there is no profile yet.",
+        ),
+    ] = None,
+    domains: Annotated[
+        str | None, typer.Option(help="Only these domains, like math,python; with weights, like math=2,python=1.")
     ] = None,
     tokens: options.Tokens = 131_072,
     seq_len: options.SequenceLength = 512,
@@ -48,7 +60,10 @@ def compress(
     It is loaded again and compared with what was computed before it appears at OUT. Ended early, the same command goes
     on from the last finished layer.
     """
-    options.check_one_wish(keep, experts, budget)
+    options.check_one_wish(keep, experts, width, budget)
+    from coterie.profile.mixing import parse_domains
+
+    weights = None if domains is None else parse_domains(domains)
     from coterie.compress.apply import compress as run
 
     made = run(
@@ -56,11 +71,14 @@ def compress(
         out,
         keep=keep,
         experts=experts,
+        width=width,
         budget=budget,
         recipe=recipe,
+        effort=effort,
         router=router,
         profile=profile,
         text=text,
+        weights=weights,
         tokens=tokens,
         seq_len=seq_len,
         seed=seed,

@@ -7,14 +7,20 @@ import typer
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model folder with config.json and *.safetensors, or a hub id.")
 ]
-Keep = Annotated[float | None, typer.Option(help="Share of the experts to keep in each layer, like 0.5.")]
+Keep = Annotated[
+    float | None, typer.Option(help="Share of the experts, or of the width of each, to keep in each layer, like 0.5.")
+]
 Experts = Annotated[int | None, typer.Option(help="Number of experts to keep in each layer.")]
+Width = Annotated[int | None, typer.Option(help="Hidden neurons to keep in each expert; for recipes that slim them.")]
 Budget = Annotated[str | None, typer.Option(help="Size of all weights at most, like 12GiB or 800MB.")]
 Recipe = Annotated[str, typer.Option(help="How experts are chosen or merged; see `coterie recipes`.")]
-RouterForm = Literal["plain", "map"]
+RouterForm = Literal["plain", "mean", "refit", "map"]
 Router = Annotated[
     RouterForm,
-    typer.Option(help="plain: the result loads anywhere. map: the router stays whole; only Coterie loads the result."),
+    typer.Option(
+        help="plain: rows of the experts that stay. mean: the mean of the rows of merged ones. refit: rows fitted to "
+        "the output. map: the router stays whole; only Coterie loads that result, stock loaders read the others."
+    ),
 ]
 Tokens = Annotated[int, typer.Option(help="Tokens of text in all, shared equally by the domains.")]
 SequenceLength = Annotated[int, typer.Option("--seq-len", help="Tokens in a sequence.")]
@@ -32,9 +38,9 @@ AllowPickle = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")]
 
 
-def check_one_wish(keep: float | None, experts: int | None, budget: str | None) -> None:
+def check_one_wish(keep: float | None, experts: int | None, width: int | None, budget: str | None) -> None:
     """Raise a usage error unless exactly one option says how small the result is to be."""
-    wishes = {"--keep": keep, "--experts": experts, "--budget": budget}
+    wishes = {"--keep": keep, "--experts": experts, "--width": width, "--budget": budget}
     given = [name for name, value in wishes.items() if value is not None]
     if len(given) != 1:
         raise typer.BadParameter(

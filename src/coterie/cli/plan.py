@@ -11,6 +11,7 @@ from coterie.cli.output import percent, print_json, print_table, print_text
 
 if TYPE_CHECKING:
     from coterie.compress.plan import Plan
+    from coterie.compress.state import LayerSize
 
 
 def plan(
@@ -20,6 +21,7 @@ def plan(
     ] = None,
     keep: options.Keep = None,
     experts: options.Experts = None,
+    width: options.Width = None,
     budget: options.Budget = None,
     recipe: options.Recipe = "mergemoe",
     router: options.Router = "plain",
@@ -31,10 +33,20 @@ def plan(
 
     No weights are touched: this takes seconds.
     """
-    options.check_one_wish(keep, experts, budget)
+    options.check_one_wish(keep, experts, width, budget)
     from coterie.compress.plan import plan as decide
 
-    made = decide(model, profile, keep=keep, experts=experts, budget=budget, recipe=recipe, router=router, seed=seed)
+    made = decide(
+        model,
+        profile,
+        keep=keep,
+        experts=experts,
+        width=width,
+        budget=budget,
+        recipe=recipe,
+        router=router,
+        seed=seed,
+    )
     if out is not None:
         made.save(out)
     if json:
@@ -43,6 +55,13 @@ def plan(
     print_plan(made)
     if out is not None:
         print_text(f"plan written to {out}")
+
+
+def _width_text(size: "LayerSize") -> str:
+    if size.widths is not None:
+        mean = sum(size.widths) / len(size.widths)
+        return f" of width {min(size.widths)} to {max(size.widths)}, {mean:.1f} on average"
+    return "" if size.width is None else f" of width {size.width}"
 
 
 def print_plan(made: "Plan") -> None:
@@ -54,7 +73,7 @@ def print_plan(made: "Plan") -> None:
     for size, group in groupby(made.sizes):
         count = len(list(group))
         where = f"MoE layer {start}" if count == 1 else f"MoE layers {start} to {start + count - 1}"
-        print_text(f"{where}: {size.num_experts} experts")
+        print_text(f"{where}: {size.num_experts} experts{_width_text(size)}")
         start += count
     for name in made.untouched:
         print_text(f"{name}: copied as it is; the model does not run it")

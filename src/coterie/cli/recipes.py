@@ -1,7 +1,12 @@
 """``coterie recipes``: the recipes that there are."""
 
+from typing import TYPE_CHECKING
+
 from coterie.cli import options
 from coterie.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from coterie.compress.recipes import Recipe
 
 
 def recipes(json: options.Json = False) -> None:
@@ -11,7 +16,7 @@ def recipes(json: options.Json = False) -> None:
     listed = [
         {
             "name": recipe.name,
-            "kind": "merge" if recipe.merges else "drop",
+            "kind": _kind(recipe),
             "summary": recipe.summary,
             "paper": recipe.paper,
             "needs": list(recipe.needs),
@@ -27,7 +32,7 @@ def recipes(json: options.Json = False) -> None:
         [
             (
                 recipe.name,
-                "merge" if recipe.merges else "drop",
+                _kind(recipe),
                 recipe.summary,
                 "-" if recipe.paper is None else f"arXiv {recipe.paper}",
                 ", ".join(recipe.needs),
@@ -35,3 +40,9 @@ def recipes(json: options.Json = False) -> None:
             for recipe in RECIPES.values()
         ],
     )
+
+
+def _kind(recipe: "Recipe") -> str:
+    if recipe.shrinks == "width":
+        return "slim"
+    return "merge" if recipe.merges else "drop"

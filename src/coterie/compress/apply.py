@@ -9,12 +9,13 @@ compared with those logits, and only then put in its place. A run that was kille
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,31 +23,34 @@ import torch
 from torch import Tensor
 
 from coterie.artifact import write_artifact, write_json
+from coterie.compress.distill_run import make_targets, may_distill, train
 from coterie.compress.layer import LayerSummary, Swap, compress_layer
-from coterie.compress.plan import Plan, Router, check_profile, check_statistics, layer_tensors, make_plan
-from coterie.compress.recipes import get_recipe
+from coterie.compress.plan import Plan, Router, check_statistics, make_plan
+from coterie.compress.recipes import epochs_of, get_recipe
+from coterie.compress.reload import check_reload
 from coterie.compress.shards import Shard, lay_out, write_index, write_shard
-from coterie.errors import ArchitectureMismatch, CoterieError, InputError, OutOfSpace, OutputExists, ReloadMismatch
+from coterie.compress.sizes import Wish, layer_tensors
+from coterie.errors import ArchitectureMismatch, CoterieError, InputError, OutOfSpace, OutputExists
 from coterie.journal import Run, open_run
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.layers import Architecture, MoELayer
-from coterie.model.load import MANIFEST, open_checkpoint
+from coterie.model.load import MANIFEST, load_model, open_checkpoint
 from coterie.model.memory import Forecast, peak_bytes
+from coterie.model.reroute import Reroute
 from coterie.model.stream import Stage, Stream
 from coterie.model.units import format_bytes, parse_bytes
-from coterie.profile.observation import observed, proving
+from coterie.profile.calibration import TokenSet
+from coterie.profile.observation import observed, proving, with_residual
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile, Sample
 from coterie.profile.run import Measure, Settings, forecast_with_sample, profile_in_run
 from coterie.profile.run import profile as run_profile
+from coterie.profile.statistics.channels import needs_gradients
 from coterie.progress import track
 
 log = logging.getLogger(__name__)
 
 Inputs = Literal["original", "compressed"]
-
-#: Largest difference of logits between the model in flight and the one loaded again, relative to the largest logit.
-RELOAD_TOLERANCE = 1e-4
 
 #: What the run took: beside the manifest, since it differs between two runs that give the same result.
 RUN_FILE = "coterie-run.json"
@@ -83,11 +87,14 @@ def compress(
     *,
     keep: float | None = None,
     experts: int | None = None,
+    width: int | None = None,
     budget: str | int | None = None,
     recipe: str = "mergemoe",
+    effort: str = "balanced",
     router: Router = "plain",
     profile: Profile | str | Path | None = None,
     text: str | Path | None = None,
+    weights: Mapping[str, float] | None = None,
     tokens: int = 131_072,
     seq_len: int = 512,
     seed: int = 0,
@@ -98,20 +105,25 @@ def compress(
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
 ) -> Result:
-    """Write a smaller checkpoint. Exactly one of `keep`, `experts` and `budget` says how small.
+    """Write a smaller checkpoint. Exactly one of `keep`, `experts`, `width` and `budget` says how small.
 
     A run that was ended early goes on from the last finished layer when it is called again in the same way.
 
     Args:
         model: a model folder or hub id; it is only read.
         out: folder for the result; must not exist.
-        keep: share of the experts to keep in each layer.
+        keep: share of the experts to keep in each layer, or of the width of each expert, as the recipe has it.
         experts: experts to keep in each layer.
+        width: hidden neurons to keep in each expert, for a recipe that slims them; on average, for a ragged one.
         budget: largest size of the weight files, such as "12GiB".
         recipe: name of a recipe, see `coterie.compress.recipes`.
-        router: "plain" loads anywhere; "map" is the form of the merging papers and needs Coterie to load.
+        effort: "fast", "balanced" or "thorough": how long a recipe that distils trains the result. It is left out, and
+            said so, where the result does not fit into the memory that there is, or into `max_memory`.
+        router: form of the router, see `Plan`: "plain", "mean" and "refit" load anywhere; "map" is the form of the
+            merging papers and needs Coterie to load.
         profile: a profile, or the folder of one; a folder that holds none gets the one that is made here.
         text: folder with calibration text, needed when there is no profile yet.
+        weights: share of the text by domain, see `coterie.profile.run.profile`.
         tokens: calibration tokens in all.
         seq_len: tokens in a calibration sequence.
         seed: seed of everything random.
@@ -142,30 +154,54 @@ def compress(
     architecture = Architecture.of(checkpoint)
     stream = Stream(checkpoint, device=device, scratch=target.parent)
     held = _held_profile(profile, checkpoint)
-    wish: dict[str, Any] = {
-        "keep": keep, "experts": experts, "budget": budget, "recipe": recipe, "router": router, "seed": seed,
-    }  # fmt: skip
+    decide = functools.partial(
+        make_plan, checkpoint, architecture, stream.crossing, recipe=recipe, router=router, seed=seed,
+        wish=Wish(keep=keep, experts=experts, width=width, budget=budget),
+    )  # fmt: skip
     # Planning before profiling refuses what cannot be done before any compute.
-    plan = make_plan(checkpoint, architecture, stream.crossing, held, **wish)
+    plan = decide(held)
     check_space(target.parent, plan.predicted_bytes)
     measure: Measure | None = None
-    if held is None:
-        if text is None:
-            raise InputError("no profile yet: give calibration text with --text, or a profile with --profile")
-        settings = Settings(text=text, tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens)
-        measure = settings.measure(checkpoint, architecture.layers)
+    gradients = needs_gradients(get_recipe(recipe).needs)
+    if gradients and inputs == "compressed":
+        raise InputError(
+            f"recipe {recipe} needs gradients of the loss, which come from behind: they are measured before any layer "
+            "is compressed; leave the inputs original"
+        )
+    epochs = epochs_of(recipe, effort) if plan.predicted_bytes < plan.original_bytes else 0
+    if held is None and text is None:
+        raise InputError("no profile yet: give calibration text with --text, or a profile with --profile")
+    if epochs and text is None:
+        raise InputError(
+            f"recipe {recipe} trains its result on text at effort {effort}: give it with --text beside the profile, or "
+            "take --effort fast"
+        )
+    token_set: TokenSet | None = None
+    if held is None or epochs:
+        settings = Settings(
+            text=str(text), weights=weights, tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens,
+            gradients=gradients, device=device, max_memory=max_memory,
+        )  # fmt: skip
+        measure = settings.measure(checkpoint, architecture)
+        token_set = measure.token_set if epochs else None
+        measure = measure if held is None else None
+    limit = None if max_memory is None else parse_bytes(max_memory)
     expected = _forecast(stream, architecture.layers, measure, held)
-    expected.check(None if max_memory is None else parse_bytes(max_memory))
+    expected.check(limit)
+    if token_set is not None and not may_distill(architecture, plan.sizes[0], token_set.seq_len, limit):
+        token_set = None
     clock.lap("plan")
     if isinstance(profile, str | Path) and held is None:
         held = run_profile(
-            model, profile, text=str(text), tokens=tokens, seq_len=seq_len, seed=seed, device=device,
-            sample_tokens=sample_tokens, allow_pickle=allow_pickle,
+            model, profile, text=str(text), weights=weights, tokens=tokens, seq_len=seq_len, seed=seed, device=device,
+            sample_tokens=sample_tokens, gradients=gradients, max_memory=max_memory, allow_pickle=allow_pickle,
         )  # fmt: skip
         measure = None
+        plan = decide(held)
     header = {
         "plan": plan.body(),
         "inputs": inputs,
+        "distilled": None if token_set is None else [token_set.digest, epochs],
         "output_dtype": output_dtype,
         "model": checkpoint.digest,
         "model files": checkpoint.file_stamps(),
@@ -178,20 +214,18 @@ def compress(
             assert measure is not None
             profile_in_run(run, stream, architecture.layers, measure, private=True)
             held = Profile.load(run.private)
-        if held is not None:
-            check_profile(held, checkpoint, get_recipe(recipe).needs)
-            plan = replace(plan, inputs={**plan.inputs, "text": held.text_digest})
+            plan = decide(held)
         clock.lap("profile")
         job = _Job(stream, architecture, plan, held, measure)
         logits_BSV = job.write_weights(run)
         clock.lap("compress")
         job.write_rest(run)
-        written = write_index(run.folder, job.shards)
-        assert written == plan.predicted_bytes, f"planned {plan.predicted_bytes} bytes, wrote {written}"
-        write_json(run.folder / "config.json", job.result_config())
-        _carry_files(checkpoint, run.folder)
-        job.write_manifest(run, logits_error=None)
+        job.write_small_files(run)
         clock.lap("write")
+        if token_set is not None:
+            logits_BSV = job.distill(run, token_set, epochs, logits_BSV)
+            job.write_small_files(run)
+            clock.lap("distill")
         error = check_reload(run.folder, job.check_ids(), logits_BSV, device=device)
         manifest = job.write_manifest(run, logits_error=error)
         clock.lap("check")
@@ -244,7 +278,11 @@ class _Job:
         self._passes = get_recipe(plan.recipe).with_router(plan.router)
         self._parts = layer_tensors(stream.checkpoint, architecture.layers, stream.crossing)
         self._swap = Swap(stream, architecture, plan)
+        self._reroute = Reroute(architecture, stream.model)
+        wanted = profile is not None and "output_peak" in get_recipe(plan.recipe).needs
+        self._peaks_LE = profile.all_layers("output_peak") if profile is not None and wanted else None
         self._summaries: dict[int, LayerSummary] = {}
+        self._distilled: Mapping[str, object] | None = None
 
     def check_ids(self) -> Tensor:
         """Return the seeded random tokens (B, S) that the result is checked with."""
@@ -278,12 +316,43 @@ class _Job:
         logits_BSV: Tensor = passes.results[0]
         return logits_BSV
 
+    def distill(self, run: Run, token_set: TokenSet, epochs: float, logits_BSV: Tensor) -> Tensor:
+        """Train the result, write its layers anew where that helped, and return the logits of the check."""
+        batches = list(token_set.batches(8))
+        targets = make_targets(run, self.stream, batches)
+        model = load_model(run.folder, dtype=torch.float32, device=str(self.stream.device))
+        outcome = train(
+            run, model, self._architecture, torch.cat([ids_BS for _, ids_BS in batches]), targets,
+            epochs=epochs, seed=self.plan.seed, rounded=self._swap.rounded,
+        )  # fmt: skip
+        self._distilled = outcome.notes
+        if outcome.weights is None:
+            return logits_BSV
+        for shard in self.shards:
+            content = run.finished[shard.file].content
+            changed = self._swap.changed(run.folder, shard, outcome.weights)
+            if changed is not None:
+                run.forget(shard.file)
+                write_shard(run.folder, shard, changed)
+                run.finish(shard.file, files=[shard.file], content=content)
+        with torch.no_grad():
+            found_BSV: Tensor = model(input_ids=self.check_ids().to(model.device), use_cache=False).logits
+        return found_BSV.float().cpu()
+
     def write_rest(self, run: Run) -> None:
         """Copy what no stage wrote: shared files, and parts of the model that text does not pass."""
         for shard in self.shards:
             if shard.file not in run.finished:
                 write_shard(run.folder, shard, {name: self.stream.read(name) for name in shard.names})
                 run.finish(shard.file, files=[shard.file])
+
+    def write_small_files(self, run: Run) -> None:
+        """Write all that makes weight files a checkpoint."""
+        written = write_index(run.folder, self.shards)
+        assert written == self.plan.predicted_bytes, f"planned {self.plan.predicted_bytes} bytes, wrote {written}"
+        write_json(run.folder / "config.json", self.result_config())
+        _carry_files(self.checkpoint, run.folder)
+        self.write_manifest(run, logits_error=None)
 
     def _one_stage(self, run: Run, stage: Stage, here: Sequence[MoELayer], shard: Shard) -> None:
         """Compress the MoE layers of a unit (as a rule one), write the unit's file and let the jobs go on."""
@@ -297,19 +366,25 @@ class _Job:
         else:
             disk, summaries = {name: tensor for name, tensor in stage.kept.items() if name in shard.names}, {}
             for layer in here:
-                statistics, sample = measured[layer.index]
+                by_domain, sample = measured[layer.index]
                 new, summaries[layer.index] = compress_layer(
-                    self.stream.model, layer, self.plan.sizes[layer.index], self._passes, statistics, sample
-                )
-                disk |= self.stream.crossing.write(self._swap.model, new, stage.conversions)
+                    self.stream.model, layer, self.plan.sizes[layer.index], self._passes, by_domain, sample,
+                    self._reroute, self.plan.seed, self._peaks_LE,
+                )  # fmt: skip
+                disk |= self._swap.on_disk(new, stage.conversions)
                 memory |= self._swap.rounded(new)
-                del statistics, sample, new
+                del by_domain, sample, new
             measured.clear()
             write_shard(run.folder, shard, disk)
             content = {str(index): summary.content() for index, summary in summaries.items()}
             run.finish(shard.file, files=[shard.file], content={"layers": content})
         self._summaries |= summaries
         maps = {layer.index: summaries[layer.index].expert_map for layer in here}
+        if not finished and self.plan.sizes[0].width is not None:
+            routers = {name for layer in here for name, _ in layer.router_tensors}
+            experts = {name: tensor for name, tensor in memory.items() if name not in routers}
+            with self._swap.filled(stage.unit, experts, maps) as module:
+                self._swap.check_rest(stage.calls[0], module)
         with self._swap.filled(stage.unit, memory, maps) as module:
             for call in stage.calls:
                 # The check and, after it, the first half of the text run through compressed layers.
@@ -324,9 +399,7 @@ class _Job:
             if not measuring:
                 return {}
             profile = self._profile
-            return {
-                layer.index: (_summed(profile.statistics[layer.index]), profile.samples[layer.index]) for layer in here
-            }
+            return {layer.index: (profile.statistics[layer.index], profile.samples[layer.index]) for layer in here}
         assert self._measure is not None
         batches, model, count = self._batches, self.stream.model, len(self._batches)
         collectors = {layer.index: self._measure.collector() for layer in here}
@@ -341,26 +414,29 @@ class _Job:
             if not measuring:
                 continue
             with observed(model, tuple(here), thin=self._measure.thin) as observations:
-                prefix.compute()
+                output = prefix.compute()
             for observation, target in zip(observations, targets, strict=True):
-                collectors[observation.layer.index].add(domain, replace(observation, output_TD=target.output_TD))
+                seen = with_residual(observation, output)
+                collectors[observation.layer.index].add(domain, seen, target_TD=target.output_TD)
         if not measuring:
             return {}
         for each in collectors.values():
             check_statistics(each.statistics, get_recipe(self.plan.recipe).needs)
-        return {index: (_summed(each.statistics), each.sample()) for index, each in collectors.items()}
+        return {index: (each.statistics, each.sample()) for index, each in collectors.items()}
 
     def result_config(self) -> dict[str, Any]:
         """Return the content of the result's config.json."""
-        if self.plan.router == "plain":
-            return self._architecture.resized_config(self.plan.sizes[0].num_experts)
-        # A mapped result keeps the router's E rows and says so in its config, so stock loaders refuse it.
+        size = self.plan.sizes[0]
+        if self.plan.router != "map" and not self.plan.ragged:
+            return self._architecture.resized_config(size.num_experts, size.width)
+        # A mapped result keeps the router's E rows, a ragged one the full width, and the config says so, while the
+        # files hold less: stock loaders refuse them.
         return dict(self.checkpoint.config)
 
     def write_manifest(self, run: Run, *, logits_error: float | None) -> dict[str, Any]:
         """Write coterie.json into the result, and return its content."""
-        mapped = self.plan.router == "map"
-        how = "coterie.load_model(OUT)" if mapped else "transformers.AutoModelForCausalLM.from_pretrained(OUT)"
+        ours = self.plan.router == "map" or self.plan.ragged
+        how = "coterie.load_model(OUT)" if ours else "transformers.AutoModelForCausalLM.from_pretrained(OUT)"
         if self._profile is not None:
             domains, num_tokens, seq_len = self._profile.domains, sum(self._profile.num_tokens), self._profile.seq_len
             text_digest = self._profile.text_digest
@@ -373,7 +449,7 @@ class _Job:
             "recipe": self.plan.recipe,
             "passes": [[name, dict(options)] for name, options in self._passes],
             "router": self.plan.router,
-            "loads_with": "coterie" if mapped else "transformers",
+            "loads_with": "coterie" if ours else "transformers",
             "how_to_load": how,
             "plan": self.plan.body(),
             "model": self.checkpoint.path.resolve().name,
@@ -383,12 +459,17 @@ class _Job:
             "seq_len": seq_len,
             "seed": self.plan.seed,
             "logits_error": logits_error,
+            "ragged": self._swap.ragged,
+            "distilled": self._distilled,
             "layers": [
                 {
                     "index": layer.index,
                     "block": layer.block,
                     "num_experts_before": layer.num_experts,
                     "num_experts_after": self._summaries[layer.index].num_experts,
+                    "width_before": layer.width,
+                    "width_after": self._summaries[layer.index].width,
+                    "widths_after": self.plan.sizes[layer.index].widths,
                     "expert_map": self._summaries[layer.index].expert_map,
                     "centres": self._summaries[layer.index].centres,
                     "notes": dict(self._summaries[layer.index].notes),
@@ -403,40 +484,11 @@ class _Job:
         return body
 
 
-def _summed(statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sum statistics over their domains."""
-    return {name: value.sum(0) for name, value in statistics.items()}
-
-
 def _forecast(stream: Stream, layers: tuple[MoELayer, ...], measure: Measure | None, held: Profile | None) -> Forecast:
     if measure is not None:
         return measure.forecast(stream, layers)
     assert held is not None
     return forecast_with_sample(stream, layers, len(held.samples[0].domain_T))
-
-
-def check_reload(folder: Path, ids_BS: Tensor, expected_BSV: Tensor, *, device: str = "cpu") -> float:
-    """Run what was written, layer by layer, and compare its logits with those of the model in flight.
-
-    Returns:
-        The largest difference, relative to the largest logit.
-
-    Raises:
-        CorruptCheckpoint: tensors are missing or of the wrong shape.
-        ReloadMismatch: the logits differ by more than `RELOAD_TOLERANCE`.
-    """
-    with Stream(Checkpoint.open(folder), device=device, scratch=folder.parent) as stream:
-        run = stream.run([stream.logits_job(ids_BS)])
-        for _ in run:
-            pass
-    found_BSV: Tensor = run.results[0]
-    error = float((expected_BSV - found_BSV).abs().max() / expected_BSV.abs().max().clamp(min=1e-30))
-    if not error <= RELOAD_TOLERANCE:
-        raise ReloadMismatch(
-            f"the checkpoint that was written computes other logits than the model in flight: they differ by "
-            f"{error:.2e} of the largest logit (limit {RELOAD_TOLERANCE:.0e}); nothing was kept, please report it"
-        )
-    return error
 
 
 @contextmanager

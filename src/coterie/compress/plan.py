@@ -10,16 +10,19 @@ from typing import Any, Literal
 
 from coterie.artifact import open_artifact, write_artifact
 from coterie.compress.recipes import get_recipe
+from coterie.compress.sizes import LayerTensors, Sizing, Wish, layer_tensors, sizes_for
 from coterie.compress.state import LayerSize
-from coterie.errors import ArchitectureMismatch, Infeasible, InputError, StaleArtifact, UnsupportedDtype
+from coterie.errors import ArchitectureMismatch, InputError, StaleArtifact, UnsupportedDtype
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.convert import TORCH_DTYPES, Crossing
-from coterie.model.layers import Architecture, MoELayer
+from coterie.model.layers import Architecture
 from coterie.model.load import open_checkpoint, read_manifest
-from coterie.model.units import format_bytes, parse_bytes
+from coterie.model.ragged import places_of
 from coterie.profile.profile import Profile
+from coterie.profile.run import check_predicts
+from coterie.profile.statistics.channels import needs_gradients
 
-Router = Literal["plain", "map"]
+Router = Literal["plain", "mean", "refit", "map"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +31,8 @@ class Plan:
 
     Attributes:
         recipe: name of the recipe.
-        router: "plain" (M rows, loads anywhere) or "map" (E rows and a map, needs Coterie to load).
+        router: "map" (E rows and a map, needs Coterie to load) or a form of M rows, which loads anywhere: "plain"
+            (those of the centres), "mean" (means over the clusters) or "refit" (fitted to the block's output).
         sizes: what each MoE layer gets, in order.
         untouched: parts of the checkpoint that the model class has no place for, such as heads for multi-token
             prediction; they are copied as they are, their experts too.
@@ -57,6 +61,11 @@ class Plan:
         del content["inputs"]
         return content
 
+    @property
+    def ragged(self) -> bool:
+        """Whether experts get widths of their own; such a result needs Coterie to load."""
+        return any(size.widths is not None for size in self.sizes)
+
     def save(self, path: str | Path) -> Path:
         """Write the plan as one JSON file."""
         target = Path(path)
@@ -68,7 +77,9 @@ class Plan:
         """Read a plan; raises CorruptArtifact or, when made from other inputs, StaleArtifact."""
         found = open_artifact(Path(path), kind="plan", inputs=inputs)
         body = dict(found.body)
-        sizes = tuple(LayerSize(**size) for size in body.pop("sizes"))
+        sizes = tuple(
+            LayerSize(**{**size, "widths": size["widths"] and tuple(size["widths"])}) for size in body.pop("sizes")
+        )
         untouched = tuple(body.pop("untouched"))
         return cls(**body, sizes=sizes, untouched=untouched, inputs=found.inputs)
 
@@ -79,26 +90,30 @@ def plan(
     *,
     keep: float | None = None,
     experts: int | None = None,
+    width: int | None = None,
     budget: str | int | None = None,
     recipe: str = "mergemoe",
     router: Router = "plain",
     seed: int = 0,
 ) -> Plan:
-    """Decide what every layer gets. Exactly one of `keep`, `experts` and `budget` says how small.
+    """Decide what every layer gets. Exactly one of `keep`, `experts`, `width` and `budget` says how small.
 
     Args:
         model: a model folder or hub id; only headers are read.
-        profile: a profile of the same model; with it the plan checks that the recipe finds what it needs.
-        keep: share of the experts to keep in each layer, above 0 and up to 1.
+        profile: a profile of the same model; with it the plan checks that the recipe finds what it needs. A ragged
+            recipe cannot do without.
+        keep: share of the experts to keep in each layer, or of the width of each expert, above 0 and up to 1.
         experts: experts to keep in each layer.
+        width: hidden neurons to keep in each expert, for a recipe that slims them.
         budget: largest size of the weight files, such as "12GiB", "800MB" or a number of bytes.
         recipe: name of a recipe.
-        router: "plain" or "map".
+        router: form of the router: "plain", "mean", "refit" or "map", see `Plan`.
         seed: seed of everything random in the passes.
 
     Raises:
-        InputError: not exactly one wish, or a wish out of range.
-        Infeasible: too few experts for the router, or a budget below the smallest result; names the nearest wish.
+        InputError: not exactly one wish, a wish out of range or not for this recipe, or no profile for a ragged one.
+        Infeasible: too few experts for the router, a width that the config cannot say, or a budget below the smallest
+            result; names the nearest wish.
         UnknownName: no such recipe.
         StaleArtifact: the profile is of another model.
     """
@@ -106,10 +121,15 @@ def plan(
     architecture = Architecture.of(checkpoint)
     if isinstance(profile, str | Path):
         profile = Profile.load(profile, model_digest=checkpoint.digest)
-    return make_plan(
-        checkpoint, architecture, Crossing(checkpoint, architecture.model), profile,
-        keep=keep, experts=experts, budget=budget, recipe=recipe, router=router, seed=seed,
-    )  # fmt: skip
+    wish = Wish(keep=keep, experts=experts, width=width, budget=budget)
+    crossing = Crossing(checkpoint, architecture.model)
+    made = make_plan(checkpoint, architecture, crossing, profile, wish=wish, recipe=recipe, router=router, seed=seed)
+    if made.ragged and profile is None:
+        raise InputError(
+            f"recipe {recipe} ranks the hidden neurons of all layers by what was measured: give a profile that was "
+            "made with --gradients"
+        )
+    return made
 
 
 def make_plan(
@@ -118,73 +138,46 @@ def make_plan(
     crossing: Crossing,
     profile: Profile | None,
     *,
-    keep: float | None,
-    experts: int | None,
-    budget: str | int | None,
+    wish: Wish,
     recipe: str,
     router: Router,
     seed: int,
 ) -> Plan:
-    """Make a plan for a checkpoint that is already open; see `plan`."""
+    """Make a plan for a checkpoint that is already open; see `plan`.
+
+    Without a profile, the plan of a ragged recipe only says that the wish can be met, and how large the result is.
+    """
     chosen = get_recipe(recipe)
     chosen.with_router(router)
     manifest = read_manifest(checkpoint.path)
-    if manifest is not None and manifest["router"] == "map":
-        raise InputError(f"{checkpoint.path} is a mapped result; compress the model that it was made from")
-    if profile is not None:
-        check_profile(profile, checkpoint, chosen.needs)
+    if manifest is not None and manifest["loads_with"] != "transformers":
+        kind = "mapped" if manifest["router"] == "map" else "ragged"
+        raise InputError(f"{checkpoint.path} is a {kind} result; compress the model that it was made from")
     parts = layer_tensors(checkpoint, architecture.layers, crossing)
     _check_dtypes(checkpoint, parts)
-    sizing = _Sizing(checkpoint, architecture, crossing, parts, router)
-    count = _wished_count(architecture, sizing, keep=keep, experts=experts, budget=budget)
+    if chosen.ragged:
+        places_of(crossing, architecture, [part.experts for part in parts])
+    if needs_gradients(chosen.needs):
+        check_predicts(architecture)
+    if profile is not None:
+        check_profile(profile, checkpoint, chosen.needs)
+    sizing = Sizing(checkpoint, architecture, crossing, parts, keeps_rows=router == "map")
+    sizes = sizes_for(chosen, architecture, sizing, wish, profile)
     inputs = {"model": checkpoint.digest}
     if profile is not None:
         inputs["text"] = profile.text_digest
     return Plan(
         recipe=recipe,
         router=router,
-        sizes=tuple(LayerSize(num_experts=count) for _ in architecture.layers),
+        sizes=sizes,
         untouched=untouched_parts(checkpoint, architecture, crossing),
         original_bytes=checkpoint.num_bytes,
-        predicted_bytes=sizing.num_bytes(count),
+        predicted_bytes=sizing.num_bytes(sizes),
         original_parameters=sum(info.num_elements for info in checkpoint.tensors.values()),
-        predicted_parameters=sizing.num_parameters(count),
+        predicted_parameters=sizing.num_parameters(sizes),
         seed=seed,
         inputs=inputs,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class LayerTensors:
-    """Names on disk of one layer's tensors that have an expert axis."""
-
-    experts: tuple[str, ...]
-    router: tuple[str, ...]
-
-
-def layer_tensors(checkpoint: Checkpoint, layers: tuple[MoELayer, ...], crossing: Crossing) -> tuple[LayerTensors, ...]:
-    """Return for each layer the names on disk of its experts' and its router's tensors.
-
-    Raises:
-        ArchitectureMismatch: a layer has no expert or no router tensor in the checkpoint.
-    """
-    owner: dict[str, tuple[int, str]] = {}
-    for layer in layers:
-        owner.update({name: (layer.index, "router") for name, _ in layer.router_tensors})
-    prefixes = {layer.experts: layer.index for layer in layers}
-    found: list[dict[str, list[str]]] = [{"experts": [], "router": []} for _ in layers]
-    for disk_name in sorted(checkpoint.tensors):
-        memory_name = crossing.memory_names[disk_name]
-        if memory_name in owner:
-            index, kind = owner[memory_name]
-            found[index][kind].append(disk_name)
-        elif (prefix := memory_name.rpartition(".")[0]) in prefixes:
-            found[prefixes[prefix]]["experts"].append(disk_name)
-    for layer, entry in zip(layers, found, strict=True):
-        for kind, names in entry.items():
-            if not names:
-                raise ArchitectureMismatch(f"{checkpoint.path}: no tensor of the {kind} of {layer.block} was found")
-    return tuple(LayerTensors(experts=tuple(entry["experts"]), router=tuple(entry["router"])) for entry in found)
 
 
 def untouched_parts(checkpoint: Checkpoint, architecture: Architecture, crossing: Crossing) -> tuple[str, ...]:
@@ -198,78 +191,6 @@ def untouched_parts(checkpoint: Checkpoint, architecture: Architecture, crossing
     return tuple(sorted(parts))
 
 
-class _Sizing:
-    """Predicts the size of the result: tensors with an expert axis scale with the number of experts."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        architecture: Architecture,
-        crossing: Crossing,
-        parts: tuple[LayerTensors, ...],
-        router: Router,
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._layers = architecture.layers
-        # Router rows behind the experts' (for shared experts, or for "no expert") stay, however many experts go.
-        axes = {name: axis for layer in self._layers for name, axis in layer.router_tensors}
-        state = architecture.model.state_dict()
-        self._rows = {
-            disk: state[memory].shape[axes[memory]] for disk, memory in crossing.memory_names.items() if memory in axes
-        }
-        self._scaled = [(*part.experts, *(part.router if router == "plain" else ())) for part in parts]
-
-    def num_bytes(self, count: int) -> int:
-        return self._total(count, "num_bytes")
-
-    def num_parameters(self, count: int) -> int:
-        return self._total(count, "num_elements")
-
-    def _total(self, count: int, measure: str) -> int:
-        total: int = sum(getattr(info, measure) for info in self._checkpoint.tensors.values())
-        for layer, names in zip(self._layers, self._scaled, strict=True):
-            experts = layer.num_experts
-            scaled: int = sum(
-                getattr(self._checkpoint.tensors[name], measure) * experts // self._rows.get(name, experts)
-                for name in names
-            )
-            total += scaled * count // layer.num_experts - scaled
-        return total
-
-
-def _wished_count(
-    architecture: Architecture, sizing: _Sizing, *, keep: float | None, experts: int | None, budget: str | int | None
-) -> int:
-    wishes = {"keep": keep, "experts": experts, "budget": budget}
-    given = [name for name, value in wishes.items() if value is not None]
-    if len(given) != 1:
-        raise InputError(f"say how small with exactly one of --keep, --experts and --budget; got {given or 'none'}")
-    total = architecture.layers[0].num_experts
-    if keep is not None:
-        if not 0 < keep <= 1:
-            raise InputError(f"--keep {keep:g} is not a share: it must be above 0 and at most 1 (0.5 keeps half)")
-        experts = max(1, round(keep * total))
-    if budget is not None:
-        return _largest_within(architecture, sizing, parse_bytes(budget))
-    assert experts is not None
-    if not 1 <= experts <= total:
-        raise Infeasible(f"--experts {experts} is out of range: every layer has {total}; choose 1 to {total}")
-    architecture.check_feasible(experts)
-    return experts
-
-
-def _largest_within(architecture: Architecture, sizing: _Sizing, limit: int) -> int:
-    counts = architecture.feasible_counts()
-    fitting = [count for count in counts if sizing.num_bytes(count) <= limit]
-    if not fitting:
-        floor = sizing.num_bytes(counts[0])
-        raise Infeasible(
-            f"a budget of {format_bytes(limit)} cannot be met by keeping fewer experts: the least that can be routed, "
-            f"{counts[0]} a layer, takes {format_bytes(floor)}"
-        )
-    return fitting[-1]
-
-
 def check_profile(profile: Profile, checkpoint: Checkpoint, needs: tuple[str, ...]) -> None:
     """Raise StaleArtifact for the profile of another model, ArchitectureMismatch where it lacks what a recipe needs."""
     if profile.model_digest != checkpoint.digest:
@@ -280,13 +201,31 @@ def check_profile(profile: Profile, checkpoint: Checkpoint, needs: tuple[str, ..
     check_statistics(profile.statistics[0].keys(), needs)
 
 
+_NO_SCORES = "the model records no router scores; use a recipe that compares outputs, such as reap or hc-smoe"
+
+#: Why a statistic may be missing from a profile.
+_REASONS = {
+    "router_probability": _NO_SCORES,
+    "logit_sum": _NO_SCORES,
+    "logit_product": _NO_SCORES,
+    "tcess": _NO_SCORES,
+    "tcess_tokens": _NO_SCORES,
+    "easy_ep": "the block's output is not simply added to the residual stream; use reap",
+}
+
+
 def check_statistics(held: Iterable[str], needs: Iterable[str]) -> None:
-    """Raise ArchitectureMismatch when a recipe needs statistics that were not measured."""
+    """Raise ArchitectureMismatch, or InputError for gradients, when a recipe needs what was not measured."""
     missing = sorted(set(needs) - set(held))
+    if needs_gradients(missing):
+        raise InputError(
+            f"the recipe needs {', '.join(missing)}, which are measured where the gradient of the loss is sent back "
+            "through the model: run coterie profile with --gradients, or leave the profile out"
+        )
     if missing:
+        reasons = sorted({_REASONS.get(name, "it was made by an earlier version: profile again") for name in missing})
         raise ArchitectureMismatch(
-            f"the recipe needs {', '.join(missing)}, which the profile does not hold: the model records no router "
-            "scores; use a recipe that compares outputs or weights, such as hc-smoe or mergemoe"
+            f"the recipe needs {', '.join(missing)}, which the profile does not hold: {'; '.join(reasons)}"
         )
 
 

@@ -17,29 +17,35 @@ from transformers import PreTrainedModel
 
 from coterie.artifact import file_digest
 from coterie.compress.apply import Result, compress
+from coterie.compress.plan import plan
 from coterie.compress.recipes import RECIPES, get_recipe
-from coterie.errors import Infeasible
+from coterie.errors import ArchitectureMismatch, Infeasible
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.inspect import inspect
 from coterie.model.layers import Architecture, MoELayer, canonical_experts, quiet
 from coterie.model.load import load_model
 from coterie.model.seam import intercepted
 from coterie.profile.run import profile
-from coterie.testing.families import END_OF_TEXT_ID, SOFTMAX_OVER_ALL
+from coterie.profile.statistics.channels import needs_gradients
+from coterie.testing.families import END_OF_TEXT_ID, ONE_WIDTH, SOFTMAX_OVER_ALL, UNROUTABLE
 from coterie.testing.tiny import tiny_checkpoint, tiny_text, tiny_tokenizer
+
+#: The width that slimming recipes leave of the tiny families' experts.
+NARROW = 8
 
 
 def check_method(recipe: str, *, model_type: str = "olmoe") -> None:
     """Check that a recipe keeps the promises that every method must keep, on tiny checkpoints and the real path.
 
-    Full size is bit-identical; half size is a whole checkpoint with all that came with the model, in the predicted
+    Full size is bit-identical; a smaller one is a whole checkpoint with all that came with the model, in the predicted
     bytes, the same bytes every time, and independent of the order of the experts; experts that no token chose and that
-    equal another one go without a trace; a wish that cannot be routed is refused and leaves nothing behind; the input
-    is not written. Merging recipes are checked with both router forms. Takes some ten seconds.
+    equal another one, or neurons that do nothing, go without a trace; a wish that cannot be met is refused and leaves
+    nothing behind; the input is not written. Merging recipes are checked with both router forms. Takes some ten
+    seconds.
 
     Args:
         recipe: name of the recipe.
-        model_type: the tiny family for all checks but the one on unused experts.
+        model_type: the tiny family for all checks but the one on unused experts or neurons.
 
     Raises:
         AssertionError: a promise is broken; the message says which, where and by how much.
@@ -49,20 +55,23 @@ def check_method(recipe: str, *, model_type: str = "olmoe") -> None:
     with _workshop() as shop:
         model = tiny_checkpoint(shop.folder / "model", model_type)
         permuted = shop.edited(model, _permute_experts)
-        redundant = shop.edited(tiny_checkpoint(shop.folder / "glm4_moe", "glm4_moe"), _make_half_redundant)
+        edit, without = _make_half_redundant, "without unused copies of experts"
+        if get_recipe(recipe).shrinks == "width":
+            edit, without = _make_neurons_idle, "without neurons that do nothing"
+        redundant = shop.edited(tiny_checkpoint(shop.folder / "glm4_moe", "glm4_moe"), edit)
         before = _digests(model)
         for router in routers:
             what = f"{recipe}, router {router}"
             shop.check_full_size(model, recipe, router)
-            result = shop.compress(model, recipe, router, experts=4)
+            result = shop.smaller(model, recipe, router)
             check_result(model, result)
-            again = shop.compress(model, recipe, router, experts=4, fresh_profile=True)
+            again = shop.smaller(model, recipe, router, fresh_profile=True)
             digests = [_digests(each.out, "*.safetensors") for each in (result, again)]
             _require(digests[0] == digests[1], f"{what}: equal input, unequal bytes")
-            other = shop.compress(permuted, recipe, router, experts=4)
+            other = shop.smaller(permuted, recipe, router)
             _require_close(shop.logits(other.out), shop.logits(result.out), f"{what}: another order of the experts")
-            lean = shop.compress(redundant, recipe, router, experts=4)
-            _require_close(shop.logits(lean.out), shop.logits(redundant), f"{what}: without unused copies of experts")
+            lean = shop.smaller(redundant, recipe, router)
+            _require_close(shop.logits(lean.out), shop.logits(redundant), f"{what}: {without}")
             shop.check_refusal(model, recipe, router)
         _require(_digests(model) == before, f"{recipe}: the model folder was written")
 
@@ -73,7 +82,8 @@ def check_family(model_type: str, *, thorough: bool = True) -> None:
     The inspection of the files agrees with the model; full size is bit-identical; pruned and merged halves are whole,
     load by the stock class and give the logits that were computed in flight; a merged half does not depend on the order
     of the experts; dropping experts that a text never chooses leaves the logits on that text as they were, unless the
-    family weights by a softmax over all experts. Takes two or three seconds, thorough three times that.
+    family weights by a softmax over all experts. Takes two or three seconds; thorough, with slimmed experts whose
+    dropped neurons did nothing, five times that.
 
     Args:
         model_type: one of `tiny_families`.
@@ -102,19 +112,31 @@ def check_family(model_type: str, *, thorough: bool = True) -> None:
             what = f"{model_type}, router {router}: another order of the experts"
             _require_close(shop.logits(other.out), shop.logits(result.out), what)
         if thorough:
-            narrow = tiny_checkpoint(shop.folder / "bfloat16", model_type, dtype=torch.bfloat16)
+            narrow = tiny_checkpoint(shop.folder / "bfloat16" / model_type, model_type, dtype=torch.bfloat16)
             shop.check_full_size(narrow, merging, "map")
             for recipe in recipes:
-                check_result(narrow, shop.compress(narrow, recipe, "plain", experts=4))
+                shop.check_small(narrow, recipe)
+            shop.check_idle_neurons(model, architecture)
         shop.check_dropping_unused(model, architecture.layers)
 
 
 def _applicable_recipes(architecture: Architecture) -> list[str]:
-    """Return the recipes that can work on a model: experts that end in a norm cannot be re-fitted."""
-    modules = (architecture.model.get_submodule(layer.experts) for layer in architecture.layers)
+    """Return the recipes that can work on a model.
+
+    Experts that end in a norm cannot be re-fitted; where one entry of the config sizes experts and other parts, they
+    cannot be slimmed alone; experts that are stored in one tensor cannot have widths of their own (that is checked
+    apart); and a model that predicts no next token has no loss to send back.
+    """
+    modules = [architecture.model.get_submodule(layer.experts) for layer in architecture.layers]
     solvable = all(canonical_experts(module).finish is None for module in modules)
+    model: Any = architecture.model
+    predicts = model.get_output_embeddings() is not None
     return [
-        name for name, recipe in RECIPES.items() if solvable or all(step != "refit-down" for step, _ in recipe.passes)
+        name
+        for name, recipe in RECIPES.items()
+        if (solvable or all(step != "refit-down" for step, _ in recipe.passes))
+        and not (recipe.shrinks == "width" and (recipe.ragged or architecture.config["model_type"] in ONE_WIDTH))
+        and (predicts or not needs_gradients(recipe.needs))
     ]
 
 
@@ -139,16 +161,17 @@ def check_result(model: str | Path, result: Result) -> None:
     """
     source, made = Checkpoint.open(model), Checkpoint.open(result.out)
     layers = Architecture.of(source).layers
-    mapped = result.plan.router == "map"
     _require(made.num_bytes == result.plan.predicted_bytes, f"{made.num_bytes} bytes, not as the plan predicted")
     for file in source.other_files():
         copy = result.out / file.name
         _require(copy.is_file() and copy.read_bytes() == file.read_bytes(), f"{file.name} was not carried along")
-    if not mapped:
+    if result.manifest["loads_with"] == "transformers":
         new_model, info = _load_stock(result.out)
         _require(not any(info.values()), f"{result.out} does not load whole: {info}")
-        counts = [layer.num_experts for layer in Architecture.of(made).layers]
-        _require(counts == [size.num_experts for size in result.plan.sizes], f"{counts} experts, not as planned")
+        found = [(layer.num_experts, layer.width) for layer in Architecture.of(made).layers]
+        sizes = zip(layers, result.plan.sizes, strict=True)
+        planned = [(size.num_experts, size.width or layer.width) for layer, size in sizes]
+        _require(found == planned, f"{found} experts and their width, not {planned} as planned")
     else:
         new_model = load_model(result.out)
     old, new = load_model(model).state_dict(), new_model.state_dict()
@@ -176,7 +199,7 @@ class _Shop:
         self.folder = folder
         self._tokens = tokens
         self._text = tiny_text(folder / "text", documents=4)
-        self._profiles: dict[Path, Any] = {}
+        self._profiles: dict[tuple[Path, bool], Any] = {}
         self._count = 0
 
     def new_path(self, name: str) -> Path:
@@ -184,10 +207,36 @@ class _Shop:
         return self.folder / f"{self._count}-{name}"
 
     def compress(self, model: Path, recipe: str, router: Any, *, fresh_profile: bool = False, **wish: Any) -> Result:
-        if fresh_profile or model not in self._profiles:
-            self._profiles[model] = profile(model, text=self._text, tokens=self._tokens, seq_len=64, sample_tokens=512)
+        gradients = needs_gradients(get_recipe(recipe).needs)
+        key = (model, gradients)
+        if fresh_profile or key not in self._profiles:
+            self._profiles[key] = profile(
+                model, text=self._text, tokens=self._tokens, seq_len=64, sample_tokens=512, gradients=gradients
+            )
         out = self.new_path(f"{recipe}-{router}")
-        return compress(model, out, recipe=recipe, router=router, profile=self._profiles[model], **wish)
+        if get_recipe(recipe).distills:
+            wish |= {"text": self._text, "tokens": self._tokens, "seq_len": 64}
+        return compress(model, out, recipe=recipe, router=router, profile=self._profiles[key], **wish)
+
+    def check_small(self, model: Path, recipe: str) -> None:
+        """Check a smaller result; a recipe that cannot work on this model must say so."""
+        measured = profile(model, text=self._text, tokens=128, seq_len=64, sample_tokens=64).statistics[0].keys()
+        chosen = get_recipe(recipe)
+        asks = not {name for name, _ in chosen.passes}.isdisjoint(("leave-one-out", "subset-search"))
+        missing = {name for name in chosen.needs if name not in measured and not needs_gradients([name])}
+        if not missing and not (asks and model.name in UNROUTABLE):
+            check_result(model, self.smaller(model, recipe, "plain"))
+            return
+        try:
+            self.smaller(model, recipe, "plain")
+        except ArchitectureMismatch:
+            return
+        raise AssertionError(f"{model}: {recipe} is possible, though {missing or 'its router'} cannot be measured")
+
+    def smaller(self, model: Path, recipe: str, router: Any, *, fresh_profile: bool = False) -> Result:
+        """Keep half of the experts or, for a recipe that slims them, a third of their width."""
+        wish: dict[str, Any] = {"width": NARROW} if get_recipe(recipe).shrinks == "width" else {"experts": 4}
+        return self.compress(model, recipe, router, fresh_profile=fresh_profile, **wish)
 
     def edited(self, model: Path, edit: Callable[[PreTrainedModel, tuple[MoELayer, ...]], None]) -> Path:
         """Copy a checkpoint with its weights changed in memory, through the stock classes."""
@@ -217,15 +266,41 @@ class _Shop:
                 _require(a.dtype == b.dtype and torch.equal(a, b), f"{what}: {name} is not bit-identical")
 
     def check_refusal(self, model: Path, recipe: str, router: str) -> None:
-        wish = max(layer.top_k for layer in Architecture.of(Checkpoint.open(model)).layers) - 1
+        layers = Architecture.of(Checkpoint.open(model)).layers
+        wish: dict[str, Any] = {"experts": max(layer.top_k for layer in layers) - 1}  # too few for the router
+        if get_recipe(recipe).shrinks == "width":
+            wish = {"width": layers[0].width + 1}
         there = set(self.folder.iterdir())
         try:
-            self.compress(model, recipe, router, experts=wish)
+            self.compress(model, recipe, router, **wish)
         except Infeasible:
             left = sorted(path.name for path in set(self.folder.iterdir()) - there)
-            _require(not left, f"{recipe}: the refusal of {wish} experts left {left} behind")
+            _require(not left, f"{recipe}: the refusal of {wish} left {left} behind")
         else:
-            raise AssertionError(f"{recipe}: {wish} experts a layer, fewer than top_k, were not refused")
+            raise AssertionError(f"{recipe}: {wish}, which cannot be, was not refused")
+
+    def check_idle_neurons(self, model: Path, architecture: Architecture) -> None:
+        """Make two thirds of the neurons of each expert do nothing, and slim them away: the logits must stay.
+
+        The folder's name is the family's. Uniform widths must be refused for the families of `ONE_WIDTH`, widths that
+        differ for those that store experts in one tensor.
+        """
+        idle = self.edited(model, _make_neurons_idle)
+        expected, listed = self.logits(idle), model.name in ONE_WIDTH
+        places = {name.split(".experts.")[-1].split(".")[0] for name in Checkpoint.open(model).tensors}
+        fused = len(places & set(map(str, range(architecture.layers[0].num_experts)))) < 2
+        for recipe, impossible in (("easy-slim", listed), ("heapr-ragged", fused)):
+            if impossible:
+                try:
+                    plan(idle, recipe=recipe, width=NARROW)
+                except Infeasible:
+                    continue
+                raise AssertionError(f"{model.name}: {recipe} is possible, against the list")
+            result = self.smaller(idle, recipe, "plain")
+            check_result(idle, result)
+            _require_close(
+                self.logits(result.out), expected, f"{model.name}, {recipe}: without neurons that do nothing"
+            )
 
     def check_dropping_unused(self, model: Path, layers: tuple[MoELayer, ...]) -> None:
         """Drop a quarter of the experts, none of which a two-letter text chooses: its logits must stay.
@@ -337,6 +412,16 @@ def _make_half_redundant(model: PreTrainedModel, layers: tuple[MoELayer, ...]) -
         for name, _ in layer.router_tensors:
             if name.endswith("bias"):
                 model.state_dict()[name][torch.tensor([0, 3, 4, 7])] = -1e4
+
+
+def _make_neurons_idle(model: PreTrainedModel, layers: tuple[MoELayer, ...]) -> None:
+    """Set the down projection of all but `NARROW` neurons of each expert to zero; other ones in each expert."""
+    for layer in layers:
+        module = model.get_submodule(layer.experts)
+        down_EDF = canonical_experts(module).down_EDF
+        for expert in range(layer.num_experts):
+            idle = torch.randperm(layer.width, generator=torch.Generator().manual_seed(expert))[NARROW:]
+            down_EDF[expert, :, idle] = 0
 
 
 def _reorder(model: PreTrainedModel, layer: MoELayer, experts: Tensor, rows: Tensor) -> None:

@@ -194,6 +194,12 @@ CORE_FAMILIES = (
 #: of the chosen change when others go.
 SOFTMAX_OVER_ALL = ("deepseek_ocr2", "deepseek_v2", "jamba", "unlimited_ocr", "zaya")
 
+#: Families whose config sizes the experts and other parts by one entry, so that experts cannot be narrower alone.
+ONE_WIDTH = ("hunyuan_v1_moe", "inkling_text", "jamba")
+
+#: Families whose routers cannot be run by themselves, so that nothing can be asked of them with fewer experts.
+UNROUTABLE = ("gemma4_text",)
+
 #: Families that cannot be compressed, and why. `tiny_checkpoint` makes them too, to show that the refusal is clear.
 UNSUPPORTED: dict[str, str] = {
     "deepseek_v4": "its first MoE layers look experts up in a fixed table by token, which cannot follow",

@@ -14,13 +14,24 @@ from coterie.compress.state import LayerSize, LayerState
 from coterie.errors import UnknownName
 
 PASSES: dict[str, str] = {
+    "refit-joint": "coterie.compress.methods.refit_joint:refit_joint",
+    "reconstruct": "coterie.compress.methods.reconstruct:reconstruct",
     "select": "coterie.compress.methods.select:select",
+    "protect": "coterie.compress.methods.protect:protect",
+    "leave-one-out": "coterie.compress.methods.leave_one_out:leave_one_out",
+    "subset-search": "coterie.compress.methods.subset_search:subset_search",
     "cluster": "coterie.compress.methods.cluster:cluster",
     "align": "coterie.compress.methods.align:align",
     "average": "coterie.compress.methods.average:average",
     "refit-down": "coterie.compress.methods.refit_down:refit_down",
+    "subspace": "coterie.compress.methods.subspace:subspace",
     "merge-router": "coterie.compress.methods.merge_router:merge_router",
+    "slim": "coterie.compress.methods.slim:slim",
+    "refit-router": "coterie.compress.methods.refit_router:refit_router",
 }
+
+#: Passes that drop experts, and keep those that `LayerState.protected_E` names.
+PRUNING_PASSES = ("select", "leave-one-out", "subset-search")
 
 
 class Pass(Protocol):

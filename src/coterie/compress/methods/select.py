@@ -1,68 +1,73 @@
 """Prune: keep the experts with the highest score, drop the others and their router rows.
 
-Scores: ``frequency`` is the number of tokens that chose the expert; ``reap`` (2510.13999) is the mean, over the tokens
-that chose it, of routing weight times output norm.
+The scores are in `coterie.compress.methods.scores`.
 
-Legend: E experts of the original, M kept.
+Legend: E experts of the original, M kept, G domains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from coterie.compress.methods.scores import score_experts, score_needs
 from coterie.compress.state import LayerSize, LayerState
-from coterie.errors import UnknownName
-
-Score = Callable[[Mapping[str, Tensor]], Tensor]
 
 
-def _frequency(statistics: Mapping[str, Tensor]) -> Tensor:
-    return statistics["usage"]
-
-
-def _reap(statistics: Mapping[str, Tensor]) -> Tensor:
-    return statistics["reap"] / statistics["usage"].clamp(min=1)  # never chosen: 0 / 1
-
-
-#: Score by name, and the statistics that it reads.
-SCORES: dict[str, tuple[Score, tuple[str, ...]]] = {
-    "frequency": (_frequency, ("usage",)),
-    "reap": (_reap, ("reap", "usage")),
-}
-
-
-def needs(score: str) -> tuple[str, ...]:
+def needs(score: str, *, patterns: bool = False) -> tuple[str, ...]:
     """Return the statistics that a score reads; raises UnknownName."""
-    if score not in SCORES:
-        raise UnknownName("score", score, SCORES)
-    return SCORES[score][1]
+    return score_needs(score)
 
 
-def select(state: LayerState, size: LayerSize, *, score: str) -> LayerState:
+def select(state: LayerState, size: LayerSize, *, score: str, patterns: bool = False) -> LayerState:
     """Keep the `size.num_experts` experts with the highest score, in their original order.
 
-    Ties go to the expert that comes first. With router groups, each group keeps its equal share.
+    Protected experts come first, ties go to the expert that comes first. With router groups, each group keeps its equal
+    share.
+
+    Args:
+        state: the layer.
+        size: what it gets.
+        score: name of a score.
+        patterns: also note which experts each domain by itself would keep.
 
     Raises:
         UnknownName: no such score.
     """
     needs(score)
-    values_E = SCORES[score][0](state.statistics)
-    kept_M = top_experts(values_E, size.num_experts, state.layer.num_groups)
-    expert_map_E = torch.full_like(state.expert_map_E, -1)
-    expert_map_E[kept_M] = torch.arange(len(kept_M))
-    return replace(
-        state,
-        experts=state.experts.select(kept_M),
-        router=slice_router(state, kept_M),
-        expert_map_E=expert_map_E,
-        centres_M=kept_M,
-        notes={**state.notes, "select": {"score": [float(value) for value in values_E]}},
-    )
+    values_E = score_experts(score, state.statistics, state.by_domain)
+    kept_M = best_experts(state, values_E, size.num_experts)
+    note: dict[str, object] = {"score": values_E.tolist()}
+    if patterns:
+        groups = state.layer.num_groups
+        note["kept_by_domain"] = [
+            top_experts(values_E, size.num_experts, groups).tolist()
+            for values_E in score_by_domain(score, state.by_domain)
+        ]
+    return keep_experts(state, kept_M, "select", note)
+
+
+def score_by_domain(score: str, by_domain: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the score of each expert for each domain by itself: G times (E,) float64; raises UnknownName."""
+    num_domains = len(next(iter(by_domain.values())))
+    return [
+        score_experts(
+            score,
+            {name: value_G[domain] for name, value_G in by_domain.items()},
+            {name: value_G[domain : domain + 1] for name, value_G in by_domain.items()},
+        )
+        for domain in range(num_domains)
+    ]
+
+
+def best_experts(state: LayerState, values_E: Tensor, count: int) -> Tensor:
+    """Return the numbers of the `count` experts with the highest values, protected ones first, ascending."""
+    if state.protected_E is not None:
+        values_E = values_E.masked_fill(state.protected_E, torch.inf)
+    return top_experts(values_E, count, state.layer.num_groups)
 
 
 def top_experts(values_E: Tensor, count: int, num_groups: int = 1) -> Tensor:
@@ -71,6 +76,27 @@ def top_experts(values_E: Tensor, count: int, num_groups: int = 1) -> Tensor:
     order_GE = grouped_GE.argsort(dim=1, descending=True, stable=True)[:, : count // num_groups]
     offset_G1 = torch.arange(num_groups)[:, None] * grouped_GE.shape[1]
     return (order_GE + offset_G1).flatten().sort().values
+
+
+def keep_experts(state: LayerState, kept_M: Tensor, name: str, note: Mapping[str, object]) -> LayerState:
+    """Return the state with only these experts and their router rows.
+
+    Args:
+        state: the layer.
+        kept_M: numbers of the experts, ascending.
+        name: of the pass.
+        note: what it has to say about this layer.
+    """
+    expert_map_E = torch.full_like(state.expert_map_E, -1)
+    expert_map_E[kept_M] = torch.arange(len(kept_M))
+    return replace(
+        state,
+        experts=state.experts.select(kept_M),
+        router=slice_router(state, kept_M),
+        expert_map_E=expert_map_E,
+        centres_M=kept_M,
+        notes={**state.notes, name: dict(note)},
+    )
 
 
 def slice_router(state: LayerState, rows_M: Tensor) -> dict[str, Tensor]:

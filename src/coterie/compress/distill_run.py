@@ -1,0 +1,183 @@
+"""Distillation as steps of a run: targets from the streamed original, training that goes on where it was killed.
+
+What a run keeps in its private folder: the targets, and the optimizer's state every `SAVE_SECONDS`. The weight files of
+the result are written anew at the end, when the held-out sequences gained.
+
+Legend: B sequences, S tokens of a sequence, K tokens kept for each target.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coterie.artifact import atomic_path
+from coterie.compress.distill import Distillation, Schedule, Targets, trainable
+from coterie.compress.state import LayerSize
+from coterie.journal import Run
+from coterie.model.layers import Architecture, MoELayer
+from coterie.model.load import hollow_result
+from coterie.model.stream import Stream
+from coterie.model.units import format_bytes
+from coterie.progress import track
+
+log = logging.getLogger(__name__)
+
+#: Seconds of training between two saved states.
+SAVE_SECONDS = 60.0
+
+#: Tokens kept for each target.
+KEPT = 128
+
+#: Every so many-th sequence is held out.
+HELD_OUT = 16
+
+#: Sequences of a step, and those that are computed at once.
+SEQUENCES, MICRO = 8, 2
+
+#: Largest step of an entry of a tensor, relative to the root mean square of its entries.
+RATE = 0.02
+
+_TARGETS = "distill-targets.safetensors"
+_STEP = "distilled to step "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What training came to.
+
+    Attributes:
+        weights: the trained tensors by name in memory, as they will be on disk; None where the held-out sequences did
+            not gain.
+        notes: what the manifest says of it.
+    """
+
+    weights: Mapping[str, Tensor] | None
+    notes: Mapping[str, object]
+
+
+def needed_bytes(model: PreTrainedModel, layers: Sequence[MoELayer], *, seq_len: int, workers: int) -> int:
+    """Say how much memory distilling a model takes at most; an empty model will do."""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in trainable(model, layers).values())
+    config: Any = model.config.get_text_config()
+    tokens = workers * MICRO * seq_len
+    # Logits, their softmax and both gradients; the activations of all layers; weights, gradients and two moments.
+    logits = 5 * tokens * int(config.vocab_size)
+    activations = 24 * tokens * int(config.hidden_size) * int(config.num_hidden_layers)
+    return 4 * (weights + (2 + 2 * workers) * trained + logits + activations)
+
+
+def may_distill(architecture: Architecture, size: LayerSize, seq_len: int, limit: int | None) -> bool:
+    """Tell whether a result can be trained in the memory that is allowed or, without a limit, free; log which."""
+    width = size.width if size.widths is None else None
+    model = hollow_result(architecture, size.num_experts, maps=None, dtype=torch.float32, width=width)
+    needed = needed_bytes(model, architecture.layers, seq_len=seq_len, workers=torch.get_num_threads())
+    allowed = psutil.virtual_memory().available if limit is None else limit
+    says = f"training the result as a whole takes {format_bytes(needed)} of memory"
+    if needed > allowed:
+        log.warning("%s, %s may be used: it is left out", says, format_bytes(allowed))
+        return False
+    log.info("memory: %s", says)
+    return True
+
+
+def make_targets(run: Run, stream: Stream, batches: Sequence[tuple[int, Tensor]]) -> Targets:
+    """Run the original over all sequences, layer by layer, and keep what it predicts; a step of the run."""
+    if _TARGETS not in run.finished:
+
+        def predict(ids_BS: Tensor) -> Targets:
+            return Targets.of(stream.model(input_ids=ids_BS, use_cache=False).logits, KEPT)
+
+        passes = stream.run([functools.partial(predict, ids_BS) for _, ids_BS in batches], heads_apart=True)
+        for _ in track(passes, "predicting", total=len(stream.units)):
+            stream.release()
+        targets = Targets.joined(passes.results)
+        with atomic_path(run.private / _TARGETS) as temporary:
+            save_file({"token": targets.token_BSK, "log_probability": targets.log_probability_BSK}, temporary)
+        run.finish(_TARGETS, private=[_TARGETS])
+    held = load_file(run.private / _TARGETS)
+    return Targets(token_BSK=held["token"], log_probability_BSK=held["log_probability"])
+
+
+def train(
+    run: Run,
+    model: PreTrainedModel,
+    architecture: Architecture,
+    ids_BS: Tensor,
+    targets: Targets,
+    *,
+    epochs: float,
+    seed: int,
+    rounded: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+) -> Outcome:
+    """Train a model that is in memory as a whole; steps of the run.
+
+    Args:
+        run: where states go.
+        model: the compressed model, float32.
+        architecture: the original's, whose names it shares.
+        ids_BS: token ids.
+        targets: what the original predicts there.
+        epochs: how often each sequence is seen.
+        seed: of the order of the sequences.
+        rounded: gives tensors as they will be on disk.
+
+    Returns:
+        The outcome; the model holds the trained weights, rounded.
+    """
+    held_B = torch.arange(len(ids_BS)) % HELD_OUT == HELD_OUT - 1
+    fit, held = ((ids_BS[rows], targets.select(rows)) for rows in (~held_B, held_B))
+    steps = max(1, round(epochs * len(fit[0]) / SEQUENCES))
+    schedule = Schedule(steps=steps, sequences=min(SEQUENCES, len(fit[0])), micro=MICRO, rate=RATE, seed=seed)
+    workers = 1 if model.device.type != "cpu" else torch.get_num_threads()
+    work = Distillation(model, architecture.layers, schedule, workers=workers)
+    saved = [name for name in run.finished if name.startswith(_STEP)]
+    if saved:
+        before = float(run.finished[saved[0]].content["before"])
+        work.adam.restore(load_file(run.private / _state_file(saved[-1])))
+    else:
+        before = work.measure(*held)
+    at = time.monotonic()
+    for _ in track(range(work.step, steps), "distilling", total=steps - work.step):
+        work.advance(*fit)
+        if time.monotonic() - at >= SAVE_SECONDS or work.step == steps:
+            saved.append(_save(run, work, before, saved[-1:]))
+            at = time.monotonic()
+    with torch.no_grad():
+        for name, tensor in rounded(work.weights).items():
+            work.weights[name].copy_(tensor)
+    after = work.measure(*held)
+    notes: dict[str, object] = {
+        "steps": steps,
+        "tokens": steps * schedule.sequences * ids_BS.shape[1],
+        "heldout_divergence_before": before,
+        "heldout_divergence_after": after,
+        "taken": after < before,
+    }
+    return Outcome(
+        weights={name: tensor.detach() for name, tensor in work.weights.items()} if after < before else None,
+        notes=notes,
+    )
+
+
+def _state_file(step: str) -> str:
+    return f"distill-state-{step.removeprefix(_STEP)}.safetensors"
+
+
+def _save(run: Run, work: Distillation, before: float, last: Sequence[str]) -> str:
+    name = f"{_STEP}{work.step}"
+    with atomic_path(run.private / _state_file(name)) as temporary:
+        save_file({key: tensor.contiguous() for key, tensor in work.adam.state().items()}, temporary)
+    run.finish(name, private=[_state_file(name)], drop=[_state_file(step) for step in last], content={"before": before})
+    return name

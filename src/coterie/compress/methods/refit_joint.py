@@ -1,0 +1,180 @@
+"""Re-fit the down projections of all experts of a layer together, to the output that the layer should have.
+
+The output ``y_t = sum_e g_te (down_e h_e(x_t) + bias_e)`` is linear in all down projections at once, so whatever was
+done to gate, up and router before, the best down projections are a least-squares problem:
+
+    minimise  sum_t |target_t - y_t|^2 + sum_e ridge_e |down_e - down_e,before|^2
+
+where experts that are chosen together make up for each other's losses. It is solved by conjugate gradients from the
+projections as they are, each expert's step preconditioned by its own (F x F) moment matrix, so that no matrix larger
+than that is ever made. Tokens that are held out are watched: the iterate that fits them best is taken, which is the one
+before the first where nothing helps. ``ridge_e`` is worth `prior` tokens of average activations, which keeps experts
+apart from their few tokens.
+
+No published method: MergeMoE (2510.14436) solves for each merged expert alone, against all tokens.
+
+Legend: E experts of the original, M experts now, F expert width, D model width, T tokens, N tokens of one expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from coterie.compress.state import LayerSize, LayerState
+
+#: Every so many-th token of the sample is held out.
+HELD_OUT = 8
+
+#: Relative squared error on the held-out tokens that is rounding.
+ROUNDING = 1e-9
+
+#: Iterations without progress on the held-out tokens after which to stop.
+PATIENCE = 3
+
+
+def needs(**options: object) -> tuple[str, ...]:
+    """Only the sample is read."""
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What the down projections of a layer act on: for each expert its tokens and weighted activations there."""
+
+    num_tokens: int
+    tokens: tuple[Tensor, ...]
+    activations: tuple[Tensor, ...]
+
+    def project(self, down_MDF: Tensor) -> Tensor:
+        """Return the routed output without biases, (T, D)."""
+        out_TD = down_MDF.new_zeros(self.num_tokens, down_MDF.shape[1])
+        for token_N, hidden_NF, down_DF in zip(self.tokens, self.activations, down_MDF, strict=True):
+            out_TD.index_add_(0, token_N, hidden_NF @ down_DF.T)
+        return out_TD
+
+    def adjoint(self, residual_TD: Tensor) -> Tensor:
+        """Return minus half the gradient of |residual|^2 for the down projections, (M, D, F)."""
+        return torch.stack([
+            residual_TD[token_N].T @ hidden_NF
+            for token_N, hidden_NF in zip(self.tokens, self.activations, strict=True)
+        ])  # fmt: skip
+
+
+def refit_joint(state: LayerState, size: LayerSize, *, iterations: int = 40, prior: float = 16.0) -> LayerState:
+    """Re-fit all down projections together on the token sample; biases of the projections stay.
+
+    Nothing changes, and the notes say so, where the held-out tokens do not gain, and in families that normalise each
+    expert's output, which is then not linear in the down projection.
+
+    Args:
+        state: the layer.
+        size: not read.
+        iterations: steps of conjugate gradients at most.
+        prior: strength of the ridge, in tokens.
+    """
+    experts, sample = state.experts, state.sample
+    if experts.finish is not None:
+        return _noted(state, {"skipped": "this family normalises the output of each expert"})
+    index_TK, weight_TK = state.routing()
+    held_T = torch.arange(len(index_TK)) % HELD_OUT == HELD_OUT - 1
+    target_TD = sample.output_TD.float() - _bias_output(state, index_TK, weight_TK)
+    parts = []
+    for chosen_T in (~held_T, held_T):
+        rows = _rows(state, index_TK[chosen_T], weight_TK[chosen_T], chosen_T)
+        parts.append((rows, target_TD[chosen_T] - rows.project(experts.down_EDF)))
+    (fit, residual_TD), (test, held_TD) = parts
+    before = float(held_TD.double().square().sum())
+    solved_MDF, after, steps = _solve(fit, residual_TD, test, held_TD, prior, iterations)
+    scale = max(1e-300, float(target_TD[held_T].double().square().sum()))
+    if before <= ROUNDING * scale:  # nothing was lost: an unchanged layer keeps its bits
+        error = before / scale
+        return _noted(state, {"heldout_error_before": error, "heldout_error_after": error, "iterations": 0})
+    notes: dict[str, object] = {
+        "heldout_error_before": before / scale,
+        "heldout_error_after": after / scale,
+        "iterations": steps,
+    }
+    if solved_MDF is None:
+        return _noted(state, notes)
+    return _noted(replace(state, experts=replace(experts, down_EDF=experts.down_EDF + solved_MDF)), notes)
+
+
+def _solve(
+    fit: Rows, residual_TD: Tensor, test: Rows, held_TD: Tensor, prior: float, iterations: int
+) -> tuple[Tensor | None, float, int]:
+    """Return the change of the down projections (None for none), the held-out squared error with it, and its step."""
+    grams = [hidden_NF.T @ hidden_NF for hidden_NF in fit.activations]
+    ridge_M = torch.stack([
+        prior * gram_FF.diagonal().mean() / max(1, len(hidden_NF)) if len(hidden_NF) else gram_FF.new_ones(())
+        for gram_FF, hidden_NF in zip(grams, fit.activations, strict=True)
+    ]).clamp(min=torch.finfo(torch.float32).tiny)  # fmt: skip
+    ridge_M11 = ridge_M[:, None, None]
+    factors_MFF = torch.stack([
+        _factor(gram_FF, float(ridge)) for gram_FF, ridge in zip(grams, ridge_M, strict=True)
+    ])  # fmt: skip
+
+    def precondition(gradient_MDF: Tensor) -> Tensor:
+        solved_MFD: Tensor = torch.cholesky_solve(gradient_MDF.mT, factors_MFF)
+        return solved_MFD.mT
+
+    change_MDF = torch.zeros_like(gradient_MDF := fit.adjoint(residual_TD))
+    step_MDF = precondition(gradient_MDF)
+    slope = float((gradient_MDF * step_MDF).sum())
+    best: Tensor | None = None
+    least, at = float(held_TD.double().square().sum()), 0
+    for iteration in range(1, iterations + 1):
+        moved_TD = fit.project(step_MDF)
+        curvature = float(moved_TD.square().sum() + (ridge_M11 * step_MDF.square()).sum())
+        if slope <= 0 or curvature <= 0:
+            break
+        length = slope / curvature
+        change_MDF = change_MDF + length * step_MDF
+        residual_TD = residual_TD - length * moved_TD
+        held_TD = held_TD - length * test.project(step_MDF)
+        error = float(held_TD.double().square().sum())
+        if error < least:
+            best, least, at = change_MDF, error, iteration
+        elif iteration - at >= PATIENCE:
+            break
+        gradient_MDF = fit.adjoint(residual_TD) - ridge_M11 * change_MDF
+        direction_MDF = precondition(gradient_MDF)
+        next_slope = float((gradient_MDF * direction_MDF).sum())
+        step_MDF = direction_MDF + (next_slope / slope) * step_MDF
+        slope = next_slope
+    return best, least, at
+
+
+def _factor(gram_FF: Tensor, ridge: float) -> Tensor:
+    """Return the Cholesky factor of a moment matrix with its ridge, and a little more where that is not enough."""
+    eye_FF = torch.eye(len(gram_FF), dtype=gram_FF.dtype)
+    floor = 1e-6 * float(gram_FF.diagonal().mean())
+    factor_FF: Tensor = torch.linalg.cholesky(gram_FF + max(ridge, floor) * eye_FF)
+    return factor_FF
+
+
+def _rows(state: LayerState, index_TK: Tensor, weight_TK: Tensor, chosen_T: Tensor) -> Rows:
+    inputs_TD = state.sample.inputs_TD[chosen_T].float()
+    tokens, activations = [], []
+    for expert in range(state.experts.num_experts):
+        token_N, slot_N = (index_TK == expert).nonzero(as_tuple=True)
+        weight_N1 = weight_TK[token_N, slot_N, None].float()
+        tokens.append(token_N)
+        activations.append(weight_N1 * state.experts.hidden(expert, inputs_TD[token_N]))
+    return Rows(len(inputs_TD), tuple(tokens), tuple(activations))
+
+
+def _bias_output(state: LayerState, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """Return what the biases of the down projections add to the output, (T, D)."""
+    bias_MD = state.experts.down_bias_ED
+    if bias_MD is None:
+        return torch.zeros(())
+    padded_MD = torch.cat((bias_MD, torch.zeros_like(bias_MD[:1])))  # the last row is for "no expert"
+    clamped_TK = index_TK.clamp(max=len(bias_MD))
+    return torch.einsum("tk,tkd->td", weight_TK.float(), padded_MD[clamped_TK])
+
+
+def _noted(state: LayerState, notes: dict[str, object]) -> LayerState:
+    return replace(state, notes={**state.notes, "refit-joint": notes})

@@ -1,0 +1,161 @@
+"""Distillation: its loss against slow loops, its steps against torch's Adam, and that it goes on where it stopped."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coterie.compress.adam import BETAS, rate_at
+from coterie.compress.distill import Distillation, Schedule, Targets, trainable
+from coterie.model.layers import Architecture
+from coterie.model.load import load_model, open_checkpoint
+from coterie.testing import tiny_checkpoint
+
+FAMILIES = ["olmoe", "deepseek_v3", "gpt_oss"]
+SCHEDULE = Schedule(steps=6, sequences=4, micro=2, rate=0.02)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def place(request, tmp_path_factory):
+    folder = tiny_checkpoint(tmp_path_factory.mktemp(request.param) / "model", request.param)
+    ids_BS = torch.randint(5, 60, (10, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = load_model(folder, dtype=torch.float32)(input_ids=ids_BS, use_cache=False).logits
+    return folder, Architecture.of(open_checkpoint(folder)).layers, ids_BS, Targets.of(logits, 16)
+
+
+def student(place, **options):
+    """The model with disturbed experts, on its way."""
+    folder, layers, _, _ = place
+    model = load_model(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in trainable(model, layers).values():
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * tensor.square().mean().sqrt() * 0.3)
+    return Distillation(model, layers, SCHEDULE, **options)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 10**6), kept=st.sampled_from([1, 3, 7]))
+def test_the_loss_equals_slow_loops(seed, kept):
+    generator = torch.Generator().manual_seed(seed)
+    original, found = torch.randn(2, 3, 7, generator=generator) * 3, torch.randn(2, 3, 7, generator=generator)
+    targets = Targets.of(original, kept)
+    total = 0.0
+    for b in range(2):
+        for s in range(3):
+            p = original[b, s].double().softmax(0).tolist()
+            q = found[b, s].double().softmax(0).tolist()
+            best = sorted(range(7), key=lambda v: -p[v])[:kept]
+            total += sum(p[v] * math.log(p[v] / q[v]) for v in best) / 6
+            rest_p, rest_q = (1 - sum(each[v] for v in best) for each in (p, q))
+            if kept < 7:
+                total += rest_p * math.log(rest_p / rest_q) / 6
+    assert float(targets.divergence(found)) == pytest.approx(total, rel=1e-3, abs=1e-5)
+
+
+@given(count=st.integers(1, 20), sequences=st.integers(1, 7))
+def test_every_sequence_is_seen_once_an_epoch(count, sequences):
+    schedule = Schedule(steps=10**6, sequences=sequences)
+    seen = torch.cat([schedule.rows(step, count) for step in range(3 * count)]).tolist()
+    for epoch in range(3):
+        assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_the_rate_rises_and_falls_to_nothing():
+    rates = [rate_at(step, 50, 0.1) for step in range(50)]
+    assert max(rates) == pytest.approx(0.1, rel=0.05)
+    assert rates[0] < rates[4]
+    assert all(one > other for one, other in itertools.pairwise(rates[5:]))
+    assert rates[-1] < 0.001
+
+
+def test_steps_equal_those_of_adam(place):
+    _, _, ids_BS, targets = place
+    found, other = student(place), student(place)
+    groups = [{"params": [tensor], "lr": 1.0} for tensor in other.weights.values()]
+    sizes = [float(tensor.detach().square().mean().sqrt()) for tensor in other.weights.values()]
+    adam = torch.optim.Adam(groups, betas=BETAS, eps=1e-12)
+    for step in range(3):
+        loss = found.advance(ids_BS, targets)
+        rows = SCHEDULE.rows(step, len(ids_BS))
+        logits = other._model(input_ids=ids_BS[rows], use_cache=False).logits
+        expected = targets.select(rows).divergence(logits)
+        assert loss == pytest.approx(float(expected.detach()), rel=1e-4)
+        adam.zero_grad()
+        expected.backward()
+        for group, size in zip(adam.param_groups, sizes, strict=True):
+            group["lr"] = rate_at(step, SCHEDULE.steps, SCHEDULE.rate) * size
+        adam.step()
+        for name, tensor in found.weights.items():
+            moved = other.weights[name].detach()
+            # An entry whose gradient is nearly nothing may step either way.
+            close = ((tensor.detach() - moved).abs() < 1e-3 * float(moved.abs().max())).float().mean()
+            assert close > 0.98, name
+
+
+def test_it_gets_nearer_and_changes_experts_and_routers_only(place):
+    folder, layers, ids_BS, targets = place
+    held = load_model(folder, dtype=torch.float32).state_dict()
+    found = student(place)
+    routers = {name for layer in layers for name, _ in layer.router_tensors}
+    assert set(found.weights) >= {f"{layer.experts}.down_proj" for layer in layers}
+    assert set(found.weights) & routers
+    before = found.measure(ids_BS, targets)
+    losses = [found.advance(ids_BS, targets) for _ in range(6)]
+    assert found.measure(ids_BS, targets) < 0.9 * before
+    assert losses[0] == pytest.approx(before, rel=0.5)
+    for name, tensor in found._model.state_dict().items():
+        assert name in found.weights or torch.equal(tensor, held[name]), name
+
+
+def test_the_number_of_threads_does_not_matter(place):
+    _, _, ids_BS, targets = place
+    one, two = student(place), student(place, workers=2)
+    assert [one.advance(ids_BS, targets) for _ in range(2)] == [two.advance(ids_BS, targets) for _ in range(2)]
+    for name, tensor in one.weights.items():
+        assert torch.equal(tensor, two.weights[name]), name
+    assert one.measure(ids_BS, targets) == two.measure(ids_BS, targets)
+
+
+def test_it_goes_on_from_its_state_with_the_same_bits(place):
+    _, _, ids_BS, targets = place
+    whole = student(place)
+    for _ in range(4):
+        whole.advance(ids_BS, targets)
+    first = student(place)
+    for _ in range(2):
+        first.advance(ids_BS, targets)
+    kept = {name: tensor.clone() for name, tensor in first.adam.state().items()}
+    second = student(place)
+    second.adam.restore(kept)
+    for _ in range(2):
+        second.advance(ids_BS, targets)
+    assert second.step == whole.step == 4
+    for name, tensor in whole.adam.state().items():
+        assert torch.equal(tensor, second.adam.state()[name]), name
+
+
+def test_neurons_that_are_nothing_stay_nothing(tmp_path):
+    """A ragged result fills narrow experts up with zeros: training must leave them."""
+    folder = tiny_checkpoint(tmp_path / "model", "olmoe")
+    ids_BS = torch.randint(5, 60, (10, 12), generator=torch.Generator().manual_seed(0))
+    model = load_model(folder, dtype=torch.float32)
+    with torch.no_grad():
+        targets = Targets.of(model(input_ids=ids_BS, use_cache=False).logits, 16)
+        width = model.model.layers[0].mlp.experts.down_proj.shape[2]
+        for layer in model.model.layers:
+            layer.mlp.experts.gate_up_proj[:, [0, width]] = 0
+            layer.mlp.experts.down_proj[:, :, 0] = 0
+    found = Distillation(model, Architecture.of(open_checkpoint(folder)).layers, SCHEDULE)
+    before = found.measure(ids_BS, targets)
+    for _ in range(4):
+        found.advance(ids_BS, targets)
+    assert found.measure(ids_BS, targets) < before
+    for layer in model.model.layers:
+        assert not layer.mlp.experts.gate_up_proj[:, [0, width]].any()
+        assert not layer.mlp.experts.down_proj[:, :, 0].any()
+        assert layer.mlp.experts.down_proj[:, :, 1].all()

@@ -1,0 +1,141 @@
+"""The recipe `coterie`, checkpoint to checkpoint: it distils, goes on where it was killed, says what it left out."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from coterie import compress, load_model, profile
+from coterie.compress import distill_run
+from coterie.errors import InputError, UnknownName
+from coterie.model.load import load_tokenizer
+from coterie.profile.calibration import tokenize
+from coterie.testing import tiny_checkpoint, tiny_text
+
+SETTINGS = {"keep": 0.5, "recipe": "coterie", "tokens": 8192, "seq_len": 16, "sample_tokens": 256}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def for_random_models():
+    """A random model is told apart from noise by small steps and whole predictions only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill_run, "RATE", 0.003)
+        patch.setattr(distill_run, "KEPT", 272)
+        yield
+
+
+@pytest.fixture(scope="module", params=["olmoe", "deepseek_v3", "gpt_oss"])
+def folder(request, tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp(request.param) / "model", request.param)
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    return tiny_text(tmp_path_factory.mktemp("text") / "text", documents=60)
+
+
+@pytest.fixture(scope="module")
+def whole(folder, text_folder, tmp_path_factory):
+    return compress(folder, tmp_path_factory.mktemp("whole") / "out", text=text_folder, **SETTINGS)
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def divergence(model, other, folder, text):
+    """Mean divergence on other sequences of the same text than those that the seed draws."""
+    sequences = tokenize(load_tokenizer(folder), text, seq_len=16, seed=7).sequences
+    ids = torch.cat([ids_BS[:64] for ids_BS in sequences.values()])
+    with torch.no_grad():
+        p, q = (each(input_ids=ids, use_cache=False).logits.double().log_softmax(-1) for each in (model, other))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_what_is_trained_is_what_stock_loaders_load(folder, whole, text_folder, tmp_path):
+    notes = whole.manifest["distilled"]
+    assert notes["taken"]
+    assert notes["heldout_divergence_after"] < notes["heldout_divergence_before"]
+    assert notes["steps"] == round(480 / 8)  # 512 sequences, one of 16 held out, 8 a step
+    fast = compress(folder, tmp_path / "fast", text=text_folder, effort="fast", **SETTINGS)
+    assert fast.manifest["distilled"] is None
+    original = load_model(folder, dtype=torch.float32)
+    trained, plain = (AutoModelForCausalLM.from_pretrained(each.out, dtype=torch.float32) for each in (whole, fast))
+    better, worse = (divergence(original, each, folder, text_folder) for each in (trained, plain))
+    assert better < worse
+    assert whole.plan.predicted_bytes == fast.plan.predicted_bytes
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_killed_run_goes_on_to_the_same_bits(folder, whole, text_folder, tmp_path, monkeypatch, at):
+    """Killed while training (after two steps that were saved), and while the weight files are written anew."""
+    monkeypatch.setattr(distill_run, "SAVE_SECONDS", 0.0)
+    if at == 2:
+        real, taken = distill_run.Distillation.advance, []
+
+        def advance(self, *arguments):
+            if len(taken) == at:
+                raise KeyboardInterrupt
+            taken.append(self.step)
+            return real(self, *arguments)
+
+        monkeypatch.setattr(distill_run.Distillation, "advance", advance)
+    else:
+        from coterie.compress.layer import Swap
+
+        real_changed, written = Swap.changed, []
+
+        def changed(self, folder, shard, memory):
+            found = real_changed(self, folder, shard, memory)
+            if found is not None and written:
+                raise KeyboardInterrupt
+            written.append(shard.file)
+            return found
+
+        monkeypatch.setattr(Swap, "changed", changed)
+    with pytest.raises(KeyboardInterrupt):
+        compress(folder, tmp_path / "out", text=text_folder, **SETTINGS)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    made = compress(folder, tmp_path / "out", text=text_folder, **SETTINGS)
+    assert digests(made.out) == digests(whole.out)
+    assert json.loads((made.out / "coterie.json").read_text()) == json.loads((whole.out / "coterie.json").read_text())
+
+
+def test_a_held_profile_wants_its_text_beside_it(folder, whole, text_folder, tmp_path):
+    held = profile(folder, text=text_folder, tokens=8192, seq_len=16, sample_tokens=256, gradients=True)
+    with pytest.raises(InputError, match="give it with --text beside the profile, or take --effort fast"):
+        compress(folder, tmp_path / "out", profile=held, **SETTINGS)
+    made = compress(folder, tmp_path / "out", profile=held, text=text_folder, **SETTINGS)
+    assert digests(made.out) == digests(whole.out)
+
+
+def test_it_is_left_out_where_it_does_not_fit(folder, text_folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(distill_run, "needed_bytes", lambda *arguments, **options: 2**50)
+    made = compress(folder, tmp_path / "out", text=text_folder, **SETTINGS)
+    assert made.manifest["distilled"] is None
+    assert "training the result as a whole takes 1,048,576.00 GiB of memory" in caplog.text or "left out" in caplog.text
+
+
+def test_an_unknown_effort_is_refused(folder, text_folder, tmp_path):
+    with pytest.raises(UnknownName, match="unknown effort 'quick'"):
+        compress(folder, tmp_path / "out", text=text_folder, effort="quick", **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_ragged_result_is_trained_within_its_widths(tmp_path):
+    text_folder = tiny_text(tmp_path / "text", documents=120)
+    ragged = SETTINGS | {"recipe": "coterie-ragged", "tokens": 16384}
+    folder = tiny_checkpoint(tmp_path / "model", "olmoe")
+    made = compress(folder, tmp_path / "out", text=text_folder, **ragged)
+    assert made.manifest["distilled"]["taken"]
+    assert made.manifest["loads_with"] == "coterie"
+    widths = {width for layer in made.manifest["layers"] for width in layer["widths_after"]}
+    assert len(widths) > 1
+    original = load_model(folder, dtype=torch.float32)
+    fast = compress(folder, tmp_path / "fast", text=text_folder, effort="fast", **ragged)
+    trained, plain = (load_model(each.out, dtype=torch.float32) for each in (made, fast))
+    better, worse = (divergence(original, each, folder, text_folder) for each in (trained, plain))
+    assert better < worse

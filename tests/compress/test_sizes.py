@@ -1,0 +1,152 @@
+"""Width as a size: what a wish gives, and what it weighs."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coterie.compress.methods.slim import heapr_scores
+from coterie.compress.plan import Plan, plan
+from coterie.errors import ArchitectureMismatch, Infeasible, InputError
+from coterie.model.checkpoint import Checkpoint
+from coterie.profile.profile import Profile
+from coterie.testing import tiny_checkpoint
+
+LAYERS, EXPERTS, WIDTH = 2, 8, 24
+
+
+def expected_bytes(model: Path, neurons: int) -> int:
+    """By this one family's names: the rest, and the share of the experts' bytes that so many neurons have."""
+    held = Checkpoint.open(model).tensors
+    experts = sum(info.num_bytes for name, info in held.items() if ".experts." in name)
+    rest = sum(info.num_bytes for name, info in held.items() if ".experts." not in name)
+    return rest + experts * neurons // (LAYERS * EXPERTS * WIDTH)
+
+
+def with_gradients(profile: Profile, scale: float = 1.0) -> Profile:
+    """Return a profile with drawn gradients; those of the second layer are `scale` times as large."""
+    generator = torch.Generator().manual_seed(3)
+    statistics = [
+        {
+            **held,
+            "channel_gradient": torch.rand(held["hidden_square"].shape, generator=generator).double() * scale**layer,
+        }
+        for layer, held in enumerate(profile.statistics)
+    ]
+    return replace(profile, statistics=tuple(statistics))
+
+
+@pytest.mark.parametrize(
+    ("wish", "width"),
+    [({"keep": 1.0}, 24), ({"keep": 0.7}, 16), ({"keep": 0.5}, 8), ({"keep": 0.01}, 8), ({"width": 16}, 16)],
+)
+def test_a_share_is_of_the_width_of_each_expert(olmoe: Path, wish: dict[str, Any], width: int) -> None:
+    made = plan(olmoe, recipe="easy-slim", **wish)
+    assert [(size.num_experts, size.width, size.widths) for size in made.sizes] == [(8, width, None)] * 2
+    assert made.predicted_bytes == expected_bytes(olmoe, LAYERS * EXPERTS * width)
+    assert made.predicted_parameters * 2 == made.predicted_bytes
+    assert not made.ragged
+
+
+def test_biases_of_the_down_projection_stay(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "gpt-oss", "gpt_oss")
+    lost = 0
+    for name, info in Checkpoint.open(model).tensors.items():
+        if ".experts." in name and not name.endswith("down_proj_bias"):
+            lost += info.num_bytes * 2 // 3
+    made = plan(model, recipe="easy-slim", width=8)
+    assert made.predicted_bytes == made.original_bytes - lost
+
+
+def test_a_budget_gets_the_widest_experts_that_fit(olmoe: Path) -> None:
+    for width in (8, 16, 24):
+        exact = expected_bytes(olmoe, LAYERS * EXPERTS * width)
+        assert plan(olmoe, recipe="easy-slim", budget=exact).sizes[0].width == width
+        if width > 8:
+            assert plan(olmoe, recipe="easy-slim", budget=exact - 1).sizes[0].width == width - 8
+    with pytest.raises(Infeasible, match=r"by slimming experts: the least that can be written, width 8, takes"):
+        plan(olmoe, recipe="easy-slim", budget="1KiB")
+
+
+def test_widths_that_cannot_be_are_refused_with_the_nearest(olmoe: Path, deepseek: Path) -> None:
+    for width in (0, -1, 25):
+        with pytest.raises(Infeasible, match=f"--width {width} is out of range: experts are 24 wide; choose 1 to 24"):
+            plan(olmoe, recipe="easy-slim", width=width)
+    with pytest.raises(Infeasible, match=r"a multiple of 8; nearest widths that are: 8, 16"):
+        plan(olmoe, recipe="easy-slim", width=12)
+    with pytest.raises(Infeasible, match=r"n_shared_experts = 1 x 24, which 16 does not divide"):
+        plan(deepseek, recipe="easy-slim", keep=0.7)
+
+
+def test_a_wish_for_the_other_kind_of_recipe_names_the_way_out(olmoe: Path) -> None:
+    with pytest.raises(InputError, match=r"slims experts and leaves their number alone; .*--keep, --width or --budget"):
+        plan(olmoe, recipe="heapr", experts=4)
+    with pytest.raises(InputError, match=r"leaves their width alone; .*--keep, --experts or --budget.*heapr"):
+        plan(olmoe, recipe="reap", width=8)
+    with pytest.raises(InputError, match=r"got \['keep', 'width'\]"):
+        plan(olmoe, recipe="heapr", keep=0.5, width=8)
+    with pytest.raises(Infeasible, match="heapr keeps all experts, so there is nothing to map"):
+        plan(olmoe, recipe="heapr", keep=0.5, router="map")
+
+
+def slow_widths(profile: Profile, count: int) -> list[list[int]]:
+    """Count, in each expert, how many of the `count` neurons of highest score in the whole model it has."""
+    ranked = []
+    for layer in range(LAYERS):
+        scores_EF = heapr_scores({name: profile.sum(layer, name) for name in profile.statistics[layer]})
+        ranked += [(-float(scores_EF[e, f]), layer, e) for e in range(EXPERTS) for f in range(WIDTH)]
+    widths = [[0] * EXPERTS for _ in range(LAYERS)]
+    for _, layer, expert in sorted(ranked)[:count]:
+        widths[layer][expert] += 1
+    return widths
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.01, 0.0])
+@pytest.mark.parametrize("wish", [{"keep": 0.5}, {"width": 5}, {"keep": 1.0}])
+def test_one_ranking_over_all_layers_gives_every_expert_its_width(
+    olmoe: Path, olmoe_profile: Profile, scale: float, wish: dict[str, Any]
+) -> None:
+    profile = with_gradients(olmoe_profile, scale)
+    made = plan(olmoe, profile, recipe="heapr-ragged", **wish)
+    mean = wish.get("width") or round(wish["keep"] * WIDTH)
+    count = LAYERS * EXPERTS * mean
+    if scale:
+        assert [list(size.widths or ()) for size in made.sizes] == slow_widths(profile, count)
+    assert sum(sum(size.widths or ()) for size in made.sizes) == count
+    assert made.ragged
+    assert made.predicted_bytes == expected_bytes(olmoe, count)
+    assert Plan.load(made.save(olmoe.parent / f"{scale}-{mean}.json")) == made
+
+
+def test_a_ragged_result_uses_a_budget_to_the_last_neuron(olmoe: Path, olmoe_profile: Profile) -> None:
+    profile = with_gradients(olmoe_profile)
+    neuron = 3 * 32 * 2  # gate, up and down, hidden size 32, bfloat16
+    exact = expected_bytes(olmoe, 100)
+    for budget, count in ((exact, 100), (exact + neuron - 1, 100), (exact - 1, 99)):
+        made = plan(olmoe, profile, recipe="heapr-ragged", budget=budget)
+        assert sum(sum(size.widths or ()) for size in made.sizes) == count
+        assert made.predicted_bytes == expected_bytes(olmoe, count) <= budget
+    with pytest.raises(Infeasible, match=r"without any expert the model takes"):
+        plan(olmoe, profile, recipe="heapr-ragged", budget=expected_bytes(olmoe, 0) - 1)
+
+
+def test_a_ragged_plan_needs_a_profile_with_gradients(olmoe: Path, olmoe_profile: Profile) -> None:
+    with pytest.raises(InputError, match="give a profile that was made with --gradients"):
+        plan(olmoe, recipe="heapr-ragged", keep=0.5)
+    with pytest.raises(InputError, match=r"needs channel_gradient.*--gradients"):
+        plan(olmoe, olmoe_profile, recipe="heapr-ragged", keep=0.5)
+
+
+def test_a_family_that_stores_all_experts_in_one_tensor_cannot_be_ragged(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "gpt-oss", "gpt_oss")
+    with pytest.raises(Infeasible, match=r"stores all experts of a layer in one tensor.*use the uniform form"):
+        plan(model, recipe="heapr-ragged", keep=0.5)
+
+
+def test_a_model_that_predicts_no_token_has_no_gradient(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "labels", "openai_privacy_filter")
+    with pytest.raises(ArchitectureMismatch, match=r"TokenClassification predicts no next token, .* such as easy-slim"):
+        plan(model, recipe="heapr", width=8)
+    assert plan(model, recipe="easy-slim", width=8).sizes[0].width == 8
