@@ -1,9 +1,9 @@
-"""`make demo`: halve the bundled reference model with every recipe and show what each one costs.
+"""`make demo`: halve the experts of the bundled reference model with some recipes and show what each one costs.
 
     python benchmarks/demo.py [--model reference/model] [--out demo] [--keep 0.5]
                               [--tokens 40960] [--test-tokens 20480] [--questions 100]
 
-Profiles the model on the calibration text, compresses it with every recipe, evaluates all results against the original
+Profiles the model on the calibration text, compresses it with `SHOWN`, evaluates all results against the original
 on the test text, prints the tables (in Markdown: OUT/tables.md) and writes the report.
 """
 
@@ -31,13 +31,20 @@ MODEL = HERE / "reference" / "model"
 CALIBRATION = HERE / "reference" / "text" / "calibration"
 TEST = HERE / "reference" / "text" / "test"
 
+#: Recipe and router form of every result: our own, and some methods of the literature of each kind. `coterie bench`
+#: compares them all.
+SHOWN = (
+    ("coterie", "plain"),
+    ("heapr", "plain"),
+    ("reap", "plain"),
+    ("hc-smoe", "plain"),
+    ("hc-smoe", "map"),
+    ("mergemoe", "plain"),
+    ("mergemoe", "map"),
+    ("frequency", "plain"),
+)
+
 HEADERS = ("model", "size", "KL", "perplexity", "top-1 agreement", "exact answers", "speed", "seconds to make")
-
-
-def variants() -> list[tuple[str, str]]:
-    """Return (recipe, router) of every result: each recipe in its plain form, merging ones also with a map."""
-    routers = {name: ("map", "plain") if recipe.merges else ("plain",) for name, recipe in RECIPES.items()}
-    return [(name, router) for name, forms in routers.items() for router in forms]
 
 
 def rows(base: Scorecard, cards: dict[str, tuple[Scorecard, float]]) -> list[tuple[str, ...]]:
@@ -105,17 +112,19 @@ def main() -> None:
     console.print(f"profiling {options.model.name} on {options.tokens} tokens of {CALIBRATION.relative_to(HERE)}")
     held = options.out / "profile"
     measured = profile(
-        options.model, held, text=CALIBRATION, tokens=options.tokens, seed=options.seed, device=options.device
-    )
+        options.model, held, text=CALIBRATION, tokens=options.tokens, seed=options.seed, device=options.device,
+        gradients=True,
+    )  # fmt: skip
     results: dict[str, tuple[Path, float]] = {}
-    for recipe, router in variants():
+    for recipe, router in SHOWN:
         name = f"{recipe} ({router})" if RECIPES[recipe].merges else recipe
         console.print(f"compressing with {name}")
         begin = time.perf_counter()
         out = options.out / f"{recipe}-{router}"
         compress(
-            options.model, out, keep=options.keep, recipe=recipe, router=router, profile=measured, seed=options.seed
-        )
+            options.model, out, keep=options.keep, recipe=recipe, router=router, profile=measured, text=CALIBRATION,
+            tokens=options.tokens, seed=options.seed, device=options.device,
+        )  # fmt: skip
         results[name] = (out, time.perf_counter() - begin)
     console.print(f"evaluating {len(results)} results on {options.test_tokens} tokens of {TEST.relative_to(HERE)}")
     base, *cards = evaluate(
@@ -133,7 +142,7 @@ def main() -> None:
         card.save(options.out / "scorecards" / f"{folder}.json")
     scored = {name: (card, seconds) for card, (name, (_, seconds)) in zip(cards, results.items(), strict=True)}
 
-    kept = f"{options.keep:.0%} of the experts kept"
+    kept = f"{options.keep:.0%} of the experts' bytes kept"
     show(console, f"What each recipe costs, {kept}", HEADERS, rows(base, scored))
     headers, body = domain_rows(scored)
     show(console, "KL to the original by domain", headers, body)
@@ -143,7 +152,7 @@ def main() -> None:
     console.print(f"report: {page}")
     console.print(f"all in {time.perf_counter() - started:.0f} seconds; now to your own model:")
     console.print("  coterie inspect  MODEL --budget 12GiB")
-    console.print("  coterie compress MODEL OUT --keep 0.5 --text DIR")
+    console.print("  coterie compress MODEL OUT --keep 0.5 --recipe coterie --text DIR")
     console.print("  coterie evaluate OUT --against MODEL --text DIR")
 
 

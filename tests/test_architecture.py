@@ -29,8 +29,9 @@ ALLOWED = {
     "compress": FOUNDATION | {"model", "profile"},
     "evaluate": FOUNDATION | {"model", "profile"},
     "report": FOUNDATION | {"model", "profile", "compress", "evaluate"},
+    "bench": FOUNDATION | {"model", "profile", "compress", "evaluate", "report"},
     "testing": FOUNDATION | {"model", "profile", "compress"},
-    "cli": FOUNDATION | {"model", "profile", "compress", "evaluate", "report", "testing"},
+    "cli": FOUNDATION | {"model", "profile", "compress", "evaluate", "report", "bench", "testing"},
 }
 #: It may import anything: the front door.
 FREE = {"__init__"}

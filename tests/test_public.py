@@ -10,6 +10,7 @@ import pytest
 import coterie
 
 PACKAGES = {
+    "bench": "coterie.bench.run",
     "compress": "coterie.compress.apply",
     "evaluate": "coterie.evaluate.run",
     "profile": "coterie.profile.run",

@@ -7,13 +7,15 @@
     [card] = coterie.evaluate("small", against="model", text="text/test")
 
 Names are imported when they are first used, so ``import coterie`` is quick; see `coterie._callable` for why
-`coterie.profile`, `coterie.compress`, `coterie.evaluate` and `coterie.report` are packages that can be called.
+`coterie.profile`, `coterie.compress`, `coterie.evaluate`, `coterie.bench` and `coterie.report` are packages that can be
+called.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from coterie.bench.run import bench as bench
     from coterie.compress.apply import compress as compress
     from coterie.compress.plan import Plan as Plan
     from coterie.compress.plan import plan as plan
@@ -33,6 +35,7 @@ __all__ = [
     "Plan",
     "Profile",
     "Scorecard",
+    "bench",
     "compress",
     "evaluate",
     "inspect",
@@ -42,7 +45,7 @@ __all__ = [
     "report",
 ]
 
-_CALLABLE_PACKAGES = ("compress", "evaluate", "profile", "report")
+_CALLABLE_PACKAGES = ("bench", "compress", "evaluate", "profile", "report")
 _HOMES = {
     "Checkpoint": "coterie.model.checkpoint",
     "Plan": "coterie.compress.plan",

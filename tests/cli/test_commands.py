@@ -89,6 +89,21 @@ def test_plan_needs_no_profile(tiny):
     assert shown["recipe"] == "mergemoe"
 
 
+def test_plan_says_how_wide_experts_become(tiny):
+    lines = words(run("plan", tiny(), "--width", 16, "--recipe", "heapr").stdout)
+    assert lines[1] == "MoE layers 0 to 1: 8 experts of width 16"
+    shown = json.loads(run("plan", tiny(), "--keep", 0.5, "--recipe", "easy-slim", "--json").stdout)
+    assert [size["width"] for size in shown["sizes"]] == [8, 8]
+
+
+def test_a_ragged_result_says_which_widths_and_who_loads_it(tiny, text, tmp_path):
+    out = tmp_path / "out"
+    made = run("compress", tiny(), out, "--width", 8, "--recipe", "heapr-ragged", "--text", text, *SMALL)
+    lines = words(made.stdout)
+    assert re.fullmatch(r"MoE layer 0: 8 experts of width \d+ to \d+, \d+\.\d on average", lines[1])
+    assert lines[-1] == f"load it with coterie.load_model({str(out)!r})"
+
+
 def test_compress_says_where_it_is_and_how_to_load_it(tiny, text, tmp_path):
     options = ("--experts", 4, "--router", "map", "--text", text, "--profile", tmp_path / "profile", *SMALL)
     out = run("compress", tiny(), tmp_path / "out", *options).stdout

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from coterie.evaluate import likelihood
-from coterie.evaluate.answers import attempt_batches, attempts, right_in_batch, written_ids
+from coterie.evaluate import run as evaluate_run
+from coterie.evaluate.answers import (
+    attempt_batches,
+    attempts,
+    first_attempts,
+    right_in_batch,
+    second_attempts,
+    written_ids,
+)
 from coterie.evaluate.generation import Question, end_ids, finished_line, first_lines, read_questions
 from coterie.evaluate.run import evaluate
 from coterie.model.load import load_model, load_tokenizer
@@ -52,16 +60,27 @@ class Output:
         self.last_hidden_state = last_hidden_state
 
 
-def right(written, questions, tokens=10_000):
+def right_of(written, questions, tried, begun=None, tokens=10_000):
     tokenizer = tiny_tokenizer()
     model = Scripted(tokenizer, written)
     found = set()
-    for batch, ids_BS in attempt_batches(attempts(tokenizer, questions), tokens=tokens):
+    for batch, ids_BS in attempt_batches(tried, tokens=tokens):
         Output.whole_BS = ids_BS
         output = Output(torch.arange(ids_BS.shape[1]).repeat(len(ids_BS), 1))
         found |= right_in_batch(
-            model.head, batch, ids_BS, output, questions, tokenizer=tokenizer, ends=ENDS, vocab_size=300
+            model.head, batch, ids_BS, output, questions, tokenizer=tokenizer, ends=ENDS, vocab_size=300, begun=begun
         )
+    return found
+
+
+def right(written, questions, tokens=10_000):
+    """Return the questions that are answered: found at once, and in turns, which must be the same."""
+    tried = attempts(tiny_tokenizer(), questions)
+    found = right_of(written, questions, tried, tokens=tokens)
+    begun = {}
+    first = right_of(written, questions, first_attempts(tried), begun, tokens=tokens)
+    second = second_attempts(tried, begun, first)
+    assert first | right_of(written, questions, second, tokens=tokens) == found
     return found
 
 
@@ -140,6 +159,34 @@ def test_what_is_written_ends_where_it_leaves_the_answer():
     assert written_ids([1, 2, 3], [1, 2, 3, 9]) == [1, 2, 3, 9]
     assert written_ids([1, 2, 3], [1, 5, 3, 9]) == [1, 5]
     assert written_ids([1, 2, 3], [4, 2, 3, 9]) == [4]
+
+
+def test_only_second_attempts_that_can_succeed_are_made():
+    questions = [Question(question=name, answer="95") for name in ("A:", "B:", "C:", "D:")]
+    written = {"A:": " 95\n", "B:": "95\n", "C:": "94\n", "D:": "\n"}
+    tried = attempts(tiny_tokenizer(), questions)
+    begun = {}
+    first = first_attempts(tried)
+    assert [attempt.question for attempt in first] == [0, 1, 2, 3]
+    done = right_of(written, questions, first, begun)
+    assert done == {0}
+    second = second_attempts(tried, begun, done)
+    assert [attempt.question for attempt in second] == [1, 2]  # both begin with the 9
+    assert right_of(written, questions, second) == {1}
+
+
+def test_answers_in_turns_are_those_at_once(text_path, tmp_path, monkeypatch):
+    questions = [asdict(entry) for entry in read_questions(REFERENCE / "text" / "test", limit=12)["math"]]
+    for entry in questions[:6]:  # the bundled model writes a space after such a prompt
+        entry["question"], entry["answer"] = entry["question"] + " ", entry["answer"].strip()
+    text = tmp_path / "text"
+    shutil.copytree(text_path, text)
+    (text / "prose.qa.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    [in_turns] = evaluate(REFERENCE / "model", text=text, tokens=64, seq_len=32)
+    monkeypatch.setattr(evaluate_run, "READ_AGAIN_BYTES", 0)
+    [at_once] = evaluate(REFERENCE / "model", text=text, tokens=64, seq_len=32)
+    assert in_turns.domains == at_once.domains
+    assert at_once.domains["prose"]["accuracy"] > 0
 
 
 @pytest.mark.parametrize("ids", [3, [3, 5], None])

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from coterie.errors import InputError
 from coterie.evaluate import likelihood
-from coterie.evaluate.divergence import token_divergence
+from coterie.evaluate.divergence import compare, token_divergence
+from coterie.evaluate.likelihood import token_nll
 
 
 def softmax(values):
@@ -101,3 +102,32 @@ def test_a_token_that_only_the_model_masks_out_is_infinitely_far(pair):
 def test_another_vocabulary_is_refused_with_both_shapes():
     with pytest.raises(InputError, match=r"\(1, 3, 8\).*\(1, 3, 9\)"):
         token_divergence(torch.zeros(1, 3, 8), torch.zeros(1, 3, 9))
+
+
+@pytest.mark.parametrize("elements", [1, 20, 10**6])
+def test_predictions_that_are_there_compare_as_logits_do(pair, elements, monkeypatch):
+    base_BSV, logits_BSV = pair
+    ids_BS = torch.randint(9, (3, 7), generator=torch.Generator().manual_seed(1))
+    nll_T, (kl_T, agreeing_T) = token_nll(logits_BSV, ids_BS), token_divergence(base_BSV, logits_BSV)
+    monkeypatch.setattr(likelihood, "CHUNK_ELEMENTS", elements)
+    log_p_BTV, likeliest_BT = base_BSV[:, :-1].log_softmax(-1), base_BSV[:, :-1].argmax(-1)
+    for masked in (False, True):
+        found = compare(log_p_BTV, likeliest_BT, logits_BSV, ids_BS, masked=masked)
+        torch.testing.assert_close(found, (nll_T, kl_T, agreeing_T), rtol=1e-6, atol=1e-7)
+
+
+def test_predictions_that_are_there_may_be_masked(pair):
+    base_BSV, logits_BSV = pair[0].clone(), pair[1].clone()
+    base_BSV[..., 8] = -math.inf
+    expected, _ = token_divergence(base_BSV, logits_BSV)
+    ids_BS = torch.zeros(3, 7, dtype=torch.int64)
+    log_p_BTV = base_BSV[:, :-1].log_softmax(-1)
+    _, found, _ = compare(log_p_BTV, log_p_BTV.argmax(-1), logits_BSV, ids_BS, masked=True)
+    torch.testing.assert_close(found, expected)
+    assert bool(found.isfinite().all())
+
+
+def test_predictions_of_another_vocabulary_are_refused(pair):
+    ids_BS = torch.zeros(3, 7, dtype=torch.int64)
+    with pytest.raises(InputError, match="scores 8 tokens, the model 9"):
+        compare(pair[0][:, :-1, :8], ids_BS[:, :-1], pair[1], ids_BS, masked=False)

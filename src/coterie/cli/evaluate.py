@@ -18,7 +18,9 @@ _SPEED_SECONDS = 20.0
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model folders or hub ids.")],
-    text: Annotated[Path, typer.Option(help="Folder with test text: *.txt or *.jsonl a domain, and *.qa.jsonl.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Folder with test text: *.txt or *.jsonl a domain, and *.qa.jsonl.")
+    ] = None,
     against: Annotated[str | None, typer.Option(help="The model to compare with, usually the original.")] = None,
     tokens: Annotated[
         int | None, typer.Option(help="Tokens in all, shared equally by the domains; the whole text when left out.")
@@ -37,6 +39,15 @@ def evaluate(
             "memory as a whole; refused beforehand where they do not fit.",
         ),
     ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of the lm-evaluation-harness, separated by commas (pip install 'coterie[eval]'). This loads "
+            "each model into memory as a whole."
+        ),
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with task files (YAML) of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples of each task at most.")] = None,
     max_memory: options.MaxMemory = None,
     allow_pickle: options.AllowPickle = False,
     out: Annotated[
@@ -47,7 +58,7 @@ def evaluate(
     """Measure what a smaller model costs.
 
     Perplexity, KL divergence, agreement and exact answers by domain, with one layer in memory at a time; bytes, and on
-    request memory and speed.
+    request memory, speed and tasks of the lm-evaluation-harness.
     """
     files = [] if out is None else _files(out, models)
     from coterie.evaluate.run import evaluate as run
@@ -64,6 +75,9 @@ def evaluate(
         speed_seconds=_SPEED_SECONDS if speed else None,
         max_memory=max_memory,
         allow_pickle=allow_pickle,
+        tasks=() if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()],
+        include_path=include_path,
+        limit=limit,
     )
     for card, file in zip(cards, files, strict=False):
         card.save(file)
@@ -71,7 +85,10 @@ def evaluate(
         print_json([dataclasses.asdict(card) for card in cards])
         return
     for card in cards:
-        _print(card)
+        if card.domains:
+            _print(card)
+        if card.tasks:
+            _print_tasks(card)
     _print_cost(cards)
     for file in files:
         print_text(f"scorecard written to {file}")
@@ -117,6 +134,21 @@ def _print(card: "Scorecard") -> None:
         [row(domain, scores) for domain, scores in card.domains.items()],
         footer=row("all", card.overall),
     )
+    print_text()
+
+
+def _print_tasks(card: "Scorecard") -> None:
+    rows = []
+    for task, metrics in card.tasks.items():
+        for name, value in metrics.items():
+            metric, _, chosen = name.partition(" ")
+            if metric.endswith("_stderr") or name == "examples":
+                continue
+            error = metrics.get(f"{metric}_stderr {chosen}".rstrip())
+            rows.append((task, name, number(value, 4), number(error, 4), number(metrics.get("examples"), 0)))
+    print_text(card.model)
+    print_text()
+    print_table(("task", "metric:", "value", "standard error", "examples"), rows)
     print_text()
 
 

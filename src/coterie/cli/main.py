@@ -12,6 +12,8 @@ import typer
 from typer.core import TyperGroup
 
 from coterie import __version__
+from coterie.cli.bench import bench
+from coterie.cli.calibrate import calibrate
 from coterie.cli.compress import compress
 from coterie.cli.evaluate import evaluate
 from coterie.cli.families import families
@@ -52,7 +54,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (inspect, profile, plan, compress, evaluate, report, recipes, families):
+for command in (inspect, calibrate, profile, plan, compress, evaluate, bench, report, recipes, families):
     app.command()(command)
 
 

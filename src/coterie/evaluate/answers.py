@@ -13,7 +13,7 @@ pieces counts as wrong here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,35 @@ def attempts(tokenizer: Any, questions: Sequence[Question]) -> list[Attempt]:
     return found
 
 
+def first_attempts(tried: Sequence[Attempt]) -> list[Attempt]:
+    """Return the first attempt of each question."""
+    return [attempt for before, attempt in zip((None, *tried), tried, strict=False) if not _same(before, attempt)]
+
+
+def second_attempts(tried: Sequence[Attempt], begun: Mapping[int, int], right: Set[int]) -> list[Attempt]:
+    """Return the other attempts that can still succeed.
+
+    All attempts at a question share its tokens, so the first token that the model writes after it is known from one
+    of them: an attempt that begins otherwise would be judged by that token alone, as the first one was.
+
+    Args:
+        tried: what `attempts` returned.
+        begun: first token that the model writes after each question, see `right_in_batch`.
+        right: questions that were answered exactly.
+    """
+    return [
+        attempt
+        for before, attempt in zip((None, *tried), tried, strict=False)
+        if _same(before, attempt)
+        and attempt.question not in right
+        and attempt.ids[attempt.prompt_length] == begun[attempt.question]
+    ]
+
+
+def _same(before: Attempt | None, attempt: Attempt) -> bool:
+    return before is not None and before.question == attempt.question
+
+
 def attempt_batches(tried: Sequence[Attempt], *, tokens: int) -> list[tuple[list[Attempt], Tensor]]:
     """Return batches of attempts of one length each, so that nothing is padded, and their ids (B, S).
 
@@ -79,6 +108,7 @@ def right_in_batch(
     tokenizer: Any,
     ends: Set[int],
     vocab_size: int,
+    begun: dict[int, int] | None = None,
 ) -> set[int]:
     """Return the numbers of the questions that a model answers exactly in one of a batch's attempts.
 
@@ -91,12 +121,15 @@ def right_in_batch(
         tokenizer: the model's.
         ends: tokens that end a text.
         vocab_size: V.
+        begun: receives the first token that the model writes after each question, by its number.
     """
     start = min(attempt.prompt_length for attempt in batch) - 1
     predicted_BP = likeliest(head, ids_BS, output, start=start, vocab_size=vocab_size)
     right = set()
     for attempt, predicted_P in zip(batch, predicted_BP.tolist(), strict=True):
         written = written_ids(attempt.ids[attempt.prompt_length :], predicted_P[attempt.prompt_length - 1 - start :])
+        if begun is not None:
+            begun[attempt.question] = written[0]
         line = finished_line(tokenizer, written, ends)
         if line == questions[attempt.question].answer.strip():
             right.add(attempt.question)

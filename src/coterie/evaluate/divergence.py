@@ -42,10 +42,47 @@ def token_divergence(base_BSV: Tensor, logits_BSV: Tensor) -> tuple[Tensor, Tens
     return torch.cat(divergences), torch.cat(agreements)
 
 
+def compare(
+    log_p_BTV: Tensor, likeliest_BT: Tensor, logits_BSV: Tensor, ids_BS: Tensor, *, masked: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compare a model's predictions with a base's that are there already; `token_nll` and `token_divergence` in one.
+
+    Args:
+        log_p_BTV: the base's log-probabilities at every position but the last of each sequence, T = S - 1.
+        likeliest_BT: the base's likeliest tokens there.
+        logits_BSV: logits of the model on the same text.
+        ids_BS: the text.
+        masked: whether any of the log-probabilities may be -inf.
+
+    Returns:
+        Negative log-likelihood, KL(base || model), both in nats, and whether both have the same likeliest token; each
+        (B T,).
+    """
+    if log_p_BTV.shape[-1] != logits_BSV.shape[-1]:
+        raise InputError(
+            f"the base scores {log_p_BTV.shape[-1]} tokens, the model {logits_BSV.shape[-1]}; "
+            "only models with the same vocabulary can be compared"
+        )
+    nll, divergences, agreements = [], [], []
+    for log_p_TV, likeliest_T, logits_SV, ids_S in zip(log_p_BTV, likeliest_BT, logits_BSV, ids_BS, strict=True):
+        for rows in row_slices(len(ids_S) - 1, logits_SV.shape[-1]):
+            part_TV = logits_SV[:-1][rows]
+            log_q_TV = widened(part_TV).log_softmax(-1)
+            nll.append(-log_q_TV.gather(-1, ids_S[1:][rows, None].to(log_q_TV.device))[:, 0])
+            agreements.append(part_TV.argmax(-1) == likeliest_T[rows].to(part_TV.device))
+            divergences.append(_kl_of(log_p_TV[rows].to(log_q_TV.device), log_q_TV, masked=masked))
+    return torch.cat(nll), torch.cat(divergences), torch.cat(agreements)
+
+
 def _kl(base_TV: Tensor, logits_TV: Tensor) -> Tensor:
-    log_p_TV, log_q_TV = widened(base_TV).log_softmax(-1), widened(logits_TV).log_softmax(-1)
+    return _kl_of(widened(base_TV).log_softmax(-1), widened(logits_TV).log_softmax(-1), masked=True)
+
+
+def _kl_of(log_p_TV: Tensor, log_q_TV: Tensor, *, masked: bool) -> Tensor:
     p_TV = log_p_TV.exp()
-    # A token that the base masks out (log p = -inf) adds nothing, whatever the model says of it.
-    difference_TV = (log_p_TV - log_q_TV).masked_fill(p_TV == 0, 0)
+    difference_TV = log_p_TV - log_q_TV
+    if masked:
+        # A token that the base masks out (log p = -inf) adds nothing, whatever the model says of it.
+        difference_TV.masked_fill_(p_TV == 0, 0)
     # Rounding can push the sum a hair below zero where the two are nearly equal.
-    return (p_TV * difference_TV).sum(-1).clamp_min(0)
+    return p_TV.mul_(difference_TV).sum(-1).clamp_min(0)

@@ -1,53 +1,77 @@
 """Evaluate models on text, each next to a base: what did it cost.
 
-    from coterie.evaluate.run import evaluate
+    from coterie.evaluate.run import Evaluation, evaluate
 
     [card] = evaluate("small", against="original", text="text/test", tokens=65536)
     card.overall["perplexity"], card.overall["kl"], card.overall["accuracy"]
 
+    with Evaluation(against="original", text="text/test", tokens=65536, cache="run/cache") as evaluation:
+        cards = [evaluation.score(model) for model in results]
+
 Every model runs with one of its units in memory at a time, in one pass over its weights for text and questions
 together. What the base makes of the text is computed once and kept in files; then, model by model, both heads turn it
 into logits part by part, so that neither the models' size nor the text's length decides how much memory is needed.
+With a cache, what the base predicts is kept there for later calls too, see `coterie.evaluate.held`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from coterie.artifact import digest_of
 from coterie.errors import InputError
-from coterie.evaluate.answers import Attempt, attempt_batches, attempts, right_in_batch
-from coterie.evaluate.divergence import token_divergence
-from coterie.evaluate.generation import Question, end_ids, read_questions
-from coterie.evaluate.likelihood import perplexity, token_nll
+from coterie.evaluate.answers import Attempt, attempt_batches, first_attempts, right_in_batch, second_attempts
+from coterie.evaluate.divergence import compare, token_divergence
+from coterie.evaluate.generation import end_ids, read_questions
+from coterie.evaluate.harness import find_tasks, run_tasks
+from coterie.evaluate.held import HELD_BYTES, Held, Shape, hold, open_held
+from coterie.evaluate.likelihood import token_nll
 from coterie.evaluate.reading import Head, logits_at, predictions, read
-from coterie.evaluate.scorecard import Scorecard, Scores, environment
+from coterie.evaluate.scorecard import Scorecard, Sums, environment
 from coterie.evaluate.speed import Cost, check_whole, measure_cost
+from coterie.evaluate.subjects import (
+    Subject,
+    TextReader,
+    check_device,
+    check_numbers,
+    check_same_text,
+    check_same_vocabulary,
+    generation_config,
+    hidden_size,
+    mixed_batch,
+    model_name,
+    num_logits,
+    open_subject,
+    text_digest,
+)
 from coterie.model.checkpoint import Checkpoint
-from coterie.model.load import load_tokenizer, open_checkpoint
 from coterie.model.memory import fitting_batch, forecast, peak_bytes
 from coterie.model.stream import Stream
 from coterie.model.units import format_bytes, parse_bytes
-from coterie.profile.calibration import TokenSet, tokenize
 from coterie.progress import track
 
 log = logging.getLogger(__name__)
+
+#: Models of at most this many bytes are read a second time for the few answers that need it; in larger ones all that
+#: may be needed is computed in the one pass over their weights.
+READ_AGAIN_BYTES = 2**30
 
 
 def evaluate(
     models: Sequence[str | Path] | str | Path,
     *,
     against: str | Path | None = None,
-    text: str | Path,
+    text: str | Path | None = None,
     tokens: int | None = None,
     seq_len: int = 512,
     seed: int = 0,
@@ -58,13 +82,18 @@ def evaluate(
     speed_seconds: float | None = None,
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
+    cache: str | Path | None = None,
+    tasks: Sequence[str] = (),
+    include_path: str | Path | None = None,
+    limit: int | None = None,
 ) -> list[Scorecard]:
-    """Measure models on a text folder: quality by domain and bytes and, when asked for, speed and memory.
+    """Measure models on a text folder: quality by domain and bytes and, when asked for, speed, memory and tasks.
 
     Args:
         models: one model or several, as folders or hub ids; the base itself may be among them.
         against: the base to compare with; without it `kl`, `agreement` and the ratios are None.
         text: a text folder: a ``*.txt`` or ``*.jsonl`` file a domain, and ``<domain>.qa.jsonl`` files of questions.
+            None with tasks alone, which then are all that is measured, and take no base.
         tokens: tokens in all, shared equally by the domains; the whole text when None.
         seq_len: tokens in a sequence.
         seed: seed of the draw of sequences and questions.
@@ -76,115 +105,103 @@ def evaluate(
             any case. When None, nothing is loaded as a whole, and speed and memory are not measured.
         max_memory: bytes, or an amount like "8GiB", that the run may take.
         allow_pickle: read weights that are stored as pickles.
+        cache: folder where what the base predicts is kept for later calls, if it fits into
+            `coterie.evaluate.held.HELD_BYTES`; the scores do not change by it.
+        tasks: names of tasks of the lm-evaluation-harness; each model is loaded into memory as a whole for them.
+        include_path: folder with task files (YAML) beside those that came with the harness.
+        limit: examples of each task at most; all when None.
 
     Returns:
         One scorecard for each of `models`, in their order.
 
     Raises:
         TextError: no text, empty or too short text, or a malformed question.
-        InputError: no model, a base that reads the text otherwise or has another vocabulary, a device that is not
-            there, a number format that no model runs in, or a model whose predictions are not numbers.
+        InputError: no model, nothing to measure, tasks without the harness, a base that reads the text otherwise or
+            has another vocabulary, a device that is not there, a number format that no model runs in, or a model whose
+            predictions are not numbers.
         Infeasible: `max_memory`, or what is free for a whole model, is too little.
     """
     chosen = [models] if isinstance(models, str | Path) else list(models)
-    target = _check_arguments(
-        chosen, device=device, dtype=dtype, batch_size=batch_size, tokens=tokens, questions=questions
-    )
-    limit = None if max_memory is None else parse_bytes(max_memory)
-    asked = read_questions(text, limit=questions, seed=seed)
-    reader = _Reader(text=text, seq_len=seq_len, tokens=tokens, seed=seed)
-    subjects = [_open(model, reader, allow_pickle=allow_pickle) for model in chosen]
-    base = None if against is None else _open(against, reader, allow_pickle=allow_pickle)
-    if base is not None:
-        for subject in subjects:
-            _check_same_text(subject, base)
-    streams = {
-        subject.path: Stream(subject.checkpoint, dtype=dtype, device=target)
-        for subject in (*subjects, *([] if base is None else [base]))
-    }
-    if base is not None:
-        for subject in subjects:
-            _check_same_vocabulary(subject, streams[subject.path], base, streams[base.path])
-    max((forecast(stream) for stream in streams.values()), key=lambda found: found.num_bytes).check(limit)
-    if speed_seconds is not None:
-        for subject in subjects:
-            check_whole([streams[each.path] for each in (subject, base) if each is not None], limit=limit)
-    # One size for all, so that models are compared on equal batches.
-    size = min(fitting_batch(batch_size, seq_len=seq_len, hidden_size=_width(stream)) for stream in streams.values())
-    job = _Job(streams=streams, base=base, asked=asked, batch_size=size)
-    measured = job.measure(subjects)
-    log.info("memory: the peak was %s", format_bytes(peak_bytes()))
-    costs: Sequence[Cost | None] = [None] * len(subjects)
-    if speed_seconds is not None:
-        costs = measure_cost(
-            [(subject.path, _mixed_batch(subject.tokens, size)) for subject in subjects],
-            base=None if base is None else base.path,
-            dtype=dtype,
-            device=target,
-            seconds=speed_seconds,
+    if not chosen:
+        raise InputError("there is no model to evaluate; pass one or more")
+    if not tasks and (text is None or include_path is not None or limit is not None):
+        raise InputError(
+            "nothing to measure: give a text folder with --text, or tasks with --tasks"
+            if text is None
+            else "--include-path and --limit are about tasks: name some with --tasks, or leave them out"
         )
+    if text is None and (against is not None or speed_seconds is not None):
+        raise InputError("a base to compare with, and speed, take text: give a folder with --text")
+    bound = None if max_memory is None else parse_bytes(max_memory)
+    if tasks:
+        find_tasks(tasks, include_path=include_path, limit=limit)
+    if text is None:
+        cards = [_without_text(model, dtype=dtype, device=check_device(device), limit=bound, pickle=allow_pickle)
+                 for model in chosen]  # fmt: skip
+    else:
+        cards = _on_text(
+            chosen, against=against, text=text, tokens=tokens, seq_len=seq_len, seed=seed, device=device,
+            batch_size=batch_size, questions=questions, dtype=dtype, speed_seconds=speed_seconds, bound=bound,
+            allow_pickle=allow_pickle, cache=cache, whole=bool(tasks),
+        )  # fmt: skip
+    if not tasks:
+        return cards
     return [
-        job.scorecard(subject, sums, cost, seed=seed)
-        for subject, sums, cost in zip(subjects, measured, costs, strict=True)
-    ]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Subject:
-    """A model before its weights are read."""
-
-    name: str
-    path: Path
-    num_bytes: int
-    checkpoint: Checkpoint
-    tokenizer: Any
-    tokens: TokenSet
-    vocab_size: int | None  # rows of the embedding; None when the config leaves it to the family's default
-
-
-class _Reader:
-    """Cuts one text for many tokenizers; equal tokenizers share the result."""
-
-    def __init__(self, **settings: Any) -> None:
-        self._text = settings.pop("text")
-        self._settings = settings
-        self._read: dict[tuple[str, int | None], TokenSet] = {}
-
-    def read(self, tokenizer: Any) -> TokenSet:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            return tokenize(tokenizer, self._text, **self._settings)
-        key = (backend.to_str(), tokenizer.eos_token_id)
-        if key not in self._read:
-            self._read[key] = tokenize(tokenizer, self._text, **self._settings)
-        return self._read[key]
-
-
-@dataclass(slots=True)
-class _Sums:
-    """Sums over the predicted tokens and the questions of one domain."""
-
-    nll: float = 0.0
-    kl: float = 0.0
-    agreeing: int = 0
-    tokens: int = 0
-    correct: int = 0
-    questions: int = 0
-
-    def add(self, other: _Sums) -> None:
-        for name in _Sums.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def scores(self, *, compared: bool) -> Scores:
-        compared = compared and self.tokens > 0
-        return Scores(
-            perplexity=perplexity(self.nll, self.tokens) if self.tokens else None,
-            kl=self.kl / self.tokens if compared else None,
-            agreement=self.agreeing / self.tokens if compared else None,
-            accuracy=self.correct / self.questions if self.questions else None,
-            tokens=self.tokens,
-            questions=self.questions,
+        replace(
+            card,
+            tasks=run_tasks(
+                model, tasks, include_path=include_path, limit=limit, device=device, dtype=dtype,
+                batch_size=batch_size, seed=seed,
+            ),
         )
+        for model, card in zip(chosen, cards, strict=True)
+    ]  # fmt: skip
+
+
+def _on_text(
+    models: Sequence[str | Path],
+    *,
+    speed_seconds: float | None,
+    bound: int | None,
+    whole: bool,
+    **settings: Any,
+) -> list[Scorecard]:
+    """Measure models on text; `whole` tells that they will be loaded as a whole after that."""
+    with Evaluation(**settings) as job:
+        subjects = [job.open(model) for model in models]
+        max(map(forecast, job.streams()), key=lambda found: found.num_bytes).check(bound)
+        for subject in subjects:
+            if speed_seconds is not None:
+                check_whole(job.streams(subject), limit=bound)
+            elif whole:
+                check_whole(job.streams(subject)[:1], limit=bound, asked="--tasks")
+        measured = job.measure(subjects)
+        log.info("memory: the peak was %s", format_bytes(peak_bytes()))
+        costs: Sequence[Cost | None] = [None] * len(subjects)
+        if speed_seconds is not None:
+            costs = measure_cost(
+                [(subject.path, mixed_batch(subject.tokens, job.batch_size)) for subject in subjects],
+                base=None if job.base is None else job.base.path,
+                dtype=settings["dtype"],
+                device=job.device,
+                seconds=speed_seconds,
+            )
+        return [job.scorecard(*entry) for entry in zip(subjects, measured, costs, strict=True)]
+
+
+def _without_text(
+    model: str | Path, *, dtype: torch.dtype | None, device: torch.device, limit: int | None, pickle: bool
+) -> Scorecard:
+    """Return the scorecard of a model that reads no text, after a check that it fits into memory as a whole."""
+    stored = Checkpoint.open(model, allow_pickle=pickle)
+    stream = Stream(stored, dtype=dtype, device=device)
+    check_whole([stream], limit=limit, asked="--tasks")
+    return Scorecard(
+        model=model_name(model), model_digest=stored.digest, base=None, base_digest=None,
+        text_digest=digest_of({}), seq_len=0, seed=0, domains={}, overall=Sums().scores(compared=False),
+        num_bytes=stored.num_bytes, bytes_ratio=None, memory_bytes=None, peak_memory_bytes=None,
+        tokens_per_second=None, speed_ratio=None, environment=environment(device, stream.dtype),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,133 +212,285 @@ class _Outcome:
         texts: what its base model returned for each batch of text.
         attempts: batches of questions with answers, and their token ids (B, S).
         answers: what its base model returned for each of these.
+        asked: whether it was asked at all.
     """
 
     texts: list[Any]
     attempts: list[tuple[list[Attempt], Tensor]]
     answers: list[Any]
+    asked: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Job:
-    """One evaluation of several models."""
+class Evaluation(AbstractContextManager["Evaluation"]):
+    """One text and one base, for models that are evaluated together or one after another.
 
-    streams: Mapping[Path, Stream]
-    base: _Subject | None
-    asked: Mapping[str, Sequence[Question]]
-    batch_size: int
+    Attributes:
+        base: the model to compare with, or None.
+        device: where models run.
+        batch_size: sequences in a batch.
+    """
 
-    def measure(self, subjects: Sequence[_Subject]) -> list[dict[str, _Sums]]:
-        """Return each model's sums by domain."""
-        base, outcome = self.base, None
-        with ExitStack() as stack:
-            if base is not None:
-                stack.enter_context(self.streams[base.path])
-                # Where the base is to be scored too, it is read once for both.
-                outcome = self._read(base, asking=any(subject.path == base.path for subject in subjects))
-            return [self._measure_one(subject, outcome) for subject in subjects]
-
-    def _measure_one(self, subject: _Subject, base_outcome: _Outcome | None) -> dict[str, _Sums]:
-        stream = self.streams[subject.path]
-        if base_outcome is not None and self.base is not None and subject.path == self.base.path:
-            with stream.head() as head:
-                return self._sums(subject, base_outcome, head, base_outcome, head)
-        with ExitStack() as stack:
-            stack.enter_context(stream)
-            outcome = self._read(subject, asking=True)
-            head = stack.enter_context(stream.head())
-            base_head = None
-            if self.base is not None:
-                base_head = stack.enter_context(self.streams[self.base.path].head())
-            return self._sums(subject, outcome, head, base_outcome, base_head)
-
-    def _read(self, subject: _Subject, *, asking: bool) -> _Outcome:
-        texts = [ids_BS for _, ids_BS in subject.tokens.batches(self.batch_size)]
-        tried = attempts(subject.tokenizer, self._questions()) if asking else []
-        asked = attempt_batches(tried, tokens=self.batch_size * subject.tokens.seq_len)
-        batches = [*texts, *(ids_BS for _, ids_BS in asked)]
-        outputs = read(self.streams[subject.path], batches, description=f"{subject.name}: layers")
-        return _Outcome(texts=outputs[: len(texts)], attempts=asked, answers=outputs[len(texts) :])
-
-    def _sums(
+    def __init__(
         self,
-        subject: _Subject,
-        outcome: _Outcome,
-        head: Head,
-        base_outcome: _Outcome | None,
-        base_head: Head | None,
-    ) -> dict[str, _Sums]:
-        sums = {domain: _Sums() for domain in subject.tokens.domains}
-        batches = list(subject.tokens.batches(self.batch_size))
-        base_texts = [None] * len(batches) if base_outcome is None else base_outcome.texts
-        rows = zip(batches, outcome.texts, base_texts, strict=True)
-        for (domain, ids_BS), output, base_output in track(rows, f"{subject.name}: text", total=len(batches)):
-            name = subject.tokens.domains[domain]
-            self._add_text(sums[name], name, subject, (ids_BS, output, base_output), head, base_head)
-            for stream in self.streams.values():
+        *,
+        against: str | Path | None,
+        text: str | Path,
+        tokens: int | None = None,
+        seq_len: int = 512,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        batch_size: int = 8,
+        questions: int | None = None,
+        dtype: torch.dtype | None = None,
+        allow_pickle: bool = False,
+        cache: str | Path | None = None,
+    ) -> None:
+        """Read the questions and open the base; see `evaluate` for the arguments and what is raised."""
+        self.device = _check_arguments(
+            device=device, dtype=dtype, batch_size=batch_size, tokens=tokens, questions=questions
+        )
+        asked = read_questions(text, limit=questions, seed=seed)
+        self.batch_size = batch_size
+        self.base: Subject | None = None
+        self._reader = TextReader(text, asked, seq_len=seq_len, tokens=tokens, seed=seed)
+        self._seed = seed
+        self._dtype = dtype
+        self._allow_pickle = allow_pickle
+        self._cache = None if cache is None else Path(cache).expanduser()
+        self._streams: dict[Path, Stream] = {}
+        self._stack = ExitStack()
+        self._base_is_open = False
+        self._outcome: _Outcome | None = None
+        self._held: Held | None = None
+        if against is not None:
+            base = self._subject(against)
+            self._add_stream(base)
+            self.base = base
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def open(self, model: str | Path) -> Subject:
+        """Open a model by its headers, and check that it can be compared with the base."""
+        subject = self._subject(model)
+        base = self.base
+        if base is not None:
+            check_same_text(subject, base)
+        if subject.path not in self._streams:
+            self._add_stream(subject)
+        if base is not None:
+            check_same_vocabulary(subject, self._streams[subject.path], base, self._streams[base.path])
+        return subject
+
+    def streams(self, subject: Subject | None = None) -> list[Stream]:
+        """Return the streams of all models, or of one and the base."""
+        if subject is None:
+            return list(self._streams.values())
+        return [self._streams[each.path] for each in (subject, self.base) if each is not None]
+
+    def score(self, model: str | Path) -> Scorecard:
+        """Evaluate one model and let go of it."""
+        subject = self.open(model)
+        [sums] = self.measure([subject])
+        card = self.scorecard(subject, sums)
+        if self.base is None or subject.path != self.base.path:
+            del self._streams[subject.path]
+        return card
+
+    def hold(self) -> None:
+        """Compute what the base predicts and keep it in the cache, unless it is there or too large."""
+        self._base_predictions(asking=False)
+
+    def measure(self, subjects: Sequence[Subject]) -> list[dict[str, Sums]]:
+        """Return each model's sums by domain."""
+        if self.base is not None:
+            # Where the base is to be scored too, it is read once for both.
+            self._base_predictions(asking=any(subject.path == self.base.path for subject in subjects))
+        return [self._measure_one(subject) for subject in subjects]
+
+    def _subject(self, model: str | Path) -> Subject:
+        return open_subject(model, self._reader, allow_pickle=self._allow_pickle)
+
+    def _add_stream(self, subject: Subject) -> None:
+        stream = Stream(subject.checkpoint, dtype=self._dtype, device=self.device)
+        self._streams[subject.path] = stream
+        seq_len = subject.tokens.seq_len
+        # One size for all, so that models are compared on equal batches.
+        size = fitting_batch(self.batch_size, seq_len=seq_len, hidden_size=hidden_size(stream))
+        if size < self.batch_size:
+            self.batch_size, self._outcome = size, None
+
+    def _base_predictions(self, *, asking: bool) -> None:
+        """See to it that what the base makes of the text is there: in the cache, or as what its base model returns."""
+        base = self.base
+        if base is None or self._held is not None:
+            return
+        stream = self._streams[base.path]
+        if not self._base_is_open:
+            self._stack.enter_context(stream)
+            self._base_is_open = True
+        shape = Shape(
+            sequences=sum(len(ids) for ids in base.tokens.sequences.values()),
+            tokens=base.tokens.seq_len - 1,
+            vocabulary=num_logits(stream),
+        )
+        keeping = self._cache is not None and shape.num_bytes <= HELD_BYTES
+        inputs = {
+            "base": base.checkpoint.digest,
+            "tokens": base.tokens.digest,
+            "number format": str(stream.dtype),
+            "device": stream.device.type,
+            "versions": f"{version('torch')} {version('transformers')}",
+        }
+        if keeping and self._cache is not None:
+            self._held = open_held(self._cache, inputs, shape)
+        if self._held is None and (self._outcome is None or (asking and not self._outcome.asked)):
+            self._outcome = self._read(base, self._questions(base) if asking else None)
+        if self._held is None and keeping and self._cache is not None and self._outcome is not None:
+            with hold(self._cache, inputs, shape) as writer, stream.head() as head:
+                for first, _, ids_BS, output in self._texts(base, self._outcome):
+                    for positions, _ in predictions(ids_BS, num_logits(stream)):
+                        logits_BPV = logits_at(head, ids_BS, output, positions)
+                        writer.put(first, positions, logits_BPV)
+            self._held = open_held(self._cache, inputs, shape)
+        if self._held is not None:
+            self._stack.enter_context(self._held)
+
+    def _measure_one(self, subject: Subject) -> dict[str, Sums]:
+        stream, base = self._streams[subject.path], self.base
+        is_base = base is not None and subject.path == base.path
+        with ExitStack() as stack:
+            if not is_base:  # which is open
+                stack.enter_context(stream)
+            outcome = self._outcome
+            if outcome is None or not is_base or not outcome.asked:
+                outcome = self._read(subject, self._questions(subject))
+            with ExitStack() as heads:
+                head = heads.enter_context(stream.head())
+                base_head = None
+                if base is not None and self._held is None:
+                    base_head = head if is_base else heads.enter_context(self._streams[base.path].head())
+                sums = self._sums(subject, outcome, head, base_head)
+                begun: dict[int, int] = {}
+                right = self._right(subject, outcome, head, begun)
+            if self._in_turns(subject):
+                right |= self._right_again(subject, begun, right)
+        self._add_answers(sums, right)
+        return sums
+
+    def _in_turns(self, subject: Subject) -> bool:
+        """Tell whether second attempts at answers are read only once the first ones are known."""
+        return subject.num_bytes <= READ_AGAIN_BYTES
+
+    def _questions(self, subject: Subject) -> list[Attempt]:
+        tried = self._reader.attempts(subject.tokenizer)
+        return first_attempts(tried) if self._in_turns(subject) else tried
+
+    def _read(self, subject: Subject, asked: Sequence[Attempt] | None, *, text: bool = True) -> _Outcome:
+        """Run text and questions through the base model of an open stream."""
+        texts = [ids_BS for _, ids_BS in subject.tokens.batches(self.batch_size)] if text else []
+        grouped = attempt_batches(asked or (), tokens=self.batch_size * subject.tokens.seq_len)
+        batches = [*texts, *(ids_BS for _, ids_BS in grouped)]
+        outputs = read(self._streams[subject.path], batches, description=f"{subject.name}: layers")
+        return _Outcome(
+            texts=outputs[: len(texts)], attempts=grouped, answers=outputs[len(texts) :], asked=asked is not None
+        )
+
+    def _texts(self, subject: Subject, outcome: _Outcome) -> Iterator[tuple[int, str, Tensor, Any]]:
+        """Yield of each batch the number of its first sequence, its domain, its tokens and the base model's output."""
+        batches, first = list(subject.tokens.batches(self.batch_size)), 0
+        rows = zip(batches, outcome.texts, strict=True)
+        for (domain, ids_BS), output in track(rows, f"{subject.name}: text", total=len(batches)):
+            yield first, subject.tokens.domains[domain], ids_BS, output
+            first += len(ids_BS)
+            for stream in self._streams.values():
                 stream.release()
-        self._add_answers(sums, subject, outcome, head)
+
+    def _sums(self, subject: Subject, outcome: _Outcome, head: Head, base_head: Head | None) -> dict[str, Sums]:
+        sums = {domain: Sums() for domain in subject.tokens.domains}
+        for number, (first, domain, ids_BS, output) in enumerate(self._texts(subject, outcome)):
+            base_output = None
+            if base_head is not None and self._outcome is not None:
+                base_output = self._outcome.texts[number]
+            self._add_text(sums[domain], domain, subject, (first, ids_BS, output, base_output), head, base_head)
         return sums
 
     def _add_text(
         self,
-        held: _Sums,
+        held: Sums,
         domain: str,
-        subject: _Subject,
-        batch: tuple[Tensor, Any, Any],
+        subject: Subject,
+        batch: tuple[int, Tensor, Any, Any],
         head: Head,
         base_head: Head | None,
     ) -> None:
         """Add one batch of text: its tokens, and what the model and the base made of it."""
-        ids_BS, output, base_output = batch
-        stream = self.streams[subject.path]
-        for positions, ids_BP in predictions(ids_BS, _num_logits(stream)):
+        first, ids_BS, output, base_output = batch
+        stream = self._streams[subject.path]
+        for positions, ids_BP in predictions(ids_BS, num_logits(stream)):
             logits_BPV = logits_at(head, ids_BS, output, positions)
-            if logits_BPV.shape[-1] != _num_logits(stream):
+            if logits_BPV.shape[-1] != num_logits(stream):
                 raise InputError(
                     f"{subject.name} gives {logits_BPV.shape[-1]} scores a token where its vocabulary has "
-                    f"{_num_logits(stream)}: it does not predict the next token, so it cannot be evaluated on text"
+                    f"{num_logits(stream)}: it does not predict the next token, so it cannot be evaluated on text"
                 )
-            nll_T = token_nll(logits_BPV, ids_BP).cpu().double()
-            _check_numbers(nll_T, subject, stream, domain)
+            kl_T = agreeing_T = None
+            if self._held is not None:
+                log_p_BTV, likeliest_BT = self._held.read(first, len(ids_BS), positions)
+                nll_T, kl_T, agreeing_T = compare(log_p_BTV, likeliest_BT, logits_BPV, ids_BP, masked=self._held.masked)
+            else:
+                nll_T = token_nll(logits_BPV, ids_BP)
+            nll_T = nll_T.cpu().double()
+            check_numbers(nll_T, subject, stream, domain)
             held.nll += float(nll_T.sum())
             held.tokens += len(nll_T)
-            if self.base is not None and base_head is not None:
+            if base_head is not None:
                 base_BPV = logits_BPV
                 if base_head is not head:
                     base_BPV = logits_at(base_head, ids_BS, base_output, positions)
                 kl_T, agreeing_T = token_divergence(base_BPV, logits_BPV)
+            if self.base is not None and kl_T is not None and agreeing_T is not None:
                 kl_T = kl_T.cpu().double()
-                _check_numbers(kl_T, self.base, self.streams[self.base.path], domain)
+                check_numbers(kl_T, self.base, self._streams[self.base.path], domain)
                 held.kl += float(kl_T.sum())
                 held.agreeing += int(agreeing_T.sum())
 
-    def _add_answers(self, sums: dict[str, _Sums], subject: _Subject, outcome: _Outcome, head: Head) -> None:
-        """Add the questions of all domains, which were read together."""
-        stream = self.streams[subject.path]
-        questions = self._questions()
-        ends = end_ids(_generation_config(subject, stream), subject.tokenizer)
+    def _right(self, subject: Subject, outcome: _Outcome, head: Head, begun: dict[int, int]) -> set[int]:
+        """Return the numbers of the questions, of all domains, that are answered exactly in what was read."""
+        stream = self._streams[subject.path]
+        ends = end_ids(generation_config(subject, stream), subject.tokenizer)
         right: set[int] = set()
         for (batch, ids_BS), output in zip(outcome.attempts, outcome.answers, strict=True):
             right |= right_in_batch(
-                head, batch, ids_BS, output, questions,
-                tokenizer=subject.tokenizer, ends=ends, vocab_size=_num_logits(stream),
+                head, batch, ids_BS, output, self._reader.questions(),
+                tokenizer=subject.tokenizer, ends=ends, vocab_size=num_logits(stream), begun=begun,
             )  # fmt: skip
             stream.release()
+        return right
+
+    def _right_again(self, subject: Subject, begun: Mapping[int, int], right: set[int]) -> set[int]:
+        """Return the questions that second attempts answer, which a second pass over the weights reads."""
+        left = second_attempts(self._reader.attempts(subject.tokenizer), begun, right)
+        if not left:
+            return set()
+        outcome = self._read(subject, left, text=False)
+        with self._streams[subject.path].head() as head:
+            return self._right(subject, outcome, head, {})
+
+    def _add_answers(self, sums: dict[str, Sums], right: set[int]) -> None:
         first = 0
-        for domain, entries in self.asked.items():
-            held = sums.setdefault(domain, _Sums())
+        for domain, entries in self._reader.asked.items():
+            held = sums.setdefault(domain, Sums())
             held.questions = len(entries)
             held.correct = len(right & set(range(first, first + len(entries))))
             first += len(entries)
 
-    def _questions(self) -> list[Question]:
-        return [question for entries in self.asked.values() for question in entries]
-
-    def scorecard(self, subject: _Subject, sums: Mapping[str, _Sums], cost: Cost | None, *, seed: int) -> Scorecard:
+    def scorecard(self, subject: Subject, sums: Mapping[str, Sums], cost: Cost | None = None) -> Scorecard:
         """Put together what is known of a model."""
-        base, stream = self.base, self.streams[subject.path]
-        total = _Sums()
+        base, stream = self.base, self._streams[subject.path]
+        total = Sums()
         for held in sums.values():
             total.add(held)
         return Scorecard(
@@ -329,9 +498,9 @@ class _Job:
             model_digest=subject.checkpoint.digest,
             base=None if base is None else base.name,
             base_digest=None if base is None else base.checkpoint.digest,
-            text_digest=_text_digest(subject.tokens, self.asked),
+            text_digest=text_digest(subject.tokens, self._reader.asked),
             seq_len=subject.tokens.seq_len,
-            seed=seed,
+            seed=self._seed,
             domains={domain: held.scores(compared=base is not None) for domain, held in sorted(sums.items())},
             overall=total.scores(compared=base is not None),
             num_bytes=subject.num_bytes,
@@ -344,30 +513,7 @@ class _Job:
         )
 
 
-def _open(model: str | Path, reader: _Reader, *, allow_pickle: bool) -> _Subject:
-    """Read a model's headers and tokenizer, and cut the text with it."""
-    stored = Checkpoint.open(model, allow_pickle=allow_pickle)
-    checkpoint = open_checkpoint(stored.path, allow_pickle=allow_pickle)
-    tokenizer = load_tokenizer(checkpoint.path)
-    tokens = reader.read(tokenizer)
-    local = Path(model).expanduser()
-    name = local.resolve().name if local.is_dir() else str(model)
-    text_config = checkpoint.config.get("text_config") or checkpoint.config
-    vocab_size = text_config.get("vocab_size", checkpoint.config.get("vocab_size"))
-    largest = max(int(ids.max()) for ids in tokens.sequences.values())
-    if vocab_size is not None and largest >= vocab_size:
-        raise InputError(
-            f"{name}: its tokenizer gives token id {largest}, but the model has a vocabulary of {vocab_size}; "
-            "the tokenizer belongs to another model"
-        )
-    return _Subject(
-        name=name, path=stored.path.resolve(), num_bytes=stored.num_bytes, checkpoint=checkpoint,
-        tokenizer=tokenizer, tokens=tokens, vocab_size=vocab_size,
-    )  # fmt: skip
-
-
 def _check_arguments(
-    models: Sequence[str | Path],
     *,
     device: str | torch.device,
     dtype: torch.dtype | None,
@@ -375,86 +521,9 @@ def _check_arguments(
     tokens: int | None,
     questions: int | None,
 ) -> torch.device:
-    if not models:
-        raise InputError("there is no model to evaluate; pass one or more")
     for name, value, least in (("batch size", batch_size, 1), ("tokens", tokens, 1), ("questions", questions, 0)):
         if value is not None and value < least:
             raise InputError(f"{name} is {value}; it must be at least {least}")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"models do not run in {str(dtype).removeprefix('torch.')}; use float32, bfloat16 or float16")
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"{device!r} is no device ({str(error).splitlines()[0]}); use cpu, cuda or cuda:1") from None
-    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {target} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
-    if target.type == "cuda" and target.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return target
-
-
-def _check_same_text(subject: _Subject, base: _Subject) -> None:
-    """Raise InputError unless both read the text as the same tokens and have a vocabulary of the same size."""
-    if None not in (subject.vocab_size, base.vocab_size) and subject.vocab_size != base.vocab_size:
-        raise _other_vocabulary(subject, subject.vocab_size, base, base.vocab_size)
-    if subject.tokens.digest != base.tokens.digest:
-        counts = [sum(each.tokens.num_tokens.values()) for each in (subject, base)]
-        raise InputError(
-            f"{subject.name} and {base.name} read this text as other tokens: their tokenizers know "
-            f"{len(subject.tokenizer)} and {len(base.tokenizer)} tokens, and cut it into {counts[0]} and {counts[1]}; "
-            "compare it with the model that it was made from, or leave the base out"
-        )
-
-
-def _check_same_vocabulary(subject: _Subject, stream: Stream, base: _Subject, base_stream: Stream) -> None:
-    """Raise InputError unless both models give logits of the same tokens, as their families' defaults have it too."""
-    if _num_logits(stream) != _num_logits(base_stream):
-        raise _other_vocabulary(subject, _num_logits(stream), base, _num_logits(base_stream))
-
-
-def _other_vocabulary(subject: _Subject, size: int | None, base: _Subject, base_size: int | None) -> InputError:
-    return InputError(
-        f"{subject.name} has a vocabulary of {size}, {base.name} of {base_size}; their predictions cannot be compared: "
-        "choose the model that it was made from, or leave the base out"
-    )
-
-
-def _check_numbers(values_T: Tensor, subject: _Subject, stream: Stream, domain: str) -> None:
-    """Raise InputError when a model's predictions are not numbers; infinite values are."""
-    count = int(values_T.isnan().sum())
-    if count:
-        raise InputError(
-            f"{subject.name} predicts {count} of {len(values_T)} tokens of a batch in {domain} with values that are "
-            f"not numbers, computing in {str(stream.dtype).removeprefix('torch.')}; its weights are damaged, or it "
-            "needs a number format with more range, such as bfloat16 or float32"
-        )
-
-
-def _text_digest(tokens: TokenSet, asked: Mapping[str, Sequence[Question]]) -> str:
-    """Digest everything that scores depend on: the sequences and the questions."""
-    questions = {domain: [[entry.question, entry.answer] for entry in entries] for domain, entries in asked.items()}
-    return digest_of({"tokens": tokens.digest, "questions": questions})
-
-
-def _generation_config(subject: _Subject, stream: Stream) -> GenerationConfig | None:
-    """Return the generation config that came with a model, or the one that its own config amounts to."""
-    try:
-        return GenerationConfig.from_pretrained(subject.path, local_files_only=True)
-    except (OSError, ValueError):
-        return stream.model.generation_config
-
-
-def _num_logits(stream: Stream) -> int:
-    return int(stream.model.config.get_text_config().vocab_size)
-
-
-def _width(stream: Stream) -> int:
-    embedding: Any = stream.model.get_input_embeddings()
-    return int(embedding.weight.shape[-1])
-
-
-def _mixed_batch(tokens: TokenSet, size: int) -> Tensor:
-    """Return up to `size` sequences (B, S) taken in turns from all domains."""
-    longest = max(len(ids) for ids in tokens.sequences.values())
-    turns = [ids[row] for row in range(longest) for ids in tokens.sequences.values() if row < len(ids)]
-    return torch.stack(turns[:size])
+    return check_device(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
@@ -14,6 +14,7 @@ import torch
 from coterie import __version__
 from coterie.artifact import open_artifact, write_artifact
 from coterie.errors import CorruptArtifact
+from coterie.evaluate.likelihood import perplexity
 
 
 class Scores(TypedDict):
@@ -34,6 +35,35 @@ class Scores(TypedDict):
     accuracy: float | None
     tokens: int
     questions: int
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums over the predicted tokens and the questions of one domain."""
+
+    nll: float = 0.0
+    kl: float = 0.0
+    agreeing: int = 0
+    tokens: int = 0
+    correct: int = 0
+    questions: int = 0
+
+    def add(self, other: Sums) -> None:
+        """Add another domain's."""
+        for name in Sums.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def scores(self, *, compared: bool) -> Scores:
+        """Return what they come to; `compared` tells whether there was a base."""
+        compared = compared and self.tokens > 0
+        return Scores(
+            perplexity=perplexity(self.nll, self.tokens) if self.tokens else None,
+            kl=self.kl / self.tokens if compared else None,
+            agreement=self.agreeing / self.tokens if compared else None,
+            accuracy=self.correct / self.questions if self.questions else None,
+            tokens=self.tokens,
+            questions=self.questions,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +89,7 @@ class Scorecard:
         tokens_per_second: tokens that the whole model read per second in forward passes over one batch.
         speed_ratio: that divided by the base's, measured in turns with it; None without a base.
         environment: versions, device and number format that all of this was measured with.
+        tasks: metrics by task of the lm-evaluation-harness, see `coterie.evaluate.harness`; empty when none was run.
     """
 
     model: str
@@ -77,6 +108,7 @@ class Scorecard:
     tokens_per_second: float | None
     speed_ratio: float | None
     environment: Mapping[str, str | int]
+    tasks: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
         """Write the scorecard as one JSON file; return its path."""
@@ -104,11 +136,16 @@ class Scorecard:
         source = Path(path)
         artifact = open_artifact(source, kind="scorecard", inputs=inputs)
         digests = artifact.inputs
-        content: dict[str, Any] = artifact.body | {
-            "model_digest": digests.get("model"),
-            "base_digest": digests.get("base"),
-            "text_digest": digests.get("text"),
-        }
+        # Scorecards from before there were tasks have none.
+        content: dict[str, Any] = (
+            {"tasks": {}}
+            | artifact.body
+            | {
+                "model_digest": digests.get("model"),
+                "base_digest": digests.get("base"),
+                "text_digest": digests.get("text"),
+            }
+        )
         expected = {field.name for field in fields(cls)}
         if content.keys() != expected:
             raise CorruptArtifact(

@@ -62,12 +62,13 @@ class Peak:
     num_bytes: int = 0
 
 
-def check_whole(streams: Sequence[Stream], *, limit: int | None) -> None:
+def check_whole(streams: Sequence[Stream], *, limit: int | None, asked: str = "--speed") -> None:
     """Check beforehand that models can be loaded as a whole next to each other, and fit.
 
     Args:
         streams: the models.
         limit: bytes that may be taken; as many as are free when None.
+        asked: the option that it is for.
 
     Raises:
         InputError: one is stored in a way that only reading it unit by unit understands.
@@ -78,7 +79,7 @@ def check_whole(streams: Sequence[Stream], *, limit: int | None) -> None:
         if checkpoint.pickled or any(info.packed is not None for info in checkpoint.tensors.values()):
             stored = "as pickles" if checkpoint.pickled else "quantised"
             raise InputError(
-                f"{checkpoint.path} is stored {stored} and cannot be loaded as a whole; leave --speed out, or measure "
+                f"{checkpoint.path} is stored {stored} and cannot be loaded as a whole; leave {asked} out, or measure "
                 "a checkpoint of plain safetensors made from it"
             )
     device = streams[0].device
@@ -93,8 +94,8 @@ def check_whole(streams: Sequence[Stream], *, limit: int | None) -> None:
         room = format_bytes(allowed)
         found = f"{room} are free" if limit is None else f"--max-memory allows {room}"
         raise Infeasible(
-            f"measuring speed loads models as a whole, which takes {format_bytes(needed)} ({parts}); {found}: "
-            "leave --speed out, which measures all else with one layer in memory"
+            f"{asked} loads models as a whole, which takes {format_bytes(needed)} ({parts}); {found}: "
+            f"leave {asked} out, which measures all else with one layer in memory"
         )
 
 
@@ -233,6 +234,17 @@ def peak_memory(device: torch.device, *, above: int) -> Iterator[Peak]:
     with _high_water() as highest:
         yield peak
     peak.num_bytes = max(0, highest() - above)
+
+
+def reset_peak() -> bool:
+    """Let what `coterie.model.memory.peak_bytes` says begin anew, from what is in use now; tell whether it could."""
+    _release_free_memory()
+    try:
+        _CLEAR_REFS.write_text("5")
+        _kernel_high_water()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 @contextmanager

@@ -1,0 +1,271 @@
+"""Cells: one compression and its evaluation each, named by a digest of all that decides what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from coterie import __version__
+from coterie.artifact import digest_of, file_digest
+from coterie.compress.methods import PASSES
+from coterie.compress.recipes import EFFORTS, RECIPES, ROUTERS, Recipe, get_recipe
+from coterie.errors import Infeasible, InputError, TextError, UnknownName
+from coterie.profile.statistics.channels import needs_gradients
+
+#: Raised when the bench itself comes to measure something else than before.
+VERSION = 1
+
+#: Packages whose version may change what comes out.
+PACKAGES = ("torch", "transformers", "numpy", "scipy")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What all cells of a bench share.
+
+    Attributes:
+        text: folder of the calibration text.
+        text_digest: digest of its files.
+        test: folder of the test text.
+        test_digest: digest of its files.
+        tokens: calibration tokens.
+        test_tokens: test tokens; the whole text when None.
+        questions: questions of each domain at most; all when None.
+        seq_len: tokens in a sequence.
+        sample_tokens: tokens of each layer's sample.
+        effort: how long recipes that distil train the result.
+        device: where layers are computed.
+        max_memory: bytes that a cell may take, or None.
+        allow_pickle: read weights that are stored as pickles.
+    """
+
+    text: str
+    text_digest: str
+    test: str
+    test_digest: str
+    tokens: int
+    test_tokens: int | None
+    questions: int | None
+    seq_len: int
+    sample_tokens: int
+    effort: str
+    device: str
+    max_memory: int | None
+    allow_pickle: bool
+
+    def calibration(self) -> dict[str, Any]:
+        """Return what decides what a profile holds, the model and the seed apart."""
+        return {
+            "text": self.text_digest,
+            "tokens": self.tokens,
+            "seq_len": self.seq_len,
+            "sample_tokens": self.sample_tokens,
+            "device": self.device,
+            "code": code_version(),
+        }
+
+    def test_of(self) -> dict[str, Any]:
+        """Return what decides what an evaluation says, the models apart."""
+        return {
+            "test": self.test_digest,
+            "tokens": self.test_tokens,
+            "questions": self.questions,
+            "seq_len": self.seq_len,
+            "device": self.device,
+            "code": code_version(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A model of a bench.
+
+    Attributes:
+        name: its folder's name, or its hub id.
+        path: where it is.
+        digest: digest of its checkpoint.
+    """
+
+    name: str
+    path: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One compression and its evaluation.
+
+    Attributes:
+        model: what is compressed.
+        recipe: name of the recipe.
+        router: form of the router, one of `coterie.compress.recipes.ROUTERS`.
+        removed: share of the expert parameters that is removed.
+        seed: seed of the draw of the calibration text, and of everything random in the recipe.
+        settings: what it shares with the others.
+    """
+
+    model: Model
+    recipe: str
+    router: str
+    removed: float
+    seed: int
+    settings: Settings
+
+    @property
+    def method(self) -> str:
+        """What it is called in tables."""
+        return method_name(self.recipe, self.router)
+
+    @property
+    def key(self) -> str:
+        """Digest of all that decides what comes out."""
+        recipe = get_recipe(self.recipe)
+        return digest_of(
+            {
+                "model": self.model.digest,
+                "recipe": [self.recipe, recipe.shrinks, recipe.ragged],
+                "effort": self.settings.effort if recipe.distills else None,
+                "passes": [[name, dict(options)] for name, options in recipe.with_router(self.router)],
+                "methods": _sources(recipe, self.router),
+                "router": self.router,
+                "removed": self.removed,
+                "seed": self.seed,
+                "calibration": self.settings.calibration() | {"gradients": self.gradients},
+                "test": self.settings.test_of(),
+            }
+        )
+
+    @property
+    def gradients(self) -> bool:
+        """Whether its profile takes a backward pass."""
+        return needs_gradients(get_recipe(self.recipe).needs)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what names it in a table."""
+        return {
+            "model": self.model.name,
+            "model_digest": self.model.digest,
+            "recipe": self.recipe,
+            "router": self.router,
+            "removed": self.removed,
+            "seed": self.seed,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON content, for `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Cell:
+        """Return what `to_json` wrote."""
+        entry = dict(content)
+        return cls(model=Model(**entry.pop("model")), settings=Settings(**entry.pop("settings")), **entry)
+
+
+def method_name(recipe: str, router: str) -> str:
+    """Return what a recipe with a router form is called in tables."""
+    return recipe if router == "plain" else f"{recipe} ({router})"
+
+
+def profile_key(model_digest: str, seed: int, settings: Settings, *, gradients: bool) -> str:
+    """Return the digest of all that decides what a profile holds."""
+    return digest_of(
+        {"model": model_digest, "seed": seed, "gradients": gradients, "calibration": settings.calibration()}
+    )
+
+
+def original_key(model_digest: str, settings: Settings) -> str:
+    """Return the digest of all that decides what the original itself scores."""
+    return digest_of({"model": model_digest, "test": settings.test_of()})
+
+
+def code_version() -> dict[str, str]:
+    """Return the versions of all code that may change what comes out; a recipe's own passes go by their files."""
+    return {"bench": str(VERSION), "coterie": __version__} | {name: version(name) for name in PACKAGES}
+
+
+def _sources(recipe: Recipe, router: str) -> dict[str, str]:
+    """Return the digest of the file of every pass, so that a method that was changed is measured again."""
+    files = {}
+    for name, _ in recipe.with_router(router):
+        module = import_module(PASSES[name].partition(":")[0])
+        assert module.__file__ is not None
+        files[name] = file_digest(Path(module.__file__))
+    return files
+
+
+def choose_recipes(wanted: str | Sequence[str]) -> tuple[str, ...]:
+    """Return names of recipes: all of them for "all", else those that are named, separated by commas.
+
+    Raises:
+        UnknownName: no such recipe.
+        InputError: none was named.
+    """
+    if wanted == "all":
+        return tuple(RECIPES)
+    names = [name.strip() for name in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
+    chosen = tuple(dict.fromkeys(name for name in names if name))
+    if not chosen:
+        raise InputError('no recipe was named; use "all", or names separated by commas')
+    for name in chosen:
+        get_recipe(name)
+    return chosen
+
+
+def grid(
+    models: Sequence[Model],
+    *,
+    recipes: Sequence[str],
+    routers: Sequence[str],
+    removed: Sequence[float],
+    seeds: Sequence[int],
+    settings: Settings,
+) -> list[Cell]:
+    """Return the cells, model by model and seed by seed; router forms that a recipe has no use for are left out.
+
+    Raises:
+        InputError: a share that removes nothing or all, or no router, share or seed.
+        UnknownName: no such router form, or effort.
+    """
+    if settings.effort not in EFFORTS:
+        raise UnknownName("effort", settings.effort, EFFORTS)
+    for name in routers:
+        if name not in ROUTERS:
+            raise UnknownName("router form", name, ROUTERS)
+    for share in removed:
+        if not 0 < share < 1:
+            raise InputError(f"{share:g} of the experts cannot be removed: give shares between 0 and 1, like 0.5")
+    for what, values in (("router form", routers), ("share to remove", removed), ("seed", seeds)):
+        if not values:
+            raise InputError(f"no {what} was given; give one or more")
+    return [
+        Cell(model=model, recipe=recipe, router=router, removed=share, seed=seed, settings=settings)
+        for model in models
+        for seed in dict.fromkeys(seeds)
+        for share in dict.fromkeys(removed)
+        for recipe in recipes
+        for router in dict.fromkeys(routers)
+        if _has_form(RECIPES[recipe], router)
+    ]
+
+
+def _has_form(recipe: Recipe, router: str) -> bool:
+    try:
+        recipe.with_router(router)
+    except Infeasible:
+        return False
+    return True
+
+
+def folder_digest(folder: Path) -> str:
+    """Return a digest of the texts and questions in a folder; raises TextError when it has none."""
+    if not folder.is_dir():
+        raise TextError(f"{folder} is not a folder; a text folder has one *.txt or *.jsonl file a domain")
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in (".txt", ".jsonl"))
+    if not files:
+        raise TextError(f"{folder} holds no *.txt and no *.jsonl file; put one file a domain there")
+    return digest_of({file.name: file_digest(file) for file in files})

@@ -1,0 +1,344 @@
+"""Measure methods: models x recipes x router forms x shares removed x draws of the calibration text.
+
+    from coterie import bench
+
+    made = bench("model", "run", text="text/calibration", test="text/test", recipes="reap,mergemoe", removed=(0.5,))
+    print(made.table)
+
+Every cell is one compression and its evaluation. Finished cells are lines of ``cells.jsonl``, named by a digest of all
+that decides what comes out: the same call goes on where an earlier one was ended, and a larger one computes only what
+is new. What cells share is computed once: a profile for each model and draw, what the original predicts, its scores.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from coterie.artifact import atomic_path, write_json
+from coterie.bench.cells import (
+    Cell,
+    Model,
+    Settings,
+    choose_recipes,
+    code_version,
+    folder_digest,
+    grid,
+    original_key,
+    profile_key,
+)
+from coterie.bench.plot import draw_png, draw_svg
+from coterie.bench.pool import Died, Pool, open_pool
+from coterie.bench.store import Store
+from coterie.bench.summary import Original, summarize
+from coterie.bench.table import tables
+from coterie.errors import CoterieError, InputError, OutputBusy, OutputExists
+from coterie.evaluate.scorecard import Scorecard, environment
+from coterie.model.checkpoint import Checkpoint
+from coterie.model.layers import Architecture
+from coterie.model.load import open_checkpoint
+from coterie.model.units import format_bytes, parse_bytes
+from coterie.profile.calibration import text_files
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+CELLS = "cells.jsonl"
+TABLE = "table.md"
+RESULTS = "results.json"
+PLOT = "plot.svg"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """What a bench found.
+
+    Attributes:
+        out: its folder.
+        cells: the cells in their order, as JSON content; see docs/bench.md.
+        originals: what the models themselves score, by name.
+        table: the tables, in Markdown.
+        summary: the same without those by domain.
+        computed: how many of the cells were computed by this call; the others were there.
+    """
+
+    out: Path
+    cells: tuple[Mapping[str, Any], ...]
+    originals: Mapping[str, Scorecard]
+    table: str
+    summary: str
+    computed: int
+
+    @property
+    def failed(self) -> tuple[Mapping[str, Any], ...]:
+        """Cells that ended in an error that was not foreseen; the next call tries them again."""
+        return tuple(cell for cell in self.cells if cell["status"] == "failed")
+
+
+def bench(
+    models: Sequence[str | Path] | str | Path,
+    out: str | Path,
+    *,
+    text: str | Path,
+    test: str | Path,
+    recipes: str | Sequence[str] = "all",
+    routers: Sequence[str] = ("plain", "map"),
+    removed: Sequence[float] = (0.25, 0.5, 0.625, 0.75),
+    seeds: int | Sequence[int] = 3,
+    tokens: int = 131_072,
+    test_tokens: int | None = None,
+    questions: int | None = None,
+    seq_len: int = 512,
+    sample_tokens: int = 8_192,
+    effort: str = "balanced",
+    jobs: int = 1,
+    device: str = "cpu",
+    max_memory: int | str | None = None,
+    allow_pickle: bool = False,
+    keep_results: bool = False,
+) -> Bench:
+    """Compress models with many recipes to several sizes, and measure what each costs.
+
+    Args:
+        models: model folders or hub ids.
+        out: folder for everything that is found; a bench that is there goes on.
+        text: folder with calibration text.
+        test: folder with test text and questions.
+        recipes: "all", or names, as a list or separated by commas.
+        routers: forms of the router, see `coterie.compress.compress`; those that a recipe has no use for are left out.
+        removed: shares of the expert parameters to remove.
+        seeds: how many draws of the calibration text, or their seeds. The test text is the same for all.
+        tokens: calibration tokens in all.
+        test_tokens: test tokens in all; the whole text when None.
+        questions: questions of each domain at most; all when None.
+        seq_len: tokens in a sequence.
+        sample_tokens: tokens of each layer's sample.
+        effort: how long recipes that distil train the result: "fast", "balanced" or "thorough".
+        jobs: worker processes, each with one thread; what is measured does not depend on it, times apart. With 0 all
+            is done in this process.
+        device: where layers are computed.
+        max_memory: bytes, or an amount like "8GiB", that a compression may take.
+        allow_pickle: read weights that are stored as pickles.
+        keep_results: keep the compressed checkpoints, in ``OUT/results``.
+
+    Raises:
+        InputError: nothing to do, models of one name, or no such recipe, router form, text or device.
+        NotACheckpoint, NotAMoE, CorruptCheckpoint: a model cannot be used.
+        OutputExists: `out` holds something else.
+        OutputBusy: another bench writes to `out`.
+        OutOfSpace: the disk is full; what was finished is kept.
+    """
+    chosen = [models] if isinstance(models, str | Path) else list(models)
+    opened = [_open(model, allow_pickle=allow_pickle) for model in chosen]
+    if not opened:
+        raise InputError("there is no model; pass one or more")
+    if len({model.name for model in opened}) < len(opened):
+        raise InputError(f"the models {', '.join(model.name for model in opened)} need distinct names")
+    if jobs < 0:
+        raise InputError(f"{jobs} workers cannot be; give --jobs 1 or more")
+    draws = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    text_files(text)
+    text_files(test)
+    settings = Settings(
+        text=str(Path(text).expanduser().resolve()), text_digest=folder_digest(Path(text).expanduser()),
+        test=str(Path(test).expanduser().resolve()), test_digest=folder_digest(Path(test).expanduser()),
+        tokens=tokens, test_tokens=test_tokens, questions=questions, seq_len=seq_len, sample_tokens=sample_tokens,
+        effort=effort, device=device, max_memory=None if max_memory is None else parse_bytes(max_memory),
+        allow_pickle=allow_pickle,
+    )  # fmt: skip
+    cells = grid(
+        opened, recipes=choose_recipes(recipes), routers=routers, removed=removed, seeds=draws, settings=settings
+    )
+    folder = Path(out).expanduser()
+    _check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputBusy(f"{folder}: another bench writes there; wait for it, or choose another folder") from None
+    try:
+        job = _Job(folder=folder, models=opened, cells=cells, settings=settings, keep_results=keep_results)
+        return job.run(jobs)
+    finally:
+        lock.release()
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise OutputExists unless a folder is missing, empty, or one of ours."""
+    taken = folder.exists() and not folder.is_dir()
+    if taken or (folder.is_dir() and next(folder.iterdir(), None) and not (folder / LOCK).exists()):
+        raise OutputExists(f"{folder} is there and holds no bench; name another folder for what is found")
+
+
+def _open(model: str | Path, *, allow_pickle: bool) -> Model:
+    stored = Checkpoint.open(model, allow_pickle=allow_pickle)
+    checkpoint = open_checkpoint(stored.path, allow_pickle=allow_pickle)
+    Architecture.of(checkpoint)
+    local = Path(model).expanduser()
+    name = local.resolve().name if local.is_dir() else str(model)
+    return Model(name=name, path=str(stored.path.resolve()), digest=checkpoint.digest)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    """One call of the bench."""
+
+    folder: Path
+    models: Sequence[Model]
+    cells: Sequence[Cell]
+    settings: Settings
+    keep_results: bool
+
+    def run(self, jobs: int) -> Bench:
+        """Compute what is missing, and write down what was found."""
+        store = Store(self.folder / CELLS)
+        keys = {cell.key: cell for cell in self.cells}
+        open_ones = [cell for key, cell in keys.items() if store.cells.get(key, {}).get("status", "failed") == "failed"]
+        # What a killed bench left; one that is not quite dead yet cannot write into the new folder.
+        shutil.rmtree(self.folder / "work", ignore_errors=True)
+        work = self.folder / "work" / f"{os.getpid()}-{time.time_ns()}"
+        log.info(
+            "%d cells: %d are there, %d to do with %d workers", len(keys), len(keys) - len(open_ones), len(open_ones),
+            jobs,
+        )  # fmt: skip
+        try:
+            if open_ones or not all(self._original_file(model).exists() for model in self.models):
+                work.mkdir(parents=True)
+                with open_pool(jobs) as pool:
+                    self._share(pool, open_ones)
+                    self._compute(pool, open_ones, store, work, jobs)
+        finally:
+            shutil.rmtree(self.folder / "work", ignore_errors=True)
+        shutil.rmtree(self._cache, ignore_errors=True)
+        return self._write([store.cells[key] for key in keys], computed=len(open_ones))
+
+    @property
+    def _cache(self) -> Path:
+        return self.folder / "cache"
+
+    def _original_file(self, model: Model) -> Path:
+        return self.folder / "originals" / f"{original_key(model.digest, self.settings)[:16]}.json"
+
+    def _profile_folder(self, cell: Cell) -> Path:
+        key = profile_key(cell.model.digest, cell.seed, self.settings, gradients=cell.gradients)
+        return self.folder / "profiles" / key[:16]
+
+    def _share(self, pool: Pool, cells: Sequence[Cell]) -> None:
+        """Make the profiles and what is known of the originals."""
+        shared = asdict(self.settings)
+        tasks: dict[str, dict[str, Any]] = {}
+        needed = {cell.model.name for cell in cells}
+        (self.folder / "originals").mkdir(exist_ok=True)
+        (self.folder / "profiles").mkdir(exist_ok=True)
+        for model in self.models:
+            out = self._original_file(model)
+            if model.name in needed or not out.exists():
+                tasks[f"{model.name}: scores of the original"] = {
+                    "name": "original", "model": asdict(model), "out": str(out), "cache": str(self._cache),
+                    "settings": shared,
+                }  # fmt: skip
+        for cell in cells:
+            out = self._profile_folder(cell)
+            if not Path(f"{out}.json").exists():
+                with_gradients = " with gradients" if cell.gradients else ""
+                shutil.rmtree(out, ignore_errors=True)  # made, but the time that it took was not written down
+                tasks[f"{cell.model.name}: profile of seed {cell.seed}{with_gradients}"] = {
+                    "name": "profile", "model": cell.model.path, "out": str(out), "seed": cell.seed,
+                    "gradients": cell.gradients, "settings": shared,
+                }  # fmt: skip
+        names = list(tasks)
+        for number, answer in pool.run(list(tasks.values())):
+            if isinstance(answer, Died):
+                raise CoterieError(f"{names[number]}: {answer.reason}")
+            log.info("%s: done", names[number])
+
+    def _compute(self, pool: Pool, cells: Sequence[Cell], store: Store, work: Path, jobs: int) -> None:
+        """Compute cells, and write each down as it is finished."""
+        tasks = []
+        for cell in cells:
+            profile = self._profile_folder(cell)
+            tasks.append(
+                {
+                    "name": "cell", "cell": cell.to_json(), "profile": str(profile),
+                    "profile_seconds": json.loads(Path(f"{profile}.json").read_text())["seconds"],
+                    "out": str(work / cell.key[:32]), "cache": str(self._cache),
+                }
+            )  # fmt: skip
+        started = time.perf_counter()
+        for done, (number, answer) in enumerate(pool.run(tasks), start=1):
+            cell, target = cells[number], work / cells[number].key[:32]
+            if isinstance(answer, Died):
+                answer = {
+                    "key": cell.key, "method": cell.method, **cell.identity(), "status": "failed",
+                    "error": "Died", "reason": answer.reason, "seconds": {},
+                }  # fmt: skip
+            store.add(answer)
+            if self.keep_results and answer["status"] == "done":
+                self._keep(cell, target)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.rmtree(target.with_name(f".{target.name}.partial"), ignore_errors=True)
+            passed = time.perf_counter() - started
+            left = passed / done * (len(cells) - done)
+            log.info("[%d/%d] %s; about %s left", done, len(cells), _say(answer), _duration(left))
+
+    def _keep(self, cell: Cell, made: Path) -> None:
+        kept = self.folder / "results" / cell.model.name.replace("/", "--")
+        kept /= f"{cell.recipe}-{cell.router}-{cell.removed:g}-seed{cell.seed}"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(kept, ignore_errors=True)
+        made.rename(kept)
+
+    def _write(self, cells: Sequence[Mapping[str, Any]], *, computed: int) -> Bench:
+        """Write tables, results and plot."""
+        cards = {model.name: Scorecard.load(self._original_file(model)) for model in self.models}
+        originals = [
+            Original.of(Checkpoint.open(model.path, allow_pickle=True), cards[model.name]) for model in self.models
+        ]
+        rows = summarize(cells, cards)
+        table = tables(originals, rows, cells)
+        with atomic_path(self.folder / TABLE) as temporary:
+            temporary.write_text(table, encoding="utf-8")
+        write_json(
+            self.folder / RESULTS,
+            {
+                "settings": asdict(self.settings)
+                | {name: Path(getattr(self.settings, name)).name for name in ("text", "test")},
+                "code": code_version(),
+                "environment": environment(torch.device(self.settings.device), torch.float32) | {"threads": 1},
+                "originals": [asdict(original) for original in originals],
+                "rows": [row.to_json() for row in rows],
+                "cells": list(cells),
+            },
+        )
+        with atomic_path(self.folder / PLOT) as temporary:
+            temporary.write_text(draw_svg(originals, rows), encoding="utf-8")
+        draw_png(originals, rows, self.folder / PLOT.replace(".svg", ".png"))
+        return Bench(out=self.folder, cells=tuple(cells), originals=cards, table=table, computed=computed,
+            summary=tables(originals, rows, cells, domains=False))  # fmt: skip
+
+
+def _say(entry: Mapping[str, Any]) -> str:
+    """Return one line about a finished cell."""
+    name = f"{entry['model']} {entry['method']} -{100 * entry['removed']:g} % seed {entry['seed']}"
+    if entry["status"] != "done":
+        return f"{name}: {entry['status']}: {entry['reason']}"
+    seconds = entry["seconds"]
+    damage = "-" if entry["kl"] is None else f"{entry['kl']:.4f}"
+    took = f"{seconds['compress']:.1f} + {seconds['evaluate']:.1f} s"
+    return f"{name}: KL {damage}, {format_bytes(entry['bytes'])}, {took}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,194 @@
+"""Subjects: models before their weights are read, the text as they read it, and what is refused beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from coterie.artifact import digest_of
+from coterie.errors import InputError
+from coterie.evaluate.answers import Attempt, attempts
+from coterie.evaluate.generation import Question
+from coterie.model.checkpoint import Checkpoint
+from coterie.model.load import load_tokenizer, open_checkpoint
+from coterie.model.stream import Stream
+from coterie.profile.calibration import TokenSet, tokenize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """A model before its weights are read.
+
+    Attributes:
+        name: its folder's name, or its hub id.
+        path: its folder.
+        num_bytes: bytes of its tensors as they are stored.
+        checkpoint: the same as plain numbers.
+        tokenizer: its tokenizer.
+        tokens: the text as it reads it.
+        vocab_size: rows of its embedding; None when the config leaves it to the family's default.
+    """
+
+    name: str
+    path: Path
+    num_bytes: int
+    checkpoint: Checkpoint
+    tokenizer: Any
+    tokens: TokenSet
+    vocab_size: int | None
+
+
+class TextReader:
+    """Cuts one text and its questions for many tokenizers; equal tokenizers share the result."""
+
+    def __init__(self, text: str | Path, asked: Mapping[str, Sequence[Question]], **settings: Any) -> None:
+        """Take the text folder, the questions by domain, and the settings of `tokenize`."""
+        self.asked = asked
+        self._text = text
+        self._settings = settings
+        self._tokens: dict[object, TokenSet] = {}
+        self._attempts: dict[object, list[Attempt]] = {}
+
+    def tokens(self, tokenizer: Any) -> TokenSet:
+        """Return the text's tokens."""
+        key = _identity(tokenizer)
+        if key not in self._tokens:
+            self._tokens[key] = tokenize(tokenizer, self._text, **self._settings)
+        return self._tokens[key]
+
+    def attempts(self, tokenizer: Any) -> list[Attempt]:
+        """Return the questions' tokens, each with its answer."""
+        key = _identity(tokenizer)
+        if key not in self._attempts:
+            self._attempts[key] = attempts(tokenizer, self.questions())
+        return self._attempts[key]
+
+    def questions(self) -> list[Question]:
+        """Return the questions of all domains."""
+        return [question for entries in self.asked.values() for question in entries]
+
+
+def _identity(tokenizer: Any) -> object:
+    """Return what makes a tokenizer equal to another one; for those that are not known so well, itself."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return tokenizer if backend is None else (backend.to_str(), *special)
+
+
+def open_subject(model: str | Path, reader: TextReader, *, allow_pickle: bool) -> Subject:
+    """Read a model's headers and tokenizer, and cut the text with it.
+
+    Raises:
+        InputError: the tokenizer belongs to another model.
+    """
+    stored = Checkpoint.open(model, allow_pickle=allow_pickle)
+    checkpoint = open_checkpoint(stored.path, allow_pickle=allow_pickle)
+    tokenizer = load_tokenizer(checkpoint.path)
+    tokens = reader.tokens(tokenizer)
+    name = model_name(model)
+    text_config = checkpoint.config.get("text_config") or checkpoint.config
+    vocab_size = text_config.get("vocab_size", checkpoint.config.get("vocab_size"))
+    largest = max(int(ids.max()) for ids in tokens.sequences.values())
+    if vocab_size is not None and largest >= vocab_size:
+        raise InputError(
+            f"{name}: its tokenizer gives token id {largest}, but the model has a vocabulary of {vocab_size}; "
+            "the tokenizer belongs to another model"
+        )
+    return Subject(
+        name=name, path=stored.path.resolve(), num_bytes=stored.num_bytes, checkpoint=checkpoint,
+        tokenizer=tokenizer, tokens=tokens, vocab_size=vocab_size,
+    )  # fmt: skip
+
+
+def model_name(model: str | Path) -> str:
+    """Return what a model is called: its folder's name, or its hub id."""
+    local = Path(model).expanduser()
+    return local.resolve().name if local.is_dir() else str(model)
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """Return a device; raises InputError when it is not there."""
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"{device!r} is no device ({str(error).splitlines()[0]}); use cpu, cuda or cuda:1") from None
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {target} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+    if target.type == "cuda" and target.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return target
+
+
+def check_same_text(subject: Subject, base: Subject) -> None:
+    """Raise InputError unless both read the text as the same tokens and have a vocabulary of the same size."""
+    if None not in (subject.vocab_size, base.vocab_size) and subject.vocab_size != base.vocab_size:
+        raise _other_vocabulary(subject, subject.vocab_size, base, base.vocab_size)
+    if subject.tokens.digest != base.tokens.digest:
+        counts = [sum(each.tokens.num_tokens.values()) for each in (subject, base)]
+        raise InputError(
+            f"{subject.name} and {base.name} read this text as other tokens: their tokenizers know "
+            f"{len(subject.tokenizer)} and {len(base.tokenizer)} tokens, and cut it into {counts[0]} and {counts[1]}; "
+            "compare it with the model that it was made from, or leave the base out"
+        )
+
+
+def check_same_vocabulary(subject: Subject, stream: Stream, base: Subject, base_stream: Stream) -> None:
+    """Raise InputError unless both models give logits of the same tokens, as their families' defaults have it too."""
+    if num_logits(stream) != num_logits(base_stream):
+        raise _other_vocabulary(subject, num_logits(stream), base, num_logits(base_stream))
+
+
+def _other_vocabulary(subject: Subject, size: int | None, base: Subject, base_size: int | None) -> InputError:
+    return InputError(
+        f"{subject.name} has a vocabulary of {size}, {base.name} of {base_size}; their predictions cannot be compared: "
+        "choose the model that it was made from, or leave the base out"
+    )
+
+
+def check_numbers(values_T: Tensor, subject: Subject, stream: Stream, domain: str) -> None:
+    """Raise InputError when a model's predictions are not numbers; infinite values are."""
+    count = int(values_T.isnan().sum())
+    if count:
+        raise InputError(
+            f"{subject.name} predicts {count} of {len(values_T)} tokens of a batch in {domain} with values that are "
+            f"not numbers, computing in {str(stream.dtype).removeprefix('torch.')}; its weights are damaged, or it "
+            "needs a number format with more range, such as bfloat16 or float32"
+        )
+
+
+def text_digest(tokens: TokenSet, asked: Mapping[str, Sequence[Question]]) -> str:
+    """Digest everything that scores depend on: the sequences and the questions."""
+    questions = {domain: [[entry.question, entry.answer] for entry in entries] for domain, entries in asked.items()}
+    return digest_of({"tokens": tokens.digest, "questions": questions})
+
+
+def generation_config(subject: Subject, stream: Stream) -> GenerationConfig | None:
+    """Return the generation config that came with a model, or the one that its own config amounts to."""
+    try:
+        return GenerationConfig.from_pretrained(subject.path, local_files_only=True)
+    except (OSError, ValueError):
+        return stream.model.generation_config
+
+
+def num_logits(stream: Stream) -> int:
+    """Return how many tokens a model scores."""
+    return int(stream.model.config.get_text_config().vocab_size)
+
+
+def hidden_size(stream: Stream) -> int:
+    """Return the width of a model's embedding."""
+    embedding: Any = stream.model.get_input_embeddings()
+    return int(embedding.weight.shape[-1])
+
+
+def mixed_batch(tokens: TokenSet, size: int) -> Tensor:
+    """Return up to `size` sequences (B, S) taken in turns from all domains."""
+    longest = max(len(ids) for ids in tokens.sequences.values())
+    turns = [ids[row] for row in range(longest) for ids in tokens.sequences.values() if row < len(ids)]
+    return torch.stack(turns[:size])

@@ -1,0 +1,129 @@
+from dataclasses import replace
+
+import pytest
+
+from coterie.bench import cells
+from coterie.bench.cells import Cell, Model, Settings, choose_recipes, folder_digest, grid, original_key, profile_key
+from coterie.compress.recipes import RECIPES
+from coterie.errors import InputError, TextError, UnknownName
+
+SETTINGS = Settings(
+    text="a", text_digest="1", test="b", test_digest="2", tokens=100, test_tokens=50, questions=None, seq_len=10,
+    sample_tokens=20, effort="balanced", device="cpu", max_memory=None, allow_pickle=False,
+)  # fmt: skip
+CELL = Cell(
+    model=Model(name="m", path="p", digest="d"), recipe="hc-smoe", router="plain", removed=0.5, seed=0,
+    settings=SETTINGS,
+)  # fmt: skip
+
+
+def keys(settings):
+    """Return the keys of a cell, of its profile and of the original."""
+    cell = replace(CELL, settings=settings)
+    return cell.key, profile_key("d", 0, settings, gradients=False), original_key("d", settings)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "changed"),
+    [
+        ("text_digest", "3", (True, True, False)),
+        ("tokens", 101, (True, True, False)),
+        ("sample_tokens", 21, (True, True, False)),
+        ("seq_len", 11, (True, True, True)),
+        ("device", "cuda", (True, True, True)),
+        ("test_digest", "3", (True, False, True)),
+        ("test_tokens", None, (True, False, True)),
+        ("questions", 0, (True, False, True)),
+        ("text", "elsewhere", (False, False, False)),
+        ("test", "elsewhere", (False, False, False)),
+        ("max_memory", 10**9, (False, False, False)),
+        ("effort", "fast", (False, False, False)),
+    ],
+)
+def test_a_key_changes_with_what_it_depends_on_and_nothing_else(field, value, changed):
+    before, after = keys(SETTINGS), keys(replace(SETTINGS, **{field: value}))
+    assert tuple(a != b for a, b in zip(before, after, strict=True)) == changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"recipe": "m-smoe"}, {"router": "map"}, {"removed": 0.25}, {"seed": 1},
+     {"model": Model(name="m", path="p", digest="e")}],
+)  # fmt: skip
+def test_every_cell_has_a_key_of_its_own(change):
+    assert replace(CELL, **change).key != CELL.key
+
+
+def test_a_model_that_was_moved_keeps_its_cells():
+    assert replace(CELL, model=Model(name="n", path="q", digest="d")).key == CELL.key
+
+
+def test_a_method_that_was_changed_has_other_cells(monkeypatch):
+    other = replace(CELL, recipe="reap")
+    before = CELL.key, other.key
+    digest = cells.file_digest
+    monkeypatch.setattr(cells, "file_digest", lambda path: "new" if path.name == "cluster.py" else digest(path))
+    assert CELL.key != before[0]
+    assert other.key == before[1]
+
+
+def test_effort_counts_where_something_is_trained(monkeypatch):
+    trained = replace(RECIPES[CELL.recipe], distills=True)
+    before = CELL.key
+    monkeypatch.setitem(RECIPES, CELL.recipe, trained)
+    distilled = CELL.key
+    assert distilled != before
+    assert replace(CELL, settings=replace(SETTINGS, effort="fast")).key not in (before, distilled)
+
+
+def test_other_versions_have_other_cells(monkeypatch):
+    before = CELL.key
+    monkeypatch.setattr(cells, "version", lambda name: "0" if name == "torch" else cells.__version__)
+    assert CELL.key != before
+
+
+def test_a_cell_survives_json():
+    assert Cell.from_json(CELL.to_json()) == CELL
+    assert Cell.from_json(CELL.to_json()).key == CELL.key
+
+
+def test_the_grid_has_the_router_forms_that_a_recipe_has_a_use_for():
+    models = [replace(CELL.model, name=name) for name in "ab"]
+    found = grid(
+        models, recipes=["reap", "hc-smoe"], routers=["plain", "map"], removed=[0.25, 0.5, 0.25], seeds=[0, 1],
+        settings=SETTINGS,
+    )  # fmt: skip
+    assert len(found) == len({(cell.model.name, cell.method, cell.removed, cell.seed) for cell in found}) == 24
+    assert {cell.method for cell in found} == {"reap", "hc-smoe", "hc-smoe (map)"}
+    assert [cell.model.name for cell in found] == ["a"] * 12 + ["b"] * 12
+    every = grid(
+        models[:1], recipes=["reap", "hc-smoe"], routers=["plain", "mean", "refit", "map"], removed=[0.5], seeds=[0],
+        settings=SETTINGS,
+    )  # fmt: skip
+    assert [cell.method for cell in every] == [
+        "reap", "reap (refit)", "hc-smoe", "hc-smoe (mean)", "hc-smoe (refit)", "hc-smoe (map)",
+    ]  # fmt: skip
+
+
+def test_recipes_are_named_or_all():
+    assert choose_recipes("all") == tuple(RECIPES)
+    assert choose_recipes(" reap, hc-smoe,reap ") == ("reap", "hc-smoe")
+    assert choose_recipes(["reap"]) == ("reap",)
+    with pytest.raises(UnknownName, match="did you mean reap"):
+        choose_recipes("raep")
+    with pytest.raises(InputError, match="no recipe"):
+        choose_recipes("")
+
+
+def test_the_digest_of_a_folder_is_that_of_its_texts(tmp_path):
+    with pytest.raises(TextError, match="holds no"):
+        folder_digest(tmp_path)
+    (tmp_path / "a.txt").write_text("one")
+    first = folder_digest(tmp_path)
+    (tmp_path / "notes.md").write_text("not a text of ours")
+    assert folder_digest(tmp_path) == first
+    (tmp_path / "a.qa.jsonl").write_text("{}")
+    assert folder_digest(tmp_path) != first
+    (tmp_path / "a.qa.jsonl").unlink()
+    (tmp_path / "a.txt").write_text("two")
+    assert folder_digest(tmp_path) != first
