@@ -58,13 +58,29 @@ def test_a_model_that_was_moved_keeps_its_cells():
     assert replace(CELL, model=Model(name="n", path="q", digest="d")).key == CELL.key
 
 
-def test_a_method_that_was_changed_has_other_cells(monkeypatch):
+@pytest.mark.parametrize("file", ["cluster.py", "merge_router.py", "cluster_features.py"])
+def test_a_method_that_was_changed_has_other_cells(file, monkeypatch):
     other = replace(CELL, recipe="reap")
     before = CELL.key, other.key
     digest = cells.file_digest
-    monkeypatch.setattr(cells, "file_digest", lambda path: "new" if path.name == "cluster.py" else digest(path))
+    monkeypatch.setattr(cells, "file_digest", lambda path: "new" if path.name == file else digest(path))
     assert CELL.key != before[0]
     assert other.key == before[1]
+
+
+def test_every_recipe_is_known_by_its_files():
+    for recipe in RECIPES.values():
+        files = cells._sources(recipe, "plain")
+        assert {cells.PASSES[name].partition(":")[0] for name, _ in recipe.passes} <= files.keys()
+        assert (cells._DISTILLING in files) == recipe.distills
+        assert all(name.startswith("coterie.compress.") for name in files)
+
+
+def test_profiles_with_other_statistics_are_other_profiles(monkeypatch):
+    before = keys(SETTINGS)
+    monkeypatch.setitem(cells.STATISTICS, "another", "module:measure")
+    after = keys(SETTINGS)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
 
 
 def test_effort_counts_where_something_is_trained(monkeypatch):

@@ -26,7 +26,10 @@ def for_random_models():
         yield
 
 
-@pytest.fixture(scope="module", params=["olmoe", "deepseek_v3", "gpt_oss"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek_v3", "gpt_oss")]
+
+
+@pytest.fixture(scope="module", params=["olmoe", *OTHERS])
 def folder(request, tmp_path_factory):
     return tiny_checkpoint(tmp_path_factory.mktemp(request.param) / "model", request.param)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
+from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,16 @@ from coterie.artifact import digest_of, file_digest
 from coterie.compress.methods import PASSES
 from coterie.compress.recipes import EFFORTS, RECIPES, ROUTERS, Recipe, get_recipe
 from coterie.errors import Infeasible, InputError, TextError, UnknownName
+from coterie.profile.statistics import STATISTICS
 from coterie.profile.statistics.channels import needs_gradients
 
 #: Raised when the bench itself comes to measure something else than before.
 VERSION = 1
+
+#: Modules of methods that are not passes, and those that all methods share, which count by Coterie's version.
+_COMPRESS = "coterie.compress."
+_DISTILLING = "coterie.compress.distill_run"
+_SHARED = tuple(f"{_COMPRESS}{name}" for name in ("methods", "state", "recipes", "plan", "sizes", "layer"))
 
 #: Packages whose version may change what comes out.
 PACKAGES = ("torch", "transformers", "numpy", "scipy")
@@ -174,7 +182,13 @@ def method_name(recipe: str, router: str) -> str:
 def profile_key(model_digest: str, seed: int, settings: Settings, *, gradients: bool) -> str:
     """Return the digest of all that decides what a profile holds."""
     return digest_of(
-        {"model": model_digest, "seed": seed, "gradients": gradients, "calibration": settings.calibration()}
+        {
+            "model": model_digest,
+            "seed": seed,
+            "gradients": gradients,
+            "calibration": settings.calibration(),
+            "statistics": sorted(STATISTICS),
+        }
     )
 
 
@@ -189,13 +203,48 @@ def code_version() -> dict[str, str]:
 
 
 def _sources(recipe: Recipe, router: str) -> dict[str, str]:
-    """Return the digest of the file of every pass, so that a method that was changed is measured again."""
-    files = {}
-    for name, _ in recipe.with_router(router):
-        module = import_module(PASSES[name].partition(":")[0])
-        assert module.__file__ is not None
-        files[name] = file_digest(Path(module.__file__))
+    """Return the digests of the files that a recipe runs, so that a method that was changed is measured again.
+
+    Those are its passes', and what they import of `coterie.compress` themselves.
+    """
+    left = [PASSES[name].partition(":")[0] for name, _ in recipe.with_router(router)]
+    if recipe.distills:
+        left.append(_DISTILLING)
+    files: dict[str, str] = {}
+    while left:
+        name = left.pop()
+        if name not in files and name not in _SHARED:
+            files[name], imported = _read_module(name)
+            left += imported
     return files
+
+
+def _read_module(name: str) -> tuple[str, tuple[str, ...]]:
+    """Return the digest of a module's file, and the modules of `coterie.compress` that it imports."""
+    found = find_spec(name)
+    assert found is not None
+    assert found.origin is not None
+    file = Path(found.origin)
+    return file_digest(file), _imports(file, file.stat().st_mtime_ns)
+
+
+@cache
+def _imports(file: Path, changed: int) -> tuple[str, ...]:
+    """Return the modules of `coterie.compress` that a file imports; `changed` is when it was written last."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module and f"{node.module}.".startswith(_COMPRESS):
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    modules = sorted(names - {_COMPRESS.removesuffix(".")} - set(_SHARED))
+    return tuple(name for name in modules if _is_module(name))
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # a name in a module
+        return False
 
 
 def choose_recipes(wanted: str | Sequence[str]) -> tuple[str, ...]:

@@ -86,8 +86,12 @@ def draw_png(originals: Sequence[Original], rows: Sequence[Row], path: Path) -> 
             )  # fmt: skip
         axis.set(title=_title(original), xlabel=CAPTION_X, ylabel=CAPTION_Y)
         if lines:
-            axis.set_yscale("log")
-        axis.xaxis.set_major_formatter(lambda value, position: format_bytes(round(max(0, value))))
+            x, y = _scales(lines, (0, 0, 1, 1))
+            across, upward = _size_ticks(x), y.ticks()
+            axis.set(yscale="log", xlim=(x.low, x.high), ylim=(y.low, y.high))
+            axis.set_xticks(across, [format_bytes(round(size)) for size in across])
+            axis.set_yticks(upward, [tick_label(value) for value in upward])
+            axis.minorticks_off()
         axis.grid(alpha=0.3)
     names = [line.name for line in _legend(panels)]
     if names:
@@ -138,16 +142,11 @@ def _panel(
     if not lines:
         drawing.text((left + right) / 2, (top + floor) / 2, "nothing was measured", "middle axis")
         return
-    sizes = [size for line in lines for size, _, _ in line.points]
-    damage = [value for line in lines for _, value, _ in line.points]
-    pad = (max(sizes) - min(sizes)) * 0.06 or 0.05 * max(sizes)
-    x = Scale(low=min(sizes) - pad, high=max(sizes) + pad, start=left, end=right)
-    y = Scale(low=min(damage) / 1.25, high=max(damage) * 1.25, start=floor, end=top, log=True)
-    unit = 2.0 ** (10 * math.floor(math.log2(max(sizes)) / 10))
-    for value in ticks(x.low / unit, x.high / unit, 7):
-        place = x.place(value * unit)
+    x, y = _scales(lines, box)
+    for value in _size_ticks(x):
+        place = x.place(value)
         drawing.line(place, top, place, floor)
-        drawing.text(place, floor + 17, format_bytes(round(value * unit)), "middle")
+        drawing.text(place, floor + 17, format_bytes(round(value)), "middle")
     for value in y.ticks():
         drawing.line(left, y.place(value), right, y.place(value))
         drawing.text(left - 8, y.place(value) + 4, tick_label(value), "end")
@@ -163,6 +162,24 @@ def _panel(
                 high = y.place(min(y.high, value + deviation))
                 drawing.line(across, low, across, high, f"bar l{line.series % NUM_SERIES}")
             drawing.mark(across, down, line.series, f"{line.name}: {value:.4g} nats, {format_bytes(round(size))}")
+
+
+def _scales(lines: Sequence[_Line], box: tuple[float, float, float, float]) -> tuple[Scale, Scale]:
+    """Return the axes of a panel, for bytes and for damage."""
+    left, top, right, floor = box
+    sizes = [size for line in lines for size, _, _ in line.points]
+    damage = [value for line in lines for _, value, _ in line.points]
+    pad = (max(sizes) - min(sizes)) * 0.06 or 0.05 * max(sizes)
+    return (
+        Scale(low=min(sizes) - pad, high=max(sizes) + pad, start=left, end=right),
+        Scale(low=min(damage) / 1.25, high=max(damage) * 1.25, start=floor, end=top, log=True),
+    )
+
+
+def _size_ticks(scale: Scale) -> list[float]:
+    """Return numbers of bytes that are round in their unit."""
+    unit = 1024.0 ** math.floor(math.log2(scale.high) / 10)
+    return [value * unit for value in ticks(scale.low / unit, scale.high / unit, 7)]
 
 
 def _title(original: Original) -> str:

@@ -204,7 +204,9 @@ class _Job:
         """Compute what is missing, and write down what was found."""
         store = Store(self.folder / CELLS)
         keys = {cell.key: cell for cell in self.cells}
-        open_ones = [cell for key, cell in keys.items() if store.cells.get(key, {}).get("status", "failed") == "failed"]
+        open_ones = {
+            key: cell for key, cell in keys.items() if store.cells.get(key, {}).get("status", "failed") == "failed"
+        }
         # What a killed bench left; one that is not quite dead yet cannot write into the new folder.
         shutil.rmtree(self.folder / "work", ignore_errors=True)
         work = self.folder / "work" / f"{os.getpid()}-{time.time_ns()}"
@@ -216,7 +218,7 @@ class _Job:
             if open_ones or not all(self._original_file(model).exists() for model in self.models):
                 work.mkdir(parents=True)
                 with open_pool(jobs) as pool:
-                    self._share(pool, open_ones)
+                    self._share(pool, list(open_ones.values()))
                     self._compute(pool, open_ones, store, work, jobs)
         finally:
             shutil.rmtree(self.folder / "work", ignore_errors=True)
@@ -263,24 +265,24 @@ class _Job:
                 raise CoterieError(f"{names[number]}: {answer.reason}")
             log.info("%s: done", names[number])
 
-    def _compute(self, pool: Pool, cells: Sequence[Cell], store: Store, work: Path, jobs: int) -> None:
+    def _compute(self, pool: Pool, todo: Mapping[str, Cell], store: Store, work: Path, jobs: int) -> None:
         """Compute cells, and write each down as it is finished."""
-        tasks = []
-        for cell in cells:
+        tasks, keys, cells = [], list(todo), list(todo.values())
+        for key, cell in todo.items():
             profile = self._profile_folder(cell)
             tasks.append(
                 {
-                    "name": "cell", "cell": cell.to_json(), "profile": str(profile),
+                    "name": "cell", "key": key, "cell": cell.to_json(), "profile": str(profile),
                     "profile_seconds": json.loads(Path(f"{profile}.json").read_text())["seconds"],
-                    "out": str(work / cell.key[:32]), "cache": str(self._cache),
+                    "out": str(work / key[:32]), "cache": str(self._cache),
                 }
             )  # fmt: skip
         started = time.perf_counter()
         for done, (number, answer) in enumerate(pool.run(tasks), start=1):
-            cell, target = cells[number], work / cells[number].key[:32]
+            cell, target = cells[number], work / keys[number][:32]
             if isinstance(answer, Died):
                 answer = {
-                    "key": cell.key, "method": cell.method, **cell.identity(), "status": "failed",
+                    "key": keys[number], "method": cell.method, **cell.identity(), "status": "failed",
                     "error": "Died", "reason": answer.reason, "seconds": {},
                 }  # fmt: skip
             store.add(answer)

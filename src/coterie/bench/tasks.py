@@ -72,11 +72,11 @@ class Worker:
         return {}
 
     def _cell(
-        self, *, cell: Mapping[str, Any], profile: str, profile_seconds: float, out: str, cache: str
+        self, *, key: str, cell: Mapping[str, Any], profile: str, profile_seconds: float, out: str, cache: str
     ) -> dict[str, Any]:
         """Compress and evaluate; what cannot be done is said instead of raised."""
         wanted, target = Cell.from_json(cell), Path(out)
-        entry = {"key": wanted.key, "method": wanted.method} | wanted.identity()
+        entry = {"key": key, "method": wanted.method} | wanted.identity()
         started = time.perf_counter()
         try:
             return entry | self._numbers(wanted, target, profile, profile_seconds, cache)
