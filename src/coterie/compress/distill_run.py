@@ -46,7 +46,7 @@ HELD_OUT = 16
 SEQUENCES, MICRO = 8, 2
 
 #: Largest step of an entry of a tensor, relative to the root mean square of its entries.
-RATE = 0.02
+RATE = 0.005
 
 _TARGETS = "distill-targets.safetensors"
 _STEP = "distilled to step "
