@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import coterie.compress.apply as apply_module
 import coterie.compress.shards as shards_module
+from checkpoints import logits, tensors_of, weight_digests
 from coterie.artifact import file_digest
 from coterie.compress.apply import compress
 from coterie.errors import (
@@ -27,21 +28,6 @@ from coterie.errors import (
 from coterie.model.load import load_model
 from coterie.profile.profile import Profile
 from coterie.testing import tiny_checkpoint
-
-IDS = torch.arange(256).view(4, 64)
-
-
-def logits(model: transformers.PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def weight_digests(folder: Path) -> dict[str, str]:
-    return {file.name: file_digest(file) for file in folder.glob("*.safetensors")}
 
 
 def digests(folder: Path) -> dict[str, str]:

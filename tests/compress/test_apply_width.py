@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import coterie.compress.apply as apply_module
 import coterie.compress.layer as layer_module
+from checkpoints import logits, tensors_of
 from coterie.compress.apply import compress
 from coterie.errors import ArchitectureMismatch, InputError
 from coterie.model.entries import with_values
@@ -21,17 +22,6 @@ from coterie.model.load import load_model
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile
 from coterie.testing.conformance import check_result
-
-IDS = torch.arange(256).view(4, 64)
-
-
-def logits(model: transformers.PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """The recipe `coterie`, checkpoint to checkpoint: it distils, goes on where it was killed, says what it left out."""
 
-import hashlib
 import json
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from checkpoints import weight_digests
 from coterie import compress, load_model, profile
 from coterie.compress import distill_run
 from coterie.errors import InputError, UnknownName
@@ -42,10 +42,6 @@ def text_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(folder, text_folder, tmp_path_factory):
     return compress(folder, tmp_path_factory.mktemp("whole") / "out", text=text_folder, **SETTINGS)
-
-
-def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
 
 
 def divergence(model, other, folder, text):
@@ -103,7 +99,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder, whole, text_folder, tmp_p
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     made = compress(folder, tmp_path / "out", text=text_folder, **SETTINGS)
-    assert digests(made.out) == digests(whole.out)
+    assert weight_digests(made.out) == weight_digests(whole.out)
     assert json.loads((made.out / "coterie.json").read_text()) == json.loads((whole.out / "coterie.json").read_text())
 
 
@@ -112,7 +108,7 @@ def test_a_held_profile_wants_its_text_beside_it(folder, whole, text_folder, tmp
     with pytest.raises(InputError, match="give it with --text beside the profile, or take --effort fast"):
         compress(folder, tmp_path / "out", profile=held, **SETTINGS)
     made = compress(folder, tmp_path / "out", profile=held, text=text_folder, **SETTINGS)
-    assert digests(made.out) == digests(whole.out)
+    assert weight_digests(made.out) == weight_digests(whole.out)
 
 
 def test_it_is_left_out_where_it_does_not_fit(folder, text_folder, tmp_path, monkeypatch, caplog):

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from coterie.evaluate import likelihood
 from coterie.evaluate import run as evaluate_run
 from coterie.evaluate.answers import (
     attempt_batches,
@@ -19,6 +18,7 @@ from coterie.evaluate.answers import (
 )
 from coterie.evaluate.generation import Question, end_ids, finished_line, first_lines, read_questions
 from coterie.evaluate.run import evaluate
+from coterie.model import likelihood
 from coterie.model.load import load_model, load_tokenizer
 from coterie.testing import END_OF_TEXT_ID, tiny_tokenizer
 

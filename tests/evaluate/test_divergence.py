@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.errors import InputError
-from coterie.evaluate import likelihood
 from coterie.evaluate.divergence import compare, token_divergence
-from coterie.evaluate.likelihood import token_nll
+from coterie.model import likelihood
+from coterie.model.likelihood import token_nll
 
 
 def softmax(values):

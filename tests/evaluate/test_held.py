@@ -4,9 +4,9 @@ import logging
 import pytest
 import torch
 
-from coterie.evaluate import held, likelihood, run
+from coterie.evaluate import held, run
 from coterie.evaluate.run import Evaluation, evaluate
-from coterie.model import stream
+from coterie.model import likelihood, stream
 
 TEXT = {"tokens": 512, "seq_len": 32, "questions": 2}
 

@@ -7,10 +7,10 @@ import torch
 
 from coterie.compress.apply import compress
 from coterie.errors import Infeasible, InputError, NotACheckpoint, TextError
-from coterie.evaluate import likelihood, run, speed
+from coterie.evaluate import run, speed
 from coterie.evaluate.generation import count_correct, read_questions
 from coterie.evaluate.run import evaluate
-from coterie.model import spill, stream
+from coterie.model import likelihood, spill, stream
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.load import load_model, load_tokenizer
 from coterie.model.memory import forecast

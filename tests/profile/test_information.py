@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie.errors import InputError, TextError
+from coterie.model import likelihood
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.load import load_model, load_tokenizer
 from coterie.model.stream import Stream
@@ -93,7 +94,7 @@ def test_the_loss_is_the_model_s(tiny, token_set, model_type):
 def test_how_the_text_is_cut_up_does_not_matter(tiny, token_set, monkeypatch):
     found = measure(tiny(), token_set, batch_size=8)
     for elements, batch_size in ((1, 3), (272 * 5, 1), (272 * 2 * 7, 2)):
-        monkeypatch.setattr(information_module, "LOGITS_ELEMENTS", elements)
+        monkeypatch.setattr(likelihood, "BATCH_ELEMENTS", elements)
         other = measure(tiny(), token_set, batch_size=batch_size)
         assert [each.loss for each in other] == pytest.approx([each.loss for each in found], rel=1e-6)
 
@@ -124,7 +125,7 @@ def test_sequences_shorter_than_a_4_gram_are_refused(tiny, text):
 
 
 def test_a_model_that_predicts_no_numbers_is_refused(tiny, token_set, monkeypatch):
-    monkeypatch.setattr(information_module, "_losses", lambda *_: [math.nan])
+    monkeypatch.setattr(information_module, "token_nll", lambda *_: torch.tensor([math.nan]))
     with pytest.raises(InputError, match="predicts no numbers for the domain code in float32"):
         measure(tiny(), token_set)
 

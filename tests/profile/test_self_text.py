@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from coterie.errors import Infeasible, InputError, OutputExists, TextError
+from coterie.model import memory
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.load import load_model, load_tokenizer
 from coterie.profile import calibrate as calibrate_module
@@ -164,7 +165,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_way_out(tiny, monkeypatch
     checkpoint = Checkpoint.open(tiny())
     with pytest.raises(Infeasible, match=r"takes 1\.00 GiB \(.* \(weights\) .*; --max-memory allows 1\.00 MiB.*--text"):
         write_text(checkpoint, SHORT, limit=2**20)
-    monkeypatch.setattr(self_text.psutil, "virtual_memory", lambda: type("Free", (), {"available": 5 * 2**20})())
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Free", (), {"available": 5 * 2**20})())
     with pytest.raises(Infeasible, match=r"5\.00 MiB are free: let it write where it fits"):
         write_text(checkpoint, SHORT)
 

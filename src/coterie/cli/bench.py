@@ -57,7 +57,7 @@ def bench(
         text=text,
         test=test,
         recipes=recipes,
-        routers=_names(routers),
+        routers=options.names(routers),
         removed=_shares(removed),
         seeds=seeds,
         tokens=tokens,
@@ -84,13 +84,9 @@ def bench(
         raise typer.Exit(1)
 
 
-def _names(listed: str) -> list[str]:
-    return [name.strip() for name in listed.split(",") if name.strip()]
-
-
 def _shares(listed: str) -> list[float]:
     try:
-        return [float(share) for share in _names(listed)]
+        return [float(share) for share in options.names(listed)]
     except ValueError:
         raise typer.BadParameter(
             f"{listed!r} are no numbers separated by commas, like 0.25,0.5", param_hint="--removed"

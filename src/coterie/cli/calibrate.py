@@ -51,7 +51,7 @@ def calibrate(
     from coterie.profile.calibrate import calibrate as run
     from coterie.profile.calibrate import generate as write
 
-    chosen = None if domains is None else tuple(domain.strip() for domain in domains.split(",") if domain.strip())
+    chosen = None if domains is None else tuple(options.names(domains))
     if generate is not None:
         file = write(
             model,

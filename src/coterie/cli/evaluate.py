@@ -75,7 +75,7 @@ def evaluate(
         speed_seconds=_SPEED_SECONDS if speed else None,
         max_memory=max_memory,
         allow_pickle=allow_pickle,
-        tasks=() if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()],
+        tasks=() if tasks is None else options.names(tasks),
         include_path=include_path,
         limit=limit,
     )

@@ -38,6 +38,11 @@ AllowPickle = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")]
 
 
+def names(listed: str) -> list[str]:
+    """Return names that are separated by commas."""
+    return [name.strip() for name in listed.split(",") if name.strip()]
+
+
 def check_one_wish(keep: float | None, experts: int | None, width: int | None, budget: str | None) -> None:
     """Raise a usage error unless exactly one option says how small the result is to be."""
     wishes = {"--keep": keep, "--experts": experts, "--width": width, "--budget": budget}

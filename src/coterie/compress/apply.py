@@ -188,7 +188,7 @@ def compress(
     limit = None if max_memory is None else parse_bytes(max_memory)
     expected = _forecast(stream, architecture.layers, measure, held)
     expected.check(limit)
-    if token_set is not None and not may_distill(architecture, plan.sizes[0], token_set.seq_len, limit):
+    if token_set is not None and not may_distill(architecture, plan.sizes[0], token_set.seq_len, limit, stream.device):
         token_set = None
     clock.lap("plan")
     if isinstance(profile, str | Path) and held is None:

@@ -177,9 +177,7 @@ class Distillation:
     @contextmanager
     def _training(self) -> Iterator[None]:
         def compute(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-            # Taken apart once: each gradient of one expert's slice would fill a tensor for all of them.
-            apart: Any = canonical_experts(module, attached=True).map(lambda tensor: tensor.unbind(0))  # type: ignore[arg-type,return-value]
-            return routed_output(apart, hidden_TD, index_TK, weight_TK)
+            return routed_output(canonical_experts(module, attached=True).apart(), hidden_TD, index_TK, weight_TK)
 
         with intercepted(self._model, compute):
             yield

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +26,7 @@ from coterie.compress.state import LayerSize
 from coterie.journal import Run
 from coterie.model.layers import Architecture, MoELayer
 from coterie.model.load import hollow_result
+from coterie.model.memory import free_bytes
 from coterie.model.stream import Stream
 from coterie.model.units import format_bytes
 from coterie.progress import track
@@ -78,12 +78,14 @@ def needed_bytes(model: PreTrainedModel, layers: Sequence[MoELayer], *, seq_len:
     return 4 * (weights + (2 + 2 * workers) * trained + logits + activations)
 
 
-def may_distill(architecture: Architecture, size: LayerSize, seq_len: int, limit: int | None) -> bool:
+def may_distill(
+    architecture: Architecture, size: LayerSize, seq_len: int, limit: int | None, device: torch.device
+) -> bool:
     """Tell whether a result can be trained in the memory that is allowed or, without a limit, free; log which."""
     width = size.width if size.widths is None else None
     model = hollow_result(architecture, size.num_experts, maps=None, dtype=torch.float32, width=width)
     needed = needed_bytes(model, architecture.layers, seq_len=seq_len, workers=torch.get_num_threads())
-    allowed = psutil.virtual_memory().available if limit is None else limit
+    allowed = free_bytes(device) if limit is None else limit
     says = f"training the result as a whole takes {format_bytes(needed)} of memory"
     if needed > allowed:
         log.warning("%s, %s may be used: it is left out", says, format_bytes(allowed))

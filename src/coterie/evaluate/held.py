@@ -22,7 +22,7 @@ from torch import Tensor
 
 from coterie.artifact import atomic_path, check_file, digest_of, file_digest, open_artifact, write_artifact
 from coterie.errors import CorruptArtifact
-from coterie.evaluate.likelihood import row_slices, widened
+from coterie.model.likelihood import row_slices, widened
 from coterie.model.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Held(AbstractContextManager["Held"]):
         Args:
             first: number of the first sequence.
             count: B, how many.
-            positions: which positions; its last one is left out, see `coterie.evaluate.reading.predictions`.
+            positions: which positions; its last one is left out, see `coterie.model.reading.predictions`.
 
         Returns:
             Log-probabilities (B, P - 1, V), float32, and the likeliest tokens (B, P - 1), int64.

@@ -35,8 +35,6 @@ from coterie.evaluate.divergence import compare, token_divergence
 from coterie.evaluate.generation import end_ids, read_questions
 from coterie.evaluate.harness import find_tasks, run_tasks
 from coterie.evaluate.held import HELD_BYTES, Held, Shape, hold, open_held
-from coterie.evaluate.likelihood import token_nll
-from coterie.evaluate.reading import Head, logits_at, predictions, read
 from coterie.evaluate.scorecard import Scorecard, Sums, environment
 from coterie.evaluate.speed import Cost, check_whole, measure_cost
 from coterie.evaluate.subjects import (
@@ -55,7 +53,9 @@ from coterie.evaluate.subjects import (
     text_digest,
 )
 from coterie.model.checkpoint import Checkpoint
+from coterie.model.likelihood import token_nll
 from coterie.model.memory import fitting_batch, forecast, peak_bytes
+from coterie.model.reading import Head, logits_at, predictions, read
 from coterie.model.stream import Stream
 from coterie.model.units import format_bytes, parse_bytes
 from coterie.progress import track

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from coterie.errors import Infeasible, InputError
-from coterie.evaluate.likelihood import logits_of
+from coterie.model.likelihood import logits_of
 from coterie.model.load import load_model
-from coterie.model.memory import FIXED_BYTES
+from coterie.model.memory import FIXED_BYTES, free_bytes
 from coterie.model.stream import Stream
 from coterie.model.units import format_bytes
 
@@ -83,10 +83,7 @@ def check_whole(streams: Sequence[Stream], *, limit: int | None, asked: str = "-
                 "a checkpoint of plain safetensors made from it"
             )
     device = streams[0].device
-    allowed = limit
-    if allowed is None:
-        cuda = device.type == "cuda"
-        allowed = torch.cuda.mem_get_info(device)[0] if cuda else int(psutil.virtual_memory().available)
+    allowed = free_bytes(device) if limit is None else limit
     sizes = [sum(stream.unit_bytes(unit) for unit in stream.units) for stream in streams]
     needed = sum(sizes) + FIXED_BYTES
     if needed > allowed:

@@ -72,6 +72,14 @@ class Experts:
         changed: dict[str, Any] = {name: function(tensor) for name, tensor in self.tensors().items()}
         return replace(self, **changed)
 
+    def apart(self) -> Experts:
+        """Return the same experts, every tensor taken apart into a tuple of one tensor an expert.
+
+        For gradients: that of a slice of a tensor for all experts would fill a tensor for all of them, once an expert.
+        """
+        changed: dict[str, Any] = {name: tensor.unbind(0) for name, tensor in self.tensors().items()}
+        return replace(self, **changed)
+
     def select(self, index_M: Tensor) -> Experts:
         """Return the experts that `index_M` names, in that order."""
         return self.map(lambda tensor: tensor[index_M])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from coterie.errors import Infeasible
 from coterie.model.stream import Stream
@@ -83,6 +84,13 @@ def forecast(stream: Stream, *, sample_tokens: int = 0, hidden_size: int = 0, nu
     # Two vectors of the model's width, the scores of all experts and a handful of choices, four bytes each.
     sample_bytes = sample_tokens * (2 * hidden_size + num_experts + 64) * 4
     return Forecast(unit=largest.name, unit_bytes=stream.unit_bytes(largest), sample_bytes=sample_bytes)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory of a device is free, in bytes; what the machine can spare for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
 
 
 def peak_bytes() -> int:

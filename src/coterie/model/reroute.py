@@ -75,9 +75,9 @@ class Reroute:
     def _count(self, layer: MoELayer, router: Mapping[str, Tensor]) -> int:
         """Return M: rows behind the experts' (for shared experts, or for "no expert") are not counted."""
         name, axis = layer.router_tensors[0]
-        spare: int = self._architecture.model.state_dict()[name].shape[axis] - layer.num_experts
-        rows: int = router[name].shape[axis]
-        return rows - int(spare)
+        owner, _, leaf = name.rpartition(".")
+        original: Tensor = getattr(self._architecture.model.get_submodule(owner), leaf)
+        return router[name].shape[axis] - (original.shape[axis] - layer.num_experts)
 
     def _prepared(
         self, layer: MoELayer, router: Mapping[str, Tensor], count: int

@@ -3,32 +3,28 @@
 After IGSP [arXiv 2606.03328], whose finding is that no single source keeps all abilities of a model: the perplexity of
 calibration text decides which ones it keeps, and repeated n-grams waste it.
 
-Legend: N sequences, S tokens of a sequence, B sequences of a batch, P positions of a part, V vocabulary.
+Legend: N sequences, S tokens of a sequence, B sequences of a batch, P positions of a part.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from coterie.errors import InputError, TextError
+from coterie.model.likelihood import perplexity, token_nll
 from coterie.model.memory import fitting_batch
+from coterie.model.reading import logits_at, predictions, read
 from coterie.model.stream import Stream
 from coterie.profile.calibration import TokenSet
 from coterie.progress import track
 
 #: Length of the n-grams whose aggregation is measured.
 NGRAM = 4
-
-#: Elements of the logits that exist at a time (64 MiB in float32).
-LOGITS_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +53,7 @@ class Information:
     @property
     def perplexity(self) -> float:
         """exp(loss), infinite where that exceeds a float."""
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
+        return perplexity(self.loss, 1)
 
     def to_json(self) -> dict[str, Any]:
         """Return what JSON can hold; a perplexity beyond all floats is None."""
@@ -132,17 +125,15 @@ def _mean_losses(stream: Stream, token_set: TokenSet, batch_size: int) -> dict[s
     embedding: Any = stream.model.get_input_embeddings()
     size = fitting_batch(batch_size, seq_len=token_set.seq_len, hidden_size=int(embedding.weight.shape[-1]))
     batches = list(token_set.batches(size))
-    run = stream.run([functools.partial(_base_output, stream.model, ids_BS) for _, ids_BS in batches])
-    for _ in track(run, "reading", total=len(stream.units)):
-        pass
-    stream.release()
+    outputs = read(stream, [ids_BS for _, ids_BS in batches], description="reading")
     sums = dict.fromkeys(token_set.domains, 0.0)
     vocab_size = int(stream.model.config.get_text_config().vocab_size)
     with stream.head() as head:
-        rows = zip(batches, run.results, strict=True)
+        rows = zip(batches, outputs, strict=True)
         for (domain, ids_BS), output in track(rows, "perplexity", total=len(batches)):
             name = token_set.domains[domain]
-            sums[name] += sum(_losses(head, ids_BS, output, vocab_size))
+            for positions, ids_BP in predictions(ids_BS, vocab_size):
+                sums[name] += float(token_nll(logits_at(head, ids_BS, output, positions), ids_BP).double().sum())
             stream.release()
     losses = {name: sums[name] / _num_predicted(ids_NS) for name, ids_NS in token_set.sequences.items()}
     for name, loss in losses.items():
@@ -157,22 +148,3 @@ def _mean_losses(stream: Stream, token_set: TokenSet, batch_size: int) -> dict[s
 
 def _num_predicted(ids_NS: Tensor) -> int:
     return len(ids_NS) * (ids_NS.shape[1] - 1)
-
-
-def _base_output(model: Any, ids_BS: Tensor) -> Any:
-    output = model.base_model(input_ids=ids_BS, use_cache=False)
-    return type(output)(last_hidden_state=output.last_hidden_state)  # nothing else may stay in memory
-
-
-def _losses(head: Callable[[Tensor, Any], Tensor], ids_BS: Tensor, output: Any, vocab_size: int) -> Iterator[float]:
-    """Yield sums of the negative log-likelihood of the tokens of a batch, part by part."""
-    num_predicted = ids_BS.shape[1] - 1
-    step = max(1, LOGITS_ELEMENTS // (len(ids_BS) * vocab_size))
-    for start in range(0, num_predicted, step):
-        part = slice(start, min(start + step, num_predicted))
-        states = type(output)(last_hidden_state=output.last_hidden_state[:, part])
-        logits_BPV = head(ids_BS[:, part], states)
-        next_BP = ids_BS[:, part.start + 1 : part.stop + 1].to(logits_BPV.device)
-        for logits_PV, next_P in zip(logits_BPV, next_BP, strict=True):
-            loss_P = functional.cross_entropy(logits_PV.float(), next_P, reduction="none")
-            yield float(loss_P.double().sum())

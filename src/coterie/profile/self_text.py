@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -28,7 +27,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from coterie.errors import Infeasible, InputError, TextError
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.load import hollow_model, load_model, load_tokenizer
-from coterie.model.memory import FIXED_BYTES
+from coterie.model.memory import FIXED_BYTES, free_bytes
 from coterie.model.spill import trim_memory
 from coterie.model.stream import working_dtype
 from coterie.model.units import format_bytes
@@ -138,8 +137,7 @@ def check_fits(checkpoint: Checkpoint, writing: Writing, *, limit: int | None) -
     if limit is not None:
         allowed, found = limit, f"--max-memory allows {format_bytes(limit)}"
     else:
-        on_cuda = device.type == "cuda"
-        allowed = torch.cuda.mem_get_info(device)[0] if on_cuda else int(psutil.virtual_memory().available)
+        allowed = free_bytes(device)
         found = f"{format_bytes(allowed)} are free"
     if needed > allowed:
         raise Infeasible(

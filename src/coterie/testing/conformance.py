@@ -25,6 +25,7 @@ from coterie.model.inspect import inspect
 from coterie.model.layers import Architecture, MoELayer, canonical_experts, quiet
 from coterie.model.load import load_model
 from coterie.model.seam import intercepted
+from coterie.profile.profile import Profile
 from coterie.profile.run import profile
 from coterie.profile.statistics.channels import needs_gradients
 from coterie.testing.families import END_OF_TEXT_ID, ONE_WIDTH, SOFTMAX_OVER_ALL, UNROUTABLE
@@ -199,7 +200,7 @@ class _Shop:
         self.folder = folder
         self._tokens = tokens
         self._text = tiny_text(folder / "text", documents=4)
-        self._profiles: dict[tuple[Path, bool], Any] = {}
+        self._profiles: dict[tuple[Path, bool], Profile] = {}
         self._count = 0
 
     def new_path(self, name: str) -> Path:
@@ -207,23 +208,28 @@ class _Shop:
         return self.folder / f"{self._count}-{name}"
 
     def compress(self, model: Path, recipe: str, router: Any, *, fresh_profile: bool = False, **wish: Any) -> Result:
-        gradients = needs_gradients(get_recipe(recipe).needs)
-        key = (model, gradients)
-        if fresh_profile or key not in self._profiles:
-            self._profiles[key] = profile(
-                model, text=self._text, tokens=self._tokens, seq_len=64, sample_tokens=512, gradients=gradients
-            )
+        held = self.profile(model, recipe, fresh=fresh_profile)
         out = self.new_path(f"{recipe}-{router}")
         if get_recipe(recipe).distills:
             wish |= {"text": self._text, "tokens": self._tokens, "seq_len": 64}
-        return compress(model, out, recipe=recipe, router=router, profile=self._profiles[key], **wish)
+        return compress(model, out, recipe=recipe, router=router, profile=held, **wish)
+
+    def profile(self, model: Path, recipe: str, *, fresh: bool = False) -> Profile:
+        """Return a profile that holds what a recipe needs, made once for a model."""
+        gradients = needs_gradients(get_recipe(recipe).needs)
+        key = (model, gradients)
+        if fresh or key not in self._profiles:
+            self._profiles[key] = profile(
+                model, text=self._text, tokens=self._tokens, seq_len=64, sample_tokens=512, gradients=gradients
+            )
+        return self._profiles[key]
 
     def check_small(self, model: Path, recipe: str) -> None:
         """Check a smaller result; a recipe that cannot work on this model must say so."""
-        measured = profile(model, text=self._text, tokens=128, seq_len=64, sample_tokens=64).statistics[0].keys()
+        measured = self.profile(model, recipe).statistics[0].keys()
         chosen = get_recipe(recipe)
         asks = not {name for name, _ in chosen.passes}.isdisjoint(("leave-one-out", "subset-search"))
-        missing = {name for name in chosen.needs if name not in measured and not needs_gradients([name])}
+        missing = {name for name in chosen.needs if name not in measured}
         if not missing and not (asks and model.name in UNROUTABLE):
             check_result(model, self.smaller(model, recipe, "plain"))
             return

@@ -11,7 +11,7 @@ Legend: E experts of the original, M experts now, F expert width, D model width,
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ def reconstruct(
     scale = float(fit[3].square().mean().clamp(min=1e-30))
     weights = {name: tensor.clone().requires_grad_(True) for name, tensor in state.experts.tensors().items()}
     adam = Adam(weights)
+    trained = replace(state.experts, **cast(dict[str, Any], weights))
     generator = torch.Generator().manual_seed(state.seed)
     order = torch.randperm(len(fit[0]), generator=generator)
     for step in range(steps):
@@ -58,7 +59,7 @@ def reconstruct(
         rows, order = order[:tokens], order[tokens:]
         inputs_TD, index, weight, target_TD = (part[rows] for part in fit)
         with torch.enable_grad():
-            found_TD = routed_output(_apart(state.experts, weights), inputs_TD, index, weight)
+            found_TD = routed_output(trained.apart(), inputs_TD, index, weight)
             loss = (found_TD - target_TD).square().mean() / scale
             gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         filled = [
@@ -66,8 +67,7 @@ def reconstruct(
             for tensor, gradient in zip(weights.values(), gradients, strict=True)
         ]
         adam.step(filled, rate_at(step, steps, rate))
-    changed: dict[str, Any] = {name: tensor.detach() for name, tensor in weights.items()}
-    trained = replace(state.experts, **changed)
+    trained = trained.map(Tensor.detach)
     before, after = (_error(experts, held) for experts in (state.experts, trained))
     notes = {"heldout_error_before": before, "heldout_error_after": min(before, after), "taken": after < before}
     return replace(
@@ -75,12 +75,6 @@ def reconstruct(
         experts=trained if after < before else state.experts,
         notes={**state.notes, "reconstruct": notes},
     )
-
-
-def _apart(experts: Experts, weights: dict[str, Tensor]) -> Experts:
-    """Return experts of these weights, taken apart: each gradient of a slice would fill a tensor for all experts."""
-    changed: dict[str, Any] = {name: tensor.unbind(0) for name, tensor in weights.items()}
-    return replace(experts, **changed)
 
 
 def _error(experts: Experts, data: list[Tensor]) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.evaluate.likelihood import position_slices
+from coterie.model.likelihood import position_slices
 from coterie.model.stream import Stream
 from coterie.progress import track
 
