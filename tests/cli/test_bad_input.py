@@ -124,11 +124,14 @@ def test_no_tokens_and_unknown_domain(refused, tiny, text):
         (("--budget", "lots"), ("'lots' is no amount of bytes", "12GiB")),
         (("--keep", "0.5", "--recipe", "mergmoe"), ("unknown recipe 'mergmoe'", "did you mean mergemoe")),
         (("--keep", "0.5", "--recipe", "reap", "--router", "map"), ("reap drops experts", "--router plain")),
+        (("--keep", "0.5", "--recipe", "coterie", "--router", "map"), ("cuts experts into parts", "--router plain")),
+        (("--experts", "4", "--recipe", "coterie"), ("cuts experts into parts", "--keep or --budget")),
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "compress"])
 def test_wishes_that_cannot_be_met(refused, tiny, text, command, wish, parts):
     more = ("--text", text) if command == "compress" else ()
+    more += () if "--recipe" in wish else ("--recipe", "mergemoe")
     message = refused(command, tiny(), *wish, *more)
     for part in parts:
         assert part in message
@@ -142,7 +145,7 @@ def test_not_exactly_one_wish(refused, tiny, text, command):
 
 
 def test_groups_that_do_not_divide(refused, tiny):
-    message = refused("plan", tiny("deepseek_v3"), "--experts", "5")
+    message = refused("plan", tiny("deepseek_v3"), "--experts", "5", "--recipe", "reap")
     assert "2 groups of equal size" in message
     assert "4, 6" in message
 

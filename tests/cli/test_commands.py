@@ -84,9 +84,11 @@ def test_plan_prints_and_writes_the_same_plan(tiny, made, tmp_path):
 
 
 def test_plan_needs_no_profile(tiny):
-    shown = json.loads(run("plan", tiny(), "--experts", 4, "--json").stdout)
-    assert [size["num_experts"] for size in shown["sizes"]] == [4, 4]
-    assert shown["recipe"] == "mergemoe"
+    shown = json.loads(run("plan", tiny(), "--keep", 0.5, "--json").stdout)
+    assert [(size["num_experts"], size["width"], size["top_k"]) for size in shown["sizes"]] == [(11, 8, 3)] * 2
+    assert shown["recipe"] == "coterie"
+    lines = words(run("plan", tiny(), "--keep", 0.5).stdout)
+    assert lines[1] == "MoE layers 0 to 1: 11 experts of width 8, 3 for each token"
 
 
 def test_plan_says_how_wide_experts_become(tiny):
@@ -105,7 +107,19 @@ def test_a_ragged_result_says_which_widths_and_who_loads_it(tiny, text, tmp_path
 
 
 def test_compress_says_where_it_is_and_how_to_load_it(tiny, text, tmp_path):
-    options = ("--experts", 4, "--router", "map", "--text", text, "--profile", tmp_path / "profile", *SMALL)
+    options = (
+        "--experts",
+        4,
+        "--recipe",
+        "mergemoe",
+        "--router",
+        "map",
+        "--text",
+        text,
+        "--profile",
+        tmp_path / "profile",
+        *SMALL,
+    )
     out = run("compress", tiny(), tmp_path / "out", *options).stdout
     assert f"written to {tmp_path / 'out'}; loaded again, its logits differ by " in out
     assert f"load it with coterie.load_model('{tmp_path / 'out'}')" in out

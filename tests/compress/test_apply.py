@@ -83,7 +83,7 @@ def test_a_mapped_result_is_the_papers_model_and_stock_loaders_refuse_it(
     with pytest.raises(RuntimeError, match=r"size|mismatch"):
         transformers.AutoModelForCausalLM.from_pretrained(out)
     with pytest.raises(InputError, match="is a mapped result"):
-        compress(out, tmp_path / "again", keep=0.5, profile=olmoe_profile)
+        compress(out, tmp_path / "again", keep=0.5, recipe="mergemoe", profile=olmoe_profile)
     assert not (tmp_path / "again").exists()
 
 
@@ -98,28 +98,30 @@ def test_a_plain_result_can_be_compressed_again(olmoe: Path, text_folder: Path, 
 
 def test_the_profile_is_made_kept_and_used_again(olmoe: Path, text_folder: Path, tmp_path: Path) -> None:
     where = tmp_path / "profile"
-    first = compress(olmoe, tmp_path / "a", keep=0.5, text=text_folder, tokens=512, seq_len=32, profile=where)
+    first = compress(
+        olmoe, tmp_path / "a", keep=0.5, recipe="mergemoe", text=text_folder, tokens=512, seq_len=32, profile=where
+    )
     assert Profile.load(where).num_tokens == (256, 256)
-    second = compress(olmoe, tmp_path / "b", keep=0.5, profile=where)
+    second = compress(olmoe, tmp_path / "b", keep=0.5, recipe="mergemoe", profile=where)
     assert first.plan == second.plan
     assert weight_digests(tmp_path / "a") == weight_digests(tmp_path / "b")
     other = tiny_checkpoint(tmp_path / "other", "olmoe", seed=5)
     with pytest.raises(StaleArtifact, match="another model"):
-        compress(other, tmp_path / "c", keep=0.5, profile=where)
+        compress(other, tmp_path / "c", keep=0.5, recipe="mergemoe", profile=where)
     assert not (tmp_path / "c").exists()
 
 
 def test_without_text_and_profile_nothing_starts(olmoe: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="give calibration text with --text"):
-        compress(olmoe, tmp_path / "out", keep=0.5)
+        compress(olmoe, tmp_path / "out", keep=0.5, recipe="mergemoe")
     with pytest.raises(TextError, match="not a folder"):
-        compress(olmoe, tmp_path / "out", keep=0.5, text=tmp_path / "nowhere")
+        compress(olmoe, tmp_path / "out", keep=0.5, recipe="mergemoe", text=tmp_path / "nowhere")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_input_is_only_read(olmoe: Path, olmoe_profile: Profile, tmp_path: Path) -> None:
     before = digests(olmoe)
-    compress(olmoe, tmp_path / "out", keep=0.5, profile=olmoe_profile)
+    compress(olmoe, tmp_path / "out", keep=0.5, recipe="mergemoe", profile=olmoe_profile)
     assert digests(olmoe) == before
 
 
@@ -128,22 +130,22 @@ def test_an_existing_out_is_left_alone(olmoe: Path, olmoe_profile: Profile, tmp_
     out.mkdir()
     (out / "precious.txt").write_text("mine")
     with pytest.raises(OutputExists, match="choose another place"):
-        compress(olmoe, out, keep=0.5, profile=olmoe_profile)
+        compress(olmoe, out, keep=0.5, recipe="mergemoe", profile=olmoe_profile)
     assert (out / "precious.txt").read_text() == "mine"
 
 
 def test_an_out_inside_the_model_is_refused(olmoe: Path, olmoe_profile: Profile) -> None:
     with pytest.raises(InputError, match="inside the model folder"):
-        compress(olmoe, olmoe / "half", keep=0.5, profile=olmoe_profile)
+        compress(olmoe, olmoe / "half", keep=0.5, recipe="mergemoe", profile=olmoe_profile)
 
 
 def test_too_little_space_is_seen_before_any_compute(
     olmoe: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(apply_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr("coterie.compress.target.shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     monkeypatch.setattr(apply_module, "run_profile", lambda *_, **__: pytest.fail("profiled before checking space"))
     with pytest.raises(OutOfSpace, match=r"needs 16\.\d MiB.*has 10 B free"):
-        compress(olmoe, tmp_path / "out", keep=0.5, text=text_folder)
+        compress(olmoe, tmp_path / "out", keep=0.5, recipe="mergemoe", text=text_folder)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -159,13 +161,13 @@ def test_a_disk_that_fills_up_midway_keeps_what_was_finished(
 
     monkeypatch.setattr(shards_module, "save_file", full)
     with pytest.raises(OutOfSpace, match=r"filled up while .* steps are kept: free some space and give the same"):
-        compress(olmoe, tmp_path / "out", keep=0.5, profile=olmoe_profile)
+        compress(olmoe, tmp_path / "out", keep=0.5, recipe="mergemoe", profile=olmoe_profile)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(shards_module, "save_file", real)
     monkeypatch.setattr(apply_module, "compress_layer", _counted(calls := []))
-    compress(olmoe, tmp_path / "out", keep=0.5, profile=olmoe_profile)
+    compress(olmoe, tmp_path / "out", keep=0.5, recipe="mergemoe", profile=olmoe_profile)
     assert calls == [1]  # the layer that had been written was not compressed again
-    whole = compress(olmoe, tmp_path / "whole", keep=0.5, profile=olmoe_profile)
+    whole = compress(olmoe, tmp_path / "whole", keep=0.5, recipe="mergemoe", profile=olmoe_profile)
     assert weight_digests(tmp_path / "out") == weight_digests(whole.out)
 
 
@@ -192,14 +194,14 @@ def test_a_result_that_computes_something_else_is_dropped(
 
     monkeypatch.setattr(shards_module, "save_file", damaged)
     with pytest.raises(ReloadMismatch, match="nothing was kept"):
-        compress(olmoe, tmp_path / "out", keep=0.5, profile=olmoe_profile)
+        compress(olmoe, tmp_path / "out", keep=0.5, recipe="mergemoe", profile=olmoe_profile)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_every_layer_has_a_weight_file_and_the_rest_shares_one(
     olmoe: Path, olmoe_profile: Profile, tmp_path: Path
 ) -> None:
-    result = compress(olmoe, tmp_path / "out", keep=0.5, profile=olmoe_profile)
+    result = compress(olmoe, tmp_path / "out", keep=0.5, recipe="mergemoe", profile=olmoe_profile)
     files = {file.name: set(load_file(file)) for file in result.out.glob("*.safetensors")}
     assert sorted(files) == [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
     for number in (0, 1):
@@ -217,7 +219,7 @@ def test_every_layer_has_a_weight_file_and_the_rest_shares_one(
 
 
 def test_a_damaged_result_does_not_load(olmoe: Path, olmoe_profile: Profile, tmp_path: Path) -> None:
-    out = compress(olmoe, tmp_path / "out", keep=0.5, profile=olmoe_profile).out
+    out = compress(olmoe, tmp_path / "out", keep=0.5, recipe="mergemoe", profile=olmoe_profile).out
     tensors = tensors_of(out)
     del tensors["model.layers.0.mlp.gate.weight"]
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
@@ -233,7 +235,9 @@ def test_tensors_that_the_class_has_no_place_for_are_carried_and_named(
     tensors = load_file(deepseek / "model.safetensors")
     extra = {name.replace("layers.2", "layers.3"): tensor + 1 for name, tensor in tensors.items() if "layers.2" in name}
     save_file(tensors | extra, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    result = compress(tmp_path / "model", tmp_path / "out", keep=0.5, text=text_folder, tokens=512, seq_len=32)
+    result = compress(
+        tmp_path / "model", tmp_path / "out", keep=0.5, recipe="mergemoe", text=text_folder, tokens=512, seq_len=32
+    )
     assert result.plan.untouched == ("model.layers.3",)
     assert result.logits_error == 0.0
     written = tensors_of(tmp_path / "out")

@@ -173,8 +173,10 @@ def test_an_entry_with_another_meaning_is_noticed(
     """The entry that makes up for the width also decides whether routing weights are normalised."""
     real = Architecture.resized_config
 
-    def resized(self: Architecture, num_experts: int, width: int | None = None) -> dict[str, Any]:
-        config = real(self, num_experts, width)
+    def resized(
+        self: Architecture, num_experts: int, width: int | None = None, top_k: int | None = None
+    ) -> dict[str, Any]:
+        config = real(self, num_experts, width, top_k)
         return config if width is None else with_values(config, {("norm_topk_prob",): False}, self.model)
 
     monkeypatch.setattr(Architecture, "resized_config", resized)

@@ -14,7 +14,9 @@ from coterie.model.load import load_tokenizer
 from coterie.profile.calibration import tokenize
 from coterie.testing import tiny_checkpoint, tiny_text
 
-SETTINGS = {"keep": 0.5, "recipe": "coterie", "tokens": 8192, "seq_len": 16, "sample_tokens": 256}
+SETTINGS = {
+    "keep": 0.5, "recipe": "coterie", "tokens": 8192, "seq_len": 16, "sample_tokens": 256, "train_tokens": 8192,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,8 +59,8 @@ def test_what_is_trained_is_what_stock_loaders_load(folder, whole, text_folder, 
     notes = whole.manifest["distilled"]
     assert notes["taken"]
     assert notes["heldout_divergence_after"] < notes["heldout_divergence_before"]
-    assert notes["steps"] == round(480 / 8)  # 512 sequences, one of 16 held out, 8 a step
-    fast = compress(folder, tmp_path / "fast", text=text_folder, effort="fast", **SETTINGS)
+    assert notes["steps"] == 512 / 4  # 8192 tokens, 4 sequences a step
+    fast = compress(folder, tmp_path / "fast", text=text_folder, **SETTINGS | {"train_tokens": None, "effort": "fast"})
     assert fast.manifest["distilled"] is None
     original = load_model(folder, dtype=torch.float32)
     trained, plain = (AutoModelForCausalLM.from_pretrained(each.out, dtype=torch.float32) for each in (whole, fast))
@@ -120,13 +122,46 @@ def test_it_is_left_out_where_it_does_not_fit(folder, text_folder, tmp_path, mon
 
 def test_an_unknown_effort_is_refused(folder, text_folder, tmp_path):
     with pytest.raises(UnknownName, match="unknown effort 'quick'"):
-        compress(folder, tmp_path / "out", text=text_folder, effort="quick", **SETTINGS)
+        compress(folder, tmp_path / "out", text=text_folder, **SETTINGS | {"train_tokens": None, "effort": "quick"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_original_predicts_is_kept_for_other_runs(folder, whole, text_folder, tmp_path, monkeypatch):
+    first = compress(folder, tmp_path / "first", text=text_folder, cache=tmp_path / "cache", **SETTINGS)
+    assert weight_digests(first.out) == weight_digests(whole.out)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+    def of(cls, *arguments):
+        raise AssertionError("computed anew")
+
+    monkeypatch.setattr(distill_run.Targets, "of", classmethod(of))
+    again = compress(folder, tmp_path / "again", text=text_folder, cache=tmp_path / "cache", **SETTINGS)
+    assert weight_digests(again.out) == weight_digests(whole.out)
+
+
+def test_it_trains_on_more_text_than_is_measured_and_again_where_there_is_no_more(tmp_path, caplog):
+    folder = tiny_checkpoint(tmp_path / "model", "olmoe")
+    text = tiny_text(tmp_path / "text", documents=4)
+    there = sum(len(rows) for rows in tokenize(load_tokenizer(folder), text, seq_len=16).sequences.values())
+    few = SETTINGS | {"tokens": 512}
+    more = compress(folder, tmp_path / "more", text=text, **few | {"train_tokens": 1024})
+    assert more.manifest["distilled"]["tokens"] == 1024
+    assert more.manifest["calibration_tokens"] == 512
+    most = compress(folder, tmp_path / "most", text=text, **few | {"train_tokens": 2**40})
+    assert most.manifest["distilled"]["steps"] == round(distill_run.EPOCHS * (there - there // 16) / 4)
+    assert "asked for" not in caplog.text
+
+
+@pytest.mark.parametrize(("recipe", "tokens", "says"), [("reap", 64, "trains nothing"), ("coterie", -1, "0 or more")])
+def test_training_that_cannot_be_is_refused(folder, text_folder, tmp_path, recipe, tokens, says):
+    with pytest.raises(InputError, match=says):
+        compress(folder, tmp_path / "out", text=text_folder, **SETTINGS | {"recipe": recipe, "train_tokens": tokens})
     assert not (tmp_path / "out").exists()
 
 
 def test_a_ragged_result_is_trained_within_its_widths(tmp_path):
     text_folder = tiny_text(tmp_path / "text", documents=120)
-    ragged = SETTINGS | {"recipe": "coterie-ragged", "tokens": 16384}
+    ragged = SETTINGS | {"recipe": "coterie-ragged", "tokens": 16384, "train_tokens": 16384}
     folder = tiny_checkpoint(tmp_path / "model", "olmoe")
     made = compress(folder, tmp_path / "out", text=text_folder, **ragged)
     assert made.manifest["distilled"]["taken"]
@@ -134,7 +169,7 @@ def test_a_ragged_result_is_trained_within_its_widths(tmp_path):
     widths = {width for layer in made.manifest["layers"] for width in layer["widths_after"]}
     assert len(widths) > 1
     original = load_model(folder, dtype=torch.float32)
-    fast = compress(folder, tmp_path / "fast", text=text_folder, effort="fast", **ragged)
+    fast = compress(folder, tmp_path / "fast", text=text_folder, **ragged | {"train_tokens": 0})
     trained, plain = (load_model(each.out, dtype=torch.float32) for each in (made, fast))
     better, worse = (divergence(original, each, folder, text_folder) for each in (trained, plain))
     assert better < worse

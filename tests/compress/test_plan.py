@@ -1,3 +1,4 @@
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from coterie.errors import CorruptArtifact, Infeasible, InputError, StaleArtifac
 from coterie.model.checkpoint import Checkpoint
 from coterie.profile.profile import Profile
 from coterie.testing import tiny_checkpoint
+
+mergemoe_plan = functools.partial(plan, recipe="mergemoe")
 
 
 def expected_bytes(model: Path, count: int, *, router: bool = True) -> int:
@@ -25,7 +28,7 @@ def expected_bytes(model: Path, count: int, *, router: bool = True) -> int:
 
 @pytest.mark.parametrize(("keep", "count"), [(1.0, 8), (0.5, 4), (0.25, 2), (0.3, 2), (0.4, 3)])
 def test_keep_is_a_share_of_the_experts(olmoe: Path, keep: float, count: int) -> None:
-    made = plan(olmoe, keep=keep)
+    made = mergemoe_plan(olmoe, keep=keep)
     assert [size.num_experts for size in made.sizes] == [count, count]
     assert made.predicted_bytes == expected_bytes(olmoe, count)
     assert made.original_bytes == expected_bytes(olmoe, 8)
@@ -33,52 +36,52 @@ def test_keep_is_a_share_of_the_experts(olmoe: Path, keep: float, count: int) ->
 
 
 def test_a_mapped_router_keeps_its_rows(olmoe: Path) -> None:
-    assert plan(olmoe, keep=0.5, router="map").predicted_bytes == expected_bytes(olmoe, 4, router=False)
+    assert mergemoe_plan(olmoe, keep=0.5, router="map").predicted_bytes == expected_bytes(olmoe, 4, router=False)
 
 
 def test_a_budget_gets_the_most_experts_that_fit(olmoe: Path) -> None:
     for count in (2, 5, 8):
         exact = expected_bytes(olmoe, count)
-        assert plan(olmoe, budget=exact).sizes[0].num_experts == count
+        assert mergemoe_plan(olmoe, budget=exact).sizes[0].num_experts == count
         if count > 2:
-            assert plan(olmoe, budget=exact - 1).sizes[0].num_experts == count - 1
+            assert mergemoe_plan(olmoe, budget=exact - 1).sizes[0].num_experts == count - 1
 
 
 def test_a_budget_below_the_floor_says_what_the_floor_is(olmoe: Path) -> None:
     with pytest.raises(
         Infeasible, match=r"budget of 1\.00 KiB cannot be met .* the least that can be routed, 2 a layer"
     ):
-        plan(olmoe, budget="1KiB")
+        mergemoe_plan(olmoe, budget="1KiB")
 
 
 @pytest.mark.parametrize("keep", [0.0, -0.5, 2.0, float("nan")])
 def test_a_share_out_of_range_is_refused(olmoe: Path, keep: float) -> None:
     with pytest.raises(InputError, match="must be above 0 and at most 1"):
-        plan(olmoe, keep=keep)
+        mergemoe_plan(olmoe, keep=keep)
 
 
 def test_fewer_experts_than_top_k_are_refused_with_the_nearest(olmoe: Path) -> None:
     with pytest.raises(Infeasible, match=r"every token chooses 2 experts; nearest that can: 2, 3"):
-        plan(olmoe, experts=1)
+        mergemoe_plan(olmoe, experts=1)
 
 
 @pytest.mark.parametrize("experts", [0, -1, 9])
 def test_counts_out_of_range_are_refused(olmoe: Path, experts: int) -> None:
     with pytest.raises(Infeasible, match="choose 1 to 8"):
-        plan(olmoe, experts=experts)
+        mergemoe_plan(olmoe, experts=experts)
 
 
 def test_router_groups_must_stay_equal(deepseek: Path) -> None:
     with pytest.raises(Infeasible, match=r"2 groups of equal size; nearest that can: 4, 6"):
-        plan(deepseek, experts=5)
-    assert plan(deepseek, experts=4).sizes[0].num_experts == 4
+        mergemoe_plan(deepseek, experts=5)
+    assert mergemoe_plan(deepseek, experts=4).sizes[0].num_experts == 4
 
 
 def test_exactly_one_wish(olmoe: Path) -> None:
     with pytest.raises(InputError, match="exactly one of --keep, --experts, --width and --budget; got none"):
-        plan(olmoe)
+        mergemoe_plan(olmoe)
     with pytest.raises(InputError, match="got \\['keep', 'experts'\\]"):
-        plan(olmoe, keep=0.5, experts=4)
+        mergemoe_plan(olmoe, keep=0.5, experts=4)
 
 
 def test_an_unknown_recipe_is_refused(olmoe: Path) -> None:
@@ -89,11 +92,11 @@ def test_an_unknown_recipe_is_refused(olmoe: Path) -> None:
 def test_a_profile_of_another_model_is_refused(olmoe: Path, olmoe_profile: Profile, tmp_path: Path) -> None:
     other = tiny_checkpoint(tmp_path / "other", "olmoe", seed=1)
     with pytest.raises(StaleArtifact, match="made from another model"):
-        plan(other, olmoe_profile, keep=0.5)
+        mergemoe_plan(other, olmoe_profile, keep=0.5)
     olmoe_profile.save(tmp_path / "profile")
     with pytest.raises(StaleArtifact, match="another model"):
-        plan(other, tmp_path / "profile", keep=0.5)
-    assert plan(olmoe, tmp_path / "profile", keep=0.5).inputs["text"] == olmoe_profile.text_digest
+        mergemoe_plan(other, tmp_path / "profile", keep=0.5)
+    assert mergemoe_plan(olmoe, tmp_path / "profile", keep=0.5).inputs["text"] == olmoe_profile.text_digest
 
 
 def test_a_profile_without_what_the_recipe_needs_is_refused(olmoe: Path, olmoe_profile: Profile) -> None:
@@ -117,11 +120,11 @@ def test_experts_in_an_integer_format_are_refused(olmoe: Path, tmp_path: Path) -
     name = next(name for name in tensors if ".experts." in name)
     save_file({**tensors, name: tensors[name].to(torch.int8)}, copy / "model.safetensors")
     with pytest.raises(UnsupportedDtype, match=rf"{name} is stored as I8"):
-        plan(copy, keep=0.5)
+        mergemoe_plan(copy, keep=0.5)
 
 
 def test_a_plan_survives_a_round_trip(olmoe: Path, tmp_path: Path) -> None:
-    made = plan(olmoe, keep=0.5)
+    made = mergemoe_plan(olmoe, keep=0.5)
     path = made.save(tmp_path / "plan.json")
     assert Plan.load(path) == made
     assert Plan.load(path, inputs=made.inputs) == made

@@ -79,7 +79,10 @@ def error(state, held_out):
 
 @pytest.mark.parametrize(("biases", "gate"), [(False, True), (True, True), (False, False)])
 @pytest.mark.parametrize("prior", [0.5, 16.0])
-def test_it_solves_the_normal_equations_of_all_experts_together(state, biases, gate, prior):
+@pytest.mark.parametrize("few", [10**6, 0], ids=["moments", "passes"])
+def test_it_solves_the_normal_equations_of_all_experts_together(state, biases, gate, prior, few, monkeypatch):
+    monkeypatch.setattr("coterie.compress.methods.refit_joint.FEW_NEURONS", few)
+    monkeypatch.setattr("coterie.compress.methods.refit_joint._CHUNK", 100)
     layer = damaged(state, biases=biases, gate=gate)
     found = refit_joint(layer, SIZE, prior=prior, iterations=200)
     expected_EDF = solved_slowly(layer, prior)

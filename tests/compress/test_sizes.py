@@ -9,6 +9,7 @@ import torch
 
 from coterie.compress.methods.slim import heapr_scores
 from coterie.compress.plan import Plan, plan
+from coterie.compress.state import LayerSize
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError
 from coterie.model.checkpoint import Checkpoint
 from coterie.profile.profile import Profile
@@ -150,3 +151,69 @@ def test_a_model_that_predicts_no_token_has_no_gradient(tmp_path: Path) -> None:
     with pytest.raises(ArchitectureMismatch, match=r"TokenClassification predicts no next token, .* such as easy-slim"):
         plan(model, recipe="heapr", width=8)
     assert plan(model, recipe="easy-slim", width=8).sizes[0].width == 8
+
+
+def part_bytes(model: Path) -> tuple[int, int, int]:
+    """By this one family's names: bytes of all but experts and routers, of one neuron, of one router row; per layer."""
+    held = Checkpoint.open(model).tensors
+    experts = sum(info.num_bytes for name, info in held.items() if ".experts." in name)
+    rows = sum(info.num_bytes for name, info in held.items() if name.endswith(".gate.weight"))
+    total = sum(info.num_bytes for info in held.values())
+    return total - experts - rows, experts // (LAYERS * EXPERTS * WIDTH), rows // (LAYERS * EXPERTS)
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.375, 0.5, 0.75, 0.9])
+def test_as_many_parts_stay_as_take_no_more_bytes_than_whole_experts(olmoe: Path, keep: float) -> None:
+    made = plan(olmoe, recipe="coterie-local", keep=keep)
+    rest, neuron, row = part_bytes(olmoe)
+    whole = round(keep * EXPERTS) * (WIDTH * neuron + row)
+    count = whole // (8 * neuron + row)
+    assert [(size.num_experts, size.width) for size in made.sizes] == [(count, 8)] * LAYERS
+    assert [size.top_k for size in made.sizes] == [max(1, round(2 * count / EXPERTS))] * LAYERS
+    assert made.predicted_bytes == rest + LAYERS * count * (8 * neuron + row)
+    assert made.predicted_bytes <= plan(olmoe, recipe="reap", experts=max(2, round(keep * EXPERTS))).predicted_bytes
+
+
+def test_a_budget_gets_the_most_parts_that_fit(olmoe: Path) -> None:
+    rest, neuron, row = part_bytes(olmoe)
+    for count in (1, 5, 17):
+        budget = rest + LAYERS * count * (8 * neuron + row)
+        assert plan(olmoe, recipe="coterie", budget=budget).sizes[0].num_experts == count
+        assert plan(olmoe, recipe="coterie", budget=budget + 1).predicted_bytes == budget
+    with pytest.raises(Infeasible, match="the least that can be routed, 1 of width 8, takes"):
+        plan(olmoe, recipe="coterie", budget=rest)
+
+
+def test_all_of_the_bytes_leave_experts_whole(olmoe: Path) -> None:
+    for wish in ({"keep": 1.0}, {"budget": "1GiB"}):
+        assert plan(olmoe, recipe="coterie", **wish).sizes == (LayerSize(num_experts=EXPERTS),) * LAYERS  # type: ignore[arg-type]
+
+
+def test_groups_share_the_parts_out(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "groups", "deepseek_v3", n_group=4, topk_group=2)
+    for keep in (0.5, 0.7):
+        size = plan(model, recipe="coterie", keep=keep).sizes[0]
+        assert size.num_experts % 4 == 0
+        assert size.top_k is not None
+        assert size.top_k <= size.num_experts // 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "size"),
+    [
+        ("phimoe", LayerSize(num_experts=8, width=8)),  # chooses a fixed number of experts
+        ("gemma4_text", LayerSize(num_experts=8, width=8)),  # blocks do not run by themselves
+        ("jamba", LayerSize(num_experts=4)),  # one width for experts and dense blocks
+    ],
+)
+def test_families_whose_experts_cannot_be_cut_get_what_they_can(
+    tmp_path: Path, model_type: str, size: LayerSize
+) -> None:
+    model = tiny_checkpoint(tmp_path / model_type, model_type)
+    assert plan(model, recipe="coterie", keep=0.5).sizes[0] == size
+
+
+@pytest.mark.parametrize("wish", [{"experts": 4}, {"width": 8}])
+def test_parts_are_not_counted_by_the_user(olmoe: Path, wish: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"cuts experts into parts .*say how small with --keep or --budget"):
+        plan(olmoe, recipe="coterie", **wish)

@@ -464,7 +464,7 @@ def test_a_budget_allows_what_a_plan_would_do(tiny, model_type):
         fit = inspect(path, budget=limit).budget
         assert fit is not None
         assert fit.limit == limit
-        made = plan(path, budget=str(limit))
+        made = plan(path, recipe="mergemoe", budget=str(limit))
         assert fit.feasible
         assert {size.num_experts for size in made.sizes} == {fit.experts}
         assert made.predicted_bytes == fit.bytes <= limit
@@ -477,8 +477,8 @@ def test_a_budget_below_the_floor_names_the_floor(tiny):
     assert not fit.feasible
     assert (fit.experts, fit.keep, fit.smallest_experts) == (0, 0, 2)
     with pytest.raises(Infeasible):
-        plan(path, budget="10KiB")
-    assert plan(path, experts=2).predicted_bytes == fit.smallest
+        plan(path, recipe="mergemoe", budget="10KiB")
+    assert plan(path, recipe="mergemoe", experts=2).predicted_bytes == fit.smallest
     between = inspect(path, budget=fit.smallest - 1).budget
     assert between is not None
     assert (between.experts, between.feasible) == (1, False)
@@ -490,7 +490,9 @@ def test_a_budget_that_is_no_amount_is_refused(tiny):
 
 
 def test_a_mapped_result_has_fewer_experts_than_router_rows(tiny, text, tmp_path):
-    made = compress(tiny(), tmp_path / "out", keep=0.5, router="map", text=text, tokens=256, seq_len=64)
+    made = compress(
+        tiny(), tmp_path / "out", keep=0.5, recipe="mergemoe", router="map", text=text, tokens=256, seq_len=64
+    )
     before, after = inspect(tiny()), inspect(made.out)
     for old, new in zip(before.moe_layers, after.moe_layers, strict=True):
         assert (new.num_experts, new.router_rows, new.top_k) == (4, 8, 2)

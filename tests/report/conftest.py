@@ -1,7 +1,8 @@
-"""Run folders made up from seeded random numbers, written by the real save functions."""
+"""Run folders made up from seeded random numbers, written by the real save functions; and a strict reader of pages."""
 
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,16 @@ from coterie.evaluate.scorecard import Scorecard
 from coterie.model.layers import MoELayer
 from coterie.profile.profile import Profile, Sample
 
-NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, TOKENS = 2, 8, 2, 12, 400
+NUM_LAYERS, NUM_EXPERTS, TOP_K, WIDTH, HIDDEN, TOKENS = 2, 8, 2, 16, 12, 400
 BASE = "0ba5e" * 8
+VOID = {"meta", "col", "img", "br", "wbr", "hr", "line", "link", "input"}
 ORIGINAL_BYTES = 1_000_000
+
+
+def shape_of(**changes: Any) -> dict[str, Any]:
+    """Return the fields of a layer in a manifest that say its widths and top_k, unchanged but for `changes`."""
+    same = {"width_before": WIDTH, "width_after": WIDTH, "widths_after": None}
+    return same | {"top_k_before": TOP_K, "top_k_after": TOP_K} | changes
 
 
 class RunMaker:
@@ -69,7 +77,7 @@ class RunMaker:
                 MoELayer(
                     index=index, block=block, experts=f"{block}.experts", router=f"{block}.gate",
                     router_tensors=((f"{block}.gate.weight", 0),), num_experts=counts_GE.shape[1], top_k=TOP_K,
-                    width=16, hidden_size=HIDDEN,
+                    width=WIDTH, hidden_size=HIDDEN,
                 )
             )  # fmt: skip
         profile = Profile(
@@ -79,10 +87,12 @@ class RunMaker:
         profile.save(self.folder / place)
         return profile
 
-    def plan(self, recipe: str = "mergemoe", router: Any = "plain", kept: int = 4) -> Plan:
+    def plan(
+        self, recipe: str = "mergemoe", router: Any = "plain", kept: int = 4, *, size: LayerSize | None = None
+    ) -> Plan:
         """Return a plan; it is not saved."""
         return Plan(
-            recipe=recipe, router=router, sizes=(LayerSize(num_experts=kept),) * NUM_LAYERS, untouched=(),
+            recipe=recipe, router=router, sizes=(size or LayerSize(num_experts=kept),) * NUM_LAYERS, untouched=(),
             original_bytes=ORIGINAL_BYTES, predicted_bytes=ORIGINAL_BYTES * (kept + 8) // 16,
             original_parameters=500, predicted_parameters=300, seed=3, inputs={"model": BASE, "text": self.text_digest},
         )  # fmt: skip
@@ -98,11 +108,13 @@ class RunMaker:
         centres: Sequence[int] | None = None,
         notes: Mapping[str, Any] | None = None,
         took: Mapping[str, Any] | None = None,
+        shapes: Sequence[Mapping[str, Any]] = ({},) * NUM_LAYERS,
         **changes: Any,
     ) -> Path:
         """Save a manifest, and what the run took beside it.
 
-        Experts from `kept` on join expert 0, or are dropped by recipes that do not merge.
+        Experts from `kept` on join expert 0, or are dropped by recipes that do not merge. Without `shapes`, fields by
+        layer, widths and top_k are not in it, as in manifests of early versions.
         """
         plan = self.plan(recipe, router, kept)
         rest = -1 if recipe in ("reap", "frequency") else 0
@@ -116,6 +128,7 @@ class RunMaker:
                 "expert_map": list(expert_map),
                 "centres": list(centres or range(kept)),
                 "notes": dict(notes or {}),
+                **shapes[index],
             }
             for index in range(NUM_LAYERS)
         ]
@@ -141,6 +154,28 @@ class RunMaker:
         taken = {"seconds": {"plan": 0.5, "compress": 2.0}, "forecast_bytes": 2**31, "peak_bytes": 3 * 2**29}
         write_json(path.with_name("coterie-run.json"), taken if took is None else took)
         return path
+
+    def narrower(self, name: str, width: int = 8, recipe: str = "heapr", **changes: Any) -> Path:
+        """Save the manifest of a result whose experts all have `width` of `WIDTH` neurons."""
+        return self.manifest(
+            name, recipe, kept=NUM_EXPERTS, shapes=[shape_of(width_after=width)] * NUM_LAYERS, **changes
+        )
+
+    def ragged(self, name: str, *widths: Sequence[int], recipe: str = "heapr-ragged", **changes: Any) -> Path:
+        """Save the manifest of a result with these widths of the experts of each layer."""
+        shapes = [shape_of(widths_after=list(each)) for each in widths]
+        return self.manifest(name, recipe, kept=NUM_EXPERTS, shapes=shapes, loads_with="coterie", **changes)
+
+    def cut(self, name: str, *parts: Sequence[int], recipe: str = "coterie", top_k: int = 4, **changes: Any) -> Path:
+        """Save the manifest of a result with these numbers of parts of each expert, of 4 in all, by layer."""
+        shapes = []
+        for counts in parts:
+            centres = [expert for expert, count in enumerate(counts) for _ in range(count)]
+            note = {"score": "energy", "share_of_score": 0.9, "parts_by_expert": list(counts), "gap": 0.1}
+            shape = shape_of(width_after=WIDTH // 4, top_k_after=top_k, num_experts_after=len(centres), centres=centres)
+            first = [centres.index(expert) if count else -1 for expert, count in enumerate(counts)]
+            shapes.append(shape | {"expert_map": first, "notes": {"segment": note}})
+        return self.manifest(name, recipe, shapes=shapes, **changes)
 
     def card(
         self,
@@ -185,6 +220,60 @@ class RunMaker:
         """Save the scorecard of the original."""
         options: dict[str, Any] = {"kl": 0.0, "digest": BASE, "factor": 1.0, "num_bytes": ORIGINAL_BYTES}
         return self.card("grandmother", **(options | changes))
+
+
+class Page(HTMLParser):
+    """Reads a page strictly: every element is closed in order; keeps sections, table rows, texts and links."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.sections: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self._cell: list[str] | None = None
+        self.feed(self.source)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        held = dict(attrs)
+        self.links += [str(value) for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
+        assert not any(name.startswith("on") for name in held)
+        if tag == "section":
+            self.sections.append(str(held["id"]))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self._cell = []
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+        if tag in ("td", "th") and self._cell is not None:
+            self.rows[-1].append(" ".join("".join(self._cell).split()))
+            self._cell = None
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1:] == ["style"]:
+            return
+        self.text += data
+        if self._cell is not None:
+            self._cell.append(data)
+
+    def row(self, first: str) -> list[str]:
+        """Return the first row of the page whose first cell is `first`."""
+        return next(row for row in self.rows if row and row[0] == first)
 
 
 @pytest.fixture

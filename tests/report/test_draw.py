@@ -30,15 +30,31 @@ def test_heat_png_is_a_png_with_the_colours_of_the_values() -> None:
     assert np.abs(found[1, 2, :3].astype(int) - draw.colour(draw.VIRIDIS, 0.5)).max() <= 3
 
 
+def test_the_map_of_shares_tells_little_from_nothing() -> None:
+    drawing = plots.share_map([[0.0, 1 / 64, 0.5, 1.0], [1.0, 0.25]], "shares")
+
+    image = next(part for part in ElementTree.fromstring(drawing) if part.tag == "image")
+    found = pixels(image.attrib["href"])
+    expected = [draw.colour(draw.BLUES, share) for share in (1 / 64, 0.5, 1.0)]
+    assert tuple(found[0, 0]) == (*plots.FATE_COLOURS[-1], 255)
+    assert [tuple(pixel[:3]) for pixel in found[0, 1:]] == expected
+    assert tuple(found[1, 1][:3]) == draw.colour(draw.BLUES, 0.25)
+    assert found[1, 2, 3] == found[1, 3, 3] == 0
+
+
 def test_heat_png_of_one_value_everywhere() -> None:
     assert len({tuple(pixel) for pixel in pixels(draw.heat_png(np.full((4, 4), 2.0), 2.0, 2.0)).reshape(-1, 4)}) == 1
 
 
 def test_maps_are_matplotlibs() -> None:
     matplotlib = pytest.importorskip("matplotlib")
-    for name, stops in (("viridis", draw.VIRIDIS), ("cividis", draw.CIVIDIS)):
+    for name, stops, start in (
+        ("viridis", draw.VIRIDIS, 0.0),
+        ("cividis", draw.CIVIDIS, 0.0),
+        ("Blues", draw.BLUES, 0.25),
+    ):
         for position in np.linspace(0, 1, 33):
-            expected = [255 * part for part in matplotlib.colormaps[name](position)[:3]]
+            expected = [255 * part for part in matplotlib.colormaps[name](start + (1 - start) * position)[:3]]
             assert np.abs(np.array(draw.colour(stops, position)) - expected).max() < 9
 
 

@@ -1,8 +1,8 @@
 import json
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -10,66 +10,15 @@ import pytest
 
 from coterie.artifact import write_artifact, write_json
 from coterie.errors import CorruptArtifact, InputError, StaleArtifact
+from coterie.model.checkpoint import Checkpoint
+from coterie.model.inspect import inspect
 from coterie.report.gather import entries_of, gather
 from coterie.report.page import report
 
+from .conftest import Page
+
 Maker = Callable[..., Any]
-VOID = {"meta", "col", "img", "br", "wbr", "hr", "line", "link", "input"}
 HOSTILE = "<script>alert('x')</script>\"&"
-
-
-class Page(HTMLParser):
-    """Reads a page strictly: every element is closed in order; keeps sections, table rows, texts and links."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.source = path.read_text(encoding="utf-8")
-        self.sections: list[str] = []
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.rows: list[list[str]] = []
-        self.text = ""
-        self._open: list[str] = []
-        self._cell: list[str] | None = None
-        self.feed(self.source)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        held = dict(attrs)
-        self.links += [str(value) for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
-        assert not any(name.startswith("on") for name in held)
-        if tag == "section":
-            self.sections.append(str(held["id"]))
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self._cell = []
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self._open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-        if tag in ("td", "th") and self._cell is not None:
-            self.rows[-1].append(" ".join("".join(self._cell).split()))
-            self._cell = None
-
-    def handle_data(self, data: str) -> None:
-        if self._open[-1:] == ["style"]:
-            return
-        self.text += data
-        if self._cell is not None:
-            self._cell.append(data)
-
-    def row(self, first: str) -> list[str]:
-        """Return the first row of the page whose first cell is `first`."""
-        return next(row for row in self.rows if row and row[0] == first)
 
 
 def test_a_full_run_has_every_section(full_run: Any) -> None:
@@ -333,11 +282,6 @@ def test_manifest_and_scorecard_meet_by_digest_or_else_by_name(full_run: Any) ->
 
 
 def test_real_checkpoints_meet_by_digest_and_show_their_parts(make_run: Maker, tiny: Callable[..., Path]) -> None:
-    from shutil import copytree
-
-    from coterie.model.checkpoint import Checkpoint
-    from coterie.model.inspect import inspect
-
     run = make_run()
     copytree(tiny(), run.folder / "renamed")
     checkpoint = Checkpoint.open(run.folder / "renamed")
@@ -447,6 +391,9 @@ def test_damaged_tensors_and_incomplete_manifests_are_errors(full_run: Any, make
     run = make_run("other")
     run.manifest("merged", layers=[{"index": 0}])
     with pytest.raises(CorruptArtifact, match="lacks 'block'"):
+        report(run.folder)
+    run.manifest("merged", shapes=[{"expert_map": [4] * 8}] * 2)
+    with pytest.raises(CorruptArtifact, match=r"unexpected: .* expert_map names expert 4 of 4"):
         report(run.folder)
     run.manifest("merged", seed="x")
     with pytest.raises(CorruptArtifact, match="unexpected"):

@@ -101,9 +101,9 @@ class Worker:
             return compress(
                 cell.model.path, target, keep=1 - cell.removed, recipe=cell.recipe,
                 router=cast(Router, cell.router), profile=profile, effort=settings.effort, text=settings.text,
-                tokens=settings.tokens,
-                seq_len=settings.seq_len, seed=cell.seed, sample_tokens=settings.sample_tokens,
-                device=settings.device, max_memory=settings.max_memory, allow_pickle=settings.allow_pickle,
+                tokens=settings.tokens, cache=cache, seq_len=settings.seq_len, seed=cell.seed,
+                sample_tokens=settings.sample_tokens, device=settings.device,
+                max_memory=settings.max_memory, allow_pickle=settings.allow_pickle,
             )  # fmt: skip
 
         made, compress_seconds, peak = _measured(make)

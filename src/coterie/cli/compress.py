@@ -17,11 +17,16 @@ def compress(
     experts: options.Experts = None,
     width: options.Width = None,
     budget: options.Budget = None,
-    recipe: options.Recipe = "mergemoe",
+    recipe: options.Recipe = "coterie",
     effort: Annotated[
         Literal["fast", "balanced", "thorough"],
-        typer.Option(help="How long a recipe that distils trains the result: not at all, one epoch or four."),
+        typer.Option(
+            help="How long a recipe that distils trains the result: not at all, on 262,144 or on 1,048,576 tokens."
+        ),
     ] = "balanced",
+    train_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to train on, in place of what --effort says; 0 for none.")
+    ] = None,
     router: options.Router = "plain",
     profile: Annotated[
         Path | None, typer.Option(help="Folder of a profile; one that holds none yet gets the profile made here.")
@@ -75,6 +80,7 @@ def compress(
         budget=budget,
         recipe=recipe,
         effort=effort,
+        train_tokens=train_tokens,
         router=router,
         profile=profile,
         text=text,

@@ -23,7 +23,7 @@ def plan(
     experts: options.Experts = None,
     width: options.Width = None,
     budget: options.Budget = None,
-    recipe: options.Recipe = "mergemoe",
+    recipe: options.Recipe = "coterie",
     router: options.Router = "plain",
     seed: options.Seed = 0,
     out: Annotated[Path | None, typer.Option(help="File for the plan, like plan.json.")] = None,
@@ -61,7 +61,8 @@ def _width_text(size: "LayerSize") -> str:
     if size.widths is not None:
         mean = sum(size.widths) / len(size.widths)
         return f" of width {min(size.widths)} to {max(size.widths)}, {mean:.1f} on average"
-    return "" if size.width is None else f" of width {size.width}"
+    chosen = "" if size.top_k is None else f", {size.top_k} for each token"
+    return "" if size.width is None else f" of width {size.width}{chosen}"
 
 
 def print_plan(made: "Plan") -> None:

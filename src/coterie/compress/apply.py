@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,11 +25,12 @@ from coterie.artifact import write_artifact, write_json
 from coterie.compress.distill_run import make_targets, may_distill, train
 from coterie.compress.layer import LayerSummary, Swap, compress_layer
 from coterie.compress.plan import Plan, Router, check_statistics, make_plan
-from coterie.compress.recipes import epochs_of, get_recipe
+from coterie.compress.recipes import get_recipe, training_tokens
 from coterie.compress.reload import check_reload
 from coterie.compress.shards import Shard, lay_out, write_index, write_shard
 from coterie.compress.sizes import Wish, layer_tensors
-from coterie.errors import ArchitectureMismatch, CoterieError, InputError, OutOfSpace, OutputExists
+from coterie.compress.target import carry_files, check_space, check_target
+from coterie.errors import ArchitectureMismatch, CoterieError, InputError, OutOfSpace
 from coterie.journal import Run, open_run
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.layers import Architecture, MoELayer
@@ -39,12 +39,14 @@ from coterie.model.memory import Forecast, peak_bytes
 from coterie.model.reroute import Reroute
 from coterie.model.stream import Stage, Stream
 from coterie.model.units import format_bytes, parse_bytes
+from coterie.profile.calibrate import take_text
 from coterie.profile.calibration import TokenSet
 from coterie.profile.observation import observed, proving, with_residual
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile, Sample
 from coterie.profile.run import Measure, Settings, forecast_with_sample, profile_in_run
 from coterie.profile.run import profile as run_profile
+from coterie.profile.self_text import SELF
 from coterie.profile.statistics.channels import needs_gradients
 from coterie.progress import track
 
@@ -89,8 +91,9 @@ def compress(
     experts: int | None = None,
     width: int | None = None,
     budget: str | int | None = None,
-    recipe: str = "mergemoe",
+    recipe: str = "coterie",
     effort: str = "balanced",
+    train_tokens: int | None = None,
     router: Router = "plain",
     profile: Profile | str | Path | None = None,
     text: str | Path | None = None,
@@ -104,6 +107,7 @@ def compress(
     output_dtype: str = "bfloat16",
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
+    cache: str | Path | None = None,
 ) -> Result:
     """Write a smaller checkpoint. Exactly one of `keep`, `experts`, `width` and `budget` says how small.
 
@@ -117,8 +121,11 @@ def compress(
         width: hidden neurons to keep in each expert, for a recipe that slims them; on average, for a ragged one.
         budget: largest size of the weight files, such as "12GiB".
         recipe: name of a recipe, see `coterie.compress.recipes`.
-        effort: "fast", "balanced" or "thorough": how long a recipe that distils trains the result. It is left out, and
-            said so, where the result does not fit into the memory that there is, or into `max_memory`.
+        effort: "fast", "balanced" or "thorough": how long a recipe that distils trains the result, see
+            `coterie.compress.recipes.EFFORTS`. It is left out, and said so, where the result does not fit into the
+            memory that there is, or into `max_memory`.
+        train_tokens: tokens that such a recipe trains on, in place of what `effort` says; 0 for none. They are drawn
+            from `text` beside those that are measured; less text is seen again, up to `distill_run.EPOCHS` times.
         router: form of the router, see `Plan`: "plain", "mean" and "refit" load anywhere; "map" is the form of the
             merging papers and needs Coterie to load.
         profile: a profile, or the folder of one; a folder that holds none gets the one that is made here.
@@ -135,6 +142,7 @@ def compress(
         output_dtype: number format of weights that are stored quantised; all others keep theirs.
         max_memory: bytes, or an amount like "8GiB", that the run may take.
         allow_pickle: read weights that are stored as pickles.
+        cache: folder where the original's predictions on the text that results are trained on are kept for other runs.
 
     Raises:
         OutputExists: `out` exists.
@@ -148,7 +156,7 @@ def compress(
     clock = _Clock()
     target = Path(out).expanduser()
     checkpoint = open_checkpoint(model, output_dtype=output_dtype, allow_pickle=allow_pickle)
-    _check_target(target, checkpoint.path)
+    check_target(target, checkpoint.path)
     if inputs == "compressed" and (profile is not None or text is None):
         raise InputError("with compressed inputs every layer is measured anew: give --text, and no --profile")
     architecture = Architecture.of(checkpoint)
@@ -168,28 +176,36 @@ def compress(
             f"recipe {recipe} needs gradients of the loss, which come from behind: they are measured before any layer "
             "is compressed; leave the inputs original"
         )
-    epochs = epochs_of(recipe, effort) if plan.predicted_bytes < plan.original_bytes else 0
+    wanted = training_tokens(recipe, effort)
+    if train_tokens is not None:
+        wanted = _checked_training(recipe, train_tokens)
+    wanted = wanted if plan.predicted_bytes < plan.original_bytes else 0
     if held is None and text is None:
         raise InputError("no profile yet: give calibration text with --text, or a profile with --profile")
-    if epochs and text is None:
+    if wanted and text is None:
         raise InputError(
             f"recipe {recipe} trains its result on text at effort {effort}: give it with --text beside the profile, or "
             "take --effort fast"
         )
     token_set: TokenSet | None = None
-    if held is None or epochs:
+    if held is None:
         settings = Settings(
             text=str(text), weights=weights, tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens,
             gradients=gradients, device=device, max_memory=max_memory,
         )  # fmt: skip
         measure = settings.measure(checkpoint, architecture)
-        token_set = measure.token_set if epochs else None
-        measure = measure if held is None else None
     limit = None if max_memory is None else parse_bytes(max_memory)
     expected = _forecast(stream, architecture.layers, measure, held)
     expected.check(limit)
-    if token_set is not None and not may_distill(architecture, plan.sizes[0], token_set.seq_len, limit, stream.device):
-        token_set = None
+    if wanted and may_distill(architecture, plan.sizes[0], seq_len, limit, stream.device):
+        own = str(text) == SELF  # what the model wrote to be measured has to do: writing takes long
+        token_set = take_text(
+            checkpoint, str(text), seq_len=seq_len, tokens=min(wanted, tokens) if own else wanted, seed=seed,
+            weights=weights, device=device, limit=limit, up_to=True,
+        )  # fmt: skip
+        if sum(map(len, token_set.sequences.values())) < 2:
+            log.warning("one sequence of text is too little to train on and to see whether it helped: left out")
+            token_set = None
     clock.lap("plan")
     if isinstance(profile, str | Path) and held is None:
         held = run_profile(
@@ -201,7 +217,7 @@ def compress(
     header = {
         "plan": plan.body(),
         "inputs": inputs,
-        "distilled": None if token_set is None else [token_set.digest, epochs],
+        "distilled": None if token_set is None else [token_set.digest, wanted],
         "output_dtype": output_dtype,
         "model": checkpoint.digest,
         "model files": checkpoint.file_stamps(),
@@ -223,7 +239,7 @@ def compress(
         job.write_small_files(run)
         clock.lap("write")
         if token_set is not None:
-            logits_BSV = job.distill(run, token_set, epochs, logits_BSV)
+            logits_BSV = job.distill(run, token_set, wanted, logits_BSV, None if cache is None else Path(cache))
             job.write_small_files(run)
             clock.lap("distill")
         error = check_reload(run.folder, job.check_ids(), logits_BSV, device=device)
@@ -244,6 +260,14 @@ def compress(
         out=target, plan=plan, manifest=manifest, logits_error=error, seconds=clock.laps,
         forecast=expected.num_bytes, peak_bytes=peak, input_bytes_read=stream.bytes_read,
     )  # fmt: skip
+
+
+def _checked_training(recipe: str, train_tokens: int) -> int:
+    if train_tokens < 0:
+        raise InputError(f"a result cannot be trained on {train_tokens} tokens; give 0 or more")
+    if train_tokens and not get_recipe(recipe).distills:
+        raise InputError(f"recipe {recipe} trains nothing: leave --train-tokens out, or take a recipe such as coterie")
+    return train_tokens
 
 
 @dataclass(slots=True)
@@ -278,7 +302,7 @@ class _Job:
         self._passes = get_recipe(plan.recipe).with_router(plan.router)
         self._parts = layer_tensors(stream.checkpoint, architecture.layers, stream.crossing)
         self._swap = Swap(stream, architecture, plan)
-        self._reroute = Reroute(architecture, stream.model)
+        self._reroute = Reroute(architecture, stream.model, plan.sizes[0].top_k)
         wanted = profile is not None and "output_peak" in get_recipe(plan.recipe).needs
         self._peaks_LE = profile.all_layers("output_peak") if profile is not None and wanted else None
         self._summaries: dict[int, LayerSummary] = {}
@@ -316,14 +340,14 @@ class _Job:
         logits_BSV: Tensor = passes.results[0]
         return logits_BSV
 
-    def distill(self, run: Run, token_set: TokenSet, epochs: float, logits_BSV: Tensor) -> Tensor:
+    def distill(self, run: Run, token_set: TokenSet, tokens: int, logits_BSV: Tensor, cache: Path | None) -> Tensor:
         """Train the result, write its layers anew where that helped, and return the logits of the check."""
         batches = list(token_set.batches(8))
-        targets = make_targets(run, self.stream, batches)
+        targets = make_targets(run, self.stream, batches, cache)
         model = load_model(run.folder, dtype=torch.float32, device=str(self.stream.device))
         outcome = train(
             run, model, self._architecture, torch.cat([ids_BS for _, ids_BS in batches]), targets,
-            epochs=epochs, seed=self.plan.seed, rounded=self._swap.rounded,
+            tokens=tokens, seed=self.plan.seed, rounded=self._swap.rounded,
         )  # fmt: skip
         self._distilled = outcome.notes
         if outcome.weights is None:
@@ -351,7 +375,7 @@ class _Job:
         written = write_index(run.folder, self.shards)
         assert written == self.plan.predicted_bytes, f"planned {self.plan.predicted_bytes} bytes, wrote {written}"
         write_json(run.folder / "config.json", self.result_config())
-        _carry_files(self.checkpoint, run.folder)
+        carry_files(self.checkpoint, run.folder)
         self.write_manifest(run, logits_error=None)
 
     def _one_stage(self, run: Run, stage: Stage, here: Sequence[MoELayer], shard: Shard) -> None:
@@ -382,7 +406,8 @@ class _Job:
         maps = {layer.index: summaries[layer.index].expert_map for layer in here}
         if not finished and self.plan.sizes[0].width is not None:
             routers = {name for layer in here for name, _ in layer.router_tensors}
-            experts = {name: tensor for name, tensor in memory.items() if name not in routers}
+            cut = self.plan.sizes[0].top_k is not None
+            experts = {name: tensor for name, tensor in memory.items() if cut or name not in routers}
             with self._swap.filled(stage.unit, experts, maps) as module:
                 self._swap.check_rest(stage.calls[0], module)
         with self._swap.filled(stage.unit, memory, maps) as module:
@@ -428,7 +453,7 @@ class _Job:
         """Return the content of the result's config.json."""
         size = self.plan.sizes[0]
         if self.plan.router != "map" and not self.plan.ragged:
-            return self._architecture.resized_config(size.num_experts, size.width)
+            return self._architecture.resized_config(size.num_experts, size.width, size.top_k)
         # A mapped result keeps the router's E rows, a ragged one the full width, and the config says so, while the
         # files hold less: stock loaders refuse them.
         return dict(self.checkpoint.config)
@@ -467,6 +492,8 @@ class _Job:
                     "block": layer.block,
                     "num_experts_before": layer.num_experts,
                     "num_experts_after": self._summaries[layer.index].num_experts,
+                    "top_k_before": layer.top_k,
+                    "top_k_after": self.plan.sizes[layer.index].top_k or layer.top_k,
                     "width_before": layer.width,
                     "width_after": self._summaries[layer.index].width,
                     "widths_after": self.plan.sizes[layer.index].widths,
@@ -509,31 +536,7 @@ def _worthless_on_error(run: Run, target: Path) -> Iterator[None]:
         raise
 
 
-def check_space(folder: Path, num_bytes: int) -> None:
-    """Raise OutOfSpace when the disk under `folder` has less than `num_bytes` (and some for the small files) free."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    needed = num_bytes + 16 * 2**20
-    if free < needed:
-        raise OutOfSpace(
-            errno.ENOSPC, f"the result needs {format_bytes(needed)}, {existing} has {format_bytes(free)} free"
-        )
-
-
 def _held_profile(profile: Profile | str | Path | None, checkpoint: Checkpoint) -> Profile | None:
     if profile is None or isinstance(profile, Profile):
         return profile
     return Profile.load(profile, model_digest=checkpoint.digest) if (Path(profile) / PROFILE_FILE).exists() else None
-
-
-def _check_target(target: Path, source: Path) -> None:
-    if target.exists() or target.is_symlink():
-        raise OutputExists(f"{target} exists; choose another place or remove it")
-    if target.resolve().is_relative_to(source.resolve()):
-        raise InputError(f"{target} is inside the model folder {source}, which is never written; choose another place")
-
-
-def _carry_files(checkpoint: Checkpoint, folder: Path) -> None:
-    for file in checkpoint.other_files():
-        if file.name != MANIFEST:
-            shutil.copyfile(file, folder / file.name)

@@ -9,10 +9,12 @@ Legend: B sequences, S tokens of a sequence, K tokens kept for each target.
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coterie.artifact import atomic_path
+from coterie.artifact import atomic_path, digest_of
 from coterie.compress.distill import Distillation, Schedule, Targets, trainable
 from coterie.compress.state import LayerSize
 from coterie.journal import Run
@@ -43,7 +45,10 @@ KEPT = 128
 HELD_OUT = 16
 
 #: Sequences of a step, and those that are computed at once.
-SEQUENCES, MICRO = 8, 2
+SEQUENCES, MICRO = 4, 2
+
+#: How often a sequence is seen at most.
+EPOCHS = 4
 
 #: Largest step of an entry of a tensor, relative to the root mean square of its entries.
 RATE = 0.005
@@ -83,7 +88,7 @@ def may_distill(
 ) -> bool:
     """Tell whether a result can be trained in the memory that is allowed or, without a limit, free; log which."""
     width = size.width if size.widths is None else None
-    model = hollow_result(architecture, size.num_experts, maps=None, dtype=torch.float32, width=width)
+    model = hollow_result(architecture, size.num_experts, maps=None, dtype=torch.float32, width=width, top_k=size.top_k)
     needed = needed_bytes(model, architecture.layers, seq_len=seq_len, workers=torch.get_num_threads())
     allowed = free_bytes(device) if limit is None else limit
     says = f"training the result as a whole takes {format_bytes(needed)} of memory"
@@ -94,9 +99,18 @@ def may_distill(
     return True
 
 
-def make_targets(run: Run, stream: Stream, batches: Sequence[tuple[int, Tensor]]) -> Targets:
-    """Run the original over all sequences, layer by layer, and keep what it predicts; a step of the run."""
-    if _TARGETS not in run.finished:
+def make_targets(run: Run, stream: Stream, batches: Sequence[tuple[int, Tensor]], cache: Path | None = None) -> Targets:
+    """Run the original over all sequences, layer by layer, and keep what it predicts; a step of the run.
+
+    With a `cache`, the predictions are kept there under a digest of the model and the sequences.
+    """
+    file = run.private / _TARGETS
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        ids = hashlib.sha256(torch.cat([ids_BS for _, ids_BS in batches]).numpy().tobytes()).hexdigest()
+        about = {"model": stream.checkpoint.digest, "ids": ids, "kept": KEPT, "device": stream.device.type}
+        file = cache / f"targets-{digest_of(about)[:32]}.safetensors"
+    if not (file.exists() if cache is not None else _TARGETS in run.finished):
 
         def predict(ids_BS: Tensor) -> Targets:
             return Targets.of(stream.model(input_ids=ids_BS, use_cache=False).logits, KEPT)
@@ -105,10 +119,11 @@ def make_targets(run: Run, stream: Stream, batches: Sequence[tuple[int, Tensor]]
         for _ in track(passes, "predicting", total=len(stream.units)):
             stream.release()
         targets = Targets.joined(passes.results)
-        with atomic_path(run.private / _TARGETS) as temporary:
+        with atomic_path(file) as temporary:
             save_file({"token": targets.token_BSK, "log_probability": targets.log_probability_BSK}, temporary)
-        run.finish(_TARGETS, private=[_TARGETS])
-    held = load_file(run.private / _TARGETS)
+        if cache is None:
+            run.finish(_TARGETS, private=[_TARGETS])
+    held = load_file(file)
     return Targets(token_BSK=held["token"], log_probability_BSK=held["log_probability"])
 
 
@@ -119,7 +134,7 @@ def train(
     ids_BS: Tensor,
     targets: Targets,
     *,
-    epochs: float,
+    tokens: int,
     seed: int,
     rounded: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
 ) -> Outcome:
@@ -131,16 +146,18 @@ def train(
         architecture: the original's, whose names it shares.
         ids_BS: token ids.
         targets: what the original predicts there.
-        epochs: how often each sequence is seen.
+        tokens: tokens to train on; with less text, each sequence is seen up to `EPOCHS` times.
         seed: of the order of the sequences.
         rounded: gives tensors as they will be on disk.
 
     Returns:
         The outcome; the model holds the trained weights, rounded.
     """
-    held_B = torch.arange(len(ids_BS)) % HELD_OUT == HELD_OUT - 1
+    step = min(HELD_OUT, len(ids_BS))
+    held_B = torch.arange(len(ids_BS)) % step == step - 1
     fit, held = ((ids_BS[rows], targets.select(rows)) for rows in (~held_B, held_B))
-    steps = max(1, round(epochs * len(fit[0]) / SEQUENCES))
+    seen = min(tokens // ids_BS.shape[1], EPOCHS * len(fit[0]))
+    steps = max(1, round(seen / SEQUENCES))
     schedule = Schedule(steps=steps, sequences=min(SEQUENCES, len(fit[0])), micro=MICRO, rate=RATE, seed=seed)
     workers = 1 if model.device.type != "cpu" else torch.get_num_threads()
     work = Distillation(model, architecture.layers, schedule, workers=workers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def compress_layer(
         expert_map_E=torch.arange(layer.num_experts),
         statistics={name: over_domains(name, value_G) for name, value_G in by_domain.items()},
         by_domain=by_domain,
-        sample=sample,
+        sample=_copied(sample),
         original=experts,
         route=functools.partial(reroute, layer),
         seed=seed,
@@ -107,6 +107,11 @@ def compress_layer(
     return {f"{layer.experts}.{name}": tensor for name, tensor in native.items()} | dict(state.router), summary
 
 
+def _copied(sample: Sample) -> Sample:
+    """Return a copy: matrix products may differ in the last bit where a file's tensors lie at odd places in memory."""
+    return replace(sample, **{name: tensor.clone() for name, tensor in sample.tensors().items()})
+
+
 class Swap:
     """The empty model of the result; lends its units, filled with compressed weights, to a stream.
 
@@ -119,6 +124,7 @@ class Swap:
         self._architecture = architecture
         self._count = plan.sizes[0].num_experts
         self._width = plan.sizes[0].width
+        self._top_k = plan.sizes[0].top_k
         self._mapped = plan.router == "map"
         self._places: dict[str, Place] = {}
         if plan.ragged:
@@ -206,8 +212,8 @@ class Swap:
         """Check that a unit of narrower experts does all that is not theirs as before.
 
         Where the entry of config.json that is their width sizes other parts too, a second entry was changed to make up
-        for it (`coterie.model.width`), and nothing but this shows that it has no other meaning. Routing and output are
-        compared, with the experts left out on both sides.
+        for it (`coterie.model.width`), and nothing but this shows that it has no other meaning. Routing (where experts
+        were not cut) and output are compared, with the experts left out on both sides.
 
         Args:
             call: of the unit, whose weights are in memory.
@@ -216,8 +222,8 @@ class Swap:
         Raises:
             ArchitectureMismatch: something differs.
         """
-        before = _without_experts(self._stream.model, call.compute)
-        after = _without_experts(self.model, lambda: call.compute(module))
+        before = _without_experts(self._stream.model, call.compute, routing=self._top_k is None)
+        after = _without_experts(self.model, lambda: call.compute(module), routing=self._top_k is None)
         for one, other in zip(before, after, strict=True):
             same = torch.equal(one, other)
             if not same and one.shape == other.shape and one.is_floating_point():
@@ -236,15 +242,16 @@ class Swap:
             maps=unset if self._mapped else None,
             dtype=self._stream.dtype,
             width=self._width,
+            top_k=self._top_k,
         )
 
 
-def _without_experts(model: PreTrainedModel, compute: Callable[[], Any]) -> list[Tensor]:
+def _without_experts(model: PreTrainedModel, compute: Callable[[], Any], *, routing: bool) -> list[Tensor]:
     """Return what experts of a model received while something was computed, and its output had they returned zeros."""
     seen: list[Tensor] = []
 
     def skip(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        seen.extend((hidden_TD, index_TK, weight_TK))
+        seen.extend((hidden_TD, index_TK, weight_TK) if routing else (hidden_TD,))
         return torch.zeros_like(hidden_TD)
 
     with intercepted(model, skip):

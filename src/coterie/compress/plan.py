@@ -92,7 +92,7 @@ def plan(
     experts: int | None = None,
     width: int | None = None,
     budget: str | int | None = None,
-    recipe: str = "mergemoe",
+    recipe: str = "coterie",
     router: Router = "plain",
     seed: int = 0,
 ) -> Plan:

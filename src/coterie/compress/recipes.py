@@ -20,8 +20,8 @@ ROUTERS: dict[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
 }
 
 
-#: How much a recipe that distils may take: epochs over the calibration text.
-EFFORTS: dict[str, float] = {"fast": 0, "balanced": 1, "thorough": 4}
+#: How much a recipe that distils may take: tokens that its result is trained on.
+EFFORTS: dict[str, int] = {"fast": 0, "balanced": 262_144, "thorough": 1_048_576}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +34,8 @@ class Recipe:
         paper: arXiv id, or None.
         merges: True when experts are merged, so that the router can be a map; False when they are dropped.
         passes: (pass name, options), in order. In merging recipes ``merge-router`` stands for the router's form.
-        shrinks: what gets smaller: the number of experts, or the width of each.
+        shrinks: what gets smaller: the number of experts, the width of each, or the number of the parts that they are
+            cut into.
         ragged: True when every expert gets a width of its own, from one ranking of the hidden neurons of all layers.
         distills: True when the whole result is trained towards the original's predictions at the end.
     """
@@ -44,7 +45,7 @@ class Recipe:
     paper: str | None
     merges: bool
     passes: tuple[tuple[str, Mapping[str, Any]], ...]
-    shrinks: Literal["experts", "width"] = "experts"
+    shrinks: Literal["experts", "width", "parts"] = "experts"
     ragged: bool = False
     distills: bool = False
 
@@ -66,7 +67,9 @@ class Recipe:
         if router == "refit":
             return (*self.passes, *ROUTERS[router][1:])
         wanted = "map their router rows to" if router == "map" else "average their router rows with"
-        does = "drops experts" if self.shrinks == "experts" else "keeps all experts"
+        does = {"experts": "drops experts", "width": "keeps all experts", "parts": "cuts experts into parts"}[
+            self.shrinks
+        ]
         raise Infeasible(
             f"recipe {self.name} {does}, so there is nothing to {wanted}; use --router plain or --router refit"
         )
@@ -87,9 +90,12 @@ def _recipe(
 ) -> Recipe:
     listed = tuple((entry, {}) if isinstance(entry, str) else entry for entry in passes)
     names = {entry[0] for entry in listed}
+    shrinks: Literal["experts", "width", "parts"] = (
+        "parts" if "segment" in names else "width" if "slim" in names else "experts"
+    )
     return Recipe(
         name=name, summary=summary, paper=paper, merges="merge-router" in names, passes=listed,
-        shrinks="width" if "slim" in names else "experts", ragged=ragged, distills=distills,
+        shrinks=shrinks, ragged=ragged, distills=distills,
     )  # fmt: skip
 
 
@@ -98,20 +104,27 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         _recipe(
             "coterie",
-            "slim every expert where the loss feels it least, re-fit, distil",
+            "cut experts into parts, keep those that the loss needs, re-fit, distil",
+            None,
+            ("segment", {"score": "energy", "parts": 4}), "refit-joint",
+            distills=True,
+        ),
+        _recipe(
+            "coterie-local",
+            "cut, re-fit and reconstruct layer by layer; never holds the whole result",
+            None,
+            ("segment", {"score": "energy", "parts": 4}), "refit-joint", "reconstruct",
+        ),
+        _recipe(
+            "coterie-slim",
+            "make all experts narrower by the same amount, re-fit, distil",
             None,
             ("slim", {"score": "energy"}), "refit-joint",
             distills=True,
         ),
         _recipe(
-            "coterie-local",
-            "slim, re-fit and reconstruct layer by layer; never holds the whole result",
-            None,
-            ("slim", {"score": "energy"}), "refit-joint", "reconstruct",
-        ),
-        _recipe(
             "coterie-ragged",
-            "the same, every expert with a width of its own; loads with Coterie only",
+            "every expert with a width of its own, re-fit, distil; loads with Coterie only",
             None,
             ("slim", {"score": "energy"}), "refit-joint",
             ragged=True, distills=True,
@@ -233,8 +246,8 @@ def get_recipe(name: str) -> Recipe:
     return replace(recipe, name=name, passes=((extra, {}), *recipe.passes))
 
 
-def epochs_of(recipe: str, effort: str) -> float:
-    """Return how many epochs over the calibration text a recipe trains its result; raises UnknownName."""
+def training_tokens(recipe: str, effort: str) -> int:
+    """Return how many tokens a recipe trains its result on; raises UnknownName."""
     if effort not in EFFORTS:
         raise UnknownName("effort", effort, EFFORTS)
     return EFFORTS[effort] if get_recipe(recipe).distills else 0

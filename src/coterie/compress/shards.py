@@ -16,7 +16,7 @@ from torch import Tensor
 
 from coterie.artifact import atomic_path, write_json
 from coterie.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_header
-from coterie.model.convert import Crossing
+from coterie.model.convert import Crossing, sibling
 from coterie.model.stream import Unit
 
 #: Units beside the list of layers have a file of their own from this size on.
@@ -79,8 +79,9 @@ def _parts(names: list[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
-    """Write one weight file, atomically; a layer that lost experts has fewer tensors than it had."""
-    assert tensors.keys() <= set(shard.names), f"{shard.file}: {tensors.keys() - set(shard.names)}"
+    """Write one weight file, atomically; a layer that lost experts, or has more, has other tensors than it had."""
+    strange = [name for name in tensors if sibling(name, shard.names) is None]
+    assert not strange, f"{shard.file}: {strange}"
     with atomic_path(folder / shard.file) as temporary:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary, metadata={"format": "pt"})

@@ -16,9 +16,10 @@ from coterie.compress.recipes import Recipe
 from coterie.compress.state import LayerSize
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError
 from coterie.model.checkpoint import Checkpoint
+from coterie.model.choice import choice_key
 from coterie.model.convert import Crossing
 from coterie.model.experts import width_axes
-from coterie.model.layers import Architecture, MoELayer
+from coterie.model.layers import Architecture, MoELayer, canonical_experts, runs_alone
 from coterie.model.units import format_bytes, parse_bytes
 from coterie.model.width import ALIGNMENT, width_rule
 from coterie.profile.profile import Profile
@@ -29,7 +30,8 @@ class Wish:
     """How small the result is to be; exactly one of these.
 
     Attributes:
-        keep: share of the experts of each layer, or of the width of each expert, above 0 and up to 1.
+        keep: share of the experts of each layer, or of the width of each expert, above 0 and up to 1. A recipe that
+            cuts experts into parts keeps as many as take no more bytes than that share of whole experts.
         experts: experts in each layer.
         width: hidden neurons of each expert; for a ragged result, on average.
         budget: bytes of all tensors, as a number or like "12GiB".
@@ -53,6 +55,11 @@ class Wish:
             raise InputError(
                 f"recipe {recipe.name} lowers the number of experts and leaves their width alone; say how small with "
                 "--keep, --experts or --budget, or take a recipe that slims experts, such as heapr"
+            )
+        if recipe.shrinks == "parts" and (self.experts is not None or self.width is not None):
+            raise InputError(
+                f"recipe {recipe.name} cuts experts into parts and chooses their number itself; say how small with "
+                "--keep or --budget, or take a recipe that lowers the number of experts (reap) or their width (heapr)"
             )
         if recipe.shrinks == "width" and self.experts is not None:
             raise InputError(
@@ -191,11 +198,72 @@ def sizes_for(
     if recipe.shrinks == "experts":
         count = _count(architecture, sizing, wish)
         return tuple(LayerSize(num_experts=count) for _ in architecture.layers)
+    if recipe.shrinks == "parts":
+        parts = next(int(options["parts"]) for name, options in recipe.passes if name == "segment")
+        return _segmented(architecture, sizing, wish, parts)
     if recipe.ragged:
         score = next(str(options["score"]) for name, options in recipe.passes if name == "slim")
         return _ragged(architecture, sizing, wish, profile, score)
     width = _width(architecture, sizing, wish)
     return _uniform(architecture, width)
+
+
+def _segmented(architecture: Architecture, sizing: Sizing, wish: Wish, parts: int) -> tuple[LayerSize, ...]:
+    """Cut every expert into as many parts as the family allows, and keep as many parts as there is room for."""
+    layers = architecture.layers
+    total = layers[0].num_experts
+    if wish.budget is not None:
+        limit = parse_bytes(wish.budget)
+    else:
+        assert wish.keep is not None
+        count = max(1, round(wish.keep * total))
+        limit = sizing.num_bytes([LayerSize(num_experts=count) for _ in layers])
+    whole = tuple(LayerSize(num_experts=layer.num_experts) for layer in layers)
+    if sizing.num_bytes(whole) <= limit:
+        return whole
+    cut = _cut(architecture, parts)
+    if cut == 1:
+        why = "experts can neither be cut nor made narrower here"
+        try:
+            options = {width: _uniform(architecture, width) for width in width_rule(architecture).feasible_widths()}
+        except Infeasible:
+            fewer = {
+                count: tuple(LayerSize(num_experts=count) for _ in layers) for count in architecture.feasible_counts()
+            }
+            return fewer[
+                _largest_within(
+                    sizing, fewer, limit, f"keeping fewer experts ({why})", "that can be routed, {} a layer"
+                )
+            ]
+        return options[_largest_within(sizing, options, limit, "slimming experts", "that can be written, width {}")]
+    width, top_k = layers[0].width // cut, layers[0].top_k
+    segmented: dict[int, tuple[LayerSize, ...]] = {}
+    for count in range(1, total * cut):
+        # As many neurons are at work for a token as if all experts were narrower.
+        chosen = min(count, max(1, round(top_k * count / total)))
+        if architecture.routing_problem(count, chosen) is None:
+            size = LayerSize(num_experts=count, width=width, top_k=chosen)
+            segmented[count] = (size,) * len(layers)
+    return segmented[
+        _largest_within(
+            sizing, segmented, limit, "keeping fewer parts of experts", f"that can be routed, {{}} of width {width}"
+        )
+    ]
+
+
+def _cut(architecture: Architecture, parts: int) -> int:
+    """Return into how many parts, `parts` at most, experts can be cut; 1 where they cannot be."""
+    layers, full = architecture.layers, _full_width(architecture)
+    normed = any(canonical_experts(architecture.model.get_submodule(layer.experts)).finish for layer in layers)
+    if normed or not all(runs_alone(architecture.model, layer) for layer in layers):
+        return 1
+    try:
+        choice_key(architecture)
+        rule = width_rule(architecture)
+    except (Infeasible, ArchitectureMismatch):
+        return 1
+    narrow = set(rule.feasible_widths())
+    return next((cut for cut in range(parts, 1, -1) if full % cut == 0 and full // cut in narrow), 1)
 
 
 def _uniform(architecture: Architecture, width: int) -> tuple[LayerSize, ...]:

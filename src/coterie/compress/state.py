@@ -28,11 +28,13 @@ class LayerSize:
         num_experts: how many experts.
         width: hidden neurons of each.
         widths: hidden neurons of each, where they differ (a ragged result); `width` is None then.
+        top_k: experts that a token chooses; set where the experts were cut into parts.
     """
 
     num_experts: int
     width: int | None = None
     widths: tuple[int, ...] | None = None
+    top_k: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

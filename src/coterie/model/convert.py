@@ -6,7 +6,7 @@ transformers' own conversion does both directions; this file only feeds it some 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -132,16 +132,36 @@ class Crossing:
         model._weight_conversions = copy.deepcopy(conversions)  # type: ignore[assignment]
         with quiet(), torch.no_grad():
             converted = revert_weight_conversion(model, dict(tensors))
-        unknown = sorted(converted.keys() - self._checkpoint.tensors.keys())
+        known = self._checkpoint.tensors
+        originals = {name: sibling(name, known) for name in converted}
+        unknown = sorted(name for name, original in originals.items() if original is None)
         if unknown:
             raise ArchitectureMismatch(
                 f"{self._checkpoint.path}: converting back to disk made {len(unknown)} names that the checkpoint does "
                 f"not have, the first is {unknown[0]}"
             )
         return {
-            name: tensor.to(TORCH_DTYPES[self._checkpoint.tensors[name].dtype]).contiguous()
+            name: tensor.to(TORCH_DTYPES[known[str(originals[name])].dtype]).contiguous()
             for name, tensor in converted.items()
         }
+
+
+def sibling(name: str, known: Container[str]) -> str | None:
+    """Return the name itself if it is known, else that of the first expert beside it: a result may have more experts.
+
+    Args:
+        name: a name on disk.
+        known: names on disk of the original.
+    """
+    if name in known:
+        return name
+    parts = name.split(".")
+    number = max((place for place, part in enumerate(parts) if part.isdigit()), default=None)
+    if number is None:
+        return None
+    parts[number] = "0"
+    first = ".".join(parts)
+    return first if first in known else None
 
 
 #: Number formats that can be compressed, by the name that safetensors gives them.

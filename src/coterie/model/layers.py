@@ -44,7 +44,9 @@ __all__ = [
     "find_router",
     "is_experts",
     "native_experts",
+    "probe_top_k",
     "quiet",
+    "runs_alone",
 ]
 
 log = logging.getLogger(__name__)
@@ -117,7 +119,7 @@ class Architecture:
                 f"{where} ({config['model_type']}) has no routed experts that Coterie can reach: "
                 "it is a dense model, or transformers does not route its experts through the common interface"
             )
-        top_k = _probe_top_k(model, names, where, known_as=json.dumps(config, sort_keys=True, default=str))
+        top_k = probe_top_k(model, names, where, known_as=json.dumps(config, sort_keys=True, default=str))
         counts = {name: int(model.get_submodule(name).num_experts) for name in top_k}  # type: ignore[arg-type]
         key, other = _find_expert_key(config, model, counts, where)
         for name in names:
@@ -135,31 +137,36 @@ class Architecture:
         )
         return cls(config=config, model=model, layers=layers, expert_key=key)
 
-    def resized_config(self, num_experts: int, width: int | None = None) -> dict[str, Any]:
-        """Return the content of config.json with another number of experts and another expert width.
+    def resized_config(self, num_experts: int, width: int | None = None, top_k: int | None = None) -> dict[str, Any]:
+        """Return the content of config.json with experts of another number or width, or another number of chosen ones.
 
         Args:
             num_experts: experts in each layer.
             width: their width; None leaves it as it is.
+            top_k: experts that a token chooses; None leaves it as it is.
 
         Raises:
-            Infeasible: no entry, or no value of it, gives experts of that width and leaves all else as it is.
+            Infeasible: no entry, or no value of it, gives experts of that width, or lets a token choose that many, and
+                leaves all else as it is.
         """
+        from coterie.model.choice import choice_key
         from coterie.model.width import width_rule
 
         values = {self.expert_key: num_experts}
         if width is not None and width != self.layers[0].width:
             values |= width_rule(self).values(width)
+        if top_k is not None and top_k != self.layers[0].top_k:
+            values[choice_key(self)] = top_k
         return with_values(self.config, values, self.model)
 
-    def check_feasible(self, num_experts: int) -> None:
-        """Check that the resized model can route.
+    def check_feasible(self, num_experts: int, top_k: int | None = None) -> None:
+        """Check that the resized model can route, with another number of chosen experts where one is given.
 
         Raises:
             Infeasible: the resized model cannot route (fewer experts than top_k, groups that do not divide); the
                 message names the nearest counts that can.
         """
-        problem = self._routing_problem(num_experts)
+        problem = self.routing_problem(num_experts, top_k)
         if problem is None:
             return
         near = sorted(sorted(self.feasible_counts(), key=lambda count: abs(count - num_experts))[:2])
@@ -170,12 +177,13 @@ class Architecture:
     def feasible_counts(self) -> list[int]:
         """Return the numbers of experts a layer that can be routed, ascending; the present one is the last."""
         largest = max(layer.num_experts for layer in self.layers)
-        return [count for count in range(1, largest + 1) if self._routing_problem(count) is None]
+        return [count for count in range(1, largest + 1) if self.routing_problem(count) is None]
 
-    def _routing_problem(self, num_experts: int) -> str | None:
+    def routing_problem(self, num_experts: int, top_k: int | None = None) -> str | None:
+        """Say why a router of this kind cannot choose `top_k` (as many as now) of so many experts; None when it can."""
         return routing_problem(
             num_experts,
-            top_k=max(layer.top_k for layer in self.layers),
+            top_k=top_k or max(layer.top_k for layer in self.layers),
             num_groups=max(layer.num_groups for layer in self.layers),
             num_chosen_groups=_num_chosen_groups(self.model),
         )
@@ -390,7 +398,7 @@ def find_router(model: PreTrainedModel, block: str) -> tuple[str, int] | None:
     return None
 
 
-def _probe_top_k(model: PreTrainedModel, names: list[str], where: str, known_as: str) -> dict[str, int]:
+def probe_top_k(model: PreTrainedModel, names: list[str], where: str, known_as: str) -> dict[str, int]:
     """Read K from the shape of the routing decisions that empty text leads to, by name of the experts modules it meets.
 
     Mostly a block can be run by itself, which takes no time. Where it cannot, or where a layer has several kinds of
@@ -420,6 +428,15 @@ def _probe_top_k(model: PreTrainedModel, names: list[str], where: str, known_as:
         _probed.clear()
     _probed[known_as] = dict(found)
     return found
+
+
+def runs_alone(model: PreTrainedModel, layer: MoELayer) -> bool:
+    """Tell whether an MoE block computes from hidden states alone, so that its router can be asked by itself."""
+    try:
+        return layer.experts in _run_empty(model, [layer.experts], layer.block)
+    except Exception as error:  # whatever a family's block raises: it wants more than hidden states
+        log.debug("%s does not run by itself: %s", layer.block, error)
+        return False
 
 
 def _run_empty(model: PreTrainedModel, names: list[str], block: str) -> dict[str, int]:

@@ -105,6 +105,7 @@ def hollow_result(
     maps: Sequence[Tensor] | None,
     dtype: torch.dtype,
     width: int | None = None,
+    top_k: int | None = None,
 ) -> PreTrainedModel:
     """Build what a compression of a model makes, without its weights; see `hollow_model`.
 
@@ -114,8 +115,9 @@ def hollow_result(
         maps: for a mapped result, the expert that stands for each router row of each layer; else None.
         dtype: number format of the parameters.
         width: expert width of the result; None for the original's.
+        top_k: experts that a token chooses in the result; None for the original's.
     """
-    model = empty_model(architecture.resized_config(num_experts, width), dtype=dtype)
+    model = empty_model(architecture.resized_config(num_experts, width, top_k), dtype=dtype)
     if maps is not None:
         widen_routers(model, empty_model(architecture.config, dtype=dtype), architecture.layers)
         attach_maps(model, architecture.layers, maps)

@@ -27,13 +27,15 @@ _CHUNK = 8192  # tokens
 class Reroute:
     """Routing decisions of the blocks of one model; keeps an empty model for each number of experts asked for."""
 
-    def __init__(self, architecture: Architecture, model: PreTrainedModel) -> None:
+    def __init__(self, architecture: Architecture, model: PreTrainedModel, top_k: int | None = None) -> None:
         """Remember the model.
 
         Args:
             architecture: of the original.
             model: the original; the weights of a block must be in memory when its router is asked.
+            top_k: experts that a token chooses with other router tensors; None for as many as now.
         """
+        self._top_k = top_k
         self._architecture = architecture
         self._model = model
         self._hollow: dict[int, PreTrainedModel] = {}
@@ -84,8 +86,10 @@ class Reroute:
     ) -> tuple[nn.Module, dict[str, Tensor]]:
         """Return the empty block with `count` experts, and the tensors that it is to run with."""
         if count not in self._hollow:
-            self._architecture.check_feasible(count)
-            self._hollow[count] = hollow_result(self._architecture, count, maps=None, dtype=torch.float32)
+            self._architecture.check_feasible(count, self._top_k)
+            self._hollow[count] = hollow_result(
+                self._architecture, count, maps=None, dtype=torch.float32, top_k=self._top_k
+            )
         inside = f"{layer.block}." if layer.block else ""
         weights = {
             name.removeprefix(inside): tensor

@@ -124,6 +124,7 @@ def take_text(
     weights: Mapping[str, float] | None = None,
     device: str = "cpu",
     limit: int | None = None,
+    up_to: bool = False,
 ) -> TokenSet:
     """Cut text into tokens with a checkpoint's own tokenizer: the text of a folder, or what the model itself writes.
 
@@ -137,13 +138,16 @@ def take_text(
         weights: see `coterie.profile.calibration.tokenize`.
         device: where the model writes.
         limit: bytes of memory that writing may take; as many as are free when None.
+        up_to: whether `tokens` is the most that is wanted of a folder, so that less is nothing to warn of.
 
     Raises:
         InputError: domains or weights for text that the model writes; see `tokenize` and `write_text` for more.
     """
     if str(text) != SELF:
         tokenizer = load_tokenizer(checkpoint.path)
-        return tokenize(tokenizer, text, seq_len=seq_len, tokens=tokens, seed=seed, domains=domains, weights=weights)
+        return tokenize(
+            tokenizer, text, seq_len=seq_len, tokens=tokens, seed=seed, domains=domains, weights=weights, up_to=up_to
+        )
     if domains is not None or weights is not None:
         raise InputError(
             "text that the model writes has no domains: leave them out, or let it write a file into a text folder "

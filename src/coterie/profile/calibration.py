@@ -137,6 +137,7 @@ def tokenize(
     seed: int = 0,
     domains: tuple[str, ...] | None = None,
     weights: Mapping[str, float] | None = None,
+    up_to: bool = False,
 ) -> TokenSet:
     """Cut the text of a folder into sequences and draw from each domain an equal share of them, or one by weight.
 
@@ -153,6 +154,7 @@ def tokenize(
         domains: only these domains.
         weights: share of the tokens by domain, in any unit; domains that are not named, or have weight 0, get
             nothing. Equal weights draw the same as no weights.
+        up_to: whether `tokens` is the most that is wanted, so that less is nothing to warn of.
 
     Raises:
         TextError: a domain is empty or shorter than one sequence.
@@ -168,7 +170,7 @@ def tokenize(
         chosen = checked_weights(weights)
         files = {domain: file for domain, file in text_files(folder, tuple(weights)).items() if domain in chosen}
     sources = ((domain, str(file), read_documents(file)) for domain, file in files.items())
-    return draw(tokenizer, sources, seq_len=seq_len, tokens=tokens, seed=seed, weights=chosen)
+    return draw(tokenizer, sources, seq_len=seq_len, tokens=tokens, seed=seed, weights=chosen, up_to=up_to)
 
 
 def draw(
@@ -179,6 +181,7 @@ def draw(
     tokens: int | None,
     seed: int,
     weights: Mapping[str, float],
+    up_to: bool = False,
 ) -> TokenSet:
     """Cut documents into sequences and draw from them, see `tokenize`.
 
@@ -189,6 +192,7 @@ def draw(
         tokens: tokens in all; everything when None.
         seed: seed of the draw.
         weights: of all domains.
+        up_to: see `tokenize`.
     """
     if seq_len < 2:
         raise TextError(f"a sequence of {seq_len} tokens predicts nothing; use --seq-len 2 or more")
@@ -206,7 +210,7 @@ def draw(
         rows = ids[: count * seq_len].view(count, seq_len)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         if tokens is not None:
-            if wanted[domain] > count:
+            if wanted[domain] > count and not up_to:
                 log.warning(
                     "domain %s has %d of the %d tokens asked for", domain, count * seq_len, wanted[domain] * seq_len
                 )

@@ -24,6 +24,8 @@ CIVIDIS = (
     "00224e 002e6a 1a386f 32436d 434e6c 535a6d 61656f 6f7073 7d7c78 "
     "8c8878 9b9476 aba072 bcae6c cdbb63 dec958 f0d846 fee838"
 )
+#: ColorBrewer's Blues without its two lightest: light is little, dark is much; stands beside the colours of fates.
+BLUES = "c6dbef 9ecae1 6baed6 4292c6 2171b5 08519c 08306b"
 
 NUM_SERIES = 7  # classes .s0 to .s6 in page.css; markers below change in step, so colour is never the only sign
 

@@ -13,10 +13,30 @@ import numpy as np
 
 from coterie.profile.profile import Profile
 from coterie.report import measures
-from coterie.report.draw import VIRIDIS, heat_png
-from coterie.report.gather import Entry, LayerChange, Manifest, Run
+from coterie.report.draw import BLUES, VIRIDIS, heat_png
+from coterie.report.gather import Entry, Manifest, Run
+from coterie.report.layers import (
+    LayerChange,
+    chosen_text,
+    counts_text,
+    kind_of,
+    mean_width,
+    share_left,
+    size_text,
+    widths_text,
+)
 from coterie.report.measures import Array
-from coterie.report.plots import FATES, colour_bar, fate_keys, fate_map, layer_bars, layer_lines, stack, usage_map
+from coterie.report.plots import (
+    FATES,
+    colour_bar,
+    fate_keys,
+    fate_map,
+    layer_bars,
+    layer_lines,
+    share_map,
+    stack,
+    usage_map,
+)
 from coterie.report.words import (
     MISSING,
     count_text,
@@ -189,35 +209,58 @@ def _averaged_down(matrix: Array) -> Array:
 
 
 def changes(entries: Sequence[Entry]) -> list[Section]:
-    """Return, for every compressed checkpoint, what was merged into what, what was dropped and what passes noted."""
+    """Return, for every compressed checkpoint, what became of every expert and what passes noted."""
     return [_change(entry.label, entry.manifest) for entry in entries if entry.manifest is not None]
 
 
 def _change(label: str, manifest: Manifest) -> Section:
-    fates = [_fates(layer) for layer in manifest.layers]
-    counted = [sum(row.count(fate) for row in fates) for fate in range(len(FATES))]
+    layers = manifest.layers
     columns, noted = _notes(manifest)
-    used = [fate for fate, count in enumerate(counted) if count]
-    keys = [
-        {"colour": css, "label": f"{name} ({counted[fate]:,})"}
-        for fate, (css, name) in enumerate(fate_keys())
-        if fate in used
-    ]
+    heads, rows = _table(layers)
     return {
         "label": label,
         "folder": manifest.folder,
-        "router": manifest.router,
-        "loads_with": manifest.loads_with,
         "summary": _summary(manifest),
-        "plot": fate_map(fates, f"What became of every expert: {label}") if any(fates) else None,
-        "keys": keys,
+        **_picture(label, layers),
+        "heads": heads,
         "columns": [what for _, what in columns],
         "passes": [(name, len(list(group))) for name, group in groupby(columns, key=lambda column: column[0])],
-        "drops": any(layer.dropped for layer in manifest.layers),
-        "rows": [_layer_row(layer, cells) for layer, cells in zip(manifest.layers, noted, strict=True)],
-        "sentences": _refit_sentences(manifest),
-        "merges": any(len(members) > 1 for layer in manifest.layers for _, members in layer.groups()),
+        "rows": [
+            {"index": layer.index, "block": layer.block, "facts": facts, "cells": cells, **_lists(layer)}
+            for layer, facts, cells in zip(layers, rows, noted, strict=True)
+        ],
+        "sentences": [*_size_sentences(layers), *_refit_sentences(manifest)],
+        "merges": any(len(members) > 1 for layer in layers for _, members in layer.groups()),
+        "listed": not _all_alike(layers),
     }
+
+
+def _all_alike(layers: Sequence[LayerChange]) -> bool:
+    """Tell whether all experts became narrower by the same amount, so that there is nothing to say of a single one."""
+    return kind_of(layers) == "narrower" and all(layer.after == layer.before for layer in layers)
+
+
+def _picture(label: str, layers: Sequence[LayerChange]) -> Section:
+    """Return the map of layers by experts with its legend: shares of neurons where they differ, else fates."""
+    title = f"What became of every expert: {label}"
+    if _all_alike(layers) or not any(layer.expert_map for layer in layers):
+        return {"plot": None, "bar": None, "keys": []}
+    if any(layer.kind in ("ragged", "cut") for layer in layers):
+        shares = [layer.shares for layer in layers]
+        nothing = sum(row.count(0.0) for row in shares)
+        gone = _nothing_left(layers)
+        key = {"colour": fate_keys()[-1][0], "label": f"{gone} ({nothing:,})"}
+        bar = colour_bar(0.0, 100.0, "neurons of the expert that are left, in percent", stops=BLUES)
+        return {"plot": share_map(shares, title), "bar": bar, "keys": [key] if nothing else []}
+    fates = [_fates(layer) for layer in layers]
+    counted = [sum(row.count(fate) for row in fates) for fate in range(len(FATES))]
+    names = [(css, _alone(layers) if not fate else name) for fate, (css, name) in enumerate(fate_keys())]
+    keys = [
+        {"colour": css, "label": f"{name} ({count:,})"}
+        for (css, name), count in zip(names, counted, strict=True)
+        if count
+    ]
+    return {"plot": fate_map(fates, title), "bar": None, "keys": keys}
 
 
 def _fates(layer: LayerChange) -> list[int]:
@@ -228,35 +271,114 @@ def _fates(layer: LayerChange) -> list[int]:
     return fates
 
 
+def _alone(layers: Sequence[LayerChange]) -> str:
+    """Return what experts are called that were neither merged nor dropped."""
+    return "narrower" if any(layer.kind == "narrower" for layer in layers) else FATES[0]
+
+
+def _nothing_left(layers: Sequence[LayerChange]) -> str:
+    """Return what experts are called of which nothing is left; a ragged result still has their router rows."""
+    ragged = any(0 in (layer.widths or ()) for layer in layers)
+    return "no neuron left" if ragged else FATES[-1]
+
+
 def _summary(manifest: Manifest) -> str:
-    before, after = (range_text([getattr(layer, side) for layer in manifest.layers]) for side in ("before", "after"))
-    return f"{before} → {after} experts in {count_text(len(manifest.layers), 'layer')}, {manifest.router} router"
+    layers = manifest.layers
+    count = count_text(len(layers), "layer")
+    if kind_of(layers) == "whole":
+        before, after = (counts_text(layers, side=side) for side in ("before", "after"))
+        return f"{before} → {after} experts in {count}, {manifest.router} router"
+    return f"{size_text(layers, each=f' in each of {count}')}, {manifest.router} router"
 
 
-def _layer_row(layer: LayerChange, cells: list[str]) -> Section:
+def _size_sentences(layers: Sequence[LayerChange]) -> list[str]:
+    """Return what was done to the experts of a result that has other than whole ones."""
+    kind = kind_of(layers)
+    if kind == "narrower":
+        new, old = (widths_text(layers, side=side) for side in ("after", "before"))
+        every = "Every expert keeps" if _all_alike(layers) else "Experts that are left keep"
+        return [f"{every} {new} of {old} neurons."]
+    if kind == "ragged":
+        return [
+            f"Every expert has a width of its own: {widths_text(layers, side='after')} of "
+            f"{widths_text(layers, side='before')} neurons, {mean_width(layers)} on average."
+        ]
+    if kind == "cut":
+        cuts = range_text([layer.cuts for layer in layers])
+        before, after = (chosen_text(layers, side=side) for side in ("before", "after"))
+        times = f"; a token chooses {after} parts, where it chose {before} experts" if before and after else ""
+        return [
+            f"Each expert was cut into {cuts} parts of {widths_text(layers, side='after')} neurons, and the best parts "
+            f"of the layer stayed, however many of each expert{times}."
+        ]
+    return []
+
+
+def _table(layers: Sequence[LayerChange]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns that these layers need, and the cells of each layer."""
+    kinds = {layer.kind for layer in layers}
+    some = bool(kinds & {"ragged", "cut"})  # experts keep different shares
+    merges = any(len(members) > 1 for layer in layers for _, members in layer.groups())
+    drops = any(layer.dropped for layer in layers)
+    rows: list[dict[str, str]] = []
+    for layer in layers:
+        sizes = [len(members) for _, members in layer.groups()]
+        cells = {"Experts": f"{layer.before} → {layer.experts_left}"}
+        if "cut" in kinds:
+            cells["Parts"] = f"{layer.before * layer.cuts} → {layer.after}"
+        if kinds - {"whole", "cut"}:  # parts have one width, which stands above the table
+            old, new = (widths_text([layer], side=side) for side in ("before", "after"))
+            cells["Width"] = f"{old} → {new}"
+        if "ragged" in kinds:
+            cells["Mean width"] = mean_width([layer])
+        if kinds != {"whole"}:
+            cells["Neurons left"] = percent_text(share_left([layer]), 1)
+        if merges:
+            cells["Merged groups"] = str(sum(size > 1 for size in sizes))
+            cells["Largest"] = str(max((size for size in sizes if size > 1), default=MISSING))
+        if some:
+            cells["Whole"] = str(layer.shares.count(1.0))
+            cells["In part"] = str(sum(0 < share < 1 for share in layer.shares))
+            if any(0 in (each.widths or ()) for each in layers):
+                cells["No neuron"] = str((layer.widths or ()).count(0))
+        elif not _all_alike(layers):
+            cells[_alone(layers).capitalize()] = str(sizes.count(1))
+        if drops:
+            cells["Dropped"] = str(len(layer.dropped))
+        rows.append(cells)
+    return list(rows[0]) if rows else [], [list(cells.values()) for cells in rows]
+
+
+def _lists(layer: LayerChange) -> Section:
+    """Return the merged groups of a layer, and its other experts by what became of them."""
     groups = layer.groups()
     merged = sorted((group for group in groups if len(group[1]) > 1), key=lambda group: (-len(group[1]), group[1]))
-    alone = sorted(members[0] for _, members in groups if len(members) == 1)
-    return {
-        "index": layer.index,
-        "block": layer.block,
-        "experts": f"{layer.before} → {layer.after}",
-        "num_merged": len(merged),
-        "largest": max((len(members) for _, members in merged), default=0) or MISSING,
-        "num_alone": len(alone),
-        "num_dropped": len(layer.dropped),
-        "cells": cells,
-        "merged": [
-            {
-                "centre": MISSING if centre is None else centre,
-                "others": ranges_text([expert for expert in members if expert != centre]),
-                "size": len(members),
-            }
-            for centre, members in merged
-        ],
-        "alone": ranges_text(alone) if alone else "",
-        "dropped": ranges_text(layer.dropped) if layer.dropped else "",
-    }
+    chips = [
+        {
+            "centre": MISSING if centre is None else centre,
+            "others": ranges_text([expert for expert in members if expert != centre]),
+            "size": len(members),
+        }
+        for centre, members in merged
+    ]
+    lists = []
+    if layer.kind == "cut":
+        for count in range(layer.cuts, 0, -1):
+            held = [expert for expert, parts in enumerate(layer.parts) if parts == count]
+            lists.append(
+                (
+                    "Whole" if count == layer.cuts else f"{count} of {layer.cuts} parts",
+                    ranges_text(held) if held else "",
+                )
+            )
+    elif layer.widths is not None:
+        named = [(expert, layer.widths[new]) for expert, new in enumerate(layer.expert_map) if new >= 0]
+        lists.append(("Expert (width)", ", ".join(f"{expert} ({width})" for expert, width in named)))
+    else:
+        alone = sorted(members[0] for _, members in groups if len(members) == 1)
+        lists.append((_alone([layer]).capitalize(), ranges_text(alone) if alone else ""))
+    lists.append(("Dropped", ranges_text(layer.dropped) if layer.dropped else ""))
+    return {"merged": chips, "lists": [(name, text) for name, text in lists if text]}
 
 
 def _notes(manifest: Manifest) -> tuple[list[tuple[str, str]], list[list[str]]]:

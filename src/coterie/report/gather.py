@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,59 +15,24 @@ from coterie.compress.plan import Plan
 from coterie.errors import CorruptArtifact, CoterieError, InputError
 from coterie.evaluate.scorecard import Scorecard
 from coterie.model.checkpoint import Checkpoint
-from coterie.model.inspect import inspect
+from coterie.model.inspect import Inspection, inspect
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile
+from coterie.report.layers import LayerChange, share_left, size_mark, size_text
+from coterie.report.words import percent_text
 
 log = logging.getLogger(__name__)
 
 #: How deep below the run folder artefacts are looked for: RUN/a/b/file.json is found.
 DEPTH = 3
 
+#: Results are of one size when the shares of neurons that they keep differ by less.
+SAME_SIZE = 0.01
+
 MANIFEST_FILE = "coterie.json"
 TOOK_FILE = "coterie-run.json"  # beside a manifest: what the compression took
 _OUR_NAMES = (PROFILE_FILE, MANIFEST_FILE)
 _HEAD = 4096  # bytes; our JSON names itself in its first line
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerChange:
-    """What a manifest says of one layer.
-
-    Attributes:
-        index: position among the MoE layers.
-        block: name of the block.
-        before: experts of the original, E.
-        after: experts of the result, M.
-        expert_map: for each original expert the new one that stands for it, -1 when dropped.
-        centres: for each new expert the original one that it is centred on, or None.
-        notes: what passes noted, by pass.
-    """
-
-    index: int
-    block: str
-    before: int
-    after: int
-    expert_map: tuple[int, ...]
-    centres: tuple[int, ...] | None
-    notes: Mapping[str, Any]
-
-    def groups(self) -> list[tuple[int | None, tuple[int, ...]]]:
-        """Return (centre, all members) of every new expert, in the order of the new experts."""
-        members: dict[int, list[int]] = {}
-        for expert, new in enumerate(self.expert_map):
-            if new >= 0:
-                members.setdefault(new, []).append(expert)
-        centres = self.centres
-        return [
-            (centres[new] if centres is not None and new < len(centres) else None, tuple(experts))
-            for new, experts in sorted(members.items())
-        ]
-
-    @property
-    def dropped(self) -> tuple[int, ...]:
-        """Original experts for which nothing stands."""
-        return tuple(expert for expert, new in enumerate(self.expert_map) if new < 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +53,7 @@ class Manifest:
         version: version of Coterie that wrote it.
         digest: digest of the checkpoint, or None when its weights are not there.
         expert_bytes: bytes of its routed experts, or None when its weights are not there.
+        fixed_bytes: bytes of everything but routed experts in the original, or None when the weights are not there.
     """
 
     path: str
@@ -113,6 +79,7 @@ class Manifest:
     version: str
     digest: str | None
     expert_bytes: int | None
+    fixed_bytes: int | None
 
 
 @dataclass(slots=True)
@@ -147,6 +114,7 @@ class Entry:
         card: what evaluation measured, or None when it was not evaluated.
         base_card: the scorecard of its base on the same text, or None.
         num_bytes: bytes of all tensors.
+        size: what is left, in words that results of one size share; empty when unknown.
     """
 
     label: str
@@ -156,6 +124,7 @@ class Entry:
     card: Scorecard | None
     base_card: Scorecard | None
     num_bytes: int
+    size: str = ""
 
     @property
     def bytes_ratio(self) -> float | None:
@@ -166,11 +135,8 @@ class Entry:
 
     @property
     def kept(self) -> float | None:
-        """Share of the experts that are left, over all layers."""
-        if self.manifest is None:
-            return None
-        before = sum(layer.before for layer in self.manifest.layers)
-        return sum(layer.after for layer in self.manifest.layers) / before if before else None
+        """Share of the experts' hidden neurons that are left, over all layers."""
+        return None if self.manifest is None else share_left(self.manifest.layers)
 
     def score(self, key: str, domain: str | None = None) -> float | None:
         """Return one score of `coterie.evaluate.scorecard.Scores`, or "perplexity_ratio", over all or in one domain."""
@@ -239,13 +205,41 @@ def entries_of(run: Run) -> list[Entry]:
                 num_bytes=num_bytes,
             )
         )
-    return sorted(entries, key=_rank)
+    ranked = []
+    for place, group in enumerate(_by_size(entries)):
+        name = _size_name(group)
+        ranked += [(place, replace(entry, size=name)) for entry in group]
+    ranked.sort(key=lambda pair: (not pair[1].is_base, pair[0], *_costs(pair[1]), pair[1].label))
+    return [entry for _, entry in ranked]
 
 
-def _rank(entry: Entry) -> tuple[Any, ...]:
-    costs = [(cost is None, cost or 0.0) for cost in (entry.score("kl"), entry.score("perplexity"))]
-    kept = entry.kept if entry.kept is not None else 2.0
-    return (not entry.is_base, -kept, *costs, entry.label)
+def _by_size(entries: list[Entry]) -> list[list[Entry]]:
+    """Return the models in groups of one size, those of unknown size first, then the largest."""
+    groups: list[list[Entry]] = [[entry for entry in entries if entry.kept is None]]
+    start = 2.0
+    for entry in sorted(entries, key=lambda entry: (-(entry.kept or 0.0), entry.label)):
+        if entry.kept is None:
+            continue
+        if start - entry.kept >= SAME_SIZE:
+            groups.append([])
+            start = entry.kept
+        groups[-1].append(entry)
+    return groups
+
+
+def _size_name(group: list[Entry]) -> str:
+    """Return what is left, in words for a whole group: in full where it is the same for all, else as a share."""
+    names = {
+        size_text(entry.manifest.layers) for entry in group if entry.manifest is not None and entry.manifest.layers
+    }
+    if len(names) <= 1:
+        return "".join(names)
+    ends = [percent_text(pick(entry.kept or 0.0 for entry in group)) for pick in (min, max)]
+    return f"{'–'.join(dict.fromkeys(ends))} of the experts' neurons"
+
+
+def _costs(entry: Entry) -> list[tuple[bool, float]]:
+    return [(cost is None, cost or 0.0) for cost in (entry.score("kl"), entry.score("perplexity"))]
 
 
 def _score(card: Scorecard | None, key: str, domain: str | None) -> float | None:
@@ -291,7 +285,7 @@ def _read(run: Run, path: Path, relative: str) -> None:
 
 def _read_manifest(path: Path, relative: str, header: Mapping[str, Any]) -> Manifest:
     body, _ = read_artifact(path, kind="manifest")
-    digest, expert_bytes = _weights(path.parent)
+    digest, inside = _weights(path.parent)
     seconds, peak_bytes = _took(path.with_name(TOOK_FILE))
     try:
         layers = tuple(
@@ -303,6 +297,11 @@ def _read_manifest(path: Path, relative: str, header: Mapping[str, Any]) -> Mani
                 expert_map=tuple(map(int, layer["expert_map"])),
                 centres=None if layer["centres"] is None else tuple(map(int, layer["centres"])),
                 notes=dict(layer["notes"]),
+                width_before=_number(layer.get("width_before")),
+                width_after=_number(layer.get("width_after")),
+                top_k_before=_number(layer.get("top_k_before")),
+                top_k_after=_number(layer.get("top_k_after")),
+                widths=None if layer.get("widths_after") is None else tuple(map(int, layer["widths_after"])),
             )
             for layer in body["layers"]
         )
@@ -329,12 +328,25 @@ def _read_manifest(path: Path, relative: str, header: Mapping[str, Any]) -> Mani
             inputs=header["inputs"],
             version=str(header.get("coterie", "unknown")),
             digest=digest,
-            expert_bytes=expert_bytes,
+            expert_bytes=None if inside is None else inside.parts["experts"].bytes,
+            fixed_bytes=None if inside is None else _fixed_bytes(inside, layers),
         )
     except KeyError as error:
         raise CorruptArtifact(f"{path}: the manifest lacks {error}; compress again with this version") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise CorruptArtifact(f"{path}: the manifest holds something unexpected: {error}") from None
+
+
+def _number(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+def _fixed_bytes(inside: Inspection, layers: Sequence[LayerChange]) -> int:
+    """Return the bytes of all but routed experts that the original had: as here, but with its rows of the router."""
+    here = inside.total.bytes - inside.parts["experts"].bytes
+    # A mapped result keeps the rows; one that was cut into parts has more.
+    pairs = zip(inside.moe_layers, layers, strict=False)
+    return here + sum(block.row_bytes * (layer.before - block.router_rows) for block, layer in pairs)
 
 
 def _took(path: Path) -> tuple[dict[str, float], int | None]:
@@ -352,15 +364,15 @@ def _took(path: Path) -> tuple[dict[str, float], int | None]:
         ) from None
 
 
-def _weights(folder: Path) -> tuple[str | None, int | None]:
-    """Return digest and bytes of routed experts of a checkpoint; None for what cannot be found out."""
+def _weights(folder: Path) -> tuple[str | None, Inspection | None]:
+    """Return digest and content of a checkpoint; None for what cannot be found out."""
     try:
         digest = Checkpoint.open(folder).digest
     except (CoterieError, OSError) as error:
         log.info("%s: the weights cannot be read, so the report does without them: %s", folder, error)
         return None, None
     try:
-        return digest, inspect(folder).parts["experts"].bytes
+        return digest, inspect(folder)
     except CoterieError as error:
         log.info("%s: cannot tell expert bytes from others: %s", folder, error)
         return digest, None
@@ -399,7 +411,7 @@ def recipe_name(manifest: Manifest) -> str:
 def _labels(drafts: list[tuple[Manifest | None, Scorecard | None, str, bool]]) -> list[str]:
     """Return a short unique label for each model: its recipe, with as much more as it takes.
 
-    Counts of experts are added to all or to none, so that labels look alike; folders only where they must be.
+    Sizes are added to all or to none, so that labels look alike; folders only where they must be.
     """
     choices: list[list[str]] = []
     for manifest, card, path, _ in drafts:
@@ -407,9 +419,8 @@ def _labels(drafts: list[tuple[Manifest | None, Scorecard | None, str, bool]]) -
             name = card.model if card is not None else path
             choices.append([name, name, f"{name} ({path})"])
             continue
-        counts = sorted({layer.after for layer in manifest.layers})
         short = recipe_name(manifest)
-        sized = f"{short} · {'–'.join(map(str, [counts[0], counts[-1]][: len(counts)]))}" if counts else short
+        sized = f"{short} · {size_mark(manifest.layers)}" if manifest.layers else short
         choices.append([short, sized, f"{sized} ({manifest.folder})", f"{sized} ({manifest.path}, {path})"])
     labels = [options[0] for options in choices]
     if len(set(labels)) < len(labels):

@@ -14,9 +14,11 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from coterie.report.draw import (
+    BLUES,
     NUM_SERIES,
     VIRIDIS,
     Drawing,
+    colour,
     heat_png,
     integer_ticks,
     palette_png,
@@ -34,6 +36,8 @@ WIDTH = 980.0  # units of a full-width plot; about the pixels of the text column
 #: What became of an expert, in the order of the palette of `fate_map`.
 FATES = ("unchanged", "centre of a merged group", "merged into a centre", "dropped")
 FATE_COLOURS = ((86, 150, 190), (16, 62, 110), (178, 205, 222), (230, 140, 40))
+
+_SHADES = 65  # colours of shares in `share_map`
 
 
 def stack(rows: Sequence[Array]) -> Array:
@@ -71,6 +75,15 @@ def fate_map(fates_LE: Sequence[Sequence[int]], label: str) -> Markup:
     values = stack([np.asarray(row, dtype=np.float64) for row in fates_LE])
     index = np.where(np.isnan(values) | (values < 0), len(FATES), values).astype(np.uint8)
     return grid_map(palette_png(index, [*FATE_COLOURS, None]), values.shape, label, tall=16.0)
+
+
+def share_map(shares_LE: Sequence[Sequence[float]], label: str) -> Markup:
+    """Return the share of its neurons that each expert keeps, by layer and expert; nothing is the colour of dropped."""
+    values = stack([np.asarray(row, dtype=np.float64) for row in shares_LE])
+    palette = [colour(BLUES, level / (_SHADES - 1)) for level in range(_SHADES)]
+    index = np.rint(np.nan_to_num(values) * (_SHADES - 1))
+    index = np.where(values == 0, _SHADES, np.where(np.isnan(values), _SHADES + 1, index)).astype(np.uint8)
+    return grid_map(palette_png(index, [*palette, FATE_COLOURS[-1], None]), values.shape, label, tall=16.0)
 
 
 def colour_bar(low: float, high: float, caption: str, *, stops: str = VIRIDIS, over: bool = False) -> Markup:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from coterie.report.draw import CIVIDIS, colour, hex_colour, ink_on, key_mark
 from coterie.report.gather import Entry, Manifest, Run, recipe_name
+from coterie.report.layers import before_after, chosen_text, counts_text, kept_text, plan_text, short_size, widths_text
 from coterie.report.plots import ByteRow, byte_bars, domain_dots, time_bars, trade_off
 from coterie.report.words import MISSING, bytes_text, count_text, number_text, percent_text, range_text, times_text
 
@@ -67,14 +68,6 @@ def best_of(entries: Sequence[Entry]) -> Entry | None:
     return entries[0] if entries else None
 
 
-def experts_text(manifest: Manifest | None) -> str:
-    """Return how many experts a layer has, before and after: ``32 → 16``."""
-    if manifest is None:
-        return MISSING
-    before, after = (range_text([getattr(layer, side) for layer in manifest.layers]) for side in ("before", "after"))
-    return f"{before} → {after}"
-
-
 def model_name(run: Run, entries: Sequence[Entry]) -> str:
     """Return the name of the original model: the base's, else the one that results were made from, else the run's."""
     names = [entry.card.model for entry in entries if entry.is_base and entry.card is not None]
@@ -113,11 +106,16 @@ def _facts(run: Run, entries: Sequence[Entry]) -> list[str]:
         layers = profile.layers
         facts.append(count_text(len(layers), "MoE layer"))
         facts.append(f"{range_text([layer.num_experts for layer in layers])} experts a layer")
+        facts.append(f"width {range_text([layer.width for layer in layers])}")
         facts.append(f"top {range_text([layer.top_k for layer in layers])}")
     elif run.manifests:
         changes = run.manifests[0].layers
         facts.append(count_text(len(changes), "MoE layer"))
-        facts.append(f"{range_text([layer.before for layer in changes])} experts a layer")
+        facts.append(f"{counts_text(changes, side='before')} experts a layer")
+        if any(layer.width_before for layer in changes):
+            facts.append(f"width {widths_text(changes, side='before')}")
+        if chosen := chosen_text(changes, side="before"):
+            facts.append(f"top {chosen}")
     cards = [entry.card for entry in entries if entry.card is not None]
     if cards:
         facts.append(f"scored on {count_text(cards[0].overall['tokens'], 'token')}")
@@ -135,10 +133,7 @@ def _cards(best: Entry) -> list[dict[str, str]]:
 
     manifest, base = best.manifest, best.base_card
     if manifest is not None and manifest.layers:
-        before = range_text([layer.before for layer in manifest.layers])
-        after = range_text([layer.after for layer in manifest.layers])
-        note = f"experts in each of {count_text(len(manifest.layers), 'layer')}"
-        add("Kept", f"{after} of {before}", note)
+        add("Kept", *kept_text(manifest.layers))
     ratio = best.bytes_ratio
     note = f"{percent_text(ratio)} of {bytes_text(round(best.num_bytes / ratio))}" if ratio else "all tensors"
     add("Bytes", bytes_text(best.num_bytes), note)
@@ -167,19 +162,13 @@ def _hardest(best: Entry) -> str:
     return f"Hardest hit: {high[1]} (KL {number_text(high[0])}). Least: {low[1]} ({number_text(low[0])})."
 
 
-def _size_name(entry: Entry) -> str:
-    if entry.manifest is None:
-        return "unknown"
-    return f"{range_text([layer.after for layer in entry.manifest.layers])} experts a layer"
-
-
 def _best_by_size(results: Sequence[Entry]) -> list[dict[str, str]]:
-    sizes = list(dict.fromkeys(_size_name(entry) for entry in results if entry.manifest is not None))
+    sizes = list(dict.fromkeys(entry.size for entry in results if entry.size))
     if len(sizes) < 2:
         return []
     rows = []
     for size in sizes:
-        best = best_of([entry for entry in results if _size_name(entry) == size])
+        best = best_of([entry for entry in results if entry.size == size])
         assert best is not None
         rows.append(
             {
@@ -201,27 +190,29 @@ def results_table(entries: Sequence[Entry]) -> Section | None:
         return None
     columns = [column for column in COLUMNS if any(column.value(entry) is not None for entry in entries)]
     titles = {column.title for column in columns}
-    sizes = Counter(_size_name(entry) for entry in results)
+    sizes = Counter(entry.size for entry in results)
     apart = len(sizes) > 1 and max(sizes.values()) > 1
     best: dict[tuple[str, str], float] = {}
     for column in columns:
         for size in sizes:
-            held = [entry for entry in results if not apart or _size_name(entry) == size]
+            held = [entry for entry in results if not apart or entry.size == size]
             values = [value for entry in held if (value := column.value(entry)) is not None and math.isfinite(value)]
             if len(values) > 1 and column.better and max(values) > min(values):
                 best[size, column.title] = min(values) if column.better == "low" else max(values)
+    kinds = {layer.kind for entry in results if entry.manifest is not None for layer in entry.manifest.layers}
     rows = []
-    group = ""
+    group: str | None = None
     for entry in entries:
-        size = _size_name(entry)
-        heading = size if apart and not entry.is_base and size != group else ""
-        group = size if not entry.is_base else ""
+        size = entry.size
+        heading = (size or "unknown") if apart and not entry.is_base and size != group else ""
+        group = size if not entry.is_base else None
         cells = []
         for column in columns:
             value = column.value(entry)
             chosen = not entry.is_base and value is not None and best.get((size, column.title)) == value
             cells.append({"text": column.text(value), "best": chosen})
         manifest = entry.manifest
+        counts, also = (MISSING, []) if manifest is None else before_after(manifest.layers)
         rows.append(
             {
                 "heading": heading,
@@ -229,7 +220,9 @@ def results_table(entries: Sequence[Entry]) -> Section | None:
                 "name": entry.name,
                 "is_base": entry.is_base,
                 "router": MISSING if manifest is None else manifest.router,
-                "experts": experts_text(manifest),
+                "experts": counts,
+                "also": also,
+                "kept": percent_text(entry.kept),
                 "cells": cells,
             }
         )
@@ -240,6 +233,9 @@ def results_table(entries: Sequence[Entry]) -> Section | None:
         "any_best": bool(best),
         "any_base": any(entry.is_base for entry in entries),
         "order": next((word for key, word in (("KL", "KL"), ("Perplexity", "perplexity")) if key in titles), ""),
+        "neurons": any(kind != "whole" for kind in kinds),
+        "parts": "cut" in kinds,
+        "ragged": "ragged" in kinds,
         "maps": any(entry.manifest is not None and entry.manifest.router == "map" for entry in results),
         "texts": len({entry.card.text_digest for entry in entries if entry.card is not None}),
         "trade_off": _trade_off(results),
@@ -373,17 +369,17 @@ def _finite(value: float | None) -> float | None:
 def sizes(run: Run, entries: Sequence[Entry]) -> Section | None:
     """Return bars of bytes before and after, and the plans that were not carried out."""
     results = [entry for entry in compressed(entries) if entry.bytes_ratio]
-    done = [manifest.plan for manifest in run.manifests]
+    done = [_bare(manifest.plan) for manifest in run.manifests]
     open_plans = []
     for path, plan in run.plans:
-        if _as_json(plan.body()) not in done:
+        if _bare(plan.body()) not in done:
             ratio = plan.predicted_bytes / plan.original_bytes if plan.original_bytes else None
             open_plans.append(
                 {
                     "path": path,
                     "recipe": plan.recipe,
                     "router": plan.router,
-                    "experts": range_text([size.num_experts for size in plan.sizes]),
+                    "experts": plan_text(plan.sizes),
                     "layers": len(plan.sizes),
                     "bytes": bytes_text(plan.predicted_bytes),
                     "original": bytes_text(plan.original_bytes),
@@ -393,41 +389,41 @@ def sizes(run: Run, entries: Sequence[Entry]) -> Section | None:
     if not results and not open_plans:
         return None
     plot = None
-    apart = False
+    apart = parts = False
     if results:
         first = results[0]
         original = round(first.num_bytes / (first.bytes_ratio or 1.0))
         rows = _byte_rows(results)
-        known = [row for row in rows if row.experts is not None]
-        # What is not an expert stays (a plain router loses rows, a map keeps them), so experts are the original's rest.
-        fixed = max((row.total - (row.experts or 0) for row in known), default=None)
+        made = [entry.manifest for entry in results if entry.manifest is not None]
+        fixed = next((manifest.fixed_bytes for manifest in made if manifest.fixed_bytes is not None), None)
         rows.insert(0, ByteRow(name="original", total=original, experts=None if fixed is None else original - fixed))
-        plot, apart = byte_bars(rows), bool(known)
-    return {"plot": plot, "apart": apart, "plans": open_plans}
+        plot, apart = byte_bars(rows), any(row.experts is not None for row in rows)
+        parts = any(layer.kind == "cut" for manifest in made for layer in manifest.layers)
+    return {"plot": plot, "apart": apart, "parts": parts, "plans": open_plans}
 
 
 def _byte_rows(results: Sequence[Entry]) -> list[ByteRow]:
     """Return one bar for all results of one size; equal bars side by side say nothing."""
-    alike: dict[tuple[int, int | None], list[Entry]] = {}
+    alike: dict[tuple[int, int | None, str], list[Entry]] = {}
     for entry in results:
-        held = None if entry.manifest is None else entry.manifest.expert_bytes
-        alike.setdefault((entry.num_bytes, held), []).append(entry)
+        manifest = entry.manifest
+        held, left = (None, "") if manifest is None else (manifest.expert_bytes, short_size(manifest.layers))
+        alike.setdefault((entry.num_bytes, held, left), []).append(entry)
     rows = []
-    for (total, held), group in alike.items():
+    for (total, held, left), group in alike.items():
         name = group[0].label
         if len(group) > 1 and group[0].manifest is not None:
             routers = list(dict.fromkeys(entry.manifest.router for entry in group if entry.manifest is not None))
-            counts = range_text([layer.after for layer in group[0].manifest.layers])
-            name = f"{counts} experts, {routers[0]}" if len(routers) == 1 else f"{counts} experts"
+            name = f"{left}, {routers[0]}" if len(routers) == 1 else left
         rows.append(ByteRow(name=name, total=total, experts=held, title=", ".join(entry.label for entry in group)))
     return rows
 
 
-def _as_json(value: Any) -> Any:
-    """Return what JSON makes of tuples."""
-    if isinstance(value, dict):
-        return {key: _as_json(entry) for key, entry in value.items()}
-    return [_as_json(entry) for entry in value] if isinstance(value, (tuple, list)) else value
+def _bare(value: Any) -> Any:
+    """Return what JSON makes of tuples, without entries that are None: early versions did not write all of them."""
+    if isinstance(value, Mapping):
+        return {key: _bare(entry) for key, entry in value.items() if entry is not None}
+    return [_bare(entry) for entry in value] if isinstance(value, (tuple, list)) else value
 
 
 def provenance(run: Run, entries: Sequence[Entry]) -> Section:

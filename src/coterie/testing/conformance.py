@@ -57,7 +57,7 @@ def check_method(recipe: str, *, model_type: str = "olmoe") -> None:
         model = tiny_checkpoint(shop.folder / "model", model_type)
         permuted = shop.edited(model, _permute_experts)
         edit, without = _make_half_redundant, "without unused copies of experts"
-        if get_recipe(recipe).shrinks == "width":
+        if get_recipe(recipe).shrinks != "experts":
             edit, without = _make_neurons_idle, "without neurons that do nothing"
         redundant = shop.edited(tiny_checkpoint(shop.folder / "glm4_moe", "glm4_moe"), edit)
         before = _digests(model)
@@ -169,10 +169,10 @@ def check_result(model: str | Path, result: Result) -> None:
     if result.manifest["loads_with"] == "transformers":
         new_model, info = _load_stock(result.out)
         _require(not any(info.values()), f"{result.out} does not load whole: {info}")
-        found = [(layer.num_experts, layer.width) for layer in Architecture.of(made).layers]
+        found = [(layer.num_experts, layer.width, layer.top_k) for layer in Architecture.of(made).layers]
         sizes = zip(layers, result.plan.sizes, strict=True)
-        planned = [(size.num_experts, size.width or layer.width) for layer, size in sizes]
-        _require(found == planned, f"{found} experts and their width, not {planned} as planned")
+        planned = [(size.num_experts, size.width or layer.width, size.top_k or layer.top_k) for layer, size in sizes]
+        _require(found == planned, f"{found} experts, their width and how many are chosen, not {planned} as planned")
     else:
         new_model = load_model(result.out)
     old, new = load_model(model).state_dict(), new_model.state_dict()
@@ -180,14 +180,20 @@ def check_result(model: str | Path, result: Result) -> None:
     for name in old.keys() | new.keys():
         if not name.startswith(touched):
             _require(name in old and name in new and torch.equal(old[name], new[name]), f"{name} is not as it was")
-    for layer, entry in zip(layers, result.manifest["layers"], strict=True):
-        _check_map(layer, entry)
+    for layer, size, entry in zip(layers, result.plan.sizes, result.manifest["layers"], strict=True):
+        _check_map(layer, entry, cut=size.top_k is not None)
 
 
-def _check_map(layer: MoELayer, entry: dict[str, Any]) -> None:
+def _check_map(layer: MoELayer, entry: dict[str, Any], *, cut: bool) -> None:
     expert_map, count = entry["expert_map"], entry["num_experts_after"]
     where = f"{layer.block}: expert_map {expert_map}"
     _require(len(expert_map) == layer.num_experts, f"{where} has not {layer.num_experts} entries")
+    if cut:  # into parts: each expert is sent to its first one
+        owners = entry["centres"]
+        first = [owners.index(expert) if expert in owners else -1 for expert in range(layer.num_experts)]
+        _require(len(owners) == count and owners == sorted(owners), f"{layer.block}: parts of {owners}, not {count}")
+        _require(expert_map == first, f"{where} does not name the first parts {first}")
+        return
     _require(set(expert_map) - {-1} == set(range(count)), f"{where} does not reach each of {count} experts")
     for new, centre in enumerate(entry["centres"] or ()):
         _require(centre is None or expert_map[centre] == new, f"{where} does not send centre {centre} to {new}")
@@ -211,7 +217,7 @@ class _Shop:
         held = self.profile(model, recipe, fresh=fresh_profile)
         out = self.new_path(f"{recipe}-{router}")
         if get_recipe(recipe).distills:
-            wish |= {"text": self._text, "tokens": self._tokens, "seq_len": 64}
+            wish |= {"text": self._text, "tokens": self._tokens, "seq_len": 64, "train_tokens": self._tokens}
         return compress(model, out, recipe=recipe, router=router, profile=held, **wish)
 
     def profile(self, model: Path, recipe: str, *, fresh: bool = False) -> Profile:
@@ -240,8 +246,9 @@ class _Shop:
         raise AssertionError(f"{model}: {recipe} is possible, though {missing or 'its router'} cannot be measured")
 
     def smaller(self, model: Path, recipe: str, router: Any, *, fresh_profile: bool = False) -> Result:
-        """Keep half of the experts or, for a recipe that slims them, a third of their width."""
-        wish: dict[str, Any] = {"width": NARROW} if get_recipe(recipe).shrinks == "width" else {"experts": 4}
+        """Keep half of the experts, or a third of their width; where they are cut into parts, three eighths of all."""
+        wishes: dict[str, dict[str, Any]] = {"width": {"width": NARROW}, "parts": {"keep": 0.375}}
+        wish = wishes.get(get_recipe(recipe).shrinks, {"experts": 4})
         return self.compress(model, recipe, router, fresh_profile=fresh_profile, **wish)
 
     def edited(self, model: Path, edit: Callable[[PreTrainedModel, tuple[MoELayer, ...]], None]) -> Path:
@@ -274,8 +281,8 @@ class _Shop:
     def check_refusal(self, model: Path, recipe: str, router: str) -> None:
         layers = Architecture.of(Checkpoint.open(model)).layers
         wish: dict[str, Any] = {"experts": max(layer.top_k for layer in layers) - 1}  # too few for the router
-        if get_recipe(recipe).shrinks == "width":
-            wish = {"width": layers[0].width + 1}
+        if get_recipe(recipe).shrinks != "experts":
+            wish = {"width": layers[0].width + 1} if get_recipe(recipe).shrinks == "width" else {"budget": 1}
         there = set(self.folder.iterdir())
         try:
             self.compress(model, recipe, router, **wish)

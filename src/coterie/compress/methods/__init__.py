@@ -26,6 +26,7 @@ PASSES: dict[str, str] = {
     "refit-down": "coterie.compress.methods.refit_down:refit_down",
     "subspace": "coterie.compress.methods.subspace:subspace",
     "merge-router": "coterie.compress.methods.merge_router:merge_router",
+    "segment": "coterie.compress.methods.segment:segment",
     "slim": "coterie.compress.methods.slim:slim",
     "refit-router": "coterie.compress.methods.refit_router:refit_router",
 }

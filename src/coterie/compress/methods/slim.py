@@ -82,7 +82,7 @@ def slim(state: LayerState, size: LayerSize, *, score: str) -> LayerState:
     experts = state.experts
     scores_MF = SCORES[score][0](state.statistics, state.original.down_EDF)[_originals(state)]
     widths_M = torch.tensor(size.widths or (size.width or experts.width,) * experts.num_experts)
-    larger_MF = _weight_norms(experts).argsort(dim=1, descending=True, stable=True)
+    larger_MF = weight_norms(experts).argsort(dim=1, descending=True, stable=True)
     ranks_MF = scores_MF.gather(1, larger_MF).argsort(dim=1, descending=True, stable=True)
     order_MF = larger_MF.gather(1, ranks_MF)
     place_F = torch.arange(experts.width)
@@ -90,7 +90,7 @@ def slim(state: LayerState, size: LayerSize, *, score: str) -> LayerState:
     # Chosen neurons first, in their order, then the others.
     first_MF = torch.where(chosen_MF, place_F, place_F + experts.width).argsort(dim=1)
     kept_MW = first_MF if size.widths else first_MF[:, : int(widths_M[0])]
-    slimmed = _take(experts, kept_MW)
+    slimmed = take_neurons(experts, kept_MW)
     if size.widths:
         slimmed = _without_rest(slimmed, place_F < widths_M[:, None])
     total = float(scores_MF.sum())
@@ -110,7 +110,7 @@ def _originals(state: LayerState) -> Tensor:
     return original_E[map_E[original_E].argsort()]
 
 
-def _weight_norms(experts: Experts) -> Tensor:
+def weight_norms(experts: Experts) -> Tensor:
     """Return for each neuron (M, F) the product of the norms of its weights in gate, up and down projection."""
     norms_MF = _norms(experts.down_EDF, 1)
     pairs = ((experts.gate_EFD, experts.gate_bias_EF), (experts.up_EFD, experts.up_bias_EF))
@@ -126,7 +126,7 @@ def _norms(tensor: Tensor, axis: int) -> Tensor:
     return found
 
 
-def _take(experts: Experts, index_MW: Tensor) -> Experts:
+def take_neurons(experts: Experts, index_MW: Tensor) -> Experts:
     """Return experts with these neurons, in that order."""
 
     def rows(tensor_MFD: Tensor | None) -> Tensor | None:

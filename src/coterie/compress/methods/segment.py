@@ -1,0 +1,158 @@
+"""Segment: cut every expert into parts, keep the parts that the loss needs most, however many of each expert they are.
+
+An expert is a sum over its hidden neurons, so it may be cut into c experts of a c-th of its width that are chosen
+together: each gets a copy of its router row, and a token chooses c times as many. Routing weights that are normalised
+become c times smaller, which the down projections make up for. DeepSeekMoE (2401.06066) has such small experts from the
+start; here they let a plain checkpoint, whose experts all have one width, drop much of one and little of another.
+
+The neurons of an expert are ranked by a score of `coterie.compress.methods.slim`; its first part holds the best, and so
+on. The parts with the largest sums of scores in a layer stay. Then
+
+- parts of one expert would tie in the router, so that chance would decide which of them a token leaves out. A direction
+  v with v.x near 1 for every token x, found by least squares, takes the place of the bias that most routers lack: the
+  row of part j is moved by -j * d * v, with d a share of the logits' standard deviation: lesser parts come after.
+- what a part weighs now is asked from the family's own router on the sample: its down projection is multiplied by the
+  factor with which it comes nearest to what its expert weighed (least squares over the tokens that choose it).
+
+No published method.
+
+Legend: E experts of the original, M parts that stay, c parts of each expert, F expert width, W = F / c, D model width,
+T tokens, K experts chosen of the original, k parts chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from coterie.compress.methods.select import top_experts
+from coterie.compress.methods.slim import SCORES, slim, take_neurons, weight_norms
+from coterie.compress.methods.slim import needs as needs_of_score
+from coterie.compress.state import LayerSize, LayerState
+from coterie.model.layers import Experts
+
+#: How far the logits of two parts of one expert are moved apart, in standard deviations of the layer's logits.
+GAP = 0.05
+
+#: Ridge of the least squares for the direction that all tokens share, relative to the mean square of an input.
+RIDGE = 1e-3
+
+
+def needs(*, score: str, parts: int) -> tuple[str, ...]:
+    """Return the statistics that a score reads; raises UnknownName."""
+    return needs_of_score(score)
+
+
+def segment(state: LayerState, size: LayerSize, *, score: str, parts: int) -> LayerState:
+    """Keep the `size.num_experts` parts of width `size.width` that have the highest scores.
+
+    Where `size.top_k` is None experts are not cut: they become narrower, or fewer, whichever the size says. With router
+    groups, each group keeps an equal share.
+
+    Args:
+        state: the layer; no pass before may have changed its experts.
+        size: what it gets.
+        score: name of a score of `coterie.compress.methods.slim`.
+        parts: c at most; the plan has chosen (`coterie.compress.sizes`).
+
+    Raises:
+        UnknownName: no such score.
+    """
+    needs(score=score, parts=parts)
+    if size.top_k is None and size.num_experts == state.experts.num_experts:
+        return slim(state, size, score=score)
+    experts, width = state.experts, size.width or state.experts.width
+    scores_EF = SCORES[score][0](state.statistics, state.original.down_EDF)
+    larger_EF = weight_norms(experts).argsort(dim=1, descending=True, stable=True)
+    order_EF = larger_EF.gather(1, scores_EF.gather(1, larger_EF).argsort(dim=1, descending=True, stable=True))
+    neurons_PW = order_EF.reshape(-1, width).sort(dim=1).values
+    owner_P = torch.arange(len(neurons_PW)) // (experts.width // width)
+    sums_P = scores_EF[owner_P].gather(1, neurons_PW).sum(1)
+    kept_M = top_experts(sums_P, size.num_experts, state.layer.num_groups)
+    owner_M = owner_P[kept_M]
+    made = take_neurons(experts.select(owner_M), neurons_PW[kept_M])
+    count_M = torch.bincount(owner_M, minlength=experts.num_experts)[owner_M]
+    if made.down_bias_ED is not None:
+        made = replace(made, down_bias_ED=made.down_bias_ED / count_M[:, None])
+    first_M = torch.searchsorted(owner_M, owner_M)
+    router, gap = _rows(state, owner_M, torch.arange(len(owner_M)) - first_M)
+    factor_M = _factors(state, router, owner_M)
+    map_E = torch.full_like(state.expert_map_E, -1)
+    map_E[owner_M] = first_M
+    total = float(sums_P.sum())
+    note = {
+        "score": score,
+        "share_of_score": float(sums_P[kept_M].sum()) / total if total else 1.0,
+        "parts_by_expert": torch.bincount(owner_M, minlength=experts.num_experts).tolist(),
+        "gap": gap,
+    }
+    return replace(
+        state,
+        experts=_scaled(made, factor_M),
+        router=router,
+        expert_map_E=map_E,
+        centres_M=owner_M,
+        notes={**state.notes, "segment": note},
+    )
+
+
+def _rows(state: LayerState, owner_M: Tensor, rank_M: Tensor) -> tuple[dict[str, Tensor], float]:
+    """Return the router's tensors with a row for each part, lesser parts behind, and how far the logits are apart."""
+    inputs_TD = state.sample.router_inputs_TD.double()
+    gap = 0.0
+    rows = {}
+    for name, axis in state.layer.router_tensors:
+        tensor = state.router[name]
+        spare = torch.arange(state.layer.num_experts, tensor.shape[axis])
+        chosen = tensor.index_select(axis, torch.cat((owner_M, spare)))
+        if tensor.ndim == 2 and tensor.shape[1 - axis] == inputs_TD.shape[1]:
+            experts_ED = tensor.movedim(axis, 0)[: state.layer.num_experts]
+            gap = GAP * float((inputs_TD @ experts_ED.double().T).std())
+            down_D = _shared_direction(inputs_TD) * gap
+            moved = torch.zeros_like(chosen.movedim(axis, 0))
+            moved[: len(owner_M)] = (rank_M[:, None] * down_D).to(moved.dtype)
+            chosen = chosen - moved.movedim(0, axis)
+        rows[name] = chosen
+    return rows, gap
+
+
+def _shared_direction(inputs_TD: Tensor) -> Tensor:
+    """Return v (D,) with v.x as near to 1 as can be for all tokens, by least squares."""
+    moments_DD = inputs_TD.T @ inputs_TD
+    ridge = RIDGE * len(inputs_TD) * float(inputs_TD.square().mean())
+    eye_DD = torch.eye(len(moments_DD), dtype=moments_DD.dtype)
+    found_D: Tensor = torch.linalg.solve(moments_DD + max(ridge, 1e-30) * eye_DD, inputs_TD.sum(0))
+    return found_D
+
+
+def _factors(state: LayerState, router: dict[str, Tensor], owner_M: Tensor) -> Tensor:
+    """Return for each part the factor with which its routing weight comes nearest to that of its expert before, (M,).
+
+    Parts that no token of the sample chooses get the mean factor of the others.
+    """
+    sample, count = state.sample, len(owner_M)
+    index_TK, weight_TK = state.route(router, sample.router_inputs_TD)
+    before_TE = torch.zeros(len(index_TK), state.layer.num_experts + 1, dtype=torch.float64)
+    before_TE.scatter_add_(1, sample.index_TK.clamp(max=state.layer.num_experts), sample.weight_TK.double())
+    owners_M = torch.cat((owner_M, owner_M.new_tensor([state.layer.num_experts])))  # the last one is "no expert"
+    index_TK = index_TK.clamp(max=count)
+    wanted_TK, weight_TK = before_TE.gather(1, owners_M[index_TK]), weight_TK.double()
+    both_M, own_M = torch.zeros(2, count + 1, dtype=torch.float64).unbind()
+    both_M.index_add_(0, index_TK.flatten(), (wanted_TK * weight_TK).flatten())
+    own_M.index_add_(0, index_TK.flatten(), weight_TK.square().flatten())
+    both_M, own_M = both_M[:count], own_M[:count]
+    mean = float(both_M.sum() / own_M.sum()) if float(own_M.sum()) else 1.0
+    return torch.where(own_M > 0, both_M / own_M.clamp(min=1e-300), mean)
+
+
+def _scaled(experts: Experts, factor_M: Tensor) -> Experts:
+    """Return experts with their outputs multiplied, each by its factor."""
+    factor = factor_M.float()
+    bias_MD = experts.down_bias_ED
+    return replace(
+        experts,
+        down_EDF=experts.down_EDF * factor[:, None, None],
+        down_bias_ED=None if bias_MD is None else bias_MD * factor[:, None],
+    )

@@ -1,0 +1,38 @@
+"""The place that a result goes to: checked before any compute; files that are carried along as they are."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+from coterie.errors import InputError, OutOfSpace, OutputExists
+from coterie.model.checkpoint import Checkpoint
+from coterie.model.load import MANIFEST
+from coterie.model.units import format_bytes
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Raise OutOfSpace when the disk under `folder` has less than `num_bytes` (and some for the small files) free."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    needed = num_bytes + 16 * 2**20
+    if free < needed:
+        raise OutOfSpace(
+            errno.ENOSPC, f"the result needs {format_bytes(needed)}, {existing} has {format_bytes(free)} free"
+        )
+
+
+def check_target(target: Path, source: Path) -> None:
+    """Raise OutputExists for a place that is taken, InputError for one inside the model, which is never written."""
+    if target.exists() or target.is_symlink():
+        raise OutputExists(f"{target} exists; choose another place or remove it")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"{target} is inside the model folder {source}, which is never written; choose another place")
+
+
+def carry_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy the tokenizer and all other files that are neither weights nor config."""
+    for file in checkpoint.other_files():
+        if file.name != MANIFEST:
+            shutil.copyfile(file, folder / file.name)

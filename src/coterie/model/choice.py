@@ -1,0 +1,78 @@
+"""Which entry of config.json says how many experts a token chooses.
+
+Nothing is listed by family: empty models that differ in one entry are asked, as for the number of experts
+(`coterie.model.layers`) and their width (`coterie.model.width`).
+
+Legend: E experts, K chosen experts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from coterie.errors import ArchitectureMismatch, Infeasible
+from coterie.model.entries import Entry, names_of, whole_numbers, with_values
+from coterie.model.layers import Architecture, empty_model, probe_top_k
+
+_LIKELY = re.compile(r"tok|top|chosen|select|activ|moe_k")
+
+#: Entries that were found, by the text of their configs.
+_found: dict[str, Entry] = {}
+
+
+def choice_key(architecture: Architecture) -> Entry:
+    """Derive the path of the entry that is K.
+
+    Raises:
+        Infeasible: no entry lets every token choose more experts and changes nothing else, or layers differ in K.
+        ArchitectureMismatch: several entries could be meant.
+    """
+    known_as = json.dumps(architecture.config, sort_keys=True, default=str)
+    if known_as not in _found:
+        if len(_found) >= 16:
+            _found.clear()
+        _found[known_as] = _derive(architecture)
+    return _found[known_as]
+
+
+def _derive(architecture: Architecture) -> Entry:
+    choices = sorted({layer.top_k for layer in architecture.layers})
+    if len(choices) > 1:
+        raise Infeasible(f"the layers choose different numbers of experts ({choices}), which no single entry says")
+    tried: set[Entry] = set()
+    for likely in (True, False):
+        for source in (architecture.config, architecture.model.config.to_dict()):
+            found: list[Entry] = []
+            for path, value in whole_numbers(source):
+                if value != choices[0] or path in tried or bool(_LIKELY.search(path[-1])) != likely:
+                    continue
+                tried.add(path)
+                if not any(path[-1] in names_of(architecture.model, other) for other in found):
+                    found += [path] if _chooses_twice(architecture, path) else []
+            if len(found) > 1:
+                names = [".".join(path) for path in found]
+                raise ArchitectureMismatch(f"several config keys could be the number of chosen experts: {names}")
+            if found:
+                return found[0]
+    raise Infeasible(f"no entry of config.json lets a token choose more than {choices[0]} experts")
+
+
+def _chooses_twice(architecture: Architecture, path: Entry) -> bool:
+    """Tell whether twice the value at a path makes tokens choose 2 K of 2 E experts, and leaves every shape alone."""
+    layer = architecture.layers[0]
+    doubled = {architecture.expert_key: 2 * layer.num_experts}
+    config = with_values(architecture.config, {**doubled, path: 2 * layer.top_k}, architecture.model)
+    names = [each.experts for each in architecture.layers]
+    try:
+        model = empty_model(config)
+        found = probe_top_k(
+            model, names, "a model of twice the experts", known_as=json.dumps(config, sort_keys=True, default=str)
+        )
+        before = empty_model(with_values(architecture.config, doubled, architecture.model))
+    except Exception:  # whatever a family's constructor or block raises, it means: not this entry
+        return False
+    same = {name: tensor.shape for name, tensor in before.state_dict().items()} == {
+        name: tensor.shape for name, tensor in model.state_dict().items()
+    }
+    return same and [found.get(name) for name in names] == [2 * layer.top_k] * len(names)
