@@ -1,7 +1,8 @@
 """`make demo`: halve the experts of the bundled reference model with some recipes and show what each one costs.
 
     python benchmarks/demo.py [--model reference/model] [--out demo] [--keep 0.5]
-                              [--tokens 40960] [--test-tokens 20480] [--questions 100]
+                              [--tokens 40960] [--train-tokens 65536] [--test-tokens 20480]
+                              [--questions 100]
 
 Profiles the model on the calibration text, compresses it with `SHOWN`, evaluates all results against the original
 on the test text, prints the tables (in Markdown: OUT/tables.md) and writes the report.
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL, help="the model to halve")
     parser.add_argument("--keep", type=float, default=0.5, help="share of the experts to keep")
     parser.add_argument("--tokens", type=int, default=40_960, help="calibration tokens")
+    parser.add_argument("--train-tokens", type=int, default=65_536, help="tokens that `coterie` trains its result on")
     parser.add_argument("--test-tokens", type=int, default=20_480, help="test tokens")
     parser.add_argument("--questions", type=int, default=100, help="questions with exact answers")
     parser.add_argument("--seed", type=int, default=0)
@@ -124,6 +126,7 @@ def main() -> None:
         compress(
             options.model, out, keep=options.keep, recipe=recipe, router=router, profile=measured, text=CALIBRATION,
             tokens=options.tokens, seed=options.seed, device=options.device,
+            train_tokens=options.train_tokens if RECIPES[recipe].distills else None,
         )  # fmt: skip
         results[name] = (out, time.perf_counter() - begin)
     console.print(f"evaluating {len(results)} results on {options.test_tokens} tokens of {TEST.relative_to(HERE)}")
@@ -152,7 +155,7 @@ def main() -> None:
     console.print(f"report: {page}")
     console.print(f"all in {time.perf_counter() - started:.0f} seconds; now to your own model:")
     console.print("  coterie inspect  MODEL --budget 12GiB")
-    console.print("  coterie compress MODEL OUT --keep 0.5 --recipe coterie --text DIR")
+    console.print("  coterie compress MODEL OUT --keep 0.5 --text DIR")
     console.print("  coterie evaluate OUT --against MODEL --text DIR")
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from coterie.artifact import write_artifact, write_json
-from coterie.compress.distill_run import make_targets, may_distill, train
+from coterie.compress.distill_run import make_targets, may_distill, say_cost, train
 from coterie.compress.layer import LayerSummary, Swap, compress_layer
 from coterie.compress.plan import Plan, Router, check_statistics, make_plan
 from coterie.compress.recipes import get_recipe, training_tokens
@@ -206,6 +206,8 @@ def compress(
         if sum(map(len, token_set.sequences.values())) < 2:
             log.warning("one sequence of text is too little to train on and to see whether it helped: left out")
             token_set = None
+        else:
+            wanted = say_cost(architecture, plan.sizes[0], token_set, wanted, stream.device)
     clock.lap("plan")
     if isinstance(profile, str | Path) and held is None:
         held = run_profile(

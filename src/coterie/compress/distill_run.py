@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coterie.artifact import atomic_path, digest_of
+from coterie.compress.cost import training_cost
 from coterie.compress.distill import Distillation, Schedule, Targets, trainable
 from coterie.compress.state import LayerSize
 from coterie.journal import Run
@@ -31,6 +32,7 @@ from coterie.model.load import hollow_result
 from coterie.model.memory import free_bytes
 from coterie.model.stream import Stream
 from coterie.model.units import format_bytes
+from coterie.profile.calibration import TokenSet
 from coterie.progress import track
 
 log = logging.getLogger(__name__)
@@ -87,8 +89,7 @@ def may_distill(
     architecture: Architecture, size: LayerSize, seq_len: int, limit: int | None, device: torch.device
 ) -> bool:
     """Tell whether a result can be trained in the memory that is allowed or, without a limit, free; log which."""
-    width = size.width if size.widths is None else None
-    model = hollow_result(architecture, size.num_experts, maps=None, dtype=torch.float32, width=width, top_k=size.top_k)
+    model = _hollow(architecture, size)
     needed = needed_bytes(model, architecture.layers, seq_len=seq_len, workers=torch.get_num_threads())
     allowed = free_bytes(device) if limit is None else limit
     says = f"training the result as a whole takes {format_bytes(needed)} of memory"
@@ -97,6 +98,25 @@ def may_distill(
         return False
     log.info("memory: %s", says)
     return True
+
+
+def say_cost(
+    architecture: Architecture, size: LayerSize, token_set: TokenSet, tokens: int, device: torch.device
+) -> int:
+    """Log what training on `tokens` takes, or on as many as the text has, seen `EPOCHS` times; return how many."""
+    there = sum(map(len, token_set.sequences.values())) * token_set.seq_len
+    tokens = min(tokens, EPOCHS * there)
+    cost = training_cost(
+        architecture.model, _hollow(architecture, size), architecture.layers,
+        tokens=tokens, top_k=size.top_k or architecture.layers[0].top_k, device=device,
+    )  # fmt: skip
+    log.info("cost: %s", cost)
+    return tokens
+
+
+def _hollow(architecture: Architecture, size: LayerSize) -> PreTrainedModel:
+    width = size.width if size.widths is None else None
+    return hollow_result(architecture, size.num_experts, maps=None, dtype=torch.float32, width=width, top_k=size.top_k)
 
 
 def make_targets(run: Run, stream: Stream, batches: Sequence[tuple[int, Tensor]], cache: Path | None = None) -> Targets:

@@ -1,0 +1,96 @@
+"""What training a result takes, said before it begins: operations, and seconds at this machine's speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from coterie.model.layers import MoELayer
+
+#: Share of the speed of one large matrix product that a model reaches: small products, attention, norms and the
+#: optimizer take the rest. On the bundled models it was 0.3 to 0.5 on CPU cores.
+REACHED = 0.4
+
+_SIDE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What training takes.
+
+    Attributes:
+        tokens: tokens that the result is trained on.
+        operations: floating-point operations, the original's predictions included.
+        seconds: about how long that is.
+    """
+
+    tokens: int
+    operations: float
+    seconds: float
+
+    def __str__(self) -> str:
+        minutes = max(1, round(self.seconds / 60))
+        return (
+            f"training the result on {self.tokens:,} tokens, and the original's predictions of them, are "
+            f"{self.operations:.1e} operations: some {minutes:,} minute{'s' if minutes > 1 else ''} here"
+        )
+
+
+def training_cost(
+    original: PreTrainedModel,
+    result: PreTrainedModel,
+    layers: Sequence[MoELayer],
+    *,
+    tokens: int,
+    top_k: int,
+    device: torch.device,
+) -> Cost:
+    """Estimate what training takes; empty models will do.
+
+    A weight takes two operations a token forward, and four more backward. Of the experts only the chosen ones count.
+
+    Args:
+        original: whose predictions are the target.
+        result: what is trained.
+        layers: MoE layers of the original; the result's have the same names.
+        tokens: tokens to train on.
+        top_k: experts that a token chooses in the result.
+        device: where.
+    """
+    before = active_weights(original, layers, [layer.top_k for layer in layers])
+    after = active_weights(result, layers, [top_k] * len(layers))
+    operations = float(tokens) * (2 * before + 6 * after)
+    return Cost(tokens=tokens, operations=operations, seconds=operations / (REACHED * _speed(device)))
+
+
+def active_weights(model: PreTrainedModel, layers: Sequence[MoELayer], top_k: Sequence[int]) -> float:
+    """Return how many weights a token is multiplied with: embeddings are looked up, and experts chosen."""
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is not None:  # may be the same tensor as the embedding, and is a product then
+        looked_up.discard(id(head.weight))
+    share = {f"{layer.experts}.": chosen for layer, chosen in zip(layers, top_k, strict=True)}
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        if id(parameter) in looked_up:
+            continue
+        chosen = next((count for prefix, count in share.items() if name.startswith(prefix)), None)
+        total += parameter.numel() * (1.0 if chosen is None else min(1.0, chosen / parameter.shape[0]))
+    return total
+
+
+def _speed(device: torch.device) -> float:
+    """Return operations a second of a large float32 matrix product, best of three."""
+    matrix = torch.ones(_SIDE, _SIDE, device=device)
+    best = 0.0
+    for _ in range(3):
+        started = time.perf_counter()
+        # Reading a value waits for the device.
+        float((matrix @ matrix)[0, 0])
+        best = max(best, 2 * _SIDE**3 / max(1e-9, time.perf_counter() - started))
+    return best
