@@ -169,7 +169,7 @@ def test_as_many_parts_stay_as_take_no_more_bytes_than_whole_experts(olmoe: Path
     whole = round(keep * EXPERTS) * (WIDTH * neuron + row)
     count = whole // (8 * neuron + row)
     assert [(size.num_experts, size.width) for size in made.sizes] == [(count, 8)] * LAYERS
-    assert [size.top_k for size in made.sizes] == [max(1, round(2 * count / EXPERTS))] * LAYERS
+    assert [size.top_k for size in made.sizes] == [min(count, 6, max(1, round(1.25 * 2 * count / EXPERTS)))] * LAYERS
     assert made.predicted_bytes == rest + LAYERS * count * (8 * neuron + row)
     assert made.predicted_bytes <= plan(olmoe, recipe="reap", experts=max(2, round(keep * EXPERTS))).predicted_bytes
 

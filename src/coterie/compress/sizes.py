@@ -25,6 +25,11 @@ from coterie.model.width import ALIGNMENT, width_rule
 from coterie.profile.profile import Profile
 
 
+#: A token chooses so many times the parts that would keep as many neurons at work as if all experts were narrower:
+#: parts of one expert are chosen together, so that an expert with many parts takes the places of others.
+MORE = 1.25
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wish:
     """How small the result is to be; exactly one of these.
@@ -239,8 +244,7 @@ def _segmented(architecture: Architecture, sizing: Sizing, wish: Wish, parts: in
     width, top_k = layers[0].width // cut, layers[0].top_k
     segmented: dict[int, tuple[LayerSize, ...]] = {}
     for count in range(1, total * cut):
-        # As many neurons are at work for a token as if all experts were narrower.
-        chosen = min(count, max(1, round(top_k * count / total)))
+        chosen = min(count, top_k * cut, max(1, round(MORE * top_k * count / total)))
         if architecture.routing_problem(count, chosen) is None:
             size = LayerSize(num_experts=count, width=width, top_k=chosen)
             segmented[count] = (size,) * len(layers)
