@@ -24,7 +24,6 @@ from coterie.model.units import format_bytes, parse_bytes
 from coterie.model.width import ALIGNMENT, width_rule
 from coterie.profile.profile import Profile
 
-
 #: A token chooses so many times the parts that would keep as many neurons at work as if all experts were narrower:
 #: parts of one expert are chosen together, so that an expert with many parts takes the places of others.
 MORE = 1.25
