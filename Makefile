@@ -29,13 +29,15 @@ lint: $(VENV)/.stamp-dev ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (an hour, 50 GB of disk)
+bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (an afternoon, 50 GB of disk)
 	$(BIN)/python benchmarks/demo.py --markdown benchmarks/demo.md
 	$(BIN)/python benchmarks/inputs.py --markdown benchmarks/inputs.md
 	$(BIN)/python benchmarks/calibration.py --tokens 16384 --test-tokens 10240 --markdown benchmarks/calibration.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/overhead.py --tokens 131072 --repeats 3 --large-size 0 --recipes reap \
 		--markdown benchmarks/overhead.md
 	$(BIN)/python benchmarks/memory.py --tokens 2048 --markdown benchmarks/memory.md
+	$(BIN)/python benchmarks/research.py --markdown benchmarks/research.md
+	$(BIN)/python benchmarks/methods.py
 
 clean: ## remove caches, builds and the demo's results; .venv stays
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist demo

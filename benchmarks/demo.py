@@ -2,6 +2,7 @@
 
     python benchmarks/demo.py [--model reference/model] [--out demo] [--keep 0.5]
                               [--tokens 40960] [--train-tokens 65536] [--test-tokens 20480]
+                              [--questions 100]
 
 Profiles the model on the calibration text, compresses it with `SHOWN`, evaluates all results against the original
 on the test text, prints the tables (in Markdown: OUT/tables.md) and writes the report.
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40_960, help="calibration tokens")
     parser.add_argument("--train-tokens", type=int, default=65_536, help="tokens that `coterie` trains its result on")
     parser.add_argument("--test-tokens", type=int, default=20_480, help="test tokens")
-    parser.add_argument("--questions", type=int, help="questions with exact answers; all of them by default")
+    parser.add_argument("--questions", type=int, default=100, help="questions with exact answers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--markdown", type=Path, help="where the tables go, OUT/tables.md by default")

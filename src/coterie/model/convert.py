@@ -134,7 +134,13 @@ class Crossing:
             converted = revert_weight_conversion(model, dict(tensors))
         known = self._checkpoint.tensors
         originals = {name: sibling(name, known) for name in converted}
-        unknown = sorted(name for name, original in originals.items() if original is None)
+        # Only tensors that are one of many, as those of single experts are, may have brothers that were not there.
+        single = {sources[0] for sources in self.sources.values() if len(sources) == 1}
+        unknown = sorted(
+            name
+            for name, original in originals.items()
+            if original is None or (original != name and original in single)
+        )
         if unknown:
             raise ArchitectureMismatch(
                 f"{self._checkpoint.path}: converting back to disk made {len(unknown)} names that the checkpoint does "

@@ -1,0 +1,473 @@
+"""What the study in research.py tries that the package does not have: more scores, and training with every choice open.
+
+Training has the original in memory beside the compressed model, and asks it for its predictions piece by piece. What
+the package itself does is in `coterie.compress.methods.slim` and `coterie.compress.distill`.
+
+Legend: B sequences, S tokens of a sequence, V vocabulary, T tokens, K chosen experts, E experts, F expert width, D
+model width, N tokens of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from coterie.compress.adam import Adam, rate_at
+from coterie.compress.distill import Schedule, Targets
+from coterie.compress.methods import segment
+from coterie.compress.methods.slim import RANKINGS, SCORES, energy_scores
+from coterie.model.layers import Experts, MoELayer, canonical_experts, native_experts
+from coterie.model.seam import intercepted, routed_output
+from coterie.profile.profile import Sample
+from coterie.progress import track
+
+#: Tokens that are computed at once.
+MICRO_TOKENS = 1_024
+
+#: Tokens from which the second moments of the matrices' inputs are made.
+MOMENT_TOKENS = 8_192
+
+#: Momentum of Muon, and the coefficients and steps of its Newton-Schulz iteration.
+MOMENTUM = 0.9
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+
+
+# Scores that the package does not have.
+
+Statistics = Mapping[str, Tensor]
+
+#: By name: the score (E, F) from statistics, and the statistics that it reads. Those that begin with "study" are made
+#: by `study_statistics`.
+ADDED: dict[str, tuple[Callable[[Statistics], Tensor], tuple[str, ...]]] = {
+    "study-activation": (lambda held: held["hidden_square"] * held["study_norm"], ("hidden_square", "study_norm")),
+    "study-fisher": (lambda held: held["channel_fisher"], ("channel_fisher",)),
+    "study-mean": (
+        lambda held: (held["channel_fisher"] * energy_scores(held)).sqrt(),
+        ("channel_fisher", "gated_hidden_square", "gradient_energy", "tokens"),
+    ),
+    "study-removal": (lambda held: held["study_removal"], ("study_removal",)),
+}
+
+
+@contextmanager
+def added_scores() -> Iterator[None]:
+    """Within the block, the package knows the scores of `ADDED`."""
+    for name, (function, read) in ADDED.items():
+        SCORES[name] = (lambda held, down_EDF, function=function: function(held), read)  # type: ignore[misc]
+        RANKINGS[name] = function
+    try:
+        yield
+    finally:
+        for name in ADDED:
+            del SCORES[name], RANKINGS[name]
+
+
+@contextmanager
+def router_gap(gap: float) -> Iterator[None]:
+    """Within the block, parts of an expert are that far apart in the router."""
+    before, segment.GAP = segment.GAP, gap
+    try:
+        yield
+    finally:
+        segment.GAP = before
+
+
+def study_statistics(experts: Experts, sample: Sample, wanted: Sequence[str]) -> dict[str, Tensor]:
+    """Return statistics that a profile does not hold, each (1, E, F): the text counts as one domain.
+
+    ``study_norm``: |w_k|^2 of the down projection's column of each neuron. ``study_removal``: see `removal_scores`.
+    """
+    found = {}
+    if "study_norm" in wanted:
+        found["study_norm"] = experts.down_EDF.double().square().sum(1)[None]
+    if "study_removal" in wanted:
+        found["study_removal"] = removal_scores(experts, sample)[None]
+    return found
+
+
+def removal_scores(experts: Experts, sample: Sample, prior: float = 16.0) -> Tensor:
+    """Return what it costs to remove each neuron when its turn comes, (E, F) float64; optimal brain surgeon.
+
+    In each expert the neuron goes next whose removal adds least to the squared error of the expert's output on the
+    sample, the others' down columns being solved for anew each time. What it adds is its score, and never less than
+    what the one before it added, so that a ranking by score is the order of removal.
+
+    Args:
+        experts: the original ones.
+        sample: its tokens.
+        prior: strength of the ridge, in tokens of average activations.
+    """
+    width = experts.width
+    moments_EFF = torch.zeros(experts.num_experts, width, width, dtype=torch.float64)
+    for expert in range(experts.num_experts):
+        token_N, slot_N = (sample.index_TK == expert).nonzero(as_tuple=True)
+        weight_N1 = sample.weight_TK[token_N, slot_N, None].float()
+        hidden_NF = (weight_N1 * experts.hidden(expert, sample.inputs_TD[token_N].float())).double()
+        moments_EFF[expert] = hidden_NF.T @ hidden_NF
+        mean = float(moments_EFF[expert].diagonal().mean())
+        moments_EFF[expert].diagonal().add_(max(prior * mean / max(1, len(token_N)), 1e-30))
+    added_EF, order_EF = greedy_removal(moments_EFF, experts.down_EDF.double())
+    # A hair more for each step, so that neurons that cost nothing keep their order too.
+    cost_EF = added_EF.cummax(1).values * (1 + 1e-9 * torch.arange(width, dtype=torch.float64))
+    return torch.zeros_like(cost_EF).scatter_(1, order_EF, cost_EF)
+
+
+def greedy_removal(moments_EFF: Tensor, down_EDF: Tensor) -> tuple[Tensor, Tensor]:
+    """Remove neurons one after the other, the cheapest first, the others' down columns solved for anew each time.
+
+    With H the moments of an expert's activations and P = H^-1, the output without neuron k comes nearest to what it was
+    with columns w_j - w_k P_kj / P_kk, and the squared error rises by |w_k|^2 / P_kk. Only the products of columns are
+    needed, not the columns.
+
+    Returns:
+        By how much each step raises the squared error (E, F), and which neuron goes then (E, F).
+    """
+    count, width = moments_EFF.shape[:2]
+    rows_E = torch.arange(count)
+    inverse_EFF = torch.linalg.inv(moments_EFF)
+    products_EFF = down_EDF.mT @ down_EDF
+    alive_EF = torch.ones(count, width, dtype=torch.bool)
+    added, order = [], []
+    for _ in range(width):
+        costs_EF = products_EFF.diagonal(dim1=1, dim2=2) / inverse_EFF.diagonal(dim1=1, dim2=2)
+        next_E = costs_EF.masked_fill(~alive_EF, torch.inf).argmin(1)
+        added.append(costs_EF[rows_E, next_E].clamp(min=0))
+        order.append(next_E)
+        share_EF = inverse_EFF[rows_E, next_E] / inverse_EFF[rows_E, next_E, next_E, None]
+        lost_EF = products_EFF[rows_E, next_E]
+        inverse_EFF = inverse_EFF - share_EF[:, :, None] * inverse_EFF[rows_E, next_E][:, None]
+        products_EFF = (
+            products_EFF
+            - share_EF[:, :, None] * lost_EF[:, None]
+            - lost_EF[:, :, None] * share_EF[:, None]
+            + lost_EF[rows_E, next_E, None, None] * share_EF[:, :, None] * share_EF[:, None]
+        )
+        # What is gone costs and shares nothing more; ones keep the next quotients finite.
+        for matrix_EFF in (inverse_EFF, products_EFF):
+            matrix_EFF[rows_E, next_E] = 0
+            matrix_EFF[rows_E, :, next_E] = 0
+        inverse_EFF[rows_E, next_E, next_E] = 1
+        alive_EF[rows_E, next_E] = False
+    return torch.stack(added, 1), torch.stack(order, 1)
+
+
+# Training.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """How a compressed model is trained.
+
+    Attributes:
+        tokens: tokens in all.
+        step_tokens: tokens of a step of the optimizer.
+        rate: largest step of an entry, relative to the root mean square of its tensor.
+        pool: tokens of text, seen again and again; None for as many as `tokens`, so that each is seen once.
+        classes: the loss compares so many of the original's most probable tokens and one class for the rest; None for
+            the whole vocabulary.
+        others: the rate of attention and norms, as a share of `rate`; 0 leaves them as they are.
+        hidden: weight of the error of the hidden states behind all layers, beside the divergence.
+        optimizer: "adam", "muon" (matrices of the experts) or "eigenbasis" (Adam, see `Turned`).
+    """
+
+    tokens: int = 65_536
+    step_tokens: int = 2_048
+    rate: float = 0.005
+    pool: int | None = None
+    classes: int | None = None
+    others: float = 0.0
+    hidden: float = 0.0
+    optimizer: Literal["adam", "muon", "eigenbasis"] = "adam"
+
+    def scaled(self, scale: float) -> Training:
+        """Return the same with another amount of text."""
+        pool = None if self.pool is None else round(self.pool * scale)
+        return replace(self, tokens=round(self.tokens * scale), pool=pool)
+
+    def schedule(self, seq_len: int, seed: int) -> Schedule:
+        """Return which sequences each step sees."""
+        return Schedule(
+            steps=max(1, round(self.tokens / self.step_tokens)),
+            sequences=max(1, self.step_tokens // seq_len),
+            seed=seed,
+        )
+
+
+class Optimizer(Protocol):
+    """Changes some tensors in place."""
+
+    def step(self, gradients: Sequence[Tensor], rate: float) -> None:
+        """Take one step against gradients, which come in the order of the tensors."""
+
+
+@contextmanager
+def computing(model: PreTrainedModel, experts: Mapping[str, Experts] | None = None) -> Iterator[None]:
+    """Within the block, experts are computed one after the other, as the package does where it trains.
+
+    Args:
+        model: whose experts.
+        experts: what stands for those of the model, by name of their module; None for its own.
+    """
+    held = {} if experts is None else {id(model.get_submodule(name)): entry for name, entry in experts.items()}
+
+    def compute(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        here = held[id(module)] if id(module) in held else canonical_experts(module)
+        return routed_output(here.apart(), hidden_TD, index_TK, weight_TK)
+
+    with intercepted(model, compute):
+        yield
+
+
+class Student:
+    """A compressed model on its way; its experts are trained in canonical form, so that every matrix is one.
+
+    Attributes:
+        model: the model.
+        experts: its experts by name of their module.
+        matrices: the tensors of the experts and the routers, by name.
+        others: all else that has a gradient, without embeddings and head, by name; empty unless asked for.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[MoELayer], *, others: bool) -> None:
+        """Prepare a model.
+
+        Args:
+            model: float32; `put_back` changes it, steps change its routers (and its others) at once.
+            layers: its MoE layers.
+            others: whether attention and norms are trained too.
+        """
+        model.requires_grad_(False)
+        self.model = model
+        self.experts: dict[str, Experts] = {}
+        self.matrices: dict[str, Tensor] = {}
+        for layer in layers:
+            own = canonical_experts(model.get_submodule(layer.experts)).map(Tensor.clone)
+            self.experts[layer.experts] = own
+            self.matrices |= {f"{layer.experts}.{name}": tensor for name, tensor in own.tensors().items()}
+        routers = {name for layer in layers for name, _ in layer.router_tensors}
+        inside = tuple(f"{layer.experts}." for layer in layers)
+        whole: Any = model
+        ends = (whole.get_input_embeddings(), whole.get_output_embeddings())
+        fixed = {id(tensor) for module in ends if module is not None for tensor in module.parameters()}
+        self.others: dict[str, Tensor] = {}
+        for name, parameter in model.named_parameters():
+            if name in routers:
+                self.matrices[name] = parameter
+            elif others and not name.startswith(inside) and id(parameter) not in fixed:
+                self.others[name] = parameter
+        for tensor in self.weights.values():
+            tensor.requires_grad_(True)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors that are trained."""
+        return self.matrices | self.others
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Write the experts into the model."""
+        for name, experts in self.experts.items():
+            module = self.model.get_submodule(name)
+            for key, tensor in native_experts(module, experts).items():
+                module.get_parameter(key).copy_(tensor)
+
+
+def train(
+    model: PreTrainedModel,
+    original: PreTrainedModel,
+    layers: Sequence[MoELayer],
+    ids_BS: Tensor,
+    training: Training,
+    *,
+    seed: int = 0,
+) -> list[float]:
+    """Train a compressed model towards the original's predictions.
+
+    Args:
+        model: the compressed model, float32; it is changed.
+        original: the original model, float32.
+        layers: its MoE layers; those of the compressed model have the same names.
+        ids_BS: text.
+        training: how.
+        seed: of the order of the sequences.
+
+    Returns:
+        The mean divergence on the text of each step before it is taken, nats per token.
+    """
+    schedule = training.schedule(ids_BS.shape[1], seed)
+    student = Student(model, layers, others=training.others > 0)
+    weights = student.weights
+    optimizers = _optimizers(student, training, lambda: _moments(student, layers, ids_BS, schedule))
+    micro = max(1, MICRO_TOKENS // ids_BS.shape[1])
+    found = []
+    with computing(model, student.experts), computing(original):
+        for step in track(range(schedule.steps), "distilling", total=schedule.steps):
+            rows = schedule.rows(step, len(ids_BS))
+            total = 0.0
+            for part in torch.split(rows, micro):
+                share = len(part) / len(rows)
+                with torch.enable_grad():
+                    divergence, loss = _loss(model, original, ids_BS[part], training)
+                    (share * loss).backward()  # type: ignore[no-untyped-call]
+                total += share * float(divergence.detach())
+            rate = rate_at(step, schedule.steps, training.rate)
+            for names, optimizer, factor in optimizers:
+                optimizer.step([_gradient(weights[name]) for name in names], factor * rate)
+            for tensor in weights.values():
+                tensor.grad = None
+            found.append(total)
+    student.put_back()
+    model.requires_grad_(False)
+    return found
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
+def _loss(
+    model: PreTrainedModel, original: PreTrainedModel, ids_BS: Tensor, training: Training
+) -> tuple[Tensor, Tensor]:
+    """Return the divergence, nats per token, and what is minimised."""
+    options = {"use_cache": False, "output_hidden_states": training.hidden > 0}
+    with torch.no_grad():
+        wanted: Any = original(input_ids=ids_BS, **options)
+    found: Any = model(input_ids=ids_BS, **options)
+    if training.classes is None:
+        log_p_TV, log_q_TV = (each.logits.float().log_softmax(-1).flatten(0, 1) for each in (wanted, found))
+        divergence = nn.functional.kl_div(log_q_TV, log_p_TV, reduction="batchmean", log_target=True)
+    else:
+        divergence = Targets.of(wanted.logits, training.classes).divergence(found.logits)
+    if not training.hidden:
+        return divergence, divergence
+    pairs = zip(found.hidden_states[1:], wanted.hidden_states[1:], strict=True)
+    errors = [(one - other).square().mean() / other.square().mean() for one, other in pairs]
+    return divergence, divergence + training.hidden * torch.stack(errors).sum()
+
+
+def _optimizers(
+    student: Student, training: Training, moments: Callable[[], dict[str, Tensor]]
+) -> list[tuple[list[str], Optimizer, float]]:
+    """Return optimizers, the names of the tensors that each of them has, and the share of the rate that it gets."""
+    special: dict[str, Tensor] = {}
+    made: list[tuple[list[str], Optimizer, float]] = []
+    if training.optimizer == "muon":
+        special = {name: tensor for name, tensor in student.matrices.items() if tensor.ndim == 3}
+        made.append((list(special), Muon(special), 1.0))
+    elif training.optimizer == "eigenbasis":
+        found = moments()
+        special = {name: tensor for name, tensor in student.matrices.items() if name in found}
+        made.append((list(special), Turned(special, found), 1.0))
+    plain = {name: tensor for name, tensor in student.matrices.items() if name not in special}
+    made.append((list(plain), Adam(plain), 1.0))
+    if student.others:
+        made.append((list(student.others), Adam(student.others), training.others))
+    return made
+
+
+class Muon:
+    """Momentum, orthogonalised matrix by matrix: all directions of a matrix move equally far.
+
+    The last two axes of a tensor are a matrix. A step has a root mean square of the rate times that of the tensor.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin."""
+        self._weights = dict(weights)
+        self._momentum = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+        self._scale = {name: float(tensor.detach().square().mean().sqrt()) for name, tensor in weights.items()}
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], rate: float) -> None:
+        """Take one step against gradients, which come in the order of the weights."""
+        for (name, tensor), gradient in zip(self._weights.items(), gradients, strict=True):
+            momentum = self._momentum[name].lerp_(gradient, 1 - MOMENTUM)
+            # Nesterov's: this step's gradient counts as it will in the next one.
+            step = orthogonalised(gradient.lerp(momentum, MOMENTUM))
+            tensor.sub_(step, alpha=rate * self._scale[name] * max(tensor.shape[-2:]) ** 0.5)
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Return matrices (..., m, n) with all singular values brought near 1, by Newton-Schulz iteration."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    found: Tensor = matrices.mT if tall else matrices
+    found = found / torch.linalg.matrix_norm(found, keepdim=True).clamp(min=1e-30)
+    one, three, five = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        square = found @ found.mT
+        found = one * found + (three * square + five * square @ square) @ found
+    return found.mT if tall else found
+
+
+class Turned:
+    """Adam on matrices whose inputs are written in the eigenbasis of their second moments.
+
+    There the inputs are uncorrelated, which is what steps of one size for each entry take them to be.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Begin.
+
+        Args:
+            weights: tensors whose last axis is that of the inputs.
+            moments: second moments of the inputs by the same names, one matrix for a tensor or one for each expert.
+        """
+        self._weights = dict(weights)
+        self._bases = {
+            name: torch.linalg.eigh(moments[name].double()).eigenvectors.to(tensor.dtype)
+            for name, tensor in weights.items()
+        }
+        self._adam = Adam({name: tensor.detach() @ self._bases[name] for name, tensor in weights.items()})
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], rate: float) -> None:
+        """Take one step against gradients, which come in the order of the weights."""
+        named = zip(self._weights, gradients, strict=True)
+        self._adam.step([gradient @ self._bases[name] for name, gradient in named], rate)
+        for name, tensor in self._weights.items():
+            tensor.copy_(self._adam.weights[name] @ self._bases[name].mT)
+
+
+@torch.no_grad()
+def _moments(student: Student, layers: Sequence[MoELayer], ids_BS: Tensor, schedule: Schedule) -> dict[str, Tensor]:
+    """Return the second moments of what each matrix of experts and routers receives, by name of the matrix.
+
+    Gate, up and router of a layer share one matrix (D, D); the down projections have one for each expert (E, F, F), of
+    activations times routing weights.
+    """
+    inputs: dict[int, Tensor] = {}
+    hidden: dict[int, Tensor] = {}
+
+    def observe(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        experts = canonical_experts(module)
+        inner_EFF = hidden.setdefault(id(module), torch.zeros(experts.num_experts, experts.width, experts.width))
+        inputs[id(module)] = inputs.get(id(module), 0) + hidden_TD.T @ hidden_TD
+
+        def visit(expert: int, token_N: Tensor, slot_N: Tensor, hidden_NF: Tensor, output_ND: Tensor) -> None:
+            weighted_NF = hidden_NF * weight_TK[token_N, slot_N, None]
+            inner_EFF[expert] += weighted_NF.T @ weighted_NF
+
+        return routed_output(experts, hidden_TD, index_TK, weight_TK, visit=visit)
+
+    count = max(1, MOMENT_TOKENS // ids_BS.shape[1])
+    rows = torch.cat([schedule.rows(step, len(ids_BS)) for step in range(schedule.steps)])[:count]
+    with intercepted(student.model, observe):
+        for part in torch.split(rows, max(1, MICRO_TOKENS // ids_BS.shape[1])):
+            student.model(input_ids=ids_BS[part], use_cache=False)
+    found: dict[str, Tensor] = {}
+    for layer in layers:
+        key = id(student.model.get_submodule(layer.experts))
+        routers = [name for name, _ in layer.router_tensors]
+        for name in (f"{layer.experts}.gate_EFD", f"{layer.experts}.up_EFD", *routers):
+            tensor = student.matrices.get(name)
+            if tensor is not None and tensor.ndim > 1 and tensor.shape[-1] == len(inputs[key]):
+                found[name] = inputs[key]
+        found[f"{layer.experts}.down_EDF"] = hidden[key]
+    return found

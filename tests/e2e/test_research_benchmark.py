@@ -1,0 +1,343 @@
+"""The study behind the recipe `coterie` runs, goes on where it was, and measures what the package makes."""
+
+import importlib
+import json
+import math
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from coterie.compress.adam import Adam
+from coterie.compress.apply import compress
+from coterie.compress.distill import Distillation, Schedule, Targets
+from coterie.compress.methods import segment
+from coterie.compress.methods.slim import RANKINGS, SCORES
+from coterie.evaluate.run import evaluate
+from coterie.model.layers import Architecture, canonical_experts
+from coterie.model.load import load_model, open_checkpoint
+from coterie.profile.profile import Profile
+from coterie.testing import tiny_text
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SMALL = ("--tokens", 1024, "--test-tokens", 256, "--seq-len", 32, "--scale", 1 / 64)
+
+#: Some of each group, and every choice that training has.
+TRIED = {
+    "score": ["activation-uniform", "activation-ragged", "heapr-ragged", "fisher-uniform", "mean-ragged", "reap"],
+    "form": [
+        "whole-experts", "parts-2", "parts-3", "gap-0", "chosen-0.75", "chosen-1.5", "ragged-layers",
+        "ragged-everywhere",
+    ],
+    "refit": ["no-refit", "joint", "joint-256", "removal", "removal-joint", "narrower-joint"],
+    "distil": [
+        "untrained", "step-512", "rate-0.01", "classes-64", "attention-too", "hidden-1", "muon", "eigenbasis",
+        "from-narrower", "four-times", "from-ragged",
+    ],
+}  # fmt: skip
+NAMES = [name for names in TRIED.values() for name in names]
+
+
+@pytest.fixture(scope="module")
+def research():
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module("research")
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def parts(research):
+    return importlib.import_module("research_training")
+
+
+@pytest.fixture(scope="module")
+def command(research, tiny, text, tmp_path_factory):
+    """Run the script on a tiny model whose experts can be cut into 2, 3, 4 and 6 parts; what it says comes back."""
+    model = tiny(intermediate_size=96)
+    test = tiny_text(tmp_path_factory.mktemp("test"), seed=1)
+
+    def run(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            places = ("--model", model, "--text", text, "--test", test)
+            patch.setattr(sys, "argv", ["research.py", *map(str, (*places, *SMALL, *arguments))])
+            research.main()
+
+    run.model, run.text, run.test = model, text, test
+    return run
+
+
+@pytest.fixture(scope="module")
+def done(command, tmp_path_factory):
+    """A folder with results, and the tables of them."""
+    out = tmp_path_factory.mktemp("study")
+    before = set(SCORES), set(RANKINGS), segment.GAP
+    command("--out", out, "--markdown", out / "tables.md", "--variants", *NAMES)
+    assert (set(SCORES), set(RANKINGS), segment.GAP) == before, "the package is as it was"
+    return out
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_every_variant_has_a_line_and_a_row(research, done):
+    found = lines(done)
+    assert [line["name"] for line in found] == NAMES
+    assert len({line["key"] for line in found}) == len(NAMES)
+    tables = (done / "tables.md").read_text()
+    for line in found:
+        assert line["name"] in TRIED[line["group"]]
+        assert 0 < line["kl"] < 5
+        assert 0 < line["agreement"] < 1
+        kl = line["kl_by_domain"]
+        assert line["kl"] == pytest.approx(sum(kl.values()) / 2)
+        assert line["worst_kl"] == kl[line["worst_domain"]] == max(kl.values())
+        [row] = [row for row in tables.splitlines() if row.startswith(f"| {line['name']} |")]
+        cells = [cell.strip() for cell in row.split("|")[3:-1]]
+        numbers = [f"{line['kl']:.4f}", f"{line['agreement']:.1%}", f"{line['worst_kl']:.3f}", f"{line['seconds']:.1f}"]
+        assert cells == numbers
+    assert [row for row in tables.splitlines() if row[:2] == "##"] == [
+        f"## {title}" for title in research.GROUPS.values()
+    ]
+
+
+def test_training_has_the_steps_that_it_says(done):
+    steps = {line["name"]: line["steps"] for line in lines(done) if "steps" in line}
+    assert set(steps) == set(TRIED["distil"]) - {"untrained"}
+    assert steps.pop("step-512") == 2
+    assert {steps.pop(name) for name in ("four-times", "from-ragged")} == {2}
+    assert set(steps.values()) == {1}
+
+
+def test_what_is_the_same_gives_the_same(done):
+    kl = {line["name"]: line["kl"] for line in lines(done)}
+    assert kl["untrained"] == kl["joint"]
+    assert kl["joint"] < kl["no-refit"]
+    assert kl["removal-joint"] < kl["removal"]
+    assert len(set(kl.values())) == len(kl) - 1, "all others differ"
+
+
+def test_the_same_command_computes_nothing_again(research, command, done, monkeypatch, capsys):
+    before = (done / "results.jsonl").read_bytes()
+    monkeypatch.setattr(research.Study, "measure", lambda study, variant: pytest.fail(f"{variant.name} again"))
+    monkeypatch.setattr(research, "profile", lambda *_, **__: pytest.fail("profiled again"))
+    command("--out", done, "--variants", *NAMES)
+    assert capsys.readouterr().out == (done / "tables.md").read_text()
+    assert (done / "results.jsonl").read_bytes() == before
+
+
+def test_other_settings_are_measured_anew_and_a_torn_line_counts_as_none(
+    research, command, done, tmp_path, monkeypatch
+):
+    out = tmp_path / "study"
+    out.mkdir()
+    content = (done / "results.jsonl").read_text()
+    torn = next(line for line in content.splitlines() if json.loads(line)["name"] == "joint")
+    (out / "results.jsonl").write_text(content.replace(torn + "\n", "") + torn[:-20])
+    for name in ("starts", *(folder.name for folder in done.glob("profile-*"))):
+        (out / name).symlink_to(done / name)
+    seen = []
+    measure = research.Study.measure
+    monkeypatch.setattr(
+        research.Study, "measure", lambda study, variant: seen.append(variant.name) or measure(study, variant)
+    )
+    command("--out", out, "--variants", "joint", "no-refit", "step-512", "--scale", 1 / 32)
+    assert seen == ["joint", "step-512"], "the one that was torn, and the one that is trained on more"
+    command("--out", out, "--variants", "joint", "no-refit", "step-512", "--scale", 1 / 32)
+    assert len(seen) == 2
+    last = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()[-2:]]
+    assert [line["name"] for line in last] == ["joint", "step-512"]
+    assert last[1]["steps"] == 4
+    assert {key: value for key, value in last[0].items() if key != "seconds"} == {
+        key: value for key, value in json.loads(torn).items() if key != "seconds"
+    }
+
+
+def test_the_numbers_are_those_of_the_package(command, done, tmp_path):
+    held = Profile.load(next(done.glob("profile-*")))
+    options = {"keep": 0.5, "profile": held}
+    made = {
+        "joint": compress(command.model, tmp_path / "parts", recipe="coterie", effort="fast", **options),
+        "heapr-ragged": compress(command.model, tmp_path / "ragged", recipe="heapr-ragged", **options),
+        "reap": compress(command.model, tmp_path / "reap", recipe="reap", **options),
+    }
+    cards = evaluate(
+        [result.out for result in made.values()], against=command.model, text=command.test, tokens=256, seq_len=32,
+        questions=0,
+    )  # fmt: skip
+    found = {line["name"]: line for line in lines(done)}
+    for name, card in zip(made, cards, strict=True):
+        assert found[name]["kl"] == pytest.approx(card.overall["kl"], rel=1e-3), name
+        assert found[name]["agreement"] == pytest.approx(card.overall["agreement"], abs=0.005), name
+
+
+def test_what_a_model_cannot_be_is_left_out_and_said(research, tiny, command, tmp_path, capsys):
+    command("--model", tiny(), "--out", tmp_path, "--variants", "parts-4", "narrower")
+    said = capsys.readouterr()
+    assert "parts-4 is left out: experts of width 24 cannot be cut into 4 parts here" in said.err
+    assert [line["name"] for line in lines(tmp_path)] == ["narrower"]
+    assert "| parts-4 | experts are cut into 4 parts, the best parts stay | - | - | - | - |" in said.out
+
+
+def test_all_variants_are_listed_and_others_refused(research, command, capsys):
+    command("--list")
+    listed = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    every = research.variants()
+    assert listed == [[variant.group, variant.name] for variant in every]
+    assert len({variant.name for variant in every}) == len(every)
+    assert not any("|" in variant.says for variant in every), "it would end a cell of the table"
+    command("--list", "--only", "refit,score", "--variants", "joint", "reap", "parts-4")
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["reap", "joint"]
+    for wrong, message in (
+        (["--only", "forms"], "unknown group forms; choose from score, form"),
+        (["--variants", "x"], "'x'"),
+    ):
+        with pytest.raises(SystemExit):
+            command(*wrong)
+        assert message in capsys.readouterr().err
+
+
+def test_the_package_is_as_it_was_when_something_fails(parts):
+    before = dict(SCORES), dict(RANKINGS), segment.GAP
+    for context in (parts.added_scores(), parts.router_gap(0.7)):
+        with suppress(RuntimeError), context:
+            assert before != (SCORES, RANKINGS, segment.GAP)
+            raise RuntimeError("something else")
+    assert before == (SCORES, RANKINGS, segment.GAP)
+
+
+def test_neurons_are_removed_as_by_least_squares_tried_one_by_one(parts):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 40, 6, generator=generator, dtype=torch.float64)
+    hidden[:, :, 4] = hidden[:, :, 1] + 0.1 * hidden[:, :, 4]  # two that can do each other's work
+    down = torch.randn(3, 5, 6, generator=generator, dtype=torch.float64)
+    added_EF, order_EF = parts.greedy_removal(hidden.mT @ hidden, down)
+    for expert in range(3):
+        wanted = hidden[expert] @ down[expert].T
+        left, error = list(range(6)), 0.0
+        for step in range(6):
+            errors = {}
+            for neuron in left:
+                others = hidden[expert][:, [each for each in left if each != neuron]]
+                best = torch.linalg.lstsq(others, wanted).solution if others.shape[1] else wanted.new_zeros(0, 5)
+                errors[neuron] = float((wanted - others @ best).square().sum())
+            cheapest = min(left, key=lambda neuron: errors[neuron])
+            assert order_EF[expert, step] == cheapest
+            assert float(added_EF[expert, step]) == pytest.approx(errors[cheapest] - error, rel=1e-6)
+            error = errors[cheapest]
+            left.remove(cheapest)
+
+
+def test_a_ranking_by_removal_is_its_order_and_has_no_ties(parts, command, done):
+    held, model = Profile.load(next(done.glob("profile-*"))), load_model(command.model, dtype=torch.float32)
+    for layer, sample in zip(held.layers, held.samples, strict=True):
+        experts = canonical_experts(model.get_submodule(layer.experts))
+        scores_EF = parts.removal_scores(experts, sample)
+        assert scores_EF.shape == (8, 96)
+        assert scores_EF.dtype == torch.float64
+        assert (scores_EF.sort(1).values.diff(dim=1) > 0).all()
+
+
+def test_losses_are_those_of_the_packages_own_distillation(parts, command):
+    layers = Architecture.of(open_checkpoint(command.model)).layers
+    original = load_model(command.model, dtype=torch.float32)
+    ids_BS = torch.randint(5, 60, (6, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        targets = Targets.of(original(input_ids=ids_BS, use_cache=False).logits, 8)
+
+    def disturbed():
+        model = load_model(command.model, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(1)
+        for layer in layers:
+            for tensor in model.get_submodule(layer.experts).parameters():
+                tensor.data.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
+        return model
+
+    own, other = disturbed(), disturbed()
+    training = parts.Training(tokens=6 * 48, step_tokens=48, rate=0.01, classes=8)
+    schedule = Schedule(steps=6, sequences=3, rate=0.01)
+    found = parts.train(own, original, layers, ids_BS, training)
+    work = Distillation(other, layers, schedule)
+    expected = [work.advance(ids_BS, targets) for _ in range(6)]
+    assert found[0] == pytest.approx(expected[0], rel=1e-4)
+    # Gate and up have a size each there, and one together here.
+    assert found == pytest.approx(expected, rel=0.02)
+    assert found[-1] < 0.9 * found[0]
+    for name, tensor in other.state_dict().items():
+        assert torch.allclose(own.state_dict()[name], tensor, atol=0.02), name
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"hidden": 0.5}, {"others": 0.2}, {"optimizer": "muon"}, {"optimizer": "eigenbasis"}]
+)
+def test_training_changes_what_it_should_and_gets_nearer(parts, command, changes):
+    layers = Architecture.of(open_checkpoint(command.model)).layers
+    original, model = (load_model(command.model, dtype=torch.float32) for _ in range(2))
+    generator = torch.Generator().manual_seed(1)
+    for layer in layers:
+        for tensor in model.get_submodule(layer.experts).parameters():
+            tensor.data.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    whole = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+    ids_BS = torch.randint(5, 60, (8, 16), generator=generator)
+    losses = parts.train(model, original, layers, ids_BS, parts.Training(tokens=8 * 64, step_tokens=64, **changes))
+    assert len(losses) == 8
+    assert losses[-1] < 0.95 * losses[0]
+    routed = {name for layer in layers for name, _ in layer.router_tensors}
+    inside = tuple(f"{layer.experts}." for layer in layers)
+    for name, tensor in model.state_dict().items():
+        trained = name.startswith(inside) or name in routed
+        trained |= "others" in changes and "embed" not in name and "lm_head" not in name
+        assert torch.equal(tensor, before[name]) != trained, name
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in original.state_dict().items())
+
+
+def test_the_loss_over_all_tokens_is_that_over_as_many_classes(parts, command):
+    original, model = (load_model(command.model, dtype=torch.float32).requires_grad_(False) for _ in range(2))
+    model.get_output_embeddings().weight.mul_(0.7)
+    ids_BS = torch.randint(5, 60, (2, 16), generator=torch.Generator().manual_seed(0))
+    whole, classes = (
+        float(parts._loss(model, original, ids_BS, parts.Training(classes=classes))[0]) for classes in (None, 10**6)
+    )
+    assert whole == pytest.approx(classes, rel=1e-5)
+    log_p, log_q = (each(input_ids=ids_BS).logits.double().log_softmax(-1) for each in (original, model))
+    slow = sum(
+        math.exp(p) * (p - q)
+        for p, q in zip(log_p.flatten().tolist(), log_q.flatten().tolist(), strict=True)
+    )  # fmt: skip
+    assert whole == pytest.approx(slow / ids_BS.numel(), rel=1e-4)
+
+
+def test_in_a_basis_that_only_swaps_inputs_nothing_changes(parts):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(2, 4, 5, generator=generator)
+    turned, plain = {"w": start.clone()}, {"w": start.clone()}
+    moment = torch.diag(torch.tensor([3.0, 1.0, 4.0, 2.0, 5.0]))
+    one, other = parts.Turned(turned, {"w": moment}), Adam(plain)
+    for _ in range(3):
+        gradient = torch.randn(2, 4, 5, generator=generator)
+        one.step([gradient], 0.1)
+        other.step([gradient], 0.1)
+    assert torch.allclose(turned["w"], plain["w"], atol=1e-6)
+    assert not torch.allclose(turned["w"], start, atol=0.05)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (3, 8, 8)])
+def test_orthogonalised_matrices_keep_their_directions_and_lose_their_sizes(parts, shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    found = left.mT @ parts.orthogonalised(matrices) @ right.mT
+    sizes = found.diagonal(dim1=-2, dim2=-1)
+    assert sizes.min() > 0.3
+    assert sizes.max() < 1.3
+    assert float((found - torch.diag_embed(sizes)).abs().max()) < 1e-3
+
+
+def test_a_step_of_muon_has_the_size_of_its_rate(parts):
+    start = torch.randn(3, 32, 48, generator=torch.Generator().manual_seed(0)) * 0.3
+    weights = {"w": start.clone()}
+    parts.Muon(weights).step([torch.randn(start.shape, generator=torch.Generator().manual_seed(1))], 0.1)
+    step = float((weights["w"] - start).square().mean().sqrt())
+    assert step == pytest.approx(0.1 * 0.3, rel=0.3)
