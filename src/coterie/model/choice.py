@@ -13,14 +13,12 @@ import re
 
 from coterie.errors import ArchitectureMismatch, Infeasible
 from coterie.model.entries import Entry, names_of, whole_numbers, with_values
-from coterie.model.layers import Architecture, empty_model, probe_top_k
+from coterie.model.layers import Architecture, empty_model, once_per_config, probe_top_k
 
 _LIKELY = re.compile(r"tok|top|chosen|select|activ|moe_k")
 
-#: Entries that were found, by the text of their configs.
-_found: dict[str, Entry] = {}
 
-
+@once_per_config
 def choice_key(architecture: Architecture) -> Entry:
     """Derive the path of the entry that is K.
 
@@ -28,15 +26,6 @@ def choice_key(architecture: Architecture) -> Entry:
         Infeasible: no entry lets every token choose more experts and changes nothing else, or layers differ in K.
         ArchitectureMismatch: several entries could be meant.
     """
-    known_as = json.dumps(architecture.config, sort_keys=True, default=str)
-    if known_as not in _found:
-        if len(_found) >= 16:
-            _found.clear()
-        _found[known_as] = _derive(architecture)
-    return _found[known_as]
-
-
-def _derive(architecture: Architecture) -> Entry:
     choices = sorted({layer.top_k for layer in architecture.layers})
     if len(choices) > 1:
         raise Infeasible(f"the layers choose different numbers of experts ({choices}), which no single entry says")

@@ -12,13 +12,14 @@ Legend: E experts, F expert width, D model width, T tokens, K chosen experts. Al
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -44,12 +45,18 @@ __all__ = [
     "find_router",
     "is_experts",
     "native_experts",
+    "once_per_config",
     "probe_top_k",
     "quiet",
     "runs_alone",
 ]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Configs whose derivations are remembered.
+_REMEMBERED = 16
 
 #: What running whole empty models showed, by the text of their configs.
 _probed: dict[str, dict[str, int]] = {}
@@ -187,6 +194,22 @@ class Architecture:
             num_groups=max(layer.num_groups for layer in self.layers),
             num_chosen_groups=_num_chosen_groups(self.model),
         )
+
+
+def once_per_config(derive: Callable[[Architecture], T]) -> Callable[[Architecture], T]:
+    """Wrap a derivation so that architectures of equal config share its result; the last few configs are remembered."""
+    found: dict[str, T] = {}
+
+    @functools.wraps(derive)
+    def look_up(architecture: Architecture) -> T:
+        known_as = json.dumps(architecture.config, sort_keys=True, default=str)
+        if known_as not in found:
+            if len(found) >= _REMEMBERED:
+                found.clear()
+            found[known_as] = derive(architecture)
+        return found[known_as]
+
+    return look_up
 
 
 def empty_model(
@@ -424,7 +447,7 @@ def probe_top_k(model: PreTrainedModel, names: list[str], where: str, known_as: 
         ) from error
     if not found:
         raise NotAMoE(f"{where}: text reaches none of its {len(names)} experts modules ({names[0]}, ...)")
-    if len(_probed) >= 16:
+    if len(_probed) >= _REMEMBERED:
         _probed.clear()
     _probed[known_as] = dict(found)
     return found

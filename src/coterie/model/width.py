@@ -11,7 +11,6 @@ Legend: F expert width.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 from coterie.errors import ArchitectureMismatch, Infeasible
 from coterie.model.entries import Entry, config_entries, names_of, with_values
 from coterie.model.experts import canonical_experts
-from coterie.model.layers import Architecture, empty_model
+from coterie.model.layers import Architecture, empty_model, once_per_config
 
 #: Grouped matrix products, transformers' default for experts, want rows of a multiple of 16 bytes: torch says "strides
 #: should be multiple of 16 bytes". So many weights of 16 bits are that.
@@ -31,9 +30,6 @@ ALIGNMENT = 8
 _LIKELY = re.compile(r"expert|intermediate|width|dense|ffn|mlp")
 
 Shapes = dict[str, tuple[int, ...]]
-
-#: Rules that were found, by the text of their configs.
-_found: dict[str, WidthRule] = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +86,7 @@ class WidthRule:
         return None
 
 
+@once_per_config
 def width_rule(architecture: Architecture) -> WidthRule:
     """Derive how a config says the width of the routed experts.
 
@@ -97,15 +94,6 @@ def width_rule(architecture: Architecture) -> WidthRule:
         ArchitectureMismatch: layers differ in width, or several entries could be meant.
         Infeasible: no entry makes the experts narrower and nothing else.
     """
-    known_as = json.dumps(architecture.config, sort_keys=True, default=str)
-    if known_as not in _found:
-        if len(_found) >= 16:
-            _found.clear()
-        _found[known_as] = _derive(architecture)
-    return _found[known_as]
-
-
-def _derive(architecture: Architecture) -> WidthRule:
     widths = sorted({layer.width for layer in architecture.layers})
     if len(widths) > 1:
         raise ArchitectureMismatch(f"layers with experts of different widths ({widths}) cannot all be given the same")

@@ -27,8 +27,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from coterie.compress.methods.select import top_experts
-from coterie.compress.methods.slim import SCORES, slim, take_neurons, weight_norms
+from coterie.compress.methods.select import slice_router, top_experts
+from coterie.compress.methods.slim import SCORES, ranked_neurons, slim, take_neurons
 from coterie.compress.methods.slim import needs as needs_of_score
 from coterie.compress.state import LayerSize, LayerState
 from coterie.model.layers import Experts
@@ -65,9 +65,7 @@ def segment(state: LayerState, size: LayerSize, *, score: str, parts: int) -> La
         return slim(state, size, score=score)
     experts, width = state.experts, size.width or state.experts.width
     scores_EF = SCORES[score][0](state.statistics, state.original.down_EDF)
-    larger_EF = weight_norms(experts).argsort(dim=1, descending=True, stable=True)
-    order_EF = larger_EF.gather(1, scores_EF.gather(1, larger_EF).argsort(dim=1, descending=True, stable=True))
-    neurons_PW = order_EF.reshape(-1, width).sort(dim=1).values
+    neurons_PW = ranked_neurons(experts, scores_EF).reshape(-1, width).sort(dim=1).values
     owner_P = torch.arange(len(neurons_PW)) // (experts.width // width)
     sums_P = scores_EF[owner_P].gather(1, neurons_PW).sum(1)
     kept_M = top_experts(sums_P, size.num_experts, state.layer.num_groups)
@@ -102,19 +100,16 @@ def _rows(state: LayerState, owner_M: Tensor, rank_M: Tensor) -> tuple[dict[str,
     """Return the router's tensors with a row for each part, lesser parts behind, and how far the logits are apart."""
     inputs_TD = state.sample.router_inputs_TD.double()
     gap = 0.0
-    rows = {}
+    rows = slice_router(state, owner_M)
     for name, axis in state.layer.router_tensors:
-        tensor = state.router[name]
-        spare = torch.arange(state.layer.num_experts, tensor.shape[axis])
-        chosen = tensor.index_select(axis, torch.cat((owner_M, spare)))
+        tensor, chosen = state.router[name], rows[name]
         if tensor.ndim == 2 and tensor.shape[1 - axis] == inputs_TD.shape[1]:
             experts_ED = tensor.movedim(axis, 0)[: state.layer.num_experts]
             gap = GAP * float((inputs_TD @ experts_ED.double().T).std())
             down_D = _shared_direction(inputs_TD) * gap
             moved = torch.zeros_like(chosen.movedim(axis, 0))
             moved[: len(owner_M)] = (rank_M[:, None] * down_D).to(moved.dtype)
-            chosen = chosen - moved.movedim(0, axis)
-        rows[name] = chosen
+            rows[name] = chosen - moved.movedim(0, axis)
     return rows, gap
 
 

@@ -82,9 +82,7 @@ def slim(state: LayerState, size: LayerSize, *, score: str) -> LayerState:
     experts = state.experts
     scores_MF = SCORES[score][0](state.statistics, state.original.down_EDF)[_originals(state)]
     widths_M = torch.tensor(size.widths or (size.width or experts.width,) * experts.num_experts)
-    larger_MF = weight_norms(experts).argsort(dim=1, descending=True, stable=True)
-    ranks_MF = scores_MF.gather(1, larger_MF).argsort(dim=1, descending=True, stable=True)
-    order_MF = larger_MF.gather(1, ranks_MF)
+    order_MF = ranked_neurons(experts, scores_MF)
     place_F = torch.arange(experts.width)
     chosen_MF = torch.zeros_like(scores_MF, dtype=torch.bool).scatter_(1, order_MF, place_F < widths_M[:, None])
     # Chosen neurons first, in their order, then the others.
@@ -96,6 +94,13 @@ def slim(state: LayerState, size: LayerSize, *, score: str) -> LayerState:
     total = float(scores_MF.sum())
     kept = float(scores_MF[chosen_MF].sum()) / total if total else 1.0
     return replace(state, experts=slimmed, notes={**state.notes, "slim": {"score": score, "share_of_score": kept}})
+
+
+def ranked_neurons(experts: Experts, scores_MF: Tensor) -> Tensor:
+    """Return the neurons of each expert (M, F) by falling score; of equal ones, larger weights come first."""
+    larger_MF = _weight_norms(experts).argsort(dim=1, descending=True, stable=True)
+    ranks_MF = scores_MF.gather(1, larger_MF).argsort(dim=1, descending=True, stable=True)
+    return larger_MF.gather(1, ranks_MF)
 
 
 def _originals(state: LayerState) -> Tensor:
@@ -110,7 +115,7 @@ def _originals(state: LayerState) -> Tensor:
     return original_E[map_E[original_E].argsort()]
 
 
-def weight_norms(experts: Experts) -> Tensor:
+def _weight_norms(experts: Experts) -> Tensor:
     """Return for each neuron (M, F) the product of the norms of its weights in gate, up and down projection."""
     norms_MF = _norms(experts.down_EDF, 1)
     pairs = ((experts.gate_EFD, experts.gate_bias_EF), (experts.up_EFD, experts.up_bias_EF))
