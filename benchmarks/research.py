@@ -47,6 +47,7 @@ from coterie.model.reroute import Reroute
 from coterie.profile.calibration import text_files, tokenize
 from coterie.profile.profile import FILE, Profile
 from coterie.profile.run import profile
+from coterie.profile.self_text import Writing, own_tokens
 from research_training import (
     ADDED,
     MICRO_TOKENS,
@@ -203,7 +204,7 @@ def refit_variants() -> Iterator[Variant]:
 
 def distil_variants(scale: float) -> Iterator[Variant]:
     """Yield ways to train, most of them from 4 parts, jointly re-fitted."""
-    plain = Training()
+    plain = Training().scaled(scale)
     tried: dict[str, tuple[Training | None, str]] = {"untrained": (None, "4 parts, joint: where training begins")}
     for tokens in (512, 1_024, 2_048, 4_096):
         says = f"{plain.tokens:,} tokens, {tokens:,} of them a step, rate {plain.rate:g}"
@@ -222,18 +223,22 @@ def distil_variants(scale: float) -> Iterator[Variant]:
     tried["muon"] = (replace(plain, optimizer="muon", rate=0.003), says)
     says = "as step-2048, Adam in the eigenbasis of what each matrix receives"
     tried["eigenbasis"] = (replace(plain, optimizer="eigenbasis"), says)
+    for share, says in ((0.25, "quarter"), (0.5, "half")):
+        says = f"as step-2048, the rate does not fall, the result is the mean of what the last {says} of the steps made"
+        tried[f"average-{share:g}"] = (replace(plain, average=share), says)
+    tried["own-text"] = (replace(plain, own_text=True), "as step-2048, on text that the original wrote")
     tried["from-narrower"] = (plain, "as step-2048, from equally narrow experts, joint")
-    for tokens in (131_072, 262_144, 524_288, 1_048_576):
-        tried[f"tokens-{tokens}"] = (replace(plain, tokens=tokens), f"as step-2048, {tokens:,} tokens, each seen once")
-    says = "as tokens-262144, but 65,536 tokens, each seen four times"
-    tried["four-times"] = (replace(plain, tokens=262_144, pool=65_536), says)
-    says = "as tokens-262144, from experts with their own widths, joint (no plain checkpoint)"
-    tried["from-ragged"] = (replace(plain, tokens=262_144), says)
+    for times in (2, 4, 8):
+        longer = Training().scaled(times * scale)
+        tried[f"text-{times}x"] = (longer, f"as step-2048, {longer.tokens:,} tokens, each seen once")
+    longer = replace(Training().scaled(4 * scale), pool=plain.tokens)
+    tried["four-times"] = (longer, f"as text-4x, but {plain.tokens:,} tokens, each seen four times")
+    says = "as text-4x, from experts with their own widths, joint (no plain checkpoint)"
+    tried["from-ragged"] = (Training().scaled(4 * scale), says)
     forms = {"from-narrower": Form(shrinks="width"), "from-ragged": Form(shrinks="ragged")}
     for name, (how, says) in tried.items():
         yield Variant(
-            name=name, group="distil", says=says, form=forms.get(name, Form()), refit=JOINT,
-            training=None if how is None else how.scaled(scale),
+            name=name, group="distil", says=says, form=forms.get(name, Form()), refit=JOINT, training=how
         )  # fmt: skip
 
 
@@ -427,6 +432,9 @@ class Study:
     def _text(self, training: Training) -> Tensor:
         """Return the text that a result is trained on, (B, S)."""
         options, tokens = self._options, training.pool or training.tokens
+        if training.own_text:
+            writing = Writing(tokens=tokens, max_length=options.seq_len, seed=options.seed)
+            return torch.cat(list(own_tokens(self._checkpoint, writing).sequences.values()))
         wanted = {"seq_len": options.seq_len, "tokens": tokens, "seed": options.seed, "up_to": True}
         drawn = tokenize(self._tokenizer, options.text, **wanted)
         return torch.cat(list(drawn.sequences.values()))
@@ -476,8 +484,6 @@ def render(chosen: Sequence[Variant], results: Results, options: argparse.Namesp
         "likeliest one is the original's; worst: KL of the domain where it is largest; seconds: to make it from the "
         "profile or, where it is trained, to train it, on one thread."
     ]
-    if options.scale != 1:
-        lines[0] += f" Training saw {options.scale:g} times the text that is named."
     for group, title in GROUPS.items():
         rows = [variant for variant in chosen if variant.group == group]
         if not rows:

@@ -175,6 +175,9 @@ class Training:
         others: the rate of attention and norms, as a share of `rate`; 0 leaves them as they are.
         hidden: weight of the error of the hidden states behind all layers, beside the divergence.
         optimizer: "adam", "muon" (matrices of the experts) or "eigenbasis" (Adam, see `Turned`).
+        average: share of the steps, the last ones, of whose results the mean is taken; the rate then stays where it is
+            instead of falling. 0 takes what the last step made.
+        own_text: whether the text is the original model's own.
     """
 
     tokens: int = 65_536
@@ -185,6 +188,8 @@ class Training:
     others: float = 0.0
     hidden: float = 0.0
     optimizer: Literal["adam", "muon", "eigenbasis"] = "adam"
+    average: float = 0.0
+    own_text: bool = False
 
     def scaled(self, scale: float) -> Training:
         """Return the same with another amount of text."""
@@ -271,6 +276,18 @@ class Student:
         return self.matrices | self.others
 
     @torch.no_grad()
+    def add_to(self, sums: dict[str, Tensor]) -> None:
+        """Add the weights as they are now to sums by name."""
+        for name, tensor in self.weights.items():
+            sums[name] = sums.get(name, 0) + tensor.detach().double()
+
+    @torch.no_grad()
+    def take_mean(self, sums: Mapping[str, Tensor], count: int) -> None:
+        """Set the weights to sums of `count` states divided by their number."""
+        for name, tensor in self.weights.items():
+            tensor.copy_(sums[name] / count)
+
+    @torch.no_grad()
     def put_back(self) -> None:
         """Write the experts into the model."""
         for name, experts in self.experts.items():
@@ -306,6 +323,8 @@ def train(
     weights = student.weights
     optimizers = _optimizers(student, training, lambda: _moments(student, layers, ids_BS, schedule))
     micro = max(1, MICRO_TOKENS // ids_BS.shape[1])
+    averaged = round(training.average * schedule.steps)
+    sums: dict[str, Tensor] = {}
     found = []
     with computing(model, student.experts), computing(original):
         for step in track(range(schedule.steps), "distilling", total=schedule.steps):
@@ -317,12 +336,17 @@ def train(
                     divergence, loss = _loss(model, original, ids_BS[part], training)
                     (share * loss).backward()  # type: ignore[no-untyped-call]
                 total += share * float(divergence.detach())
-            rate = rate_at(step, schedule.steps, training.rate)
+            # As if there were steps without end, the rate rises and then stays.
+            rate = rate_at(step, 10**9 if averaged else schedule.steps, training.rate)
             for names, optimizer, factor in optimizers:
                 optimizer.step([_gradient(weights[name]) for name in names], factor * rate)
             for tensor in weights.values():
                 tensor.grad = None
             found.append(total)
+            if step >= schedule.steps - averaged:
+                student.add_to(sums)
+    if averaged:
+        student.take_mean(sums, averaged)
     student.put_back()
     model.requires_grad_(False)
     return found

@@ -34,7 +34,7 @@ TRIED = {
     "refit": ["no-refit", "joint", "joint-256", "removal", "removal-joint", "narrower-joint"],
     "distil": [
         "untrained", "step-512", "rate-0.01", "classes-64", "attention-too", "hidden-1", "muon", "eigenbasis",
-        "from-narrower", "four-times", "from-ragged",
+        "average-0.5", "own-text", "from-narrower", "text-2x", "four-times", "from-ragged",
     ],
 }  # fmt: skip
 NAMES = [name for names in TRIED.values() for name in names]
@@ -107,6 +107,7 @@ def test_training_has_the_steps_that_it_says(done):
     steps = {line["name"]: line["steps"] for line in lines(done) if "steps" in line}
     assert set(steps) == set(TRIED["distil"]) - {"untrained"}
     assert steps.pop("step-512") == 2
+    assert steps.pop("text-2x") == 1
     assert {steps.pop(name) for name in ("four-times", "from-ragged")} == {2}
     assert set(steps.values()) == {1}
 
@@ -270,7 +271,8 @@ def test_losses_are_those_of_the_packages_own_distillation(parts, command):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"hidden": 0.5}, {"others": 0.2}, {"optimizer": "muon"}, {"optimizer": "eigenbasis"}]
+    "changes",
+    [{}, {"hidden": 0.5}, {"others": 0.2}, {"optimizer": "muon"}, {"optimizer": "eigenbasis"}, {"average": 0.25}],
 )
 def test_training_changes_what_it_should_and_gets_nearer(parts, command, changes):
     layers = Architecture.of(open_checkpoint(command.model)).layers
@@ -292,6 +294,30 @@ def test_training_changes_what_it_should_and_gets_nearer(parts, command, changes
         trained |= "others" in changes and "embed" not in name and "lm_head" not in name
         assert torch.equal(tensor, before[name]) != trained, name
     assert all(torch.equal(tensor, whole[name]) for name, tensor in original.state_dict().items())
+
+
+def test_the_mean_of_the_last_steps_is_taken_while_the_rate_stays(parts, command, monkeypatch):
+    layers = Architecture.of(open_checkpoint(command.model)).layers
+    original = load_model(command.model, dtype=torch.float32)
+    ids_BS = torch.randint(5, 60, (8, 16), generator=torch.Generator().manual_seed(0))
+    held, rates = [], []
+    add_to, rate_at = parts.Student.add_to, parts.rate_at
+
+    def remember(student, sums):
+        held.append({name: tensor.detach().clone() for name, tensor in student.weights.items()})
+        add_to(student, sums)
+
+    monkeypatch.setattr(parts.Student, "add_to", remember)
+    monkeypatch.setattr(parts, "rate_at", lambda *arguments: rates.append(rate_at(*arguments)) or rates[-1])
+    model = load_model(command.model, dtype=torch.float32)
+    model.get_submodule(layers[0].experts).down_proj.data.mul_(0.5)
+    parts.train(model, original, layers, ids_BS, parts.Training(tokens=8 * 64, step_tokens=64, average=0.25))
+    assert len(held) == 2
+    assert rates[-1] == pytest.approx(0.005), "it does not fall"
+    [name, *_] = [name for name, _ in layers[0].router_tensors]
+    assert not torch.equal(held[0][name], held[1][name])
+    expected = (held[0][name].double() + held[1][name].double()) / 2
+    assert torch.allclose(model.state_dict()[name].double(), expected, rtol=1e-6)
 
 
 def test_the_loss_over_all_tokens_is_that_over_as_many_classes(parts, command):
