@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import coterie
+from coterie.cli.main import app
 
 PACKAGES = {
     "bench": "coterie.bench.run",
@@ -30,6 +31,11 @@ def test_every_name_is_there_and_listed():
         assert name in dir(coterie)
     with pytest.raises(AttributeError, match="'nonsense'"):
         _ = coterie.nonsense
+
+
+def test_every_command_on_a_model_is_a_function_of_the_same_name():
+    commands = {command.callback.__name__ for command in app.registered_commands}
+    assert commands - {"recipes", "families"} == {name for name in coterie.__all__ if name in commands}
 
 
 def test_names_are_imported_when_they_are_used():

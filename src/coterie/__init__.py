@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from coterie.model.checkpoint import Checkpoint as Checkpoint
     from coterie.model.inspect import inspect as inspect
     from coterie.model.load import load_model as load_model
+    from coterie.profile.calibrate import calibrate as calibrate
     from coterie.profile.profile import Profile as Profile
     from coterie.profile.run import profile as profile
     from coterie.report.page import report as report
@@ -36,6 +37,7 @@ __all__ = [
     "Profile",
     "Scorecard",
     "bench",
+    "calibrate",
     "compress",
     "evaluate",
     "inspect",
@@ -51,6 +53,7 @@ _HOMES = {
     "Plan": "coterie.compress.plan",
     "Profile": "coterie.profile.profile",
     "Scorecard": "coterie.evaluate.scorecard",
+    "calibrate": "coterie.profile.calibrate",
     "inspect": "coterie.model.inspect",
     "load_model": "coterie.model.load",
     "plan": "coterie.compress.plan",
