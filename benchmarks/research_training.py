@@ -390,7 +390,8 @@ def _optimizers(
         special = {name: tensor for name, tensor in student.matrices.items() if name in found}
         made.append((list(special), Turned(special, found), 1.0))
     plain = {name: tensor for name, tensor in student.matrices.items() if name not in special}
-    made.append((list(plain), Adam(plain), 1.0))
+    if plain:
+        made.append((list(plain), Adam(plain), 1.0))
     if student.others:
         made.append((list(student.others), Adam(student.others), training.others))
     return made

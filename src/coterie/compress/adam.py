@@ -1,4 +1,4 @@
-"""Adam (1412.6980) with steps relative to the size of each tensor's entries, for weights of any scale."""
+"""torch's Adam (1412.6980) with steps relative to the size of each tensor's entries, for weights of any scale."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ BETAS = (0.9, 0.98)
 EPSILON = 1e-12
 WARM_UP = 5  # steps
 
+#: What torch calls the two moments of a tensor's gradient.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 def rate_at(step: int, steps: int, rate: float) -> float:
     """Return the rate of a step, counted from 0: a short rise, then a cosine down to nothing."""
@@ -19,7 +22,7 @@ def rate_at(step: int, steps: int, rate: float) -> float:
 
 
 class Adam:
-    """The optimizer's state for some tensors, which it changes in place.
+    """The optimizer and its state for some tensors, which it changes in place.
 
     Attributes:
         steps: steps taken.
@@ -30,43 +33,37 @@ class Adam:
         """Begin; a tensor's entries move by the rate times the root mean square of those that are not 0 now."""
         self.steps = 0
         self.weights = dict(weights)
-        self._first = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-        self._second = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-        self._scale = {name: _size(tensor) for name, tensor in weights.items()}
+        groups = [{"params": [tensor], "size": _size(tensor)} for tensor in weights.values()]
+        self._adam = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON)
 
-    @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], rate: float) -> None:
         """Take one step against gradients, which come in the order of the weights."""
         self.steps += 1
-        for (name, tensor), gradient in zip(self.weights.items(), gradients, strict=True):
-            first, second = self._first[name], self._second[name]
-            first.lerp_(gradient, 1 - BETAS[0])
-            second.lerp_(gradient.square(), 1 - BETAS[1])
-            deviation = (second / (1 - BETAS[1] ** self.steps)).sqrt_().add_(EPSILON)
-            step = first / (1 - BETAS[0] ** self.steps) / deviation
-            tensor.sub_(step, alpha=rate * self._scale[name])
+        for tensor, gradient, group in zip(self.weights.values(), gradients, self._adam.param_groups, strict=True):
+            tensor.grad = gradient
+            group["lr"] = rate * group["size"]
+        self._adam.step()
+        self._adam.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that `restore` needs, the weights too, as one flat dict."""
         found = {"steps": torch.tensor(self.steps)}
-        for name, tensor in self.weights.items():
-            found |= {
-                f"weight.{name}": tensor.detach(),
-                f"first.{name}": self._first[name],
-                f"second.{name}": self._second[name],
-                f"scale.{name}": torch.tensor(self._scale[name], dtype=torch.float64),
-            }
+        for (name, tensor), group in zip(self.weights.items(), self._adam.param_groups, strict=True):
+            found[f"weight.{name}"] = tensor.detach()
+            found[f"size.{name}"] = torch.tensor(group["size"], dtype=torch.float64)
+            found |= {f"{moment}.{name}": self._adam.state[tensor][moment] for moment in _MOMENTS if self.steps}
         return found
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state."""
         self.steps = int(state["steps"])
-        for name, tensor in self.weights.items():
+        for (name, tensor), group in zip(self.weights.items(), self._adam.param_groups, strict=True):
             tensor.copy_(state[f"weight.{name}"])
-            self._first[name].copy_(state[f"first.{name}"])
-            self._second[name].copy_(state[f"second.{name}"])
-            self._scale[name] = float(state[f"scale.{name}"])
+            group["size"] = float(state[f"size.{name}"])
+            if self.steps:
+                moments = {moment: state[f"{moment}.{name}"].to(tensor.device, copy=True) for moment in _MOMENTS}
+                self._adam.state[tensor] = {"step": torch.tensor(float(self.steps)), **moments}
 
 
 def _size(tensor: Tensor) -> float:
