@@ -157,8 +157,8 @@ def compress(
     target = Path(out).expanduser()
     checkpoint = open_checkpoint(model, output_dtype=output_dtype, allow_pickle=allow_pickle)
     check_target(target, checkpoint.path)
-    if inputs == "compressed" and (profile is not None or text is None):
-        raise InputError("with compressed inputs every layer is measured anew: give --text, and no --profile")
+    if inputs == "compressed":
+        _check_compressed_inputs(recipe, profile, text)
     architecture = Architecture.of(checkpoint)
     stream = Stream(checkpoint, device=device, scratch=target.parent)
     held = _held_profile(profile, checkpoint)
@@ -171,11 +171,6 @@ def compress(
     check_space(target.parent, plan.predicted_bytes)
     measure: Measure | None = None
     gradients = needs_gradients(get_recipe(recipe).needs)
-    if gradients and inputs == "compressed":
-        raise InputError(
-            f"recipe {recipe} needs gradients of the loss, which come from behind: they are measured before any layer "
-            "is compressed; leave the inputs original"
-        )
     wanted = training_tokens(recipe, effort)
     if train_tokens is not None:
         wanted = _checked_training(recipe, train_tokens)
@@ -262,6 +257,23 @@ def compress(
         out=target, plan=plan, manifest=manifest, logits_error=error, seconds=clock.laps,
         forecast=expected.num_bytes, peak_bytes=peak, input_bytes_read=stream.bytes_read,
     )  # fmt: skip
+
+
+def _check_compressed_inputs(recipe: str, profile: object, text: object) -> None:
+    """Raise InputError where layers cannot be measured one after the other is compressed."""
+    if profile is not None or text is None:
+        raise InputError("with compressed inputs every layer is measured anew: give --text, and no --profile")
+    needed = get_recipe(recipe).needs
+    if needs_gradients(needed):
+        raise InputError(
+            f"recipe {recipe} needs gradients of the loss, which come from behind: they are measured before any layer "
+            "is compressed; leave the inputs original"
+        )
+    if "output_peak" in needed:
+        raise InputError(
+            f"recipe {recipe} keeps super experts, which are known when every layer of the model was measured: leave "
+            "the inputs original, or the recipe without +protect"
+        )
 
 
 def _checked_training(recipe: str, train_tokens: int) -> int:

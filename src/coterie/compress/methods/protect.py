@@ -48,10 +48,7 @@ def protect(state: LayerState, size: LayerSize) -> LayerState:
     """
     layer = state.layer
     if state.peaks_LE is None:
-        raise InputError(
-            f"{layer.block}: super experts are known when every layer of the model was measured, which is not so with "
-            "compressed inputs; use --inputs original, or the recipe without +protect"
-        )
+        raise InputError(f"{layer.block}: super experts are known when every layer of the model was measured")
     protected_E: Tensor = super_experts(state.peaks_LE)[layer.index]
     most, share = int(protected_E.view(layer.num_groups, -1).sum(1).max()), size.num_experts // layer.num_groups
     if most > share:
