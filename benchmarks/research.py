@@ -175,7 +175,7 @@ def form_variants() -> Iterator[Variant]:
         says = f"4 parts, in the router {gap:g} standard deviations apart instead of {segment.GAP:g}"
         forms[f"gap-{gap:g}"] = (Form(gap=gap), says)
     for chosen, few in ((0.75, "three quarters as many"), (1.25, "a quarter more"), (1.5, "half as many again")):
-        says = f"4 parts, {few} chosen for each token: {8 * chosen:g} of the reference model's instead of 8"
+        says = f"4 parts, {few} chosen for each token: {round(10 * chosen)} of the reference model's instead of 10"
         forms[f"chosen-{chosen:g}"] = (Form(chosen=chosen), says)
     says = "every expert with its own width, each layer with as many neurons (no plain checkpoint)"
     forms["ragged-layers"] = (Form(shrinks="ragged-layers"), says)

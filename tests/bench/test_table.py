@@ -90,6 +90,22 @@ def test_the_table_orders_marks_and_says_what_is_left_out(card, cells):
     assert short == re.sub(r"<details>.*?</details>\n\n", "", text, flags=re.DOTALL) != text
 
 
+def test_an_overview_has_a_row_a_method_and_columns_for_all_sizes(card, cells):
+    text = tables([original(card)], summarize(cells, {"m": card}), cells)
+    overview = text[text.index("### All sizes") : text.index("### 50 %")].splitlines()
+    assert overview[4:] == [
+        "| method | KL, 50 % | KL, 75 % | exact, 50 % | exact, 75 % |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| good (map) † | 0.075 ± 0.035 | 0.500 | 50.0 ± 0.0 % | 50.0 % |",
+        "| good | **0.150 ± 0.071** | 0.400 | **50.0 ± 0.0 %** | 50.0 % |",  # alone at 75 %
+        "| bad | 1.500 ± 0.000 | – | **50.0 ± 0.0 %** | – |",
+        "",
+    ]
+    assert "none" not in "".join(overview), "what was measured at no size has no row"
+    one = [entry for entry in cells if entry["removed"] == 0.5]
+    assert "All sizes" not in tables([original(card)], summarize(one, {"m": card}), one)
+
+
 def test_the_gap_between_router_forms_is_taken_draw_by_draw(card, cells):
     rows = summarize(cells, {"m": card})
     found = gaps(rows, cells)

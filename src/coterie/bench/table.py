@@ -35,7 +35,13 @@ def tables(
     for original in originals:
         own = [row for row in rows if row.model == original.name]
         parts.append(f"## {original.title}\n\n{_headline(original)}\n")
-        for removed in sorted({row.removed for row in own}):
+        sizes = sorted({row.removed for row in own})
+        if len(sizes) > 1:
+            parts.append(
+                "### All sizes\n\nKL to the original in nats and questions answered exactly, by the share of the "
+                f"expert parameters that is removed.\n\n{_overview(own, sizes)}"
+            )
+        for removed in sizes:
             here = _ordered(row for row in own if row.removed == removed)
             parts.append(f"### {share(removed)} of the expert parameters removed\n\n{_main(here)}")
         gap = _gap_table(original.name, own, cells)
@@ -44,7 +50,7 @@ def tables(
                 "### What fewer router rows cost\n\nKL with M router rows minus KL with the original's E rows and a "
                 f"map from them to the M experts, on the same calibration text.\n\n{gap}"
             )
-        for removed in sorted({row.removed for row in own}) if domains else ():
+        for removed in sizes if domains else ():
             here = _ordered(row for row in own if row.removed == removed and row.seeds)
             if here:
                 summary = f"<details><summary>By domain, {share(removed)} removed</summary>"
@@ -93,16 +99,18 @@ def _mean(value: Spread | None) -> float | None:
     return None if value is None else value.mean
 
 
+_KL = _Column("KL (nats)", lambda row: _mean(row.kl), lambda row: damage(row.kl))
+_EXACT = _Column(
+    "exact answers", lambda row: _mean(row.accuracy),
+    lambda row: with_spread(row.accuracy, 1, factor=100, unit=" %"), large_is_good=True,
+)  # fmt: skip
 _COLUMNS = (
-    _Column("KL (nats)", lambda row: _mean(row.kl), lambda row: damage(row.kl)),
+    _KL,
     _Column(
         "top-1 agreement", lambda row: _mean(row.agreement),
         lambda row: with_spread(row.agreement, 1, factor=100, unit=" %"), large_is_good=True,
     ),
-    _Column(
-        "exact answers", lambda row: _mean(row.accuracy),
-        lambda row: with_spread(row.accuracy, 1, factor=100, unit=" %"), large_is_good=True,
-    ),
+    _EXACT,
     _Column(
         "perplexity, times the original's", lambda row: _mean(row.perplexity_ratio),
         lambda row: with_spread(row.perplexity_ratio, 3),
@@ -119,20 +127,52 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+def _overview(rows: Sequence[Row], sizes: Sequence[float]) -> str:
+    """Return KL and exact answers at all sizes, methods in the order of the KL at the middle one."""
+    methods: dict[str, dict[float, Row]] = {}
+    for row in _ordered(row for row in rows if row.seeds):
+        methods.setdefault(name_of(row), {})[row.removed] = row
+    middle = sizes[(len(sizes) - 1) // 2]
+    ordered = sorted(methods.items(), key=lambda entry: (middle not in entry[1], _kl(entry[1].get(middle))))
+    body = [[name] for name, _ in ordered]
+    headings = ["method"]
+    for heading, column in (("KL", _KL), ("exact", _EXACT)):
+        for size in sizes:
+            headings.append(f"{heading}, {share(size)}")
+            here = [by_size.get(size) for _, by_size in ordered]
+            for line, found in zip(body, here, strict=True):
+                line.append(MISSING if found is None else column.text(found))
+            _embolden(body, [found if found is not None and found.stock else None for found in here], column)
+    return markdown(headings, body)
+
+
+def _kl(row: Row | None) -> float:
+    return math.inf if row is None or row.kl is None else row.kl.mean
+
+
 def _main(rows: Sequence[Row]) -> str:
-    body = [[name_of(row), *(column.text(row) for column in _COLUMNS)] for row in rows]
-    for place, column in enumerate(_COLUMNS, start=1):
-        # What stock loaders cannot load is no answer to the same question, so it does not compete.
-        values = [column.value(row) if row.stock and row.seeds else None for row in rows]
-        known = [value for value in values if value is not None and math.isfinite(value)]
-        if not column.best or len(known) < 2:
-            continue
-        best = max(known) if column.large_is_good else min(known)
-        texts = [line[place] for line, value in zip(body, values, strict=True) if value == best]
-        for line, value in zip(body, values, strict=True):
-            if value is not None and line[place] in texts:
-                line[place] = f"**{line[place]}**"
+    body = [[name_of(row)] for row in rows]
+    # What stock loaders cannot load is no answer to the same question, so it does not compete.
+    competing = [row if row.stock and row.seeds else None for row in rows]
+    for column in _COLUMNS:
+        for line, row in zip(body, rows, strict=True):
+            line.append(column.text(row))
+        if column.best:
+            _embolden(body, competing, column)
     return markdown(["method", *(column.heading for column in _COLUMNS)], body)
+
+
+def _embolden(body: Sequence[list[str]], competing: Sequence[Row | None], column: _Column) -> None:
+    """Make the best of the last entries bold; None stands for a line that does not compete."""
+    values = [None if row is None else column.value(row) for row in competing]
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if len(known) < 2:
+        return
+    best = max(known) if column.large_is_good else min(known)
+    texts = [line[-1] for line, value in zip(body, values, strict=True) if value == best]
+    for line, value in zip(body, values, strict=True):
+        if value is not None and line[-1] in texts:
+            line[-1] = f"**{line[-1]}**"
 
 
 def _headline(original: Original) -> str:
