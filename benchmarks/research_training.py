@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coterie.compress.adam import Adam, rate_at
+from coterie.compress.adam import Adam, rate_at, steady_rate_at
 from coterie.compress.distill import Schedule, Targets
 from coterie.compress.methods import segment
 from coterie.compress.methods.slim import RANKINGS, SCORES, energy_scores
@@ -336,8 +336,8 @@ def train(
                     divergence, loss = _loss(model, original, ids_BS[part], training)
                     (share * loss).backward()  # type: ignore[no-untyped-call]
                 total += share * float(divergence.detach())
-            # As if there were steps without end, the rate rises and then stays.
-            rate = rate_at(step, 10**9 if averaged else schedule.steps, training.rate)
+            steady = steady_rate_at(step, training.rate)
+            rate = steady if averaged else rate_at(step, schedule.steps, training.rate)
             for names, optimizer, factor in optimizers:
                 optimizer.step([_gradient(weights[name]) for name in names], factor * rate)
             for tensor in weights.values():

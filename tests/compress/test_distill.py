@@ -2,20 +2,21 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.compress.adam import BETAS, rate_at
+from coterie.compress.adam import BETAS, rate_at, steady_rate_at
 from coterie.compress.distill import Distillation, Schedule, Targets, trainable
 from coterie.model.layers import Architecture
 from coterie.model.load import load_model, open_checkpoint
 from coterie.testing import tiny_checkpoint
 
 FAMILIES = ["olmoe", "deepseek_v3", "gpt_oss"]
-SCHEDULE = Schedule(steps=6, sequences=4, micro=2, rate=0.02)
+SCHEDULE = Schedule(steps=6, sequences=4, micro=2, rate=0.02, averaged=3)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -71,6 +72,9 @@ def test_the_rate_rises_and_falls_to_nothing():
     assert rates[0] < rates[4]
     assert all(one > other for one, other in itertools.pairwise(rates[5:]))
     assert rates[-1] < 0.001
+    steady = [steady_rate_at(step, 0.1) for step in range(50)]
+    assert steady[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    assert steady[5:] == [0.1] * 45
 
 
 def test_steps_equal_those_of_adam(place):
@@ -91,7 +95,7 @@ def test_steps_equal_those_of_adam(place):
             mean, square = (
                 moment[name] / (1 - beta ** (step + 1)) for moment, beta in zip((first, second), BETAS, strict=True)
             )
-            rate = rate_at(step, SCHEDULE.steps, SCHEDULE.rate) * sizes[name]
+            rate = steady_rate_at(step, SCHEDULE.rate) * sizes[name]
             tensor.data -= (rate * mean / (square.sqrt() + 1e-12)).float()
             # An entry whose gradient is nearly nothing may step either way.
             close = ((found.weights[name] - tensor).detach().abs() < 1e-3 * float(tensor.detach().abs().max())).float()
@@ -122,22 +126,42 @@ def test_the_number_of_threads_does_not_matter(place):
     assert one.measure(ids_BS, targets) == two.measure(ids_BS, targets)
 
 
-def test_it_goes_on_from_its_state_with_the_same_bits(place):
+@pytest.mark.parametrize("ended", [0, 2, 4, 6])
+def test_it_goes_on_from_its_state_with_the_same_bits(place, ended):
     _, _, ids_BS, targets = place
     whole = student(place)
-    for _ in range(4):
+    for _ in range(6):
         whole.advance(ids_BS, targets)
     first = student(place)
-    for _ in range(2):
+    for _ in range(ended):
         first.advance(ids_BS, targets)
-    kept = {name: tensor.clone() for name, tensor in first.adam.state().items()}
+    kept = {name: tensor.clone() for name, tensor in first.state().items()}
     second = student(place)
-    second.adam.restore(kept)
-    for _ in range(2):
+    second.restore(kept)
+    for _ in range(ended, 6):
         second.advance(ids_BS, targets)
-    assert second.step == whole.step == 4
-    for name, tensor in whole.adam.state().items():
-        assert torch.equal(tensor, second.adam.state()[name]), name
+    assert second.step == whole.step == 6
+    assert whole.state().keys() == second.state().keys()
+    for name, tensor in whole.state().items():
+        assert torch.equal(tensor, second.state()[name]), name
+    whole.finish()
+    second.finish()
+    for name, tensor in whole.weights.items():
+        assert torch.equal(tensor, second.weights[name]), name
+
+
+def test_what_comes_out_is_the_mean_over_the_last_steps(place):
+    _, _, ids_BS, targets = place
+    found = student(place)
+    passed = []
+    for _ in range(6):
+        found.advance(ids_BS, targets)
+        passed.append({name: tensor.detach().double() for name, tensor in found.weights.items()})
+    found.finish()
+    for name, tensor in found.weights.items():
+        mean = sum(each[name] for each in passed[3:]) / 3
+        assert torch.allclose(tensor.detach().double(), mean, rtol=1e-5, atol=1e-7), name
+    assert any(not torch.allclose(found.weights[name].detach().double(), passed[-1][name]) for name in passed[-1])
 
 
 def test_neurons_that_are_nothing_stay_nothing(tmp_path):
@@ -151,10 +175,12 @@ def test_neurons_that_are_nothing_stay_nothing(tmp_path):
         for layer in model.model.layers:
             layer.mlp.experts.gate_up_proj[:, [0, width]] = 0
             layer.mlp.experts.down_proj[:, :, 0] = 0
-    found = Distillation(model, Architecture.of(open_checkpoint(folder)).layers, SCHEDULE)
+    schedule = replace(SCHEDULE, rate=0.005)
+    found = Distillation(model, Architecture.of(open_checkpoint(folder)).layers, schedule)
     before = found.measure(ids_BS, targets)
-    for _ in range(4):
+    for _ in range(schedule.steps):
         found.advance(ids_BS, targets)
+    found.finish()
     assert found.measure(ids_BS, targets) < before
     for layer in model.model.layers:
         assert not layer.mlp.experts.gate_up_proj[:, [0, width]].any()

@@ -16,9 +16,14 @@ WARM_UP = 5  # steps
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def steady_rate_at(step: int, rate: float) -> float:
+    """Return the rate of a step, counted from 0: a short rise, then the same for all."""
+    return rate * min(1.0, (step + 1) / WARM_UP)
+
+
 def rate_at(step: int, steps: int, rate: float) -> float:
     """Return the rate of a step, counted from 0: a short rise, then a cosine down to nothing."""
-    return rate * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return steady_rate_at(step, rate) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 class Adam:
