@@ -29,7 +29,7 @@ lint: $(VENV)/.stamp-dev ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (an afternoon, 50 GB of disk)
+bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a day, 50 GB of disk)
 	$(BIN)/python benchmarks/demo.py --markdown benchmarks/demo.md
 	$(BIN)/python benchmarks/inputs.py --markdown benchmarks/inputs.md
 	$(BIN)/python benchmarks/calibration.py --tokens 16384 --test-tokens 10240 --markdown benchmarks/calibration.md
@@ -38,6 +38,9 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 	$(BIN)/python benchmarks/memory.py --tokens 2048 --markdown benchmarks/memory.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/research.py --sample-tokens 32768 --markdown benchmarks/research.md
 	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/methods.py --recipes average,m-smoe,hc-smoe,mergemoe,mergemoe-output,ream,sub-moe,ppp \
+		--routers plain map --removed 0.5 --keep benchmarks/routers
+	$(BIN)/python benchmarks/methods.py --recipes heapr-ragged,coterie-ragged --seeds 1 --keep benchmarks/ragged
 
 clean: ## remove caches, builds and the demo's results; .venv stays
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist demo

@@ -1,11 +1,11 @@
 """Every method on both reference models: damage against bytes, with the spread over draws of the calibration text.
 
-    python benchmarks/methods.py [--jobs 2] [--recipes all] [--removed 0.25 0.5 0.625 0.75] [--seeds 3]
-                                 [--out methods] [--keep benchmarks/methods]
+    python benchmarks/methods.py [--recipes NAME,NAME] [--routers plain map] [--removed 0.25 0.5 0.625 0.75]
+                                 [--seeds 3] [--jobs 2] [--out methods] [--keep benchmarks/methods]
 
-Runs `coterie bench` on the bundled models: each recipe, its mapped form too where it merges experts, at each size, on
-each draw. It takes hours and may be ended at any time; the same command goes on. Tables, results and plots are then
-copied to --keep with the endings .md, .json, .svg and .png. A model that is not there is left out, and said so.
+Runs `coterie bench` on the bundled models: every published method and `coterie`, at each size, on each draw. It takes
+hours and may be ended at any time; the same command goes on. Tables, results and plots are then copied to --keep with
+the endings .md, .json, .svg and .png. A model that is not there is left out, and said so.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -20,11 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from coterie.bench.run import PLOT, RESULTS, Bench, bench
+from coterie.compress.recipes import RECIPES
 
 HERE = Path(__file__).resolve().parent.parent
 MODELS = (HERE / "reference" / "model", HERE / "reference" / "glm4_moe")
 CALIBRATION = HERE / "reference" / "text" / "calibration"
 TEST = HERE / "reference" / "text" / "test"
+
+#: What is published, and the default of `coterie compress`; its variants come with `--recipes all`.
+RECIPES_HERE = tuple(name for name in RECIPES if not name.startswith("coterie-"))
 
 
 def run(models: Sequence[Path], out: Path, **settings: Any) -> Bench:
@@ -36,16 +41,17 @@ def run(models: Sequence[Path], out: Path, **settings: Any) -> Bench:
     return bench(there, out, text=CALIBRATION, test=TEST, **settings)
 
 
-def header(results: dict[str, Any]) -> str:
-    """Say how it was measured, above the tables."""
+def header(results: dict[str, Any], arguments: Sequence[str]) -> str:
+    """Say how it was measured, above the tables; `arguments` are those of the command."""
     settings, machine, code = results["settings"], results["environment"], results["code"]
     seeds = sorted({cell["seed"] for cell in results["cells"]})
     draws = f"{len(seeds)} draw{'s' if len(seeds) > 1 else ''}"
+    command = shlex.join(["python", "benchmarks/methods.py", *arguments])
     test_tokens = "all" if settings["test_tokens"] is None else f"{settings['test_tokens']:,}"
     return (
         "# Methods\n\n"
-        f"Made by `python benchmarks/methods.py`: {len(results['cells'])} compressions, each evaluated against the "
-        f"original on {test_tokens} tokens of text that no method has seen. Calibration: {settings['tokens']:,} tokens "
+        f"Made by `{command}`: {len(results['cells'])} compressions, each evaluated against the original "
+        f"on {test_tokens} tokens of text that no method has seen. Calibration: {settings['tokens']:,} tokens "
         f"of the same kinds of text, {draws}; recipes that distil do so at effort {settings['effort']}. "
         f"One thread of {machine['device_name']}; torch {code['torch']}, transformers {code['transformers']}.\n\n"
         "![damage against bytes](methods.svg)\n\n"
@@ -74,10 +80,10 @@ def compact(results: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def keep(made: Bench, place: Path) -> None:
-    """Copy tables, results and plots to `place`, each with its ending."""
+def keep(made: Bench, place: Path, arguments: Sequence[str] = ()) -> None:
+    """Copy tables, results and plots to `place`, each with its ending; `arguments` are those of the command."""
     content = (made.out / RESULTS).read_text(encoding="utf-8")
-    text = header(json.loads(content)).replace("methods.svg", f"{place.name}.svg")
+    text = header(json.loads(content), arguments).replace("methods.svg", f"{place.name}.svg")
     place.parent.mkdir(parents=True, exist_ok=True)
     place.with_suffix(".md").write_text(text + made.table, encoding="utf-8")
     place.with_suffix(".json").write_text(compact(json.loads(content)), encoding="utf-8")
@@ -93,8 +99,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", type=Path, default=MODELS)
     parser.add_argument("--out", type=Path, default=HERE / "methods", help="folder of the bench")
     parser.add_argument("--keep", type=Path, default=HERE / "benchmarks" / "methods", help="where what it found goes")
-    parser.add_argument("--recipes", default="all", help="names separated by commas")
-    parser.add_argument("--routers", nargs="+", default=["plain", "map"])
+    parser.add_argument("--recipes", default=",".join(RECIPES_HERE), help="names separated by commas, or all")
+    parser.add_argument("--routers", nargs="+", default=["plain"])
     parser.add_argument("--removed", nargs="+", type=float, default=[0.25, 0.5, 0.625, 0.75])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=65_536, help="calibration tokens")
@@ -108,7 +114,7 @@ def main() -> None:
     place = options.pop("keep")
     made = run(options.pop("models"), options.pop("out"), **options)
     print(made.summary)
-    keep(made, place)
+    keep(made, place, sys.argv[1:])
 
 
 if __name__ == "__main__":

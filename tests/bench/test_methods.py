@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from coterie.compress.recipes import RECIPES
+
 
 @pytest.fixture
 def methods(monkeypatch):
@@ -16,10 +18,11 @@ def methods(monkeypatch):
 
 def test_tables_results_and_plot_are_kept(methods, made, tmp_path):
     place = tmp_path / "kept" / "found"
-    methods.keep(made, place)
+    methods.keep(made, place, ["--recipes", "a b"])
     assert sorted(path.name for path in place.parent.iterdir()) == ["found.json", "found.md", "found.svg"]
     text = place.with_suffix(".md").read_text()
     assert text.endswith(made.table)
+    assert "Made by `python benchmarks/methods.py --recipes 'a b'`: " in text
     assert "6 compressions, each evaluated against the original on 256 tokens" in text
     assert "Calibration: 512 tokens of the same kinds of text, 2 draws;" in text
     assert "![damage against bytes](found.svg)" in text
@@ -48,6 +51,12 @@ def test_a_model_that_is_not_there_is_left_out(methods, tmp_path, monkeypatch, c
     assert f"{tmp_path / 'gone'} is not there: left out" in capsys.readouterr().err
 
 
+def test_published_methods_and_our_default_are_compared_by_default(methods):
+    assert {"reap", "heapr-ragged", "coterie"} < set(methods.RECIPES_HERE)
+    assert "coterie-slim" not in methods.RECIPES_HERE
+    assert len(methods.RECIPES_HERE) == len(RECIPES) - 3
+
+
 def test_the_command_line_says_what_is_run(methods, made, tmp_path, monkeypatch, capsys):
     asked = {}
     monkeypatch.setattr(methods, "run", lambda models, out, **options: asked.update(options, out=out) or made)
@@ -56,6 +65,6 @@ def test_the_command_line_says_what_is_run(methods, made, tmp_path, monkeypatch,
     assert made.summary in capsys.readouterr().out
     assert (tmp_path / "m.md").is_file()
     assert asked == {
-        "out": Path("x"), "recipes": "reap", "routers": ["plain", "map"], "removed": [0.25, 0.5, 0.625, 0.75],
+        "out": Path("x"), "recipes": "reap", "routers": ["plain"], "removed": [0.25, 0.5, 0.625, 0.75],
         "seeds": 3, "tokens": 65_536, "test_tokens": 20_480, "questions": 200, "effort": "balanced", "jobs": 2,
     }  # fmt: skip
