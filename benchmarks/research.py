@@ -209,7 +209,7 @@ def distil_variants(scale: float) -> Iterator[Variant]:
     for tokens in (512, 1_024, 2_048, 4_096):
         says = f"{plain.tokens:,} tokens, {tokens:,} of them a step, rate {plain.rate:g}"
         tried[f"step-{tokens}"] = (replace(plain, step_tokens=tokens), says)
-    for rate in (0.0025, 0.01):
+    for rate in (0.0025, 0.01, 0.02):
         tried[f"rate-{rate:g}"] = (replace(plain, rate=rate), f"as step-2048 with a rate of {rate:g}")
     for classes in (64, 128, 256):
         says = f"as step-2048, the loss sees the {classes} most probable tokens and one class for the rest"
@@ -223,6 +223,8 @@ def distil_variants(scale: float) -> Iterator[Variant]:
     tried["muon"] = (replace(plain, optimizer="muon", rate=0.003), says)
     says = "as step-2048, Adam in the eigenbasis of what each matrix receives"
     tried["eigenbasis"] = (replace(plain, optimizer="eigenbasis"), says)
+    says = "as step-2048, the rate stays and falls in the last half of the steps, instead of from the first on"
+    tried["fall-0.5"] = (replace(plain, fall=0.5), says)
     for share, says in ((0.25, "quarter"), (0.5, "half")):
         says = f"as step-2048, the rate does not fall, the result is the mean of what the last {says} of the steps made"
         tried[f"average-{share:g}"] = (replace(plain, average=share), says)
@@ -231,6 +233,8 @@ def distil_variants(scale: float) -> Iterator[Variant]:
     for times in (2, 4, 8):
         longer = Training().scaled(times * scale)
         tried[f"text-{times}x"] = (longer, f"as step-2048, {longer.tokens:,} tokens, each seen once")
+    longer = replace(Training().scaled(4 * scale), fall=0.5)
+    tried["text-4x-fall"] = (longer, "as text-4x, the rate as in fall-0.5")
     longer = replace(Training().scaled(4 * scale), pool=plain.tokens)
     tried["four-times"] = (longer, f"as text-4x, but {plain.tokens:,} tokens, each seen four times")
     says = "as text-4x, from experts with their own widths, joint (no plain checkpoint)"

@@ -9,6 +9,7 @@ model width, N tokens of one expert.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coterie.compress.adam import Adam, rate_at, steady_rate_at
+from coterie.compress.adam import WARM_UP, Adam
 from coterie.compress.distill import Schedule, Targets
 from coterie.compress.methods import segment
 from coterie.compress.methods.slim import RANKINGS, SCORES, energy_scores
@@ -175,6 +176,8 @@ class Training:
         others: the rate of attention and norms, as a share of `rate`; 0 leaves them as they are.
         hidden: weight of the error of the hidden states behind all layers, beside the divergence.
         optimizer: "adam", "muon" (matrices of the experts) or "eigenbasis" (Adam, see `Turned`).
+        fall: share of the steps, the last ones, in which the rate falls in a line after it stayed; None for a rate that
+            falls from the first step on, as a cosine does.
         average: share of the steps, the last ones, of whose results the mean is taken; the rate then stays where it is
             instead of falling. 0 takes what the last step made.
         own_text: whether the text is the original model's own.
@@ -188,6 +191,7 @@ class Training:
     others: float = 0.0
     hidden: float = 0.0
     optimizer: Literal["adam", "muon", "eigenbasis"] = "adam"
+    fall: float | None = None
     average: float = 0.0
     own_text: bool = False
 
@@ -195,6 +199,15 @@ class Training:
         """Return the same with another amount of text."""
         pool = None if self.pool is None else round(self.pool * scale)
         return replace(self, tokens=round(self.tokens * scale), pool=pool)
+
+    def rate_at(self, step: int, steps: int) -> float:
+        """Return the rate of a step, counted from 0."""
+        rate = self.rate * min(1.0, (step + 1) / WARM_UP)
+        if self.average:
+            return rate
+        if self.fall is None:
+            return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        return rate * min(1.0, (steps - step) / (self.fall * steps))
 
     def schedule(self, seq_len: int, seed: int) -> Schedule:
         """Return which sequences each step sees."""
@@ -336,8 +349,7 @@ def train(
                     divergence, loss = _loss(model, original, ids_BS[part], training)
                     (share * loss).backward()  # type: ignore[no-untyped-call]
                 total += share * float(divergence.detach())
-            steady = steady_rate_at(step, training.rate)
-            rate = steady if averaged else rate_at(step, schedule.steps, training.rate)
+            rate = training.rate_at(step, schedule.steps)
             for names, optimizer, factor in optimizers:
                 optimizer.step([_gradient(weights[name]) for name in names], factor * rate)
             for tensor in weights.values():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coterie.compress.adam import Adam
+from coterie.compress.adam import FALL, Adam
 from coterie.compress.apply import compress
 from coterie.compress.distill import Distillation, Schedule, Targets
 from coterie.compress.methods import segment
@@ -34,7 +34,7 @@ TRIED = {
     "refit": ["no-refit", "joint", "joint-256", "removal", "removal-joint", "narrower-joint"],
     "distil": [
         "untrained", "step-512", "rate-0.01", "classes-64", "attention-too", "hidden-1", "muon", "eigenbasis",
-        "average-0.5", "own-text", "from-narrower", "text-2x", "four-times", "from-ragged",
+        "fall-0.5", "average-0.5", "own-text", "from-narrower", "text-2x", "four-times", "from-ragged",
     ],
 }  # fmt: skip
 NAMES = [name for names in TRIED.values() for name in names]
@@ -257,12 +257,11 @@ def test_losses_are_those_of_the_packages_own_distillation(parts, command):
         return model
 
     own, other = disturbed(), disturbed()
-    training = parts.Training(tokens=6 * 48, step_tokens=48, rate=0.01, classes=8, average=0.5)
-    schedule = Schedule(steps=6, sequences=3, rate=0.01, averaged=3)
+    training = parts.Training(tokens=6 * 48, step_tokens=48, rate=0.01, classes=8, fall=FALL)
+    schedule = Schedule(steps=6, sequences=3)
     found = parts.train(own, original, layers, ids_BS, training)
-    work = Distillation(other, layers, schedule)
+    work = Distillation(other, layers, schedule, rate=0.01)
     expected = [work.advance(ids_BS, targets) for _ in range(6)]
-    work.finish()
     assert found[0] == pytest.approx(expected[0], rel=1e-4)
     # Gate and up have a size each there, and one together here.
     assert found == pytest.approx(expected, rel=0.02)
@@ -302,14 +301,14 @@ def test_the_mean_of_the_last_steps_is_taken_while_the_rate_stays(parts, command
     original = load_model(command.model, dtype=torch.float32)
     ids_BS = torch.randint(5, 60, (8, 16), generator=torch.Generator().manual_seed(0))
     held, rates = [], []
-    add_to, rate_at = parts.Student.add_to, parts.steady_rate_at
+    add_to, rate_at = parts.Student.add_to, parts.Training.rate_at
 
     def remember(student, sums):
         held.append({name: tensor.detach().clone() for name, tensor in student.weights.items()})
         add_to(student, sums)
 
     monkeypatch.setattr(parts.Student, "add_to", remember)
-    monkeypatch.setattr(parts, "steady_rate_at", lambda *arguments: rates.append(rate_at(*arguments)) or rates[-1])
+    monkeypatch.setattr(parts.Training, "rate_at", lambda *arguments: rates.append(rate_at(*arguments)) or rates[-1])
     model = load_model(command.model, dtype=torch.float32)
     model.get_submodule(layers[0].experts).down_proj.data.mul_(0.5)
     parts.train(model, original, layers, ids_BS, parts.Training(tokens=8 * 64, step_tokens=64, average=0.25))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,19 +10,15 @@ from torch import Tensor
 BETAS = (0.9, 0.98)
 EPSILON = 1e-12
 WARM_UP = 5  # steps
+FALL = 0.5  # share of the steps
 
 #: What torch calls the two moments of a tensor's gradient.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def steady_rate_at(step: int, rate: float) -> float:
-    """Return the rate of a step, counted from 0: a short rise, then the same for all."""
-    return rate * min(1.0, (step + 1) / WARM_UP)
-
-
 def rate_at(step: int, steps: int, rate: float) -> float:
-    """Return the rate of a step, counted from 0: a short rise, then a cosine down to nothing."""
-    return steady_rate_at(step, rate) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    """Return the rate of a step, counted from 0: it rises, stays, and in the last half falls to nothing in a line."""
+    return rate * min(1.0, (step + 1) / WARM_UP, (steps - step) / (FALL * steps))
 
 
 class Adam:

@@ -3,16 +3,15 @@
 The original's predictions are kept as the log-probabilities of its most probable tokens (`Targets`), made while it
 streams by one layer at a time; only the compressed model is in memory as a whole. The loss is the Kullback-Leibler
 divergence from the original over those tokens and one class for all others, which is never more than the divergence
-over all tokens. Steps are those of `coterie.compress.adam` on float32 weights, all of one size; what comes out is the
-mean of the weights over the last steps (stochastic weight averaging, 1803.05407), which takes the place of a falling
-rate. Sequences are seen once an epoch, in a seeded order.
+over all tokens. Steps are those of `coterie.compress.adam` on float32 weights. Sequences are seen once an epoch, in a
+seeded order.
 
 Legend: B sequences, S tokens of a sequence, V vocabulary, K tokens kept for each target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,12 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coterie.compress.adam import Adam, steady_rate_at
+from coterie.compress.adam import Adam, rate_at
 from coterie.model.layers import MoELayer, canonical_experts
 from coterie.model.seam import intercepted, routed_output
-
-#: Before the names of the tensors of a mean, in a state.
-_MEAN = "mean."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,16 +79,12 @@ class Schedule:
         steps: steps of the optimizer.
         sequences: sequences in a step.
         micro: sequences that are computed at once.
-        rate: largest step of an entry, relative to the root mean square of its tensor.
-        averaged: steps, the last ones, over whose results the mean is taken.
         seed: seed of the order of the sequences.
     """
 
     steps: int
     sequences: int = 8
     micro: int = 2
-    rate: float = 0.02
-    averaged: int = 1
     seed: int = 0
 
     def rows(self, step: int, count: int) -> Tensor:
@@ -110,10 +102,18 @@ class Distillation:
 
     Attributes:
         weights: the trained tensors by name in memory, float32; those of the model itself.
+        adam: the optimizer; its state is all that the next step depends on.
+        rate: largest step of an entry, relative to the root mean square of its tensor; it may be set until the first.
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: Sequence[MoELayer], schedule: Schedule, *, workers: int = 1
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[MoELayer],
+        schedule: Schedule,
+        *,
+        rate: float = 0.0,
+        workers: int = 1,
     ) -> None:
         """Prepare a model.
 
@@ -121,41 +121,23 @@ class Distillation:
             model: the compressed model, float32, in memory as a whole; its experts and routers are changed.
             layers: its MoE layers.
             schedule: how it is trained.
+            rate: see the attribute.
             workers: threads that share out a step; the result does not depend on it.
         """
         self._model = model
         self._schedule = schedule
+        self.rate = rate
         self._workers = workers
         model.requires_grad_(False)
         self.weights = trainable(model, layers)
         for tensor in self.weights.values():
             tensor.requires_grad_(True)
-        self._adam = Adam(self.weights)
-        self._mean: dict[str, Tensor] = {}
+        self.adam = Adam(self.weights)
 
     @property
     def step(self) -> int:
         """Steps done."""
-        return self._adam.steps
-
-    def state(self) -> dict[str, Tensor]:
-        """Return everything that the next steps depend on, as one flat dict for `restore`."""
-        return self._adam.state() | {f"{_MEAN}{name}": tensor for name, tensor in self._mean.items()}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state."""
-        self._adam.restore(state)
-        self._mean = {
-            name: state[f"{_MEAN}{name}"].to(tensor.device, copy=True)
-            for name, tensor in self.weights.items()
-            if f"{_MEAN}{name}" in state
-        }
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Set the weights to their mean over the last steps, once all are done."""
-        for name, mean in self._mean.items():
-            self.weights[name].copy_(mean)
+        return self.adam.steps
 
     def advance(self, ids_BS: Tensor, targets: Targets) -> float:
         """Take one step on its share of the sequences; return the mean divergence before it, nats per token."""
@@ -169,19 +151,8 @@ class Distillation:
             sum((share * gradient for share, gradient in zip(shares, gradients, strict=True)), torch.zeros(()))
             for gradients in zip(*(gradients for _, gradients in results), strict=True)
         ]
-        self._adam.step(mean, steady_rate_at(self.step, self._schedule.rate))
-        self._average()
+        self.adam.step(mean, rate_at(self.step, self._schedule.steps, self.rate))
         return loss
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        """Take the weights into their mean, where this step is one of the last."""
-        number = self.step - (self._schedule.steps - self._schedule.averaged)
-        if number == 1:
-            self._mean = {name: tensor.detach().clone() for name, tensor in self.weights.items()}
-        elif number > 1:
-            for name, mean in self._mean.items():
-                mean.lerp_(self.weights[name], 1 / number)
 
     def measure(self, ids_BS: Tensor, targets: Targets) -> float:
         """Return the mean divergence on sequences, nats per token."""

@@ -52,11 +52,9 @@ SEQUENCES, MICRO = 4, 2
 #: How often a sequence is seen at most.
 EPOCHS = 4
 
-#: Largest step of an entry of a tensor, relative to the root mean square of its entries.
-RATE = 0.005
-
-#: Share of the steps, the last ones, over whose results the mean is taken.
-AVERAGED = 0.25
+#: Largest step of an entry of a tensor, relative to the root mean square of its entries, for each root of a nat that
+#: the held-out divergence has at first. Divergence is quadratic in the error of the weights: its root is how far to go.
+RATE = 0.02
 
 _TARGETS = "distill-targets.safetensors"
 _STEP = "distilled to step "
@@ -82,11 +80,10 @@ def needed_bytes(model: PreTrainedModel, layers: Sequence[MoELayer], *, seq_len:
     trained = sum(parameter.numel() for parameter in trainable(model, layers).values())
     config: Any = model.config.get_text_config()
     tokens = workers * MICRO * seq_len
-    # Logits, their softmax and both gradients; the activations of all layers; weights, their mean, gradients and two
-    # moments.
+    # Logits, their softmax and both gradients; the activations of all layers; weights, gradients and two moments.
     logits = 5 * tokens * int(config.vocab_size)
     activations = 24 * tokens * int(config.hidden_size) * int(config.num_hidden_layers)
-    return 4 * (weights + (3 + 2 * workers) * trained + logits + activations)
+    return 4 * (weights + (2 + 2 * workers) * trained + logits + activations)
 
 
 def may_distill(
@@ -182,25 +179,22 @@ def train(
     fit, held = ((ids_BS[rows], targets.select(rows)) for rows in (~held_B, held_B))
     seen = min(tokens // ids_BS.shape[1], EPOCHS * len(fit[0]))
     steps = max(1, round(seen / SEQUENCES))
-    schedule = Schedule(
-        steps=steps, sequences=min(SEQUENCES, len(fit[0])), micro=MICRO, rate=RATE,
-        averaged=max(1, round(AVERAGED * steps)), seed=seed,
-    )  # fmt: skip
+    schedule = Schedule(steps=steps, sequences=min(SEQUENCES, len(fit[0])), micro=MICRO, seed=seed)
     workers = 1 if model.device.type != "cpu" else torch.get_num_threads()
     work = Distillation(model, architecture.layers, schedule, workers=workers)
     saved = [name for name in run.finished if name.startswith(_STEP)]
     if saved:
         before = float(run.finished[saved[0]].content["before"])
-        work.restore(load_file(run.private / _state_file(saved[-1])))
+        work.adam.restore(load_file(run.private / _state_file(saved[-1])))
     else:
         before = work.measure(*held)
+    work.rate = RATE * min(1.0, before**0.5)
     at = time.monotonic()
     for _ in track(range(work.step, steps), "distilling", total=steps - work.step):
         work.advance(*fit)
         if time.monotonic() - at >= SAVE_SECONDS or work.step == steps:
             saved.append(_save(run, work, before, saved[-1:]))
             at = time.monotonic()
-    work.finish()
     with torch.no_grad():
         for name, tensor in rounded(work.weights).items():
             work.weights[name].copy_(tensor)
@@ -208,6 +202,7 @@ def train(
     notes: dict[str, object] = {
         "steps": steps,
         "tokens": steps * schedule.sequences * ids_BS.shape[1],
+        "rate": work.rate,
         "heldout_divergence_before": before,
         "heldout_divergence_after": after,
         "taken": after < before,
@@ -225,6 +220,6 @@ def _state_file(step: str) -> str:
 def _save(run: Run, work: Distillation, before: float, last: Sequence[str]) -> str:
     name = f"{_STEP}{work.step}"
     with atomic_path(run.private / _state_file(name)) as temporary:
-        save_file({key: tensor.contiguous() for key, tensor in work.state().items()}, temporary)
+        save_file({key: tensor.contiguous() for key, tensor in work.adam.state().items()}, temporary)
     run.finish(name, private=[_state_file(name)], drop=[_state_file(step) for step in last], content={"before": before})
     return name
