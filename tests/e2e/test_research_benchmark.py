@@ -34,7 +34,7 @@ TRIED = {
     "refit": ["no-refit", "joint", "joint-256", "removal", "removal-joint", "narrower-joint"],
     "distil": [
         "untrained", "step-512", "rate-0.01", "classes-64", "attention-too", "hidden-1", "muon", "eigenbasis",
-        "fall-0.5", "average-0.5", "own-text", "from-narrower", "text-2x", "four-times", "from-ragged",
+        "average-0.5", "own-text", "from-narrower", "text-2x", "text-4x-fall", "four-times", "from-ragged",
     ],
 }  # fmt: skip
 NAMES = [name for names in TRIED.values() for name in names]
@@ -108,7 +108,7 @@ def test_training_has_the_steps_that_it_says(done):
     assert set(steps) == set(TRIED["distil"]) - {"untrained"}
     assert steps.pop("step-512") == 2
     assert steps.pop("text-2x") == 1
-    assert {steps.pop(name) for name in ("four-times", "from-ragged")} == {2}
+    assert {steps.pop(name) for name in ("four-times", "from-ragged", "text-4x-fall")} == {2}
     assert set(steps.values()) == {1}
 
 
