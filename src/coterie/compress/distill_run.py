@@ -188,7 +188,7 @@ def train(
         work.adam.restore(load_file(run.private / _state_file(saved[-1])))
     else:
         before = work.measure(*held)
-    work.rate = RATE * min(1.0, before**0.5)
+    work.rate = RATE * min(1.0, max(0.0, before) ** 0.5)  # rounding can make it a hair less than 0
     at = time.monotonic()
     for _ in track(range(work.step, steps), "distilling", total=steps - work.step):
         work.advance(*fit)
