@@ -25,7 +25,7 @@ from coterie.artifact import write_artifact, write_json
 from coterie.compress.distill_run import make_targets, may_distill, say_cost, train
 from coterie.compress.layer import LayerSummary, Swap, compress_layer
 from coterie.compress.plan import Plan, Router, check_statistics, make_plan
-from coterie.compress.recipes import get_recipe, training_tokens
+from coterie.compress.recipes import check_sequential, get_recipe, training_tokens
 from coterie.compress.reload import check_reload
 from coterie.compress.shards import Shard, lay_out, write_index, write_shard
 from coterie.compress.sizes import Wish, layer_tensors
@@ -158,7 +158,9 @@ def compress(
     checkpoint = open_checkpoint(model, output_dtype=output_dtype, allow_pickle=allow_pickle)
     check_target(target, checkpoint.path)
     if inputs == "compressed":
-        _check_compressed_inputs(recipe, profile, text)
+        if profile is not None or text is None:
+            raise InputError("with compressed inputs every layer is measured anew: give --text, and no --profile")
+        check_sequential(recipe)
     architecture = Architecture.of(checkpoint)
     stream = Stream(checkpoint, device=device, scratch=target.parent)
     held = _held_profile(profile, checkpoint)
@@ -257,23 +259,6 @@ def compress(
         out=target, plan=plan, manifest=manifest, logits_error=error, seconds=clock.laps,
         forecast=expected.num_bytes, peak_bytes=peak, input_bytes_read=stream.bytes_read,
     )  # fmt: skip
-
-
-def _check_compressed_inputs(recipe: str, profile: object, text: object) -> None:
-    """Raise InputError where layers cannot be measured one after the other is compressed."""
-    if profile is not None or text is None:
-        raise InputError("with compressed inputs every layer is measured anew: give --text, and no --profile")
-    needed = get_recipe(recipe).needs
-    if needs_gradients(needed):
-        raise InputError(
-            f"recipe {recipe} needs gradients of the loss, which come from behind: they are measured before any layer "
-            "is compressed; leave the inputs original"
-        )
-    if "output_peak" in needed:
-        raise InputError(
-            f"recipe {recipe} keeps super experts, which are known when every layer of the model was measured: leave "
-            "the inputs original, or the recipe without +protect"
-        )
 
 
 def _checked_training(recipe: str, train_tokens: int) -> int:

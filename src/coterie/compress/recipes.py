@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from coterie.compress.methods import PRUNING_PASSES, needs_of
 from coterie.errors import Infeasible, InputError, UnknownName
+from coterie.profile.statistics.channels import needs_gradients
 
 #: Router forms, and the passes that make each from the router's E rows once experts are merged. All but "map" give M
 #: rows, which stock loaders read: the centre's row, the usage-weighted mean of the members' rows, or the better of the
@@ -251,3 +252,18 @@ def training_tokens(recipe: str, effort: str) -> int:
     if effort not in EFFORTS:
         raise UnknownName("effort", effort, EFFORTS)
     return EFFORTS[effort] if get_recipe(recipe).distills else 0
+
+
+def check_sequential(name: str) -> None:
+    """Raise InputError where a recipe cannot have one layer compressed before the next is measured."""
+    needed = get_recipe(name).needs
+    if needs_gradients(needed):
+        raise InputError(
+            f"recipe {name} needs gradients of the loss, which come from behind: they are measured before any layer is "
+            "compressed; leave the inputs original"
+        )
+    if "output_peak" in needed:
+        raise InputError(
+            f"recipe {name} keeps super experts, which are known when every layer of the model was measured: leave the "
+            "inputs original, or the recipe without +protect"
+        )
