@@ -142,7 +142,7 @@ def _overview(rows: Sequence[Row], sizes: Sequence[float]) -> str:
             here = [by_size.get(size) for _, by_size in ordered]
             for line, found in zip(body, here, strict=True):
                 line.append(MISSING if found is None else column.text(found))
-            _embolden(body, [found if found is not None and found.stock else None for found in here], column)
+            _embolden(body, here, column)
     return markdown(headings, body)
 
 
@@ -152,19 +152,18 @@ def _kl(row: Row | None) -> float:
 
 def _main(rows: Sequence[Row]) -> str:
     body = [[name_of(row)] for row in rows]
-    # What stock loaders cannot load is no answer to the same question, so it does not compete.
-    competing = [row if row.stock and row.seeds else None for row in rows]
     for column in _COLUMNS:
         for line, row in zip(body, rows, strict=True):
             line.append(column.text(row))
         if column.best:
-            _embolden(body, competing, column)
+            _embolden(body, rows, column)
     return markdown(["method", *(column.heading for column in _COLUMNS)], body)
 
 
-def _embolden(body: Sequence[list[str]], competing: Sequence[Row | None], column: _Column) -> None:
-    """Make the best of the last entries bold; None stands for a line that does not compete."""
-    values = [None if row is None else column.value(row) for row in competing]
+def _embolden(body: Sequence[list[str]], rows: Sequence[Row | None], column: _Column) -> None:
+    """Make the best of the last entries bold."""
+    # What stock loaders cannot load is no answer to the same question, so it does not compete.
+    values = [column.value(row) if row is not None and row.stock and row.seeds else None for row in rows]
     known = [value for value in values if value is not None and math.isfinite(value)]
     if len(known) < 2:
         return
