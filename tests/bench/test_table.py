@@ -170,6 +170,21 @@ def test_the_plot_has_a_line_a_method_and_a_panel_a_model(card, cells):
     assert svg == plot.draw_svg([original(card), other], rows)
 
 
+def test_lines_that_lie_near_each_other_look_different(card):
+    """Colours come again after seven: the first and the eighth recipe must not be neighbours that share one."""
+    kl = {"a": 0.010, "b": 0.2, "c": 0.3, "d": 0.4, "e": 0.5, "f": 0.6, "g": 0.7, "h": 0.011}
+    cells = [
+        cell(name, value * factor, removed=removed, num_bytes=num_bytes)
+        for name, value in kl.items()
+        for factor, removed, num_bytes in ((1, 0.5, 1000), (2, 0.75, 500))
+    ]
+    root = ElementTree.fromstring(plot.draw_svg([original(card)], summarize(cells, {"m": card})))
+    paths = [element for element in root.iter("{http://www.w3.org/2000/svg}path") if "join" in element.get("class")]
+    colours = {element[0].text: element.get("class") for element in paths}
+    assert len(colours) == len(kl)
+    assert colours["a"] != colours["h"]
+
+
 def test_points_lie_where_their_numbers_say(card):
     cells = [cell("a", 0.01, num_bytes=1000), cell("a", 0.1, removed=0.75, num_bytes=500), cell("b", 1.0)]
     root = ElementTree.fromstring(plot.draw_svg([original(card)], summarize(cells, {"m": card})))

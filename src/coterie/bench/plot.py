@@ -37,7 +37,10 @@ svg { background: %(back)s; } text { fill: %(ink)s; font: 12.5px system-ui, sans
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Line:
-    """One method on one model: its points from small to large, as (bytes, KL, deviation of KL)."""
+    """One method on one model: its points from small to large, as (bytes, KL, deviation of KL).
+
+    It is dashed where stock loaders do not load the results.
+    """
 
     series: int
     name: str
@@ -102,8 +105,11 @@ def draw_png(originals: Sequence[Original], rows: Sequence[Row], path: Path) -> 
 
 
 def _panels(originals: Sequence[Original], rows: Sequence[Row]) -> list[tuple[Original, list[_Line]]]:
-    """Return each model with its lines; a method is the same series on all models."""
-    methods = list(dict.fromkeys(row.recipe for row in rows))
+    """Return each model with its lines.
+
+    A recipe is the same series on all models. Series go by damage: lines that lie near each other look different.
+    """
+    recipes = sorted(dict.fromkeys(row.recipe for row in rows), key=lambda recipe: _damage(rows, recipe))
     panels = []
     for original in originals:
         lines = []
@@ -117,11 +123,18 @@ def _panels(originals: Sequence[Original], rows: Sequence[Row]) -> list[tuple[Or
                 )
             )
             if points:
-                series, dashed = methods.index(own[0].recipe), own[0].router != "plain"
-                name = next(name_of(row) for row in own if row.seeds)
+                series = recipes.index(own[0].recipe)
+                measured = next(row for row in own if row.seeds)
+                name, dashed = name_of(measured), not measured.stock
                 lines.append(_Line(series=series, name=name, dashed=dashed, points=points))
         panels.append((original, lines))
     return panels
+
+
+def _damage(rows: Sequence[Row], recipe: str) -> float:
+    """Return the mean logarithm of a recipe's KL."""
+    logs = [math.log(row.kl.mean) for row in rows if row.recipe == recipe and row.kl and 0 < row.kl.mean < math.inf]
+    return math.fsum(logs) / len(logs) if logs else math.inf
 
 
 def _legend(panels: Sequence[tuple[Original, Sequence[_Line]]]) -> list[_Line]:
