@@ -140,6 +140,27 @@ def test_it_goes_on_from_its_state_with_the_same_bits(place):
         assert torch.equal(tensor, second.adam.state()[name]), name
 
 
+def test_a_bias_that_only_chooses_experts_stays_what_it_was(tmp_path):
+    """In AFMoE it is a parameter of the router, which no gradient reaches."""
+    folder = tiny_checkpoint(tmp_path / "model", "afmoe")
+    layers = Architecture.of(open_checkpoint(folder)).layers
+    model = load_model(folder, dtype=torch.float32)
+    biases = {name: tensor for name, tensor in trainable(model, layers).items() if name.endswith("expert_bias")}
+    assert len(biases) == len(layers)
+    with torch.no_grad():
+        for tensor in biases.values():
+            tensor.copy_(torch.linspace(-0.1, 0.1, len(tensor)))
+        model.get_submodule(layers[0].experts).down_proj.mul_(0.5)
+    held = {name: tensor.clone() for name, tensor in biases.items()}
+    ids_BS = torch.randint(5, 60, (4, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        targets = Targets.of(load_model(folder, dtype=torch.float32)(input_ids=ids_BS, use_cache=False).logits, 16)
+    found = Distillation(model, layers, SCHEDULE, rate=RATE)
+    losses = [found.advance(ids_BS, targets) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in held.items())
+
+
 def test_neurons_that_are_nothing_stay_nothing(tmp_path):
     """A ragged result fills narrow experts up with zeros: training must leave them."""
     folder = tiny_checkpoint(tmp_path / "model", "olmoe")

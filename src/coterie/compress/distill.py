@@ -165,7 +165,10 @@ class Distillation:
     def _gradients(self, part: tuple[Tensor, Targets]) -> tuple[float, tuple[Tensor, ...]]:
         with torch.enable_grad():
             loss = self._loss(*part)
-            return float(loss.detach()), torch.autograd.grad(loss, list(self.weights.values()))
+            # A bias that only decides which experts are chosen may be a parameter, and nothing depends on it smoothly.
+            weights = list(self.weights.values())
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+            return float(loss.detach()), gradients
 
     def _summed_loss(self, part: tuple[Tensor, Targets]) -> float:
         with torch.no_grad():  # holds for one thread only
