@@ -22,8 +22,10 @@ test: lint ## lint, types and the fast tests
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest -q --durations=10
 
-test-slow: $(VENV)/.stamp-dev ## the tests that need minutes
+test-slow: $(VENV)/.stamp-dev ## the tests that need minutes, and those of the extra [eval], which is installed for them
+	@$(PIP) -e '.[dev,eval]'
 	$(BIN)/python -m pytest -q --durations=10 -m slow
+	$(BIN)/python -m pytest -q -m 'not slow' tests/evaluate/test_harness.py
 
 lint: $(VENV)/.stamp-dev ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -37,10 +39,14 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 		--markdown benchmarks/overhead.md
 	$(BIN)/python benchmarks/memory.py --tokens 2048 --markdown benchmarks/memory.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/research.py --sample-tokens 32768 --markdown benchmarks/research.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/research.py --sample-tokens 32768 --keep 0.75 --only form,refit \
+		--markdown benchmarks/research-75.md
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/methods.py --recipes average,m-smoe,hc-smoe,mergemoe,mergemoe-output,ream,sub-moe,ppp \
 		--routers plain map --removed 0.5 --keep benchmarks/routers
 	$(BIN)/python benchmarks/methods.py --recipes heapr-ragged,coterie-ragged --seeds 1 --keep benchmarks/ragged
+	$(BIN)/python benchmarks/methods.py --recipes coterie,heapr,naee --effort fast --seeds 1 --jobs 1 --out methods-fast \
+		--keep benchmarks/fast
 
 clean: ## remove caches, builds and the demo's results; .venv stays
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist demo

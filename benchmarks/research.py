@@ -6,8 +6,9 @@
                                                     [--test-tokens 10240] [--scale 1] [--markdown FILE]
 
 Makes the bundled reference model smaller in each of the ways that --list names, by groups: which neurons to drop, what
-form is left, how it is re-fitted, how it is trained. Each result is held in memory with the numbers rounded as they
-would be on disk, and compared with the original on text that nothing was measured on. Prints tables in Markdown.
+form is left, how it is re-fitted, how it is trained, what it still answers. Each result is held in memory with the
+numbers rounded as they would be on disk, and compared with the original on text that nothing was measured on. Prints
+tables in Markdown.
 
 It takes hours and may be ended at any time: OUT/results.jsonl has one line for each variant that is finished, by its
 name and all that it depends on, and the same command goes on. OUT also holds the profile and the models that training
@@ -23,6 +24,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +42,7 @@ from coterie.compress.sizes import Sizing, Wish, layer_tensors, sizes_for
 from coterie.compress.state import LayerSize
 from coterie.errors import CoterieError, Infeasible
 from coterie.evaluate.divergence import token_divergence
+from coterie.evaluate.generation import count_correct, read_questions
 from coterie.model.convert import TORCH_DTYPES, Crossing, put
 from coterie.model.layers import Architecture, MoELayer, canonical_experts
 from coterie.model.load import hollow_result, load_model, load_tokenizer, open_checkpoint
@@ -68,7 +71,11 @@ GROUPS = {
     "form": "What form is left; neurons by their energy, nothing is re-fitted",
     "refit": "How the layers are re-fitted",
     "distil": "How the result is trained",
+    "answers": "How many questions are answered exactly",
 }
+
+#: A gap with which a token chooses the lesser parts of an expert before the better ones.
+LESSER_FIRST = -0.01
 
 Pass = tuple[str, Mapping[str, Any]]
 Shrinks = Literal["experts", "width", "parts", "ragged", "ragged-layers"]
@@ -104,7 +111,7 @@ class Form:
         made: Pass
         if self.shrinks == "experts":
             whole = ("segment", {"score": self.score, "parts": 1})
-            made = ("select", {"score": self.score}) if self.score == "reap" else whole
+            made = ("select", {"score": self.score}) if self.score in ("reap", "msan") else whole
         elif self.shrinks == "parts":
             made = ("segment", {"score": self.score, "parts": self.parts})
         else:
@@ -139,7 +146,7 @@ class Variant:
 
 def variants(scale: float = 1.0) -> list[Variant]:
     """Return all variants, by groups; training sees `scale` times as much text."""
-    return [*score_variants(), *form_variants(), *refit_variants(), *distil_variants(scale)]
+    return [*score_variants(), *form_variants(), *refit_variants(), *distil_variants(scale), *answer_variants(scale)]
 
 
 def score_variants() -> Iterator[Variant]:
@@ -174,8 +181,10 @@ def form_variants() -> Iterator[Variant]:
     for gap in (0.0, 0.1, 0.3):
         says = f"4 parts, in the router {gap:g} standard deviations apart instead of {segment.GAP:g}"
         forms[f"gap-{gap:g}"] = (Form(gap=gap), says)
+    says = f"4 parts, in the router {-LESSER_FIRST:g} standard deviations apart, the lesser ones first"
+    forms["lesser-first"] = (Form(gap=LESSER_FIRST), says)
     for chosen, few in ((0.75, "three quarters as many"), (1.25, "a quarter more"), (1.5, "half as many again")):
-        says = f"4 parts, {few} chosen for each token: {round(10 * chosen)} of the reference model's instead of 10"
+        says = f"4 parts, {few} chosen for each token ({round(10 * chosen)} instead of 10 where half is kept)"
         forms[f"chosen-{chosen:g}"] = (Form(chosen=chosen), says)
     says = "every expert with its own width, each layer with as many neurons (no plain checkpoint)"
     forms["ragged-layers"] = (Form(shrinks="ragged-layers"), says)
@@ -192,6 +201,7 @@ def refit_variants() -> Iterator[Variant]:
         "no-refit": (parts, (), "4 parts as they were cut"),
         "joint": (parts, JOINT, "4 parts, all down projections of a layer solved for together, ridge of 16 tokens"),
         "joint-256": (parts, (prior,), "the same with a ridge of 256 tokens"),
+        "joint-lesser-first": (Form(gap=LESSER_FIRST), JOINT, "joint, from lesser-first"),
         "joint-reconstruct": (parts, (*JOINT, ("reconstruct", {})), "joint, then all projections trained by layers"),
         "removal": (removal, (), "4 parts, neurons ranked by greedy removal with the others made up for"),
         "removal-joint": (removal, JOINT, "the same, then joint"),
@@ -246,6 +256,29 @@ def distil_variants(scale: float) -> Iterator[Variant]:
         )  # fmt: skip
 
 
+def answer_variants(scale: float) -> Iterator[Variant]:
+    """Yield results that are asked questions: whole experts and narrower ones, and ways to train towards answers."""
+    whole, narrow = Form(shrinks="experts", score="msan"), Form(shrinks="width", score="heapr")
+    parts, plain = Form(), replace(Training().scaled(scale), fall=0.5)
+    often = "as fall-0.5, what the questions are about has five times its share of the text"
+    sure = "as fall-0.5, tokens of which the original is sure (more than 90 %) count five times"
+    trainings: dict[str, tuple[Training, str]] = {
+        "trained": (plain, "fall-0.5"),
+        "trained-again": (replace(plain, order=1), "the same, the text in another order"),
+        "slow": (replace(plain, rate=0.0025), "as fall-0.5 with a rate of 0.0025"),
+        "sure": (replace(plain, sure=4.0), sure),
+        "asked": (replace(plain, asked=5.0), often),
+    }
+    tried: dict[str, tuple[Form, tuple[Pass, ...], Training | None, str]] = {
+        "msan": (whole, (), None, "whole experts are dropped, those of least mean square output"),
+        "heapr": (narrow, (), None, "heapr-uniform"),
+        "untrained": (parts, JOINT, None, "4 parts, joint: where training begins"),
+        **{name: (parts, JOINT, training, says) for name, (training, says) in trainings.items()},
+    }
+    for name, (form, refit, how, says) in tried.items():
+        yield Variant(name=f"answers-{name}", group="answers", says=says, form=form, refit=refit, training=how)
+
+
 # Making and measuring.
 
 
@@ -264,6 +297,7 @@ class Study:
         self._crossing = Crossing(self._checkpoint, self._architecture.model)
         self._tokenizer = load_tokenizer(options.model)
         self._original = load_model(options.model, dtype=torch.float32).requires_grad_(False)
+        self._questions = read_questions(options.test)
         self._test = tokenize(
             self._tokenizer, options.test, seq_len=options.seq_len, tokens=options.test_tokens, seed=options.seed
         )
@@ -297,14 +331,27 @@ class Study:
             begin = time.perf_counter()
             losses = train(
                 model, self._original, self._architecture.layers, self._text(variant.training), variant.training,
-                seed=self._options.seed,
+                seed=self._options.seed + variant.training.order,
             )  # fmt: skip
             for name, tensor in model.state_dict().items():
                 tensor.copy_(self._rounded(name, tensor))
             last = losses[-max(1, len(losses) // 8) :]
             trained = {"steps": len(losses), "last_losses": sum(last) / len(last)}
         seconds = time.perf_counter() - begin
-        return self.compare(model) | {"seconds": round(seconds, 1)} | trained
+        found = self.compare(model) | {"seconds": round(seconds, 1)} | trained
+        if variant.group == "answers":
+            found |= {"exact": self.answered(model), "exact_original": self._answered_by_original}
+        return found
+
+    @cached_property
+    def _answered_by_original(self) -> float:
+        return self.answered(self._original)
+
+    def answered(self, model: PreTrainedModel) -> float:
+        """Return the share of all questions of the test text that a model answers exactly, by greedy search."""
+        asked = [question for questions in self._questions.values() for question in questions]
+        with computing(model):
+            return count_correct(model, self._tokenizer, asked) / max(1, len(asked))
 
     @torch.no_grad()
     def compare(self, model: PreTrainedModel) -> dict[str, Any]:
@@ -439,7 +486,9 @@ class Study:
         if training.own_text:
             writing = Writing(tokens=tokens, max_length=options.seq_len, seed=options.seed)
             return torch.cat(list(own_tokens(self._checkpoint, writing).sequences.values()))
-        wanted = {"seq_len": options.seq_len, "tokens": tokens, "seed": options.seed, "up_to": True}
+        wanted: dict[str, Any] = {"seq_len": options.seq_len, "tokens": tokens, "seed": options.seed, "up_to": True}
+        if training.asked != 1:
+            wanted["weights"] = dict.fromkeys(self._questions, training.asked)
         drawn = tokenize(self._tokenizer, options.text, **wanted)
         return torch.cat(list(drawn.sequences.values()))
 
@@ -471,6 +520,10 @@ class Results:
 
     def _key(self, variant: Variant) -> str:
         about = {key: value for key, value in asdict(variant).items() if key not in ("group", "says")}
+        if variant.training is not None:
+            # Choices that were added later, and that a variant does not make, leave its line what it is.
+            usual = asdict(Training())
+            about["training"] = {key: value for key, value in about["training"].items() if value != usual[key]}
         return digest_of([self._settings, about])[:16]
 
     def _lines(self) -> Iterator[dict[str, Any]]:
@@ -492,14 +545,20 @@ def render(chosen: Sequence[Variant], results: Results, options: argparse.Namesp
         rows = [variant for variant in chosen if variant.group == group]
         if not rows:
             continue
-        lines += ["", f"## {title}", "", "| variant | what it is | KL | same token | worst | seconds |"]
-        lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+        heads = ["KL", "same token", "worst", "seconds", *(["exact"] if group == "answers" else [])]
+        lines += ["", f"## {title}", ""]
+        found = {variant.name: results.find(variant) for variant in rows}
+        if original := next((line["exact_original"] for line in found.values() if line and "exact" in line), None):
+            lines += [f"exact: share of all questions of the test text; the original answers {original:.1%}.", ""]
+        lines.append(f"| variant | what it is | {' | '.join(heads)} |")
+        lines.append(f"| --- | --- |{' ---: |' * len(heads)}")
         for variant in rows:
-            found = results.find(variant)
-            cells = ["-"] * 4
-            if found is not None:
-                cells = [f"{found['kl']:.4f}", f"{found['agreement']:.1%}", f"{found['worst_kl']:.3f}"]
-                cells.append(f"{found['seconds']:.1f}")
+            line = found[variant.name]
+            cells = ["-"] * len(heads)
+            if line is not None:
+                cells = [f"{line['kl']:.4f}", f"{line['agreement']:.1%}", f"{line['worst_kl']:.3f}"]
+                cells.append(f"{line['seconds']:.1f}")
+                cells += [f"{line['exact']:.1%}"] if group == "answers" else []
             lines.append(f"| {variant.name} | {variant.says} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

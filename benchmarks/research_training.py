@@ -34,6 +34,9 @@ MICRO_TOKENS = 1_024
 #: Tokens from which the second moments of the matrices' inputs are made.
 MOMENT_TOKENS = 8_192
 
+#: The original is sure of a token where its most probable one has more than this.
+SURE = 0.9
+
 #: Momentum of Muon, and the coefficients and steps of its Newton-Schulz iteration.
 MOMENTUM = 0.9
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -181,6 +184,9 @@ class Training:
         average: share of the steps, the last ones, of whose results the mean is taken; the rate then stays where it is
             instead of falling. 0 takes what the last step made.
         own_text: whether the text is the original model's own.
+        sure: how much more a token counts of which the original is sure, see `SURE`; the whole vocabulary is compared.
+        asked: what the domains that questions are asked of weigh in the text; the others weigh 1.
+        order: of the sequences; another number for another order.
     """
 
     tokens: int = 65_536
@@ -194,6 +200,9 @@ class Training:
     fall: float | None = None
     average: float = 0.0
     own_text: bool = False
+    sure: float = 0.0
+    asked: float = 1.0
+    order: int = 0
 
     def scaled(self, scale: float) -> Training:
         """Return the same with another amount of text."""
@@ -378,7 +387,11 @@ def _loss(
     found: Any = model(input_ids=ids_BS, **options)
     if training.classes is None:
         log_p_TV, log_q_TV = (each.logits.float().log_softmax(-1).flatten(0, 1) for each in (wanted, found))
-        divergence = nn.functional.kl_div(log_q_TV, log_p_TV, reduction="batchmean", log_target=True)
+        divergence_T = nn.functional.kl_div(log_q_TV, log_p_TV, reduction="none", log_target=True).sum(-1)
+        divergence = divergence_T.mean()
+        if training.sure:
+            weight_T = 1 + training.sure * (log_p_TV.amax(-1) > math.log(SURE))
+            return divergence, (weight_T * divergence_T).sum() / weight_T.sum()
     else:
         divergence = Targets.of(wanted.logits, training.classes).divergence(found.logits)
     if not training.hidden:

@@ -5,11 +5,13 @@ import json
 import math
 import sys
 from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from coterie.artifact import digest_of
 from coterie.compress.adam import FALL, Adam
 from coterie.compress.apply import compress
 from coterie.compress.distill import Distillation, Schedule, Targets
@@ -36,6 +38,7 @@ TRIED = {
         "untrained", "step-512", "rate-0.01", "classes-64", "attention-too", "hidden-1", "muon", "eigenbasis",
         "average-0.5", "own-text", "from-narrower", "text-2x", "text-4x-fall", "four-times", "from-ragged",
     ],
+    "answers": ["answers-msan", "answers-slow", "answers-asked"],
 }  # fmt: skip
 NAMES = [name for names in TRIED.values() for name in names]
 
@@ -97,6 +100,9 @@ def test_every_variant_has_a_line_and_a_row(research, done):
         [row] = [row for row in tables.splitlines() if row.startswith(f"| {line['name']} |")]
         cells = [cell.strip() for cell in row.split("|")[3:-1]]
         numbers = [f"{line['kl']:.4f}", f"{line['agreement']:.1%}", f"{line['worst_kl']:.3f}", f"{line['seconds']:.1f}"]
+        if line["group"] == "answers":
+            numbers.append(f"{line['exact']:.1%}")
+            assert 0 <= line["exact"] <= 1
         assert cells == numbers
     assert [row for row in tables.splitlines() if row[:2] == "##"] == [
         f"## {title}" for title in research.GROUPS.values()
@@ -105,7 +111,7 @@ def test_every_variant_has_a_line_and_a_row(research, done):
 
 def test_training_has_the_steps_that_it_says(done):
     steps = {line["name"]: line["steps"] for line in lines(done) if "steps" in line}
-    assert set(steps) == set(TRIED["distil"]) - {"untrained"}
+    assert set(steps) == {*TRIED["distil"], *TRIED["answers"]} - {"untrained", "answers-msan"}
     assert steps.pop("step-512") == 2
     assert steps.pop("text-2x") == 1
     assert {steps.pop(name) for name in ("four-times", "from-ragged", "text-4x-fall")} == {2}
@@ -172,6 +178,37 @@ def test_the_numbers_are_those_of_the_package(command, done, tmp_path):
     for name, card in zip(made, cards, strict=True):
         assert found[name]["kl"] == pytest.approx(card.overall["kl"], rel=1e-3), name
         assert found[name]["agreement"] == pytest.approx(card.overall["agreement"], abs=0.005), name
+
+
+def test_a_choice_that_was_added_later_leaves_other_results_what_they_are(research, parts, tmp_path):
+    usual = next(each for each in research.variants() if each.name == "step-2048")
+    results = research.Results(tmp_path, {})
+    results.add(usual, {"kl": 0.5})
+    changed = [{name: value} for name, value in {"rate": 0.1, "order": 1, "sure": 1.0}.items()]
+    assert results.find(usual) is not None
+    for change in changed:
+        assert results.find(replace(usual, training=replace(usual.training, **change))) is None, change
+    about = {key: value for key, value in asdict(usual).items() if key not in ("group", "says")}
+    assert results.find(usual)["key"] == digest_of([{}, about | {"training": {}}])[:16], "all is as usual"
+
+
+def test_tokens_of_which_the_original_is_sure_count_more(parts, command):
+    original, model = (load_model(command.model, dtype=torch.float32).requires_grad_(False) for _ in range(2))
+    for each, factor in ((original, 40.0), (model, 25.0)):
+        each.get_output_embeddings().weight.mul_(factor)
+    ids_BS = torch.randint(5, 60, (2, 16), generator=torch.Generator().manual_seed(0))
+    log_p_TV, log_q_TV = (
+        each(input_ids=ids_BS).logits.double().log_softmax(-1).flatten(0, 1) for each in (original, model)
+    )
+    total = weights = 0.0
+    for log_p_V, log_q_V in zip(log_p_TV, log_q_TV, strict=True):
+        weight = 5.0 if max(log_p_V.exp().tolist()) > 0.9 else 1.0
+        total += weight * float((log_p_V.exp() * (log_p_V - log_q_V)).sum())
+        weights += weight
+    assert len(log_p_TV) < weights < 5 * len(log_p_TV), "some are sure, some are not"
+    plain, loss = parts._loss(model, original, ids_BS, parts.Training(sure=4.0))
+    assert float(loss) == pytest.approx(total / weights, rel=1e-3)
+    assert float(loss) != pytest.approx(float(plain), rel=1e-2)
 
 
 def test_what_a_model_cannot_be_is_left_out_and_said(research, tiny, command, tmp_path, capsys):
