@@ -39,8 +39,10 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 		--markdown benchmarks/overhead.md
 	$(BIN)/python benchmarks/memory.py --tokens 2048 --markdown benchmarks/memory.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/research.py --sample-tokens 32768 --markdown benchmarks/research.md
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/research.py --sample-tokens 32768 --keep 0.75 --only form,refit \
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/research.py --sample-tokens 32768 --keep 0.75 --only form,refit,rate \
 		--markdown benchmarks/research-75.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/research.py --sample-tokens 32768 --keep 0.25 --only form,refit,rate \
+		--markdown benchmarks/research-25.md
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/methods.py --recipes average,m-smoe,hc-smoe,mergemoe,mergemoe-output,ream,sub-moe,ppp \
 		--routers plain map --removed 0.5 --keep benchmarks/routers

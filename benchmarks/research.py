@@ -70,6 +70,7 @@ GROUPS = {
     "score": "Which neurons to drop; nothing is re-fitted",
     "form": "What form is left; neurons by their energy, nothing is re-fitted",
     "refit": "How the layers are re-fitted",
+    "rate": "How large the steps of the training are",
     "distil": "How the result is trained",
     "answers": "How many questions are answered exactly",
 }
@@ -146,7 +147,9 @@ class Variant:
 
 def variants(scale: float = 1.0) -> list[Variant]:
     """Return all variants, by groups; training sees `scale` times as much text."""
-    return [*score_variants(), *form_variants(), *refit_variants(), *distil_variants(scale), *answer_variants(scale)]
+    made = (rate_variants, distil_variants, answer_variants)
+    trained = [variant for yields in made for variant in yields(scale)]
+    return [*score_variants(), *form_variants(), *refit_variants(), *trained]
 
 
 def score_variants() -> Iterator[Variant]:
@@ -212,6 +215,16 @@ def refit_variants() -> Iterator[Variant]:
         yield Variant(name=name, group="refit", says=says, form=form, refit=refit)
 
 
+def rate_variants(scale: float) -> Iterator[Variant]:
+    """Yield rates of the training from 4 parts, jointly re-fitted."""
+    for rate in (0.0025, 0.005, 0.01, 0.02):
+        training = replace(Training().scaled(scale), rate=rate)
+        says = f"{training.tokens:,} tokens, {training.step_tokens:,} of them a step, rate {rate:g}"
+        yield Variant(
+            name=f"rate-{rate:g}", group="rate", says=says, form=Form(), refit=JOINT, training=training
+        )  # fmt: skip
+
+
 def distil_variants(scale: float) -> Iterator[Variant]:
     """Yield ways to train, most of them from 4 parts, jointly re-fitted."""
     plain = Training().scaled(scale)
@@ -219,8 +232,6 @@ def distil_variants(scale: float) -> Iterator[Variant]:
     for tokens in (512, 1_024, 2_048, 4_096):
         says = f"{plain.tokens:,} tokens, {tokens:,} of them a step, rate {plain.rate:g}"
         tried[f"step-{tokens}"] = (replace(plain, step_tokens=tokens), says)
-    for rate in (0.0025, 0.01, 0.02):
-        tried[f"rate-{rate:g}"] = (replace(plain, rate=rate), f"as step-2048 with a rate of {rate:g}")
     for classes in (64, 128, 256):
         says = f"as step-2048, the loss sees the {classes} most probable tokens and one class for the rest"
         tried[f"classes-{classes}"] = (replace(plain, classes=classes), says)

@@ -34,8 +34,9 @@ TRIED = {
         "ragged-everywhere",
     ],
     "refit": ["no-refit", "joint", "joint-256", "removal", "removal-joint", "narrower-joint"],
+    "rate": ["rate-0.01"],
     "distil": [
-        "untrained", "step-512", "rate-0.01", "classes-64", "attention-too", "hidden-1", "muon", "eigenbasis",
+        "untrained", "step-512", "classes-64", "attention-too", "hidden-1", "muon", "eigenbasis",
         "average-0.5", "own-text", "from-narrower", "text-2x", "text-4x-fall", "four-times", "from-ragged",
     ],
     "answers": ["answers-msan", "answers-slow", "answers-asked"],
@@ -111,7 +112,7 @@ def test_every_variant_has_a_line_and_a_row(research, done):
 
 def test_training_has_the_steps_that_it_says(done):
     steps = {line["name"]: line["steps"] for line in lines(done) if "steps" in line}
-    assert set(steps) == {*TRIED["distil"], *TRIED["answers"]} - {"untrained", "answers-msan"}
+    assert set(steps) == {*TRIED["rate"], *TRIED["distil"], *TRIED["answers"]} - {"untrained", "answers-msan"}
     assert steps.pop("step-512") == 2
     assert steps.pop("text-2x") == 1
     assert {steps.pop(name) for name in ("four-times", "from-ragged", "text-4x-fall")} == {2}
