@@ -220,9 +220,7 @@ def rate_variants(scale: float) -> Iterator[Variant]:
     for rate in (0.0025, 0.005, 0.01, 0.02):
         training = replace(Training().scaled(scale), rate=rate)
         says = f"{training.tokens:,} tokens, {training.step_tokens:,} of them a step, rate {rate:g}"
-        yield Variant(
-            name=f"rate-{rate:g}", group="rate", says=says, form=Form(), refit=JOINT, training=training
-        )  # fmt: skip
+        yield Variant(name=f"rate-{rate:g}", group="rate", says=says, form=Form(), refit=JOINT, training=training)
 
 
 def distil_variants(scale: float) -> Iterator[Variant]:
@@ -245,7 +243,7 @@ def distil_variants(scale: float) -> Iterator[Variant]:
     says = "as step-2048, Adam in the eigenbasis of what each matrix receives"
     tried["eigenbasis"] = (replace(plain, optimizer="eigenbasis"), says)
     says = "as step-2048, the rate stays and falls in the last half of the steps, instead of from the first on"
-    tried["fall-0.5"] = (replace(plain, fall=0.5), says)
+    tried["fall-0.5"] = (replace(plain, falls_late=True), says)
     for share, says in ((0.25, "quarter"), (0.5, "half")):
         says = f"as step-2048, the rate does not fall, the result is the mean of what the last {says} of the steps made"
         tried[f"average-{share:g}"] = (replace(plain, average=share), says)
@@ -254,7 +252,7 @@ def distil_variants(scale: float) -> Iterator[Variant]:
     for times in (2, 4, 8):
         longer = Training().scaled(times * scale)
         tried[f"text-{times}x"] = (longer, f"as step-2048, {longer.tokens:,} tokens, each seen once")
-    longer = replace(Training().scaled(4 * scale), fall=0.5)
+    longer = replace(Training().scaled(4 * scale), falls_late=True)
     tried["text-4x-fall"] = (longer, "as text-4x, the rate as in fall-0.5")
     longer = replace(Training().scaled(4 * scale), pool=plain.tokens)
     tried["four-times"] = (longer, f"as text-4x, but {plain.tokens:,} tokens, each seen four times")
@@ -270,7 +268,7 @@ def distil_variants(scale: float) -> Iterator[Variant]:
 def answer_variants(scale: float) -> Iterator[Variant]:
     """Yield results that are asked questions: whole experts and narrower ones, and ways to train towards answers."""
     whole, narrow = Form(shrinks="experts", score="msan"), Form(shrinks="width", score="heapr")
-    parts, plain = Form(), replace(Training().scaled(scale), fall=0.5)
+    parts, plain = Form(), replace(Training().scaled(scale), falls_late=True)
     often = "as fall-0.5, what the questions are about has five times its share of the text"
     sure = "as fall-0.5, tokens of which the original is sure (more than 90 %) count five times"
     trainings: dict[str, tuple[Training, str]] = {

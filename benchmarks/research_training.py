@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coterie.compress.adam import WARM_UP, Adam
+from coterie.compress.adam import WARM_UP, Adam, rate_at
 from coterie.compress.distill import Schedule, Targets
 from coterie.compress.methods import segment
 from coterie.compress.methods.slim import RANKINGS, SCORES, energy_scores
@@ -179,7 +179,7 @@ class Training:
         others: the rate of attention and norms, as a share of `rate`; 0 leaves them as they are.
         hidden: weight of the error of the hidden states behind all layers, beside the divergence.
         optimizer: "adam", "muon" (matrices of the experts) or "eigenbasis" (Adam, see `Turned`).
-        fall: share of the steps, the last ones, in which the rate falls in a line after it stayed; None for a rate that
+        falls_late: whether the rate is that of the package, which falls in the last steps only, instead of one that
             falls from the first step on, as a cosine does.
         average: share of the steps, the last ones, of whose results the mean is taken; the rate then stays where it is
             instead of falling. 0 takes what the last step made.
@@ -197,7 +197,7 @@ class Training:
     others: float = 0.0
     hidden: float = 0.0
     optimizer: Literal["adam", "muon", "eigenbasis"] = "adam"
-    fall: float | None = None
+    falls_late: bool = False
     average: float = 0.0
     own_text: bool = False
     sure: float = 0.0
@@ -211,12 +211,10 @@ class Training:
 
     def rate_at(self, step: int, steps: int) -> float:
         """Return the rate of a step, counted from 0."""
+        if self.falls_late:
+            return rate_at(step, steps, self.rate)
         rate = self.rate * min(1.0, (step + 1) / WARM_UP)
-        if self.average:
-            return rate
-        if self.fall is None:
-            return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-        return rate * min(1.0, (steps - step) / (self.fall * steps))
+        return rate if self.average else rate * 0.5 * (1 + math.cos(math.pi * step / steps))
 
     def schedule(self, seq_len: int, seed: int) -> Schedule:
         """Return which sequences each step sees."""

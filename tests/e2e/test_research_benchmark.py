@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from coterie.artifact import digest_of
-from coterie.compress.adam import FALL, Adam
+from coterie.compress.adam import Adam
 from coterie.compress.apply import compress
 from coterie.compress.distill import Distillation, Schedule, Targets
 from coterie.compress.methods import segment
@@ -185,9 +185,8 @@ def test_a_choice_that_was_added_later_leaves_other_results_what_they_are(resear
     usual = next(each for each in research.variants() if each.name == "step-2048")
     results = research.Results(tmp_path, {})
     results.add(usual, {"kl": 0.5})
-    changed = [{name: value} for name, value in {"rate": 0.1, "order": 1, "sure": 1.0}.items()]
     assert results.find(usual) is not None
-    for change in changed:
+    for change in ({"rate": 0.1}, {"order": 1}, {"sure": 1.0}):
         assert results.find(replace(usual, training=replace(usual.training, **change))) is None, change
     about = {key: value for key, value in asdict(usual).items() if key not in ("group", "says")}
     assert results.find(usual)["key"] == digest_of([{}, about | {"training": {}}])[:16], "all is as usual"
@@ -295,7 +294,7 @@ def test_losses_are_those_of_the_packages_own_distillation(parts, command):
         return model
 
     own, other = disturbed(), disturbed()
-    training = parts.Training(tokens=6 * 48, step_tokens=48, rate=0.01, classes=8, fall=FALL)
+    training = parts.Training(tokens=6 * 48, step_tokens=48, rate=0.01, classes=8, falls_late=True)
     schedule = Schedule(steps=6, sequences=3)
     found = parts.train(own, original, layers, ids_BS, training)
     work = Distillation(other, layers, schedule, rate=0.01)
