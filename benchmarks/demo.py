@@ -19,11 +19,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from coterie.amounts import format_bytes
 from coterie.compress.apply import compress
 from coterie.compress.recipes import RECIPES
 from coterie.evaluate.run import evaluate
 from coterie.evaluate.scorecard import Scorecard
-from coterie.model.units import format_bytes
 from coterie.profile.run import profile
 from coterie.report.page import report
 

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Qwen3MoeConfig
 
+from coterie.amounts import format_bytes, parse_bytes
 from coterie.artifact import atomic_path, write_json
 from coterie.errors import CoterieError, InputError, OutputExists
-from coterie.model.units import format_bytes, parse_bytes
 from coterie.testing import END_OF_TEXT_ID, tiny_text, tiny_tokenizer
 
 

@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 # Nothing heavy: a process begins with the peak of the process that started it.
-from coterie.model.units import format_bytes, parse_bytes
+from coterie.amounts import format_bytes, parse_bytes
 
 HERE = Path(__file__).resolve().parent
 COMMANDS = ("profile", "compress", "evaluate")

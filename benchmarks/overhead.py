@@ -32,11 +32,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.apply import compress
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.load import load_tokenizer
-from coterie.model.stream import working_dtype
-from coterie.model.units import format_bytes, parse_bytes
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.model.stream.stream import working_dtype
 from coterie.profile.calibration import tokenize
 from coterie.profile.run import profile
 from make_large import Shape, make_large

@@ -43,10 +43,13 @@ from coterie.compress.state import LayerSize
 from coterie.errors import CoterieError, Infeasible
 from coterie.evaluate.divergence import token_divergence
 from coterie.evaluate.generation import count_correct, read_questions
-from coterie.model.convert import TORCH_DTYPES, Crossing, put
-from coterie.model.layers import Architecture, MoELayer, canonical_experts
-from coterie.model.load import hollow_result, load_model, load_tokenizer, open_checkpoint
-from coterie.model.reroute import Reroute
+from coterie.model.arch.conversion import TORCH_DTYPES, Crossing, put
+from coterie.model.arch.experts import canonical_experts
+from coterie.model.arch.layers import Architecture, MoELayer
+from coterie.model.arch.load import hollow_result, load_model
+from coterie.model.arch.reroute import Reroute
+from coterie.model.disk.open import open_checkpoint
+from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.profile.calibration import text_files, tokenize
 from coterie.profile.profile import FILE, Profile
 from coterie.profile.run import profile

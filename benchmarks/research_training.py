@@ -23,8 +23,9 @@ from coterie.compress.adam import WARM_UP, Adam, rate_at
 from coterie.compress.distill import Schedule, Targets
 from coterie.compress.methods import segment
 from coterie.compress.methods.slim import RANKINGS, SCORES, energy_scores
-from coterie.model.layers import Experts, MoELayer, canonical_experts, native_experts
-from coterie.model.seam import intercepted, routed_output
+from coterie.model.arch.experts import Experts, canonical_experts, native_experts
+from coterie.model.arch.layers import MoELayer
+from coterie.model.arch.seam import intercepted, routed_output
 from coterie.profile.profile import Sample
 from coterie.progress import track
 

@@ -199,7 +199,7 @@ def test_help_imports_nothing_heavy():
     assert not loaded & HEAVY
 
 
-@pytest.mark.parametrize("module", ["coterie", "coterie.errors", "coterie.artifact", "coterie.model.checkpoint"])
+@pytest.mark.parametrize("module", ["coterie", "coterie.errors", "coterie.artifact", "coterie.model.disk.checkpoint"])
 def test_light_modules_import_nothing_heavy(module):
     loaded = modules_loaded_by("-c", f"import {module}")
     assert "coterie" in loaded

@@ -42,7 +42,7 @@ def test_names_are_imported_when_they_are_used():
     code = (
         "import sys, coterie; print(coterie.inspect.__module__, {'torch', 'transformers', 'numpy'} & set(sys.modules))"
     )
-    assert python(code) == "coterie.model.inspect set()"
+    assert python(code) == "coterie.model.arch.inspect set()"
 
 
 @pytest.mark.parametrize(("name", "home"), PACKAGES.items())

@@ -9,9 +9,11 @@ from transformers import AutoTokenizer
 
 from coterie.compress.apply import compress
 from coterie.errors import ArchitectureMismatch, OutputExists, UnknownName
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.layers import Architecture, canonical_experts, quiet
-from coterie.model.seam import intercepted, routed_output
+from coterie.model.arch.experts import canonical_experts
+from coterie.model.arch.layers import Architecture
+from coterie.model.arch.seam import intercepted, routed_output
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.quiet import quiet
 from coterie.profile.calibration import read_documents, text_files, tokenize
 from coterie.testing import END_OF_TEXT_ID, UNSUPPORTED, tiny_checkpoint, tiny_families, tiny_text
 from coterie.testing.families import TINY, installed_families

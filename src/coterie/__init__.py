@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from coterie.compress.plan import plan as plan
     from coterie.evaluate.run import evaluate as evaluate
     from coterie.evaluate.scorecard import Scorecard as Scorecard
-    from coterie.model.checkpoint import Checkpoint as Checkpoint
-    from coterie.model.inspect import inspect as inspect
-    from coterie.model.load import load_model as load_model
+    from coterie.model.arch.inspect import inspect as inspect
+    from coterie.model.arch.load import load_model as load_model
+    from coterie.model.disk.checkpoint import Checkpoint as Checkpoint
     from coterie.profile.calibrate import calibrate as calibrate
     from coterie.profile.profile import Profile as Profile
     from coterie.profile.run import profile as profile
@@ -49,13 +49,13 @@ __all__ = [
 
 _CALLABLE_PACKAGES = ("bench", "compress", "evaluate", "profile", "report")
 _HOMES = {
-    "Checkpoint": "coterie.model.checkpoint",
+    "Checkpoint": "coterie.model.disk.checkpoint",
     "Plan": "coterie.compress.plan",
     "Profile": "coterie.profile.profile",
     "Scorecard": "coterie.evaluate.scorecard",
     "calibrate": "coterie.profile.calibrate",
-    "inspect": "coterie.model.inspect",
-    "load_model": "coterie.model.load",
+    "inspect": "coterie.model.arch.inspect",
+    "load_model": "coterie.model.arch.load",
     "plan": "coterie.compress.plan",
 }
 

@@ -112,7 +112,7 @@ def test_file_system_errors_are_messages_too(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "some/file")
 
-    monkeypatch.setattr("coterie.model.inspect.inspect", refuse)
+    monkeypatch.setattr("coterie.model.arch.inspect.inspect", refuse)
     result = run("inspect", tmp_path)
     assert (result.exit_code, result.stderr) == (1, "error: Permission denied: some/file\n")
 
@@ -121,7 +121,7 @@ def test_a_mistake_of_ours_is_not_hidden(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("coterie.model.inspect.inspect", fail)
+    monkeypatch.setattr("coterie.model.arch.inspect.inspect", fail)
     assert isinstance(run("inspect", tmp_path).exception, ZeroDivisionError)
 
 
@@ -129,7 +129,7 @@ def test_an_interrupt_ends_with_130(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("coterie.model.inspect.inspect", interrupt)
+    monkeypatch.setattr("coterie.model.arch.inspect.inspect", interrupt)
     result = run("inspect", tmp_path)
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from coterie.compress.state import LayerState, Route
-from coterie.model.layers import Architecture, Experts, MoELayer
-from coterie.model.load import load_model, open_checkpoint
-from coterie.model.reroute import Reroute
+from coterie.model.arch.experts import Experts
+from coterie.model.arch.layers import Architecture, MoELayer
+from coterie.model.arch.load import load_model
+from coterie.model.arch.reroute import Reroute
+from coterie.model.disk.open import open_checkpoint
 from coterie.profile.observation import observed
 from coterie.profile.profile import Profile, Sample
 from coterie.profile.run import profile

@@ -25,7 +25,7 @@ from coterie.errors import (
     StaleArtifact,
     TextError,
 )
-from coterie.model.load import load_model
+from coterie.model.arch.load import load_model
 from coterie.profile.profile import Profile
 from coterie.testing import tiny_checkpoint
 

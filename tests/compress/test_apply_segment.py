@@ -12,9 +12,9 @@ from checkpoints import logits, weight_digests
 from coterie.compress.apply import compress
 from coterie.compress.plan import Plan
 from coterie.compress.state import LayerSize
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.layers import Architecture
-from coterie.model.load import load_model
+from coterie.model.arch.layers import Architecture
+from coterie.model.arch.load import load_model
+from coterie.model.disk.checkpoint import Checkpoint
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile
 from coterie.testing import tiny_checkpoint

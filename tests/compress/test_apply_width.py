@@ -15,10 +15,11 @@ import coterie.compress.layer as layer_module
 from checkpoints import logits, tensors_of
 from coterie.compress.apply import compress
 from coterie.errors import ArchitectureMismatch, InputError
-from coterie.model.entries import with_values
-from coterie.model.inspect import inspect
-from coterie.model.layers import Architecture
-from coterie.model.load import load_model
+from coterie.model.arch.entries import with_values
+from coterie.model.arch.inspect import inspect
+from coterie.model.arch.layers import Architecture
+from coterie.model.arch.load import load_model
+from coterie.model.arch.resize import resized_config
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile
 from coterie.testing.conformance import check_result
@@ -171,15 +172,15 @@ def test_an_entry_with_another_meaning_is_noticed(
     olmoe: Path, gradient_profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The entry that makes up for the width also decides whether routing weights are normalised."""
-    real = Architecture.resized_config
 
     def resized(
-        self: Architecture, num_experts: int, width: int | None = None, top_k: int | None = None
+        architecture: Architecture, num_experts: int, width: int | None = None, top_k: int | None = None
     ) -> dict[str, Any]:
-        config = real(self, num_experts, width, top_k)
-        return config if width is None else with_values(config, {("norm_topk_prob",): False}, self.model)
+        config = resized_config(architecture, num_experts, width, top_k)
+        return config if width is None else with_values(config, {("norm_topk_prob",): False}, architecture.model)
 
-    monkeypatch.setattr(Architecture, "resized_config", resized)
+    monkeypatch.setattr("coterie.model.arch.load.resized_config", resized)
+    monkeypatch.setattr("coterie.compress.apply.resized_config", resized)
     with pytest.raises(ArchitectureMismatch, match="computes something else beside them"):
         compress(olmoe, tmp_path / "out", width=8, recipe="heapr", profile=gradient_profile)
     assert list(tmp_path.iterdir()) == []

@@ -9,8 +9,8 @@ import torch
 
 from coterie.compress.apply import compress
 from coterie.compress.cost import active_weights, training_cost
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.layers import Architecture
+from coterie.model.arch.layers import Architecture
+from coterie.model.disk.checkpoint import Checkpoint
 from coterie.testing import tiny_checkpoint
 
 

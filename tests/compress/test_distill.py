@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from coterie.compress.adam import BETAS, rate_at
 from coterie.compress.distill import Distillation, Schedule, Targets, trainable
-from coterie.model.layers import Architecture
-from coterie.model.load import load_model, open_checkpoint
+from coterie.model.arch.layers import Architecture
+from coterie.model.arch.load import load_model
+from coterie.model.disk.open import open_checkpoint
 from coterie.testing import tiny_checkpoint
 
 FAMILIES = ["olmoe", "deepseek_v3", "gpt_oss"]

@@ -10,7 +10,7 @@ from checkpoints import weight_digests
 from coterie import compress, load_model, profile
 from coterie.compress import distill_run
 from coterie.errors import InputError, UnknownName
-from coterie.model.load import load_tokenizer
+from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.profile.calibration import tokenize
 from coterie.testing import tiny_checkpoint, tiny_text
 

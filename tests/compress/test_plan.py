@@ -6,7 +6,7 @@ import pytest
 
 from coterie.compress.plan import Plan, plan
 from coterie.errors import CorruptArtifact, Infeasible, InputError, StaleArtifact, UnknownName, UnsupportedDtype
-from coterie.model.checkpoint import Checkpoint
+from coterie.model.disk.checkpoint import Checkpoint
 from coterie.profile.profile import Profile
 from coterie.testing import tiny_checkpoint
 

@@ -11,7 +11,7 @@ from coterie.compress.methods.slim import heapr_scores
 from coterie.compress.plan import Plan, plan
 from coterie.compress.state import LayerSize
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError
-from coterie.model.checkpoint import Checkpoint
+from coterie.model.disk.checkpoint import Checkpoint
 from coterie.profile.profile import Profile
 from coterie.testing import tiny_checkpoint
 

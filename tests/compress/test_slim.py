@@ -13,7 +13,7 @@ from coterie.compress.methods import needs_of
 from coterie.compress.methods.slim import heapr_scores, slim
 from coterie.compress.state import LayerSize, LayerState
 from coterie.errors import Infeasible, UnknownName
-from coterie.model.layers import Experts
+from coterie.model.arch.experts import Experts
 from coterie.profile.statistics.channels import needs_gradients
 
 from .conftest import make_state

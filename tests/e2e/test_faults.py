@@ -17,7 +17,7 @@ from coterie.compress import apply as apply_module
 from coterie.compress.apply import RUN_FILE
 from coterie.errors import OutputBusy, StaleArtifact
 from coterie.journal import Run
-from coterie.model.checkpoint import Checkpoint
+from coterie.model.disk.checkpoint import Checkpoint
 from coterie.testing import tiny_checkpoint, tiny_text
 
 LAYERS = 3

@@ -18,8 +18,10 @@ from coterie.compress.distill import Distillation, Schedule, Targets
 from coterie.compress.methods import segment
 from coterie.compress.methods.slim import RANKINGS, SCORES
 from coterie.evaluate.run import evaluate
-from coterie.model.layers import Architecture, canonical_experts
-from coterie.model.load import load_model, open_checkpoint
+from coterie.model.arch.experts import canonical_experts
+from coterie.model.arch.layers import Architecture
+from coterie.model.arch.load import load_model
+from coterie.model.disk.open import open_checkpoint
 from coterie.profile.profile import Profile
 from coterie.testing import tiny_text
 

@@ -18,8 +18,9 @@ from coterie.evaluate.answers import (
 )
 from coterie.evaluate.generation import Question, end_ids, finished_line, first_lines, read_questions
 from coterie.evaluate.run import evaluate
-from coterie.model import likelihood
-from coterie.model.load import load_model, load_tokenizer
+from coterie.model.arch.load import load_model
+from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.model.stream import likelihood
 from coterie.testing import END_OF_TEXT_ID, tiny_tokenizer
 
 REFERENCE = Path(__file__).parent.parent.parent / "reference"

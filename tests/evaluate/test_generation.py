@@ -6,7 +6,8 @@ import torch
 
 from coterie.errors import TextError
 from coterie.evaluate.generation import MARGIN, Question, count_correct, first_lines, read_questions
-from coterie.model.load import load_model, load_tokenizer
+from coterie.model.arch.load import load_model
+from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.testing import END_OF_TEXT_ID, tiny_tokenizer
 
 

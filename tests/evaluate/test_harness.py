@@ -17,7 +17,8 @@ from coterie.errors import Infeasible, InputError, UnknownName
 from coterie.evaluate import harness, run, speed
 from coterie.evaluate.run import evaluate
 from coterie.evaluate.scorecard import Scorecard
-from coterie.model.load import load_model, load_tokenizer
+from coterie.model.arch.load import load_model
+from coterie.model.disk.tokenizer import load_tokenizer
 
 TASKS = Path(__file__).parents[2] / "docs" / "examples" / "harness"
 OWN = {"tasks": ["sums_choose", "sums_write"], "include_path": TASKS}

@@ -6,7 +6,7 @@ import torch
 
 from coterie.evaluate import held, run
 from coterie.evaluate.run import Evaluation, evaluate
-from coterie.model import likelihood, stream
+from coterie.model.stream import likelihood, stream
 
 TEXT = {"tokens": 512, "seq_len": 32, "questions": 2}
 

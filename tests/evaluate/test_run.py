@@ -10,10 +10,11 @@ from coterie.errors import Infeasible, InputError, NotACheckpoint, TextError
 from coterie.evaluate import run, speed
 from coterie.evaluate.generation import count_correct, read_questions
 from coterie.evaluate.run import evaluate
-from coterie.model import likelihood, spill, stream
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.load import load_model, load_tokenizer
-from coterie.model.memory import forecast
+from coterie.model.arch.load import load_model
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.model.stream.memory import forecast
+from coterie.model.stream import likelihood, spill, stream
 from coterie.profile.calibration import tokenize
 from coterie.testing import tiny_checkpoint, tiny_text
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from coterie.evaluate import speed
 from coterie.evaluate.speed import measure_speed, memory_bytes, memory_in_use, own_memory, peak_memory
-from coterie.model.load import load_model
+from coterie.model.arch.load import load_model
 
 
 class Clock:

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from coterie.model.layers import Architecture, canonical_experts
-from coterie.model.load import load_model, open_checkpoint
-from coterie.model.seam import intercepted, routed_output
-from coterie.model.stream import Stream
+from coterie.model.arch.experts import canonical_experts
+from coterie.model.arch.layers import Architecture
+from coterie.model.arch.load import load_model
+from coterie.model.arch.seam import intercepted, routed_output
+from coterie.model.disk.open import open_checkpoint
+from coterie.model.stream.stream import Stream
 from coterie.profile.observation import observed
 from coterie.testing import tiny_checkpoint
 

@@ -21,15 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from coterie.errors import CorruptCheckpoint, NotACheckpoint
-from coterie.model.checkpoint import (
-    DTYPE_BITS,
-    INDEX_NAME,
-    PICKLE_INDEX_NAME,
-    PICKLE_NAME,
-    TORCH_NAMES,
-    Checkpoint,
-    read_header,
-)
+from coterie.model.disk.checkpoint import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, Checkpoint
+from coterie.model.disk.header import read_header
+from coterie.model.disk.tensors import DTYPE_BITS, TORCH_NAMES
 
 CONFIG = {"model_type": "olmoe", "hidden_size": 4}
 DTYPES = {
@@ -162,7 +156,7 @@ def test_several_threads_may_read_at_once(tmp_path, monkeypatch):
             super().__init__(path)
             time.sleep(0.02)
 
-    monkeypatch.setattr("coterie.model.checkpoint.FileIO", Slow)
+    monkeypatch.setattr("coterie.model.disk.checkpoint.FileIO", Slow)
     tensors = {f"t{number}": torch.randn(2000) for number in range(50)}
     checkpoint = Checkpoint.open(make(tmp_path, {"model.safetensors": tensors}))
     with checkpoint.reader() as reader, ThreadPoolExecutor(8) as pool:
@@ -192,7 +186,7 @@ def test_a_tensor_is_held_once_while_it_is_read(tmp_path):
     make(tmp_path, {"model.safetensors": {"x": torch.zeros(2**24)}})  # 64 MiB
     code = f"""
 import torch
-from coterie.model.checkpoint import Checkpoint
+from coterie.model.disk.checkpoint import Checkpoint
 def status(key):
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))
 with Checkpoint.open({str(tmp_path)!r}).reader() as reader:
@@ -227,9 +221,8 @@ def test_a_file_removed_after_it_was_opened(sharded):
 
 
 def test_looking_needs_no_torch(sharded):
-    code = (
-        f"import sys; from coterie.model.checkpoint import Checkpoint; Checkpoint.open({str(sharded)!r}).other_files()"
-    )
+    look = f"Checkpoint.open({str(sharded)!r}).other_files()"
+    code = f"import sys; from coterie.model.disk.checkpoint import Checkpoint; {look}"
     check = "; assert not {'torch', 'transformers', 'numpy', 'safetensors'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code + check], check=True, timeout=60)
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from coterie.errors import ArchitectureMismatch, Infeasible
-from coterie.model.choice import choice_key
-from coterie.model.layers import Architecture, runs_alone
+from coterie.model.arch.choice import choice_key
+from coterie.model.arch.layers import Architecture, runs_alone
+from coterie.model.arch.resize import resized_config
 from coterie.testing.families import UNROUTABLE, model_class, tiny_config
 
 
@@ -35,7 +36,7 @@ def test_the_key_is_found_by_asking_empty_models(model_type, key):
 @pytest.mark.parametrize(("count", "top_k"), [(24, 6), (12, 3), (10, 2)])
 def test_a_resized_model_chooses_that_many_and_nothing_else_changes(model_type, count, top_k):
     original = architecture(model_type)
-    made = Architecture.from_config(original.resized_config(count, 8, top_k))
+    made = Architecture.from_config(resized_config(original, count, 8, top_k))
     assert [(each.num_experts, each.width, each.top_k) for each in made.layers] == [(count, 8, top_k)] * len(
         original.layers
     )
@@ -59,7 +60,7 @@ def test_an_entry_that_means_nothing_does_not_disturb():
 
 
 def test_two_entries_that_both_work_are_refused(monkeypatch):
-    monkeypatch.setattr("coterie.model.choice._chooses_twice", lambda architecture, path: True)
+    monkeypatch.setattr("coterie.model.arch.choice._chooses_twice", lambda architecture, path: True)
     config = architecture("olmoe").config | {"num_tokens_of_something": 2}
     with pytest.raises(ArchitectureMismatch, match=r"several config keys .*num_experts_per_tok"):
         choice_key(Architecture.from_config(config))

@@ -9,9 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.convert import TORCH_DTYPES, Crossing
-from coterie.model.layers import Architecture, quiet
+from coterie.model.arch.conversion import TORCH_DTYPES, Crossing
+from coterie.model.arch.layers import Architecture
+from coterie.model.arch.resize import resized_config
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.quiet import quiet
 from coterie.testing import CORE_FAMILIES
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -102,7 +104,7 @@ def test_the_result_may_have_fewer_experts(tiny):
     with checkpoint.reader() as reader:
         memory, conversions = crossing.read(reader, parts_of(layer, crossing))
     kept = torch.tensor([6, 1, 3])
-    small = Architecture.from_config(architecture.resized_config(3)).model
+    small = Architecture.from_config(resized_config(architecture, 3)).model
     back = crossing.write(small, {name: tensor[kept] for name, tensor in memory.items()}, conversions)
     on_disk = load_file(checkpoint.path / "model.safetensors")
     assert len(back) == 3 * 3 + 1

@@ -12,9 +12,10 @@ import pytest
 from coterie.compress.apply import compress
 from coterie.compress.plan import plan
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint, Infeasible, InputError, NotACheckpoint, NotAMoE
-from coterie.model.checkpoint import DTYPE_BITS, Checkpoint
-from coterie.model.inspect import PARTS, inspect
-from coterie.model.layers import Architecture
+from coterie.model.arch.inspect import PARTS, inspect
+from coterie.model.arch.layers import Architecture
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.tensors import DTYPE_BITS
 from coterie.testing import tiny_families
 
 
@@ -521,7 +522,7 @@ def test_nothing_heavy_is_imported(tmp_path):
     path = small(tmp_path / "model")
     code = f"""
 import sys
-from coterie.model.inspect import inspect
+from coterie.model.arch.inspect import inspect
 inspect({str(path)!r}, budget="1GiB")
 print({{"torch", "transformers", "numpy", "safetensors"}} & set(sys.modules))
 """

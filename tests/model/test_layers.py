@@ -12,18 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint, Infeasible, NotACheckpoint, NotAMoE
-from coterie.model import layers as layers_module
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.layers import (
-    Architecture,
-    Experts,
-    canonical_experts,
-    empty_model,
-    find_router,
-    is_experts,
-    native_experts,
-    quiet,
-)
+from coterie.model.arch import layers as layers_module
+from coterie.model.arch.experts import Experts, canonical_experts, is_experts, native_experts
+from coterie.model.arch.layers import Architecture, find_router
+from coterie.model.arch.meta import empty_model
+from coterie.model.arch.resize import resized_config
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.quiet import quiet
 from coterie.testing import CORE_FAMILIES, tiny_families
 
 # What is known of each family from its code in transformers: the block of a layer, the config key, the layers that are
@@ -92,7 +87,7 @@ def test_architecture_of_every_core_family(tiny, model_type):
 @pytest.mark.parametrize("model_type", tiny_families())
 def test_resizing_reaches_the_experts_and_the_router_tensors_and_nothing_else(tiny, model_type):
     architecture = Architecture.of(Checkpoint.open(tiny(model_type)))
-    config = architecture.resized_config(6)
+    config = resized_config(architecture, 6)
     *outer, key = architecture.expert_key
     expected_config = copy.deepcopy(dict(architecture.config))
     holder = expected_config[outer[0]] if outer else expected_config
@@ -119,7 +114,7 @@ def test_an_expert_count_in_a_nested_config():
     architecture = Architecture.from_config(NESTED)
     assert architecture.expert_key == ("text_config", "num_experts")
     assert [layer.block for layer in architecture.layers] == [f"model.language_model.layers.{i}.mlp" for i in (0, 1)]
-    resized = architecture.resized_config(4)
+    resized = resized_config(architecture, 4)
     assert resized == NESTED | {"text_config": NESTED["text_config"] | {"num_experts": 4}}
     assert json.dumps(NESTED) == before, "the config that was given is as it was"
 
@@ -149,7 +144,7 @@ def test_an_expert_count_that_the_config_leaves_to_the_default():
     config = {key: value for key, value in OLMOE.items() if key != "num_experts"} | {"hidden_size": 64}
     architecture = Architecture.from_config(config)
     assert architecture.layers[0].num_experts == 64, "the default of the family"
-    assert architecture.resized_config(6) == config | {"num_experts": 6}
+    assert resized_config(architecture, 6) == config | {"num_experts": 6}
 
 
 def test_of_two_names_for_the_count_the_one_that_rules_is_found():
@@ -158,7 +153,7 @@ def test_of_two_names_for_the_count_the_one_that_rules_is_found():
     base |= {"model_type": "qwen3_moe", "moe_intermediate_size": 24, "head_dim": 16}
     for names in (("num_experts",), ("num_local_experts",), ("num_experts", "num_local_experts")):
         architecture = Architecture.from_config(base | dict.fromkeys(names, 8))
-        config = architecture.resized_config(4)
+        config = resized_config(architecture, 4)
         assert [config[name] for name in names] == [4] * len(names), "no name is left behind with the old count"
         for order in (config, dict(reversed(config.items()))):
             assert {layer.num_experts for layer in Architecture.from_config(order).layers} == {4}
@@ -256,7 +251,7 @@ def test_a_tensor_outside_all_blocks_that_depends_on_the_count_is_refused(monkey
 def test_top_k_is_seen_where_a_block_does_not_run_by_itself(tiny, monkeypatch):
     # Here the block is the whole decoder layer: it wants positions too.
     checkpoint = Checkpoint.open(tiny("gemma4_text"))
-    monkeypatch.setattr(layers_module, "_probed", {})
+    monkeypatch.setattr(probe_module, "_probed", {})
     with monkeypatch.context() as patch:
         patch.setattr(layers_module, "FakeTensorMode", None)
         with pytest.raises(ArchitectureMismatch, match="cannot be seen"):
@@ -272,7 +267,7 @@ def test_infinity_in_a_config_is_read_as_transformers_writes_it(tiny):
     assert checkpoint.config["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
     architecture = Architecture.of(checkpoint)
     assert architecture.model.config.time_step_limit[1] == float("inf")
-    assert architecture.resized_config(4)["time_step_limit"] == checkpoint.config["time_step_limit"]
+    assert resized_config(architecture, 4)["time_step_limit"] == checkpoint.config["time_step_limit"]
 
 
 def test_the_router_is_the_one_that_the_model_declares(tiny):
@@ -341,7 +336,7 @@ def test_the_counts_called_feasible_really_route():
     architecture = grouped(8, 2, 2, 1)
     name = architecture.layers[0].router
     for count in range(1, 9):
-        router = empty_model(architecture.resized_config(count)).get_submodule(name).to_empty(device="cpu")
+        router = empty_model(resized_config(architecture, count)).get_submodule(name).to_empty(device="cpu")
         with torch.no_grad():
             for tensor in (*router.parameters(), *router.buffers()):
                 tensor.normal_()

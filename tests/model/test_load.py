@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from coterie.artifact import write_artifact
 from coterie.errors import CorruptArtifact, CorruptCheckpoint, InputError, NotACheckpoint
-from coterie.model.layers import quiet
-from coterie.model.load import MANIFEST, load_model, load_tokenizer, read_manifest
+from coterie.model.arch.load import load_model
+from coterie.model.disk.manifest import MANIFEST, read_manifest
+from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.model.quiet import quiet
 from coterie.testing import CORE_FAMILIES, END_OF_TEXT_ID
 
 IDS = torch.arange(40).view(2, 20)

@@ -15,11 +15,12 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from coterie import compress
 from coterie.errors import CorruptCheckpoint, UnsupportedDtype
-from coterie.model import quantized
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.convert import Crossing
-from coterie.model.layers import Architecture, quiet
-from coterie.model.quantized import dequantized
+from coterie.model.arch.conversion import Crossing
+from coterie.model.arch.layers import Architecture
+from coterie.model.disk import quantized
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.quantized import dequantized
+from coterie.model.quiet import quiet
 from coterie.testing import tiny_text
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -405,8 +406,8 @@ def test_unpacking_holds_the_packed_tensor_the_result_and_a_band(tmp_path):
     checkpoint = hand_made(tmp_path / "m", {"x.weight": weight, "x.weight_scale_inv": torch.ones(64, 64)})
     code = f"""
 import torch
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.quantized import dequantized
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.quantized import dequantized
 torch.set_num_threads(1)
 def status(key):
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))

@@ -3,11 +3,11 @@ import torch
 
 from coterie.compress.sizes import layer_tensors
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint, Infeasible
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.convert import Crossing
-from coterie.model.filled import filled_up
-from coterie.model.layers import Architecture
-from coterie.model.ragged import Place, cut, places_of
+from coterie.model.arch.conversion import Crossing
+from coterie.model.arch.layers import Architecture
+from coterie.model.arch.ragged import Place, cut, places_of
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.filled import filled_up
 
 
 def found(path):

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from coterie.errors import ArchitectureMismatch, Infeasible
-from coterie.model.layers import Architecture
-from coterie.model.load import load_model, open_checkpoint
-from coterie.model.reroute import Reroute
+from coterie.model.arch.layers import Architecture
+from coterie.model.arch.load import load_model
+from coterie.model.arch.reroute import Reroute
+from coterie.model.disk.open import open_checkpoint
 from coterie.profile.observation import observed
 from coterie.testing import tiny_checkpoint
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coterie.model.layers import Experts, canonical_experts, is_experts
-from coterie.model.load import load_model
-from coterie.model.seam import _active, eager, intercepted, routed_output
+from coterie.model.arch.experts import Experts, canonical_experts, is_experts
+from coterie.model.arch.load import load_model
+from coterie.model.arch.seam import _active, eager, intercepted, routed_output
 from coterie.testing import CORE_FAMILIES
 
 

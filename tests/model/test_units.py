@@ -1,7 +1,7 @@
 import pytest
 
+from coterie.amounts import format_bytes, format_count, parse_bytes
 from coterie.errors import InputError
-from coterie.model.units import format_bytes, format_count, parse_bytes
 
 
 @pytest.mark.parametrize(

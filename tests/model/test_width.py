@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from coterie.errors import ArchitectureMismatch, Infeasible
-from coterie.model.layers import Architecture
-from coterie.model.width import WidthRule, width_rule
+from coterie.model.arch.layers import Architecture
+from coterie.model.arch.resize import resized_config
+from coterie.model.arch.width import WidthRule, width_rule
 from coterie.testing.families import model_class, tiny_config
 
 
@@ -43,15 +44,15 @@ def test_the_keys_are_found_by_comparing_empty_models(model_type, key, multiplie
 @pytest.mark.parametrize("model_type", ["olmoe", "mixtral", "glm4_moe", "cohere2_moe", "nemotron_h", "aria_text"])
 def test_experts_become_narrower_and_nothing_else_changes(model_type):
     original = architecture(model_type)
-    small = Architecture.from_config(original.resized_config(4, 8))
+    small = Architecture.from_config(resized_config(original, 4, 8))
     assert [(layer.num_experts, layer.width) for layer in small.layers] == [(4, 8)] * len(original.layers)
-    expected = shapes(Architecture.from_config(original.resized_config(4)).model, original.layers)
+    expected = shapes(Architecture.from_config(resized_config(original, 4)).model, original.layers)
     assert shapes(small.model, small.layers) == expected
 
 
 def test_two_shared_experts_become_four_of_half_the_width():
     original = architecture("deepseek_v3", n_shared_experts=2, moe_intermediate_size=32)
-    config = original.resized_config(8, 16)
+    config = resized_config(original, 8, 16)
     assert (config["moe_intermediate_size"], config["n_shared_experts"]) == (16, 4)
     rule = width_rule(original)
     assert rule.feasible_widths() == [8, 16, 32]
@@ -61,14 +62,14 @@ def test_two_shared_experts_become_four_of_half_the_width():
 
 def test_the_full_width_asks_for_no_rule():
     jamba = architecture("jamba")
-    assert jamba.resized_config(8, 24) == jamba.resized_config(8) == jamba.config
+    assert resized_config(jamba, 8, 24) == resized_config(jamba, 8) == jamba.config
     with pytest.raises(Infeasible, match=r"intermediate_size = 24 .* 6 other tensors .*feed_forward"):
-        jamba.resized_config(8, 16)
+        resized_config(jamba, 8, 16)
 
 
 def test_a_width_changes_under_all_its_names():
     config = dict(architecture("gpt_oss").config)
-    found = Architecture.from_config(config).resized_config(8, 16)
+    found = resized_config(Architecture.from_config(config), 8, 16)
     assert {key for key in config if config[key] != found[key]} == {"intermediate_size"}
 
 

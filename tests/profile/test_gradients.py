@@ -5,9 +5,12 @@ import torch
 
 from coterie import compress
 from coterie.errors import InputError
-from coterie.model.layers import Architecture, canonical_experts
-from coterie.model.load import load_model, load_tokenizer, open_checkpoint
-from coterie.model.seam import intercepted, routed_output
+from coterie.model.arch.experts import canonical_experts
+from coterie.model.arch.layers import Architecture
+from coterie.model.arch.load import load_model
+from coterie.model.arch.seam import intercepted, routed_output
+from coterie.model.disk.open import open_checkpoint
+from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.profile import run as run_module
 from coterie.profile.calibration import tokenize
 from coterie.profile.profile import Profile

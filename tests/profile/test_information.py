@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie.errors import InputError, TextError
-from coterie.model import likelihood
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.load import load_model, load_tokenizer
-from coterie.model.stream import Stream
+from coterie.model.arch.load import load_model
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.model.stream.stream import Stream, likelihood
 from coterie.profile import information as information_module
 from coterie.profile.calibration import TokenSet, tokenize
 from coterie.profile.information import Information, distinct_share, measure_information, token_entropy

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coterie.errors import CorruptArtifact, StaleArtifact, UnknownName
-from coterie.model.layers import MoELayer
+from coterie.model.arch.layers import MoELayer
 from coterie.profile.profile import FILE, Profile, Sample, layer_file
 
 

@@ -11,10 +11,13 @@ from torch import nn
 
 from coterie.artifact import write_artifact
 from coterie.errors import ArchitectureMismatch, InputError, NotAMoE, OutputExists, TextError, UnknownName
-from coterie.model import seam
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.layers import Architecture, canonical_experts
-from coterie.model.load import MANIFEST, load_model, load_tokenizer
+from coterie.model.arch import seam
+from coterie.model.arch.experts import canonical_experts
+from coterie.model.arch.layers import Architecture
+from coterie.model.arch.load import load_model
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.manifest import MANIFEST
+from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.profile import observation as observation_module
 from coterie.profile import run as run_module
 from coterie.profile.calibration import TokenSet, tokenize

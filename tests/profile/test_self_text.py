@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from coterie.errors import Infeasible, InputError, OutputExists, TextError
-from coterie.model import memory
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.load import load_model, load_tokenizer
+from coterie.model.arch.load import load_model
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.model.stream import memory
 from coterie.profile import calibrate as calibrate_module
 from coterie.profile import self_text
 from coterie.profile.calibrate import calibrate, generate, take_text

@@ -16,9 +16,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from coterie.errors import UnknownName
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.layers import Architecture, Experts, MoELayer
-from coterie.model.load import load_model, load_tokenizer
+from coterie.model.arch.experts import Experts
+from coterie.model.arch.layers import Architecture, MoELayer
+from coterie.model.arch.load import load_model
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.profile.calibration import TokenSet, tokenize
 from coterie.profile.observation import Observation
 from coterie.profile.run import profile_model

@@ -14,7 +14,7 @@ from coterie.artifact import write_artifact, write_json
 from coterie.compress.plan import Plan
 from coterie.compress.state import LayerSize
 from coterie.evaluate.scorecard import Scorecard
-from coterie.model.layers import MoELayer
+from coterie.model.arch.layers import MoELayer
 from coterie.profile.profile import Profile, Sample
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K, WIDTH, HIDDEN, TOKENS = 2, 8, 2, 16, 12, 400

@@ -10,8 +10,8 @@ import pytest
 
 from coterie.artifact import write_artifact, write_json
 from coterie.errors import CorruptArtifact, InputError, StaleArtifact
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.inspect import inspect
+from coterie.model.arch.inspect import inspect
+from coterie.model.disk.checkpoint import Checkpoint
 from coterie.report.gather import entries_of, gather
 from coterie.report.page import report
 

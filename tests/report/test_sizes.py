@@ -7,7 +7,7 @@ import pytest
 
 from coterie.compress.apply import compress
 from coterie.compress.state import LayerSize
-from coterie.model.inspect import inspect
+from coterie.model.arch.inspect import inspect
 from coterie.report.gather import entries_of, gather
 from coterie.report.layers import share_left
 from coterie.report.page import report

@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from coterie.amounts import format_bytes
 from coterie.artifact import atomic_path
 from coterie.bench.summary import Original, Row
 from coterie.bench.table import name_of
-from coterie.model.units import format_bytes
 from coterie.report.draw import NUM_SERIES, Drawing, marker_of, tick_label, ticks
 from coterie.report.plots import Scale
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from coterie.amounts import format_bytes, parse_bytes
 from coterie.artifact import atomic_path, write_json
 from coterie.bench.cells import (
     Cell,
@@ -44,10 +45,9 @@ from coterie.bench.summary import Original, summarize
 from coterie.bench.table import tables
 from coterie.errors import CoterieError, InputError, OutputBusy, OutputExists
 from coterie.evaluate.scorecard import Scorecard, environment
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.layers import Architecture
-from coterie.model.load import open_checkpoint
-from coterie.model.units import format_bytes, parse_bytes
+from coterie.model.arch.layers import Architecture
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.open import open_checkpoint
 from coterie.profile.calibration import text_files
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from coterie.evaluate.scorecard import Scorecard
-from coterie.model.checkpoint import Checkpoint
+from coterie.model.disk.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coterie.amounts import format_bytes, format_count
 from coterie.bench.summary import Original, Row, Spread, gaps
-from coterie.model.units import format_bytes, format_count
 
 #: After the name of a method whose result only Coterie loads.
 MARK = "†"

@@ -21,7 +21,7 @@ from coterie.compress.plan import Router
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError, OutputBusy, OutputExists
 from coterie.evaluate.run import Evaluation
 from coterie.evaluate.speed import reset_peak
-from coterie.model.memory import peak_bytes
+from coterie.model.stream.memory import peak_bytes
 from coterie.profile.run import profile
 
 

@@ -153,7 +153,7 @@ def _print_tasks(card: "Scorecard") -> None:
 
 
 def _print_cost(cards: "list[Scorecard]") -> None:
-    from coterie.model.units import format_bytes
+    from coterie.amounts import format_bytes
 
     columns = ["model", "bytes", "of base"]
     rows = [[card.model, format_bytes(card.num_bytes), percent(card.bytes_ratio)] for card in cards]

@@ -10,7 +10,7 @@ from coterie.cli import options
 from coterie.cli.output import percent, print_json, print_table, print_text
 
 if TYPE_CHECKING:
-    from coterie.model.inspect import BudgetFit, Inspection, MoEBlock
+    from coterie.model.arch.inspect import BudgetFit, Inspection, MoEBlock
 
 
 def inspect(
@@ -22,7 +22,7 @@ def inspect(
 
     Only config.json and the headers of the weight files are read.
     """
-    from coterie.model.inspect import inspect as look
+    from coterie.model.arch.inspect import inspect as look
 
     found = look(model, budget=budget)
     if json:
@@ -32,7 +32,7 @@ def inspect(
 
 
 def _print(found: "Inspection") -> None:
-    from coterie.model.units import format_bytes, format_count
+    from coterie.amounts import format_bytes, format_count
 
     print_text(f"{found.path}: {found.model_type}, {found.layers} layers, {len(found.moe_layers)} of them with experts")
     for line in _layer_lines(found.moe_layers):
@@ -73,7 +73,7 @@ def _layer_lines(layers: "tuple[MoEBlock, ...]") -> Iterator[str]:
 
 
 def _budget_line(fit: "BudgetFit") -> str:
-    from coterie.model.units import format_bytes
+    from coterie.amounts import format_bytes
 
     if fit.feasible:
         kept = f"{fit.experts} experts a layer fit (--keep {fit.keep:.3g}), {format_bytes(fit.bytes)}"

@@ -67,7 +67,7 @@ def _width_text(size: "LayerSize") -> str:
 
 def print_plan(made: "Plan") -> None:
     """Print what a plan does and how small that is."""
-    from coterie.model.units import format_bytes, format_count
+    from coterie.amounts import format_bytes, format_count
 
     print_text(f"recipe {made.recipe}, router {made.router}, seed {made.seed}")
     start = 0

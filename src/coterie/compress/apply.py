@@ -1,9 +1,9 @@
 """Do what a plan says: checkpoint + Plan -> checkpoint, one decoder layer in memory at a time.
 
 The layers come by as a few tokens run through the model (`coterie.model.stream`). Each is compressed, written to a
-weight file, and goes on in its compressed form, so that at the end the logits of the compressed model are known. OUT
-appears only when it is whole: everything is written into a run folder beside it (`coterie.journal`), loaded again and
-compared with those logits, and only then put in its place. A run that was killed goes on from the last finished layer.
+weight file, and goes on in its compressed form, so that at the end the logits of the compressed model are known. OUT appears
+only when it is whole: everything is written into a run folder beside it (`coterie.journal`), loaded again and compared
+with those logits, and only then put in its place. A run that was killed goes on from the last finished layer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from coterie.amounts import format_bytes, parse_bytes
 from coterie.artifact import write_artifact, write_json
 from coterie.compress.distill_run import make_targets, may_distill, say_cost, train
 from coterie.compress.layer import LayerSummary, Swap, compress_layer
@@ -32,13 +33,15 @@ from coterie.compress.sizes import Wish, layer_tensors
 from coterie.compress.target import carry_files, check_space, check_target
 from coterie.errors import ArchitectureMismatch, CoterieError, InputError, OutOfSpace
 from coterie.journal import Run, open_run
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.layers import Architecture, MoELayer
-from coterie.model.load import MANIFEST, load_model, open_checkpoint
-from coterie.model.memory import Forecast, peak_bytes
-from coterie.model.reroute import Reroute
-from coterie.model.stream import Stage, Stream
-from coterie.model.units import format_bytes, parse_bytes
+from coterie.model.arch.layers import Architecture, MoELayer
+from coterie.model.arch.load import load_model
+from coterie.model.arch.reroute import Reroute
+from coterie.model.arch.resize import resized_config
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.manifest import MANIFEST
+from coterie.model.disk.open import open_checkpoint
+from coterie.model.stream.memory import Forecast, peak_bytes
+from coterie.model.stream.stream import Stage, Stream
 from coterie.profile.calibrate import take_text
 from coterie.profile.calibration import TokenSet
 from coterie.profile.observation import observed, proving, with_residual
@@ -452,7 +455,7 @@ class _Job:
         """Return the content of the result's config.json."""
         size = self.plan.sizes[0]
         if self.plan.router != "map" and not self.plan.ragged:
-            return self._architecture.resized_config(size.num_experts, size.width, size.top_k)
+            return resized_config(self._architecture, size.num_experts, size.width, size.top_k)
         # A mapped result keeps the router's E rows, a ragged one the full width, and the config says so, while the
         # files hold less: stock loaders refuse them.
         return dict(self.checkpoint.config)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from coterie.model.layers import MoELayer
+from coterie.model.arch.layers import MoELayer
 
 #: Share of the speed of one large matrix product that a model reaches: small products, attention, norms and the
 #: optimizer take the rest. On the bundled models it was 0.3 to 0.5 on CPU cores.

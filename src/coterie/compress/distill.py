@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coterie.compress.adam import Adam, rate_at
-from coterie.model.layers import MoELayer, canonical_experts
-from coterie.model.seam import intercepted, routed_output
+from coterie.model.arch.experts import canonical_experts
+from coterie.model.arch.layers import MoELayer
+from coterie.model.arch.seam import intercepted, routed_output
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,16 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from coterie.amounts import format_bytes
 from coterie.artifact import atomic_path, digest_of
 from coterie.compress.cost import training_cost
 from coterie.compress.distill import Distillation, Schedule, Targets, trainable
 from coterie.compress.state import LayerSize
 from coterie.journal import Run
-from coterie.model.layers import Architecture, MoELayer
-from coterie.model.load import hollow_result
-from coterie.model.memory import free_bytes
-from coterie.model.stream import Stream
-from coterie.model.units import format_bytes
+from coterie.model.arch.layers import Architecture, MoELayer
+from coterie.model.arch.load import hollow_result
+from coterie.model.stream.memory import free_bytes
+from coterie.model.stream.stream import Stream
 from coterie.profile.calibration import TokenSet
 from coterie.progress import track
 

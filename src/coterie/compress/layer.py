@@ -19,16 +19,19 @@ from coterie.compress.shards import Shard
 from coterie.compress.sizes import layer_tensors
 from coterie.compress.state import LayerSize, LayerState
 from coterie.errors import ArchitectureMismatch
-from coterie.model.backward import mapped
-from coterie.model.checkpoint import Checkpoint, read_header
-from coterie.model.convert import TORCH_DTYPES, Crossing, put
-from coterie.model.filled import filled_up
-from coterie.model.layers import Architecture, MoELayer, canonical_experts, native_experts
-from coterie.model.load import hollow_result
-from coterie.model.ragged import Place, cut, places_of
-from coterie.model.reroute import Reroute
-from coterie.model.seam import intercepted
-from coterie.model.stream import Call, Stream, Unit
+from coterie.model.arch.conversion import TORCH_DTYPES, Crossing, put
+from coterie.model.arch.experts import canonical_experts, native_experts
+from coterie.model.arch.layers import Architecture, MoELayer
+from coterie.model.arch.load import hollow_result
+from coterie.model.arch.ragged import Place, cut, places_of
+from coterie.model.arch.reroute import Reroute
+from coterie.model.arch.seam import intercepted
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.filled import filled_up
+from coterie.model.disk.header import read_header
+from coterie.model.nested import mapped
+from coterie.model.stream.stream import Call, Stream
+from coterie.model.stream.unit import Unit
 from coterie.profile.profile import Sample
 from coterie.profile.statistics import over_domains
 
@@ -136,7 +139,7 @@ class Swap:
 
     @property
     def ragged(self) -> dict[str, Any] | None:
-        """What the manifest of a ragged result says, for `coterie.model.filled.filled_up`; else None."""
+        """What the manifest of a ragged result says, for `coterie.model.disk.filled.filled_up`; else None."""
         if not self._places:
             return None
         axes = {place.pattern: place.axis for place in self._places.values()}
@@ -212,8 +215,8 @@ class Swap:
         """Check that a unit of narrower experts does all that is not theirs as before.
 
         Where the entry of config.json that is their width sizes other parts too, a second entry was changed to make up
-        for it (`coterie.model.width`), and nothing but this shows that it has no other meaning. Routing (where experts
-        were not cut) and output are compared, with the experts left out on both sides.
+        for it (`coterie.model.arch.width`), and nothing but this shows that it has no other meaning. Routing (where
+        experts were not cut) and output are compared, with the experts left out on both sides.
 
         Args:
             call: of the unit, whose weights are in memory.

@@ -13,11 +13,12 @@ from coterie.compress.recipes import get_recipe
 from coterie.compress.sizes import LayerTensors, Sizing, Wish, layer_tensors, sizes_for
 from coterie.compress.state import LayerSize
 from coterie.errors import ArchitectureMismatch, InputError, StaleArtifact, UnsupportedDtype
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.convert import TORCH_DTYPES, Crossing
-from coterie.model.layers import Architecture
-from coterie.model.load import open_checkpoint, read_manifest
-from coterie.model.ragged import places_of
+from coterie.model.arch.conversion import TORCH_DTYPES, Crossing
+from coterie.model.arch.layers import Architecture
+from coterie.model.arch.ragged import places_of
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.manifest import read_manifest
+from coterie.model.disk.open import open_checkpoint
 from coterie.profile.profile import Profile
 from coterie.profile.run import check_predicts
 from coterie.profile.statistics.channels import needs_gradients

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from coterie.errors import ReloadMismatch
-from coterie.model.load import open_checkpoint
-from coterie.model.stream import Stream
+from coterie.model.disk.open import open_checkpoint
+from coterie.model.stream.stream import Stream
 
 #: Largest difference of logits between the model in flight and the one loaded again, relative to the largest logit.
 RELOAD_TOLERANCE = 1e-4

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coterie.artifact import atomic_path, write_json
-from coterie.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_header
-from coterie.model.convert import Crossing, sibling
-from coterie.model.stream import Unit
+from coterie.model.arch.conversion import Crossing, sibling
+from coterie.model.disk.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from coterie.model.disk.header import read_header
+from coterie.model.stream.unit import Unit
 
 #: Units beside the list of layers have a file of their own from this size on.
 OWN_FILE_BYTES = 64 * 2**20

@@ -11,17 +11,17 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.methods.slim import RANKINGS, needs
 from coterie.compress.recipes import Recipe
 from coterie.compress.state import LayerSize
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.choice import choice_key
-from coterie.model.convert import Crossing
-from coterie.model.experts import width_axes
-from coterie.model.layers import Architecture, MoELayer, canonical_experts, runs_alone
-from coterie.model.units import format_bytes, parse_bytes
-from coterie.model.width import ALIGNMENT, width_rule
+from coterie.model.arch.choice import choice_key
+from coterie.model.arch.conversion import Crossing
+from coterie.model.arch.experts import canonical_experts, width_axes
+from coterie.model.arch.layers import Architecture, MoELayer, runs_alone
+from coterie.model.arch.width import ALIGNMENT, width_rule
+from coterie.model.disk.checkpoint import Checkpoint
 from coterie.profile.profile import Profile
 
 #: A token chooses so many times the parts that would keep as many neurons at work as if all experts were narrower:

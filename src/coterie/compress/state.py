@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from coterie.model.layers import Experts, MoELayer
+from coterie.model.arch.experts import Experts
+from coterie.model.arch.layers import MoELayer
 from coterie.profile.profile import Sample
 
 #: The family's own router with other router tensors: (router tensors by name, what the block receives (T, D)) ->
-#: ``index_TK`` (int64, the number of rows means "no expert") and ``weight_TK`` (float32); `coterie.model.reroute`.
+#: ``index_TK`` (int64, the number of rows means "no expert") and ``weight_TK`` (float32); `coterie.model.arch.reroute`.
 Route = Callable[[Mapping[str, Tensor], Tensor], tuple[Tensor, Tensor]]
 
 

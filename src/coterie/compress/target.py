@@ -6,10 +6,10 @@ import errno
 import shutil
 from pathlib import Path
 
+from coterie.amounts import format_bytes
 from coterie.errors import InputError, OutOfSpace, OutputExists
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.load import MANIFEST
-from coterie.model.units import format_bytes
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.manifest import MANIFEST
 
 
 def check_space(folder: Path, num_bytes: int) -> None:

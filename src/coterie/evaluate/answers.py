@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from coterie.evaluate.generation import Question, batches_of_one_length, finished_line, prompt_ids
-from coterie.model.reading import Head, likeliest
+from coterie.model.stream.reading import Head, likeliest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +113,7 @@ def right_in_batch(
     """Return the numbers of the questions that a model answers exactly in one of a batch's attempts.
 
     Args:
-        head: gives the model's logits, see `coterie.model.reading`.
+        head: gives the model's logits, see `coterie.model.stream.reading`.
         batch: attempts of one length.
         ids_BS: their tokens.
         output: what the base model returned for them.

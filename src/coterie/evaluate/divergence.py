@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coterie.errors import InputError
-from coterie.model.likelihood import row_slices, widened
+from coterie.model.stream.likelihood import row_slices, widened
 
 
 def token_divergence(base_BSV: Tensor, logits_BSV: Tensor) -> tuple[Tensor, Tensor]:

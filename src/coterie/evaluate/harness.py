@@ -5,8 +5,8 @@
     scores = run_tasks("small", ["sums_choose"], include_path="docs/examples/harness")
     scores["sums_choose"]["acc"]
 
-The model is loaded by `coterie.model.load.load_model`, so mapped results work as well, and handed over as it is. It
-needs ``pip install 'coterie[eval]'``.
+The model is loaded by `coterie.model.arch.load.load_model`, so mapped results work as well, and handed over as it is.
+It needs ``pip install 'coterie[eval]'``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ import torch
 from transformers import GenerationConfig
 
 from coterie.errors import InputError, UnknownName
-from coterie.model.layers import quiet
-from coterie.model.load import load_model, load_tokenizer
+from coterie.model.arch.load import load_model
+from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.model.quiet import quiet
 
 #: What is told to whoever has not installed the harness.
 INSTALL = "pip install 'coterie[eval]'"
@@ -110,7 +111,7 @@ def run_tasks(
         include_path: a folder with task files (YAML) beside those that came with the harness.
         limit: examples of each task at most; all when None.
         device: where the model runs.
-        dtype: number format, see `coterie.model.load.load_model`.
+        dtype: number format, see `coterie.model.arch.load.load_model`.
         batch_size: requests in a batch.
         seed: seed of the draw of examples that are shown.
 

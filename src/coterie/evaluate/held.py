@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coterie.amounts import format_bytes
 from coterie.artifact import atomic_path, check_file, digest_of, file_digest, open_artifact, write_artifact
 from coterie.errors import CorruptArtifact
-from coterie.model.likelihood import row_slices, widened
-from coterie.model.units import format_bytes
+from coterie.model.stream.likelihood import row_slices, widened
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Held(AbstractContextManager["Held"]):
         Args:
             first: number of the first sequence.
             count: B, how many.
-            positions: which positions; its last one is left out, see `coterie.model.reading.predictions`.
+            positions: which positions; its last one is left out, see `coterie.model.stream.reading.predictions`.
 
         Returns:
             Log-probabilities (B, P - 1, V), float32, and the likeliest tokens (B, P - 1), int64.

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coterie.amounts import format_bytes, parse_bytes
 from coterie.artifact import digest_of
 from coterie.errors import InputError
 from coterie.evaluate.answers import Attempt, attempt_batches, first_attempts, right_in_batch, second_attempts
@@ -52,12 +53,11 @@ from coterie.evaluate.subjects import (
     open_subject,
     text_digest,
 )
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.likelihood import token_nll
-from coterie.model.memory import fitting_batch, forecast, peak_bytes
-from coterie.model.reading import Head, logits_at, predictions, read
-from coterie.model.stream import Stream
-from coterie.model.units import format_bytes, parse_bytes
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.stream.likelihood import token_nll
+from coterie.model.stream.memory import fitting_batch, forecast, peak_bytes
+from coterie.model.stream.reading import Head, logits_at, predictions, read
+from coterie.model.stream.stream import Stream
 from coterie.progress import track
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def evaluate(
         device: where the models run.
         batch_size: sequences in a batch at most; the scores do not depend on it beyond rounding.
         questions: questions of each domain at most; all when None, none when 0.
-        dtype: float32, bfloat16 or float16 to run in; see `coterie.model.stream.working_dtype` if None.
+        dtype: float32, bfloat16 or float16 to run in; see `coterie.model.stream.stream.working_dtype` if None.
         speed_seconds: load each model (and the base) into memory as a whole, and time it for so long, three rounds in
             any case. When None, nothing is loaded as a whole, and speed and memory are not measured.
         max_memory: bytes, or an amount like "8GiB", that the run may take.

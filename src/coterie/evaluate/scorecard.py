@@ -14,7 +14,7 @@ import torch
 from coterie import __version__
 from coterie.artifact import open_artifact, write_artifact
 from coterie.errors import CorruptArtifact
-from coterie.model.likelihood import perplexity
+from coterie.model.stream.likelihood import perplexity
 
 
 class Scores(TypedDict):

@@ -17,12 +17,12 @@ import psutil
 import torch
 from torch import Tensor
 
+from coterie.amounts import format_bytes
 from coterie.errors import Infeasible, InputError
-from coterie.model.likelihood import logits_of
-from coterie.model.load import load_model
-from coterie.model.memory import FIXED_BYTES, free_bytes
-from coterie.model.stream import Stream
-from coterie.model.units import format_bytes
+from coterie.model.arch.load import load_model
+from coterie.model.stream.likelihood import logits_of
+from coterie.model.stream.memory import FIXED_BYTES, free_bytes
+from coterie.model.stream.stream import Stream
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -109,7 +109,7 @@ def measure_cost(
     Args:
         contestants: each model's folder, and the token ids (B, S) that it (and the base) read.
         base: folder of the model to compare with, which stays in memory; or None.
-        dtype: see `coterie.model.load.load_model`.
+        dtype: see `coterie.model.arch.load.load_model`.
         device: where they run.
         seconds: time to spend on each, see `measure_speed`.
     """
@@ -234,7 +234,7 @@ def peak_memory(device: torch.device, *, above: int) -> Iterator[Peak]:
 
 
 def reset_peak() -> bool:
-    """Let what `coterie.model.memory.peak_bytes` says begin anew, from what is in use now; tell whether it could."""
+    """Let what `peak_bytes` says begin anew, from what is in use now; tell whether it could."""
     _release_free_memory()
     try:
         _CLEAR_REFS.write_text("5")

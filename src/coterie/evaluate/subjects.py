@@ -15,9 +15,10 @@ from coterie.artifact import digest_of
 from coterie.errors import InputError
 from coterie.evaluate.answers import Attempt, attempts
 from coterie.evaluate.generation import Question
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.load import load_tokenizer, open_checkpoint
-from coterie.model.stream import Stream
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.open import open_checkpoint
+from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.model.stream.stream import Stream
 from coterie.profile.calibration import TokenSet, tokenize
 
 

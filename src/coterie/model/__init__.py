@@ -1,1 +1,1 @@
-"""What a MoE checkpoint is: its files, its layers, the seam between router and experts, the crossing of names."""
+"""What a MoE checkpoint is. Three floors: `disk` (files and tensors), `arch` (what they compute), `stream` (run it)."""

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
+from coterie.amounts import parse_bytes
 from coterie.artifact import atomic_path, file_digest, write_artifact
 from coterie.errors import InputError, OutputExists
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.load import load_tokenizer, open_checkpoint
-from coterie.model.memory import forecast
-from coterie.model.stream import Stream
-from coterie.model.units import parse_bytes
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.open import open_checkpoint
+from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.model.stream.memory import forecast
+from coterie.model.stream.stream import Stream
 from coterie.profile.calibration import TokenSet, tokenize
 from coterie.profile.information import Information, measure_information
 from coterie.profile.mixing import choose_mix
@@ -90,7 +91,7 @@ def calibrate(
         seed: seed of the draw of text, and of what the model writes.
         domains: only these domains.
         device: where the model runs.
-        dtype: number format of the layers; see `coterie.model.stream.working_dtype`.
+        dtype: number format of the layers; see `coterie.model.stream.stream.working_dtype`.
         batch_size: sequences in a batch at most.
         max_memory: bytes, or an amount like "8GiB", that the run may take.
         allow_pickle: read weights that are stored as pickles.
@@ -184,7 +185,7 @@ def generate(
         temperature: 1 draws from the model's own distribution; below, from its likelier tokens.
         first_token: "sampled", or "likeliest": the n-th document starts with the n-th likeliest token.
         device: where the model runs.
-        dtype: number format of the model; see `coterie.model.load.load_model`.
+        dtype: number format of the model; see `coterie.model.arch.load.load_model`.
         max_memory: bytes, or an amount like "8GiB", that the run may take.
         allow_pickle: accept a checkpoint of pickles, only to say that it cannot be loaded as a whole.
 

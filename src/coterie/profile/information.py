@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from coterie.errors import InputError, TextError
-from coterie.model.likelihood import perplexity, token_nll
-from coterie.model.memory import fitting_batch
-from coterie.model.reading import logits_at, predictions, read
-from coterie.model.stream import Stream
+from coterie.model.stream.likelihood import perplexity, token_nll
+from coterie.model.stream.memory import fitting_batch
+from coterie.model.stream.reading import logits_at, predictions, read
+from coterie.model.stream.stream import Stream
 from coterie.profile.calibration import TokenSet
 from coterie.progress import track
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coterie.errors import ArchitectureMismatch
-from coterie.model.layers import Experts, MoELayer, canonical_experts, find_router
-from coterie.model.seam import eager, intercepted, routed_output
+from coterie.model.arch.experts import Experts, canonical_experts
+from coterie.model.arch.layers import MoELayer, find_router
+from coterie.model.arch.seam import eager, intercepted, routed_output
 
 #: Largest relative difference between a layer's own output and the recomputed one, by number format.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}

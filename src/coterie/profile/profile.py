@@ -18,7 +18,7 @@ from torch import Tensor
 
 from coterie.artifact import atomic_path, check_file, digest_of, file_digest, open_artifact, write_artifact
 from coterie.errors import CorruptArtifact, StaleArtifact, UnknownName
-from coterie.model.layers import MoELayer
+from coterie.model.arch.layers import MoELayer
 from coterie.profile.statistics import merged, over_domains
 
 FILE = "profile.json"

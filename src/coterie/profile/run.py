@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from coterie.amounts import format_bytes, parse_bytes
 from coterie.errors import ArchitectureMismatch, InputError, OutputExists
 from coterie.journal import Run, open_run
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.layers import Architecture, MoELayer
-from coterie.model.load import open_checkpoint, read_manifest
-from coterie.model.memory import Forecast, fitting_batch, forecast, peak_bytes
-from coterie.model.stream import Stream
-from coterie.model.units import format_bytes, parse_bytes
+from coterie.model.arch.layers import Architecture, MoELayer
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.manifest import read_manifest
+from coterie.model.disk.open import open_checkpoint
+from coterie.model.stream.memory import Forecast, fitting_batch, forecast, peak_bytes
+from coterie.model.stream.stream import Stream
 from coterie.profile.calibrate import take_text
 from coterie.profile.calibration import TokenSet
 from coterie.profile.observation import Observation, observed, prove_layers, proving, with_residual
@@ -70,7 +71,7 @@ def profile(
         seq_len: tokens in a sequence.
         seed: seed of the draw of text and of the token sample.
         device: where the layers are computed.
-        dtype: number format that layers are computed in; see `coterie.model.stream.working_dtype`.
+        dtype: number format that layers are computed in; see `coterie.model.stream.stream.working_dtype`.
         sample_tokens: tokens of the sample of each layer, shared by the domains.
         domains: only these domains.
         weights: share of the tokens by domain, in any unit, and of the sample; domains that are not named get nothing.

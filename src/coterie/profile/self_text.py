@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from coterie.amounts import format_bytes
 from coterie.errors import Infeasible, InputError, TextError
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.load import hollow_model, load_model, load_tokenizer
-from coterie.model.memory import FIXED_BYTES, free_bytes
-from coterie.model.spill import trim_memory
-from coterie.model.stream import working_dtype
-from coterie.model.units import format_bytes
+from coterie.model.arch.load import hollow_model, load_model
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.model.stream.memory import FIXED_BYTES, free_bytes
+from coterie.model.stream.spill import trim_memory
+from coterie.model.stream.stream import working_dtype
 from coterie.profile.calibration import TokenSet, draw, token_ids
 from coterie.progress import track
 
@@ -58,7 +59,7 @@ class Writing:
         temperature: what logits are divided by before a token is drawn; 1 draws from the model's own distribution.
         first_token: where the first token of a document comes from.
         device: where the model runs.
-        dtype: number format of the model; see `coterie.model.load.load_model`.
+        dtype: number format of the model; see `coterie.model.arch.load.load_model`.
     """
 
     tokens: int

@@ -14,8 +14,8 @@ from coterie.artifact import read_artifact, read_header
 from coterie.compress.plan import Plan
 from coterie.errors import CorruptArtifact, CoterieError, InputError
 from coterie.evaluate.scorecard import Scorecard
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.inspect import Inspection, inspect
+from coterie.model.arch.inspect import Inspection, inspect
+from coterie.model.disk.checkpoint import Checkpoint
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile
 from coterie.report.layers import LayerChange, share_left, size_mark, size_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from coterie.model.units import format_bytes
+from coterie.amounts import format_bytes
 
 MISSING = "–"
 

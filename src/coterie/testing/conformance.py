@@ -20,11 +20,13 @@ from coterie.compress.apply import Result, compress
 from coterie.compress.plan import plan
 from coterie.compress.recipes import RECIPES, get_recipe
 from coterie.errors import ArchitectureMismatch, Infeasible
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.inspect import inspect
-from coterie.model.layers import Architecture, MoELayer, canonical_experts, quiet
-from coterie.model.load import load_model
-from coterie.model.seam import intercepted
+from coterie.model.arch.experts import canonical_experts
+from coterie.model.arch.inspect import inspect
+from coterie.model.arch.layers import Architecture, MoELayer
+from coterie.model.arch.load import load_model
+from coterie.model.arch.seam import intercepted
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.quiet import quiet
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile
 from coterie.profile.statistics.channels import needs_gradients

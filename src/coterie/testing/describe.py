@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from coterie.errors import CoterieError
-from coterie.model.layers import Architecture, MoELayer, quiet
+from coterie.model.arch.layers import Architecture, MoELayer
+from coterie.model.quiet import quiet
 from coterie.testing.families import UNSUPPORTED, model_class, tiny_config
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from coterie.errors import OutputExists
-from coterie.model.layers import quiet
+from coterie.model.quiet import quiet
 from coterie.profile.calibration import DOCUMENT_SEPARATOR
 from coterie.testing.families import END_OF_TEXT_ID, model_class, tiny_config
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from coterie.compress.state import LayerSize, LayerState
 from coterie.errors import UnknownName
-from coterie.model.layers import Experts
+from coterie.model.arch.experts import Experts
 
 #: What neurons are matched by.
 MATCHES = ("weights", "weights+activations")

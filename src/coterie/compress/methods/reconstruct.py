@@ -19,8 +19,8 @@ from torch import Tensor
 from coterie.compress.adam import Adam, rate_at
 from coterie.compress.methods.refit_joint import HELD_OUT
 from coterie.compress.state import LayerSize, LayerState
-from coterie.model.layers import Experts
-from coterie.model.seam import routed_output
+from coterie.model.arch.experts import Experts
+from coterie.model.arch.seam import routed_output
 
 _CHUNK = 4096  # tokens
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from coterie.compress.methods.average import usage_shares
 from coterie.compress.state import LayerSize, LayerState
 from coterie.errors import ArchitectureMismatch
-from coterie.model.layers import Experts
+from coterie.model.arch.experts import Experts
 
 #: Candidates for lambda, as multiples of the mean of the Gram matrix's diagonal.
 RIDGES = tuple(10.0**exponent for exponent in range(-7, 2))

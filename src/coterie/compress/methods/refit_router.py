@@ -21,7 +21,7 @@ from torch import Tensor
 
 from coterie.compress.methods.refit_down import HELD_OUT
 from coterie.compress.state import LayerSize, LayerState
-from coterie.model.layers import Experts
+from coterie.model.arch.experts import Experts
 
 #: Largest number of float32 values that the inner products may take; of a larger sample, evenly spaced tokens are used.
 LIMIT = 2**26

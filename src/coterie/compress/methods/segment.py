@@ -31,7 +31,7 @@ from coterie.compress.methods.select import slice_router, top_experts
 from coterie.compress.methods.slim import SCORES, ranked_neurons, slim, take_neurons
 from coterie.compress.methods.slim import needs as needs_of_score
 from coterie.compress.state import LayerSize, LayerState
-from coterie.model.layers import Experts
+from coterie.model.arch.experts import Experts
 
 #: How far the logits of two parts of one expert are moved apart, in standard deviations of the layer's logits.
 GAP = 0.05

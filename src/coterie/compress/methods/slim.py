@@ -20,7 +20,7 @@ from torch import Tensor
 
 from coterie.compress.state import LayerSize, LayerState
 from coterie.errors import Infeasible, UnknownName
-from coterie.model.layers import Experts
+from coterie.model.arch.experts import Experts
 
 Statistics = Mapping[str, Tensor]
 

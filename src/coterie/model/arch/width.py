@@ -1,9 +1,9 @@
 """Which entries of config.json say how wide experts are, and which widths a plain checkpoint can have.
 
 Nothing is listed by family. Empty models that differ in one entry are compared, as for the number of experts
-(`coterie.model.layers`): the entry that makes all routed experts narrower is the one to change. In half of all families
-it makes shared experts narrower too, as their number times the width of one. Those must stay as they are, so a second
-entry is looked for that gives them their size back, such as the number of shared experts: half the width, twice the
+(`coterie.model.arch.layers`): the entry that makes all routed experts narrower is the one to change. In half of all
+families it makes shared experts narrower too, as their number times the width of one. Those must stay as they are, so a
+second entry is looked for that gives them their size back, such as the number of shared experts: half the width, twice the
 number. That the rest of the model computes the same with it is checked on the weights (`coterie.compress.layer`).
 
 Legend: F expert width.
@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from coterie.errors import ArchitectureMismatch, Infeasible
-from coterie.model.entries import Entry, config_entries, names_of, with_values
-from coterie.model.experts import canonical_experts
-from coterie.model.layers import Architecture, empty_model, once_per_config
+from coterie.model.arch.entries import Entry, config_entries, names_of, with_values
+from coterie.model.arch.experts import canonical_experts
+from coterie.model.arch.layers import Architecture, once_per_config
+from coterie.model.arch.meta import empty_model
 
 #: Grouped matrix products, transformers' default for experts, want rows of a multiple of 16 bytes: torch says "strides
 #: should be multiple of 16 bytes". So many weights of 16 bits are that.

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from coterie.errors import CorruptCheckpoint, UnsupportedDtype
-from coterie.model.checkpoint import TORCH_NAMES, Checkpoint, TensorInfo
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.tensors import TORCH_NAMES, TensorInfo
 
 #: Number formats that packed tensors can be given out in.
 OUTPUT_DTYPES = ("BF16", "F16", "F32")

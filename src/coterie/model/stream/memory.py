@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import torch
 
+from coterie.amounts import format_bytes
 from coterie.errors import Infeasible
-from coterie.model.stream import Stream
-from coterie.model.units import format_bytes
+from coterie.model.stream.stream import Stream
 
 log = logging.getLogger(__name__)
 

@@ -11,45 +11,24 @@ Legend: E experts, F expert width, D model width, T tokens, K chosen experts. Al
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import json
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-import transformers
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from coterie.errors import ArchitectureMismatch, CorruptCheckpoint, Infeasible, NotACheckpoint, NotAMoE
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.entries import whole_numbers, with_value, with_values
-from coterie.model.experts import Combine, Experts, canonical_experts, is_experts, native_experts
-from coterie.model.routing import routing_problem
-
-__all__ = [
-    "Architecture",
-    "Combine",
-    "Experts",
-    "MoELayer",
-    "canonical_experts",
-    "empty_model",
-    "find_router",
-    "is_experts",
-    "native_experts",
-    "once_per_config",
-    "probe_top_k",
-    "quiet",
-    "runs_alone",
-]
+from coterie.errors import ArchitectureMismatch, Infeasible, NotAMoE
+from coterie.model.arch.entries import whole_numbers, with_value
+from coterie.model.arch.experts import canonical_experts, is_experts
+from coterie.model.arch.meta import empty_model
+from coterie.model.arch.probe import probe_top_k, run_on_nothing
+from coterie.model.arch.routing import routing_problem
+from coterie.model.disk.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +36,6 @@ T = TypeVar("T")
 
 #: Configs whose derivations are remembered.
 _REMEMBERED = 16
-
-#: What running whole empty models showed, by the text of their configs.
-_probed: dict[str, dict[str, int]] = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,28 +120,6 @@ class Architecture:
         )
         return cls(config=config, model=model, layers=layers, expert_key=key)
 
-    def resized_config(self, num_experts: int, width: int | None = None, top_k: int | None = None) -> dict[str, Any]:
-        """Return the content of config.json with experts of another number or width, or another number of chosen ones.
-
-        Args:
-            num_experts: experts in each layer.
-            width: their width; None leaves it as it is.
-            top_k: experts that a token chooses; None leaves it as it is.
-
-        Raises:
-            Infeasible: no entry, or no value of it, gives experts of that width, or lets a token choose that many, and
-                leaves all else as it is.
-        """
-        from coterie.model.choice import choice_key
-        from coterie.model.width import width_rule
-
-        values = {self.expert_key: num_experts}
-        if width is not None and width != self.layers[0].width:
-            values |= width_rule(self).values(width)
-        if top_k is not None and top_k != self.layers[0].top_k:
-            values[choice_key(self)] = top_k
-        return with_values(self.config, values, self.model)
-
     def check_feasible(self, num_experts: int, top_k: int | None = None) -> None:
         """Check that the resized model can route, with another number of chosen experts where one is given.
 
@@ -210,67 +164,6 @@ def once_per_config(derive: Callable[[Architecture], T]) -> Callable[[Architectu
         return found[known_as]
 
     return look_up
-
-
-def empty_model(
-    config: Mapping[str, Any], *, where: str = "the config", dtype: torch.dtype | None = None
-) -> PreTrainedModel:
-    """Build the model of a config.json on the meta device: all modules and names, no memory.
-
-    Args:
-        config: the content of config.json.
-        where: what to name in an error.
-        dtype: number format of the parameters; float32 when None.
-
-    Raises:
-        NotACheckpoint: transformers does not know the model type.
-        CorruptCheckpoint: transformers knows it, but cannot build a model from the config.
-    """
-    model_type = config["model_type"]
-    if model_type not in CONFIG_MAPPING:
-        raise NotACheckpoint(
-            f"{where} has model_type {model_type!r}, which transformers {transformers.__version__} does not know; "
-            "a newer transformers may (code that comes with a checkpoint is not run)"
-        )
-    name = (config.get("architectures") or [None])[0]
-    model_class = getattr(transformers, name, None) if name else None
-    with torch.device("meta"), quiet():
-        try:
-            # Infinity and the like stand as objects in config.json; transformers reads them back like this.
-            decoded = PreTrainedConfig._decode_special_floats(copy.deepcopy(dict(config)))
-            parsed = CONFIG_MAPPING[model_type].from_dict(decoded)
-            if model_class is not None:
-                model = model_class._from_config(parsed, dtype=dtype or torch.float32)
-            else:
-                text = type(parsed) in MODEL_FOR_CAUSAL_LM_MAPPING
-                auto: Any = AutoModelForCausalLM if text else AutoModelForImageTextToText
-                model = auto.from_config(parsed, dtype=dtype or torch.float32)
-        except Exception as error:  # every family checks its config in its own way
-            first_line = str(error).strip().split("\n")[0]
-            raise CorruptCheckpoint(
-                f"{where}: no {model_type} model can be built from its config.json "
-                f"({type(error).__name__}: {first_line})"
-            ) from error
-    return model.eval()  # type: ignore[no-any-return]
-
-
-class quiet:  # noqa: N801  # used like the functions of contextlib
-    """Context in which transformers says only errors and draws no progress bar; its settings come back after."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging as hf_logging
-
-        self._level = hf_logging.get_verbosity()
-        self._bar = hf_logging.is_progress_bar_enabled()
-        hf_logging.set_verbosity(logging.ERROR)
-        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging as hf_logging
-
-        hf_logging.set_verbosity(self._level)
-        if self._bar:
-            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _find_expert_key(
@@ -421,75 +314,13 @@ def find_router(model: PreTrainedModel, block: str) -> tuple[str, int] | None:
     return None
 
 
-def probe_top_k(model: PreTrainedModel, names: list[str], where: str, known_as: str) -> dict[str, int]:
-    """Read K from the shape of the routing decisions that empty text leads to, by name of the experts modules it meets.
-
-    Mostly a block can be run by itself, which takes no time. Where it cannot, or where a layer has several kinds of
-    experts and text may not meet them all, the whole empty model is run: a tenth of a second a layer, so what that
-    showed is kept under `known_as`, the text of the config.
-    """
-    if known_as in _probed:
-        return dict(_probed[known_as])
-    kinds = {re.sub(r"\d+", "#", name) for name in names}
-    if len(kinds) == 1:
-        try:
-            return {name: _run_empty(model, [name], name.rpartition(".")[0])[name] for name in names}
-        except Exception as error:  # whatever a family's block raises: it wants more than hidden states
-            log.debug("%s: a block does not run by itself (%s); running the whole model", where, error)
-    try:
-        found = _run_empty(model, names, "")
-    except ArchitectureMismatch:
-        raise
-    except Exception as error:  # whatever a family's model raises, the way out is the same
-        raise ArchitectureMismatch(
-            f"{where}: how many experts a token chooses cannot be seen, the empty model does not run "
-            f"({type(error).__name__}: {str(error).strip()[:200]}); please report it"
-        ) from error
-    if not found:
-        raise NotAMoE(f"{where}: text reaches none of its {len(names)} experts modules ({names[0]}, ...)")
-    if len(_probed) >= _REMEMBERED:
-        _probed.clear()
-    _probed[known_as] = dict(found)
-    return found
-
-
 def runs_alone(model: PreTrainedModel, layer: MoELayer) -> bool:
     """Tell whether an MoE block computes from hidden states alone, so that its router can be asked by itself."""
     try:
-        return layer.experts in _run_empty(model, [layer.experts], layer.block)
+        return layer.experts in run_on_nothing(model, [layer.experts], layer.block)
     except Exception as error:  # whatever a family's block raises: it wants more than hidden states
         log.debug("%s does not run by itself: %s", layer.block, error)
         return False
-
-
-def _run_empty(model: PreTrainedModel, names: list[str], block: str) -> dict[str, int]:
-    """Run a block, or the whole model for "", on nothing; return K by name of the experts modules that were called."""
-    from coterie.model.seam import intercepted
-
-    by_module = {id(model.get_submodule(name)): name for name in names}
-    seen: list[tuple[str, int]] = []
-
-    def probe(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        seen.append((by_module[id(module)], index_TK.shape[-1]))
-        return torch.zeros_like(hidden_TD)
-
-    with torch.no_grad(), intercepted(model, probe):
-        if block:
-            # Some experts work in a narrower space than the block that holds them.
-            width = int(model.config.get_text_config(decoder=True).hidden_size)
-            model.get_submodule(block)(torch.zeros(1, 2, width, device="meta"))
-        else:
-            # Fake tensors are what transformers takes for tracing: then it asks no mask for its values.
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device="meta"), use_cache=False)
-    found = dict(seen)
-    if len(seen) != len(found) or (block and not found):
-        raise ArchitectureMismatch(
-            f"{block or 'the model'} called its experts {len(seen)} times for one input, expected {len(names)} modules "
-            "once each"
-        )
-    # In the order of the model, whatever the order of the calls.
-    return {name: found[name] for name in names if name in found}
 
 
 def _text_config(model: PreTrainedModel) -> Any:

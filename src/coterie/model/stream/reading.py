@@ -1,7 +1,7 @@
 """Reading: run text through a model of any size, one unit in memory at a time, and turn the outcome into logits.
 
 Logits of a whole text are larger than the model, so what is kept is what the base model returns (in files, see
-`coterie.model.stream`), and the head is applied to a part of one batch at a time.
+`coterie.model.stream.stream`), and the head is applied to a part of one batch at a time.
 
 Legend: B sequences of a batch, S tokens of a sequence, P positions of a part, V vocabulary.
 """
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.model.likelihood import position_slices
-from coterie.model.stream import Stream
+from coterie.model.stream.likelihood import position_slices
+from coterie.model.stream.stream import Stream
 from coterie.progress import track
 
 #: Gives logits (B, S, V) from token ids (B, S) and what the base model returned, as `Stream.head` does.

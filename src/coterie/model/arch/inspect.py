@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coterie.amounts import parse_bytes
 from coterie.artifact import read_artifact
 from coterie.errors import ArchitectureMismatch, NotAMoE
-from coterie.model.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
-from coterie.model.filled import filled_up
-from coterie.model.routing import routing_problem
-from coterie.model.structure import (
+from coterie.model.arch.routing import routing_problem
+from coterie.model.arch.structure import (
     Block,
     Parts,
     Place,
@@ -32,7 +31,9 @@ from coterie.model.structure import (
     spare_rows,
     split_name,
 )
-from coterie.model.units import parse_bytes
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.filled import filled_up
+from coterie.model.disk.tensors import DTYPE_BITS, TensorInfo
 
 #: Parts of a model, in the order of printing. "shared" is everything in a MoE block but routed experts and router;
 #: "attention" is any mixing of tokens; "unused" is what transformers does not run (multi-token prediction).

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint
-from coterie.model.checkpoint import TensorInfo
+from coterie.model.disk.tensors import TensorInfo
 
 Parts = tuple[str, ...]
 Place = tuple[str, int, Parts]  # stack of layers, number of the layer, the rest of the name

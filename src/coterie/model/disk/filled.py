@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import CorruptCheckpoint
-from coterie.model.checkpoint import Checkpoint, TensorInfo
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

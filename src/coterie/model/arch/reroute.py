@@ -17,9 +17,9 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from coterie.errors import ArchitectureMismatch
-from coterie.model.layers import Architecture, MoELayer
-from coterie.model.load import hollow_result
-from coterie.model.seam import intercepted
+from coterie.model.arch.layers import Architecture, MoELayer
+from coterie.model.arch.load import hollow_result
+from coterie.model.arch.seam import intercepted
 
 _CHUNK = 8192  # tokens
 

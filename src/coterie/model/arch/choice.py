@@ -1,7 +1,7 @@
 """Which entry of config.json says how many experts a token chooses.
 
 Nothing is listed by family: empty models that differ in one entry are asked, as for the number of experts
-(`coterie.model.layers`) and their width (`coterie.model.width`).
+(`coterie.model.arch.layers`) and their width (`coterie.model.arch.width`).
 
 Legend: E experts, K chosen experts.
 """
@@ -12,8 +12,10 @@ import json
 import re
 
 from coterie.errors import ArchitectureMismatch, Infeasible
-from coterie.model.entries import Entry, names_of, whole_numbers, with_values
-from coterie.model.layers import Architecture, empty_model, once_per_config, probe_top_k
+from coterie.model.arch.entries import Entry, names_of, whole_numbers, with_values
+from coterie.model.arch.layers import Architecture, once_per_config
+from coterie.model.arch.meta import empty_model
+from coterie.model.arch.probe import probe_top_k
 
 _LIKELY = re.compile(r"tok|top|chosen|select|activ|moe_k")
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from coterie.model.backward import Backward
+from coterie.model.stream.backward import Backward
 
 if TYPE_CHECKING:
-    from coterie.model.stream import Unit
+    from coterie.model.stream.unit import Unit
 
 
 class _Aborted(BaseException):

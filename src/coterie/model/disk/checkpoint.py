@@ -8,86 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
-import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from coterie.errors import CorruptCheckpoint, NotACheckpoint
+from coterie.model.disk.header import HEADER_LIMIT, absence, parse_json, read_header
+from coterie.model.disk.tensors import TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
     import torch
-
-#: Bits of one element, by the name that safetensors gives the number format.
-DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64,
-}  # fmt: skip
-
-#: The torch dtype of each number format, by its attribute name.
-TORCH_NAMES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2", "I16": "int16", "U16": "uint16", "F16": "float16",
-    "BF16": "bfloat16", "I32": "int32", "U32": "uint32", "F32": "float32", "F64": "float64", "I64": "int64",
-    "U64": "uint64", "C64": "complex64",
-}  # fmt: skip
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_NAME = "pytorch_model.bin"
 PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
-_HEADER_LIMIT = 100_000_000  # bytes; the limit that safetensors itself sets
 _CONFIG_LIMIT = 16 * 2**20  # bytes; configs have some kilobytes
-_NUMBER_LIMIT = 2**63  # what a file position or a number of elements can be
-_RANK_LIMIT = 64  # axes of one tensor; torch sets the same limit
-
-
-class Packed(Protocol):
-    """How the value of a tensor that is not on disk as such is made from tensors that are."""
-
-    def unpack(self, read: Callable[[TensorInfo], torch.Tensor]) -> torch.Tensor:
-        """Return the value; `read` reads one tensor as it is stored."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorInfo:
-    """One tensor as its header describes it.
-
-    Attributes:
-        name: its name on disk.
-        dtype: its number format, a key of `DTYPE_BITS`.
-        shape: its shape.
-        shard: the file that holds it.
-        begin: where its bytes begin in that file; 0 in a pickle and for a packed tensor.
-        end: where they end; 0 in a pickle and for a packed tensor.
-        packed: how to make it, when the file holds it packed (`coterie.model.quantized`).
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    shard: str
-    begin: int = 0
-    end: int = 0
-    packed: Packed | None = None
-
-    @property
-    def num_elements(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that this number format and shape take."""
-        return -(-self.num_elements * DTYPE_BITS[self.dtype] // 8)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +39,7 @@ class Checkpoint:
     The digest covers the config, every header, every shard's size and evenly spaced samples of every shard's bytes:
     cheap for any size, and different for any two models that were trained differently.
 
-    A checkpoint can also be a view that unpacks what is stored (`coterie.model.quantized.dequantized`): config and
+    A checkpoint can also be a view that unpacks what is stored (`coterie.model.disk.quantized.dequantized`): config and
     tensors are then those of the unpacked model, path and digest those of the folder.
 
     Attributes:
@@ -132,7 +74,7 @@ class Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         weights = _find_weights(folder, allow_pickle=allow_pickle)
         if weights.pickled:
-            from coterie.model.pickled import read_pickle_header as read
+            from coterie.model.disk.pickled import read_pickle_header as read
         else:
             read = read_header
         for shard in weights.shards:
@@ -171,7 +113,7 @@ class Checkpoint:
             try:
                 found = (self.path / name).stat()
             except OSError:
-                raise CorruptCheckpoint(f"{self.path / name}: {_absence(self.path / name)}; fetch it again") from None
+                raise CorruptCheckpoint(f"{self.path / name}: {absence(self.path / name)}; fetch it again") from None
             stamps[name] = [found.st_size, found.st_mtime_ns]
         return stamps
 
@@ -199,7 +141,7 @@ class Checkpoint:
             if file.name in skipped or file.name.startswith(".") or weights.search(file.name):
                 continue
             if file.is_symlink() and not file.exists():
-                raise CorruptCheckpoint(f"{file}: {_absence(file)}; fetch it again or remove the link")
+                raise CorruptCheckpoint(f"{file}: {absence(file)}; fetch it again or remove the link")
             if file.is_file():
                 found.append(file)
         return tuple(sorted(found))
@@ -236,7 +178,7 @@ class TensorReader:
         with self._lock:
             self.num_bytes_read += info.num_bytes
         if self._checkpoint.pickled:
-            from coterie.model.pickled import read_pickled
+            from coterie.model.disk.pickled import read_pickled
 
             return read_pickled(self._checkpoint.path / info.shard, info)
         buffer = torch.empty(info.num_bytes, dtype=torch.uint8)
@@ -255,7 +197,7 @@ class TensorReader:
                 try:
                     self._files[info.shard] = FileIO(path)
                 except FileNotFoundError:
-                    raise CorruptCheckpoint(f"{path}: {_absence(path)}; fetch this file again") from None
+                    raise CorruptCheckpoint(f"{path}: {absence(path)}; fetch this file again") from None
             file = self._files[info.shard]
         done = 0
         while done < len(target):
@@ -279,89 +221,6 @@ class TensorReader:
         for file in self._files.values():
             file.close()
         self._files.clear()
-
-
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Read and check the header of one safetensors file.
-
-    Raises:
-        CorruptCheckpoint: the header is cut off, is no JSON, is absurdly long, or its byte ranges overlap, leave
-            gaps, exceed the file or contradict the shapes.
-    """
-
-    def corrupt(what: str) -> CorruptCheckpoint:
-        return CorruptCheckpoint(f"{file}: {what}; fetch this file again")
-
-    if not file.is_file():
-        raise corrupt(f"the shard {_absence(file)}")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        if len(prefix) < 8:
-            raise corrupt(f"only {size} bytes, too short for a safetensors file")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > min(size - 8, _HEADER_LIMIT):
-            raise corrupt(f"the header claims {length} bytes, the file has {size}")
-        raw = stream.read(length)
-    try:
-        header = _parse(raw)
-        infos = [
-            _tensor_info(name, entry, file.name, data=8 + length)
-            for name, entry in header.items()
-            if name != "__metadata__"
-        ]
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise corrupt(f"the header is not readable ({type(error).__name__}: {error})") from None
-    position = 8 + length
-    for info in sorted(infos, key=lambda info: (info.begin, info.end)):
-        if info.begin != position or info.end < info.begin:
-            raise corrupt(f"tensor {info.name!r} starts at byte {info.begin}, expected {position}")
-        if info.dtype not in DTYPE_BITS or min(info.shape, default=1) < 0:
-            raise corrupt(f"tensor {info.name!r} has dtype {info.dtype!r} and shape {info.shape}")
-        # Extents of a tensor without elements count too: torch computes strides from them.
-        if len(info.shape) > _RANK_LIMIT or math.prod(extent or 1 for extent in info.shape) >= _NUMBER_LIMIT:
-            raise corrupt(f"tensor {info.name!r} has {len(info.shape)} axes, more elements than a file can hold")
-        if info.num_bytes != info.end - info.begin or (info.dtype == "F4" and info.num_elements % 2):
-            raise corrupt(f"tensor {info.name!r}: {info.end - info.begin} bytes for {info.dtype} {info.shape}")
-        position = info.end
-    if position != size:
-        raise corrupt(f"the header describes {position} bytes, the file has {size}: it is truncated or has a tail")
-    return {info.name: info for info in infos}
-
-
-def _tensor_info(name: str, entry: Any, shard: str, *, data: int) -> TensorInfo:
-    """Return one entry of a header whose tensors begin at byte `data` of the file."""
-    name.encode()  # what is no Unicode text (half of a surrogate pair) cannot be written or hashed later
-    begin, end = (data + _whole(offset) for offset in entry["data_offsets"])
-    shape = tuple(_whole(extent) for extent in entry["shape"])
-    return TensorInfo(name=name, dtype=str(entry["dtype"]), shape=shape, shard=shard, begin=begin, end=end)
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int or abs(value) >= _NUMBER_LIMIT:
-        raise ValueError(f"{str(value)[:40]!r} is not a whole number below 2**63")
-    return value
-
-
-def _parse(raw: bytes) -> Any:
-    """Parse JSON in UTF-8 in which no object names a key twice (readers differ in which of the two they take)."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ValueError(f"the name {twice!r} occurs twice")
-        return found
-
-    return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-
-
-def _absence(file: Path) -> str:
-    """Say why there is no file at a path."""
-    if not file.is_symlink():
-        return "is missing" if not file.exists() else "is no regular file"
-    return f"is a link to {file.readlink()}, which " + ("is no regular file" if file.exists() else "does not exist")
 
 
 def resolve(path: str | Path, *, allow_pickle: bool = False) -> Path:
@@ -391,7 +250,7 @@ def resolve(path: str | Path, *, allow_pickle: bool = False) -> Path:
                 f"{path} is no local folder and could not be fetched as a hub id ({type(error).__name__}: {first_line})"
             ) from None
     if folder.is_symlink():
-        raise NotACheckpoint(f"{folder} {_absence(folder)}; pass a folder with config.json and *.safetensors")
+        raise NotACheckpoint(f"{folder} {absence(folder)}; pass a folder with config.json and *.safetensors")
     raise NotACheckpoint(f"{folder} does not exist; pass a folder with config.json and *.safetensors, or a hub id")
 
 
@@ -400,7 +259,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         if file.is_symlink():
-            raise NotACheckpoint(f"{file} {_absence(file)}; fetch it again")
+            raise NotACheckpoint(f"{file} {absence(file)}; fetch it again")
         snapshots = sorted(entry.name for entry in folder.glob("snapshots/*"))
         hint = f"; it is a download cache: pass {folder / 'snapshots' / snapshots[0]}" if snapshots else ""
         raise NotACheckpoint(f"{folder} has no config.json, so it is not a Hugging Face model folder{hint}")
@@ -461,13 +320,13 @@ def _find_weights(folder: Path, *, allow_pickle: bool) -> _Weights:
 
 def _is_there(file: Path) -> bool:
     if file.is_symlink() and not file.exists():
-        raise CorruptCheckpoint(f"{file}: {_absence(file)}; fetch this file again")
+        raise CorruptCheckpoint(f"{file}: {absence(file)}; fetch this file again")
     return file.is_file()
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = _parse(_read_text(index, _HEADER_LIMIT))["weight_map"]
+        weight_map = parse_json(_read_text(index, HEADER_LIMIT))["weight_map"]
     except CorruptCheckpoint:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:

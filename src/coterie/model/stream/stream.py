@@ -13,7 +13,7 @@ family's forward pass needs to be known: masks, several residual streams and ext
         logits = run.results
 
 Jobs take turns: one thread runs at a time, so results do not depend on timing. What units return is kept in files
-beyond `coterie.model.spill.SPILL_BYTES`, so that the memory that a stage needs does not grow with the text either.
+beyond `SPILL_BYTES` of `coterie.model.stream.spill`, so that the memory of a stage does not grow with the text either.
 """
 
 from __future__ import annotations
@@ -34,33 +34,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coterie.errors import CorruptCheckpoint
-from coterie.model.backward import Backward, call_unit, mapped
-from coterie.model.checkpoint import Checkpoint, TensorReader
-from coterie.model.convert import TORCH_DTYPES, Crossing, put
-from coterie.model.jobs import Job
-from coterie.model.load import hollow_model
-from coterie.model.spill import Spill, trim_memory
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Unit:
-    """A part of the model that is called as a whole and whose weights are in memory together.
-
-    Attributes:
-        name: name of its module.
-        order: position among the units.
-        names: names in memory of its parameters and persistent buffers.
-        disk_names: names on disk of the tensors that they are read from.
-    """
-
-    name: str
-    order: int
-    names: tuple[str, ...]
-    disk_names: tuple[str, ...]
-
-    def holds(self, module: str) -> bool:
-        """Tell whether a module of that name is this unit or a part of it."""
-        return module == self.name or module.startswith(f"{self.name}.")
+from coterie.model.arch.conversion import TORCH_DTYPES, Crossing, put
+from coterie.model.arch.load import hollow_model
+from coterie.model.disk.checkpoint import Checkpoint, TensorReader
+from coterie.model.nested import mapped
+from coterie.model.stream.backward import Backward
+from coterie.model.stream.graph import call_unit
+from coterie.model.stream.jobs import Job
+from coterie.model.stream.spill import Spill, trim_memory
+from coterie.model.stream.unit import Unit
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -131,7 +113,7 @@ class Stream(AbstractContextManager["Stream"]):
             checkpoint: what to run.
             dtype: number format of the weights while they are in memory; see `working_dtype`.
             device: where units are computed; everything else stays on the CPU.
-            scratch: folder for outputs beyond `coterie.model.spill.SPILL_BYTES`; the system's own when None.
+            scratch: folder for outputs beyond `coterie.model.stream.spill.SPILL_BYTES`; the system's own when None.
 
         Raises:
             NotACheckpoint, CorruptCheckpoint: the model cannot be built, or tensors are missing.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from coterie.model.layers import Experts, is_experts
+from coterie.model.arch.experts import Experts, is_experts
 
 ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coterie.errors import CorruptCheckpoint
-from coterie.model.checkpoint import TORCH_NAMES, TensorInfo
+from coterie.model.disk.tensors import TORCH_NAMES, TensorInfo
 
 _NAMES = {getattr(torch, attribute): name for name, attribute in TORCH_NAMES.items() if hasattr(torch, attribute)}
 

@@ -23,8 +23,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint
-from coterie.model.checkpoint import Checkpoint, TensorReader
-from coterie.model.layers import quiet
+from coterie.model.disk.checkpoint import Checkpoint, TensorReader
+from coterie.model.quiet import quiet
 
 
 class Crossing:

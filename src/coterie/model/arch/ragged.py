@@ -1,6 +1,6 @@
 """Write ragged checkpoints: which tensors hold one expert alone, and how they are cut to its width.
 
-Reading them is the affair of `coterie.model.filled`. Names here are names on disk.
+Reading them is the affair of `coterie.model.disk.filled`. Names here are names on disk.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from coterie.errors import ArchitectureMismatch, Infeasible
-from coterie.model.convert import Crossing
-from coterie.model.experts import width_axes
-from coterie.model.layers import Architecture, MoELayer
+from coterie.model.arch.conversion import Crossing
+from coterie.model.arch.experts import width_axes
+from coterie.model.arch.layers import Architecture, MoELayer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

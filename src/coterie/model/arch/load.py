@@ -1,0 +1,162 @@
+"""Load a whole model into memory: stock transformers for plain checkpoints, and the loaders of mapped and ragged ones.
+
+A mapped checkpoint (``--router map``) keeps the router's E rows and points them at M experts. Its config counts E
+experts while its files hold M, so stock loaders refuse it instead of computing something else. A ragged checkpoint has
+experts of different widths (`coterie.model.disk.filled`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from coterie.errors import CorruptCheckpoint
+from coterie.model.arch.layers import Architecture
+from coterie.model.arch.mapped import attach_maps, maps_of, widen_routers
+from coterie.model.arch.meta import empty_model, make_buffers
+from coterie.model.arch.resize import resized_config
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.filled import filled_up
+from coterie.model.disk.manifest import ragged_part, read_manifest
+from coterie.model.quiet import quiet
+
+log = logging.getLogger(__name__)
+
+
+def load_model(
+    model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Load a checkpoint, plain, mapped or ragged, with nothing missing; what its class has no place for is logged.
+
+    Args:
+        model: a model folder or a hub id.
+        dtype: number format in memory; float32 on the CPU and the checkpoint's own elsewhere when None.
+        device: where the model goes.
+
+    Raises:
+        CorruptCheckpoint: tensors are missing or of the wrong shape.
+        NotACheckpoint: no such model.
+    """
+    stored = Checkpoint.open(model)
+    target = torch.device(device)
+    chosen: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
+    manifest = read_manifest(stored.path)
+    checkpoint = filled_up(stored, ragged_part(manifest))
+    mapped = manifest is not None and manifest["router"] == "map"
+    empty = empty_model(checkpoint.config, where=str(checkpoint.path))
+    loaded: PreTrainedModel
+    info: dict[str, Any]
+    with quiet():
+        try:
+            if mapped:
+                assert manifest is not None
+                loaded, info = _load_mapped(checkpoint, manifest, chosen)
+            elif checkpoint is not stored:
+                loaded, info = _load_filled_up(checkpoint, empty, chosen)
+            else:
+                loaded, info = type(empty).from_pretrained(  # type: ignore[misc]
+                    checkpoint.path, dtype=chosen, output_loading_info=True, local_files_only=True
+                )
+        except (RuntimeError, OSError) as error:
+            raise CorruptCheckpoint(f"{checkpoint.path} does not load: {error}") from error
+    wrong = {key: info[key] for key in ("missing_keys", "mismatched_keys") if info.get(key)}
+    if wrong:
+        listed = "; ".join(f"{key.replace('_', ' ')}: {sorted(map(str, names))[:3]}" for key, names in wrong.items())
+        raise CorruptCheckpoint(f"{checkpoint.path} does not match its config: {listed}")
+    if info.get("unexpected_keys"):
+        # As in transformers: heads for multi-token prediction and the like stay on disk.
+        log.warning("%s: not part of the model class, not loaded: %s", checkpoint.path, sorted(info["unexpected_keys"]))
+    loaded.to(target)  # type: ignore[arg-type]
+    loaded.eval()  # type: ignore[no-untyped-call]
+    return loaded
+
+
+def hollow_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the model of a checkpoint, plain or mapped, without its weights.
+
+    Parameters and saved buffers are on the meta device; what a checkpoint does not hold (rotary frequencies and the
+    like) is there, on the CPU, as a stock loader would make it.
+
+    Raises:
+        NotACheckpoint, CorruptCheckpoint: no model can be built from the config.
+    """
+    manifest = read_manifest(checkpoint.path)
+    if manifest is not None and manifest["router"] == "map":
+        count = manifest["layers"][0]["num_experts_after"]
+        return hollow_result(Architecture.of(checkpoint), count, maps=maps_of(manifest), dtype=dtype)
+    model = empty_model(checkpoint.config, where=str(checkpoint.path), dtype=dtype)
+    make_buffers(model)
+    return model
+
+
+def hollow_result(
+    architecture: Architecture,
+    num_experts: int,
+    *,
+    maps: Sequence[Tensor] | None,
+    dtype: torch.dtype,
+    width: int | None = None,
+    top_k: int | None = None,
+) -> PreTrainedModel:
+    """Build what a compression of a model makes, without its weights; see `hollow_model`.
+
+    Args:
+        architecture: the original model's.
+        num_experts: experts in each layer of the result.
+        maps: for a mapped result, the expert that stands for each router row of each layer; else None.
+        dtype: number format of the parameters.
+        width: expert width of the result; None for the original's.
+        top_k: experts that a token chooses in the result; None for the original's.
+    """
+    model = empty_model(resized_config(architecture, num_experts, width, top_k), dtype=dtype)
+    if maps is not None:
+        widen_routers(model, empty_model(architecture.config, dtype=dtype), architecture.layers)
+        attach_maps(model, architecture.layers, maps)
+    make_buffers(model)
+    return model
+
+
+def _load_mapped(
+    checkpoint: Checkpoint, manifest: Mapping[str, Any], dtype: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a mapped checkpoint through the stock class, its routers widened before the weights come in."""
+    architecture = Architecture.of(checkpoint)
+    counts = {entry["num_experts_after"] for entry in manifest["layers"]}
+    small = empty_model(resized_config(architecture, counts.pop()))
+    base = type(small)
+    wide, layers = architecture.model, architecture.layers
+
+    class Mapped(base):  # type: ignore[misc,valid-type]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            widen_routers(self, base._from_config(wide.config), layers)  # type: ignore[no-untyped-call]
+
+    # The conversion of names is looked up by class name and by the module that the class lives in.
+    Mapped.__name__, Mapped.__module__ = base.__name__, base.__module__
+    model, info = Mapped.from_pretrained(
+        checkpoint.path, config=small.config, dtype=dtype, output_loading_info=True, local_files_only=True
+    )
+    attach_maps(model, layers, maps_of(manifest))
+    return model, info
+
+
+def _load_filled_up(
+    checkpoint: Checkpoint, empty: PreTrainedModel, dtype: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a view of a checkpoint through the stock class, which is handed the tensors instead of reading files."""
+    with checkpoint.reader() as reader:
+        tensors = {name: reader.read(name) for name in checkpoint.tensors}
+    stock: Any = type(empty)
+    model, info = stock.from_pretrained(
+        None, config=empty.config, state_dict=tensors, dtype=dtype, output_loading_info=True
+    )
+    if (checkpoint.path / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    return model, info

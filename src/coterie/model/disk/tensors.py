@@ -1,0 +1,66 @@
+"""One tensor as a header describes it: name, number format, shape, place, and how it is unpacked. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+#: Bits of one element, by the name that safetensors gives the number format.
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64,
+}  # fmt: skip
+
+#: The torch dtype of each number format, by its attribute name.
+TORCH_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2", "I16": "int16", "U16": "uint16", "F16": "float16",
+    "BF16": "bfloat16", "I32": "int32", "U32": "uint32", "F32": "float32", "F64": "float64", "I64": "int64",
+    "U64": "uint64", "C64": "complex64",
+}  # fmt: skip
+
+
+class Packed(Protocol):
+    """How the value of a tensor that is not on disk as such is made from tensors that are."""
+
+    def unpack(self, read: Callable[[TensorInfo], torch.Tensor]) -> torch.Tensor:
+        """Return the value; `read` reads one tensor as it is stored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorInfo:
+    """One tensor as its header describes it.
+
+    Attributes:
+        name: its name on disk.
+        dtype: its number format, a key of `DTYPE_BITS`.
+        shape: its shape.
+        shard: the file that holds it.
+        begin: where its bytes begin in that file; 0 in a pickle and for a packed tensor.
+        end: where they end; 0 in a pickle and for a packed tensor.
+        packed: how to make it, when the file holds it packed (`coterie.model.disk.quantized`).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    begin: int = 0
+    end: int = 0
+    packed: Packed | None = None
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that this number format and shape take."""
+        return -(-self.num_elements * DTYPE_BITS[self.dtype] // 8)

@@ -1,0 +1,24 @@
+"""A context in which transformers says only errors."""
+
+from __future__ import annotations
+
+import logging
+
+
+class quiet:  # noqa: N801  # used like the functions of contextlib
+    """Context in which transformers says only errors and draws no progress bar; its settings come back after."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf_logging
+
+        self._level = hf_logging.get_verbosity()
+        self._bar = hf_logging.is_progress_bar_enabled()
+        hf_logging.set_verbosity(logging.ERROR)
+        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.set_verbosity(self._level)
+        if self._bar:
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
