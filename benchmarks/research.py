@@ -38,15 +38,15 @@ from coterie.compress.layer import compress_layer
 from coterie.compress.methods import segment
 from coterie.compress.methods.slim import RANKINGS, needs
 from coterie.compress.recipes import Recipe
-from coterie.compress.sizes import Sizing, Wish, layer_tensors, sizes_for
+from coterie.compress.sizes import Sizing, Target, layer_tensors, sizes_for
 from coterie.compress.state import LayerSize
 from coterie.errors import CoterieError, Infeasible
 from coterie.evaluate.divergence import token_divergence
 from coterie.evaluate.generation import count_correct, read_questions
-from coterie.model.arch.conversion import TORCH_DTYPES, Crossing, put
+from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion, put
 from coterie.model.arch.experts import canonical_experts
 from coterie.model.arch.layers import Architecture, MoELayer
-from coterie.model.arch.load import hollow_result, load_model
+from coterie.model.arch.load import load_model, result_meta_model
 from coterie.model.arch.reroute import Reroute
 from coterie.model.disk.open import open_checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
@@ -306,7 +306,7 @@ class Study:
         self._options = options
         self._checkpoint = open_checkpoint(options.model)
         self._architecture = Architecture.of(self._checkpoint)
-        self._crossing = Crossing(self._checkpoint, self._architecture.model)
+        self._conversion = WeightConversion(self._checkpoint, self._architecture.model)
         self._tokenizer = load_tokenizer(options.model)
         self._original = load_model(options.model, dtype=torch.float32).requires_grad_(False)
         self._questions = read_questions(options.test)
@@ -437,9 +437,9 @@ class Study:
             Infeasible: this model cannot have that form.
         """
         layers, architecture = self._architecture.layers, self._architecture
-        parts = layer_tensors(self._checkpoint, layers, self._crossing)
-        sizing = Sizing(self._checkpoint, architecture, self._crossing, parts, keeps_rows=False)
-        found = sizes_for(form.recipe, architecture, sizing, Wish(keep=self._options.keep), measured)
+        parts = layer_tensors(self._checkpoint, layers, self._conversion)
+        sizing = Sizing(self._checkpoint, architecture, self._conversion, parts, keeps_rows=False)
+        found = sizes_for(form.recipe, architecture, sizing, Target(keep=self._options.keep), measured)
         if form.shrinks == "ragged-layers":
             return tuple(
                 self._ragged(form.score, measured, layer, size) for layer, size in zip(layers, found, strict=True)
@@ -480,7 +480,7 @@ class Study:
 
     def _filled(self, size: LayerSize, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
         """Return a model of the original's weights with some replaced; it shares none with the original."""
-        model = hollow_result(
+        model = result_meta_model(
             self._architecture, size.num_experts, maps=None, dtype=torch.float32, width=size.width, top_k=size.top_k
         )
         for name, tensor in {**self._original.state_dict(), **tensors}.items():
@@ -489,7 +489,7 @@ class Study:
 
     def _rounded(self, name: str, tensor: Tensor) -> Tensor:
         """Return a tensor in the number format that it has on disk, by its name in memory."""
-        sources = self._crossing.sources.get(name)
+        sources = self._conversion.sources.get(name)
         return tensor if sources is None else tensor.to(TORCH_DTYPES[self._checkpoint.tensors[sources[0]].dtype])
 
     def _text(self, training: Training) -> Tensor:

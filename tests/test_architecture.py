@@ -17,10 +17,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 550
 
 #: Room -> the rooms that it may import from, beside itself. Rooms are the files and folders of src/coterie.
-FOUNDATION = {"_callable", "errors", "artifact", "journal", "progress"}
+FOUNDATION = {"_callable", "errors", "amounts", "artifact", "journal", "progress"}
 ALLOWED = {
     "_callable": set(),
     "errors": set(),
+    "amounts": {"errors"},
     "progress": set(),
     "artifact": {"errors"},
     "journal": {"errors", "artifact", "progress"},
@@ -35,6 +36,9 @@ ALLOWED = {
 }
 #: It may import anything: the front door.
 FREE = {"__init__"}
+
+#: The floors of the room "model", from below; a file of a floor imports from its own and from lower ones.
+FLOORS = ("disk", "arch", "stream")
 
 HEAVY = {"torch", "transformers", "matplotlib", "scipy", "numpy", "safetensors", "huggingface_hub"}
 
@@ -103,6 +107,84 @@ TABLE = {"x": "coterie.profile.run:profile"}
 """
     found = {target for _, target in imported_rooms(ast.parse(source), PACKAGE / "model" / "layers.py")}
     assert found == {"report", "evaluate", "compress", "cli", "profile"}
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(tree: ast.AST, file: Path) -> set[str]:
+    """Return the modules of ours that a file imports, wherever in it and for whatever: late, or for types only."""
+    known = {module_of(other) for other in FILES}
+    package = ["coterie", *file.relative_to(PACKAGE).parts[:-1]]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                found.add(f"{source}.{alias.name}" if f"{source}.{alias.name}" in known else source)
+    return (found & known) - {module_of(file)}
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Return groups of modules that import each other, however long the way."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [start]
+        while todo:
+            for other in imports.get(todo.pop(), set()) - seen:
+                seen.add(other)
+                todo.append(other)
+        return seen
+
+    reach = {module: reached(module) for module in imports}
+    groups = {
+        tuple(sorted({module, *(other for other in reach[module] if module in reach[other])})) for module in reach
+    }
+    return [list(group) for group in sorted(groups) if len(group) > 1]
+
+
+def test_no_files_import_each_other_in_a_circle():
+    imports = {module_of(file): imported_modules(ast.parse(source), file) for _, file, source in sources()}
+    # The front door names what is behind every door, for type checkers, and whoever enters passes it.
+    imports["coterie"] = set()
+    assert len(imports) > 100
+    assert circles(imports) == []
+
+
+def test_circles_are_seen():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b"}, "b": set()}) == []
+
+
+def test_late_imports_and_imports_for_types_count():
+    source = """
+if TYPE_CHECKING:
+    from coterie.model.stream.unit import Unit
+def late():
+    from coterie.model.arch import seam
+"""
+    found = imported_modules(ast.parse(source), PACKAGE / "model" / "disk" / "open.py")
+    assert found == {"coterie.model.stream.unit", "coterie.model.arch.seam"}
+
+
+def test_floors_of_the_model_stand_on_lower_ones():
+    wrong = []
+    for name, file, source in sources():
+        parts = file.relative_to(PACKAGE).parts
+        if parts[0] != "model":
+            continue
+        allowed = FLOORS[: FLOORS.index(parts[1]) + 1] if parts[1] in FLOORS else ()
+        for module in imported_modules(ast.parse(source), file):
+            _, room, *rest = module.split(".")
+            if room == "model" and rest and rest[0] in FLOORS and rest[0] not in allowed:
+                wrong.append(f"{name} may not import {module}")
+    assert not wrong
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +281,9 @@ def test_help_imports_nothing_heavy():
     assert not loaded & HEAVY
 
 
-@pytest.mark.parametrize("module", ["coterie", "coterie.errors", "coterie.artifact", "coterie.model.disk.checkpoint"])
+@pytest.mark.parametrize(
+    "module", ["coterie", "coterie.errors", "coterie.amounts", "coterie.artifact", "coterie.model.disk.checkpoint"]
+)
 def test_light_modules_import_nothing_heavy(module):
     loaded = modules_loaded_by("-c", f"import {module}")
     assert "coterie" in loaded

@@ -12,7 +12,7 @@ The tree; catch the root to catch them all::
     │   ├── UnknownName               a recipe, statistic, pass or domain that does not exist
     │   ├── OutputExists              the place for the result is taken
     │   └── OutputBusy                another process makes the result at this moment
-    ├── Infeasible (ValueError)       a wish that no plan can meet; names the nearest one that can be met
+    ├── Infeasible (ValueError)       a target that no plan can meet; names the nearest one that can be met
     ├── ArchitectureMismatch          a layer does not compute what Coterie believes it computes
     ├── ReloadMismatch                what was written does not load as what was computed
     ├── CorruptArtifact               an artefact of ours that is damaged
@@ -72,7 +72,7 @@ class OutputBusy(InputError):
 
 
 class Infeasible(CoterieError, ValueError):
-    """A wish that no plan can meet."""
+    """A target that no plan can meet."""
 
 
 class ArchitectureMismatch(CoterieError):

@@ -3,11 +3,20 @@ from dataclasses import replace
 import pytest
 
 from coterie.bench import cells
-from coterie.bench.cells import Cell, Model, Settings, choose_recipes, folder_digest, grid, original_key, profile_key
+from coterie.bench.cells import (
+    BenchSettings,
+    Cell,
+    Model,
+    choose_recipes,
+    folder_digest,
+    grid,
+    original_key,
+    profile_key,
+)
 from coterie.compress.recipes import RECIPES
 from coterie.errors import InputError, TextError, UnknownName
 
-SETTINGS = Settings(
+SETTINGS = BenchSettings(
     text="a", text_digest="1", test="b", test_digest="2", tokens=100, test_tokens=50, questions=None, seq_len=10,
     sample_tokens=20, effort="balanced", device="cpu", max_memory=None, allow_pickle=False,
 )  # fmt: skip

@@ -48,8 +48,8 @@ WORK = ("inspect", "profile", "plan", "compress")
 
 
 def options(command, text):
-    wish = {"plan": ["--keep", "0.5"], "compress": ["--keep", "0.5", "--text", text], "profile": ["--text", text]}
-    return wish.get(command, [])
+    target = {"plan": ["--keep", "0.5"], "compress": ["--keep", "0.5", "--text", text], "profile": ["--text", text]}
+    return target.get(command, [])
 
 
 @pytest.mark.parametrize("command", [*WORK, "evaluate"])
@@ -89,17 +89,17 @@ def test_truncated_shard(refused, tiny, tmp_path, text, command):
 
 @pytest.mark.parametrize("command", ["profile", "compress"])
 def test_text_that_cannot_be_used(refused, tiny, tmp_path, command):
-    wish = ["--keep", "0.5"] if command == "compress" else []
+    target = ["--keep", "0.5"] if command == "compress" else []
     folder = tmp_path / "text"
-    assert "is not a folder" in refused(command, tiny(), "--text", folder, *wish)
+    assert "is not a folder" in refused(command, tiny(), "--text", folder, *target)
     folder.mkdir()
-    assert "no *.txt and no *.jsonl" in refused(command, tiny(), "--text", folder, *wish)
+    assert "no *.txt and no *.jsonl" in refused(command, tiny(), "--text", folder, *target)
     (folder / "prose.txt").write_text(" \n", encoding="utf-8")
-    assert "prose.txt is empty" in refused(command, tiny(), "--text", folder, *wish)
+    assert "prose.txt is empty" in refused(command, tiny(), "--text", folder, *target)
     (folder / "prose.txt").write_text("too short", encoding="utf-8")
-    message = refused(command, tiny(), "--text", folder, "--seq-len", "64", *wish)
+    message = refused(command, tiny(), "--text", folder, "--seq-len", "64", *target)
     assert "has 10 tokens, fewer than one sequence of 64; add text or lower --seq-len" in message
-    assert "predicts nothing" in refused(command, tiny(), "--text", folder, "--seq-len", "1", *wish)
+    assert "predicts nothing" in refused(command, tiny(), "--text", folder, "--seq-len", "1", *target)
 
 
 def test_no_tokens_and_unknown_domain(refused, tiny, text):
@@ -109,7 +109,7 @@ def test_no_tokens_and_unknown_domain(refused, tiny, text):
 
 
 @pytest.mark.parametrize(
-    ("wish", "parts"),
+    ("target", "parts"),
     [
         (("--keep", "0"), ("--keep 0", "above 0 and at most 1")),
         (("--keep", "2"), ("--keep 2", "above 0 and at most 1")),
@@ -129,10 +129,10 @@ def test_no_tokens_and_unknown_domain(refused, tiny, text):
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "compress"])
-def test_wishes_that_cannot_be_met(refused, tiny, text, command, wish, parts):
+def test_wishes_that_cannot_be_met(refused, tiny, text, command, target, parts):
     more = ("--text", text) if command == "compress" else ()
-    more += () if "--recipe" in wish else ("--recipe", "mergemoe")
-    message = refused(command, tiny(), *wish, *more)
+    more += () if "--recipe" in target else ("--recipe", "mergemoe")
+    message = refused(command, tiny(), *target, *more)
     for part in parts:
         assert part in message
 

@@ -10,7 +10,7 @@ import coterie
 from coterie.artifact import open_artifact
 from coterie.cli.main import app
 from coterie.profile.calibrate import calibrate
-from coterie.profile.mixing import parse_domains
+from coterie.profile.shares import parse_domains
 
 SMALL = ("--tokens", 512, "--seq-len", 64)
 

@@ -142,7 +142,7 @@ def test_an_out_inside_the_model_is_refused(olmoe: Path, olmoe_profile: Profile)
 def test_too_little_space_is_seen_before_any_compute(
     olmoe: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coterie.compress.target.shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr("coterie.compress.output.shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     monkeypatch.setattr(apply_module, "run_profile", lambda *_, **__: pytest.fail("profiled before checking space"))
     with pytest.raises(OutOfSpace, match=r"needs 16\.\d MiB.*has 10 B free"):
         compress(olmoe, tmp_path / "out", keep=0.5, recipe="mergemoe", text=text_folder)

@@ -184,7 +184,7 @@ def test_an_entry_with_another_meaning_is_noticed(
     with pytest.raises(ArchitectureMismatch, match="computes something else beside them"):
         compress(olmoe, tmp_path / "out", width=8, recipe="heapr", profile=gradient_profile)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(layer_module.Swap, "check_rest", lambda *_: None)
+    monkeypatch.setattr(layer_module.ResultModel, "check_rest", lambda *_: None)
     assert compress(olmoe, tmp_path / "out", width=8, recipe="heapr", profile=gradient_profile).logits_error == 0.0
 
 

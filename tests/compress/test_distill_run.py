@@ -84,9 +84,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder, whole, text_folder, tmp_p
 
         monkeypatch.setattr(distill_run.Distillation, "advance", advance)
     else:
-        from coterie.compress.layer import Swap
+        from coterie.compress.layer import ResultModel
 
-        real_changed, written = Swap.changed, []
+        real_changed, written = ResultModel.changed, []
 
         def changed(self, folder, shard, memory):
             found = real_changed(self, folder, shard, memory)
@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder, whole, text_folder, tmp_p
             written.append(shard.file)
             return found
 
-        monkeypatch.setattr(Swap, "changed", changed)
+        monkeypatch.setattr(ResultModel, "changed", changed)
     with pytest.raises(KeyboardInterrupt):
         compress(folder, tmp_path / "out", text=text_folder, **SETTINGS)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Width as a size: what a wish gives, and what it weighs."""
+"""Width as a size: what a target gives, and what it weighs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,11 +40,11 @@ def with_gradients(profile: Profile, scale: float = 1.0) -> Profile:
 
 
 @pytest.mark.parametrize(
-    ("wish", "width"),
+    ("target", "width"),
     [({"keep": 1.0}, 24), ({"keep": 0.7}, 16), ({"keep": 0.5}, 8), ({"keep": 0.01}, 8), ({"width": 16}, 16)],
 )
-def test_a_share_is_of_the_width_of_each_expert(olmoe: Path, wish: dict[str, Any], width: int) -> None:
-    made = plan(olmoe, recipe="easy-slim", **wish)
+def test_a_share_is_of_the_width_of_each_expert(olmoe: Path, target: dict[str, Any], width: int) -> None:
+    made = plan(olmoe, recipe="easy-slim", **target)
     assert [(size.num_experts, size.width, size.widths) for size in made.sizes] == [(8, width, None)] * 2
     assert made.predicted_bytes == expected_bytes(olmoe, LAYERS * EXPERTS * width)
     assert made.predicted_parameters * 2 == made.predicted_bytes
@@ -105,13 +105,13 @@ def slow_widths(profile: Profile, count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01, 0.0])
-@pytest.mark.parametrize("wish", [{"keep": 0.5}, {"width": 5}, {"keep": 1.0}])
+@pytest.mark.parametrize("target", [{"keep": 0.5}, {"width": 5}, {"keep": 1.0}])
 def test_one_ranking_over_all_layers_gives_every_expert_its_width(
-    olmoe: Path, olmoe_profile: Profile, scale: float, wish: dict[str, Any]
+    olmoe: Path, olmoe_profile: Profile, scale: float, target: dict[str, Any]
 ) -> None:
     profile = with_gradients(olmoe_profile, scale)
-    made = plan(olmoe, profile, recipe="heapr-ragged", **wish)
-    mean = wish.get("width") or round(wish["keep"] * WIDTH)
+    made = plan(olmoe, profile, recipe="heapr-ragged", **target)
+    mean = target.get("width") or round(target["keep"] * WIDTH)
     count = LAYERS * EXPERTS * mean
     if scale:
         assert [list(size.widths or ()) for size in made.sizes] == slow_widths(profile, count)
@@ -185,8 +185,8 @@ def test_a_budget_gets_the_most_parts_that_fit(olmoe: Path) -> None:
 
 
 def test_all_of_the_bytes_leave_experts_whole(olmoe: Path) -> None:
-    for wish in ({"keep": 1.0}, {"budget": "1GiB"}):
-        assert plan(olmoe, recipe="coterie", **wish).sizes == (LayerSize(num_experts=EXPERTS),) * LAYERS  # type: ignore[arg-type]
+    for target in ({"keep": 1.0}, {"budget": "1GiB"}):
+        assert plan(olmoe, recipe="coterie", **target).sizes == (LayerSize(num_experts=EXPERTS),) * LAYERS  # type: ignore[arg-type]
 
 
 def test_groups_share_the_parts_out(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_families_whose_experts_cannot_be_cut_get_what_they_can(
     assert plan(model, recipe="coterie", keep=0.5).sizes[0] == size
 
 
-@pytest.mark.parametrize("wish", [{"experts": 4}, {"width": 8}])
-def test_parts_are_not_counted_by_the_user(olmoe: Path, wish: dict[str, Any]) -> None:
+@pytest.mark.parametrize("target", [{"experts": 4}, {"width": 8}])
+def test_parts_are_not_counted_by_the_user(olmoe: Path, target: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"cuts experts into parts .*say how small with --keep or --budget"):
-        plan(olmoe, recipe="coterie", **wish)
+        plan(olmoe, recipe="coterie", **target)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from coterie.errors import InputError
 from coterie.evaluate.divergence import compare, token_divergence
-from coterie.model.stream.likelihood import token_nll
 from coterie.model.stream import likelihood
+from coterie.model.stream.likelihood import token_nll
 
 
 def softmax(values):

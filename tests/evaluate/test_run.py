@@ -13,8 +13,8 @@ from coterie.evaluate.run import evaluate
 from coterie.model.arch.load import load_model
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
-from coterie.model.stream.memory import forecast
 from coterie.model.stream import likelihood, spill, stream
+from coterie.model.stream.memory import forecast
 from coterie.profile.calibration import tokenize
 from coterie.testing import tiny_checkpoint, tiny_text
 

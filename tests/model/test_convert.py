@@ -1,4 +1,4 @@
-"""Crossing between names on disk and in memory: both ways give back every bit, for every family."""
+"""WeightConversion between names on disk and in memory: both ways give back every bit, for every family."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint
-from coterie.model.arch.conversion import TORCH_DTYPES, Crossing
+from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.resize import resized_config
 from coterie.model.disk.checkpoint import Checkpoint
@@ -21,18 +21,18 @@ every_family = pytest.mark.parametrize("model_type", CORE_FAMILIES)
 
 
 def opened(path):
-    """Return the checkpoint, its architecture and its crossing."""
+    """Return the checkpoint, its architecture and its conversion."""
     checkpoint = Checkpoint.open(path)
     architecture = Architecture.of(checkpoint)
-    return checkpoint, architecture, Crossing(checkpoint, architecture.model)
+    return checkpoint, architecture, WeightConversion(checkpoint, architecture.model)
 
 
-def parts_of(layer, crossing):
+def parts_of(layer, conversion):
     """Return the names on disk of the experts and the router tensors of one layer."""
     routers = {name for name, _ in layer.router_tensors}
     return [
         name
-        for name, memory in crossing.memory_names.items()
+        for name, memory in conversion.memory_names.items()
         if memory.startswith(layer.experts + ".") or memory in routers
     ]
 
@@ -48,14 +48,14 @@ def bits(tensor):
 @both_dtypes
 @every_family
 def test_there_and_back_gives_every_bit(tiny, model_type, dtype):
-    checkpoint, architecture, crossing = opened(tiny(model_type, dtype=dtype))
+    checkpoint, architecture, conversion = opened(tiny(model_type, dtype=dtype))
     on_disk = load_file(checkpoint.path / "model.safetensors")
     with checkpoint.reader() as reader:
         for layer in architecture.layers:
-            names = parts_of(layer, crossing)
-            memory, conversions = crossing.read(reader, names)
+            names = parts_of(layer, conversion)
+            memory, conversions = conversion.read(reader, names)
             assert is_empty(architecture.model)
-            assert memory.keys() == {crossing.memory_names[name] for name in names}
+            assert memory.keys() == {conversion.memory_names[name] for name in names}
             module = architecture.model.get_submodule(layer.experts)
             expected = {f"{layer.experts}.{name}" for name, _ in module.named_parameters()}
             assert memory.keys() == expected | {name for name, _ in layer.router_tensors}
@@ -63,7 +63,7 @@ def test_there_and_back_gives_every_bit(tiny, model_type, dtype):
                 assert tensor.dtype == torch.float32
                 assert tensor.device.type == "cpu"
                 assert tensor.shape == architecture.model.state_dict()[name].shape
-            back = crossing.write(architecture.model, memory, conversions)
+            back = conversion.write(architecture.model, memory, conversions)
             assert back.keys() == set(names)
             for name, tensor in back.items():
                 assert tensor.dtype == on_disk[name].dtype == TORCH_DTYPES[checkpoint.tensors[name].dtype]
@@ -74,38 +74,38 @@ def test_there_and_back_gives_every_bit(tiny, model_type, dtype):
 
 @every_family
 def test_names_and_values_in_memory_are_those_of_the_stock_model(tiny, model_type):
-    checkpoint, architecture, crossing = opened(tiny(model_type))
+    checkpoint, architecture, conversion = opened(tiny(model_type))
     with quiet():
         stock = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).state_dict()
-    assert set(crossing.memory_names) == set(checkpoint.tensors)
-    assert set(crossing.memory_names.values()) <= stock.keys()
+    assert set(conversion.memory_names) == set(checkpoint.tensors)
+    assert set(conversion.memory_names.values()) <= stock.keys()
     with checkpoint.reader() as reader:
         for layer in architecture.layers:
-            memory, _ = crossing.read(reader, parts_of(layer, crossing))
+            memory, _ = conversion.read(reader, parts_of(layer, conversion))
             for name, tensor in memory.items():
                 assert torch.equal(tensor, stock[name]), name
 
 
 @every_family
 def test_all_tensors_at_once_cross_as_well(tiny, model_type):
-    checkpoint, architecture, crossing = opened(tiny(model_type))
+    checkpoint, architecture, conversion = opened(tiny(model_type))
     with checkpoint.reader() as reader:
-        memory, conversions = crossing.read(reader, checkpoint.tensors)
-    assert memory.keys() == set(crossing.memory_names.values())
-    back = crossing.write(architecture.model, memory, conversions)
+        memory, conversions = conversion.read(reader, checkpoint.tensors)
+    assert memory.keys() == set(conversion.memory_names.values())
+    back = conversion.write(architecture.model, memory, conversions)
     on_disk = load_file(checkpoint.path / "model.safetensors")
     assert back.keys() == on_disk.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in on_disk.items())
 
 
 def test_the_result_may_have_fewer_experts(tiny):
-    checkpoint, architecture, crossing = opened(tiny("qwen3_moe"))
+    checkpoint, architecture, conversion = opened(tiny("qwen3_moe"))
     layer = architecture.layers[1]
     with checkpoint.reader() as reader:
-        memory, conversions = crossing.read(reader, parts_of(layer, crossing))
+        memory, conversions = conversion.read(reader, parts_of(layer, conversion))
     kept = torch.tensor([6, 1, 3])
     small = Architecture.from_config(resized_config(architecture, 3)).model
-    back = crossing.write(small, {name: tensor[kept] for name, tensor in memory.items()}, conversions)
+    back = conversion.write(small, {name: tensor[kept] for name, tensor in memory.items()}, conversions)
     on_disk = load_file(checkpoint.path / "model.safetensors")
     assert len(back) == 3 * 3 + 1
     for new, old in enumerate(kept.tolist()):
@@ -116,20 +116,20 @@ def test_the_result_may_have_fewer_experts(tiny):
 
 
 def test_reading_twice_gives_the_same(tiny):
-    checkpoint, architecture, crossing = opened(tiny("mixtral"))
-    names = parts_of(architecture.layers[0], crossing)
+    checkpoint, architecture, conversion = opened(tiny("mixtral"))
+    names = parts_of(architecture.layers[0], conversion)
     with checkpoint.reader() as reader:
-        first, _ = crossing.read(reader, names)
-        again, _ = crossing.read(reader, reversed(names))
+        first, _ = conversion.read(reader, names)
+        again, _ = conversion.read(reader, reversed(names))
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_nothing_read_is_nothing(tiny):
-    checkpoint, architecture, crossing = opened(tiny())
+    checkpoint, architecture, conversion = opened(tiny())
     with checkpoint.reader() as reader:
-        assert crossing.read(reader, []) == ({}, [])
-    assert crossing.write(architecture.model, {}, []) == {}
+        assert conversion.read(reader, []) == ({}, [])
+    assert conversion.write(architecture.model, {}, []) == {}
 
 
 @pytest.fixture
@@ -160,30 +160,30 @@ def broken(tiny, tmp_path):
     ],
 )
 def test_a_config_that_contradicts_the_weights_is_named(broken, model_type, change):
-    checkpoint, architecture, crossing = opened(broken(model_type, config=change))
+    checkpoint, architecture, conversion = opened(broken(model_type, config=change))
     layer = architecture.layers[0]
     with checkpoint.reader() as reader, pytest.raises(CorruptCheckpoint, match=r"has shape .*config\.json says"):
-        crossing.read(reader, parts_of(layer, crossing))
+        conversion.read(reader, parts_of(layer, conversion))
     assert is_empty(architecture.model)
 
 
 def test_one_expert_of_another_shape_is_named(broken):
     name = "model.layers.0.mlp.experts.3.up_proj.weight"
-    checkpoint, architecture, crossing = opened(broken("olmoe", **{name: torch.zeros(16, 32)}))
+    checkpoint, architecture, conversion = opened(broken("olmoe", **{name: torch.zeros(16, 32)}))
     with checkpoint.reader() as reader:
         with pytest.raises(CorruptCheckpoint, match=r"model\.layers\.0\.mlp\.experts\.\S+ cannot be converted"):
-            crossing.read(reader, parts_of(architecture.layers[0], crossing))
+            conversion.read(reader, parts_of(architecture.layers[0], conversion))
         assert is_empty(architecture.model)
-        memory, _ = crossing.read(reader, parts_of(architecture.layers[1], crossing))
+        memory, _ = conversion.read(reader, parts_of(architecture.layers[1], conversion))
     assert all(name.startswith("model.layers.1.") for name in memory), "nothing of the failed layer is left"
 
 
 def test_names_that_the_checkpoint_does_not_have_are_refused(tiny):
-    checkpoint, architecture, crossing = opened(tiny("olmoe"))
+    checkpoint, architecture, conversion = opened(tiny("olmoe"))
     with checkpoint.reader() as reader:
-        memory, conversions = crossing.read(reader, parts_of(architecture.layers[0], crossing))
+        memory, conversions = conversion.read(reader, parts_of(architecture.layers[0], conversion))
     moved = {name.replace("layers.0", "layers.7"): tensor for name, tensor in memory.items()}
     with pytest.raises(
         ArchitectureMismatch, match=r"25 names that the checkpoint does not have, the first is model\.layers\.7"
     ):
-        crossing.write(architecture.model, moved, conversions)
+        conversion.write(architecture.model, moved, conversions)

@@ -13,9 +13,10 @@ from torch import nn
 
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint, Infeasible, NotACheckpoint, NotAMoE
 from coterie.model.arch import layers as layers_module
+from coterie.model.arch import probe as probe_module
 from coterie.model.arch.experts import Experts, canonical_experts, is_experts, native_experts
 from coterie.model.arch.layers import Architecture, find_router
-from coterie.model.arch.meta import empty_model
+from coterie.model.arch.meta import meta_model
 from coterie.model.arch.resize import resized_config
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.quiet import quiet
@@ -94,7 +95,7 @@ def test_resizing_reaches_the_experts_and_the_router_tensors_and_nothing_else(ti
     assert holder[key] == 8
     holder[key] = 6
     assert config == expected_config
-    before, after = architecture.model.state_dict(), empty_model(config).state_dict()
+    before, after = architecture.model.state_dict(), meta_model(config).state_dict()
     assert before.keys() == after.keys()
     axes = dict(itertools.chain.from_iterable(layer.router_tensors for layer in architecture.layers))
     modules = {layer.experts for layer in architecture.layers}
@@ -175,7 +176,7 @@ def test_experts_that_transformers_does_not_route_through_its_interface_are_refu
         "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24, "intermediate_size_mlp": 40,
         "num_local_experts": 8, "num_experts_per_tok": 1,
     }  # fmt: skip
-    assert any("experts" in name for name, _ in empty_model(config).named_modules())
+    assert any("experts" in name for name, _ in meta_model(config).named_modules())
     with pytest.raises(NotAMoE, match=r"\(llama4_text\) .* does not route its experts through the common interface"):
         Architecture.from_config(config)
 
@@ -190,30 +191,30 @@ def test_an_unknown_model_type_is_refused():
 )
 def test_a_config_that_builds_no_model_is_refused(changes):
     with pytest.raises(CorruptCheckpoint, match=r"here: no olmoe model can be built from its config\.json"):
-        empty_model(OLMOE | changes, where="here")
+        meta_model(OLMOE | changes, where="here")
 
 
 def test_layers_with_different_expert_counts_are_refused(monkeypatch):
     def uneven(config, **options):
-        model = empty_model(config, **options)
+        model = meta_model(config, **options)
         next(module for module in model.modules() if is_experts(module)).num_experts = 5
         return model
 
-    monkeypatch.setattr(layers_module, "empty_model", uneven)
+    monkeypatch.setattr(layers_module, "meta_model", uneven)
     with pytest.raises(ArchitectureMismatch, match=r"different numbers of experts \(\[5, 8\]\)"):
         Architecture.from_config(OLMOE)
 
 
 def test_a_count_that_no_key_explains_is_refused(monkeypatch):
-    real = empty_model
+    real = meta_model
     # A family whose number of experts does not follow from the config.
-    monkeypatch.setattr(layers_module, "empty_model", lambda config, **options: real(OLMOE, **options))
+    monkeypatch.setattr(layers_module, "meta_model", lambda config, **options: real(OLMOE, **options))
     with pytest.raises(ArchitectureMismatch, match=r"key that counts the 8 experts is not clear.*num_experts"):
         Architecture.from_config(OLMOE)
 
 
 def test_two_keys_that_both_explain_the_count_are_refused_and_named(monkeypatch):
-    monkeypatch.setattr(layers_module, "_try_resize", lambda config, path, count, names: empty_model(config))
+    monkeypatch.setattr(layers_module, "_try_resize", lambda config, path, count, names: meta_model(config))
     message = r"key that counts the 8 experts is not clear: \['num_experts', 'num_experts_per_tok'\]"
     with pytest.raises(ArchitectureMismatch, match=message):
         Architecture.from_config(OLMOE | {"num_experts_per_tok": 8})
@@ -221,13 +222,13 @@ def test_two_keys_that_both_explain_the_count_are_refused_and_named(monkeypatch)
 
 def test_a_block_whose_router_reshapes_more_than_one_axis_is_refused(monkeypatch):
     def odd(config, **options):
-        model = empty_model(config, **options)
+        model = meta_model(config, **options)
         for layer in model.model.layers:
             gate = layer.mlp.gate
             gate.square = nn.Parameter(torch.empty(gate.num_experts, gate.num_experts, device="meta"))
         return model
 
-    monkeypatch.setattr(layers_module, "empty_model", odd)
+    monkeypatch.setattr(layers_module, "meta_model", odd)
     with pytest.raises(ArchitectureMismatch, match=r"model\.layers\.0\.mlp\.gate\.square: more than its expert axis"):
         Architecture.from_config(OLMOE)
 
@@ -239,11 +240,11 @@ def test_a_model_that_does_not_run_is_refused():
 
 def test_a_tensor_outside_all_blocks_that_depends_on_the_count_is_refused(monkeypatch):
     def odd(config, **options):
-        model = empty_model(config, **options)
+        model = meta_model(config, **options)
         model.model.balance = nn.Parameter(torch.empty(model.config.num_experts, device="meta"))
         return model
 
-    monkeypatch.setattr(layers_module, "empty_model", odd)
+    monkeypatch.setattr(layers_module, "meta_model", odd)
     with pytest.raises(ArchitectureMismatch, match=r"model\.balance \[8\] depends .* but is in no MoE block"):
         Architecture.from_config(OLMOE)
 
@@ -253,11 +254,11 @@ def test_top_k_is_seen_where_a_block_does_not_run_by_itself(tiny, monkeypatch):
     checkpoint = Checkpoint.open(tiny("gemma4_text"))
     monkeypatch.setattr(probe_module, "_probed", {})
     with monkeypatch.context() as patch:
-        patch.setattr(layers_module, "FakeTensorMode", None)
+        patch.setattr(probe_module, "FakeTensorMode", None)
         with pytest.raises(ArchitectureMismatch, match="cannot be seen"):
             Architecture.of(checkpoint)
     assert [layer.top_k for layer in Architecture.of(checkpoint).layers] == [2, 2]
-    assert len(layers_module._probed) == 1
+    assert len(probe_module._probed) == 1
     again, other = Architecture.of(checkpoint), Architecture.from_config(dict(checkpoint.config) | {"top_k_experts": 3})
     assert [layer.top_k for layer in (*again.layers, *other.layers)] == [2, 2, 3, 3]
 
@@ -336,7 +337,7 @@ def test_the_counts_called_feasible_really_route():
     architecture = grouped(8, 2, 2, 1)
     name = architecture.layers[0].router
     for count in range(1, 9):
-        router = empty_model(resized_config(architecture, count)).get_submodule(name).to_empty(device="cpu")
+        router = meta_model(resized_config(architecture, count)).get_submodule(name).to_empty(device="cpu")
         with torch.no_grad():
             for tensor in (*router.parameters(), *router.buffers()):
                 tensor.normal_()

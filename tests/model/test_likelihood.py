@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from coterie.model.stream.likelihood import perplexity, position_slices, row_slices, token_nll
 from coterie.model.stream import likelihood
+from coterie.model.stream.likelihood import perplexity, position_slices, row_slices, token_nll
 
 
 def slow_nll(logits_BSV, ids_BS):

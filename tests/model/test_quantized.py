@@ -15,7 +15,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from coterie import compress
 from coterie.errors import CorruptCheckpoint, UnsupportedDtype
-from coterie.model.arch.conversion import Crossing
+from coterie.model.arch.conversion import WeightConversion
 from coterie.model.arch.layers import Architecture
 from coterie.model.disk import quantized
 from coterie.model.disk.checkpoint import Checkpoint
@@ -214,15 +214,15 @@ def test_the_view_loads_as_the_stock_class_loads_the_plain_checkpoint(packed, tm
     view = dequantized(Checkpoint.open(path))
     architecture = Architecture.of(view)
     assert len(architecture.layers) == 2
-    crossing = Crossing(view, architecture.model)
+    conversion = WeightConversion(view, architecture.model)
     with view.reader() as reader:
-        memory, conversions = crossing.read(reader, view.tensors)
+        memory, conversions = conversion.read(reader, view.tensors)
     assert memory.keys() <= stock.keys()
     for name in stock.keys() - memory.keys():
         assert name == "lm_head.weight", "tied to the embedding, and nothing else is missing"
     for name, tensor in memory.items():
         assert torch.equal(tensor, stock[name]), name
-    back = crossing.write(architecture.model, memory, conversions)
+    back = conversion.write(architecture.model, memory, conversions)
     assert back.keys() == view.tensors.keys()
     for name, tensor in read_all(view).items():
         assert back[name].dtype == tensor.dtype
@@ -374,12 +374,12 @@ def test_fused_experts_in_eight_bits_cross(tiny, tmp_path):
 
     view = dequantized(Checkpoint.open(repack(plain, tmp_path / "m", pack, FP8)), "F32")
     assert len(expected) == 4
-    crossing = Crossing(view, Architecture.of(view).model)
+    conversion = WeightConversion(view, Architecture.of(view).model)
     with view.reader() as reader:
-        memory, _ = crossing.read(reader, expected)
-    assert memory.keys() == {crossing.memory_names[name] for name in expected}
+        memory, _ = conversion.read(reader, expected)
+    assert memory.keys() == {conversion.memory_names[name] for name in expected}
     for name, tensor in expected.items():
-        assert torch.equal(memory[crossing.memory_names[name]], tensor)
+        assert torch.equal(memory[conversion.memory_names[name]], tensor)
 
 
 @pytest.mark.parametrize("band", [1, 1000, 4096])
@@ -472,7 +472,7 @@ def test_a_config_that_names_no_number_format_gets_one(tmp_path):
 
 
 def test_a_number_format_that_is_no_choice(in_blocks):
-    for path in in_blocks[:2]:  # a plain checkpoint as well: the wish is wrong whatever it meets
+    for path in in_blocks[:2]:  # a plain checkpoint as well: the target is wrong whatever it meets
         with pytest.raises(UnsupportedDtype, match=r"'int8'; choose from bfloat16, float16, float32"):
             dequantized(Checkpoint.open(path), "int8")
 

@@ -3,7 +3,7 @@ import torch
 
 from coterie.compress.sizes import layer_tensors
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint, Infeasible
-from coterie.model.arch.conversion import Crossing
+from coterie.model.arch.conversion import WeightConversion
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.ragged import Place, cut, places_of
 from coterie.model.disk.checkpoint import Checkpoint
@@ -13,9 +13,9 @@ from coterie.model.disk.filled import filled_up
 def found(path):
     checkpoint = Checkpoint.open(path)
     architecture = Architecture.of(checkpoint)
-    crossing = Crossing(checkpoint, architecture.model)
-    parts = layer_tensors(checkpoint, architecture.layers, crossing)
-    return places_of(crossing, architecture, [part.experts for part in parts]), checkpoint
+    conversion = WeightConversion(checkpoint, architecture.model)
+    parts = layer_tensors(checkpoint, architecture.layers, conversion)
+    return places_of(conversion, architecture, [part.experts for part in parts]), checkpoint
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_a_block_that_wants_more_than_hidden_states_is_refused(opened, monkeypat
     reroute = Reroute(architecture, model)
     observation = observations_of(architecture, model)[0]
     reroute(layer, router_of(model, layer), observation.block_TD)
-    block = reroute._hollow[layer.num_experts].get_submodule(layer.block)
+    block = reroute._meta_models[layer.num_experts].get_submodule(layer.block)
 
     def forward(hidden_states, token_ids):
         return hidden_states

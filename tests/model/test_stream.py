@@ -8,9 +8,9 @@ import transformers
 
 from coterie.errors import CorruptCheckpoint, Infeasible
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.stream import spill as spill_module
 from coterie.model.stream.memory import FIXED_BYTES, Forecast, fitting_batch, forecast, peak_bytes
 from coterie.model.stream.stream import Stream, working_dtype
-from coterie.model.stream import spill as spill_module
 from coterie.testing import tiny_checkpoint
 
 IDS = torch.randint(256, (6, 24), generator=torch.Generator().manual_seed(3))

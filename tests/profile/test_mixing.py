@@ -16,13 +16,11 @@ from coterie.profile.mixing import (
     MAX_PERPLEXITY_RATIO,
     MAX_TILT,
     MIN_NOVELTY_RATIO,
-    checked_weights,
     choose_mix,
-    parse_domains,
-    shares,
 )
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile
+from coterie.profile.shares import checked_weights, parse_domains, shares
 from coterie.testing import tiny_text, tiny_tokenizer
 
 positive = st.floats(1e-6, 1e6)

@@ -32,7 +32,7 @@ PACKAGES = ("torch", "transformers", "numpy", "scipy")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
+class BenchSettings:
     """What all cells of a bench share.
 
     Attributes:
@@ -121,7 +121,7 @@ class Cell:
     router: str
     removed: float
     seed: int
-    settings: Settings
+    settings: BenchSettings
 
     @property
     def method(self) -> str:
@@ -171,7 +171,7 @@ class Cell:
     def from_json(cls, content: Mapping[str, Any]) -> Cell:
         """Return what `to_json` wrote."""
         entry = dict(content)
-        return cls(model=Model(**entry.pop("model")), settings=Settings(**entry.pop("settings")), **entry)
+        return cls(model=Model(**entry.pop("model")), settings=BenchSettings(**entry.pop("settings")), **entry)
 
 
 def method_name(recipe: str, router: str) -> str:
@@ -179,7 +179,7 @@ def method_name(recipe: str, router: str) -> str:
     return recipe if router == "plain" else f"{recipe} ({router})"
 
 
-def profile_key(model_digest: str, seed: int, settings: Settings, *, gradients: bool) -> str:
+def profile_key(model_digest: str, seed: int, settings: BenchSettings, *, gradients: bool) -> str:
     """Return the digest of all that decides what a profile holds."""
     return digest_of(
         {
@@ -192,7 +192,7 @@ def profile_key(model_digest: str, seed: int, settings: Settings, *, gradients: 
     )
 
 
-def original_key(model_digest: str, settings: Settings) -> str:
+def original_key(model_digest: str, settings: BenchSettings) -> str:
     """Return the digest of all that decides what the original itself scores."""
     return digest_of({"model": model_digest, "test": settings.test_of()})
 
@@ -272,7 +272,7 @@ def grid(
     routers: Sequence[str],
     removed: Sequence[float],
     seeds: Sequence[int],
-    settings: Settings,
+    settings: BenchSettings,
 ) -> list[Cell]:
     """Return the cells, model by model and seed by seed; router forms that a recipe has no use for are left out.
 

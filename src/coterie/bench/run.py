@@ -28,9 +28,9 @@ from filelock import FileLock, Timeout
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.artifact import atomic_path, write_json
 from coterie.bench.cells import (
+    BenchSettings,
     Cell,
     Model,
-    Settings,
     choose_recipes,
     code_version,
     folder_digest,
@@ -149,7 +149,7 @@ def bench(
     draws = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     text_files(text)
     text_files(test)
-    settings = Settings(
+    settings = BenchSettings(
         text=str(Path(text).expanduser().resolve()), text_digest=folder_digest(Path(text).expanduser()),
         test=str(Path(test).expanduser().resolve()), test_digest=folder_digest(Path(test).expanduser()),
         tokens=tokens, test_tokens=test_tokens, questions=questions, seq_len=seq_len, sample_tokens=sample_tokens,
@@ -197,7 +197,7 @@ class _Job:
     folder: Path
     models: Sequence[Model]
     cells: Sequence[Cell]
-    settings: Settings
+    settings: BenchSettings
     keep_results: bool
 
     def run(self, jobs: int) -> Bench:

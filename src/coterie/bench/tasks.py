@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 from coterie.artifact import write_json
-from coterie.bench.cells import Cell, Model, Settings, original_key
+from coterie.bench.cells import BenchSettings, Cell, Model, original_key
 from coterie.compress.apply import Result, compress
 from coterie.compress.plan import Router
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError, OutputBusy, OutputExists
@@ -47,7 +47,7 @@ class Worker:
         self, *, model: str, out: str, seed: int, gradients: bool, settings: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Measure what a model's experts do on one draw of the calibration text."""
-        shared = Settings(**settings)
+        shared = BenchSettings(**settings)
 
         def run() -> None:
             profile(
@@ -65,7 +65,7 @@ class Worker:
         self, *, model: Mapping[str, Any], out: str, cache: str, settings: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Score the original, and keep what it predicts."""
-        chosen, shared = Model(**model), Settings(**settings)
+        chosen, shared = Model(**model), BenchSettings(**settings)
         self._evaluation_of(chosen, shared, cache).hold()
         if not Path(out).exists():
             self._evaluation_of(chosen, shared, cache).score(chosen.path).save(out)
@@ -128,7 +128,7 @@ class Worker:
             "peak_bytes": peak,
         }
 
-    def _evaluation_of(self, model: Model, settings: Settings, cache: str) -> Evaluation:
+    def _evaluation_of(self, model: Model, settings: BenchSettings, cache: str) -> Evaluation:
         key = original_key(model.digest, settings)
         if self._evaluation is None or self._evaluated != key:
             self.close()

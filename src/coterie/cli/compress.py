@@ -65,8 +65,8 @@ def compress(
     It is loaded again and compared with what was computed before it appears at OUT. Ended early, the same command goes
     on from the last finished layer.
     """
-    options.check_one_wish(keep, experts, width, budget)
-    from coterie.profile.mixing import parse_domains
+    options.check_one_target(keep, experts, width, budget)
+    from coterie.profile.shares import parse_domains
 
     weights = None if domains is None else parse_domains(domains)
     from coterie.compress.apply import compress as run

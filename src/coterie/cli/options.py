@@ -43,12 +43,12 @@ def names(listed: str) -> list[str]:
     return [name.strip() for name in listed.split(",") if name.strip()]
 
 
-def check_one_wish(keep: float | None, experts: int | None, width: int | None, budget: str | None) -> None:
+def check_one_target(keep: float | None, experts: int | None, width: int | None, budget: str | None) -> None:
     """Raise a usage error unless exactly one option says how small the result is to be."""
-    wishes = {"--keep": keep, "--experts": experts, "--width": width, "--budget": budget}
-    given = [name for name, value in wishes.items() if value is not None]
+    targets = {"--keep": keep, "--experts": experts, "--width": width, "--budget": budget}
+    given = [name for name, value in targets.items() if value is not None]
     if len(given) != 1:
         raise typer.BadParameter(
             f"say how small with exactly one of them; got {' and '.join(given) or 'none'}",
-            param_hint=", ".join(wishes),
+            param_hint=", ".join(targets),
         )

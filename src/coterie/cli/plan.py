@@ -33,7 +33,7 @@ def plan(
 
     No weights are touched: this takes seconds.
     """
-    options.check_one_wish(keep, experts, width, budget)
+    options.check_one_target(keep, experts, width, budget)
     from coterie.compress.plan import plan as decide
 
     made = decide(

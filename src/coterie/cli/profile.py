@@ -38,7 +38,7 @@ def profile(
 
     One layer is in memory at a time. Ended early, the same command goes on from the last finished layer.
     """
-    from coterie.profile.mixing import parse_domains
+    from coterie.profile.shares import parse_domains
 
     weights = None if domains is None else parse_domains(domains)
     from coterie.profile.run import profile as run

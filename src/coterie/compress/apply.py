@@ -1,9 +1,9 @@
 """Do what a plan says: checkpoint + Plan -> checkpoint, one decoder layer in memory at a time.
 
 The layers come by as a few tokens run through the model (`coterie.model.stream`). Each is compressed, written to a
-weight file, and goes on in its compressed form, so that at the end the logits of the compressed model are known. OUT appears
-only when it is whole: everything is written into a run folder beside it (`coterie.journal`), loaded again and compared
-with those logits, and only then put in its place. A run that was killed goes on from the last finished layer.
+weight file, and goes on in its compressed form, so that at the end the logits of the compressed model are known. OUT
+appears only when it is whole: everything is written into a run folder beside it (`coterie.journal`), loaded again and
+compared with those logits, and only then put in its place. A run that was killed goes on from the last finished layer.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch import Tensor
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.artifact import write_artifact, write_json
 from coterie.compress.distill_run import make_targets, may_distill, say_cost, train
-from coterie.compress.layer import LayerSummary, Swap, compress_layer
+from coterie.compress.layer import LayerSummary, ResultModel, compress_layer
+from coterie.compress.output import carry_files, check_space, check_target
 from coterie.compress.plan import Plan, Router, check_statistics, make_plan
 from coterie.compress.recipes import check_sequential, get_recipe, training_tokens
 from coterie.compress.reload import check_reload
 from coterie.compress.shards import Shard, lay_out, write_index, write_shard
-from coterie.compress.sizes import Wish, layer_tensors
-from coterie.compress.target import carry_files, check_space, check_target
+from coterie.compress.sizes import Target, layer_tensors
 from coterie.errors import ArchitectureMismatch, CoterieError, InputError, OutOfSpace
 from coterie.journal import Run, open_run
 from coterie.model.arch.layers import Architecture, MoELayer
@@ -47,7 +47,7 @@ from coterie.profile.calibration import TokenSet
 from coterie.profile.observation import observed, proving, with_residual
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile, Sample
-from coterie.profile.run import Measure, Settings, forecast_with_sample, profile_in_run
+from coterie.profile.run import Measure, ProfileSettings, forecast_with_sample, profile_in_run
 from coterie.profile.run import profile as run_profile
 from coterie.profile.self_text import SELF
 from coterie.profile.statistics.channels import needs_gradients
@@ -151,7 +151,7 @@ def compress(
         OutputExists: `out` exists.
         OutputBusy: another run writes to `out`.
         StaleArtifact: an earlier run to `out` that was ended early had other settings or another input.
-        InputError: the model, the text or the wish is not usable, see `coterie.profile` and `coterie.plan`.
+        InputError: the model, the text or the target is not usable, see `coterie.profile` and `coterie.plan`.
         Infeasible: no result can be that small, or `max_memory` is too little.
         OutOfSpace: the disk cannot hold the result.
         ReloadMismatch: the result does not load as what was computed; nothing is left at `out`.
@@ -168,8 +168,8 @@ def compress(
     stream = Stream(checkpoint, device=device, scratch=target.parent)
     held = _held_profile(profile, checkpoint)
     decide = functools.partial(
-        make_plan, checkpoint, architecture, stream.crossing, recipe=recipe, router=router, seed=seed,
-        wish=Wish(keep=keep, experts=experts, width=width, budget=budget),
+        make_plan, checkpoint, architecture, stream.conversion, recipe=recipe, router=router, seed=seed,
+        target=Target(keep=keep, experts=experts, width=width, budget=budget),
     )  # fmt: skip
     # Planning before profiling refuses what cannot be done before any compute.
     plan = decide(held)
@@ -189,7 +189,7 @@ def compress(
         )
     token_set: TokenSet | None = None
     if held is None:
-        settings = Settings(
+        settings = ProfileSettings(
             text=str(text), weights=weights, tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens,
             gradients=gradients, device=device, max_memory=max_memory,
         )  # fmt: skip
@@ -295,15 +295,15 @@ class _Job:
         self.checkpoint = stream.checkpoint
         self.layers = architecture.layers
         self.plan = plan
-        self.shards = lay_out(stream.checkpoint, stream.units, stream.crossing)
+        self.shards = lay_out(stream.checkpoint, stream.units, stream.conversion)
         self._architecture = architecture
         self._profile = profile
         self._measure = measure
         #: Text that is measured while the layers are compressed: none where a profile is there.
         self._batches = measure.batches() if profile is None and measure is not None else []
         self._passes = get_recipe(plan.recipe).with_router(plan.router)
-        self._parts = layer_tensors(stream.checkpoint, architecture.layers, stream.crossing)
-        self._swap = Swap(stream, architecture, plan)
+        self._parts = layer_tensors(stream.checkpoint, architecture.layers, stream.conversion)
+        self._result_model = ResultModel(stream, architecture, plan)
         self._reroute = Reroute(architecture, stream.model, plan.sizes[0].top_k)
         wanted = profile is not None and "output_peak" in get_recipe(plan.recipe).needs
         self._peaks_LE = profile.all_layers("output_peak") if profile is not None and wanted else None
@@ -349,14 +349,14 @@ class _Job:
         model = load_model(run.folder, dtype=torch.float32, device=str(self.stream.device))
         outcome = train(
             run, model, self._architecture, torch.cat([ids_BS for _, ids_BS in batches]), targets,
-            tokens=tokens, seed=self.plan.seed, rounded=self._swap.rounded,
+            tokens=tokens, seed=self.plan.seed, rounded=self._result_model.rounded,
         )  # fmt: skip
         self._distilled = outcome.notes
         if outcome.weights is None:
             return logits_BSV
         for shard in self.shards:
             content = run.finished[shard.file].content
-            changed = self._swap.changed(run.folder, shard, outcome.weights)
+            changed = self._result_model.changed(run.folder, shard, outcome.weights)
             if changed is not None:
                 run.forget(shard.file)
                 write_shard(run.folder, shard, changed)
@@ -388,7 +388,7 @@ class _Job:
         if finished:
             contents = run.finished[shard.file].content["layers"]
             summaries = {layer.index: LayerSummary(**contents[str(layer.index)]) for layer in here}
-            memory = self._swap.read(run.folder, shard, here)
+            memory = self._result_model.read(run.folder, shard, here)
         else:
             disk, summaries = {name: tensor for name, tensor in stage.kept.items() if name in shard.names}, {}
             for layer in here:
@@ -397,8 +397,8 @@ class _Job:
                     self.stream.model, layer, self.plan.sizes[layer.index], self._passes, by_domain, sample,
                     self._reroute, self.plan.seed, self._peaks_LE,
                 )  # fmt: skip
-                disk |= self._swap.on_disk(new, stage.conversions)
-                memory |= self._swap.rounded(new)
+                disk |= self._result_model.on_disk(new, stage.conversions)
+                memory |= self._result_model.rounded(new)
                 del by_domain, sample, new
             measured.clear()
             write_shard(run.folder, shard, disk)
@@ -410,9 +410,9 @@ class _Job:
             routers = {name for layer in here for name, _ in layer.router_tensors}
             cut = self.plan.sizes[0].top_k is not None
             experts = {name: tensor for name, tensor in memory.items() if cut or name not in routers}
-            with self._swap.filled(stage.unit, experts, maps) as module:
-                self._swap.check_rest(stage.calls[0], module)
-        with self._swap.filled(stage.unit, memory, maps) as module:
+            with self._result_model.filled(stage.unit, experts, maps) as module:
+                self._result_model.check_rest(stage.calls[0], module)
+        with self._result_model.filled(stage.unit, memory, maps) as module:
             for call in stage.calls:
                 # The check and, after it, the first half of the text run through compressed layers.
                 if call.job <= len(self._batches):
@@ -486,7 +486,7 @@ class _Job:
             "seq_len": seq_len,
             "seed": self.plan.seed,
             "logits_error": logits_error,
-            "ragged": self._swap.ragged,
+            "ragged": self._result_model.ragged,
             "distilled": self._distilled,
             "layers": [
                 {

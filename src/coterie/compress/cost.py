@@ -20,7 +20,7 @@ _SIDE = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class TrainingCost:
     """What training takes.
 
     Attributes:
@@ -49,8 +49,8 @@ def training_cost(
     tokens: int,
     top_k: int,
     device: torch.device,
-) -> Cost:
-    """Estimate what training takes; empty models will do.
+) -> TrainingCost:
+    """Estimate what training takes; meta models will do.
 
     A weight takes two operations a token forward, and four more backward. Of the experts only the chosen ones count.
 
@@ -65,7 +65,7 @@ def training_cost(
     before = active_weights(original, layers, [layer.top_k for layer in layers])
     after = active_weights(result, layers, [top_k] * len(layers))
     operations = float(tokens) * (2 * before + 6 * after)
-    return Cost(tokens=tokens, operations=operations, seconds=operations / (REACHED * _speed(device)))
+    return TrainingCost(tokens=tokens, operations=operations, seconds=operations / (REACHED * _speed(device)))
 
 
 def active_weights(model: PreTrainedModel, layers: Sequence[MoELayer], top_k: Sequence[int]) -> float:

@@ -29,7 +29,7 @@ from coterie.compress.distill import Distillation, Schedule, Targets, trainable
 from coterie.compress.state import LayerSize
 from coterie.journal import Run
 from coterie.model.arch.layers import Architecture, MoELayer
-from coterie.model.arch.load import hollow_result
+from coterie.model.arch.load import result_meta_model
 from coterie.model.stream.memory import free_bytes
 from coterie.model.stream.stream import Stream
 from coterie.profile.calibration import TokenSet
@@ -75,7 +75,7 @@ class Outcome:
 
 
 def needed_bytes(model: PreTrainedModel, layers: Sequence[MoELayer], *, seq_len: int, workers: int) -> int:
-    """Say how much memory distilling a model takes at most; an empty model will do."""
+    """Say how much memory distilling a model takes at most; a meta model will do."""
     weights = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in trainable(model, layers).values())
     config: Any = model.config.get_text_config()
@@ -90,7 +90,7 @@ def may_distill(
     architecture: Architecture, size: LayerSize, seq_len: int, limit: int | None, device: torch.device
 ) -> bool:
     """Tell whether a result can be trained in the memory that is allowed or, without a limit, free; log which."""
-    model = _hollow(architecture, size)
+    model = _meta_model(architecture, size)
     needed = needed_bytes(model, architecture.layers, seq_len=seq_len, workers=torch.get_num_threads())
     allowed = free_bytes(device) if limit is None else limit
     says = f"training the result as a whole takes {format_bytes(needed)} of memory"
@@ -108,16 +108,18 @@ def say_cost(
     there = sum(map(len, token_set.sequences.values())) * token_set.seq_len
     tokens = min(tokens, EPOCHS * there)
     cost = training_cost(
-        architecture.model, _hollow(architecture, size), architecture.layers,
+        architecture.model, _meta_model(architecture, size), architecture.layers,
         tokens=tokens, top_k=size.top_k or architecture.layers[0].top_k, device=device,
     )  # fmt: skip
     log.info("cost: %s", cost)
     return tokens
 
 
-def _hollow(architecture: Architecture, size: LayerSize) -> PreTrainedModel:
+def _meta_model(architecture: Architecture, size: LayerSize) -> PreTrainedModel:
     width = size.width if size.widths is None else None
-    return hollow_result(architecture, size.num_experts, maps=None, dtype=torch.float32, width=width, top_k=size.top_k)
+    return result_meta_model(
+        architecture, size.num_experts, maps=None, dtype=torch.float32, width=width, top_k=size.top_k
+    )
 
 
 def make_targets(run: Run, stream: Stream, batches: Sequence[tuple[int, Tensor]], cache: Path | None = None) -> Targets:

@@ -19,10 +19,10 @@ from coterie.compress.shards import Shard
 from coterie.compress.sizes import layer_tensors
 from coterie.compress.state import LayerSize, LayerState
 from coterie.errors import ArchitectureMismatch
-from coterie.model.arch.conversion import TORCH_DTYPES, Crossing, put
+from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion, put
 from coterie.model.arch.experts import canonical_experts, native_experts
 from coterie.model.arch.layers import Architecture, MoELayer
-from coterie.model.arch.load import hollow_result
+from coterie.model.arch.load import result_meta_model
 from coterie.model.arch.ragged import Place, cut, places_of
 from coterie.model.arch.reroute import Reroute
 from coterie.model.arch.seam import intercepted
@@ -115,11 +115,11 @@ def _copied(sample: Sample) -> Sample:
     return replace(sample, **{name: tensor.clone() for name, tensor in sample.tensors().items()})
 
 
-class Swap:
-    """The empty model of the result; lends its units, filled with compressed weights, to a stream.
+class ResultModel:
+    """The meta model of the result; lends its units, filled with compressed weights, to a stream.
 
     Attributes:
-        model: the empty model of the result.
+        model: the meta model of the result.
     """
 
     def __init__(self, stream: Stream, architecture: Architecture, plan: Plan) -> None:
@@ -131,10 +131,10 @@ class Swap:
         self._mapped = plan.router == "map"
         self._places: dict[str, Place] = {}
         if plan.ragged:
-            parts = layer_tensors(stream.checkpoint, architecture.layers, stream.crossing)
-            self._places = places_of(stream.crossing, architecture, [part.experts for part in parts])
+            parts = layer_tensors(stream.checkpoint, architecture.layers, stream.conversion)
+            self._places = places_of(stream.conversion, architecture, [part.experts for part in parts])
         self._widths = {index: size.widths for index, size in enumerate(plan.sizes) if size.widths is not None}
-        self.model = self._hollow()
+        self.model = self._meta_model()
         self._scratch: PreTrainedModel | None = None
 
     @property
@@ -147,12 +147,12 @@ class Swap:
 
     def on_disk(self, memory: Mapping[str, Tensor], conversions: list[Any]) -> dict[str, Tensor]:
         """Return the tensors of layers as a weight file holds them, by name on disk."""
-        return cut(self._stream.crossing.write(self.model, memory, conversions), self._places, self._widths)
+        return cut(self._stream.conversion.write(self.model, memory, conversions), self._places, self._widths)
 
     def rounded(self, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors as a loader will see them: rounded to the number format on disk."""
         stream = self._stream
-        on_disk = {name: stream.crossing.sources[name][0] for name in memory}
+        on_disk = {name: stream.conversion.sources[name][0] for name in memory}
         return {
             name: tensor.to(TORCH_DTYPES[stream.checkpoint.tensors[on_disk[name]].dtype])
             for name, tensor in memory.items()
@@ -170,17 +170,17 @@ class Swap:
         new = {name: tensor for name, tensor in memory.items() if name in tensors}
         if not new:
             return None
-        filled = self._stream.crossing.write(self.model, new, conversions)
+        filled = self._stream.conversion.write(self.model, new, conversions)
         return cut({**raw, **filled}, self._places, self._widths)
 
     def _open(self, folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Any]]:
         """Return the tensors of a weight file by name on disk (filled up) and in memory, and the conversions."""
         part = Checkpoint(path=folder, config={}, tensors=read_header(folder / shard.file), digest="")
         part = filled_up(part, self.ragged)
-        self._scratch = self._scratch or self._hollow()
+        self._scratch = self._scratch or self._meta_model()
         with part.reader() as reader:
             raw = {name: reader.read(name) for name in part.tensors}
-        return raw, *Crossing(part, self._scratch).convert(dict(raw), lambda name: torch.float32)
+        return raw, *WeightConversion(part, self._scratch).convert(dict(raw), lambda name: torch.float32)
 
     @contextmanager
     def filled(
@@ -237,9 +237,9 @@ class Swap:
                     "use a recipe that lowers the number of experts, and please report it"
                 )
 
-    def _hollow(self) -> PreTrainedModel:
+    def _meta_model(self) -> PreTrainedModel:
         unset = [torch.zeros(layer.num_experts, dtype=torch.int64) for layer in self._architecture.layers]
-        return hollow_result(
+        return result_meta_model(
             self._architecture,
             self._count,
             maps=unset if self._mapped else None,

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from coterie.artifact import open_artifact, write_artifact
 from coterie.compress.recipes import get_recipe
-from coterie.compress.sizes import LayerTensors, Sizing, Wish, layer_tensors, sizes_for
+from coterie.compress.sizes import LayerTensors, Sizing, Target, layer_tensors, sizes_for
 from coterie.compress.state import LayerSize
 from coterie.errors import ArchitectureMismatch, InputError, StaleArtifact, UnsupportedDtype
-from coterie.model.arch.conversion import TORCH_DTYPES, Crossing
+from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.ragged import places_of
 from coterie.model.disk.checkpoint import Checkpoint
@@ -112,9 +112,9 @@ def plan(
         seed: seed of everything random in the passes.
 
     Raises:
-        InputError: not exactly one wish, a wish out of range or not for this recipe, or no profile for a ragged one.
+        InputError: not exactly one target, one out of range or not for this recipe, or no profile for a ragged one.
         Infeasible: too few experts for the router, a width that the config cannot say, or a budget below the smallest
-            result; names the nearest wish.
+            result; names the nearest target.
         UnknownName: no such recipe.
         StaleArtifact: the profile is of another model.
     """
@@ -122,9 +122,11 @@ def plan(
     architecture = Architecture.of(checkpoint)
     if isinstance(profile, str | Path):
         profile = Profile.load(profile, model_digest=checkpoint.digest)
-    wish = Wish(keep=keep, experts=experts, width=width, budget=budget)
-    crossing = Crossing(checkpoint, architecture.model)
-    made = make_plan(checkpoint, architecture, crossing, profile, wish=wish, recipe=recipe, router=router, seed=seed)
+    target = Target(keep=keep, experts=experts, width=width, budget=budget)
+    conversion = WeightConversion(checkpoint, architecture.model)
+    made = make_plan(
+        checkpoint, architecture, conversion, profile, target=target, recipe=recipe, router=router, seed=seed
+    )
     if made.ragged and profile is None:
         raise InputError(
             f"recipe {recipe} ranks the hidden neurons of all layers by what was measured: give a profile that was "
@@ -136,17 +138,17 @@ def plan(
 def make_plan(
     checkpoint: Checkpoint,
     architecture: Architecture,
-    crossing: Crossing,
+    conversion: WeightConversion,
     profile: Profile | None,
     *,
-    wish: Wish,
+    target: Target,
     recipe: str,
     router: Router,
     seed: int,
 ) -> Plan:
     """Make a plan for a checkpoint that is already open; see `plan`.
 
-    Without a profile, the plan of a ragged recipe only says that the wish can be met, and how large the result is.
+    Without a profile, the plan of a ragged recipe only says that the target can be met, and how large the result is.
     """
     chosen = get_recipe(recipe)
     chosen.with_router(router)
@@ -154,16 +156,16 @@ def make_plan(
     if manifest is not None and manifest["loads_with"] != "transformers":
         kind = "mapped" if manifest["router"] == "map" else "ragged"
         raise InputError(f"{checkpoint.path} is a {kind} result; compress the model that it was made from")
-    parts = layer_tensors(checkpoint, architecture.layers, crossing)
+    parts = layer_tensors(checkpoint, architecture.layers, conversion)
     _check_dtypes(checkpoint, parts)
     if chosen.ragged:
-        places_of(crossing, architecture, [part.experts for part in parts])
+        places_of(conversion, architecture, [part.experts for part in parts])
     if needs_gradients(chosen.needs):
         check_predicts(architecture)
     if profile is not None:
         check_profile(profile, checkpoint, chosen.needs)
-    sizing = Sizing(checkpoint, architecture, crossing, parts, keeps_rows=router == "map")
-    sizes = sizes_for(chosen, architecture, sizing, wish, profile)
+    sizing = Sizing(checkpoint, architecture, conversion, parts, keeps_rows=router == "map")
+    sizes = sizes_for(chosen, architecture, sizing, target, profile)
     inputs = {"model": checkpoint.digest}
     if profile is not None:
         inputs["text"] = profile.text_digest
@@ -171,7 +173,7 @@ def make_plan(
         recipe=recipe,
         router=router,
         sizes=sizes,
-        untouched=untouched_parts(checkpoint, architecture, crossing),
+        untouched=untouched_parts(checkpoint, architecture, conversion),
         original_bytes=checkpoint.num_bytes,
         predicted_bytes=sizing.num_bytes(sizes),
         original_parameters=sum(info.num_elements for info in checkpoint.tensors.values()),
@@ -181,11 +183,13 @@ def make_plan(
     )
 
 
-def untouched_parts(checkpoint: Checkpoint, architecture: Architecture, crossing: Crossing) -> tuple[str, ...]:
+def untouched_parts(
+    checkpoint: Checkpoint, architecture: Architecture, conversion: WeightConversion
+) -> tuple[str, ...]:
     """Return the names on disk, up to the layer number, of tensors that the model class has no place for."""
     places = architecture.model.state_dict().keys()
     parts = set()
-    for disk_name, memory_name in crossing.memory_names.items():
+    for disk_name, memory_name in conversion.memory_names.items():
         if memory_name not in places:
             match = re.match(r".*?\.\d+(?=\.)", disk_name)
             parts.add(match.group() if match else disk_name)

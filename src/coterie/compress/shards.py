@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coterie.artifact import atomic_path, write_json
-from coterie.model.arch.conversion import Crossing, sibling
+from coterie.model.arch.conversion import WeightConversion, sibling
 from coterie.model.disk.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from coterie.model.disk.header import read_header
 from coterie.model.stream.unit import Unit
@@ -42,13 +42,13 @@ class Shard:
     unit: str | None
 
 
-def lay_out(checkpoint: Checkpoint, units: Sequence[Unit], crossing: Crossing) -> tuple[Shard, ...]:
+def lay_out(checkpoint: Checkpoint, units: Sequence[Unit], conversion: WeightConversion) -> tuple[Shard, ...]:
     """Assign every tensor of a checkpoint to one weight file."""
     by_unit: dict[str, list[str]] = {unit.name: [] for unit in units}
     owner = {name: unit.name for unit in units for name in unit.names}
     shared: list[str] = []
     for name in sorted(checkpoint.tensors):
-        unit = owner.get(crossing.memory_names[name])
+        unit = owner.get(conversion.memory_names[name])
         (shared if unit is None else by_unit[unit]).append(name)
     sizes = {name: info.num_bytes for name, info in checkpoint.tensors.items()}
     shards = []

@@ -1,4 +1,4 @@
-"""How small: from what the user wishes to what every layer gets, and what that weighs.
+"""How small: from what the user targets to what every layer gets, and what that weighs.
 
 Legend: E experts, F expert width, L MoE layers.
 """
@@ -17,7 +17,7 @@ from coterie.compress.recipes import Recipe
 from coterie.compress.state import LayerSize
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError
 from coterie.model.arch.choice import choice_key
-from coterie.model.arch.conversion import Crossing
+from coterie.model.arch.conversion import WeightConversion
 from coterie.model.arch.experts import canonical_experts, width_axes
 from coterie.model.arch.layers import Architecture, MoELayer, runs_alone
 from coterie.model.arch.width import ALIGNMENT, width_rule
@@ -30,7 +30,7 @@ MORE = 1.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wish:
+class Target:
     """How small the result is to be; exactly one of these.
 
     Attributes:
@@ -47,7 +47,7 @@ class Wish:
     budget: str | int | None = None
 
     def check(self, recipe: Recipe) -> None:
-        """Raise InputError unless this is one wish, in range, that the recipe can fulfil."""
+        """Raise InputError unless this is one target, in range, that the recipe can fulfil."""
         given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
         if len(given) != 1:
             raise InputError(
@@ -80,7 +80,9 @@ class LayerTensors:
     router: tuple[str, ...]
 
 
-def layer_tensors(checkpoint: Checkpoint, layers: tuple[MoELayer, ...], crossing: Crossing) -> tuple[LayerTensors, ...]:
+def layer_tensors(
+    checkpoint: Checkpoint, layers: tuple[MoELayer, ...], conversion: WeightConversion
+) -> tuple[LayerTensors, ...]:
     """Return for each layer the names on disk of its experts' and its router's tensors.
 
     Raises:
@@ -92,7 +94,7 @@ def layer_tensors(checkpoint: Checkpoint, layers: tuple[MoELayer, ...], crossing
     prefixes = {layer.experts: layer.index for layer in layers}
     found: list[dict[str, list[str]]] = [{"experts": [], "router": []} for _ in layers]
     for disk_name in sorted(checkpoint.tensors):
-        memory_name = crossing.memory_names[disk_name]
+        memory_name = conversion.memory_names[disk_name]
         if memory_name in owner:
             index, kind = owner[memory_name]
             found[index][kind].append(disk_name)
@@ -120,7 +122,7 @@ class Sizing:
         self,
         checkpoint: Checkpoint,
         architecture: Architecture,
-        crossing: Crossing,
+        conversion: WeightConversion,
         parts: tuple[LayerTensors, ...],
         *,
         keeps_rows: bool,
@@ -130,7 +132,7 @@ class Sizing:
         Args:
             checkpoint: the original.
             architecture: its architecture.
-            crossing: between its names on disk and in memory.
+            conversion: between its names on disk and in memory.
             parts: names of its experts' and routers' tensors.
             keeps_rows: whether the router keeps its rows, however many experts go.
         """
@@ -149,11 +151,11 @@ class Sizing:
                 neurons = others = 0
                 for name in part.experts:
                     amount = getattr(checkpoint.tensors[name], measure)
-                    wide = crossing.memory_names[name].rpartition(".")[2] in axes
+                    wide = conversion.memory_names[name].rpartition(".")[2] in axes
                     neurons, others = neurons + amount * wide, others + amount * (not wide)
                 for name in () if keeps_rows else part.router:
                     # Rows behind the experts' (for shared experts, or for "no expert") stay.
-                    memory = crossing.memory_names[name]
+                    memory = conversion.memory_names[name]
                     rows = state[memory].shape[router_axes[memory]]
                     others += getattr(checkpoint.tensors[name], measure) * layer.num_experts // rows
                 self._amounts[measure].append(_Amounts(neurons, others))
@@ -182,7 +184,7 @@ class Sizing:
 
 
 def sizes_for(
-    recipe: Recipe, architecture: Architecture, sizing: Sizing, wish: Wish, profile: Profile | None = None
+    recipe: Recipe, architecture: Architecture, sizing: Sizing, target: Target, profile: Profile | None = None
 ) -> tuple[LayerSize, ...]:
     """Return what every layer gets.
 
@@ -190,37 +192,37 @@ def sizes_for(
         recipe: what is to be done.
         architecture: of the original.
         sizing: predicts sizes.
-        wish: how small the result is to be.
+        target: how small the result is to be.
         profile: what was measured. A ragged recipe ranks the neurons of all layers by it; without one, every layer gets
-            the uniform width of the same size, which only serves to see whether the wish can be met.
+            the uniform width of the same size, which only serves to see whether the target can be met.
 
     Raises:
-        InputError: not exactly one wish, one out of range, or one that is not for this recipe.
-        Infeasible: too small for the router, for the config or for anything; names the nearest wish.
+        InputError: not exactly one target, one out of range, or one that is not for this recipe.
+        Infeasible: too small for the router, for the config or for anything; names the nearest target.
     """
-    wish.check(recipe)
+    target.check(recipe)
     if recipe.shrinks == "experts":
-        count = _count(architecture, sizing, wish)
+        count = _count(architecture, sizing, target)
         return tuple(LayerSize(num_experts=count) for _ in architecture.layers)
     if recipe.shrinks == "parts":
         parts = next(int(options["parts"]) for name, options in recipe.passes if name == "segment")
-        return _segmented(architecture, sizing, wish, parts)
+        return _segmented(architecture, sizing, target, parts)
     if recipe.ragged:
         score = next(str(options["score"]) for name, options in recipe.passes if name == "slim")
-        return _ragged(architecture, sizing, wish, profile, score)
-    width = _width(architecture, sizing, wish)
+        return _ragged(architecture, sizing, target, profile, score)
+    width = _width(architecture, sizing, target)
     return _uniform(architecture, width)
 
 
-def _segmented(architecture: Architecture, sizing: Sizing, wish: Wish, parts: int) -> tuple[LayerSize, ...]:
+def _segmented(architecture: Architecture, sizing: Sizing, target: Target, parts: int) -> tuple[LayerSize, ...]:
     """Cut every expert into as many parts as the family allows, and keep as many parts as there is room for."""
     layers = architecture.layers
     total = layers[0].num_experts
-    if wish.budget is not None:
-        limit = parse_bytes(wish.budget)
+    if target.budget is not None:
+        limit = parse_bytes(target.budget)
     else:
-        assert wish.keep is not None
-        count = max(1, round(wish.keep * total))
+        assert target.keep is not None
+        count = max(1, round(target.keep * total))
         limit = sizing.num_bytes([LayerSize(num_experts=count) for _ in layers])
     whole = tuple(LayerSize(num_experts=layer.num_experts) for layer in layers)
     if sizing.num_bytes(whole) <= limit:
@@ -273,13 +275,15 @@ def _uniform(architecture: Architecture, width: int) -> tuple[LayerSize, ...]:
     return tuple(LayerSize(num_experts=layer.num_experts, width=width) for layer in architecture.layers)
 
 
-def _count(architecture: Architecture, sizing: Sizing, wish: Wish) -> int:
+def _count(architecture: Architecture, sizing: Sizing, target: Target) -> int:
     total = architecture.layers[0].num_experts
-    if wish.budget is not None:
+    if target.budget is not None:
         counts = architecture.feasible_counts()
         options = {count: tuple(LayerSize(num_experts=count) for _ in architecture.layers) for count in counts}
-        return _largest_within(sizing, options, wish.budget, "keeping fewer experts", "that can be routed, {} a layer")
-    count = wish.experts if wish.keep is None else max(1, round(wish.keep * total))
+        return _largest_within(
+            sizing, options, target.budget, "keeping fewer experts", "that can be routed, {} a layer"
+        )
+    count = target.experts if target.keep is None else max(1, round(target.keep * total))
     assert count is not None
     if not 1 <= count <= total:
         raise Infeasible(f"--experts {count} is out of range: every layer has {total}; choose 1 to {total}")
@@ -287,16 +291,16 @@ def _count(architecture: Architecture, sizing: Sizing, wish: Wish) -> int:
     return count
 
 
-def _width(architecture: Architecture, sizing: Sizing, wish: Wish) -> int:
+def _width(architecture: Architecture, sizing: Sizing, target: Target) -> int:
     full = _full_width(architecture)
-    if wish.budget is not None:
+    if target.budget is not None:
         options = {width: _uniform(architecture, width) for width in width_rule(architecture).feasible_widths()}
-        return _largest_within(sizing, options, wish.budget, "slimming experts", "that can be written, width {}")
-    width = wish.width
+        return _largest_within(sizing, options, target.budget, "slimming experts", "that can be written, width {}")
+    width = target.width
     if width is None:
-        assert wish.keep is not None
+        assert target.keep is not None
         step = math.gcd(full, ALIGNMENT)
-        width = step * max(1, math.ceil(wish.keep * full / step - 0.5))
+        width = step * max(1, math.ceil(target.keep * full / step - 0.5))
     if not 1 <= width <= full:
         raise Infeasible(f"--width {width} is out of range: experts are {full} wide; choose 1 to {full}")
     if width != full:
@@ -326,20 +330,20 @@ def _largest_within(
 
 
 def _ragged(
-    architecture: Architecture, sizing: Sizing, wish: Wish, profile: Profile | None, score: str
+    architecture: Architecture, sizing: Sizing, target: Target, profile: Profile | None, score: str
 ) -> tuple[LayerSize, ...]:
-    """Keep the neurons of highest score over all layers, as many as the wish gives room for with uniform widths."""
+    """Keep the neurons of highest score over all layers, as many as the target gives room for with uniform widths."""
     layers, full = architecture.layers, _full_width(architecture)
     empty = sizing.num_bytes([_sized([0] * layer.num_experts) for layer in layers])
-    if wish.budget is not None:
-        limit = parse_bytes(wish.budget)
+    if target.budget is not None:
+        limit = parse_bytes(target.budget)
         if limit < empty:
             raise Infeasible(
                 f"a budget of {format_bytes(limit)} cannot be met by slimming experts: without any expert the model "
                 f"takes {format_bytes(empty)}"
             )
     else:
-        width = wish.width if wish.keep is None else max(1, round(wish.keep * full))
+        width = target.width if target.keep is None else max(1, round(target.keep * full))
         assert width is not None
         if not 1 <= width <= full:
             raise Infeasible(f"--width {width} is out of range: experts are {full} wide; choose 1 to {full}")

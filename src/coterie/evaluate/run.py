@@ -37,7 +37,7 @@ from coterie.evaluate.generation import end_ids, read_questions
 from coterie.evaluate.harness import find_tasks, run_tasks
 from coterie.evaluate.held import HELD_BYTES, Held, Shape, hold, open_held
 from coterie.evaluate.scorecard import Scorecard, Sums, environment
-from coterie.evaluate.speed import Cost, check_whole, measure_cost
+from coterie.evaluate.speed import RunningCost, check_whole, measure_cost
 from coterie.evaluate.subjects import (
     Subject,
     TextReader,
@@ -177,7 +177,7 @@ def _on_text(
                 check_whole(job.streams(subject)[:1], limit=bound, asked="--tasks")
         measured = job.measure(subjects)
         log.info("memory: the peak was %s", format_bytes(peak_bytes()))
-        costs: Sequence[Cost | None] = [None] * len(subjects)
+        costs: Sequence[RunningCost | None] = [None] * len(subjects)
         if speed_seconds is not None:
             costs = measure_cost(
                 [(subject.path, mixed_batch(subject.tokens, job.batch_size)) for subject in subjects],
@@ -487,7 +487,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             held.correct = len(right & set(range(first, first + len(entries))))
             first += len(entries)
 
-    def scorecard(self, subject: Subject, sums: Mapping[str, Sums], cost: Cost | None = None) -> Scorecard:
+    def scorecard(self, subject: Subject, sums: Mapping[str, Sums], cost: RunningCost | None = None) -> Scorecard:
         """Put together what is known of a model."""
         base, stream = self.base, self._streams[subject.path]
         total = Sums()

@@ -46,7 +46,7 @@ class Speed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cost:
+class RunningCost:
     """What a whole model costs to run; see `coterie.evaluate.scorecard.Scorecard` for the attributes."""
 
     memory_bytes: int
@@ -103,7 +103,7 @@ def measure_cost(
     dtype: torch.dtype | None,
     device: torch.device,
     seconds: float,
-) -> list[Cost]:
+) -> list[RunningCost]:
     """Load models as a whole, one after another, and measure what they cost to run.
 
     Args:
@@ -126,7 +126,7 @@ def measure_cost(
             logits_of(model, ids_BS)
         speed = measure_speed(model, ids_BS, base=original, seconds=seconds)
         costs.append(
-            Cost(
+            RunningCost(
                 memory_bytes=memory_bytes(model),
                 peak_memory_bytes=peak.num_bytes,
                 tokens_per_second=speed.tokens_per_second,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from coterie.errors import InputError, TextError, UnknownName
-from coterie.profile.mixing import checked_weights, shares
+from coterie.profile.shares import checked_weights, shares
 
 log = logging.getLogger(__name__)
 

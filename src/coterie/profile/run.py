@@ -96,7 +96,7 @@ def profile(
         check_target(target)
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     architecture = Architecture.of(checkpoint)
-    settings = Settings(
+    settings = ProfileSettings(
         text=text, tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, domains=domains,
         weights=weights, batch_size=batch_size, gradients=gradients, device=device, max_memory=max_memory,
     )  # fmt: skip
@@ -157,7 +157,7 @@ def _step(index: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
+class ProfileSettings:
     """What text is measured, and how; see `profile`."""
 
     text: str | Path

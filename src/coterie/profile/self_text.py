@@ -26,7 +26,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from coterie.amounts import format_bytes
 from coterie.errors import Infeasible, InputError, TextError
-from coterie.model.arch.load import hollow_model, load_model
+from coterie.model.arch.load import checkpoint_meta_model, load_model
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.stream.memory import FIXED_BYTES, free_bytes
@@ -123,7 +123,7 @@ def check_fits(checkpoint: Checkpoint, writing: Writing, *, limit: int | None) -
         )
     device = torch.device(writing.device)
     dtype = writing.dtype or working_dtype(checkpoint, device)
-    model = hollow_model(checkpoint, dtype=dtype)
+    model = checkpoint_meta_model(checkpoint, dtype=dtype)
     if not model.can_generate():
         raise InputError(
             f"{checkpoint.path} is a {type(model).__name__}, which writes no text; give a folder of text with --text"

@@ -14,7 +14,7 @@ import numpy as np
 from coterie.profile.profile import Profile
 from coterie.report import measures
 from coterie.report.draw import BLUES, VIRIDIS, heat_png
-from coterie.report.gather import Entry, Manifest, Run
+from coterie.report.gather import Entry, Manifest, ReportedRun
 from coterie.report.layers import (
     LayerChange,
     chosen_text,
@@ -56,7 +56,7 @@ _MAP_LAYERS = 16  # layers whose similarity maps are shown; evenly spaced when t
 _MAP_SIDE = 128  # pixels; larger maps are averaged down, or a page of them would weigh too much
 
 
-def experts(run: Run) -> Section | None:
+def experts(run: ReportedRun) -> Section | None:
     """Return what the experts do on text, from the profile that most results were made from."""
     if not run.profiles:
         return None
@@ -76,7 +76,7 @@ def experts(run: Run) -> Section | None:
     }
 
 
-def _chosen_profile(run: Run) -> tuple[str, Profile]:
+def _chosen_profile(run: ReportedRun) -> tuple[str, Profile]:
     made_from = [(manifest.inputs.get("model"), manifest.inputs.get("text")) for manifest in run.manifests]
     return max(run.profiles, key=lambda held: made_from.count((held[1].model_digest, held[1].text_digest)))
 

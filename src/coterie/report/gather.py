@@ -83,7 +83,7 @@ class Manifest:
 
 
 @dataclass(slots=True)
-class Run:
+class ReportedRun:
     """All artefacts of a run folder, sorted by path; paths are relative to it.
 
     Attributes:
@@ -149,7 +149,7 @@ class Entry:
         return _score(self.card, key, domain)
 
 
-def gather(run: str | Path) -> Run:
+def gather(run: str | Path) -> ReportedRun:
     """Read every artefact of a run folder, down to `DEPTH` levels; hidden folders are not looked into.
 
     Raises:
@@ -160,7 +160,7 @@ def gather(run: str | Path) -> Run:
     root = Path(run).expanduser()
     if not root.is_dir():
         raise InputError(f"{root} is not a folder; a report is made from the folder that holds a run's results")
-    found = Run(name=root.resolve().name)
+    found = ReportedRun(name=root.resolve().name)
     for path in _json_files(root, DEPTH):
         if path.name in _OUR_NAMES or _names_itself(path):
             _read(found, path, path.relative_to(root).as_posix())
@@ -173,7 +173,7 @@ def gather(run: str | Path) -> Run:
     return found
 
 
-def entries_of(run: Run) -> list[Entry]:
+def entries_of(run: ReportedRun) -> list[Entry]:
     """Join manifests and scorecards to the models of the report: bases first, then the largest, the least damage."""
     cards = _latest(run)
     base_digests = {card.base_digest for _, card in cards if card.base_digest is not None}
@@ -266,7 +266,7 @@ def _names_itself(path: Path) -> bool:
         return b'"coterie"' in file.read(_HEAD)
 
 
-def _read(run: Run, path: Path, relative: str) -> None:
+def _read(run: ReportedRun, path: Path, relative: str) -> None:
     header = read_header(path)
     kind = header["kind"]
     run.versions[relative] = str(header.get("coterie", "unknown"))
@@ -378,7 +378,7 @@ def _weights(folder: Path) -> tuple[str | None, Inspection | None]:
         return digest, None
 
 
-def _latest(run: Run) -> list[tuple[str, Scorecard]]:
+def _latest(run: ReportedRun) -> list[tuple[str, Scorecard]]:
     """Return one scorecard a model and text (the last by path, better with a base); say which are left out."""
     latest: dict[tuple[str, str], tuple[str, Scorecard]] = {}
     for path, card in run.scorecards:

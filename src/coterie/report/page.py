@@ -18,7 +18,7 @@ from coterie import __version__
 from coterie.artifact import atomic_path
 from coterie.errors import InputError
 from coterie.report.experts import changes, experts
-from coterie.report.gather import Run, entries_of, gather
+from coterie.report.gather import ReportedRun, entries_of, gather
 from coterie.report.sections import costs, headline, provenance, results_table, sizes
 
 FILE = "report.html"
@@ -56,7 +56,7 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
     return target
 
 
-def render(run: Run) -> str:
+def render(run: ReportedRun) -> str:
     """Return the page of a run as HTML."""
     entries = entries_of(run)
     content: dict[str, Any] = {

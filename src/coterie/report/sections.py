@@ -14,7 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from coterie.report.draw import CIVIDIS, colour, hex_colour, ink_on, key_mark
-from coterie.report.gather import Entry, Manifest, Run, recipe_name
+from coterie.report.gather import Entry, Manifest, ReportedRun, recipe_name
 from coterie.report.layers import before_after, chosen_text, counts_text, kept_text, plan_text, short_size, widths_text
 from coterie.report.plots import ByteRow, byte_bars, domain_dots, time_bars, trade_off
 from coterie.report.words import MISSING, bytes_text, count_text, number_text, percent_text, range_text, times_text
@@ -68,7 +68,7 @@ def best_of(entries: Sequence[Entry]) -> Entry | None:
     return entries[0] if entries else None
 
 
-def model_name(run: Run, entries: Sequence[Entry]) -> str:
+def model_name(run: ReportedRun, entries: Sequence[Entry]) -> str:
     """Return the name of the original model: the base's, else the one that results were made from, else the run's."""
     names = [entry.card.model for entry in entries if entry.is_base and entry.card is not None]
     names = names or [entry.card.base for entry in entries if entry.card is not None and entry.card.base]
@@ -77,7 +77,7 @@ def model_name(run: Run, entries: Sequence[Entry]) -> str:
     return Counter(names).most_common(1)[0][0] if names else run.name
 
 
-def headline(run: Run, entries: Sequence[Entry]) -> Section:
+def headline(run: ReportedRun, entries: Sequence[Entry]) -> Section:
     """Return which model, what was kept, what it weighs and what it cost."""
     results = compressed(entries)
     best = best_of(results)
@@ -99,7 +99,7 @@ def headline(run: Run, entries: Sequence[Entry]) -> Section:
     }
 
 
-def _facts(run: Run, entries: Sequence[Entry]) -> list[str]:
+def _facts(run: ReportedRun, entries: Sequence[Entry]) -> list[str]:
     facts = []
     if run.profiles:
         profile = run.profiles[0][1]
@@ -366,7 +366,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def sizes(run: Run, entries: Sequence[Entry]) -> Section | None:
+def sizes(run: ReportedRun, entries: Sequence[Entry]) -> Section | None:
     """Return bars of bytes before and after, and the plans that were not carried out."""
     results = [entry for entry in compressed(entries) if entry.bytes_ratio]
     done = [_bare(manifest.plan) for manifest in run.manifests]
@@ -426,7 +426,7 @@ def _bare(value: Any) -> Any:
     return [_bare(entry) for entry in value] if isinstance(value, (tuple, list)) else value
 
 
-def provenance(run: Run, entries: Sequence[Entry]) -> Section:
+def provenance(run: ReportedRun, entries: Sequence[Entry]) -> Section:
     """Return what everything was made from, how long it took, where it ran and how to load it."""
     manifests = [(entry.label, entry.manifest) for entry in entries if entry.manifest is not None]
     stages = list(dict.fromkeys(stage for _, manifest in manifests for stage in manifest.seconds))
@@ -442,7 +442,7 @@ def provenance(run: Run, entries: Sequence[Entry]) -> Section:
     }
 
 
-def _artefacts(run: Run) -> list[dict[str, Any]]:
+def _artefacts(run: ReportedRun) -> list[dict[str, Any]]:
     rows: list[tuple[str, str, dict[str, str]]] = []
     for path, profile in run.profiles:
         rows.append((path, "profile", {"model": profile.model_digest, "text": profile.text_digest}))
@@ -484,7 +484,7 @@ def _making(label: str, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _environment(run: Run) -> list[dict[str, str]]:
+def _environment(run: ReportedRun) -> list[dict[str, str]]:
     held: dict[str, dict[str, None]] = {}
     for _, card in run.scorecards:
         for key, value in card.environment.items():

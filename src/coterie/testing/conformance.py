@@ -42,7 +42,7 @@ def check_method(recipe: str, *, model_type: str = "olmoe") -> None:
 
     Full size is bit-identical; a smaller one is a whole checkpoint with all that came with the model, in the predicted
     bytes, the same bytes every time, and independent of the order of the experts; experts that no token chose and that
-    equal another one, or neurons that do nothing, go without a trace; a wish that cannot be met is refused and leaves
+    equal another one, or neurons that do nothing, go without a trace; a target that cannot be met is refused and leaves
     nothing behind; the input is not written. Merging recipes are checked with both router forms. Takes some ten
     seconds.
 
@@ -215,12 +215,12 @@ class _Shop:
         self._count += 1
         return self.folder / f"{self._count}-{name}"
 
-    def compress(self, model: Path, recipe: str, router: Any, *, fresh_profile: bool = False, **wish: Any) -> Result:
+    def compress(self, model: Path, recipe: str, router: Any, *, fresh_profile: bool = False, **target: Any) -> Result:
         held = self.profile(model, recipe, fresh=fresh_profile)
         out = self.new_path(f"{recipe}-{router}")
         if get_recipe(recipe).distills:
-            wish |= {"text": self._text, "tokens": self._tokens, "seq_len": 64, "train_tokens": self._tokens}
-        return compress(model, out, recipe=recipe, router=router, profile=held, **wish)
+            target |= {"text": self._text, "tokens": self._tokens, "seq_len": 64, "train_tokens": self._tokens}
+        return compress(model, out, recipe=recipe, router=router, profile=held, **target)
 
     def profile(self, model: Path, recipe: str, *, fresh: bool = False) -> Profile:
         """Return a profile that holds what a recipe needs, made once for a model."""
@@ -249,9 +249,9 @@ class _Shop:
 
     def smaller(self, model: Path, recipe: str, router: Any, *, fresh_profile: bool = False) -> Result:
         """Keep half of the experts, or a third of their width; where they are cut into parts, three eighths of all."""
-        wishes: dict[str, dict[str, Any]] = {"width": {"width": NARROW}, "parts": {"keep": 0.375}}
-        wish = wishes.get(get_recipe(recipe).shrinks, {"experts": 4})
-        return self.compress(model, recipe, router, fresh_profile=fresh_profile, **wish)
+        targets: dict[str, dict[str, Any]] = {"width": {"width": NARROW}, "parts": {"keep": 0.375}}
+        target = targets.get(get_recipe(recipe).shrinks, {"experts": 4})
+        return self.compress(model, recipe, router, fresh_profile=fresh_profile, **target)
 
     def edited(self, model: Path, edit: Callable[[PreTrainedModel, tuple[MoELayer, ...]], None]) -> Path:
         """Copy a checkpoint with its weights changed in memory, through the stock classes."""
@@ -282,17 +282,17 @@ class _Shop:
 
     def check_refusal(self, model: Path, recipe: str, router: str) -> None:
         layers = Architecture.of(Checkpoint.open(model)).layers
-        wish: dict[str, Any] = {"experts": max(layer.top_k for layer in layers) - 1}  # too few for the router
+        target: dict[str, Any] = {"experts": max(layer.top_k for layer in layers) - 1}  # too few for the router
         if get_recipe(recipe).shrinks != "experts":
-            wish = {"width": layers[0].width + 1} if get_recipe(recipe).shrinks == "width" else {"budget": 1}
+            target = {"width": layers[0].width + 1} if get_recipe(recipe).shrinks == "width" else {"budget": 1}
         there = set(self.folder.iterdir())
         try:
-            self.compress(model, recipe, router, **wish)
+            self.compress(model, recipe, router, **target)
         except Infeasible:
             left = sorted(path.name for path in set(self.folder.iterdir()) - there)
-            _require(not left, f"{recipe}: the refusal of {wish} left {left} behind")
+            _require(not left, f"{recipe}: the refusal of {target} left {left} behind")
         else:
-            raise AssertionError(f"{recipe}: {wish}, which cannot be, was not refused")
+            raise AssertionError(f"{recipe}: {target}, which cannot be, was not refused")
 
     def check_idle_neurons(self, model: Path, architecture: Architecture) -> None:
         """Make two thirds of the neurons of each expert do nothing, and slim them away: the logits must stay.

@@ -1,6 +1,6 @@
 """Which entry of config.json says how many experts a token chooses.
 
-Nothing is listed by family: empty models that differ in one entry are asked, as for the number of experts
+Nothing is listed by family: meta models that differ in one entry are asked, as for the number of experts
 (`coterie.model.arch.layers`) and their width (`coterie.model.arch.width`).
 
 Legend: E experts, K chosen experts.
@@ -14,7 +14,7 @@ import re
 from coterie.errors import ArchitectureMismatch, Infeasible
 from coterie.model.arch.entries import Entry, names_of, whole_numbers, with_values
 from coterie.model.arch.layers import Architecture, once_per_config
-from coterie.model.arch.meta import empty_model
+from coterie.model.arch.meta import meta_model
 from coterie.model.arch.probe import probe_top_k
 
 _LIKELY = re.compile(r"tok|top|chosen|select|activ|moe_k")
@@ -56,11 +56,11 @@ def _chooses_twice(architecture: Architecture, path: Entry) -> bool:
     config = with_values(architecture.config, {**doubled, path: 2 * layer.top_k}, architecture.model)
     names = [each.experts for each in architecture.layers]
     try:
-        model = empty_model(config)
+        model = meta_model(config)
         found = probe_top_k(
             model, names, "a model of twice the experts", known_as=json.dumps(config, sort_keys=True, default=str)
         )
-        before = empty_model(with_values(architecture.config, doubled, architecture.model))
+        before = meta_model(with_values(architecture.config, doubled, architecture.model))
     except Exception:  # whatever a family's constructor or block raises, it means: not this entry
         return False
     same = {name: tensor.shape for name, tensor in before.state_dict().items()} == {

@@ -1,4 +1,4 @@
-"""Crossing between the two name spaces: tensors on disk (often one an expert) and in memory (fused).
+"""WeightConversion between the two name spaces: tensors on disk (often one an expert) and in memory (fused).
 
 transformers' own conversion does both directions; this file only feeds it some tensors at a time.
 """
@@ -27,8 +27,8 @@ from coterie.model.disk.checkpoint import Checkpoint, TensorReader
 from coterie.model.quiet import quiet
 
 
-class Crossing:
-    """The crossing of one checkpoint and its empty model.
+class WeightConversion:
+    """The conversion of one checkpoint and its meta model.
 
     Attributes:
         memory_names: name on disk -> name in memory. A tensor that becomes several carries the first one's name; a
@@ -41,7 +41,7 @@ class Crossing:
 
         Args:
             checkpoint: the side of the names on disk.
-            model: its empty model, the side of the names in memory. Conversions pass through it; between two calls its
+            model: its meta model, the side of the names in memory. Conversions pass through it; between two calls its
                 parameters are empty.
         """
         self._checkpoint = checkpoint
@@ -68,7 +68,7 @@ class Crossing:
         self._use_disk_dtypes(state)
 
     def _use_disk_dtypes(self, state: Mapping[str, Tensor]) -> None:
-        """Give the empty model the number formats on disk, so that converting needs no memory for wider ones."""
+        """Give the meta model the number formats on disk, so that converting needs no memory for wider ones."""
         for name, disk_names in self.sources.items():
             dtypes = {TORCH_DTYPES.get(self._checkpoint.tensors[disk].dtype) for disk in disk_names}
             dtype = dtypes.pop()
@@ -122,7 +122,7 @@ class Crossing:
         """Return tensors under their names on disk, in the dtype that each name has in the checkpoint.
 
         Args:
-            model: the empty model of the result (its config has the result's number of experts).
+            model: the meta model of the result (its config has the result's number of experts).
             tensors: by name in memory.
             conversions: what `read` returned with them.
 

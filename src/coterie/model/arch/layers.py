@@ -1,10 +1,10 @@
 """The MoE layers of a model: where they are, which tensors steer them, and their experts in canonical form.
 
-Nothing is listed by family. Two empty models that differ only in their number of experts are compared: the tensors
+Nothing is listed by family. Two meta models that differ only in their number of experts are compared: the tensors
 whose shape differs are the experts' and the router's, the axis that differs is the expert axis, and the config key
 that made the difference is the key to change. transformers' own marks say which modules hold experts
 (`use_experts_implementation`) and which are routers (`_can_record_outputs["router_logits"]`); how many experts a token
-chooses is seen by running the empty model on empty text.
+chooses is seen by running the meta model on empty text.
 
 Legend: E experts, F expert width, D model width, T tokens, K chosen experts. All names here are names in memory.
 """
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from coterie.errors import ArchitectureMismatch, Infeasible, NotAMoE
 from coterie.model.arch.entries import whole_numbers, with_value
 from coterie.model.arch.experts import canonical_experts, is_experts
-from coterie.model.arch.meta import empty_model
+from coterie.model.arch.meta import meta_model
 from coterie.model.arch.probe import probe_top_k, run_on_nothing
 from coterie.model.arch.routing import routing_problem
 from coterie.model.disk.checkpoint import Checkpoint
@@ -70,7 +70,7 @@ class MoELayer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """What a checkpoint computes: its empty model, its MoE layers, and the config key that counts experts.
+    """What a checkpoint computes: its meta model, its MoE layers, and the config key that counts experts.
 
     `expert_key` is the path into config.json, for example ``("text_config", "num_experts")``.
     """
@@ -95,7 +95,7 @@ class Architecture:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, where: str = "the config") -> Architecture:
         """Derive the architecture from the content of a config.json; see `of`."""
-        model = empty_model(config, where=where)
+        model = meta_model(config, where=where)
         names = [name for name, module in model.named_modules() if is_experts(module)]
         if not names:
             raise NotAMoE(
@@ -169,7 +169,7 @@ def once_per_config(derive: Callable[[Architecture], T]) -> Callable[[Architectu
 def _find_expert_key(
     config: Mapping[str, Any], model: PreTrainedModel, counts: Mapping[str, int], where: str
 ) -> tuple[tuple[str, ...], PreTrainedModel]:
-    """Find the config key that counts experts, and the empty model with twice as many."""
+    """Find the config key that counts experts, and the meta model with twice as many."""
     distinct = sorted(set(counts.values()))
     if len(distinct) > 1:
         raise ArchitectureMismatch(f"{where}: layers with different numbers of experts ({distinct}) are not supported")
@@ -197,9 +197,9 @@ def _find_expert_key(
 def _try_resize(
     config: Mapping[str, Any], path: tuple[str, ...], count: int, names: Iterable[str]
 ) -> PreTrainedModel | None:
-    """Build the empty model with `count` at `path`; None unless just that makes all experts modules hold `count`."""
+    """Build the meta model with `count` at `path`; None unless just that makes all experts modules hold `count`."""
     try:
-        other = empty_model(with_value(config, path, count))
+        other = meta_model(with_value(config, path, count))
     except Exception:  # whatever a family's constructor raises, it means: not this key
         return None
     held = {name: module.num_experts for name, module in other.named_modules() if is_experts(module)}
@@ -225,7 +225,7 @@ def _router_tensors(
     """Find the tensors outside the experts whose shape depends on the number of experts, by experts module.
 
     Args:
-        model: the empty model.
+        model: the meta model.
         other: the same with twice as many experts.
         counts: number of experts by experts module.
         where: what to name in an error.

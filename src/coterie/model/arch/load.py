@@ -20,7 +20,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from coterie.errors import CorruptCheckpoint
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.mapped import attach_maps, maps_of, widen_routers
-from coterie.model.arch.meta import empty_model, make_buffers
+from coterie.model.arch.meta import make_buffers, meta_model
 from coterie.model.arch.resize import resized_config
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.filled import filled_up
@@ -50,7 +50,7 @@ def load_model(
     manifest = read_manifest(stored.path)
     checkpoint = filled_up(stored, ragged_part(manifest))
     mapped = manifest is not None and manifest["router"] == "map"
-    empty = empty_model(checkpoint.config, where=str(checkpoint.path))
+    empty = meta_model(checkpoint.config, where=str(checkpoint.path))
     loaded: PreTrainedModel
     info: dict[str, Any]
     with quiet():
@@ -78,7 +78,7 @@ def load_model(
     return loaded
 
 
-def hollow_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> PreTrainedModel:
+def checkpoint_meta_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> PreTrainedModel:
     """Build the model of a checkpoint, plain or mapped, without its weights.
 
     Parameters and saved buffers are on the meta device; what a checkpoint does not hold (rotary frequencies and the
@@ -90,13 +90,13 @@ def hollow_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> PreTrainedMod
     manifest = read_manifest(checkpoint.path)
     if manifest is not None and manifest["router"] == "map":
         count = manifest["layers"][0]["num_experts_after"]
-        return hollow_result(Architecture.of(checkpoint), count, maps=maps_of(manifest), dtype=dtype)
-    model = empty_model(checkpoint.config, where=str(checkpoint.path), dtype=dtype)
+        return result_meta_model(Architecture.of(checkpoint), count, maps=maps_of(manifest), dtype=dtype)
+    model = meta_model(checkpoint.config, where=str(checkpoint.path), dtype=dtype)
     make_buffers(model)
     return model
 
 
-def hollow_result(
+def result_meta_model(
     architecture: Architecture,
     num_experts: int,
     *,
@@ -105,7 +105,7 @@ def hollow_result(
     width: int | None = None,
     top_k: int | None = None,
 ) -> PreTrainedModel:
-    """Build what a compression of a model makes, without its weights; see `hollow_model`.
+    """Build what a compression of a model makes, without its weights; see `checkpoint_meta_model`.
 
     Args:
         architecture: the original model's.
@@ -115,9 +115,9 @@ def hollow_result(
         width: expert width of the result; None for the original's.
         top_k: experts that a token chooses in the result; None for the original's.
     """
-    model = empty_model(resized_config(architecture, num_experts, width, top_k), dtype=dtype)
+    model = meta_model(resized_config(architecture, num_experts, width, top_k), dtype=dtype)
     if maps is not None:
-        widen_routers(model, empty_model(architecture.config, dtype=dtype), architecture.layers)
+        widen_routers(model, meta_model(architecture.config, dtype=dtype), architecture.layers)
         attach_maps(model, architecture.layers, maps)
     make_buffers(model)
     return model
@@ -129,7 +129,7 @@ def _load_mapped(
     """Load a mapped checkpoint through the stock class, its routers widened before the weights come in."""
     architecture = Architecture.of(checkpoint)
     counts = {entry["num_experts_after"] for entry in manifest["layers"]}
-    small = empty_model(resized_config(architecture, counts.pop()))
+    small = meta_model(resized_config(architecture, counts.pop()))
     base = type(small)
     wide, layers = architecture.model, architecture.layers
 

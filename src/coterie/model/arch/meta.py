@@ -17,7 +17,7 @@ from coterie.errors import CorruptCheckpoint, NotACheckpoint
 from coterie.model.quiet import quiet
 
 
-def empty_model(
+def meta_model(
     config: Mapping[str, Any], *, where: str = "the config", dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """Build the model of a config.json on the meta device: all modules and names, no memory.

@@ -29,7 +29,7 @@ def probe_top_k(model: PreTrainedModel, names: list[str], where: str, known_as: 
     """Read K from the shape of the routing decisions that empty text leads to, by name of the experts modules it meets.
 
     Mostly a block can be run by itself, which takes no time. Where it cannot, or where a layer has several kinds of
-    experts and text may not meet them all, the whole empty model is run: a tenth of a second a layer, so what that
+    experts and text may not meet them all, the whole meta model is run: a tenth of a second a layer, so what that
     showed is kept under `known_as`, the text of the config.
     """
     if known_as in _probed:
@@ -46,7 +46,7 @@ def probe_top_k(model: PreTrainedModel, names: list[str], where: str, known_as: 
         raise
     except Exception as error:  # whatever a family's model raises, the way out is the same
         raise ArchitectureMismatch(
-            f"{where}: how many experts a token chooses cannot be seen, the empty model does not run "
+            f"{where}: how many experts a token chooses cannot be seen, the meta model does not run "
             f"({type(error).__name__}: {str(error).strip()[:200]}); please report it"
         ) from error
     if not found:

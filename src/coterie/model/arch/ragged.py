@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from coterie.errors import ArchitectureMismatch, Infeasible
-from coterie.model.arch.conversion import Crossing
+from coterie.model.arch.conversion import WeightConversion
 from coterie.model.arch.experts import width_axes
 from coterie.model.arch.layers import Architecture, MoELayer
 
@@ -33,11 +33,13 @@ class Place:
     pattern: str
 
 
-def places_of(crossing: Crossing, architecture: Architecture, names: Iterable[Iterable[str]]) -> dict[str, Place]:
+def places_of(
+    conversion: WeightConversion, architecture: Architecture, names: Iterable[Iterable[str]]
+) -> dict[str, Place]:
     """Find the tensors that become smaller with the width of one expert, by name.
 
     Args:
-        crossing: between the names on disk and in memory.
+        conversion: between the names on disk and in memory.
         architecture: of the checkpoint.
         names: for each MoE layer the names of its experts' tensors.
 
@@ -50,7 +52,7 @@ def places_of(crossing: Crossing, architecture: Architecture, names: Iterable[It
         axes, listed = width_axes(module), sorted(held)
         position = _expert_position(listed, layer)
         for name in listed:
-            leaf = crossing.memory_names[name].rpartition(".")[2]
+            leaf = conversion.memory_names[name].rpartition(".")[2]
             if leaf in axes:
                 parts = name.split(".")
                 expert, parts[position] = int(parts[position]), "*"

@@ -1,6 +1,6 @@
 """Ask a family's own router what it would choose with other router tensors, such as those of fewer experts.
 
-The block of an empty model with that many experts is run with the given router tensors and with the original weights
+The block of a meta model with that many experts is run with the given router tensors and with the original weights
 of everything else in the block; its experts are not computed, only their routing decision is caught. So softmax,
 sigmoid, correction bias, group limits and renormalisation are the family's own.
 
@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 
 from coterie.errors import ArchitectureMismatch
 from coterie.model.arch.layers import Architecture, MoELayer
-from coterie.model.arch.load import hollow_result
+from coterie.model.arch.load import result_meta_model
 from coterie.model.arch.seam import intercepted
 
 _CHUNK = 8192  # tokens
 
 
 class Reroute:
-    """Routing decisions of the blocks of one model; keeps an empty model for each number of experts asked for."""
+    """Routing decisions of the blocks of one model; keeps a meta model for each number of experts asked for."""
 
     def __init__(self, architecture: Architecture, model: PreTrainedModel, top_k: int | None = None) -> None:
         """Remember the model.
@@ -38,7 +38,7 @@ class Reroute:
         self._top_k = top_k
         self._architecture = architecture
         self._model = model
-        self._hollow: dict[int, PreTrainedModel] = {}
+        self._meta_models: dict[int, PreTrainedModel] = {}
 
     def __call__(self, layer: MoELayer, router: Mapping[str, Tensor], block_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the router chooses: ``index_TK`` (M means "no expert"), int64, and ``weight_TK``, float32.
@@ -63,7 +63,7 @@ class Reroute:
             found.append((index_TK, weight_TK.float()))
             return torch.zeros_like(hidden_TD)
 
-        with intercepted(self._hollow[count], catch):
+        with intercepted(self._meta_models[count], catch):
             for chunk_TD in torch.split(block_TD, _CHUNK):
                 try:
                     functional_call(block, tensors, (chunk_TD[None],))
@@ -84,10 +84,10 @@ class Reroute:
     def _prepared(
         self, layer: MoELayer, router: Mapping[str, Tensor], count: int
     ) -> tuple[nn.Module, dict[str, Tensor]]:
-        """Return the empty block with `count` experts, and the tensors that it is to run with."""
-        if count not in self._hollow:
+        """Return the meta block with `count` experts, and the tensors that it is to run with."""
+        if count not in self._meta_models:
             self._architecture.check_feasible(count, self._top_k)
-            self._hollow[count] = hollow_result(
+            self._meta_models[count] = result_meta_model(
                 self._architecture, count, maps=None, dtype=torch.float32, top_k=self._top_k
             )
         inside = f"{layer.block}." if layer.block else ""
@@ -102,4 +102,4 @@ class Reroute:
             for name, tensor in weights.items()
         }
         tensors |= {name.removeprefix(inside): tensor for name, tensor in router.items()}
-        return self._hollow[count].get_submodule(layer.block), tensors
+        return self._meta_models[count].get_submodule(layer.block), tensors

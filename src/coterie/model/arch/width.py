@@ -1,10 +1,10 @@
 """Which entries of config.json say how wide experts are, and which widths a plain checkpoint can have.
 
-Nothing is listed by family. Empty models that differ in one entry are compared, as for the number of experts
+Nothing is listed by family. Meta models that differ in one entry are compared, as for the number of experts
 (`coterie.model.arch.layers`): the entry that makes all routed experts narrower is the one to change. In half of all
 families it makes shared experts narrower too, as their number times the width of one. Those must stay as they are, so a
-second entry is looked for that gives them their size back, such as the number of shared experts: half the width, twice the
-number. That the rest of the model computes the same with it is checked on the weights (`coterie.compress.layer`).
+second entry is looked for that gives them their size back, such as the number of shared experts: half the width, twice
+the number. That the rest of the model computes the same with it is checked on the weights (`coterie.compress.layer`).
 
 Legend: F expert width.
 """
@@ -22,7 +22,7 @@ from coterie.errors import ArchitectureMismatch, Infeasible
 from coterie.model.arch.entries import Entry, config_entries, names_of, with_values
 from coterie.model.arch.experts import canonical_experts
 from coterie.model.arch.layers import Architecture, once_per_config
-from coterie.model.arch.meta import empty_model
+from coterie.model.arch.meta import meta_model
 
 #: Grouped matrix products, transformers' default for experts, want rows of a multiple of 16 bytes: torch says "strides
 #: should be multiple of 16 bytes". So many weights of 16 bits are that.
@@ -109,7 +109,7 @@ def width_rule(architecture: Architecture) -> WidthRule:
 
 
 class _Search:
-    """Compares empty models with experts narrower by a factor."""
+    """Compares meta models with experts narrower by a factor."""
 
     def __init__(self, architecture: Architecture, width: int, divisor: int) -> None:
         self._architecture = architecture
@@ -202,7 +202,7 @@ class _Search:
         """Return the tensors outside the experts that other values change; None unless all experts become narrower."""
         architecture = self._architecture
         try:
-            model = empty_model(with_values(architecture.config, values, architecture.model))
+            model = meta_model(with_values(architecture.config, values, architecture.model))
             experts = [canonical_experts(model.get_submodule(layer.experts)) for layer in architecture.layers]
         except Exception:  # whatever a family's constructor raises, it means: not this entry
             return None

@@ -21,7 +21,7 @@ from coterie.model.nested import mapped, tensors_in
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Backward:
-    """A job's wish for the gradients of a unit's inputs.
+    """A job's target for the gradients of a unit's inputs.
 
     Attributes:
         args: what the unit received, without a graph.

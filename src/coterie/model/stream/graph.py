@@ -52,5 +52,5 @@ class _Call(torch.autograd.Function):
         node = ctx.node
         if not any(needed) or all(gradient is None for gradient in gradients):
             return (None, None, *(None for _ in needed))
-        wish = Backward(node.args, node.kwargs, needed, gradients)
-        return (None, None, *node.worker.wait(node.unit, (wish,), {}))
+        target = Backward(node.args, node.kwargs, needed, gradients)
+        return (None, None, *node.worker.wait(node.unit, (target,), {}))

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coterie.errors import CorruptCheckpoint
-from coterie.model.arch.conversion import TORCH_DTYPES, Crossing, put
-from coterie.model.arch.load import hollow_model
+from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion, put
+from coterie.model.arch.load import checkpoint_meta_model
 from coterie.model.disk.checkpoint import Checkpoint, TensorReader
 from coterie.model.nested import mapped
 from coterie.model.stream.backward import Backward
@@ -78,7 +78,7 @@ class Stage:
         calls: one a job, in the order of the jobs.
         backward: whether the calls want gradients of what they passed before.
         kept: raw tensors by name on disk, as `Stream.run` was asked to keep them.
-        conversions: how the unit's names and layouts were changed while reading, for `Crossing.write`.
+        conversions: how the unit's names and layouts were changed while reading, for `WeightConversion.write`.
     """
 
     unit: Unit
@@ -94,7 +94,7 @@ class Stream(AbstractContextManager["Stream"]):
     Attributes:
         model: the model; its weights are on the meta device except while a unit's stage lasts.
         units: its units, in the order of their modules.
-        crossing: between the names on disk and in memory.
+        conversion: between the names on disk and in memory.
         bytes_read: bytes of tensors that were read from the checkpoint so far.
         reads_ahead: whether the next layer is read while one is computed.
     """
@@ -107,7 +107,7 @@ class Stream(AbstractContextManager["Stream"]):
         device: str | torch.device = "cpu",
         scratch: Path | None = None,
     ) -> None:
-        """Build the empty model.
+        """Build the meta model.
 
         Args:
             checkpoint: what to run.
@@ -123,8 +123,8 @@ class Stream(AbstractContextManager["Stream"]):
         self.dtype = dtype or working_dtype(checkpoint, self.device)
         # Where units are computed elsewhere, the next one is read meanwhile; here that would only cost memory.
         self.reads_ahead = self.device.type != "cpu"
-        self.model = hollow_model(checkpoint, dtype=self.dtype).requires_grad_(False)
-        self.crossing = Crossing(checkpoint, hollow_model(checkpoint, dtype=torch.float32))
+        self.model = checkpoint_meta_model(checkpoint, dtype=self.dtype).requires_grad_(False)
+        self.conversion = WeightConversion(checkpoint, checkpoint_meta_model(checkpoint, dtype=torch.float32))
         self._spill = Spill(scratch)
         self._reader: TensorReader | None = None
         self._bytes_read = 0
@@ -132,7 +132,7 @@ class Stream(AbstractContextManager["Stream"]):
         self._modules = _unit_modules(self.model)
         self._precise = _kept_precise(self.model, self.dtype)
         self._load_lock = threading.Lock()
-        self._sources = _sources(self.model, self.crossing)
+        self._sources = _sources(self.model, self.conversion)
         self.units = tuple(self._describe(name, order) for order, name in enumerate(self._modules))
         self._check_whole()
         self._originals: dict[str, Callable[..., Any]] = {}
@@ -170,7 +170,7 @@ class Stream(AbstractContextManager["Stream"]):
         keep: Callable[[str], bool] = lambda name: False,
         heads_apart: bool = False,
         gradients: bool = False,
-    ) -> Run:
+    ) -> StreamRun:
         """Run jobs; iterate over what is returned to go through the stages.
 
         Args:
@@ -181,7 +181,7 @@ class Stream(AbstractContextManager["Stream"]):
             gradients: whether jobs may call ``backward`` on what they computed: the units then come by once more, in
                 reverse order (`Stage.backward`). What every unit received is kept in files meanwhile. Heads are apart.
         """
-        return Run(self, jobs, keep, heads_apart or gradients, gradients)
+        return StreamRun(self, jobs, keep, heads_apart or gradients, gradients)
 
     def logits_job(self, ids_BS: Tensor) -> Callable[[], Tensor]:
         """Return a job that computes logits (B, S, V) from token ids."""
@@ -326,7 +326,7 @@ class Stream(AbstractContextManager["Stream"]):
         with self._load_lock:
             raw = {name: self._reader.read(name) for name in self._disk_names(names)}
             kept = {name: tensor for name, tensor in raw.items() if keep(name)}
-            found, conversions = self.crossing.convert(raw, self._dtype_of)
+            found, conversions = self.conversion.convert(raw, self._dtype_of)
         tied: Mapping[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
         tensors = {}
         for name in names:
@@ -364,7 +364,7 @@ class Loaded:
     conversions: list[Any]
 
 
-class Run:
+class StreamRun:
     """Jobs on their way through a stream; iterate to go through the stages.
 
     Calls that the loop's body leaves alone are computed when it asks for the next stage.
@@ -512,9 +512,9 @@ def _kept_precise(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str],
     return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
-def _sources(model: PreTrainedModel, crossing: Crossing) -> dict[str, tuple[str, ...]]:
+def _sources(model: PreTrainedModel, conversion: WeightConversion) -> dict[str, tuple[str, ...]]:
     """Return the names on disk of each name in memory; tied weights come from the one that is on disk."""
-    sources = dict(crossing.sources)
+    sources = dict(conversion.sources)
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for target, source in tied.items():
         for missing, there in ((target, source), (source, target)):
