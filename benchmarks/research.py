@@ -34,12 +34,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coterie.artifact import atomic_path, digest_of, file_digest
+from coterie.compress.decide import allocate
 from coterie.compress.layer import compress_layer
+from coterie.compress.layer_plan import LayerPlan, ragged_plan
 from coterie.compress.methods import segment
 from coterie.compress.methods.slim import RANKINGS, needs
 from coterie.compress.recipes import Recipe
-from coterie.compress.sizes import Sizing, Target, layer_tensors, sizes_for
-from coterie.compress.state import LayerSize
+from coterie.compress.request import Request
+from coterie.compress.source import Source
+from coterie.compress.target import Target
 from coterie.errors import CoterieError, Infeasible
 from coterie.evaluate.divergence import token_divergence
 from coterie.evaluate.generation import count_correct, read_questions
@@ -120,11 +123,8 @@ class Form:
             made = ("segment", {"score": self.score, "parts": self.parts})
         else:
             made = ("slim", {"score": self.score})
-        shrinks: Any = self.shrinks if self.shrinks in ("experts", "parts") else "width"
-        return Recipe(
-            name="study", summary="", paper=None, merges=False, passes=(made,), shrinks=shrinks,
-            ragged=self.shrinks == "ragged",
-        )  # fmt: skip
+        allocators = {"experts": "fewer", "parts": "parts", "ragged": "ragged"}
+        return Recipe(name="study", passes=(made,), allocator=allocators.get(self.shrinks, "narrower"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -430,16 +430,16 @@ class Study:
             statistics.append({**held, **study_statistics(experts, self._profile.samples[layer.index], wanted)})
         return replace(self._profile, statistics=statistics)
 
-    def sizes(self, form: Form, measured: Profile) -> tuple[LayerSize, ...]:
+    def sizes(self, form: Form, measured: Profile) -> tuple[LayerPlan, ...]:
         """Return what every layer gets.
 
         Raises:
             Infeasible: this model cannot have that form.
         """
         layers, architecture = self._architecture.layers, self._architecture
-        parts = layer_tensors(self._checkpoint, layers, self._conversion)
-        sizing = Sizing(self._checkpoint, architecture, self._conversion, parts, keeps_rows=False)
-        found = sizes_for(form.recipe, architecture, sizing, Target(keep=self._options.keep), measured)
+        source = Source(checkpoint=self._checkpoint, architecture=architecture, conversion=self._conversion)
+        request = Request(recipe=form.recipe, target=Target(keep=self._options.keep))
+        found = allocate(source, request, measured)
         if form.shrinks == "ragged-layers":
             return tuple(
                 self._ragged(form.score, measured, layer, size) for layer, size in zip(layers, found, strict=True)
@@ -453,17 +453,17 @@ class Study:
         architecture.check_feasible(found[0].num_experts, top_k)
         return tuple(replace(size, top_k=top_k) for size in found)
 
-    def _ragged(self, score: str, measured: Profile, layer: MoELayer, size: LayerSize) -> LayerSize:
+    def _ragged(self, score: str, measured: Profile, layer: MoELayer, plan: LayerPlan) -> LayerPlan:
         """Keep as many neurons of a layer as that size has, the best ones whichever experts they are of."""
         scores_EF = RANKINGS[score]({name: measured.sum(layer.index, name) for name in needs(score)})
         best = scores_EF.flatten().argsort(descending=True, stable=True)[
-            : size.num_experts * (size.width or layer.width)
+            : plan.num_experts * (plan.width or layer.width)
         ]
         widths_E = torch.bincount(best // layer.width, minlength=layer.num_experts)
-        return LayerSize(num_experts=layer.num_experts, widths=tuple(widths_E.tolist()))
+        return ragged_plan(widths_E.tolist())
 
     def _compressed(
-        self, form: Form, refit: Sequence[Pass], sizes: Sequence[LayerSize], measured: Profile
+        self, form: Form, refit: Sequence[Pass], sizes: Sequence[LayerPlan], measured: Profile
     ) -> dict[str, Tensor]:
         """Send every layer through the passes; return experts and routers by name in memory, as they are on disk."""
         reroute = Reroute(self._architecture, self._original, sizes[0].top_k)
@@ -478,10 +478,10 @@ class Study:
                 found |= {name: self._rounded(name, tensor).contiguous() for name, tensor in made.items()}
         return found
 
-    def _filled(self, size: LayerSize, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    def _filled(self, plan: LayerPlan, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
         """Return a model of the original's weights with some replaced; it shares none with the original."""
         model = result_meta_model(
-            self._architecture, size.num_experts, maps=None, dtype=torch.float32, width=size.width, top_k=size.top_k
+            self._architecture, plan.num_experts, maps=None, dtype=torch.float32, width=plan.width, top_k=plan.top_k
         )
         for name, tensor in {**self._original.state_dict(), **tensors}.items():
             put(model, name, tensor.to(torch.float32, copy=True))

@@ -85,4 +85,4 @@ def test_a_call_reaches_the_function(tiny, text):
     made = coterie.profile(tiny(), text=text, tokens=128, seq_len=64)
     assert isinstance(made, coterie.Profile)
     assert made.num_tokens == (64, 64)
-    assert coterie.plan(tiny(), made, keep=0.5, recipe="mergemoe").sizes[0].num_experts == 4
+    assert coterie.plan(tiny(), made, keep=0.5, recipe="mergemoe").layers[0].num_experts == 4

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from coterie.bench.run import bench as bench
     from coterie.compress.apply import compress as compress
+    from coterie.compress.decide import plan as plan
     from coterie.compress.plan import Plan as Plan
-    from coterie.compress.plan import plan as plan
     from coterie.evaluate.run import evaluate as evaluate
     from coterie.evaluate.scorecard import Scorecard as Scorecard
     from coterie.model.arch.inspect import inspect as inspect
@@ -56,7 +56,7 @@ _HOMES = {
     "calibrate": "coterie.profile.calibrate",
     "inspect": "coterie.model.arch.inspect",
     "load_model": "coterie.model.arch.load",
-    "plan": "coterie.compress.plan",
+    "plan": "coterie.compress.decide",
 }
 
 

@@ -36,12 +36,14 @@ class Artifact:
         inputs: digest of every input that it was made from, by name.
         tensors: its tensors by name, empty when there are none.
         files: other files beside the JSON that belong to it: name -> SHA-256. They are not read, see `check_file`.
+        edited: whether the JSON was changed since it was written; such an artefact is read only where that is allowed.
     """
 
     body: dict[str, Any]
     inputs: Mapping[str, str]
     tensors: Mapping[str, torch.Tensor]
     files: Mapping[str, str]
+    edited: bool = False
 
 
 @contextmanager
@@ -220,19 +222,20 @@ def read_artifact(
     return artifact.body, dict(artifact.tensors)
 
 
-def open_artifact(path: Path, *, kind: str, inputs: Mapping[str, str] | None = None) -> Artifact:
+def open_artifact(path: Path, *, kind: str, inputs: Mapping[str, str] | None = None, edited: bool = False) -> Artifact:
     """Read an artefact and check that it is whole and made from what the caller has.
 
     Args:
         path: the JSON file.
         kind: the noun that is expected.
         inputs: digests that the artefact must carry, by name; names that are not given are not checked.
+        edited: read one whose JSON was changed by hand as well; its reader checks what it says.
 
     Raises:
         CorruptArtifact: missing, not JSON, of another kind, or its content does not match its digest.
         StaleArtifact: an input digest differs, or the format is newer than this version reads.
     """
-    document = read_header(path)
+    document = read_header(path, edited=edited)
     if document["kind"] != kind:
         raise CorruptArtifact(f"{path} is a {document['kind']}, not a {kind}")
     for name, digest in (inputs or {}).items():
@@ -256,7 +259,9 @@ def open_artifact(path: Path, *, kind: str, inputs: Mapping[str, str] | None = N
         _is_plain_name(name) and isinstance(digest, str) for name, digest in files.items()
     ):
         raise CorruptArtifact(f"{path} names {files!r:.80} as the files that belong to it, which cannot be")
-    return Artifact(body=document["body"], inputs=document["inputs"], tensors=tensors, files=files)
+    return Artifact(
+        body=document["body"], inputs=document["inputs"], tensors=tensors, files=files, edited=not _is_whole(document)
+    )
 
 
 def check_file(folder: Path, name: str, digest: str, *, owner: str = "the artefact") -> None:
@@ -282,8 +287,8 @@ def _is_plain_name(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\\" not in name
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """Read an artefact's JSON document without its tensors, checked against its digest.
+def read_header(path: Path, *, edited: bool = False) -> dict[str, Any]:
+    """Read an artefact's JSON document without its tensors, checked against its digest unless it may be `edited`.
 
     Raises:
         CorruptArtifact: missing, not JSON, no artefact, or its content does not match its digest.
@@ -304,10 +309,13 @@ def read_header(path: Path) -> dict[str, Any]:
         raise StaleArtifact(
             f"{path} has format {document['format']}; this version reads up to {FORMAT}: upgrade coterie"
         )
-    if document["format"] == 1:
-        found, expected = document.get("body_digest"), digest_of(document["body"])
-    else:
-        found, expected = document.get("digest"), digest_of({k: v for k, v in document.items() if k != "digest"})
-    if found != expected:
+    if not edited and not _is_whole(document):
         raise CorruptArtifact(f"{path}: the content does not match its digest; the file was changed or damaged")
     return document
+
+
+def _is_whole(document: Mapping[str, Any]) -> bool:
+    """Tell whether the content of an artefact's JSON is what its digest was made from."""
+    if document["format"] == 1:
+        return bool(document.get("body_digest") == digest_of(document["body"]))
+    return bool(document.get("digest") == digest_of({k: v for k, v in document.items() if k != "digest"}))

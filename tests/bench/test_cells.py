@@ -81,7 +81,7 @@ def test_every_recipe_is_known_by_its_files():
     for recipe in RECIPES.values():
         files = cells._sources(recipe, "plain")
         assert {cells.PASSES[name].partition(":")[0] for name, _ in recipe.passes} <= files.keys()
-        assert (cells._DISTILLING in files) == recipe.distills
+        assert (cells._DISTILLING in files) == recipe.trains
         assert all(name.startswith("coterie.compress.") for name in files)
 
 

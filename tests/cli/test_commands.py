@@ -76,7 +76,7 @@ def test_plan_prints_and_writes_the_same_plan(tiny, made, tmp_path):
     lines = words(run("plan", tiny(), made / "profile", *options).stdout)
     assert lines[:2] == ["recipe hc-smoe, router map, seed 5", "MoE layers 0 to 1: 5 experts"]
     plan = coterie.Plan.load(file)
-    assert {size.num_experts for size in plan.sizes} == {5}
+    assert {size.num_experts for size in plan.layers} == {5}
     assert any(line.startswith("bytes 239 KiB 18") for line in lines)
     shown = json.loads(run("plan", tiny(), made / "profile", *options, "--json").stdout)
     assert shown.pop("inputs") == dict(plan.inputs)

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.align import MATCHES, align, match_neurons, match_neurons_and_activations, permute_neurons
 from coterie.compress.methods.average import average
 from coterie.compress.methods.cluster import cluster
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 from coterie.errors import UnknownName
 
 
@@ -83,7 +84,7 @@ def test_ream_matches_weights_and_activations(state: Callable[..., LayerState], 
 
 def test_an_unknown_way_to_match_is_refused(state: Callable[..., LayerState]) -> None:
     with pytest.raises(UnknownName, match="did you mean weights"):
-        align(cluster(state(), LayerSize(num_experts=4), rule="m-smoe"), LayerSize(num_experts=4), by="weight")
+        align(cluster(state(), LayerPlan(num_experts=4), rule="m-smoe"), LayerPlan(num_experts=4), by="weight")
 
 
 @settings(max_examples=20)
@@ -114,7 +115,7 @@ def test_averaging_aligned_copies_of_one_expert_gives_it_back(
     order = torch.stack([torch.randperm(6, generator=generator) for _ in range(4)])
     shuffled = permute_neurons(first, order)
     before = replace(single, experts=shuffled, original=shuffled)
-    size = LayerSize(num_experts=2)
+    size = LayerPlan(num_experts=2)
     after = average(align(cluster(before, size, rule="m-smoe"), size, by=by), size)
     x = before.sample.inputs_TD
     for expert in range(2):

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import coterie.compress.apply as apply_module
+import coterie.compress.layers as layers_module
 import coterie.compress.shards as shards_module
 from checkpoints import logits, tensors_of, weight_digests
 from coterie.artifact import file_digest
@@ -143,7 +144,7 @@ def test_too_little_space_is_seen_before_any_compute(
     olmoe: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coterie.compress.output.shutil.disk_usage", lambda path: SimpleNamespace(free=10))
-    monkeypatch.setattr(apply_module, "run_profile", lambda *_, **__: pytest.fail("profiled before checking space"))
+    monkeypatch.setattr(apply_module, "open_run", lambda *_, **__: pytest.fail("began before checking space"))
     with pytest.raises(OutOfSpace, match=r"needs 16\.\d MiB.*has 10 B free"):
         compress(olmoe, tmp_path / "out", keep=0.5, recipe="mergemoe", text=text_folder)
     assert list(tmp_path.iterdir()) == []
@@ -164,7 +165,7 @@ def test_a_disk_that_fills_up_midway_keeps_what_was_finished(
         compress(olmoe, tmp_path / "out", keep=0.5, recipe="mergemoe", profile=olmoe_profile)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(shards_module, "save_file", real)
-    monkeypatch.setattr(apply_module, "compress_layer", _counted(calls := []))
+    monkeypatch.setattr(layers_module, "compress_layer", _counted(calls := []))
     compress(olmoe, tmp_path / "out", keep=0.5, recipe="mergemoe", profile=olmoe_profile)
     assert calls == [1]  # the layer that had been written was not compressed again
     whole = compress(olmoe, tmp_path / "whole", keep=0.5, recipe="mergemoe", profile=olmoe_profile)
@@ -172,7 +173,7 @@ def test_a_disk_that_fills_up_midway_keeps_what_was_finished(
 
 
 def _counted(calls: list[int]) -> Any:
-    real = apply_module.compress_layer
+    real = layers_module.compress_layer
 
     def compress_layer(model: Any, layer: Any, *arguments: Any) -> Any:
         calls.append(layer.index)

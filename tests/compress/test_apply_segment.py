@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 
-import coterie.compress.apply as apply_module
+import coterie.compress.layers as layers_module
 from checkpoints import logits, weight_digests
 from coterie.compress.apply import compress
-from coterie.compress.plan import Plan
-from coterie.compress.state import LayerSize
+from coterie.compress.decide import plan
+from coterie.compress.layer_plan import ExpertPlan, LayerPlan
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.load import load_model
 from coterie.model.disk.checkpoint import Checkpoint
@@ -37,7 +37,7 @@ def held(model: Path, text_folder: Path) -> Profile:
 
 def test_a_result_of_parts_loads_anywhere(model: Path, held: Profile, tmp_path: Path) -> None:
     result = compress(model, tmp_path / "out", keep=0.5, recipe="coterie", effort="fast", profile=held)
-    size, layers = result.plan.sizes[0], Architecture.of(Checkpoint.open(model)).layers
+    size, layers = result.plan.layers[0], Architecture.of(Checkpoint.open(model)).layers
     assert size.width == 8
     found, info = transformers.AutoModelForCausalLM.from_pretrained(result.out, output_loading_info=True)
     assert not any(info.values())
@@ -59,26 +59,21 @@ def test_cutting_alone_leaves_the_logits(
 ) -> None:
     """All parts stay and as many times more are chosen, by the family's own router, in its own normalisation."""
     monkeypatch.setattr("coterie.compress.methods.segment.GAP", 0.0)
-    original = apply_module.make_plan
-
-    def all_parts(*arguments: object, **options: object) -> Plan:
-        made = original(*arguments, **options)  # type: ignore[arg-type]
-        layers = Architecture.of(Checkpoint.open(model)).layers
-        size = LayerSize(num_experts=3 * layers[0].num_experts, width=8, top_k=3 * layers[0].top_k)
-        rows = sum(  # the router's rows are there three times
-            2 * info.num_bytes
-            for name, info in Checkpoint.open(model).tensors.items()
-            if any(part in name for part in (".gate.", ".router.")) and "experts" not in name.rpartition(".gate")[2]
-        )
-        biases = sum(
-            2 * info.num_bytes
-            for name, info in Checkpoint.open(model).tensors.items()
-            if "experts.down_proj_bias" in name
-        )
-        return replace(made, sizes=(size,) * len(layers), predicted_bytes=made.original_bytes + rows + biases)
-
-    monkeypatch.setattr(apply_module, "make_plan", all_parts)
-    result = compress(model, tmp_path / "out", keep=0.5, recipe="coterie", effort="fast", profile=held)
+    layer = Architecture.of(Checkpoint.open(model)).layers[0]
+    parts = [ExpertPlan(sources=(expert,), part=part) for expert in range(layer.num_experts) for part in range(3)]
+    all_parts = LayerPlan(num_experts=len(parts), width=8, top_k=3 * layer.top_k, experts=tuple(parts))
+    half = plan(model, held, keep=0.5, recipe="coterie")
+    whole = replace(half, layers=(all_parts,) * len(half.layers))
+    result = compress(model, tmp_path / "out", plan=whole, effort="fast", profile=held)
+    info = Checkpoint.open(model).tensors
+    rows = [
+        name
+        for name in info
+        if any(part in name for part in (".gate.", ".router.")) and "experts" not in name.rpartition(".gate")[2]
+    ]
+    biases = [name for name in info if "experts.down_proj_bias" in name]
+    more = sum(2 * info[name].num_bytes for name in (*rows, *biases))  # they are there three times
+    assert result.plan.predicted_bytes == result.plan.original_bytes + more
     found, expected = logits(load_model(result.out)), logits(load_model(model))
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
@@ -95,7 +90,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
         "text": text_folder,
     }
     whole = compress(olmoe, tmp_path / "whole", **settings)  # type: ignore[arg-type]
-    real, done = apply_module.compress_layer, []
+    real, done = layers_module.compress_layer, []
 
     def once(*arguments: object) -> object:
         if done:
@@ -103,7 +98,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
         done.append(1)
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(apply_module, "compress_layer", once)
+    monkeypatch.setattr(layers_module, "compress_layer", once)
     with pytest.raises(KeyboardInterrupt):
         compress(olmoe, tmp_path / "out", **settings)  # type: ignore[arg-type]
     monkeypatch.undo()

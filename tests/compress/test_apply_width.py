@@ -10,8 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-import coterie.compress.apply as apply_module
-import coterie.compress.layer as layer_module
+import coterie.compress.layers as layers_module
+import coterie.compress.result_model as result_module
 from checkpoints import logits, tensors_of
 from coterie.compress.apply import compress
 from coterie.errors import ArchitectureMismatch, InputError
@@ -78,7 +78,7 @@ def test_a_ragged_result_computes_what_its_narrow_experts_say(olmoe: Path, ragge
 
 
 def test_a_ragged_result_holds_narrow_tensors_and_says_so(olmoe: Path, ragged: Any) -> None:
-    widths = [size.widths for size in ragged.plan.sizes]
+    widths = [size.widths for size in ragged.plan.layers]
     assert 0 in widths[0] + widths[1]  # whole experts go
     for name, tensor in tensors_of(ragged.out).items():
         if ".experts." in name:
@@ -112,7 +112,7 @@ def test_a_ragged_result_can_be_profiled_but_not_compressed_again(
     ragged: Any, text_folder: Path, tmp_path: Path
 ) -> None:
     again = profile(ragged.out, text=text_folder, tokens=128, seq_len=64, sample_tokens=16)
-    for layer, size in enumerate(ragged.plan.sizes):
+    for layer, size in enumerate(ragged.plan.layers):
         square_EF = again.sum(layer, "hidden_square")
         for expert, width in enumerate(size.widths):
             assert not square_EF[expert, width:].any()
@@ -129,17 +129,17 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
     options: dict[str, Any] = {"width": 8, "recipe": recipe, "text": text_folder, "tokens": 128, "seq_len": 64}
     folders = {name: {"profile": tmp_path / f"profile-{name}"} if kept == "profile" else {} for name in ("a", "b")}
     whole = compress(olmoe, tmp_path / "a", **options, **folders["a"])
-    real = apply_module.write_shard
+    real = layers_module.write_shard
 
     def dies(folder: Path, shard: Any, tensors: Any) -> None:
         if "layers.1" in shard.names[0]:
             raise KeyboardInterrupt
         real(folder, shard, tensors)
 
-    monkeypatch.setattr(apply_module, "write_shard", dies)
+    monkeypatch.setattr(layers_module, "write_shard", dies)
     with pytest.raises(KeyboardInterrupt):
         compress(olmoe, tmp_path / "b", **options, **folders["b"])
-    monkeypatch.setattr(apply_module, "write_shard", real)
+    monkeypatch.setattr(layers_module, "write_shard", real)
     resumed = compress(olmoe, tmp_path / "b", **options, **folders["b"])
     first, second = tensors_of(whole.out), tensors_of(resumed.out)
     assert first.keys() == second.keys()
@@ -180,11 +180,11 @@ def test_an_entry_with_another_meaning_is_noticed(
         return config if width is None else with_values(config, {("norm_topk_prob",): False}, architecture.model)
 
     monkeypatch.setattr("coterie.model.arch.load.resized_config", resized)
-    monkeypatch.setattr("coterie.compress.apply.resized_config", resized)
+    monkeypatch.setattr("coterie.compress.work.resized_config", resized)
     with pytest.raises(ArchitectureMismatch, match="computes something else beside them"):
         compress(olmoe, tmp_path / "out", width=8, recipe="heapr", profile=gradient_profile)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(layer_module.ResultModel, "check_rest", lambda *_: None)
+    monkeypatch.setattr(result_module.ResultModel, "check_rest", lambda *_: None)
     assert compress(olmoe, tmp_path / "out", width=8, recipe="heapr", profile=gradient_profile).logits_error == 0.0
 
 

@@ -6,10 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.average import average, usage_shares
 from coterie.compress.methods.cluster import cluster
 from coterie.compress.methods.merge_router import merge_router
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 from coterie.errors import UnknownName
 
 
@@ -25,8 +26,8 @@ def slow_average(tensor: torch.Tensor, members: list[int], usage: list[float]) -
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("weights", ["usage", "equal", "reap"])
 def test_a_cluster_becomes_its_weighted_mean(state: Callable[..., LayerState], biases: bool, weights: str) -> None:
-    before = cluster(state(biases=biases, seed=9), LayerSize(num_experts=3), rule="mergemoe")
-    after = average(before, LayerSize(num_experts=3), weights=weights)
+    before = cluster(state(biases=biases, seed=9), LayerPlan(num_experts=3), rule="mergemoe")
+    after = average(before, LayerPlan(num_experts=3), weights=weights)
     assert before.clusters_E is not None
     labels, usage = before.clusters_E.tolist(), before.statistics["usage"].tolist()
     if weights == "equal":
@@ -61,7 +62,7 @@ def test_shares_sum_to_one_and_follow_usage(labels: list[int], usage: list[int])
 
 
 def test_full_size_is_bit_identical(state: Callable[..., LayerState]) -> None:
-    size = LayerSize(num_experts=8)
+    size = LayerPlan(num_experts=8)
     before = state(biases=True, seed=10)
     after = merge_router(average(cluster(before, size, rule="hc-smoe"), size), size)
     for name, tensor in before.experts.tensors().items():
@@ -72,12 +73,12 @@ def test_full_size_is_bit_identical(state: Callable[..., LayerState]) -> None:
 def test_identical_experts_merge_without_change(state: Callable[..., LayerState]) -> None:
     twins = state(seed=11).experts.select(torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))
     before = replace(state(experts=twins, seed=11), clusters_E=torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))
-    after = average(before, LayerSize(num_experts=4))
+    after = average(before, LayerPlan(num_experts=4))
     for name, tensor in after.experts.tensors().items():
         torch.testing.assert_close(tensor, twins.tensors()[name][::2], atol=1e-7, rtol=1e-6)
 
 
 def test_unknown_weights_are_refused(state: Callable[..., LayerState]) -> None:
-    size = LayerSize(num_experts=3)
+    size = LayerPlan(num_experts=3)
     with pytest.raises(UnknownName, match="did you mean usage"):
         average(cluster(state(), size, rule="mergemoe"), size, weights="usages")

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.cluster import GROUP_SIZE, RULES, cluster
 from coterie.compress.methods.cluster_features import FEATURES
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 from coterie.errors import ArchitectureMismatch, UnknownName
 
 
@@ -43,7 +44,7 @@ def test_m_smoe_joins_by_cosine_of_the_columns_of_router_scores(state: Callable[
         dot = sum(p * q for p, q in zip(x, y, strict=True))
         return dot / math.sqrt(sum(p * p for p in x)) / math.sqrt(sum(q * q for q in y))
 
-    after = cluster(before, LayerSize(num_experts=4), rule="m-smoe")
+    after = cluster(before, LayerPlan(num_experts=4), rule="m-smoe")
     assert centre_of_each(after) == slow_nearest(cosine, most_used(before, 4), 9)
 
 
@@ -59,10 +60,10 @@ def test_mergemoe_joins_by_distance_of_up_and_gate_and_ignores_down(state: Calla
                 total += (p - q) ** 2
         return -total
 
-    after = cluster(before, LayerSize(num_experts=4), rule="mergemoe")
+    after = cluster(before, LayerPlan(num_experts=4), rule="mergemoe")
     assert centre_of_each(after) == slow_nearest(closeness, most_used(before, 4), 9)
     other_down = replace(before, experts=replace(before.experts, down_EDF=before.experts.down_EDF.flip(0)))
-    assert centre_of_each(cluster(other_down, LayerSize(num_experts=4), rule="mergemoe")) == centre_of_each(after)
+    assert centre_of_each(cluster(other_down, LayerPlan(num_experts=4), rule="mergemoe")) == centre_of_each(after)
 
 
 def slow_average_linkage(points: list[list[float]], count: int) -> set[frozenset[int]]:
@@ -83,7 +84,7 @@ def slow_average_linkage(points: list[list[float]], count: int) -> set[frozenset
 def test_hc_smoe_cuts_an_average_linkage_tree_over_mean_outputs(state: Callable[..., LayerState]) -> None:
     before = state(num_experts=9, seed=6)
     means = (before.statistics["mean_output"] / 64).tolist()
-    after = cluster(before, LayerSize(num_experts=4), rule="hc-smoe")
+    after = cluster(before, LayerPlan(num_experts=4), rule="hc-smoe")
     assert after.clusters_E is not None
     labels = after.clusters_E.tolist()
     found = {frozenset(e for e in range(9) if labels[e] == label) for label in set(labels)}
@@ -92,7 +93,7 @@ def test_hc_smoe_cuts_an_average_linkage_tree_over_mean_outputs(state: Callable[
 
 def test_hc_smoe_centres_are_the_most_used_members(state: Callable[..., LayerState]) -> None:
     before = state(num_experts=9, seed=7)
-    after = cluster(before, LayerSize(num_experts=3), rule="hc-smoe")
+    after = cluster(before, LayerPlan(num_experts=3), rule="hc-smoe")
     assert after.clusters_E is not None
     assert after.centres_M is not None
     usage = before.statistics["usage"]
@@ -113,7 +114,7 @@ def test_clusters_partition_each_router_group_into_its_share(
     state: Callable[..., LayerState], rule: str, groups: int, share: int, seed: int
 ) -> None:
     before = state(num_experts=8, groups=groups, seed=seed, tokens=24)
-    after = cluster(before, LayerSize(num_experts=groups * share), rule=rule)
+    after = cluster(before, LayerPlan(num_experts=groups * share), rule=rule)
     assert after.clusters_E is not None
     assert after.centres_M is not None
     assert sorted(set(after.clusters_E.tolist())) == list(range(groups * share))
@@ -127,7 +128,7 @@ def test_clusters_partition_each_router_group_into_its_share(
 @pytest.mark.parametrize("rule", sorted(RULES))
 @pytest.mark.parametrize("features", [None, *FEATURES])
 def test_full_size_leaves_every_expert_alone(state: Callable[..., LayerState], rule: str, features: str | None) -> None:
-    after = cluster(state(tokens=16), LayerSize(num_experts=8), rule=rule, features=features)
+    after = cluster(state(tokens=16), LayerPlan(num_experts=8), rule=rule, features=features)
     assert after.clusters_E is not None
     assert after.clusters_E.tolist() == list(range(8))
 
@@ -168,15 +169,15 @@ def test_ream_fills_groups_from_the_most_salient_down(state: Callable[..., Layer
     before = state(num_experts=9, seed=5, biases=biases)
     saliency = (before.statistics["reap"] / before.statistics["usage"].clamp(min=1)).tolist()
     for count in (2, 4, 7):
-        after = cluster(before, LayerSize(num_experts=count), rule="ream")
+        after = cluster(before, LayerPlan(num_experts=count), rule="ream")
         assert centre_of_each(after) == slow_ream(slow_dissimilarity(before), saliency, count, GROUP_SIZE)
 
 
 def test_ream_groups_have_a_limit_unless_experts_would_be_left_over(state: Callable[..., LayerState]) -> None:
     before = state(num_experts=40, seed=6, tokens=200)
-    sizes = torch.tensor(centre_of_each(cluster(before, LayerSize(num_experts=20), rule="ream"))).bincount()
+    sizes = torch.tensor(centre_of_each(cluster(before, LayerPlan(num_experts=20), rule="ream"))).bincount()
     assert sorted(sizes[sizes > 0].tolist()) == [1] * 18 + [6, 16]
-    sizes = torch.tensor(centre_of_each(cluster(before, LayerSize(num_experts=2), rule="ream"))).bincount()
+    sizes = torch.tensor(centre_of_each(cluster(before, LayerPlan(num_experts=2), rule="ream"))).bincount()
     assert sorted(sizes[sizes > 0].tolist()) == [20, 20]
 
 
@@ -200,7 +201,7 @@ def test_k_means_finds_the_best_of_all_partitions(state: Callable[..., LayerStat
             total += sum(math.dist(member, centre) ** 2 for member in members)
         return total
 
-    after = cluster(before, LayerSize(num_experts=3), rule="k-means")
+    after = cluster(before, LayerPlan(num_experts=3), rule="k-means")
     assert after.clusters_E is not None
     assert loss(after.clusters_E.tolist()) == pytest.approx(min(loss(each) for each in all_partitions(7, 3)))
 
@@ -211,7 +212,7 @@ def test_ppp_is_k_means_and_says_how_many_clusters_it_found(state: Callable[...,
     centres = 3 * torch.eye(5).double()[labels]
     noise = torch.randn(40, 5, generator=torch.Generator().manual_seed(1)).double()
     before = replace(before, statistics={**before.statistics, "mean_output": (centres + 0.2 * noise) * 64})
-    size = LayerSize(num_experts=6)
+    size = LayerPlan(num_experts=6)
     after = cluster(before, size, rule="ppp")
     assert centre_of_each(after) == centre_of_each(cluster(before, size, rule="k-means"))
     assert after.notes["cluster"] == {"found_count": 5, "found_by_group": [2, 3], "agreement": 1.0}
@@ -238,7 +239,7 @@ def test_the_numbers_of_the_experts_do_not_matter(state: Callable[..., LayerStat
         statistics={**before.statistics, **named},
         sample=replace(before.sample, logits_TE=logits[:, order]),
     )
-    size = LayerSize(num_experts=4)
+    size = LayerPlan(num_experts=4)
     first, second = (centre_of_each(cluster(each, size, rule=rule)) for each in (before, shuffled))
     assert [int(order[centre]) for centre in second] == [first[int(expert)] for expert in order]
 
@@ -248,11 +249,11 @@ def test_rules_that_compare_scores_refuse_a_model_without(state: Callable[..., L
     before = state()
     statistics = {name: value for name, value in before.statistics.items() if not name.startswith("logit")}
     with pytest.raises(ArchitectureMismatch, match="records no router scores"):
-        cluster(replace(before, statistics=statistics), LayerSize(num_experts=4), rule=rule)
+        cluster(replace(before, statistics=statistics), LayerPlan(num_experts=4), rule=rule)
 
 
 def test_an_unknown_rule_or_feature_names_the_nearest(state: Callable[..., LayerState]) -> None:
     with pytest.raises(UnknownName, match="did you mean hc-smoe"):
-        cluster(state(), LayerSize(num_experts=4), rule="hc-smo")
+        cluster(state(), LayerPlan(num_experts=4), rule="hc-smo")
     with pytest.raises(UnknownName, match="did you mean outputs"):
-        cluster(state(), LayerSize(num_experts=4), rule="hc-smoe", features="output")
+        cluster(state(), LayerPlan(num_experts=4), rule="hc-smoe", features="output")

@@ -84,7 +84,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder, whole, text_folder, tmp_p
 
         monkeypatch.setattr(distill_run.Distillation, "advance", advance)
     else:
-        from coterie.compress.layer import ResultModel
+        from coterie.compress.result_model import ResultModel
 
         real_changed, written = ResultModel.changed, []
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import coterie.compress.methods.leave_one_out as module
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.leave_one_out import absence_errors, leave_one_out
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 from coterie.errors import ArchitectureMismatch
 
 #: Router scores of one token, None for an expert that is left out -> weight by chosen expert.
@@ -67,7 +68,7 @@ def test_the_score_is_the_mean_squared_change_of_the_output(
     before = state(num_experts=7, tokens=40, seed=4, biases=biases)
     expected = slow_errors(before, before.sample.inputs_TD @ before.router["block.gate.weight"].T, slow_softmax)
     assert absence_errors(before).tolist() == pytest.approx(expected, rel=1e-4)
-    after = leave_one_out(before, LayerSize(num_experts=3))
+    after = leave_one_out(before, LayerPlan(num_experts=3))
     assert after.centres_M is not None
     assert after.centres_M.tolist() == sorted(sorted(range(7), key=lambda expert: -expected[expert])[:3])
     assert after.notes["leave-one-out"]["score"] == pytest.approx(expected, rel=1e-4)  # type: ignore[index]
@@ -80,7 +81,7 @@ def test_full_size_asks_no_router_and_keeps_everything(state: Callable[..., Laye
         raise AssertionError("asked")
 
     before = state(num_experts=4)
-    after = leave_one_out(replace(before, route=never), LayerSize(num_experts=4))
+    after = leave_one_out(replace(before, route=never), LayerPlan(num_experts=4))
     assert after.expert_map_E.tolist() == [0, 1, 2, 3]
     assert torch.equal(after.experts.down_EDF, before.experts.down_EDF)
 
@@ -121,7 +122,7 @@ def test_with_router_groups_the_expert_is_put_out_of_reach(
     values = before.router["block.gate.bias"][0].tolist() if bias else [0.0] * 12
     expected = slow_errors(before, logits_TE, lambda logits: slow_groups(logits, values, sigmoid=sigmoid))
     assert absence_errors(before).tolist() == pytest.approx(expected, rel=1e-4)
-    after = leave_one_out(before, LayerSize(num_experts=8))
+    after = leave_one_out(before, LayerPlan(num_experts=8))
     assert after.centres_M is not None
     assert (after.centres_M // 3).bincount().tolist() == [2, 2, 2, 2]
     assert after.router["block.gate.weight"].shape == (5, 8)
@@ -146,16 +147,16 @@ def test_a_grouped_router_that_cannot_be_closed_for_an_expert_is_refused(state: 
     with pytest.raises(
         ArchitectureMismatch, match=r"block: no change of .* keeps 40 of 40 tokens .* expert 0.* use reap"
     ):
-        leave_one_out(before, LayerSize(num_experts=8))
+        leave_one_out(before, LayerPlan(num_experts=8))
 
 
 def test_protected_experts_stay(state: Callable[..., LayerState]) -> None:
     before = state(num_experts=6, tokens=40)
     worst = int(absence_errors(before).argmin())
     protected_E = torch.arange(6) == worst
-    after = leave_one_out(replace(before, protected_E=protected_E), LayerSize(num_experts=2))
+    after = leave_one_out(replace(before, protected_E=protected_E), LayerPlan(num_experts=2))
     assert after.expert_map_E[worst] >= 0
-    assert leave_one_out(before, LayerSize(num_experts=2)).expert_map_E[worst] == -1
+    assert leave_one_out(before, LayerPlan(num_experts=2)).expert_map_E[worst] == -1
 
 
 @pytest.mark.parametrize("model_type", ["olmoe", "qwen2_moe", "gpt_oss", "glm4_moe", "ernie4_5_moe", "granitemoe"])

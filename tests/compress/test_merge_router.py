@@ -5,18 +5,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.average import average
 from coterie.compress.methods.cluster import cluster
 from coterie.compress.methods.merge_router import merge_router
 from coterie.compress.methods.refit_router import HELD_OUT
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 from coterie.errors import UnknownName
 
-SIZE = LayerSize(num_experts=3)
+SIZE = LayerPlan(num_experts=3)
 WEIGHT = "block.gate.weight"
 
 
-def merged(state: LayerState, size: LayerSize = SIZE) -> LayerState:
+def merged(state: LayerState, size: LayerPlan = SIZE) -> LayerState:
     return average(cluster(state, size, rule="mergemoe"), size)
 
 
@@ -91,7 +92,7 @@ def test_the_best_rows_are_those_with_the_smaller_error_on_held_out_tokens(
 
 @pytest.mark.parametrize("rows", ["centre", "mean", "best"])
 def test_full_size_is_bit_identical(state: Callable[..., LayerState], rows: str) -> None:
-    size = LayerSize(num_experts=8)
+    size = LayerPlan(num_experts=8)
     before = merged(state(seed=14), size)
     assert torch.equal(merge_router(before, size, rows=rows).router[WEIGHT], before.router[WEIGHT])
 

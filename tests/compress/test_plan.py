@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from coterie.compress.plan import Plan, plan
+from coterie.compress.decide import plan
+from coterie.compress.plan import Plan
 from coterie.errors import CorruptArtifact, Infeasible, InputError, StaleArtifact, UnknownName, UnsupportedDtype
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.profile.profile import Profile
@@ -29,7 +30,7 @@ def expected_bytes(model: Path, count: int, *, router: bool = True) -> int:
 @pytest.mark.parametrize(("keep", "count"), [(1.0, 8), (0.5, 4), (0.25, 2), (0.3, 2), (0.4, 3)])
 def test_keep_is_a_share_of_the_experts(olmoe: Path, keep: float, count: int) -> None:
     made = mergemoe_plan(olmoe, keep=keep)
-    assert [size.num_experts for size in made.sizes] == [count, count]
+    assert [size.num_experts for size in made.layers] == [count, count]
     assert made.predicted_bytes == expected_bytes(olmoe, count)
     assert made.original_bytes == expected_bytes(olmoe, 8)
     assert made.predicted_parameters * 2 == made.predicted_bytes  # bfloat16 throughout
@@ -42,9 +43,9 @@ def test_a_mapped_router_keeps_its_rows(olmoe: Path) -> None:
 def test_a_budget_gets_the_most_experts_that_fit(olmoe: Path) -> None:
     for count in (2, 5, 8):
         exact = expected_bytes(olmoe, count)
-        assert mergemoe_plan(olmoe, budget=exact).sizes[0].num_experts == count
+        assert mergemoe_plan(olmoe, budget=exact).layers[0].num_experts == count
         if count > 2:
-            assert mergemoe_plan(olmoe, budget=exact - 1).sizes[0].num_experts == count - 1
+            assert mergemoe_plan(olmoe, budget=exact - 1).layers[0].num_experts == count - 1
 
 
 def test_a_budget_below_the_floor_says_what_the_floor_is(olmoe: Path) -> None:
@@ -74,7 +75,7 @@ def test_counts_out_of_range_are_refused(olmoe: Path, experts: int) -> None:
 def test_router_groups_must_stay_equal(deepseek: Path) -> None:
     with pytest.raises(Infeasible, match=r"2 groups of equal size; nearest that can: 4, 6"):
         mergemoe_plan(deepseek, experts=5)
-    assert mergemoe_plan(deepseek, experts=4).sizes[0].num_experts == 4
+    assert mergemoe_plan(deepseek, experts=4).layers[0].num_experts == 4
 
 
 def test_exactly_one_wish(olmoe: Path) -> None:
@@ -130,6 +131,8 @@ def test_a_plan_survives_a_round_trip(olmoe: Path, tmp_path: Path) -> None:
     assert Plan.load(path, inputs=made.inputs) == made
     with pytest.raises(StaleArtifact):
         Plan.load(path, inputs={"model": "0" * 64})
-    path.write_text(path.read_text().replace('"num_experts": 4', '"num_experts": 5', 1))
-    with pytest.raises(CorruptArtifact, match="does not match its digest"):
+    path.write_text(path.read_text().replace('"num_experts": 4', '"num_experts": "four"', 1))
+    with pytest.raises(
+        CorruptArtifact, match=r"layers\[0\].num_experts must be a whole number from 0 on, found 'four'"
+    ):
         Plan.load(path)

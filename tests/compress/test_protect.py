@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import coterie.compress.methods.protect as module
 from coterie.compress.apply import compress
-from coterie.compress.methods.protect import protect, super_experts
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.layer_plan import LayerPlan
+from coterie.compress.methods.protect import decide, protect, super_experts
+from coterie.compress.state import LayerState, Measured
 from coterie.errors import Infeasible, InputError
 from coterie.profile.profile import Profile
 
@@ -53,9 +54,15 @@ def peaks_of(state: LayerState, *experts: int) -> torch.Tensor:
     return peaks_LE
 
 
+def measured(state: LayerState, *experts: int) -> Measured:
+    return Measured(statistics={}, by_domain={}, peaks_LE=peaks_of(state, *experts))
+
+
 def test_the_pass_names_this_layers_and_changes_no_tensor(state: Callable[..., LayerState]) -> None:
     before = state(num_experts=6)
-    after = protect(replace(before, peaks_LE=peaks_of(before, 1, 4)), LayerSize(num_experts=3))
+    plan = decide(before.layer, LayerPlan(num_experts=3), measured(before, 1, 4))
+    assert plan.protected == (1, 4)
+    after = protect(before, plan)
     assert after.protected_E is not None
     assert after.protected_E.tolist() == [False, True, False, False, True, False]
     assert after.notes["protect"] == {"super_experts": [1, 4]}
@@ -66,13 +73,13 @@ def test_the_pass_names_this_layers_and_changes_no_tensor(state: Callable[..., L
 def test_more_super_experts_than_places_are_refused(state: Callable[..., LayerState]) -> None:
     before = state(num_experts=6, groups=2)
     with pytest.raises(Infeasible, match=r"2 experts of one router group .* only 1 may stay; keep at least 4 experts"):
-        protect(replace(before, peaks_LE=peaks_of(before, 0, 2)), LayerSize(num_experts=2))
-    protect(replace(before, peaks_LE=peaks_of(before, 0, 5)), LayerSize(num_experts=2))
+        decide(before.layer, LayerPlan(num_experts=2), measured(before, 0, 2))
+    assert decide(before.layer, LayerPlan(num_experts=2), measured(before, 0, 5)).protected == (0, 5)
 
 
 def test_what_was_not_measured_in_all_layers_is_refused(state: Callable[..., LayerState]) -> None:
     with pytest.raises(InputError, match="block: super experts are known when every layer of the model was measured"):
-        protect(state(), LayerSize(num_experts=4))
+        decide(state().layer, LayerPlan(num_experts=4), Measured(statistics={}, by_domain={}))
 
 
 def test_super_experts_survive_a_whole_compression(
@@ -81,7 +88,7 @@ def test_super_experts_survive_a_whole_compression(
     """The profile is changed so that the expert that would go first is a super expert of its layer."""
     seen: list[LayerState] = []
 
-    def watched(state: LayerState, size: LayerSize) -> LayerState:
+    def watched(state: LayerState, size: LayerPlan) -> LayerState:
         seen.append(state)
         return protect(state, size)
 
@@ -95,7 +102,7 @@ def test_super_experts_survive_a_whole_compression(
     result = compress(olmoe, tmp_path / "protected", experts=4, recipe="reap+protect", profile=held)
     layers = result.manifest["layers"]
     assert float(seen[0].statistics["output_peak"].max()) == 1e6
-    assert all(each.peaks_LE is not None and float(each.peaks_LE[0, dropped[0]]) == 1e6 for each in seen)
+    assert [each.protected for each in result.plan.layers] == [(dropped[0],), ()]
     assert layers[0]["expert_map"][dropped[0]] >= 0
     assert layers[0]["notes"]["protect"] == {"super_experts": [dropped[0]]}
     assert layers[1]["expert_map"] == plain.manifest["layers"][1]["expert_map"]

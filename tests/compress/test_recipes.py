@@ -17,6 +17,14 @@ def test_every_statistic_in_the_table_loads() -> None:
     assert all(callable(load_statistic(name)) for name in STATISTICS)
 
 
+@pytest.mark.parametrize("name", [*RECIPES, "reap+protect", "naee+protect"])
+def test_a_recipe_measures_what_its_passes_read(name: str) -> None:
+    recipe = get_recipe(name)
+    assert recipe.needs == tuple(
+        sorted({need for each, options in recipe.passes for need in needs_of(each, **options)})
+    )
+
+
 def test_needs_are_the_union_over_passes() -> None:
     assert get_recipe("hc-smoe").needs == ("mean_output", "tokens", "usage")
     assert get_recipe("reap").needs == ("reap", "usage")

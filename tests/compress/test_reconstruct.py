@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.reconstruct import reconstruct
 from coterie.compress.methods.refit_joint import HELD_OUT
-from coterie.compress.state import LayerSize
 
-SIZE = LayerSize(num_experts=8)
+SIZE = LayerPlan(num_experts=8)
 
 
 def disturbed(make, *, seed=0, tokens=512, noise=0.3, **options):

@@ -4,13 +4,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.average import average, usage_shares
 from coterie.compress.methods.cluster import cluster
 from coterie.compress.methods.refit_down import HELD_OUT, accumulate, refit_down, ridge_solution
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 from coterie.errors import ArchitectureMismatch
 
-SIZE = LayerSize(num_experts=3)
+SIZE = LayerPlan(num_experts=3)
 
 
 def merged(state: LayerState) -> LayerState:
@@ -105,7 +106,7 @@ def test_with_too_few_tokens_nothing_blows_up(state: Callable[..., LayerState]) 
 
 
 def test_a_cluster_of_one_keeps_its_exact_tensor(state: Callable[..., LayerState]) -> None:
-    size = LayerSize(num_experts=8)
+    size = LayerPlan(num_experts=8)
     before = average(cluster(state(seed=25), size, rule="mergemoe"), size)
     assert torch.equal(refit_down(before, size).experts.down_EDF, before.experts.down_EDF)
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.refit_joint import HELD_OUT, refit_joint
-from coterie.compress.state import LayerSize
 
-SIZE = LayerSize(num_experts=8)
+SIZE = LayerPlan(num_experts=8)
 
 
 def damaged(make, *, seed=0, tokens=800, noise=0.3, **options):
@@ -118,7 +118,7 @@ def test_experts_make_up_for_each_other(state):
     silent = replace(layer.experts, down_EDF=layer.experts.down_EDF * torch.tensor([0.0, 1.0])[:, None, None])
     twins = replace(silent, up_EFD=silent.up_EFD[[1, 1]], gate_EFD=silent.gate_EFD[[1, 1]])
     layer = replace(layer, experts=twins)
-    found = refit_joint(layer, LayerSize(num_experts=2))
+    found = refit_joint(layer, LayerPlan(num_experts=2))
     assert float((found.experts.down_EDF[0]).abs().max()) > 0.01
     assert error(found, True) < error(layer, True)
 

@@ -5,15 +5,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods import refit_router as module
 from coterie.compress.methods.average import average
 from coterie.compress.methods.cluster import cluster
 from coterie.compress.methods.merge_router import merge_router
 from coterie.compress.methods.refit_router import HELD_OUT, Outputs, measure_router, refit_router
 from coterie.compress.methods.select import select
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 
-SIZE = LayerSize(num_experts=3)
+SIZE = LayerPlan(num_experts=3)
 WEIGHT, BIAS, CORRECTION = "block.gate.weight", "block.gate.bias", "block.gate.correction"
 
 
@@ -68,7 +69,7 @@ def test_the_refit_is_never_worse_on_held_out_tokens_and_often_better(state: Cal
 
 def test_rows_that_were_spoiled_are_found_again(state: Callable[..., LayerState]) -> None:
     """When the experts are exact and only the rows are off, the re-fit takes most of the error away."""
-    before = select(state(tokens=600, seed=70), LayerSize(num_experts=4), score="frequency")
+    before = select(state(tokens=600, seed=70), LayerPlan(num_experts=4), score="frequency")
     index, weight = before.route(before.router, before.sample.inputs_TD)
     target = torch.zeros_like(before.sample.output_TD)
     for token in range(600):
@@ -80,7 +81,7 @@ def test_rows_that_were_spoiled_are_found_again(state: Callable[..., LayerState]
         sample=replace(before.sample, output_TD=target),
         router={WEIGHT: before.router[WEIGHT] + 0.2 * noise},
     )
-    after = refit_router(spoiled, LayerSize(num_experts=4), steps=150)
+    after = refit_router(spoiled, LayerPlan(num_experts=4), steps=150)
     assert measure_router(after, after.router) < 0.2 * measure_router(spoiled, spoiled.router)
 
 
@@ -110,7 +111,7 @@ def test_where_nothing_is_wrong_nothing_changes(state: Callable[..., LayerState]
         sample=replace(plain.sample, output_TD=target),
         route=route,
     )
-    after = refit_router(before, LayerSize(num_experts=6))
+    after = refit_router(before, LayerPlan(num_experts=6))
     assert torch.equal(after.router[WEIGHT], before.router[WEIGHT])
     notes = after.notes["refit-router"]
     assert isinstance(notes, dict)
@@ -155,7 +156,7 @@ def test_only_what_the_weights_depend_on_is_fitted(state: Callable[..., LayerSta
 
 def test_full_size_is_bit_identical(state: Callable[..., LayerState]) -> None:
     before = state(seed=63)
-    assert refit_router(before, LayerSize(num_experts=8)) is before
+    assert refit_router(before, LayerPlan(num_experts=8)) is before
 
 
 def test_a_sample_of_a_token_or_two_is_enough_to_do_nothing(state: Callable[..., LayerState]) -> None:

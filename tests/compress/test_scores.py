@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie.compress.apply import Inputs, compress
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.scores import SCORES, score_experts
 from coterie.compress.methods.select import best_experts, select
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 from coterie.errors import UnknownName
 
 DOMAINS = 3
@@ -96,7 +97,7 @@ def test_every_score_equals_the_slow_loops_and_decides_what_stays(
     before = measured(state(num_experts=10, tokens=50, seed=seed))
     expected = slow_scores(before, score)
     assert score_experts(score, before.statistics, before.by_domain).tolist() == pytest.approx(expected, rel=1e-6)
-    after = select(before, LayerSize(num_experts=4), score=score)
+    after = select(before, LayerPlan(num_experts=4), score=score)
     best = sorted(sorted(range(10), key=lambda expert: -expected[expert])[:4])
     assert after.centres_M is not None
     assert after.centres_M.tolist() == best
@@ -130,7 +131,7 @@ def test_tcess_ranks_an_expert_that_was_never_chosen_last_whatever_the_sign(
 
 def test_select_notes_what_each_domain_by_itself_would_keep(state: Callable[..., LayerState]) -> None:
     before = measured(state(num_experts=8, tokens=60, seed=3))
-    after = select(before, LayerSize(num_experts=3), score="tcess", patterns=True)
+    after = select(before, LayerPlan(num_experts=3), score="tcess", patterns=True)
     kept = after.notes["select"]["kept_by_domain"]  # type: ignore[index]
     assert len(kept) == DOMAINS
     assert len({tuple(each) for each in kept}) > 1, "the test shows little when all domains agree"
@@ -139,7 +140,7 @@ def test_select_notes_what_each_domain_by_itself_would_keep(state: Callable[...,
         alone = replace(before.sample, **{name: value[rows] for name, value in before.sample.tensors().items()})
         scores = slow_scores(replace(before, sample=alone), "tcess")
         assert kept[domain] == sorted(sorted(range(8), key=lambda expert: -scores[expert])[:3])
-    assert "kept_by_domain" not in select(before, LayerSize(num_experts=3), score="reap").notes["select"]  # type: ignore[operator]
+    assert "kept_by_domain" not in select(before, LayerPlan(num_experts=3), score="reap").notes["select"]  # type: ignore[operator]
 
 
 def test_protected_experts_stay_whatever_their_score(state: Callable[..., LayerState]) -> None:
@@ -147,7 +148,7 @@ def test_protected_experts_stay_whatever_their_score(state: Callable[..., LayerS
     worst = before.statistics["usage"].argsort()[:2].tolist()
     protected_E = torch.zeros(8, dtype=torch.bool)
     protected_E[worst] = True
-    after = select(replace(before, protected_E=protected_E), LayerSize(num_experts=4), score="frequency")
+    after = select(replace(before, protected_E=protected_E), LayerPlan(num_experts=4), score="frequency")
     assert after.centres_M is not None
     kept = after.centres_M.tolist()
     assert set(worst) <= set(kept)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.segment import segment
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 from coterie.errors import UnknownName
 
 from .conftest import make_state
@@ -53,7 +54,7 @@ def layer(**options) -> LayerState:
 def test_cutting_alone_changes_nothing(biases: bool, gate: bool, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coterie.compress.methods.segment.GAP", 0.0)
     before = layer(biases=biases, gate=gate)
-    size = LayerSize(num_experts=EXPERTS * parts, width=WIDTH // parts, top_k=TOP_K * parts)
+    size = LayerPlan(num_experts=EXPERTS * parts, width=WIDTH // parts, top_k=TOP_K * parts)
     after = segment(replace(before, route=route(TOP_K * parts)), size, score="heapr", parts=parts)
     assert after.experts.num_experts == EXPERTS * parts
     assert after.experts.width == WIDTH // parts
@@ -72,7 +73,7 @@ def test_the_parts_of_highest_score_stay_whatever_expert_they_are_of() -> None:
             neurons = sorted(order[2 * rank : 2 * rank + 2])
             parts.append((sum(float(scores_EF[expert, neuron]) for neuron in neurons), expert, rank, neurons))
     best = sorted(sorted(parts, key=lambda part: -part[0])[:10], key=lambda part: part[1:3])
-    after = segment(state, LayerSize(num_experts=10, width=2, top_k=4), score="heapr", parts=3)
+    after = segment(state, LayerPlan(num_experts=10, width=2, top_k=4), score="heapr", parts=3)
     assert after.centres_M is not None
     assert after.centres_M.tolist() == [expert for _, expert, _, _ in best]
     for number, (_, expert, _, neurons) in enumerate(best):
@@ -90,7 +91,7 @@ def test_the_parts_of_highest_score_stay_whatever_expert_they_are_of() -> None:
 def test_what_a_part_weighs_is_made_up_for() -> None:
     """The factor of a part is the least-squares one between what it weighs now and what its expert weighed."""
     state = replace(layer(), route=route(4))
-    after = segment(state, LayerSize(num_experts=10, width=2, top_k=4), score="heapr", parts=3)
+    after = segment(state, LayerPlan(num_experts=10, width=2, top_k=4), score="heapr", parts=3)
     index_TK, weight_TK = route(4)(after.router, state.sample.router_inputs_TD)
     assert after.centres_M is not None
     for part, expert in enumerate(after.centres_M.tolist()):
@@ -120,7 +121,7 @@ def test_lesser_parts_come_after_better_ones_in_the_router() -> None:
     state = replace(layer(num_experts=4, hidden=3), route=route(4))
     inputs_TD = torch.cat((torch.ones(64, 1), 0.3 * state.sample.inputs_TD[:, 1:]), dim=1)  # (1, 0, 0) is shared
     state = replace(state, sample=replace(state.sample, inputs_TD=inputs_TD))
-    after = segment(state, LayerSize(num_experts=6, width=2, top_k=4), score="heapr", parts=3)
+    after = segment(state, LayerPlan(num_experts=6, width=2, top_k=4), score="heapr", parts=3)
     assert after.centres_M is not None
     logits_TM = inputs_TD @ after.router["block.gate.weight"].T
     owners = after.centres_M.tolist()
@@ -135,15 +136,15 @@ def test_lesser_parts_come_after_better_ones_in_the_router() -> None:
 
 def test_groups_keep_equal_shares() -> None:
     state = replace(layer(groups=2), route=route(4))
-    after = segment(state, LayerSize(num_experts=10, width=2, top_k=4), score="heapr", parts=3)
+    after = segment(state, LayerPlan(num_experts=10, width=2, top_k=4), score="heapr", parts=3)
     assert after.centres_M is not None
     assert sum(owner < EXPERTS // 2 for owner in after.centres_M.tolist()) == 5
 
 
 @pytest.mark.parametrize(
-    "size", [LayerSize(num_experts=EXPERTS, width=4), LayerSize(num_experts=5), LayerSize(num_experts=EXPERTS)]
+    "size", [LayerPlan(num_experts=EXPERTS, width=4), LayerPlan(num_experts=5), LayerPlan(num_experts=EXPERTS)]
 )
-def test_where_nothing_can_be_cut_experts_become_narrower_or_fewer(size: LayerSize) -> None:
+def test_where_nothing_can_be_cut_experts_become_narrower_or_fewer(size: LayerPlan) -> None:
     state = replace(layer(), route=route(TOP_K))
     after = segment(state, size, score="heapr", parts=4)
     assert after.experts.num_experts == size.num_experts
@@ -153,4 +154,4 @@ def test_where_nothing_can_be_cut_experts_become_narrower_or_fewer(size: LayerSi
 
 def test_a_score_that_is_not_there() -> None:
     with pytest.raises(UnknownName, match="score"):
-        segment(layer(), LayerSize(num_experts=8, width=3, top_k=2), score="nothing", parts=2)
+        segment(layer(), LayerPlan(num_experts=8, width=3, top_k=2), score="nothing", parts=2)

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.select import select, top_experts
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 from coterie.errors import UnknownName
 
 
@@ -28,7 +29,7 @@ def slow_reap(state: LayerState) -> list[float]:
 
 def test_reap_keeps_the_experts_with_the_highest_mean_gated_norm(state: Callable[..., LayerState]) -> None:
     before = state(num_experts=10, seed=3)
-    after = select(before, LayerSize(num_experts=4), score="reap")
+    after = select(before, LayerPlan(num_experts=4), score="reap")
     scores = slow_reap(before)
     best = sorted(sorted(range(10), key=lambda expert: -scores[expert])[:4])
     assert after.centres_M is not None
@@ -39,7 +40,7 @@ def test_reap_keeps_the_experts_with_the_highest_mean_gated_norm(state: Callable
 def test_frequency_keeps_the_most_chosen_and_slices_experts_and_router_alike(state: Callable[..., LayerState]) -> None:
     before = state(biases=True, seed=1)
     counts = torch.bincount(before.sample.index_TK.flatten(), minlength=8)
-    after = select(before, LayerSize(num_experts=3), score="frequency")
+    after = select(before, LayerPlan(num_experts=3), score="frequency")
     kept = after.centres_M
     assert kept is not None
     assert counts[kept].min() >= max(counts[e] for e in range(8) if e not in kept.tolist())
@@ -57,13 +58,13 @@ def test_an_expert_that_was_never_chosen_scores_zero(state: Callable[..., LayerS
     statistics["usage"] = statistics["usage"].clone()
     statistics["reap"] = statistics["reap"].clone()
     statistics["usage"][5] = statistics["reap"][5] = 0
-    after = select(replace(before, statistics=statistics), LayerSize(num_experts=7), score="reap")
+    after = select(replace(before, statistics=statistics), LayerPlan(num_experts=7), score="reap")
     assert after.expert_map_E[5] == -1
 
 
 def test_an_unknown_score_names_the_nearest() -> None:
     with pytest.raises(UnknownName, match="did you mean reap"):
-        select(None, LayerSize(num_experts=1), score="reep")  # type: ignore[arg-type]
+        select(None, LayerPlan(num_experts=1), score="reep")  # type: ignore[arg-type]
 
 
 @given(

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from coterie.compress.decide import plan
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.slim import heapr_scores
-from coterie.compress.plan import Plan, plan
-from coterie.compress.state import LayerSize
+from coterie.compress.plan import Plan
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.profile.profile import Profile
@@ -45,7 +46,7 @@ def with_gradients(profile: Profile, scale: float = 1.0) -> Profile:
 )
 def test_a_share_is_of_the_width_of_each_expert(olmoe: Path, target: dict[str, Any], width: int) -> None:
     made = plan(olmoe, recipe="easy-slim", **target)
-    assert [(size.num_experts, size.width, size.widths) for size in made.sizes] == [(8, width, None)] * 2
+    assert [(size.num_experts, size.width, size.widths) for size in made.layers] == [(8, width, None)] * 2
     assert made.predicted_bytes == expected_bytes(olmoe, LAYERS * EXPERTS * width)
     assert made.predicted_parameters * 2 == made.predicted_bytes
     assert not made.ragged
@@ -64,9 +65,9 @@ def test_biases_of_the_down_projection_stay(tmp_path: Path) -> None:
 def test_a_budget_gets_the_widest_experts_that_fit(olmoe: Path) -> None:
     for width in (8, 16, 24):
         exact = expected_bytes(olmoe, LAYERS * EXPERTS * width)
-        assert plan(olmoe, recipe="easy-slim", budget=exact).sizes[0].width == width
+        assert plan(olmoe, recipe="easy-slim", budget=exact).layers[0].width == width
         if width > 8:
-            assert plan(olmoe, recipe="easy-slim", budget=exact - 1).sizes[0].width == width - 8
+            assert plan(olmoe, recipe="easy-slim", budget=exact - 1).layers[0].width == width - 8
     with pytest.raises(Infeasible, match=r"by slimming experts: the least that can be written, width 8, takes"):
         plan(olmoe, recipe="easy-slim", budget="1KiB")
 
@@ -114,8 +115,8 @@ def test_one_ranking_over_all_layers_gives_every_expert_its_width(
     mean = target.get("width") or round(target["keep"] * WIDTH)
     count = LAYERS * EXPERTS * mean
     if scale:
-        assert [list(size.widths or ()) for size in made.sizes] == slow_widths(profile, count)
-    assert sum(sum(size.widths or ()) for size in made.sizes) == count
+        assert [list(size.widths or ()) for size in made.layers] == slow_widths(profile, count)
+    assert sum(sum(size.widths or ()) for size in made.layers) == count
     assert made.ragged
     assert made.predicted_bytes == expected_bytes(olmoe, count)
     assert Plan.load(made.save(olmoe.parent / f"{scale}-{mean}.json")) == made
@@ -127,7 +128,7 @@ def test_a_ragged_result_uses_a_budget_to_the_last_neuron(olmoe: Path, olmoe_pro
     exact = expected_bytes(olmoe, 100)
     for budget, count in ((exact, 100), (exact + neuron - 1, 100), (exact - 1, 99)):
         made = plan(olmoe, profile, recipe="heapr-ragged", budget=budget)
-        assert sum(sum(size.widths or ()) for size in made.sizes) == count
+        assert sum(sum(size.widths or ()) for size in made.layers) == count
         assert made.predicted_bytes == expected_bytes(olmoe, count) <= budget
     with pytest.raises(Infeasible, match=r"without any expert the model takes"):
         plan(olmoe, profile, recipe="heapr-ragged", budget=expected_bytes(olmoe, 0) - 1)
@@ -150,7 +151,7 @@ def test_a_model_that_predicts_no_token_has_no_gradient(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "labels", "openai_privacy_filter")
     with pytest.raises(ArchitectureMismatch, match=r"TokenClassification predicts no next token, .* such as easy-slim"):
         plan(model, recipe="heapr", width=8)
-    assert plan(model, recipe="easy-slim", width=8).sizes[0].width == 8
+    assert plan(model, recipe="easy-slim", width=8).layers[0].width == 8
 
 
 def part_bytes(model: Path) -> tuple[int, int, int]:
@@ -168,8 +169,8 @@ def test_as_many_parts_stay_as_take_no_more_bytes_than_whole_experts(olmoe: Path
     rest, neuron, row = part_bytes(olmoe)
     whole = round(keep * EXPERTS) * (WIDTH * neuron + row)
     count = whole // (8 * neuron + row)
-    assert [(size.num_experts, size.width) for size in made.sizes] == [(count, 8)] * LAYERS
-    assert [size.top_k for size in made.sizes] == [min(count, 6, max(1, round(1.25 * 2 * count / EXPERTS)))] * LAYERS
+    assert [(size.num_experts, size.width) for size in made.layers] == [(count, 8)] * LAYERS
+    assert [size.top_k for size in made.layers] == [min(count, 6, max(1, round(1.25 * 2 * count / EXPERTS)))] * LAYERS
     assert made.predicted_bytes == rest + LAYERS * count * (8 * neuron + row)
     assert made.predicted_bytes <= plan(olmoe, recipe="reap", experts=max(2, round(keep * EXPERTS))).predicted_bytes
 
@@ -178,7 +179,7 @@ def test_a_budget_gets_the_most_parts_that_fit(olmoe: Path) -> None:
     rest, neuron, row = part_bytes(olmoe)
     for count in (1, 5, 17):
         budget = rest + LAYERS * count * (8 * neuron + row)
-        assert plan(olmoe, recipe="coterie", budget=budget).sizes[0].num_experts == count
+        assert plan(olmoe, recipe="coterie", budget=budget).layers[0].num_experts == count
         assert plan(olmoe, recipe="coterie", budget=budget + 1).predicted_bytes == budget
     with pytest.raises(Infeasible, match="the least that can be routed, 1 of width 8, takes"):
         plan(olmoe, recipe="coterie", budget=rest)
@@ -186,13 +187,13 @@ def test_a_budget_gets_the_most_parts_that_fit(olmoe: Path) -> None:
 
 def test_all_of_the_bytes_leave_experts_whole(olmoe: Path) -> None:
     for target in ({"keep": 1.0}, {"budget": "1GiB"}):
-        assert plan(olmoe, recipe="coterie", **target).sizes == (LayerSize(num_experts=EXPERTS),) * LAYERS  # type: ignore[arg-type]
+        assert plan(olmoe, recipe="coterie", **target).layers == (LayerPlan(num_experts=EXPERTS),) * LAYERS  # type: ignore[arg-type]
 
 
 def test_groups_share_the_parts_out(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "groups", "deepseek_v3", n_group=4, topk_group=2)
     for keep in (0.5, 0.7):
-        size = plan(model, recipe="coterie", keep=keep).sizes[0]
+        size = plan(model, recipe="coterie", keep=keep).layers[0]
         assert size.num_experts % 4 == 0
         assert size.top_k is not None
         assert size.top_k <= size.num_experts // 2
@@ -201,16 +202,16 @@ def test_groups_share_the_parts_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "size"),
     [
-        ("phimoe", LayerSize(num_experts=8, width=8)),  # chooses a fixed number of experts
-        ("gemma4_text", LayerSize(num_experts=8, width=8)),  # blocks do not run by themselves
-        ("jamba", LayerSize(num_experts=4)),  # one width for experts and dense blocks
+        ("phimoe", LayerPlan(num_experts=8, width=8)),  # chooses a fixed number of experts
+        ("gemma4_text", LayerPlan(num_experts=8, width=8)),  # blocks do not run by themselves
+        ("jamba", LayerPlan(num_experts=4)),  # one width for experts and dense blocks
     ],
 )
 def test_families_whose_experts_cannot_be_cut_get_what_they_can(
-    tmp_path: Path, model_type: str, size: LayerSize
+    tmp_path: Path, model_type: str, size: LayerPlan
 ) -> None:
     model = tiny_checkpoint(tmp_path / model_type, model_type)
-    assert plan(model, recipe="coterie", keep=0.5).sizes[0] == size
+    assert plan(model, recipe="coterie", keep=0.5).layers[0] == size
 
 
 @pytest.mark.parametrize("target", [{"experts": 4}, {"width": 8}])

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from coterie.compress.layer_plan import LayerPlan, ragged_plan
 from coterie.compress.methods import needs_of
 from coterie.compress.methods.slim import heapr_scores, slim
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 from coterie.errors import Infeasible, UnknownName
 from coterie.model.arch.experts import Experts
 from coterie.profile.statistics.channels import needs_gradients
@@ -89,7 +90,7 @@ def best_of(state: LayerState, scores_EF: Tensor, expert: int, width: int) -> li
 def test_the_neurons_of_highest_score_stay_in_their_order(score: str, biases: bool, gate: bool) -> None:
     before, h_TEF, u_TED = measured(make_state(biases=biases, gate=gate))
     scores_EF = slow_scores(before, score, h_TEF, u_TED)
-    after = slim(before, LayerSize(num_experts=EXPERTS, width=4), score=score)
+    after = slim(before, LayerPlan(num_experts=EXPERTS, width=4), score=score)
     old, new = before.experts.tensors(), after.experts.tensors()
     assert old.keys() == new.keys()
     kept = 0.0
@@ -123,7 +124,7 @@ def test_ragged_widths_keep_the_best_of_each_expert_and_fill_up_with_zeros(biase
     before, h_TEF, u_TED = measured(make_state(biases=biases))
     scores_EF = slow_scores(before, "heapr", h_TEF, u_TED)
     widths = (0, 6, 3, 1, 2, 5, 4, 6)
-    after = slim(before, LayerSize(num_experts=EXPERTS, widths=widths), score="heapr")
+    after = slim(before, ragged_plan(widths), score="heapr")
     assert after.experts.width == WIDTH
     inputs = before.sample.inputs_TD
     for expert, width in enumerate(widths):
@@ -141,8 +142,8 @@ def test_ragged_widths_keep_the_best_of_each_expert_and_fill_up_with_zeros(biase
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("size", [LayerSize(num_experts=8, width=6), LayerSize(num_experts=8, widths=(6,) * 8)])
-def test_full_width_is_bit_identical(score: str, size: LayerSize) -> None:
+@pytest.mark.parametrize("size", [LayerPlan(num_experts=8, width=6), ragged_plan((6,) * 8)])
+def test_full_width_is_bit_identical(score: str, size: LayerPlan) -> None:
     before, _, _ = measured(make_state(biases=True))
     after = slim(before, size, score=score)
     for name, tensor in before.experts.tensors().items():
@@ -173,8 +174,8 @@ def test_neurons_that_do_nothing_go_without_a_trace(score: str, seed: int, dead:
     before, _, _ = measured(make_state(seed=seed, tokens=20, experts=replace(draft.experts, **tensors)))
     width = max(1, *(kinds.count(".") for kinds in dead))
     sizes = (
-        LayerSize(num_experts=EXPERTS, width=width),
-        LayerSize(num_experts=EXPERTS, widths=tuple(kinds.count(".") for kinds in dead)),
+        LayerPlan(num_experts=EXPERTS, width=width),
+        ragged_plan([kinds.count(".") for kinds in dead]),
     )
     used = before.statistics["usage"] > 0
     for size in sizes:
@@ -190,7 +191,7 @@ def test_neurons_that_do_nothing_go_without_a_trace(score: str, seed: int, dead:
 @given(score=st.sampled_from(SCORES), seed=st.integers(0, 1000), width=st.integers(1, WIDTH))
 def test_neither_the_order_of_neurons_nor_that_of_experts_matters(score: str, seed: int, width: int) -> None:
     before, _, _ = measured(make_state(seed=seed, tokens=20))
-    size = LayerSize(num_experts=EXPERTS, width=width)
+    size = LayerPlan(num_experts=EXPERTS, width=width)
     after = slim(before, size, score=score)
     generator = torch.Generator().manual_seed(seed)
     neurons_F, order_E = torch.randperm(WIDTH, generator=generator), torch.randperm(EXPERTS, generator=generator)
@@ -211,7 +212,7 @@ def test_neither_the_order_of_neurons_nor_that_of_experts_matters(score: str, se
 
 def test_an_expert_that_no_token_chose_keeps_its_larger_weights() -> None:
     before, _, _ = measured(make_state(tokens=1))
-    after = slim(before, LayerSize(num_experts=EXPERTS, width=2), score="heapr")
+    after = slim(before, LayerPlan(num_experts=EXPERTS, width=2), score="heapr")
     never = [expert for expert in range(EXPERTS) if before.statistics["usage"][expert] == 0]
     assert len(never) == 6
     for expert in never:
@@ -225,8 +226,8 @@ def test_experts_that_were_dropped_before_do_not_confuse_the_scores() -> None:
     map_E = torch.full((EXPERTS,), -1)
     map_E[kept] = torch.arange(3)
     pruned = replace(before, experts=before.experts.select(kept), expert_map_E=map_E)
-    found = slim(pruned, LayerSize(num_experts=3, width=2), score="heapr").experts
-    whole = slim(before, LayerSize(num_experts=EXPERTS, width=2), score="heapr").experts
+    found = slim(pruned, LayerPlan(num_experts=3, width=2), score="heapr").experts
+    whole = slim(before, LayerPlan(num_experts=EXPERTS, width=2), score="heapr").experts
     for name, tensor in whole.select(kept).tensors().items():
         assert torch.equal(found.tensors()[name], tensor), name
 
@@ -235,7 +236,7 @@ def test_merged_experts_are_refused(state: Callable[..., LayerState]) -> None:
     before, _, _ = measured(state())
     merged = replace(before, experts=before.experts.select(torch.arange(4)), expert_map_E=torch.arange(8) % 4)
     with pytest.raises(Infeasible, match="8 experts were merged into 4"):
-        slim(merged, LayerSize(num_experts=4, width=2), score="activation")
+        slim(merged, LayerPlan(num_experts=4, width=2), score="activation")
 
 
 def test_needs_and_names() -> None:

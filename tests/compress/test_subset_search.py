@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import coterie.compress.methods.subset_search as module
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.select import select
 from coterie.compress.methods.subset_search import Judge, all_subsets, num_subsets, subset_search
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 
 
 def outputs_of(state: LayerState) -> Tensor:
@@ -59,13 +60,13 @@ def test_the_best_of_all_subsets_is_found(
         monkeypatch.setattr(module, "find_quick_route", lambda *args, **options: None)
     before = state(num_experts=7, tokens=24, seed=seed, biases=True)
     best, error = slow_best(before, list(itertools.combinations(range(7), 3)))
-    after = subset_search(before, LayerSize(num_experts=3))
+    after = subset_search(before, LayerPlan(num_experts=3))
     note = after.notes["subset-search"]
     assert kept_of(after) == best
     target = float(before.sample.output_TD.double().square().sum())
     assert note["error"] == pytest.approx(error / target, rel=1e-4)  # type: ignore[index]
     assert (note["exhaustive"], note["subsets_judged"], note["tokens"]) == (True, 35 + 1, 24)  # type: ignore[index]
-    start = slow_error(before, outputs_of(before), kept_of(select(before, LayerSize(num_experts=3), score="reap")))
+    start = slow_error(before, outputs_of(before), kept_of(select(before, LayerPlan(num_experts=3), score="reap")))
     assert note["error_reap"] == pytest.approx(start / target, rel=1e-4)  # type: ignore[index]
     assert note["error"] <= note["error_reap"]  # type: ignore[index]
     assert torch.equal(after.router["block.gate.weight"], before.router["block.gate.weight"][best])
@@ -75,7 +76,7 @@ def test_the_best_of_all_subsets_is_found(
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_swap_search_ends_where_no_swap_helps(state: Callable[..., LayerState], seed: int) -> None:
     before = state(num_experts=8, tokens=24, seed=seed)
-    after = subset_search(before, LayerSize(num_experts=4), evaluations=69)  # one fewer than there are subsets
+    after = subset_search(before, LayerPlan(num_experts=4), evaluations=69)  # one fewer than there are subsets
     note, kept, output_ETD = after.notes["subset-search"], kept_of(after), outputs_of(before)
     assert note["exhaustive"] is False  # type: ignore[index]
     assert note["subsets_judged"] < 69, "it ended by itself"  # type: ignore[index]
@@ -90,14 +91,14 @@ def test_the_swap_search_finds_the_best_of_all_more_often_than_not(state: Callab
     found = 0
     for seed in range(8):
         before = state(num_experts=8, tokens=32, seed=seed)
-        best = subset_search(before, LayerSize(num_experts=4))
-        found += kept_of(subset_search(before, LayerSize(num_experts=4), evaluations=69)) == kept_of(best)
+        best = subset_search(before, LayerPlan(num_experts=4))
+        found += kept_of(subset_search(before, LayerPlan(num_experts=4), evaluations=69)) == kept_of(best)
     assert found >= 5
 
 
 @pytest.mark.parametrize("evaluations", [1, 3, 10])
 def test_the_search_ends_when_its_evaluations_are_used_up(state: Callable[..., LayerState], evaluations: int) -> None:
-    after = subset_search(state(num_experts=8, tokens=24), LayerSize(num_experts=4), evaluations=evaluations)
+    after = subset_search(state(num_experts=8, tokens=24), LayerPlan(num_experts=4), evaluations=evaluations)
     assert after.notes["subset-search"]["subsets_judged"] == evaluations  # type: ignore[index]
     assert len(kept_of(after)) == 4
 
@@ -148,7 +149,7 @@ def test_groups_keep_equal_shares_and_protected_experts_stay(
     state: Callable[..., LayerState], evaluations: int
 ) -> None:
     before = grouped(state(num_experts=8, tokens=40, seed=1))
-    size = LayerSize(num_experts=4)
+    size = LayerPlan(num_experts=4)
     free = subset_search(before, size, evaluations=evaluations)
     assert [sum(expert // 4 == group for expert in kept_of(free)) for group in range(2)] == [2, 2]
     dropped = [expert for expert in range(8) if expert not in kept_of(free)]
@@ -223,5 +224,5 @@ def test_full_size_asks_no_router(state: Callable[..., LayerState]) -> None:
     def never(router: Mapping[str, Tensor], block_TD: Tensor) -> tuple[Tensor, Tensor]:
         raise AssertionError("asked")
 
-    after = subset_search(replace(state(num_experts=4), route=never), LayerSize(num_experts=4))
+    after = subset_search(replace(state(num_experts=4), route=never), LayerPlan(num_experts=4))
     assert kept_of(after) == [0, 1, 2, 3]

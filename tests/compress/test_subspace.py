@@ -4,13 +4,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.average import average
 from coterie.compress.methods.cluster import cluster
 from coterie.compress.methods.subspace import subspace
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 from coterie.errors import InputError
 
-SIZE = LayerSize(num_experts=3)
+SIZE = LayerPlan(num_experts=3)
 
 
 def paper_matrix(state: LayerState, label: int, name: str, rank: int) -> torch.Tensor:
@@ -101,16 +102,16 @@ def test_clusters_of_one_used_expert_stay_bit_identical(state: Callable[..., Lay
         clusters_E=torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]),
         centres_M=torch.tensor([0, 4]),
     )
-    after = subspace(before, LayerSize(num_experts=2), energy=0.5)
+    after = subspace(before, LayerPlan(num_experts=2), energy=0.5)
     for name, tensor in before.experts.tensors().items():
         assert torch.equal(after.experts.tensors()[name], tensor)
 
 
 def test_a_cluster_without_a_token_in_the_sample_stays(state: Callable[..., LayerState]) -> None:
-    before = cluster(state(seed=44), LayerSize(num_experts=1), rule="mergemoe")
+    before = cluster(state(seed=44), LayerPlan(num_experts=1), rule="mergemoe")
     nobody = torch.full_like(before.sample.index_TK, 8)
     before = replace(before, sample=replace(before.sample, index_TK=nobody))
-    after = subspace(before, LayerSize(num_experts=1), energy=0.5)
+    after = subspace(before, LayerPlan(num_experts=1), energy=0.5)
     assert torch.equal(after.experts.up_EFD, before.experts.up_EFD)
 
 

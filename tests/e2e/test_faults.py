@@ -13,7 +13,7 @@ import pytest
 
 from coterie import compress
 from coterie.artifact import file_digest
-from coterie.compress import apply as apply_module
+from coterie.compress import layers as layers_module
 from coterie.compress.apply import RUN_FILE
 from coterie.errors import OutputBusy, StaleArtifact
 from coterie.journal import Run
@@ -172,7 +172,7 @@ def test_a_second_run_on_one_out_is_refused(place, tmp_path, monkeypatch):
         "    sys.exit(f'busy: {error}')\n"
     )
     said = []
-    real = apply_module.compress_layer
+    real = layers_module.compress_layer
 
     def slow(*arguments):
         if not said:
@@ -180,7 +180,7 @@ def test_a_second_run_on_one_out_is_refused(place, tmp_path, monkeypatch):
             said.append(subprocess.run(command, capture_output=True, text=True, check=False))
         return real(*arguments)
 
-    monkeypatch.setattr(apply_module, "compress_layer", slow)
+    monkeypatch.setattr(layers_module, "compress_layer", slow)
     make(place, tmp_path / "out")
     assert said[0].returncode == 1
     assert "busy: " in said[0].stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coterie.compress.apply import compress
-from coterie.compress.plan import plan
+from coterie.compress.decide import plan
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint, Infeasible, InputError, NotACheckpoint, NotAMoE
 from coterie.model.arch.inspect import PARTS, inspect
 from coterie.model.arch.layers import Architecture
@@ -467,7 +467,7 @@ def test_a_budget_allows_what_a_plan_would_do(tiny, model_type):
         assert fit.limit == limit
         made = plan(path, recipe="mergemoe", budget=str(limit))
         assert fit.feasible
-        assert {size.num_experts for size in made.sizes} == {fit.experts}
+        assert {size.num_experts for size in made.layers} == {fit.experts}
         assert made.predicted_bytes == fit.bytes <= limit
 
 

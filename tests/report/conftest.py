@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from coterie.artifact import write_artifact, write_json
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.plan import Plan
-from coterie.compress.state import LayerSize
 from coterie.evaluate.scorecard import Scorecard
 from coterie.model.arch.layers import MoELayer
 from coterie.profile.profile import Profile, Sample
@@ -88,11 +88,12 @@ class RunMaker:
         return profile
 
     def plan(
-        self, recipe: str = "mergemoe", router: Any = "plain", kept: int = 4, *, size: LayerSize | None = None
+        self, recipe: str = "mergemoe", router: Any = "plain", kept: int = 4, *, size: LayerPlan | None = None
     ) -> Plan:
         """Return a plan; it is not saved."""
         return Plan(
-            recipe=recipe, router=router, sizes=(size or LayerSize(num_experts=kept),) * NUM_LAYERS, untouched=(),
+            recipe=recipe, router=router, passes=(), result_steps=(),
+            layers=(size or LayerPlan(num_experts=kept),) * NUM_LAYERS, untouched=(),
             original_bytes=ORIGINAL_BYTES, predicted_bytes=ORIGINAL_BYTES * (kept + 8) // 16,
             original_parameters=500, predicted_parameters=300, seed=3, inputs={"model": BASE, "text": self.text_digest},
         )  # fmt: skip

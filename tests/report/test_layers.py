@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from coterie.compress.state import LayerSize
+from coterie.compress.layer_plan import LayerPlan, ragged_plan
 from coterie.report.layers import (
     LayerChange,
     before_after,
@@ -159,14 +159,14 @@ def test_layers_that_shrank_in_different_ways_share_what_they_have_in_common() -
 @pytest.mark.parametrize(
     ("sizes", "text"),
     [
-        ([LayerSize(num_experts=2)] * 2, "2"),
-        ([LayerSize(num_experts=4, width=8)] * 2, "4, width 8"),
-        ([LayerSize(num_experts=4, widths=(12, 0, 3, 9)), LayerSize(num_experts=4, widths=(4,) * 4)],
+        ([LayerPlan(num_experts=2)] * 2, "2"),
+        ([LayerPlan(num_experts=4, width=8)] * 2, "4, width 8"),
+        ([ragged_plan((12, 0, 3, 9)), ragged_plan((4,) * 4)],
          "4, width 0–12, mean 5.00"),
-        ([LayerSize(num_experts=5, width=4, top_k=3)] * 2, "5 parts of width 4, 3 a token"),
+        ([LayerPlan(num_experts=5, width=4, top_k=3)] * 2, "5 parts of width 4, 3 a token"),
     ],
 )  # fmt: skip
-def test_plans_name_width_and_parts(sizes: list[LayerSize], text: str) -> None:
+def test_plans_name_width_and_parts(sizes: list[LayerPlan], text: str) -> None:
     assert plan_text(sizes) == text
 
 

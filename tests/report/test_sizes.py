@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from coterie.compress.apply import compress
-from coterie.compress.state import LayerSize
+from coterie.compress.layer_plan import LayerPlan, ragged_plan
 from coterie.model.arch.inspect import inspect
 from coterie.report.gather import entries_of, gather
 from coterie.report.layers import share_left
@@ -124,9 +124,9 @@ def test_results_that_shrank_in_different_ways_meet_where_as_many_neurons_are_le
 def test_plans_name_width_and_parts_and_are_known_again_when_carried_out(make_run: Maker) -> None:
     run = make_run()
     for name, size in (
-        ("narrow", LayerSize(num_experts=8, width=8)),
-        ("ragged", LayerSize(num_experts=8, widths=(16, 16, 1, 1, 2, 2, 1, 1))),
-        ("cut", LayerSize(num_experts=15, width=4, top_k=4)),
+        ("narrow", LayerPlan(num_experts=8, width=8)),
+        ("ragged", ragged_plan((16, 16, 1, 1, 2, 2, 1, 1))),
+        ("cut", LayerPlan(num_experts=15, width=4, top_k=4)),
     ):
         run.plan(name, size=size).save(run.folder / "plans" / f"{name}.json")
     run.plan().save(run.folder / "plans" / "done.json")

@@ -135,8 +135,8 @@ class Cell:
         return digest_of(
             {
                 "model": self.model.digest,
-                "recipe": [self.recipe, recipe.shrinks, recipe.ragged],
-                "effort": self.settings.effort if recipe.distills else None,
+                "recipe": [self.recipe, recipe.allocator],
+                "effort": self.settings.effort if recipe.trains else None,
                 "passes": [[name, dict(options)] for name, options in recipe.with_router(self.router)],
                 "methods": _sources(recipe, self.router),
                 "router": self.router,
@@ -208,7 +208,7 @@ def _sources(recipe: Recipe, router: str) -> dict[str, str]:
     Those are its passes', and what they import of `coterie.compress` themselves.
     """
     left = [PASSES[name].partition(":")[0] for name, _ in recipe.with_router(router)]
-    if recipe.distills:
+    if recipe.trains:
         left.append(_DISTILLING)
     files: dict[str, str] = {}
     while left:

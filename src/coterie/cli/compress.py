@@ -7,7 +7,7 @@ import typer
 
 from coterie.cli import options
 from coterie.cli.output import print_json, print_text
-from coterie.cli.plan import print_plan
+from coterie.cli.plan import check_request, print_plan
 
 
 def compress(
@@ -17,7 +17,16 @@ def compress(
     experts: options.Experts = None,
     width: options.Width = None,
     budget: options.Budget = None,
-    recipe: options.Recipe = "coterie",
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="File of a plan, made by `coterie plan --out`; it says how small, which recipe and router."),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="How experts are chosen or merged; see `coterie recipes`. Or module:attribute.", show_default="coterie"
+        ),
+    ] = None,
     effort: Annotated[
         Literal["fast", "balanced", "thorough"],
         typer.Option(
@@ -27,7 +36,7 @@ def compress(
     train_tokens: Annotated[
         int | None, typer.Option(help="Tokens to train on, in place of what --effort says; 0 for none.")
     ] = None,
-    router: options.Router = "plain",
+    router: Annotated[options.RouterForm | None, typer.Option(help=options.ROUTER_HELP, show_default="plain")] = None,
     profile: Annotated[
         Path | None, typer.Option(help="Folder of a profile; one that holds none yet gets the profile made here.")
     ] = None,
@@ -65,7 +74,9 @@ def compress(
     It is loaded again and compared with what was computed before it appears at OUT. Ended early, the same command goes
     on from the last finished layer.
     """
-    options.check_one_target(keep, experts, width, budget)
+    if plan is None:
+        options.check_one_target(keep, experts, width, budget)
+        check_request(keep, experts, width, budget, recipe or "coterie", router or "plain", seed)
     from coterie.profile.shares import parse_domains
 
     weights = None if domains is None else parse_domains(domains)
@@ -78,6 +89,7 @@ def compress(
         experts=experts,
         width=width,
         budget=budget,
+        plan=plan,
         recipe=recipe,
         effort=effort,
         train_tokens=train_tokens,

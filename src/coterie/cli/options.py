@@ -13,15 +13,15 @@ Keep = Annotated[
 Experts = Annotated[int | None, typer.Option(help="Number of experts to keep in each layer.")]
 Width = Annotated[int | None, typer.Option(help="Hidden neurons to keep in each expert; for recipes that slim them.")]
 Budget = Annotated[str | None, typer.Option(help="Size of all weights at most, like 12GiB or 800MB.")]
-Recipe = Annotated[str, typer.Option(help="How experts are chosen or merged; see `coterie recipes`.")]
-RouterForm = Literal["plain", "mean", "refit", "map"]
-Router = Annotated[
-    RouterForm,
-    typer.Option(
-        help="plain: rows of the experts that stay. mean: the mean of the rows of merged ones. refit: rows fitted to "
-        "the output. map: the router stays whole; only Coterie loads that result, stock loaders read the others."
-    ),
+Recipe = Annotated[
+    str, typer.Option(help="How experts are chosen or merged; see `coterie recipes`. Or module:attribute of your own.")
 ]
+RouterForm = Literal["plain", "mean", "refit", "map"]
+ROUTER_HELP = (
+    "plain: rows of the experts that stay. mean: the mean of the rows of merged ones. refit: rows fitted to the "
+    "output. map: the router stays whole; only Coterie loads that result, stock loaders read the others."
+)
+Router = Annotated[RouterForm, typer.Option(help=ROUTER_HELP)]
 Tokens = Annotated[int, typer.Option(help="Tokens of text in all, shared equally by the domains.")]
 SequenceLength = Annotated[int, typer.Option("--seq-len", help="Tokens in a sequence.")]
 SampleTokens = Annotated[int, typer.Option(help="Tokens of each layer's sample.")]

@@ -10,8 +10,8 @@ from coterie.cli import options
 from coterie.cli.output import percent, print_json, print_table, print_text
 
 if TYPE_CHECKING:
+    from coterie.compress.layer_plan import LayerPlan
     from coterie.compress.plan import Plan
-    from coterie.compress.state import LayerSize
 
 
 def plan(
@@ -31,10 +31,12 @@ def plan(
 ) -> None:
     """Decide what every layer gets.
 
-    No weights are touched: this takes seconds.
+    No weights are touched: this takes seconds. The file that --out names can be read, edited, and given to `coterie
+    compress --plan`.
     """
     options.check_one_target(keep, experts, width, budget)
-    from coterie.compress.plan import plan as decide
+    check_request(keep, experts, width, budget, recipe, router, seed)
+    from coterie.compress.decide import plan as decide
 
     made = decide(
         model,
@@ -57,12 +59,34 @@ def plan(
         print_text(f"plan written to {out}")
 
 
-def _width_text(size: "LayerSize") -> str:
-    if size.widths is not None:
-        mean = sum(size.widths) / len(size.widths)
-        return f" of width {min(size.widths)} to {max(size.widths)}, {mean:.1f} on average"
-    chosen = "" if size.top_k is None else f", {size.top_k} for each token"
-    return "" if size.width is None else f" of width {size.width}{chosen}"
+def check_request(
+    keep: float | None,
+    experts: int | None,
+    width: int | None,
+    budget: str | None,
+    recipe: str,
+    router: options.RouterForm,
+    seed: int,
+) -> None:
+    """Refuse, before anything heavy is imported, what no model could be given."""
+    from coterie.compress.recipes import get_recipe
+    from coterie.compress.request import Request
+    from coterie.compress.target import Target
+
+    target = Target(keep=keep, experts=experts, width=width, budget=budget)
+    Request(recipe=get_recipe(recipe), target=target, router=router, seed=seed).check()
+
+
+def _width_text(layer: "LayerPlan") -> str:
+    if layer.widths is not None:
+        mean = sum(layer.widths) / len(layer.widths)
+        return f" of width {min(layer.widths)} to {max(layer.widths)}, {mean:.1f} on average"
+    chosen = "" if layer.top_k is None else f", {layer.top_k} for each token"
+    return "" if layer.width is None else f" of width {layer.width}{chosen}"
+
+
+def _layer_text(layer: "LayerPlan") -> str:
+    return f"{layer.num_experts} experts{_width_text(layer)}"
 
 
 def print_plan(made: "Plan") -> None:
@@ -71,10 +95,10 @@ def print_plan(made: "Plan") -> None:
 
     print_text(f"recipe {made.recipe}, router {made.router}, seed {made.seed}")
     start = 0
-    for size, group in groupby(made.sizes):
+    for text, group in groupby(made.layers, key=_layer_text):
         count = len(list(group))
         where = f"MoE layer {start}" if count == 1 else f"MoE layers {start} to {start + count - 1}"
-        print_text(f"{where}: {size.num_experts} experts{_width_text(size)}")
+        print_text(f"{where}: {text}")
         start += count
     for name in made.untouched:
         print_text(f"{name}: copied as it is; the model does not run it")

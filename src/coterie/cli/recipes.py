@@ -43,6 +43,6 @@ def recipes(json: options.Json = False) -> None:
 
 
 def _kind(recipe: "Recipe") -> str:
-    if recipe.shrinks == "width":
+    if recipe.allocator in ("narrower", "ragged"):
         return "slim"
     return "merge" if recipe.merges else "drop"

@@ -26,7 +26,7 @@ from coterie.amounts import format_bytes
 from coterie.artifact import atomic_path, digest_of
 from coterie.compress.cost import training_cost
 from coterie.compress.distill import Distillation, Schedule, Targets, trainable
-from coterie.compress.state import LayerSize
+from coterie.compress.plan import Shape
 from coterie.journal import Run
 from coterie.model.arch.layers import Architecture, MoELayer
 from coterie.model.arch.load import result_meta_model
@@ -87,10 +87,10 @@ def needed_bytes(model: PreTrainedModel, layers: Sequence[MoELayer], *, seq_len:
 
 
 def may_distill(
-    architecture: Architecture, size: LayerSize, seq_len: int, limit: int | None, device: torch.device
+    architecture: Architecture, shape: Shape, seq_len: int, limit: int | None, device: torch.device
 ) -> bool:
     """Tell whether a result can be trained in the memory that is allowed or, without a limit, free; log which."""
-    model = _meta_model(architecture, size)
+    model = _meta_model(architecture, shape)
     needed = needed_bytes(model, architecture.layers, seq_len=seq_len, workers=torch.get_num_threads())
     allowed = free_bytes(device) if limit is None else limit
     says = f"training the result as a whole takes {format_bytes(needed)} of memory"
@@ -101,24 +101,21 @@ def may_distill(
     return True
 
 
-def say_cost(
-    architecture: Architecture, size: LayerSize, token_set: TokenSet, tokens: int, device: torch.device
-) -> int:
+def say_cost(architecture: Architecture, shape: Shape, token_set: TokenSet, tokens: int, device: torch.device) -> int:
     """Log what training on `tokens` takes, or on as many as the text has, seen `EPOCHS` times; return how many."""
     there = sum(map(len, token_set.sequences.values())) * token_set.seq_len
     tokens = min(tokens, EPOCHS * there)
     cost = training_cost(
-        architecture.model, _meta_model(architecture, size), architecture.layers,
-        tokens=tokens, top_k=size.top_k or architecture.layers[0].top_k, device=device,
+        architecture.model, _meta_model(architecture, shape), architecture.layers,
+        tokens=tokens, top_k=shape.top_k or architecture.layers[0].top_k, device=device,
     )  # fmt: skip
     log.info("cost: %s", cost)
     return tokens
 
 
-def _meta_model(architecture: Architecture, size: LayerSize) -> PreTrainedModel:
-    width = size.width if size.widths is None else None
+def _meta_model(architecture: Architecture, shape: Shape) -> PreTrainedModel:
     return result_meta_model(
-        architecture, size.num_experts, maps=None, dtype=torch.float32, width=width, top_k=size.top_k
+        architecture, shape.num_experts, maps=None, dtype=torch.float32, width=shape.width, top_k=shape.top_k
     )
 
 

@@ -23,7 +23,7 @@ def check_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def check_target(target: Path, source: Path) -> None:
+def check_output(target: Path, source: Path) -> None:
     """Raise OutputExists for a place that is taken, InputError for one inside the model, which is never written."""
     if target.exists() or target.is_symlink():
         raise OutputExists(f"{target} exists; choose another place or remove it")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coterie.artifact import open_artifact, write_artifact
+from coterie.compress.decide import check_statistics
 from coterie.compress.methods.scores import score_needs
 from coterie.compress.methods.select import score_by_domain, top_experts
-from coterie.compress.plan import check_statistics
 from coterie.errors import Infeasible
 from coterie.profile.profile import Profile
 

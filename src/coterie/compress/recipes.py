@@ -1,14 +1,17 @@
-"""Recipes: methods of papers (and our own) as lists of passes. A new method that reuses passes is one entry here."""
+"""Recipes: methods of papers (and our own) as lists of steps. A new method that reuses steps is one entry here.
+
+No torch here: what a recipe measures stands beside it, and `check_method` holds it to what its passes need.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from importlib import import_module
+from typing import Any
 
-from coterie.compress.methods import PRUNING_PASSES, needs_of
+from coterie.compress.allocators import ALLOCATORS
 from coterie.errors import Infeasible, InputError, UnknownName
-from coterie.profile.statistics.channels import needs_gradients
 
 #: Router forms, and the passes that make each from the router's E rows once experts are merged. All but "map" give M
 #: rows, which stock loaders read: the centre's row, the usage-weighted mean of the members' rows, or the better of the
@@ -25,32 +28,58 @@ ROUTERS: dict[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
 EFFORTS: dict[str, int] = {"fast": 0, "balanced": 262_144, "thorough": 1_048_576}
 
 
+#: A step with its options.
+Step = tuple[str, Mapping[str, Any]]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """A named list of passes.
+    """What to measure, who shares out the bytes, and what to do: steps on each layer, then steps on the whole result.
 
     Attributes:
         name: what the user types.
         summary: one line.
         paper: arXiv id, or None.
-        merges: True when experts are merged, so that the router can be a map; False when they are dropped.
-        passes: (pass name, options), in order. In merging recipes ``merge-router`` stands for the router's form.
-        shrinks: what gets smaller: the number of experts, the width of each, or the number of the parts that they are
-            cut into.
-        ragged: True when every expert gets a width of its own, from one ranking of the hidden neurons of all layers.
-        distills: True when the whole result is trained towards the original's predictions at the end.
+        measures: statistics that are read, sorted; None for those that the passes say they need.
+        allocator: who decides what each layer gets, one of `coterie.compress.allocators.ALLOCATORS`.
+        passes: (name, options) of what is done to each layer, in order; names of `coterie.compress.methods.PASSES`, or
+            ``"module:attribute"``. In recipes that merge experts ``merge-router`` stands for the router's form.
+        result_steps: (name, options) of what is done to the whole result at the end, in order; names of
+            `coterie.compress.result_steps.RESULT_STEPS`.
     """
 
     name: str
-    summary: str
-    paper: str | None
-    merges: bool
-    passes: tuple[tuple[str, Mapping[str, Any]], ...]
-    shrinks: Literal["experts", "width", "parts"] = "experts"
-    ragged: bool = False
-    distills: bool = False
+    summary: str = ""
+    paper: str | None = None
+    measures: tuple[str, ...] | None = None
+    allocator: str = "fewer"
+    passes: tuple[Step, ...]
+    result_steps: tuple[Step, ...] = ()
 
-    def with_router(self, router: str) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    def __post_init__(self) -> None:
+        if self.allocator not in ALLOCATORS:
+            raise UnknownName("allocator", self.allocator, ALLOCATORS)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics that are read, sorted."""
+        if self.measures is not None:
+            return self.measures
+        from coterie.compress.methods import needs_of
+
+        return tuple(sorted({need for name, options in self.passes for need in needs_of(name, **options)}))
+
+    @property
+    def merges(self) -> bool:
+        """Whether experts are merged, so that the router can be a map; else they are dropped, slimmed or cut."""
+        return any(name == "merge-router" for name, _ in self.passes)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the whole result is trained at the end."""
+        return any(name == "distill" for name, _ in self.result_steps)
+
+    def with_router(self, router: str) -> tuple[Step, ...]:
         """Return the passes for a router form, one of `ROUTERS`.
 
         Raises:
@@ -68,35 +97,25 @@ class Recipe:
         if router == "refit":
             return (*self.passes, *ROUTERS[router][1:])
         wanted = "map their router rows to" if router == "map" else "average their router rows with"
-        does = {"experts": "drops experts", "width": "keeps all experts", "parts": "cuts experts into parts"}[
-            self.shrinks
-        ]
+        does = {"fewer": "drops experts", "parts": "cuts experts into parts"}.get(self.allocator, "keeps all experts")
         raise Infeasible(
             f"recipe {self.name} {does}, so there is nothing to {wanted}; use --router plain or --router refit"
         )
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Statistics that the passes read, sorted."""
-        return tuple(sorted({need for name, options in self.passes for need in needs_of(name, **options)}))
 
 
 def _recipe(
     name: str,
     summary: str,
     paper: str | None,
-    *passes: str | tuple[str, Mapping[str, Any]],
-    ragged: bool = False,
-    distills: bool = False,
+    *passes: str | Step,
+    measures: str = "",
+    allocator: str = "fewer",
+    distill: bool = False,
 ) -> Recipe:
     listed = tuple((entry, {}) if isinstance(entry, str) else entry for entry in passes)
-    names = {entry[0] for entry in listed}
-    shrinks: Literal["experts", "width", "parts"] = (
-        "parts" if "segment" in names else "width" if "slim" in names else "experts"
-    )
     return Recipe(
-        name=name, summary=summary, paper=paper, merges="merge-router" in names, passes=listed,
-        shrinks=shrinks, ragged=ragged, distills=distills,
+        name=name, summary=summary, paper=paper, measures=tuple(measures.split()), allocator=allocator, passes=listed,
+        result_steps=(("distill", {}),) if distill else (),
     )  # fmt: skip
 
 
@@ -108,77 +127,130 @@ RECIPES: dict[str, Recipe] = {
             "cut experts into parts, keep those that the loss needs, re-fit, distil",
             None,
             ("segment", {"score": "energy", "parts": 4}), "refit-joint",
-            distills=True,
+            distill=True,
+            measures="gated_hidden_square gradient_energy tokens", allocator="parts",
         ),
         _recipe(
             "coterie-local",
             "cut, re-fit and reconstruct layer by layer; never holds the whole result",
             None,
             ("segment", {"score": "energy", "parts": 4}), "refit-joint", "reconstruct",
+            measures="gated_hidden_square gradient_energy tokens", allocator="parts",
         ),
         _recipe(
             "coterie-slim",
             "make all experts narrower by the same amount, re-fit, distil",
             None,
             ("slim", {"score": "energy"}), "refit-joint",
-            distills=True,
+            distill=True,
+            measures="gated_hidden_square gradient_energy tokens", allocator="narrower",
         ),
         _recipe(
             "coterie-ragged",
             "every expert with a width of its own, re-fit, distil; loads with Coterie only",
             None,
             ("slim", {"score": "energy"}), "refit-joint",
-            ragged=True, distills=True,
+            allocator="ragged", distill=True,
+            measures="gated_hidden_square gradient_energy tokens",
         ),
-        _recipe("frequency", "keep the experts that most tokens chose", None, ("select", {"score": "frequency"})),
-        _recipe("gate-mass", "keep the experts with most routing weight", None, ("select", {"score": "gate-mass"})),
-        _recipe("ean", "keep the experts with the largest outputs in all", "2606.15716", ("select", {"score": "ean"})),
-        _recipe("man", "keep the experts with the largest mean output", "2606.15716", ("select", {"score": "man"})),
-        _recipe("msan", "keep those with the largest mean square output", "2606.15716", ("select", {"score": "msan"})),
-        _recipe("reap", "keep the experts that add most where chosen", "2510.13999", ("select", {"score": "reap"})),
+        _recipe(
+            "frequency",
+            "keep the experts that most tokens chose",
+            None,
+            ("select", {"score": "frequency"}),
+            measures="usage",
+        ),
+        _recipe(
+            "gate-mass",
+            "keep the experts with most routing weight",
+            None,
+            ("select", {"score": "gate-mass"}),
+            measures="gate_mass",
+        ),
+        _recipe(
+            "ean",
+            "keep the experts with the largest outputs in all",
+            "2606.15716",
+            ("select", {"score": "ean"}),
+            measures="output_norm",
+        ),
+        _recipe(
+            "man",
+            "keep the experts with the largest mean output",
+            "2606.15716",
+            ("select", {"score": "man"}),
+            measures="output_norm usage",
+        ),
+        _recipe(
+            "msan",
+            "keep those with the largest mean square output",
+            "2606.15716",
+            ("select", {"score": "msan"}),
+            measures="output_square usage",
+        ),
+        _recipe(
+            "reap",
+            "keep the experts that add most where chosen",
+            "2510.13999",
+            ("select", {"score": "reap"}),
+            measures="reap usage",
+        ),
         _recipe(
             "easy-ep",
             "keep the experts that turn the residual stream, all domains alike",
             "2504.06792",
             ("select", {"score": "easy-ep"}),
+            measures="easy_ep",
         ),
         _recipe(
             "tcess",
             "keep the experts that the router scores highest (PreMoe)",
             "2505.17639",
             ("select", {"score": "tcess", "patterns": True}),
+            measures="tcess tcess_tokens tokens",
         ),
         _recipe("leave-one-out", "keep the experts whose absence changes the output most", None, "leave-one-out"),
-        _recipe("naee", "search the subset that keeps the output nearest", "2402.14800", "subset-search"),
+        _recipe(
+            "naee",
+            "search the subset that keeps the output nearest",
+            "2402.14800",
+            "subset-search",
+            measures="reap usage",
+        ),
         _recipe(
             "average",
             "group by up and gate weights around the most used, average equally",
             None,
             ("cluster", {"rule": "mergemoe"}), ("average", {"weights": "equal"}), "merge-router",
+            measures="usage",
         ),
         _recipe(
             "m-smoe",
             "group by router scores around the most used, align neurons, average",
             "2310.01334",
             ("cluster", {"rule": "m-smoe"}), "align", "average", "merge-router",
+            measures="logit_product usage",
         ),
         _recipe(
             "hc-smoe",
             "group by a tree over mean outputs, average",
             "2410.08589",
             ("cluster", {"rule": "hc-smoe"}), "average", "merge-router",
+            measures="mean_output tokens usage",
         ),
         _recipe(
             "mergemoe",
             "group by up and gate weights around the most used, average, solve for down",
             "2510.14436",
             ("cluster", {"rule": "mergemoe"}), "average", "refit-down", "merge-router",
+            measures="usage",
         ),
         _recipe(
             "mergemoe-output",
             "group by a tree over mean outputs, average, solve for down",
             "2510.14436",
             ("cluster", {"rule": "hc-smoe"}), "average", "refit-down", "merge-router",
+            measures="mean_output tokens usage",
         ),
         _recipe(
             "ream",
@@ -186,6 +258,7 @@ RECIPES: dict[str, Recipe] = {
             "2604.04356",
             ("cluster", {"rule": "ream"}), ("align", {"by": "weights+activations"}), ("average", {"weights": "reap"}),
             "merge-router",
+            measures="logit_product reap usage",
         ),
         _recipe(
             "sub-moe",
@@ -193,77 +266,104 @@ RECIPES: dict[str, Recipe] = {
             "2506.23266",
             ("cluster", {"rule": "k-means", "features": "token-outputs"}), ("subspace", {"energy": 0.99}), "average",
             "merge-router",
+            measures="usage",
         ),
         _recipe(
             "ppp",
             "group by k-means over mean outputs, say how many groups there are, average",
             None,
             ("cluster", {"rule": "ppp"}), "average", "merge-router",
+            measures="mean_output tokens usage",
         ),
         _recipe(
             "easy-slim",
             "keep in each expert the neurons that add most where chosen",
             None,
             ("slim", {"score": "activation"}),
+            measures="hidden_square", allocator="narrower",
         ),
         _recipe(
             "heapr",
             "keep in each expert the neurons that the loss depends on most",
             "2509.22299",
             ("slim", {"score": "heapr"}),
+            measures="channel_gradient hidden_square usage", allocator="narrower",
         ),
         _recipe(
             "heapr-ragged",
             "rank the neurons of all experts and layers together, each expert gets a width of its own",
             "2509.22299",
             ("slim", {"score": "heapr"}),
-            ragged=True,
+            allocator="ragged",
+            measures="channel_gradient hidden_square usage",
         ),
     )
 }  # fmt: skip
 
 
-#: What may follow the name of a recipe that drops experts, after a "+": a pass that comes first.
-EXTRAS = ("protect",)
+#: What may follow the name of a recipe that drops experts, after a "+": a pass that comes first, and what it reads.
+EXTRAS: dict[str, tuple[str, ...]] = {"protect": ("output_peak",)}
+
+#: Passes that drop experts, and keep those that are protected.
+PRUNING_PASSES = ("select", "leave-one-out", "subset-search")
 
 
-def get_recipe(name: str) -> Recipe:
-    """Return a recipe, such as "reap" or "reap+protect".
+def get_recipe(recipe: str | Recipe) -> Recipe:
+    """Return a recipe by name ("reap", "reap+protect"), or your own: ``"my_module:RECIPE"``, or the recipe itself.
 
     Raises:
         UnknownName: no such recipe, with the nearest names.
-        InputError: protection for a recipe that drops no experts.
+        InputError: protection for a recipe that drops no experts, or ``module:attribute`` that is no recipe.
     """
-    base, plus, extra = name.partition("+")
-    if base not in RECIPES:
-        raise UnknownName("recipe", base, RECIPES)
-    recipe = RECIPES[base]
-    if not plus:
+    if isinstance(recipe, Recipe):
         return recipe
+    name, plus, extra = recipe.partition("+")
+    found = _imported(name) if ":" in name else RECIPES.get(name)
+    if found is None:
+        raise UnknownName("recipe", name, RECIPES)
+    if not plus:
+        return found
     if extra not in EXTRAS:
         raise UnknownName("addition to a recipe", extra, EXTRAS)
-    if not any(entry in PRUNING_PASSES for entry, _ in recipe.passes):
-        raise InputError(f"recipe {base} drops no experts, so there is none to protect; leave out +{extra}")
-    return replace(recipe, name=name, passes=((extra, {}), *recipe.passes))
+    if not any(entry in PRUNING_PASSES for entry, _ in found.passes):
+        raise InputError(f"recipe {name} drops no experts, so there is none to protect; leave out +{extra}")
+    measures = None if found.measures is None else tuple(sorted({*found.measures, *EXTRAS[extra]}))
+    return replace(found, name=recipe, measures=measures, passes=((extra, {}), *found.passes))
 
 
-def training_tokens(recipe: str, effort: str) -> int:
-    """Return how many tokens a recipe trains its result on; raises UnknownName."""
-    if effort not in EFFORTS:
-        raise UnknownName("effort", effort, EFFORTS)
-    return EFFORTS[effort] if get_recipe(recipe).distills else 0
-
-
-def check_sequential(name: str) -> None:
-    """Raise InputError where a recipe cannot have one layer compressed before the next is measured."""
-    needed = get_recipe(name).needs
-    if needs_gradients(needed):
+def _imported(name: str) -> Recipe:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            f"recipe {name} needs gradients of the loss, which come from behind: they are measured before any layer is "
-            "compressed; leave the inputs original"
-        )
-    if "output_peak" in needed:
-        raise InputError(
-            f"recipe {name} keeps super experts, which are known when every layer of the model was measured: leave the "
-            "inputs original, or the recipe without +protect"
-        )
+            f"recipe {name} cannot be imported ({type(error).__name__}: {error}); write module:attribute of a "
+            "coterie.compress.recipes.Recipe, with the module on PYTHONPATH"
+        ) from error
+    if not isinstance(found, Recipe):
+        raise InputError(f"{name} is a {type(found).__name__}, not a coterie.compress.recipes.Recipe")
+    return replace(found, name=name)
+
+
+def training_tokens(name: str, effort: str, train_tokens: int | None, *, trains: bool) -> int:
+    """Return how many tokens a result is trained on.
+
+    Args:
+        name: of the recipe.
+        effort: one of `EFFORTS`.
+        train_tokens: in place of what the effort says; None for that.
+        trains: whether the recipe trains its result at all.
+
+    Raises:
+        UnknownName: no such effort.
+        InputError: less than no tokens, or tokens for a recipe that trains nothing.
+    """
+    if train_tokens is None:
+        if effort not in EFFORTS:
+            raise UnknownName("effort", effort, EFFORTS)
+        return EFFORTS[effort] if trains else 0
+    if train_tokens < 0:
+        raise InputError(f"a result cannot be trained on {train_tokens} tokens; give 0 or more")
+    if train_tokens and not trains:
+        raise InputError(f"recipe {name} trains nothing: leave --train-tokens out, or take a recipe such as coterie")
+    return train_tokens

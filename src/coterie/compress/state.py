@@ -1,6 +1,8 @@
 """LayerState: one layer's tensors in flight through the passes of a recipe.
 
-A pass is a function ``(state, size, **options) -> state``. It never changes tensors in place.
+A pass is a function ``(state, plan, **options) -> state``. It never changes tensors in place. Where statistics are
+enough to choose, its file also holds ``decide(layer, plan, measured, **options) -> plan``, which is asked when the plan
+is made; the pass then does what the plan says.
 
 Legend: E experts of the original, M experts now, F expert width, D model width, T tokens, K chosen experts.
 """
@@ -22,20 +24,19 @@ Route = Callable[[Mapping[str, Tensor], Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LayerSize:
-    """What one layer gets. None leaves that property as it is.
+class Measured:
+    """What was measured of one layer, for whoever decides what becomes of it.
 
     Attributes:
-        num_experts: how many experts.
-        width: hidden neurons of each.
-        widths: hidden neurons of each, where they differ (a ragged result); `width` is None then.
-        top_k: experts that a token chooses; set where the experts were cut into parts.
+        statistics: its statistics, summed over domains, float64.
+        by_domain: the same with the domain axis first.
+        peaks_LE: largest output element of each expert of each MoE layer of the model (L, E), float64; None where
+            nobody asks for it, or where not all layers were measured.
     """
 
-    num_experts: int
-    width: int | None = None
-    widths: tuple[int, ...] | None = None
-    top_k: int | None = None
+    statistics: Mapping[str, Tensor]
+    by_domain: Mapping[str, Tensor]
+    peaks_LE: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +55,6 @@ class LayerState:
         original_router: the router's tensors as they were.
         route: the family's own router with other router tensors; ask it for `sample.router_inputs_TD`.
         seed: seed of everything random in a pass.
-        peaks_LE: largest output element of each expert of each MoE layer of the model (L, E), float64; None where the
-            recipe does not ask for it, or where not all layers were measured before the first one is compressed.
         protected_E: experts that no pass may drop, bool; None where there are none.
         clusters_E: cluster of each expert, set by a clustering pass and consumed by the averaging pass; int64.
         centres_M: the expert that each cluster is centred on, in the order of the clusters; int64.
@@ -73,7 +72,6 @@ class LayerState:
     original_router: Mapping[str, Tensor]
     route: Route
     seed: int = 0
-    peaks_LE: Tensor | None = None
     protected_E: Tensor | None = None
     clusters_E: Tensor | None = None
     centres_M: Tensor | None = None

@@ -108,13 +108,30 @@ def profile(
             measured = {layer: entry for layer, *entry in measure.stream(stream, architecture.layers)}
         statistics, samples = zip(*(measured[layer.index] for layer in architecture.layers), strict=True)
         return measure.profile(checkpoint.digest, architecture.layers, statistics, samples)
-    if is_empty_folder(target):
-        target.rmdir()
-    with open_run(target, measure.header(stream), what="profile") as run, stream:
-        profile_in_run(run, stream, architecture.layers, measure, private=False)
-        run.publish()
+    made = profile_in_folder(target, stream, architecture.layers, measure)
     log.info("memory: the peak was %s", format_bytes(peak_bytes()))
-    return Profile.load(target)
+    return made
+
+
+def profile_in_folder(folder: Path, stream: Stream, layers: tuple[MoELayer, ...], measure: Measure) -> Profile:
+    """Measure a model into a folder of its own, in a run that goes on where it was killed.
+
+    Args:
+        folder: where the profile will be; not there, or empty.
+        stream: the model, not open.
+        layers: its MoE layers.
+        measure: what is measured.
+
+    Raises:
+        OutputExists: the folder is taken.
+    """
+    check_target(folder)
+    if is_empty_folder(folder):
+        folder.rmdir()
+    with open_run(folder, measure.header(stream), what="profile") as run, stream:
+        profile_in_run(run, stream, layers, measure, private=False)
+        run.publish()
+    return Profile.load(folder)
 
 
 def check_target(target: Path) -> None:

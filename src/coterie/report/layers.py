@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from coterie.compress.state import LayerSize
+from coterie.compress.layer_plan import LayerPlan
 from coterie.report.words import MISSING, count_text, number_text, percent_text, range_text
 
 #: How a layer got smaller: fewer experts of the old width (or as many), narrower ones, ragged ones, or parts of them.
@@ -265,16 +265,16 @@ def kept_text(layers: Sequence[LayerChange]) -> tuple[str, str]:
     return percent_text(share_left(layers)), f"of the experts' neurons{ragged}, in {count}"
 
 
-def plan_text(sizes: Sequence[LayerSize]) -> str:
+def plan_text(layers: Sequence[LayerPlan]) -> str:
     """Return what a plan gives each layer: ``16``, ``32, width 48``, ``63 parts of width 24, 8 a token``."""
-    count = range_text([size.num_experts for size in sizes])
-    widths = [width for size in sizes for width in size.widths or ((size.width,) if size.width else ())]
-    chosen = [size.top_k for size in sizes if size.top_k is not None]
+    count = range_text([layer.num_experts for layer in layers])
+    widths = [width for layer in layers for width in layer.widths or ((layer.width,) if layer.width else ())]
+    chosen = [layer.top_k for layer in layers if layer.top_k is not None]
     if chosen:
         return f"{_parts_noun(count)} of width {range_text(widths)}, {range_text(chosen)} a token"
     if not widths:
         return count
-    ragged = any(size.widths is not None for size in sizes)
+    ragged = any(layer.widths is not None for layer in layers)
     mean = f", mean {number_text(sum(widths) / len(widths))}" if ragged else ""
     return f"{count}, width {range_text(widths)}{mean}"
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coterie.artifact import file_digest
+from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.apply import Result, compress
-from coterie.compress.plan import plan
+from coterie.compress.decide import plan
 from coterie.compress.recipes import RECIPES, get_recipe
 from coterie.errors import ArchitectureMismatch, Infeasible
 from coterie.model.arch.experts import canonical_experts
@@ -59,7 +60,7 @@ def check_method(recipe: str, *, model_type: str = "olmoe") -> None:
         model = tiny_checkpoint(shop.folder / "model", model_type)
         permuted = shop.edited(model, _permute_experts)
         edit, without = _make_half_redundant, "without unused copies of experts"
-        if get_recipe(recipe).shrinks != "experts":
+        if "experts" not in _targets(recipe):
             edit, without = _make_neurons_idle, "without neurons that do nothing"
         redundant = shop.edited(tiny_checkpoint(shop.folder / "glm4_moe", "glm4_moe"), edit)
         before = _digests(model)
@@ -138,9 +139,17 @@ def _applicable_recipes(architecture: Architecture) -> list[str]:
         name
         for name, recipe in RECIPES.items()
         if (solvable or all(step != "refit-down" for step, _ in recipe.passes))
-        and not (recipe.shrinks == "width" and (recipe.ragged or architecture.config["model_type"] in ONE_WIDTH))
+        and not (
+            "width" in _targets(name)
+            and (recipe.allocator == "ragged" or architecture.config["model_type"] in ONE_WIDTH)
+        )
         and (predicts or not needs_gradients(recipe.needs))
     ]
+
+
+def _targets(recipe: str) -> tuple[str, ...]:
+    """Return the targets that a recipe understands."""
+    return ALLOCATORS[get_recipe(recipe).allocator].targets
 
 
 def _check_inspection(model: Path, truth: Architecture) -> None:
@@ -172,7 +181,7 @@ def check_result(model: str | Path, result: Result) -> None:
         new_model, info = _load_stock(result.out)
         _require(not any(info.values()), f"{result.out} does not load whole: {info}")
         found = [(layer.num_experts, layer.width, layer.top_k) for layer in Architecture.of(made).layers]
-        sizes = zip(layers, result.plan.sizes, strict=True)
+        sizes = zip(layers, result.plan.layers, strict=True)
         planned = [(size.num_experts, size.width or layer.width, size.top_k or layer.top_k) for layer, size in sizes]
         _require(found == planned, f"{found} experts, their width and how many are chosen, not {planned} as planned")
     else:
@@ -182,7 +191,7 @@ def check_result(model: str | Path, result: Result) -> None:
     for name in old.keys() | new.keys():
         if not name.startswith(touched):
             _require(name in old and name in new and torch.equal(old[name], new[name]), f"{name} is not as it was")
-    for layer, size, entry in zip(layers, result.plan.sizes, result.manifest["layers"], strict=True):
+    for layer, size, entry in zip(layers, result.plan.layers, result.manifest["layers"], strict=True):
         _check_map(layer, entry, cut=size.top_k is not None)
 
 
@@ -218,7 +227,7 @@ class _Shop:
     def compress(self, model: Path, recipe: str, router: Any, *, fresh_profile: bool = False, **target: Any) -> Result:
         held = self.profile(model, recipe, fresh=fresh_profile)
         out = self.new_path(f"{recipe}-{router}")
-        if get_recipe(recipe).distills:
+        if get_recipe(recipe).trains:
             target |= {"text": self._text, "tokens": self._tokens, "seq_len": 64, "train_tokens": self._tokens}
         return compress(model, out, recipe=recipe, router=router, profile=held, **target)
 
@@ -249,8 +258,8 @@ class _Shop:
 
     def smaller(self, model: Path, recipe: str, router: Any, *, fresh_profile: bool = False) -> Result:
         """Keep half of the experts, or a third of their width; where they are cut into parts, three eighths of all."""
-        targets: dict[str, dict[str, Any]] = {"width": {"width": NARROW}, "parts": {"keep": 0.375}}
-        target = targets.get(get_recipe(recipe).shrinks, {"experts": 4})
+        targets: dict[str, dict[str, Any]] = {"experts": {"experts": 4}, "width": {"width": NARROW}}
+        target = next((targets[name] for name in targets if name in _targets(recipe)), {"keep": 0.375})
         return self.compress(model, recipe, router, fresh_profile=fresh_profile, **target)
 
     def edited(self, model: Path, edit: Callable[[PreTrainedModel, tuple[MoELayer, ...]], None]) -> Path:
@@ -283,8 +292,8 @@ class _Shop:
     def check_refusal(self, model: Path, recipe: str, router: str) -> None:
         layers = Architecture.of(Checkpoint.open(model)).layers
         target: dict[str, Any] = {"experts": max(layer.top_k for layer in layers) - 1}  # too few for the router
-        if get_recipe(recipe).shrinks != "experts":
-            target = {"width": layers[0].width + 1} if get_recipe(recipe).shrinks == "width" else {"budget": 1}
+        if "experts" not in _targets(recipe):
+            target = {"width": layers[0].width + 1} if "width" in _targets(recipe) else {"budget": 1}
         there = set(self.folder.iterdir())
         try:
             self.compress(model, recipe, router, **target)

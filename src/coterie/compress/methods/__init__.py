@@ -1,6 +1,8 @@
-"""Passes: one file each, a function ``(state, size, **options) -> state``, and what it needs from a profile.
+"""Passes: one file each, a function ``(state, plan, **options) -> state``, and what it needs from a profile.
 
 A pass module holds the pass and a function ``needs(**options) -> tuple[str, ...]`` that names the statistics it reads.
+One that chooses by statistics alone also holds ``decide(layer, plan, measured, **options) -> plan``, see
+`coterie.compress.state`. A pass of your own is named ``"module:attribute"`` in a recipe; nothing is registered.
 A new pass is one file here and one line in the table; a method of a paper is a recipe of passes
 (`coterie.compress.recipes`).
 """
@@ -8,10 +10,13 @@ A new pass is one file here and one line in the table; a method of a paper is a 
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import Any, Protocol
 
-from coterie.compress.state import LayerSize, LayerState
-from coterie.errors import UnknownName
+from coterie.compress.layer_plan import LayerPlan
+from coterie.compress.state import LayerState, Measured
+from coterie.errors import InputError, UnknownName
+from coterie.model.arch.layers import MoELayer
 
 PASSES: dict[str, str] = {
     "refit-joint": "coterie.compress.methods.refit_joint:refit_joint",
@@ -31,28 +36,49 @@ PASSES: dict[str, str] = {
     "refit-router": "coterie.compress.methods.refit_router:refit_router",
 }
 
-#: Passes that drop experts, and keep those that `LayerState.protected_E` names.
-PRUNING_PASSES = ("select", "leave-one-out", "subset-search")
-
 
 class Pass(Protocol):
     """A pass of a recipe."""
 
-    def __call__(self, state: LayerState, size: LayerSize, **options: Any) -> LayerState:
+    def __call__(self, state: LayerState, plan: LayerPlan, **options: Any) -> LayerState:
         """Return the state after the pass; the given one is not changed."""
 
 
+class Decide(Protocol):
+    """What a pass decides by statistics alone, before any weight is read."""
+
+    def __call__(self, layer: MoELayer, plan: LayerPlan, measured: Measured, **options: Any) -> LayerPlan:
+        """Return the plan with what the pass decides about this layer; the given one is not changed."""
+
+
 def load_pass(name: str) -> Pass:
-    """Return a pass by name; raises UnknownName."""
-    if name not in PASSES:
-        raise UnknownName("pass", name, PASSES)
-    module, _, attribute = PASSES[name].partition(":")
-    function: Pass = getattr(import_module(module), attribute)
+    """Return a pass by name or as ``"module:attribute"``; raises UnknownName, or InputError where it is not there."""
+    module, attribute = _home(name)
+    function: Pass = getattr(module, attribute)
+    return function
+
+
+def load_decide(name: str) -> Decide | None:
+    """Return what a pass decides by, None where it decides nothing without weights; raises like `load_pass`."""
+    function: Decide | None = getattr(_home(name)[0], "decide", None)
     return function
 
 
 def needs_of(name: str, **options: Any) -> tuple[str, ...]:
-    """Return the statistics that a pass reads with these options; raises UnknownName."""
-    load_pass(name)
-    needs: tuple[str, ...] = import_module(PASSES[name].partition(":")[0]).needs(**options)
+    """Return the statistics that a pass reads with these options; raises like `load_pass`."""
+    needs: tuple[str, ...] = _home(name)[0].needs(**options)
     return needs
+
+
+def _home(name: str) -> tuple[ModuleType, str]:
+    if ":" not in name and name not in PASSES:
+        raise UnknownName("pass", name, PASSES)
+    place, _, attribute = PASSES.get(name, name).partition(":")
+    try:
+        module = import_module(place)
+    except ImportError as error:
+        raise InputError(f"pass {name} cannot be imported ({error}); write module:attribute") from error
+    missing = [needed for needed in (attribute, "needs") if not hasattr(module, needed)]
+    if missing:
+        raise InputError(f"pass {name}: module {place} has no {missing[0]!r}; it holds the pass and a function needs")
+    return module, attribute

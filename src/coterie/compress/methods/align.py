@@ -16,7 +16,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.layer_plan import LayerPlan
+from coterie.compress.state import LayerState
 from coterie.errors import UnknownName
 from coterie.model.arch.experts import Experts
 
@@ -33,12 +34,12 @@ def needs(by: str = "weights") -> tuple[str, ...]:
     return ()
 
 
-def align(state: LayerState, size: LayerSize, *, by: str = "weights") -> LayerState:
+def align(state: LayerState, plan: LayerPlan, *, by: str = "weights") -> LayerState:
     """Permute each expert's hidden neurons to match its centre; what the layer computes does not change.
 
     Args:
         state: a layer with clusters.
-        size: not read.
+        plan: not read.
         by: ``weights`` (inner products, M-SMoE) or ``weights+activations`` (distances between unit vectors, REAM).
 
     Raises:

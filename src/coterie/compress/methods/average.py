@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.layer_plan import LayerPlan
+from coterie.compress.state import LayerState
 from coterie.errors import UnknownName
 
 #: What an expert can weigh, and the statistics that say so: nothing but itself, tokens that chose it, REAP's score.
@@ -42,14 +43,14 @@ def expert_weights(statistics: Mapping[str, Tensor], weights: str) -> Tensor:
     return usage_E if weights == "usage" else statistics["reap"].double() / usage_E.clamp(min=1)
 
 
-def average(state: LayerState, size: LayerSize, *, weights: str = "usage") -> LayerState:
+def average(state: LayerState, plan: LayerPlan, *, weights: str = "usage") -> LayerState:
     """Average gate, up, down and biases within each cluster (equally where all of its weights are 0).
 
     A cluster of one keeps its expert's exact tensors.
 
     Args:
         state: a layer with clusters.
-        size: not read: the clusters say how many experts come out.
+        plan: not read: the clusters say how many experts come out.
         weights: one of `WEIGHTS`.
 
     Raises:

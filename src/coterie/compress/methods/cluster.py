@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,12 @@ from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods import cluster_features
 from coterie.compress.methods.average import expert_weights, weight_needs
 from coterie.compress.methods.k_means import agreement, fit_mixture, found_count, k_means
 from coterie.compress.methods.select import top_experts
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 from coterie.errors import UnknownName
 
 #: Experts that a centre takes in beside itself, in REAM.
@@ -54,15 +56,15 @@ def needs(rule: str, features: str | None = None) -> tuple[str, ...]:
     )
 
 
-def cluster(state: LayerState, size: LayerSize, *, rule: str, features: str | None = None) -> LayerState:
-    """Partition the experts into `size.num_experts` clusters; with router groups, within each group.
+def cluster(state: LayerState, plan: LayerPlan, *, rule: str, features: str | None = None) -> LayerState:
+    """Partition the experts into `plan.num_experts` clusters; with router groups, within each group.
 
-    Clusters are numbered in the order of their centres. The centre of a cluster is its most important expert: the most
-    used, with ``ream`` the most salient.
+    Clusters that the plan names are taken as they are. Clusters are numbered in the order of their centres. The centre
+    of a cluster is its most important expert: the most used, with ``ream`` the most salient.
 
     Args:
         state: a layer.
-        size: how many clusters.
+        plan: how many clusters.
         rule: one of `RULES`.
         features: what is compared in place of the rule's own features, see `cluster_features.distances`.
 
@@ -74,8 +76,10 @@ def cluster(state: LayerState, size: LayerSize, *, rule: str, features: str | No
     found = _rule(rule)
     distance_EE = cluster_features.distances(state, features or found.features)
     importance_E = expert_weights(state.statistics, found.importance)
+    if plan.experts is not None:
+        return replace(state, **_planned(plan, importance_E))
     label_E = torch.empty(len(distance_EE), dtype=torch.int64)
-    share = size.num_experts // state.layer.num_groups
+    share = plan.num_experts // state.layer.num_groups
     groups = torch.arange(len(distance_EE)).chunk(state.layer.num_groups)
     for group, rows_N in enumerate(groups):
         within = distance_EE[rows_N][:, rows_N], importance_E[rows_N], share, state.seed
@@ -85,6 +89,16 @@ def cluster(state: LayerState, size: LayerSize, *, rule: str, features: str | No
     if rule == "ppp":
         notes["cluster"] = _validated(distance_EE, label_E, groups, state.seed)
     return replace(state, clusters_E=clusters_E, centres_M=centres_M, notes=notes)
+
+
+def _planned(plan: LayerPlan, importance_E: Tensor) -> dict[str, Any]:
+    """Return centres and clusters as a plan has them."""
+    assert plan.experts is not None
+    label_E = torch.empty(len(importance_E), dtype=torch.int64)
+    for number, expert in enumerate(plan.experts):
+        label_E[list(expert.sources)] = number
+    centres_M, clusters_E = _number_by_centre(label_E, importance_E)
+    return {"centres_M": centres_M, "clusters_E": clusters_E}
 
 
 def nearest_centre(distance_EE: Tensor, centres_M: Tensor) -> Tensor:

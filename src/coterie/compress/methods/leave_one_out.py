@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from coterie.compress.methods.select import best_experts, keep_experts, slice_router
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.layer_plan import LayerPlan
+from coterie.compress.methods.select import best_experts, keep_experts, planned_experts, slice_router
+from coterie.compress.state import LayerState
 from coterie.errors import ArchitectureMismatch
 
 #: Largest number of elements of the changes (P, D) that are held at a time (128 MiB in float32).
@@ -30,17 +31,21 @@ def needs() -> tuple[str, ...]:
     return ()
 
 
-def leave_one_out(state: LayerState, size: LayerSize) -> LayerState:
-    """Keep the `size.num_experts` experts whose absence changes the layer's output on the sample most.
+def leave_one_out(state: LayerState, plan: LayerPlan) -> LayerState:
+    """Keep the `plan.num_experts` experts whose absence changes the layer's output on the sample most.
+
+    Experts that the plan names stay instead.
 
     Raises:
         ArchitectureMismatch: the router cannot be run by itself, or no way is found to close it for one expert.
     """
     num_experts = state.layer.num_experts
-    if size.num_experts == num_experts:
+    if plan.experts is not None:
+        return keep_experts(state, planned_experts(plan), "leave-one-out", {})
+    if plan.num_experts == num_experts:
         return keep_experts(state, torch.arange(num_experts), "leave-one-out", {})
     values_E = absence_errors(state)
-    kept_M = best_experts(state, values_E, size.num_experts)
+    kept_M = best_experts(state, values_E, plan.num_experts)
     return keep_experts(state, kept_M, "leave-one-out", {"score": values_E.tolist()})
 
 

@@ -13,10 +13,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.average import usage_shares, weighted_mean
 from coterie.compress.methods.refit_router import measure_router
 from coterie.compress.methods.select import slice_router
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 from coterie.errors import UnknownName
 
 ROWS = ("centre", "mean", "best")
@@ -29,12 +30,12 @@ def needs(rows: str = "centre") -> tuple[str, ...]:
     return () if rows == "centre" else ("usage",)
 
 
-def merge_router(state: LayerState, size: LayerSize, *, rows: str = "centre") -> LayerState:
+def merge_router(state: LayerState, plan: LayerPlan, *, rows: str = "centre") -> LayerState:
     """Give the router one row (and bias) for each cluster.
 
     Args:
         state: a layer whose clusters are merged.
-        size: not read: the clusters say how many rows come out.
+        plan: not read: the clusters say how many rows come out.
         rows: ``centre`` (the centre's row), ``mean`` (usage-weighted mean of the members' rows) or ``best`` (whichever
             gives the smaller error of the block's output on held-out tokens of the sample).
 

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.layer_plan import LayerPlan
+from coterie.compress.state import LayerState, Measured
 from coterie.errors import Infeasible, InputError
+from coterie.model.arch.layers import MoELayer
 
 QUANTILE = 0.995
 SHARE_OF_LARGEST = 0.1
@@ -39,23 +42,29 @@ def super_experts(peaks_LE: Tensor) -> Tensor:
     return found_LE
 
 
-def protect(state: LayerState, size: LayerSize) -> LayerState:
-    """Set `protected_E` to this layer's super experts; changes no tensor.
+def decide(layer: MoELayer, plan: LayerPlan, measured: Measured) -> LayerPlan:
+    """Name this layer's super experts.
 
     Raises:
         InputError: not all layers were measured, so the largest activation of the model is not known.
         Infeasible: more super experts than experts that stay.
     """
-    layer = state.layer
-    if state.peaks_LE is None:
+    if measured.peaks_LE is None:
         raise InputError(f"{layer.block}: super experts are known when every layer of the model was measured")
-    protected_E: Tensor = super_experts(state.peaks_LE)[layer.index]
-    most, share = int(protected_E.view(layer.num_groups, -1).sum(1).max()), size.num_experts // layer.num_groups
+    protected_E: Tensor = super_experts(measured.peaks_LE)[layer.index]
+    most, share = int(protected_E.view(layer.num_groups, -1).sum(1).max()), plan.num_experts // layer.num_groups
     if most > share:
         where = "" if layer.num_groups == 1 else " of one router group"
         raise Infeasible(
             f"{layer.block}: {most} experts{where} are super experts, which +protect keeps, but only {share} may stay; "
             f"keep at least {most * layer.num_groups} experts a layer, or use the recipe without +protect"
         )
-    notes = {**state.notes, "protect": {"super_experts": protected_E.nonzero().flatten().tolist()}}
+    return replace(plan, protected=tuple(protected_E.nonzero().flatten().tolist()))
+
+
+def protect(state: LayerState, plan: LayerPlan) -> LayerState:
+    """Set `protected_E` to the experts that the plan protects; changes no tensor."""
+    protected_E = torch.zeros(state.layer.num_experts, dtype=torch.bool)
+    protected_E[list(plan.protected)] = True
+    notes = {**state.notes, "protect": {"super_experts": list(plan.protected)}}
     return replace(state, protected_E=protected_E, notes=notes)

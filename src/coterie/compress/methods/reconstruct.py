@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from coterie.compress.adam import Adam, rate_at
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.refit_joint import HELD_OUT
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 from coterie.model.arch.experts import Experts
 from coterie.model.arch.seam import routed_output
 
@@ -31,13 +32,13 @@ def needs(**options: object) -> tuple[str, ...]:
 
 
 def reconstruct(
-    state: LayerState, size: LayerSize, *, steps: int = 200, tokens: int = 1024, rate: float = 0.01
+    state: LayerState, plan: LayerPlan, *, steps: int = 200, tokens: int = 1024, rate: float = 0.01
 ) -> LayerState:
     """Train gate, up and down projections and their biases on the token sample.
 
     Args:
         state: the layer.
-        size: not read.
+        plan: not read.
         steps: steps of the optimizer.
         tokens: tokens of a step.
         rate: largest step of an entry, relative to the root mean square of its tensor.

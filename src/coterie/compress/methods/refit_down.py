@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.average import usage_shares
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 from coterie.errors import ArchitectureMismatch
 from coterie.model.arch.experts import Experts
 
@@ -52,7 +53,7 @@ class Gram:
         return float(squared) / max(self.target, 1e-300)
 
 
-def refit_down(state: LayerState, size: LayerSize) -> LayerState:
+def refit_down(state: LayerState, plan: LayerPlan) -> LayerState:
     """Re-fit the down projection of every merged expert to the usage-weighted outputs of its members.
 
     All tokens of the sample count, whether routed to the cluster or not, as in the paper.

@@ -26,7 +26,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.layer_plan import LayerPlan
+from coterie.compress.state import LayerState
 
 #: Every so many-th token of the sample is held out.
 HELD_OUT = 8
@@ -72,7 +73,7 @@ class Rows:
         ])  # fmt: skip
 
 
-def refit_joint(state: LayerState, size: LayerSize, *, iterations: int = 40, prior: float = 16.0) -> LayerState:
+def refit_joint(state: LayerState, plan: LayerPlan, *, iterations: int = 40, prior: float = 16.0) -> LayerState:
     """Re-fit all down projections together on the token sample; biases of the projections stay.
 
     Nothing changes, and the notes say so, where the held-out tokens do not gain, and in families that normalise each
@@ -80,7 +81,7 @@ def refit_joint(state: LayerState, size: LayerSize, *, iterations: int = 40, pri
 
     Args:
         state: the layer.
-        size: not read.
+        plan: not read.
         iterations: steps of conjugate gradients at most.
         prior: strength of the ridge, in tokens.
     """

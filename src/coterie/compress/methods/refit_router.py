@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.refit_down import HELD_OUT
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 from coterie.model.arch.experts import Experts
 
 #: Largest number of float32 values that the inner products may take; of a larger sample, evenly spaced tokens are used.
@@ -92,7 +93,7 @@ class Outputs:
         return error_T.sum().clamp(min=0) / self.square_T.sum().clamp(min=1e-30)
 
 
-def refit_router(state: LayerState, size: LayerSize, *, steps: int = 300) -> LayerState:
+def refit_router(state: LayerState, plan: LayerPlan, *, steps: int = 300) -> LayerState:
     """Re-fit the rows of a router that has one for each expert of the layer.
 
     Every router tensor of real numbers that the routing weights depend on is fitted; a correction bias that only steers
@@ -100,7 +101,7 @@ def refit_router(state: LayerState, size: LayerSize, *, steps: int = 300) -> Lay
 
     Args:
         state: a layer whose router has as many rows as it has experts.
-        size: not read.
+        plan: not read.
         steps: steps of Adam.
 
     Raises:

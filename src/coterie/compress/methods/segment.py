@@ -27,11 +27,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from coterie.compress.layer_plan import ExpertPlan, LayerPlan
 from coterie.compress.methods.select import slice_router, top_experts
-from coterie.compress.methods.slim import SCORES, ranked_neurons, slim, take_neurons
+from coterie.compress.methods.slim import RANKINGS, SCORES, ranked_neurons, slim, take_neurons
 from coterie.compress.methods.slim import needs as needs_of_score
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState, Measured
 from coterie.model.arch.experts import Experts
+from coterie.model.arch.layers import MoELayer
 
 #: How far the logits of two parts of one expert are moved apart, in standard deviations of the layer's logits.
 GAP = 0.05
@@ -45,30 +47,33 @@ def needs(*, score: str, parts: int) -> tuple[str, ...]:
     return needs_of_score(score)
 
 
-def segment(state: LayerState, size: LayerSize, *, score: str, parts: int) -> LayerState:
-    """Keep the `size.num_experts` parts of width `size.width` that have the highest scores.
+def segment(state: LayerState, plan: LayerPlan, *, score: str, parts: int) -> LayerState:
+    """Keep the parts of experts that the plan names; where it names none, decide here.
 
-    Where `size.top_k` is None experts are not cut: they become narrower, or fewer, whichever the size says. With router
-    groups, each group keeps an equal share.
+    Where `plan.top_k` is None experts are not cut: they become narrower, or fewer, whichever the plan says.
 
     Args:
         state: the layer; no pass before may have changed its experts.
-        size: what it gets.
+        plan: what it becomes.
         score: name of a score of `coterie.compress.methods.slim`.
-        parts: c at most; the plan has chosen (`coterie.compress.sizes`).
+        parts: c at most; the allocator has chosen (`coterie.compress.allocators.parts`).
 
     Raises:
         UnknownName: no such score.
     """
     needs(score=score, parts=parts)
-    if size.top_k is None and size.num_experts == state.experts.num_experts:
-        return slim(state, size, score=score)
-    experts, width = state.experts, size.width or state.experts.width
+    if plan.top_k is None and plan.num_experts == state.experts.num_experts:
+        return slim(state, plan, score=score)
+    experts, width = state.experts, plan.width or state.experts.width
     scores_EF = SCORES[score][0](state.statistics, state.original.down_EDF)
     neurons_PW = ranked_neurons(experts, scores_EF).reshape(-1, width).sort(dim=1).values
     owner_P = torch.arange(len(neurons_PW)) // (experts.width // width)
     sums_P = scores_EF[owner_P].gather(1, neurons_PW).sum(1)
-    kept_M = top_experts(sums_P, size.num_experts, state.layer.num_groups)
+    if plan.experts is None:
+        kept_M = top_experts(sums_P, plan.num_experts, state.layer.num_groups)
+    else:
+        cut = experts.width // width
+        kept_M = torch.tensor([each.sources[0] * cut + (each.part or 0) for each in plan.experts])
     owner_M = owner_P[kept_M]
     made = take_neurons(experts.select(owner_M), neurons_PW[kept_M])
     count_M = torch.bincount(owner_M, minlength=experts.num_experts)[owner_M]
@@ -94,6 +99,26 @@ def segment(state: LayerState, size: LayerSize, *, score: str, parts: int) -> La
         centres_M=owner_M,
         notes={**state.notes, "segment": note},
     )
+
+
+def decide(layer: MoELayer, plan: LayerPlan, measured: Measured, *, score: str, parts: int) -> LayerPlan:
+    """Name the `plan.num_experts` parts of width `plan.width` with the highest sums of scores.
+
+    Nothing is decided where experts are only made narrower, or where a score reads weights. With router groups, each
+    group keeps an equal share.
+    """
+    if score not in RANKINGS or (plan.top_k is None and plan.num_experts == layer.num_experts):
+        return plan
+    scores_EF, width = RANKINGS[score](measured.statistics), plan.width or layer.width
+    cut = layer.width // width
+    # Neurons of one score may change places among themselves: a part's sum does not depend on it.
+    neurons_PW = scores_EF.argsort(dim=1, descending=True, stable=True).reshape(-1, width).sort(dim=1).values
+    owner_P = torch.arange(len(neurons_PW)) // cut
+    sums_P = scores_EF[owner_P].gather(1, neurons_PW).sum(1)
+    kept = top_experts(sums_P, plan.num_experts, layer.num_groups).tolist()
+    whole = cut == 1
+    made = tuple(ExpertPlan(sources=(place // cut,), part=None if whole else place % cut) for place in kept)
+    return replace(plan, experts=made)
 
 
 def _rows(state: LayerState, owner_M: Tensor, rank_M: Tensor) -> tuple[dict[str, Tensor], float]:

@@ -13,8 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from coterie.compress.layer_plan import ExpertPlan, LayerPlan
 from coterie.compress.methods.scores import score_experts, score_needs
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState, Measured
+from coterie.model.arch.layers import MoELayer
 
 
 def needs(score: str, *, patterns: bool = False) -> tuple[str, ...]:
@@ -22,15 +24,12 @@ def needs(score: str, *, patterns: bool = False) -> tuple[str, ...]:
     return score_needs(score)
 
 
-def select(state: LayerState, size: LayerSize, *, score: str, patterns: bool = False) -> LayerState:
-    """Keep the `size.num_experts` experts with the highest score, in their original order.
-
-    Protected experts come first, ties go to the expert that comes first. With router groups, each group keeps its equal
-    share.
+def select(state: LayerState, plan: LayerPlan, *, score: str, patterns: bool = False) -> LayerState:
+    """Keep the experts that the plan names, in their original order; where it names none, decide here.
 
     Args:
         state: the layer.
-        size: what it gets.
+        plan: what it becomes.
         score: name of a score.
         patterns: also note which experts each domain by itself would keep.
 
@@ -39,15 +38,49 @@ def select(state: LayerState, size: LayerSize, *, score: str, patterns: bool = F
     """
     needs(score)
     values_E = score_experts(score, state.statistics, state.by_domain)
-    kept_M = best_experts(state, values_E, size.num_experts)
+    if plan.experts is None:
+        if state.protected_E is not None:
+            plan = replace(plan, protected=tuple(state.protected_E.nonzero().flatten().tolist()))
+        plan = decide(state.layer, plan, Measured(statistics=state.statistics, by_domain=state.by_domain), score=score)
+    kept_M = planned_experts(plan)
     note: dict[str, object] = {"score": values_E.tolist()}
     if patterns:
         groups = state.layer.num_groups
         note["kept_by_domain"] = [
-            top_experts(values_E, size.num_experts, groups).tolist()
+            top_experts(values_E, plan.num_experts, groups).tolist()
             for values_E in score_by_domain(score, state.by_domain)
         ]
     return keep_experts(state, kept_M, "select", note)
+
+
+def decide(layer: MoELayer, plan: LayerPlan, measured: Measured, *, score: str, patterns: bool = False) -> LayerPlan:
+    """Name the `plan.num_experts` experts with the highest score.
+
+    Protected experts come first, ties go to the expert that comes first. With router groups, each group keeps its equal
+    share.
+
+    Args:
+        layer: which one.
+        plan: how many experts stay, and which are protected.
+        measured: of the layer.
+        score: name of a score.
+        patterns: not read.
+
+    Raises:
+        UnknownName: no such score.
+    """
+    needs(score)
+    values_E = score_experts(score, measured.statistics, measured.by_domain)
+    if plan.protected:
+        values_E = values_E.index_fill(0, torch.tensor(plan.protected), torch.inf)
+    kept = top_experts(values_E, plan.num_experts, layer.num_groups).tolist()
+    return replace(plan, experts=tuple(ExpertPlan(sources=(expert,)) for expert in kept))
+
+
+def planned_experts(plan: LayerPlan) -> Tensor:
+    """Return the numbers of the experts that a plan keeps, where each is made from one expert; int64."""
+    assert plan.experts is not None
+    return torch.tensor([expert.sources[0] for expert in plan.experts], dtype=torch.int64)
 
 
 def score_by_domain(score: str, by_domain: Mapping[str, Tensor]) -> list[Tensor]:

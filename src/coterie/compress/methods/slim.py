@@ -18,7 +18,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.layer_plan import LayerPlan
+from coterie.compress.state import LayerState
 from coterie.errors import Infeasible, UnknownName
 from coterie.model.arch.experts import Experts
 
@@ -68,10 +69,10 @@ def needs(score: str) -> tuple[str, ...]:
     return SCORES[score][1]
 
 
-def slim(state: LayerState, size: LayerSize, *, score: str) -> LayerState:
-    """Keep the `size.width` neurons of each expert with the highest score, in their original order.
+def slim(state: LayerState, plan: LayerPlan, *, score: str) -> LayerState:
+    """Keep the `plan.width` neurons of each expert with the highest score, in their original order.
 
-    With `size.widths` each expert keeps as many as that says: its neurons come first, zeros fill it up to the width
+    With `plan.widths` each expert keeps as many as that says: its neurons come first, zeros fill it up to the width
     that it had. Of neurons with the same score, as in an expert that no token chose, those with larger weights stay.
 
     Raises:
@@ -81,15 +82,15 @@ def slim(state: LayerState, size: LayerSize, *, score: str) -> LayerState:
     needs(score)
     experts = state.experts
     scores_MF = SCORES[score][0](state.statistics, state.original.down_EDF)[_originals(state)]
-    widths_M = torch.tensor(size.widths or (size.width or experts.width,) * experts.num_experts)
+    widths_M = torch.tensor(plan.widths or (plan.width or experts.width,) * experts.num_experts)
     order_MF = ranked_neurons(experts, scores_MF)
     place_F = torch.arange(experts.width)
     chosen_MF = torch.zeros_like(scores_MF, dtype=torch.bool).scatter_(1, order_MF, place_F < widths_M[:, None])
     # Chosen neurons first, in their order, then the others.
     first_MF = torch.where(chosen_MF, place_F, place_F + experts.width).argsort(dim=1)
-    kept_MW = first_MF if size.widths else first_MF[:, : int(widths_M[0])]
+    kept_MW = first_MF if plan.widths else first_MF[:, : int(widths_M[0])]
     slimmed = take_neurons(experts, kept_MW)
-    if size.widths:
+    if plan.widths:
         slimmed = _without_rest(slimmed, place_F < widths_M[:, None])
     total = float(scores_MF.sum())
     kept = float(scores_MF[chosen_MF].sum()) / total if total else 1.0

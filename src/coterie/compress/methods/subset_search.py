@@ -21,10 +21,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.scores import score_experts
-from coterie.compress.methods.select import best_experts, keep_experts, slice_router
+from coterie.compress.methods.select import best_experts, keep_experts, planned_experts, slice_router
 from coterie.compress.quick_route import SubsetRoute, find_quick_route
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.state import LayerState
 
 #: Subsets that are judged at most: all where there are no more, else the search ends there.
 EVALUATIONS = 4096
@@ -44,20 +45,23 @@ def needs() -> tuple[str, ...]:
     return ("reap", "usage")
 
 
-def subset_search(state: LayerState, size: LayerSize, *, evaluations: int = EVALUATIONS) -> LayerState:
-    """Keep the `size.num_experts` experts with which the routed output on the sample stays nearest to the original.
+def subset_search(state: LayerState, plan: LayerPlan, *, evaluations: int = EVALUATIONS) -> LayerState:
+    """Keep the `plan.num_experts` experts with which the routed output on the sample stays nearest to the original.
 
-    With router groups, each group keeps its equal share. Protected experts stay.
+    With router groups, each group keeps its equal share. Protected experts stay; those that the plan names stay without
+    a search.
 
     Args:
         state: the layer.
-        size: what it gets.
+        plan: what it gets.
         evaluations: subsets that are judged at most.
 
     Raises:
         ArchitectureMismatch: the router cannot be run by itself.
     """
-    num_experts, count = state.layer.num_experts, size.num_experts
+    num_experts, count = state.layer.num_experts, plan.num_experts
+    if plan.experts is not None:
+        return keep_experts(state, planned_experts(plan), "subset-search", {})
     if count == num_experts:
         return keep_experts(state, torch.arange(num_experts), "subset-search", {})
     start_M = best_experts(state, score_experts("reap", state.statistics, state.by_domain), count)

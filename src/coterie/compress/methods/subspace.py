@@ -18,7 +18,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from coterie.compress.state import LayerSize, LayerState
+from coterie.compress.layer_plan import LayerPlan
+from coterie.compress.state import LayerState
 from coterie.errors import InputError
 
 _CHUNK = 1024  # tokens
@@ -30,7 +31,7 @@ def needs(energy: float | None = None, ratio: float | None = None) -> tuple[str,
 
 
 def subspace(
-    state: LayerState, size: LayerSize, *, energy: float | None = None, ratio: float | None = None
+    state: LayerState, plan: LayerPlan, *, energy: float | None = None, ratio: float | None = None
 ) -> LayerState:
     """Project gate, up and down of each cluster's members on the subspace that their outputs share.
 
@@ -38,7 +39,7 @@ def subspace(
 
     Args:
         state: a layer with clusters, before they are averaged.
-        size: not read.
+        plan: not read.
         energy: share of the squared singular values to keep, above 0 and up to 1; the rank follows.
         ratio: the paper's rule, R = (1 - ratio) O I / (O + I): the rank at which U and V hold 1 - ratio of the numbers
             of the matrix; from 0 up to below 1. Exactly one of the two is given.

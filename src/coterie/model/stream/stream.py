@@ -128,7 +128,6 @@ class Stream(AbstractContextManager["Stream"]):
         self._spill = Spill(scratch)
         self._reader: TensorReader | None = None
         self._bytes_read = 0
-        self._reading = checkpoint.reader()
         self._modules = _unit_modules(self.model)
         self._precise = _kept_precise(self.model, self.dtype)
         self._load_lock = threading.Lock()
@@ -138,7 +137,7 @@ class Stream(AbstractContextManager["Stream"]):
         self._originals: dict[str, Callable[..., Any]] = {}
 
     def __enter__(self) -> Self:
-        self._reader = self._reading.__enter__()
+        self._reader = TensorReader(self.checkpoint)
         for unit in self.units:
             module = self._modules[unit.name]
             self._originals[unit.name] = module.forward
@@ -154,14 +153,14 @@ class Stream(AbstractContextManager["Stream"]):
         for name, original in self._originals.items():
             self._modules[name].forward = original
         self._originals.clear()
-        self._bytes_read = self.bytes_read
-        self._reading.__exit__(kind, error, trace)
-        self._reader = None
+        assert self._reader is not None
+        self._reader.close()
+        self._bytes_read, self._reader = self.bytes_read, None
 
     @property
     def bytes_read(self) -> int:
         """Bytes of tensors read from the checkpoint so far."""
-        return self._bytes_read if self._reader is None else self._reader.num_bytes_read
+        return self._bytes_read + (0 if self._reader is None else self._reader.num_bytes_read)
 
     def run(
         self,

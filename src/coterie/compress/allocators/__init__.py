@@ -1,0 +1,54 @@
+"""Allocators: who decides what each layer gets for the bytes that there are. One file each, one signature.
+
+An allocator is a function ``Problem -> Allocation`` (`coterie.compress.allocators.problem`). A new one is one file here
+and one line in the table; a recipe names the one that it wants. No torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Allocator:
+    """One way to share out bytes.
+
+    Attributes:
+        function: where it is, as ``"module:attribute"``.
+        targets: the targets that it understands, fields of `coterie.compress.target.Target`.
+        does: what becomes of the experts, to follow "recipe NAME".
+        instead: what other recipes do that understand other targets, to follow "a recipe that".
+    """
+
+    function: str
+    targets: tuple[str, ...]
+    does: str
+    instead: str
+
+
+ALLOCATORS: dict[str, Allocator] = {
+    "fewer": Allocator(
+        function="coterie.compress.allocators.fewer:allocate",
+        targets=("keep", "experts", "budget"),
+        does="lowers the number of experts and leaves their width alone",
+        instead="slims experts, such as heapr",
+    ),
+    "narrower": Allocator(
+        function="coterie.compress.allocators.narrower:allocate",
+        targets=("keep", "width", "budget"),
+        does="slims experts and leaves their number alone",
+        instead="lowers the number of experts, such as mergemoe",
+    ),
+    "parts": Allocator(
+        function="coterie.compress.allocators.parts:allocate",
+        targets=("keep", "budget"),
+        does="cuts experts into parts and chooses their number itself",
+        instead="lowers the number of experts (reap) or their width (heapr)",
+    ),
+    "ragged": Allocator(
+        function="coterie.compress.allocators.ragged:allocate",
+        targets=("keep", "width", "budget"),
+        does="slims experts and leaves their number alone",
+        instead="lowers the number of experts, such as mergemoe",
+    ),
+}

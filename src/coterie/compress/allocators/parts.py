@@ -1,0 +1,84 @@
+"""The same number of parts of experts in every layer; which ones is each layer's own affair."""
+
+from __future__ import annotations
+
+from coterie.amounts import parse_bytes
+from coterie.compress.allocators.problem import Allocation, Problem
+from coterie.compress.layer_plan import LayerPlan
+from coterie.errors import ArchitectureMismatch, Infeasible
+from coterie.model.arch.choice import choice_key
+from coterie.model.arch.experts import canonical_experts
+from coterie.model.arch.layers import Architecture, runs_alone
+from coterie.model.arch.width import width_rule
+
+#: A token chooses so many times the parts that would keep as many neurons at work as if all experts were narrower:
+#: parts of one expert are chosen together, so that an expert with many parts takes the places of others.
+MORE = 1.25
+
+
+def allocate(problem: Problem) -> Allocation:
+    """Cut every expert into as many parts as the family allows, and keep as many parts as there is room for.
+
+    Where experts cannot be cut they become narrower, or fewer, whichever the config can say.
+
+    Raises:
+        Infeasible: a budget below the smallest result.
+    """
+    layers = _layers(problem, int(problem.option("parts")))
+    return Allocation(layers=layers, num_bytes=problem.sizing.num_bytes(layers))
+
+
+def _layers(problem: Problem, parts: int) -> tuple[LayerPlan, ...]:
+    architecture, target = problem.architecture, problem.target
+    first, total = architecture.layers[0], architecture.layers[0].num_experts
+    if target.budget is not None:
+        limit = parse_bytes(target.budget)
+    else:
+        assert target.keep is not None
+        limit = problem.sizing.num_bytes(problem.same_count(max(1, round(target.keep * total))))
+    whole = problem.whole()
+    if problem.sizing.num_bytes(whole) <= limit:
+        return whole
+    cut = most_parts(problem, parts)
+    if cut == 1:
+        return _uncut(problem, limit)
+    width = problem.full_width() // cut
+    options: dict[int, tuple[LayerPlan, ...]] = {}
+    for count in range(1, total * cut):
+        chosen = min(count, first.top_k * cut, max(1, round(MORE * first.top_k * count / total)))
+        if architecture.routing_problem(count, chosen) is None:
+            layer = LayerPlan(num_experts=count, width=width, top_k=chosen)
+            options[count] = (layer,) * len(architecture.layers)
+    least = f"that can be routed, {{}} of width {width}"
+    return options[problem.largest_within(options, limit, "keeping fewer parts of experts", least)]
+
+
+def _uncut(problem: Problem, limit: int) -> tuple[LayerPlan, ...]:
+    try:
+        widths = width_rule(problem.architecture).feasible_widths()
+    except Infeasible:
+        fewer = {count: problem.same_count(count) for count in problem.architecture.feasible_counts()}
+        way = "keeping fewer experts (experts can neither be cut nor made narrower here)"
+        return fewer[problem.largest_within(fewer, limit, way, "that can be routed, {} a layer")]
+    narrower = {width: problem.same_width(width) for width in widths}
+    return narrower[problem.largest_within(narrower, limit, "slimming experts", "that can be written, width {}")]
+
+
+def most_parts(problem: Problem, parts: int) -> int:
+    """Return into how many parts, `parts` at most, experts can be cut; 1 where they cannot be."""
+    architecture, full = problem.architecture, problem.full_width()
+    if not _can_be_cut(architecture):
+        return 1
+    try:
+        choice_key(architecture)
+        narrow = set(width_rule(architecture).feasible_widths())
+    except (Infeasible, ArchitectureMismatch):
+        return 1
+    return next((cut for cut in range(parts, 1, -1) if full % cut == 0 and full // cut in narrow), 1)
+
+
+def _can_be_cut(architecture: Architecture) -> bool:
+    """Tell whether experts are sums over neurons, and their routers can be asked for what parts weigh."""
+    layers, model = architecture.layers, architecture.model
+    normed = any(canonical_experts(model.get_submodule(layer.experts)).finish for layer in layers)
+    return not normed and all(runs_alone(model, layer) for layer in layers)

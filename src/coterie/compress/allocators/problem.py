@@ -1,0 +1,108 @@
+"""What an allocator is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from coterie.amounts import format_bytes, parse_bytes
+from coterie.compress.allocators import ALLOCATORS
+from coterie.compress.layer_plan import LayerPlan
+from coterie.compress.sizes import Sizing
+from coterie.compress.target import Target
+from coterie.errors import Infeasible, UnknownName
+from coterie.model.arch.layers import Architecture
+from coterie.profile.profile import Profile
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """What is to be shared out.
+
+    Attributes:
+        architecture: of the original.
+        sizing: says what layers weigh.
+        target: how small the result is to be; one that the allocator understands.
+        passes: what will be done to each layer, with options.
+        profile: what was measured; None where nothing was yet. An allocator that cannot do without then shares out
+            evenly, which only serves to see whether the target can be met, and in how many bytes.
+    """
+
+    architecture: Architecture
+    sizing: Sizing
+    target: Target
+    passes: Sequence[tuple[str, Mapping[str, Any]]]
+    profile: Profile | None = None
+
+    def option(self, name: str) -> Any:
+        """Return an option of the first pass that has one of that name."""
+        return next(options[name] for _, options in self.passes if name in options)
+
+    def whole(self) -> tuple[LayerPlan, ...]:
+        """Return the plans of layers that stay as they are."""
+        return tuple(LayerPlan(num_experts=layer.num_experts) for layer in self.architecture.layers)
+
+    def same_count(self, count: int) -> tuple[LayerPlan, ...]:
+        """Return the plans of layers with so many experts each."""
+        return tuple(LayerPlan(num_experts=count) for _ in self.architecture.layers)
+
+    def same_width(self, width: int) -> tuple[LayerPlan, ...]:
+        """Return the plans of layers that keep all experts, each with that width."""
+        return tuple(LayerPlan(num_experts=layer.num_experts, width=width) for layer in self.architecture.layers)
+
+    def full_width(self) -> int:
+        """Return the width of the experts; raises Infeasible where layers differ in it."""
+        widths = sorted({layer.width for layer in self.architecture.layers})
+        if len(widths) > 1:
+            raise Infeasible(f"the layers have experts of different widths ({widths}); slimming them is not supported")
+        return widths[0]
+
+    def largest_within(
+        self, options: Mapping[int, tuple[LayerPlan, ...]], budget: str | int, way: str, least: str
+    ) -> int:
+        """Return the largest key whose layers weigh no more than a budget.
+
+        Args:
+            options: layers by a number that grows with their bytes.
+            budget: bytes, or an amount like "12GiB".
+            way: what is done to meet it, for the message.
+            least: what the smallest option is, with ``{}`` for its key.
+
+        Raises:
+            Infeasible: none does; says what the smallest takes.
+        """
+        limit = parse_bytes(budget)
+        fitting = [value for value, layers in options.items() if self.sizing.num_bytes(layers) <= limit]
+        if not fitting:
+            smallest = min(options)
+            raise Infeasible(
+                f"a budget of {format_bytes(limit)} cannot be met by {way}: the least {least.format(smallest)}, takes "
+                f"{format_bytes(self.sizing.num_bytes(options[smallest]))}"
+            )
+        return max(fitting)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Allocation:
+    """What an allocator decided.
+
+    Attributes:
+        layers: what each layer becomes, in order.
+        num_bytes: bytes of all tensors of the result.
+        damage: expected rise of the loss in nats a token; None where the allocator predicts none.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    num_bytes: int
+    damage: float | None = None
+
+
+def load_allocator(name: str) -> Callable[[Problem], Allocation]:
+    """Return an allocator by name; raises UnknownName."""
+    if name not in ALLOCATORS:
+        raise UnknownName("allocator", name, ALLOCATORS)
+    module, _, attribute = ALLOCATORS[name].function.partition(":")
+    function: Callable[[Problem], Allocation] = getattr(import_module(module), attribute)
+    return function

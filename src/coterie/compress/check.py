@@ -1,0 +1,145 @@
+"""Check that a model can have what a plan says: every message names the layer, the number, and the way out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coterie.compress.layer_plan import ExpertPlan, LayerPlan
+from coterie.compress.plan import Plan, common_shape
+from coterie.compress.source import Source
+from coterie.errors import Infeasible, InputError
+from coterie.model.arch.choice import choice_key
+from coterie.model.arch.layers import MoELayer
+from coterie.model.arch.ragged import places_of
+from coterie.model.arch.width import width_rule
+
+
+def check_layers(source: Source, plan: Plan) -> None:
+    """Check the layers of a plan against the model.
+
+    Raises:
+        Infeasible: a number of layers, experts, neurons or chosen experts that this model cannot have.
+        InputError: experts that are named twice, or that there are not.
+    """
+    layers = source.architecture.layers
+    if len(plan.layers) != len(layers):
+        raise Infeasible(f"the plan has {len(plan.layers)} layers, the model {len(layers)} with experts: give each one")
+    ragged = [layer.index for layer, each in zip(layers, plan.layers, strict=True) if each.widths is not None]
+    if ragged:
+        _check_ragged(source, plan, ragged)
+    merges = any(name == "cluster" for name, _ in plan.passes)
+    for layer, each in zip(layers, plan.layers, strict=True):
+        _Check(source=source, layer=layer, plan=each, merges=merges).run()
+    common_shape(plan.layers)
+
+
+def _check_ragged(source: Source, plan: Plan, ragged: list[int]) -> None:
+    if len(ragged) < len(plan.layers):
+        other = next(index for index in range(len(plan.layers)) if index not in ragged)
+        raise Infeasible(
+            f"layer {ragged[0]} gives every expert a width of its own, layer {other} does not: name the experts of all "
+            "layers with their widths, or of none"
+        )
+    if plan.mapped:
+        raise Infeasible("experts with widths of their own cannot stand behind a map; use --router plain")
+    places_of(source.conversion, source.architecture, [part.experts for part in source.tensors])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Check:
+    """The check of one layer."""
+
+    source: Source
+    layer: MoELayer
+    plan: LayerPlan
+    merges: bool
+
+    def run(self) -> None:
+        """Check counts, widths, chosen experts, and the experts that are named."""
+        layer, plan = self.layer, self.plan
+        if plan.top_k is None and not 1 <= plan.num_experts <= layer.num_experts:
+            raise self._infeasible(
+                f"{plan.num_experts} experts of {layer.num_experts}; choose 1 to {layer.num_experts}"
+            )
+        try:
+            self.source.architecture.check_feasible(plan.num_experts, plan.top_k)
+            if plan.width is not None and plan.width != layer.width:
+                width_rule(self.source.architecture).check_feasible(plan.width)
+            if plan.top_k is not None and plan.top_k != layer.top_k:
+                choice_key(self.source.architecture)
+        except Infeasible as error:
+            raise self._infeasible(str(error)) from None
+        for expert in plan.protected:
+            if expert >= layer.num_experts:
+                raise self._wrong(f"expert {expert} is protected, the experts are 0 to {layer.num_experts - 1}")
+        if plan.experts is not None:
+            self._check_experts(plan.experts)
+
+    def _check_experts(self, experts: tuple[ExpertPlan, ...]) -> None:
+        layer, plan = self.layer, self.plan
+        if len(experts) != plan.num_experts:
+            raise self._wrong(
+                f"num_experts is {plan.num_experts}, {len(experts)} are named; set it to {len(experts)} or name as many"
+            )
+        for number, expert in enumerate(experts):
+            self._check_expert(number, expert)
+        if self.merges:
+            left_out = set(range(layer.num_experts)) - {source for expert in experts for source in expert.sources}
+            if left_out:
+                raise self._wrong(f"expert {min(left_out)} goes into none of the merged experts; add it to one")
+        places = [(min(expert.sources), expert.part or 0) for expert in experts]
+        for number in range(1, len(places)):
+            if not self.merges and places[number] <= places[number - 1]:
+                first, second = (f"expert {source} (part {part})" for source, part in places[number - 1 : number + 1])
+                raise self._wrong(f"{second} comes after {first}; list each once, in rising order")
+        if layer.num_groups > 1 and not self.merges:
+            self._check_groups([source for source, _ in places])
+
+    def _check_groups(self, sources: list[int]) -> None:
+        size = self.layer.num_experts // self.layer.num_groups
+        counts = [sum(source // size == group for source in sources) for group in range(self.layer.num_groups)]
+        if len(set(counts)) > 1:
+            raise self._wrong(
+                f"router groups of {size} experts keep {counts}; each must keep {len(sources) // self.layer.num_groups}"
+            )
+
+    def _check_expert(self, number: int, expert: ExpertPlan) -> None:
+        layer, plan = self.layer, self.plan
+        if not expert.sources or (len(expert.sources) > 1 and not self.merges):
+            raise self._wrong(f"experts[{number}] is made from {list(expert.sources)}; this recipe makes it from one")
+        for source in expert.sources:
+            if source >= layer.num_experts:
+                raise self._wrong(
+                    f"experts[{number}] is made from {source}, the experts are 0 to {layer.num_experts - 1}"
+                )
+        if expert.width is not None and expert.width > layer.width:
+            raise self._infeasible(f"experts[{number}] has width {expert.width}; at most {layer.width}")
+        if plan.widths is not None and (expert.width is None or len(plan.widths) != layer.num_experts):
+            raise self._infeasible(
+                "where experts have widths of their own, all of them stay and each has one; 0 leaves nothing of it"
+            )
+        parts = layer.width // (plan.width or layer.width)
+        if expert.part is not None and expert.part >= parts:
+            raise self._wrong(f"experts[{number}] is part {expert.part}; parts of width {plan.width}: 0 to {parts - 1}")
+        if expert.rank is not None:
+            raise self._infeasible(
+                f"experts[{number}] has rank {expert.rank}; only full rank can be written: leave it out"
+            )
+        if expert.encodings is not None:
+            self._check_encodings(number, expert.encodings)
+
+    def _check_encodings(self, number: int, encodings: tuple[str, str, str]) -> None:
+        tensors = self.source.checkpoint.tensors
+        stored = sorted({tensors[name].dtype for name in self.source.tensors[self.layer.index].experts})
+        other = next((each for each in encodings if [each] != stored), None)
+        if other is not None:
+            raise self._infeasible(
+                f"experts[{number}] is to be stored as {other}; experts of this model are stored as "
+                f"{', '.join(stored)} and can be written in that format only"
+            )
+
+    def _infeasible(self, what: str) -> Infeasible:
+        return Infeasible(f"layer {self.layer.index} ({self.layer.block}): {what}")
+
+    def _wrong(self, what: str) -> InputError:
+        return InputError(f"layer {self.layer.index} ({self.layer.block}): {what}")

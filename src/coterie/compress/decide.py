@@ -1,0 +1,269 @@
+"""Decide, without touching weights, what every layer becomes: Target + Profile -> Plan; and check a plan that is given.
+
+Three things decide. The recipe's allocator shares out the bytes among the layers. Then each pass that chooses by
+statistics alone names the experts that stay (`coterie.compress.methods.load_decide`). What hangs on weights or on the
+token sample is left to the passes, when they have the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from coterie.compress.allocators.problem import Problem, load_allocator
+from coterie.compress.check import check_layers
+from coterie.compress.layer_plan import LayerPlan
+from coterie.compress.methods import load_decide, load_pass, needs_of
+from coterie.compress.plan import Plan, Router
+from coterie.compress.recipes import Recipe, Step, get_recipe
+from coterie.compress.request import Request
+from coterie.compress.source import Source
+from coterie.compress.state import Measured
+from coterie.compress.target import Target
+from coterie.errors import ArchitectureMismatch, InputError, StaleArtifact
+from coterie.model.arch.layers import MoELayer
+from coterie.model.arch.ragged import places_of
+from coterie.profile.profile import Profile
+from coterie.profile.run import check_predicts
+from coterie.profile.statistics import over_domains
+from coterie.profile.statistics.channels import needs_gradients
+
+
+def plan(
+    model: str | Path,
+    profile: Profile | str | Path | None = None,
+    *,
+    keep: float | None = None,
+    experts: int | None = None,
+    width: int | None = None,
+    budget: str | int | None = None,
+    recipe: str | Recipe = "coterie",
+    router: Router = "plain",
+    seed: int = 0,
+) -> Plan:
+    """Decide what every layer becomes. Exactly one of `keep`, `experts`, `width` and `budget` says how small.
+
+    Args:
+        model: a model folder or hub id; only headers are read.
+        profile: a profile of the same model; with it the plan names the experts that stay, wherever statistics are
+            enough to choose them. A ragged recipe cannot do without.
+        keep: share of the experts to keep in each layer, or of the width of each expert, above 0 and up to 1.
+        experts: experts to keep in each layer.
+        width: hidden neurons to keep in each expert, for a recipe that slims them.
+        budget: largest size of the weight files, such as "12GiB", "800MB" or a number of bytes.
+        recipe: name of a recipe, ``"module:attribute"`` of your own, or the recipe itself.
+        router: form of the router: "plain", "mean", "refit" or "map", see `Plan`.
+        seed: seed of everything random in the passes.
+
+    Raises:
+        InputError: not exactly one target, one out of range or not for this recipe, or no profile for a ragged one.
+        Infeasible: too few experts for the router, a width that the config cannot say, or a budget below the smallest
+            result; names the nearest target.
+        UnknownName: no such recipe.
+        StaleArtifact: the profile is of another model.
+    """
+    target = Target(keep=keep, experts=experts, width=width, budget=budget)
+    request = Request(recipe=get_recipe(recipe), target=target, router=router, seed=seed)
+    request.check()
+    source = Source.open(model)
+    if isinstance(profile, str | Path):
+        profile = Profile.load(profile, model_digest=source.checkpoint.digest)
+    if profile is None and request.recipe.allocator == "ragged":
+        outline(source, request)
+        raise InputError(
+            f"recipe {request.recipe.name} ranks the hidden neurons of all layers by what was measured: give a profile "
+            "that was made with --gradients"
+        )
+    return make_plan(source, request, profile)
+
+
+def make_plan(source: Source, request: Request, profile: Profile | None) -> Plan:
+    """Make a plan for a model that is open; see `plan`. With a profile it names experts where statistics are enough."""
+    if profile is not None:
+        check_profile(profile, source, request.recipe.needs)
+    made = outline(source, request, profile)
+    return made if profile is None else with_choices(made, source.architecture.layers, profile)
+
+
+def outline(source: Source, request: Request, profile: Profile | None = None) -> Plan:
+    """Say how large each layer becomes; no expert is named yet.
+
+    Raises:
+        InputError, Infeasible, UnknownName: what is asked for cannot be; see `plan`.
+        ArchitectureMismatch: the model predicts no next token, and the recipe needs the gradient of that loss.
+    """
+    request.check()
+    for name, _ in request.passes:
+        load_pass(name)
+    recipe = request.recipe
+    if recipe.allocator == "ragged":
+        places_of(source.conversion, source.architecture, [part.experts for part in source.tensors])
+    if needs_gradients(recipe.needs):
+        check_predicts(source.architecture)
+    inputs = {"model": source.checkpoint.digest}
+    if profile is not None:
+        inputs["text"] = profile.text_digest
+    made = Plan(
+        recipe=recipe.name,
+        router=request.router,
+        passes=request.passes,
+        result_steps=recipe.result_steps,
+        layers=allocate(source, request, profile),
+        untouched=source.untouched_parts(),
+        original_bytes=source.checkpoint.num_bytes,
+        predicted_bytes=0,
+        original_parameters=sum(info.num_elements for info in source.checkpoint.tensors.values()),
+        predicted_parameters=0,
+        seed=request.seed,
+        inputs=inputs,
+    )
+    return weighed(source, made)
+
+
+def allocate(source: Source, request: Request, profile: Profile | None) -> tuple[LayerPlan, ...]:
+    """Share out the bytes among the layers.
+
+    Without a profile, what a ragged recipe gets only says that the target can be met, and how large the result is.
+    """
+    problem = Problem(
+        architecture=source.architecture,
+        sizing=source.sizing(keeps_rows=request.router == "map"),
+        target=request.target,
+        passes=request.recipe.passes,
+        profile=profile,
+    )
+    return load_allocator(request.recipe.allocator)(problem).layers
+
+
+def completed(source: Source, outlined: Plan, request: Request | None, profile: Profile) -> Plan:
+    """Return an outline made before anything was measured, with all that is known once a profile is there.
+
+    Args:
+        source: the original.
+        outlined: what each layer becomes.
+        request: what was asked for; None where a plan was given, whose layers are as they are to be.
+        profile: what was measured.
+    """
+    if request is not None and request.recipe.allocator == "ragged":
+        outlined = weighed(source, replace(outlined, layers=allocate(source, request, profile)))
+    inputs = {**outlined.inputs, "text": profile.text_digest}
+    return with_choices(replace(outlined, inputs=inputs), source.architecture.layers, profile)
+
+
+def with_choices(plan: Plan, layers: Sequence[MoELayer], profile: Profile) -> Plan:
+    """Return a plan in which every pass that chooses by statistics alone has named the experts that stay."""
+    peaks_LE = profile.all_layers("output_peak") if any(name == "protect" for name, _ in plan.passes) else None
+    decided = []
+    for layer, each in zip(layers, plan.layers, strict=True):
+        statistics = profile.statistics[layer.index]
+        measured = Measured(
+            statistics={name: over_domains(name, value_G) for name, value_G in statistics.items()},
+            by_domain=statistics,
+            peaks_LE=peaks_LE,
+        )
+        decided.append(choose(layer, each, plan.passes, measured))
+    return replace(plan, layers=tuple(decided))
+
+
+def choose(layer: MoELayer, plan: LayerPlan, passes: Sequence[Step], measured: Measured) -> LayerPlan:
+    """Let each pass decide what it can about a layer; experts that the plan names already stay as they are named."""
+    for name, options in passes:
+        decide = load_decide(name)
+        if decide is not None and (plan.experts is None or plan.widths is not None):
+            plan = decide(layer, plan, measured, **options)
+    return plan
+
+
+def checked(source: Source, plan: Plan) -> Plan:
+    """Return a plan that was saved, perhaps edited, with its bytes counted anew, for the model that it is to run on.
+
+    Raises:
+        StaleArtifact: it was made from another model.
+        UnknownName, InputError: a pass that there is not.
+        Infeasible: a layer, expert or number that cannot be; says which, and the nearest that can.
+    """
+    if plan.inputs.get("model") != source.checkpoint.digest:
+        raise StaleArtifact(
+            f"the plan was made from another model ({str(plan.inputs.get('model'))[:12]}; {source.checkpoint.path} is "
+            f"{source.checkpoint.digest[:12]}); run coterie plan again"
+        )
+    for name, _ in plan.passes:
+        load_pass(name)
+    check_layers(source, plan)
+    return weighed(source, plan)
+
+
+def weighed(source: Source, plan: Plan) -> Plan:
+    """Return a plan with the bytes and the parameters of its result counted from the headers."""
+    sizing = source.sizing(keeps_rows=plan.mapped)
+    return replace(
+        plan,
+        predicted_bytes=sizing.num_bytes(plan.layers),
+        predicted_parameters=sizing.num_parameters(plan.layers),
+        original_bytes=source.checkpoint.num_bytes,
+        untouched=source.untouched_parts(),
+    )
+
+
+def needs_of_plan(plan: Plan) -> tuple[str, ...]:
+    """Return the statistics that the passes of a plan read, sorted."""
+    return tuple(sorted({need for name, options in plan.passes for need in needs_of(name, **options)}))
+
+
+def check_profile(profile: Profile, source: Source, needs: Iterable[str]) -> None:
+    """Raise StaleArtifact for the profile of another model, ArchitectureMismatch where it lacks what a recipe needs."""
+    if profile.model_digest != source.checkpoint.digest:
+        raise StaleArtifact(
+            f"the profile was made from another model ({profile.model_digest[:12]}; {source.checkpoint.path} is "
+            f"{source.checkpoint.digest[:12]}); run coterie profile again"
+        )
+    check_statistics(profile.statistics[0].keys(), needs)
+
+
+def check_sequential(name: str, needs: Iterable[str]) -> None:
+    """Raise InputError where one layer cannot be compressed before the next is measured.
+
+    Args:
+        name: of the recipe.
+        needs: statistics that it reads.
+    """
+    wanted = set(needs)
+    if needs_gradients(wanted):
+        raise InputError(
+            f"recipe {name} needs gradients of the loss, which come from behind: they are measured before any layer is "
+            "compressed; leave the inputs original"
+        )
+    if "output_peak" in wanted:
+        raise InputError(
+            f"recipe {name} keeps super experts, which are known when every layer of the model was measured: leave the "
+            "inputs original, or the recipe without +protect"
+        )
+
+
+_NO_SCORES = "the model records no router scores; use a recipe that compares outputs, such as reap or hc-smoe"
+
+#: Why a statistic may be missing from a profile.
+_REASONS = {
+    "router_probability": _NO_SCORES,
+    "logit_sum": _NO_SCORES,
+    "logit_product": _NO_SCORES,
+    "tcess": _NO_SCORES,
+    "tcess_tokens": _NO_SCORES,
+    "easy_ep": "the block's output is not simply added to the residual stream; use reap",
+}
+
+
+def check_statistics(measured: Iterable[str], needs: Iterable[str]) -> None:
+    """Raise ArchitectureMismatch, or InputError for gradients, when a recipe needs what was not measured."""
+    missing = sorted(set(needs) - set(measured))
+    if needs_gradients(missing):
+        raise InputError(
+            f"the recipe needs {', '.join(missing)}, which are measured where the gradient of the loss is sent back "
+            "through the model: run coterie profile with --gradients, or leave the profile out"
+        )
+    if missing:
+        reasons = sorted({_REASONS.get(name, "it was made by an earlier version: profile again") for name in missing})
+        raise ArchitectureMismatch(
+            f"the recipe needs {', '.join(missing)}, which the profile does not hold: {'; '.join(reasons)}"
+        )

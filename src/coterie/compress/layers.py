@@ -1,0 +1,201 @@
+"""Compress layer by layer: every unit of the model comes by once, its MoE layers are compressed, its file is written.
+
+A unit's file is a step of the run, so a run that was killed goes on with the first layer that has none. A finished
+layer is not compressed again; it is read back, since the layers after it must receive what it puts out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from coterie.compress.decide import check_statistics, choose, needs_of_plan
+from coterie.compress.lanes import Lane, Lanes
+from coterie.compress.layer import LayerSummary, compress_layer
+from coterie.compress.layer_plan import LayerPlan
+from coterie.compress.plan import Plan
+from coterie.compress.result_model import ResultModel
+from coterie.compress.shards import Shard, write_shard
+from coterie.compress.source import Source
+from coterie.compress.state import Measured
+from coterie.errors import ArchitectureMismatch
+from coterie.journal import Run
+from coterie.model.arch.layers import MoELayer
+from coterie.model.arch.reroute import Reroute
+from coterie.model.stream.stream import Stage, Stream
+from coterie.profile.observation import observed, proving, with_residual
+from coterie.profile.profile import Profile, Sample
+from coterie.profile.run import Measure
+from coterie.profile.statistics import over_domains
+from coterie.progress import track
+
+#: By index of the layer: its statistics, domains first, and its token sample.
+_Seen = Mapping[int, tuple[Mapping[str, Tensor], Sample]]
+
+
+@dataclass(kw_only=True)
+class LayerWriter:
+    """Sends the layers of a model through the passes, and writes them.
+
+    Attributes:
+        run: where the files go.
+        stream: the model, open.
+        source: the same by its headers.
+        plan: what each layer becomes.
+        result: the meta model of the result.
+        shards: the weight files.
+        profile: what was measured; None with compressed inputs.
+        measure: what is measured on the way, with compressed inputs.
+        lanes: who goes through the layers.
+        summaries: what was done, by index of the layer.
+    """
+
+    run: Run
+    stream: Stream
+    source: Source
+    plan: Plan
+    result: ResultModel
+    shards: Sequence[Shard]
+    profile: Profile | None
+    measure: Measure | None
+    lanes: Lanes
+    summaries: dict[int, LayerSummary] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._reroute = Reroute(self.source.architecture, self.stream.model, self.plan.shape.top_k)
+
+    def write(self) -> Tensor:
+        """Compress and write every layer; return the logits (B, S, V) of the result in flight.
+
+        Raises:
+            ArchitectureMismatch: text passes a unit twice, or does not pass all MoE layers.
+        """
+        layers, shard_of = self.source.architecture.layers, {shard.unit: shard for shard in self.shards if shard.unit}
+        changed = {name for part in self.source.tensors for name in (*part.experts, *part.router)}
+        passes = self.stream.run(self.lanes.jobs(self.stream), keep=lambda name: name not in changed)
+        seen: set[str] = set()
+        for stage in track(passes, "compressing", total=len(self.stream.units)):
+            shard = shard_of.get(stage.unit.name)
+            here = [layer for layer in layers if stage.unit.holds(layer.experts)]
+            if here and stage.unit.name in seen:
+                raise ArchitectureMismatch(f"{stage.unit.name} runs more than once for one text: not supported")
+            if here:
+                assert shard is not None, f"{stage.unit.name} has no weight file"
+                self._compress(stage, here, shard)
+            elif shard is not None and shard.file not in self.run.finished:
+                write_shard(self.run.folder, shard, {name: stage.kept[name] for name in shard.names})
+                self.run.finish(shard.file, files=[shard.file])
+            seen.add(stage.unit.name)
+        missed = [layer.block for layer in layers if layer.index not in self.summaries]
+        if missed:
+            raise ArchitectureMismatch(f"text ran through the model without passing its MoE layers {missed}")
+        return self.lanes.logits(passes.results)
+
+    def _compress(self, stage: Stage, here: Sequence[MoELayer], shard: Shard) -> None:
+        """Compress the MoE layers of a unit (as a rule one), write its file, and let what comes next go on."""
+        calls = self.lanes.calls(stage)
+        finished = shard.file in self.run.finished
+        seen = self._seen(stage, here, measuring=not finished)
+        if finished:
+            contents = self.run.finished[shard.file].content["layers"]
+            summaries = {layer.index: LayerSummary(**contents[str(layer.index)]) for layer in here}
+            memory = self.result.read(self.run.folder, shard, here)
+        else:
+            memory, summaries = self._write(stage, here, shard, dict(seen))
+        del seen
+        self.summaries |= summaries
+        maps = {layer.index: summaries[layer.index].expert_map for layer in here}
+        if not finished and self.plan.shape.width is not None:
+            self._check_rest(stage, here, memory, maps)
+        with self.result.filled(stage.unit, memory, maps) as module:
+            for (lane, _), call in calls.items():
+                if lane is not Lane.ORIGINAL:
+                    call.finish(call.compute(module))
+
+    def _write(
+        self,
+        stage: Stage,
+        here: Sequence[MoELayer],
+        shard: Shard,
+        seen: dict[int, tuple[Mapping[str, Tensor], Sample]],
+    ) -> tuple[dict[str, Tensor], dict[int, LayerSummary]]:
+        """Return the new tensors by name in memory, as a loader will see them, and what was done."""
+        disk = {name: tensor for name, tensor in stage.kept.items() if name in shard.names}
+        memory: dict[str, Tensor] = {}
+        summaries: dict[int, LayerSummary] = {}
+        for layer in here:
+            by_domain, sample = seen.pop(layer.index)
+            made, summaries[layer.index] = compress_layer(
+                self.stream.model, layer, self._plan_of(layer, by_domain), self.plan.passes, by_domain, sample,
+                self._reroute, self.plan.seed,
+            )  # fmt: skip
+            disk |= self.result.on_disk(made, stage.conversions)
+            memory |= self.result.rounded(made)
+            del by_domain, sample, made
+        write_shard(self.run.folder, shard, disk)
+        content = {str(index): summary.content() for index, summary in summaries.items()}
+        self.run.finish(shard.file, files=[shard.file], content={"layers": content})
+        return memory, summaries
+
+    def _plan_of(self, layer: MoELayer, by_domain: Mapping[str, Tensor]) -> LayerPlan:
+        """Return a layer's plan; where it was measured only now, passes decide only now."""
+        plan = self.plan.layers[layer.index]
+        if self.profile is not None:
+            return plan
+        statistics = {name: over_domains(name, value_G) for name, value_G in by_domain.items()}
+        return choose(layer, plan, self.plan.passes, Measured(statistics=statistics, by_domain=by_domain))
+
+    def _check_rest(
+        self, stage: Stage, here: Sequence[MoELayer], memory: Mapping[str, Tensor], maps: Mapping[int, Sequence[int]]
+    ) -> None:
+        """Check that a unit of narrower experts does all that is not theirs as before."""
+        routers = {name for layer in here for name, _ in layer.router_tensors}
+        cut = self.plan.shape.top_k is not None
+        experts = {name: tensor for name, tensor in memory.items() if cut or name not in routers}
+        with self.result.filled(stage.unit, experts, maps) as module:
+            self.result.check_rest(self.lanes.calls(stage)[Lane.CHECK, 0], module)
+
+    def _seen(self, stage: Stage, here: Sequence[MoELayer], *, measuring: bool) -> _Seen:
+        """Return statistics and sample of each layer: from the profile or, with compressed inputs, measured now.
+
+        Args:
+            stage: the unit in memory, with its original weights.
+            here: its MoE layers.
+            measuring: False where the unit's file is there already.
+        """
+        if self.profile is None:
+            return self._measured(stage, here, measuring=measuring)
+        if not measuring:
+            return {}
+        return {
+            layer.index: (self.profile.statistics[layer.index], self.profile.samples[layer.index]) for layer in here
+        }
+
+    def _measured(self, stage: Stage, here: Sequence[MoELayer], *, measuring: bool) -> _Seen:
+        """Measure layers on what compressed ones put out; the output that they should have is the original model's."""
+        assert self.measure is not None
+        model, calls = self.stream.model, self.lanes.calls(stage)
+        collectors = {layer.index: self.measure.collector() for layer in here}
+        if measuring:
+            with proving(model, tuple(here)):
+                calls[Lane.COMPRESSED, 0].compute()
+        for number, (domain, _) in enumerate(self.lanes.batches):
+            compressed, original = calls[Lane.COMPRESSED, number], calls[Lane.ORIGINAL, number]
+            # A finished layer is observed too: it must hand on the very same numbers as in the first run.
+            with observed(model, tuple(here)) as targets:
+                original.finish(original.compute())
+            if not measuring:
+                continue
+            with observed(model, tuple(here), thin=self.measure.thin) as observations:
+                output: Any = compressed.compute()
+            for observation, target in zip(observations, targets, strict=True):
+                seen = with_residual(observation, output)
+                collectors[observation.layer.index].add(domain, seen, target_TD=target.output_TD)
+        if not measuring:
+            return {}
+        for each in collectors.values():
+            check_statistics(each.statistics, needs_of_plan(self.plan))
+        return {index: (each.statistics, each.sample()) for index, each in collectors.items()}

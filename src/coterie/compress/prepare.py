@@ -1,0 +1,219 @@
+"""Prepare a compression: everything is opened once, checked and announced, and nothing is computed yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from coterie.amounts import parse_bytes
+from coterie.compress.decide import check_profile, check_sequential, checked, needs_of_plan, outline
+from coterie.compress.output import check_output, check_space
+from coterie.compress.plan import Plan, Router
+from coterie.compress.recipes import Recipe, get_recipe, training_tokens
+from coterie.compress.request import Request
+from coterie.compress.result_steps import load_result_step
+from coterie.compress.source import Source
+from coterie.compress.target import Target
+from coterie.errors import InputError
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.stream.memory import Forecast
+from coterie.model.stream.stream import Stream
+from coterie.profile.calibrate import take_text
+from coterie.profile.calibration import TokenSet
+from coterie.profile.profile import FILE as PROFILE_FILE
+from coterie.profile.profile import Profile
+from coterie.profile.run import Measure, ProfileSettings, forecast_with_sample
+from coterie.profile.statistics.channels import needs_gradients
+
+Inputs = Literal["original", "compressed"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """All that `coterie.compress` can be told; see there."""
+
+    model: str | Path
+    out: Path
+    target: Target
+    plan: Plan | str | Path | None
+    recipe: str | Recipe | None
+    effort: str
+    train_tokens: int | None
+    router: Router | None
+    profile: Profile | str | Path | None
+    text: str | Path | None
+    weights: Mapping[str, float] | None
+    tokens: int
+    seq_len: int
+    seed: int
+    sample_tokens: int
+    device: str
+    inputs: Inputs
+    output_dtype: str
+    max_memory: int | str | None
+    allow_pickle: bool
+    cache: Path | None
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes of memory that the run may take."""
+        return None if self.max_memory is None else parse_bytes(self.max_memory)
+
+    def request(self) -> Request | None:
+        """Return what is asked for; None where a plan says it all.
+
+        Raises:
+            InputError: both a plan and what a plan says already, or something that no model could be given.
+        """
+        if self.plan is not None:
+            target = self.target
+            said: dict[str, object] = {"--keep": target.keep, "--experts": target.experts, "--width": target.width}
+            said |= {"--budget": target.budget, "--recipe": self.recipe, "--router": self.router}
+            if given := [name for name, value in said.items() if value is not None]:
+                raise InputError(f"the plan says how small and how; leave {', '.join(given)} out, or --plan")
+            return None
+        recipe = get_recipe("coterie" if self.recipe is None else self.recipe)
+        request = Request(recipe=recipe, target=self.target, router=self.router or "plain", seed=self.seed)
+        request.check()
+        return request
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A compression that can begin.
+
+    Attributes:
+        options: what was asked for.
+        source: the original.
+        stream: the same, to run text through.
+        request: what was asked for; None where a plan was given.
+        outline: what each layer becomes; without a plan that was given, it names no experts yet.
+        profile: what was measured already; None where that is still to be done.
+        measure: what is to be measured; None where there is a profile.
+        forecast: the memory that layers take.
+        result_steps: what each step on the whole result prepared; None for a step that is left out.
+    """
+
+    options: Options
+    source: Source
+    stream: Stream
+    request: Request | None
+    outline: Plan
+    profile: Profile | None
+    measure: Measure | None
+    forecast: Forecast
+    result_steps: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics that the passes read."""
+        return needs_of_plan(self.outline)
+
+    @property
+    def profile_folder(self) -> Path | None:
+        """Where a profile that is made here is to be kept; None for nowhere."""
+        wanted = self.options.profile
+        return Path(wanted).expanduser() if isinstance(wanted, str | Path) else None
+
+    def text(self, tokens: int, *, up_to: bool = False) -> TokenSet:
+        """Draw calibration text; see `coterie.profile.calibrate.take_text`."""
+        options = self.options
+        return take_text(
+            self.source.checkpoint, str(options.text), seq_len=options.seq_len, tokens=tokens, seed=options.seed,
+            weights=options.weights, device=options.device, limit=options.limit, up_to=up_to,
+        )  # fmt: skip
+
+    def header(self, profile: Profile | None) -> dict[str, Any]:
+        """Return all that decides what comes out, for the header of the run.
+
+        Args:
+            profile: what was measured before the run; None where it is measured in it.
+        """
+        checkpoint = self.source.checkpoint
+        return {
+            "wanted": self.outline.body() if self.request is None else self.request.content(),
+            "inputs": self.options.inputs,
+            "result_steps": {
+                name: None if prepared is None else prepared.header() for name, prepared in self.result_steps.items()
+            },
+            "output_dtype": self.options.output_dtype,
+            "model": checkpoint.digest,
+            "model files": checkpoint.file_stamps(),
+            "device": self.stream.device.type,
+            "profile": None if profile is None else profile.digest(),
+            "measured": None if self.measure is None or profile is not None else self.measure.header(self.stream),
+        }
+
+
+def prepare(options: Options) -> Job:
+    """Open the model, check all that is asked for, and announce what it takes.
+
+    Raises:
+        As `coterie.compress`, for everything that can be known beforehand.
+    """
+    request = options.request()
+    output = options.out
+    source = Source.open(options.model, output_dtype=options.output_dtype, allow_pickle=options.allow_pickle)
+    check_output(output, source.checkpoint.path)
+    outlined = _given(source, options) if request is None else outline(source, request)
+    trains = any(name == "distill" for name, _ in outlined.result_steps)
+    training_tokens(outlined.recipe, options.effort, options.train_tokens, trains=trains)
+    needs = needs_of_plan(outlined)
+    if options.inputs == "compressed":
+        if options.profile is not None or options.text is None:
+            raise InputError("with compressed inputs every layer is measured anew: give --text, and no --profile")
+        check_sequential(outlined.recipe, needs)
+    profile = _present_profile(options.profile, source.checkpoint)
+    if profile is not None:
+        check_profile(profile, source, needs)
+    check_space(output.parent, outlined.predicted_bytes)
+    if profile is None and options.text is None:
+        raise InputError("no profile yet: give calibration text with --text, or a profile with --profile")
+    stream = Stream(source.checkpoint, device=options.device, scratch=output.parent)
+    measure = None if profile is not None else _measure(source, options, needs)
+    job = Job(
+        options=options,
+        source=source,
+        stream=stream,
+        request=request,
+        outline=outlined,
+        profile=profile,
+        measure=measure,
+        forecast=_forecast(stream, source, measure, profile),
+    )
+    job.forecast.check(options.limit)
+    for name, step_options in outlined.result_steps:
+        job.result_steps[name] = load_result_step(name).prepare(job, **step_options)
+    return job
+
+
+def _given(source: Source, options: Options) -> Plan:
+    plan = options.plan
+    return checked(source, plan if isinstance(plan, Plan) else Plan.load(Path(str(plan)).expanduser()))
+
+
+def _measure(source: Source, options: Options, needs: tuple[str, ...]) -> Measure:
+    settings = ProfileSettings(
+        text=str(options.text), weights=options.weights, tokens=options.tokens, seq_len=options.seq_len,
+        seed=options.seed, sample_tokens=options.sample_tokens, gradients=needs_gradients(needs), device=options.device,
+        max_memory=options.max_memory,
+    )  # fmt: skip
+    return settings.measure(source.checkpoint, source.architecture)
+
+
+def _forecast(stream: Stream, source: Source, measure: Measure | None, profile: Profile | None) -> Forecast:
+    if measure is not None:
+        return measure.forecast(stream, source.architecture.layers)
+    assert profile is not None
+    return forecast_with_sample(stream, source.architecture.layers, len(profile.samples[0].domain_T))
+
+
+def _present_profile(profile: Profile | str | Path | None, checkpoint: Checkpoint) -> Profile | None:
+    """Return the profile that was given; None where a folder was named that holds none yet."""
+    if profile is None or isinstance(profile, Profile):
+        return profile
+    folder = Path(profile).expanduser()
+    return Profile.load(folder, model_digest=checkpoint.digest) if (folder / PROFILE_FILE).exists() else None

@@ -1,0 +1,49 @@
+"""What is asked for, checked before anything heavy is imported. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from coterie.compress.plan import Router
+from coterie.compress.recipes import Recipe, Step
+from coterie.compress.target import Target
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What is to be made, how small, and with which router.
+
+    Attributes:
+        recipe: what to measure and to do.
+        target: how small.
+        router: form of the router, see `coterie.compress.plan.Plan`.
+        seed: seed of everything random in the passes.
+    """
+
+    recipe: Recipe
+    target: Target
+    router: Router = "plain"
+    seed: int = 0
+
+    @property
+    def passes(self) -> tuple[Step, ...]:
+        """What is done to each layer."""
+        return self.recipe.with_router(self.router)
+
+    def check(self) -> None:
+        """Raise InputError, Infeasible or UnknownName for what no model could be given."""
+        self.target.check(self.recipe)
+        self.recipe.with_router(self.router)
+
+    def content(self) -> dict[str, Any]:
+        """Return it as JSON content."""
+        return {
+            "recipe": self.recipe.name,
+            "allocator": self.recipe.allocator,
+            "passes": [[name, dict(options)] for name, options in self.passes],
+            "result_steps": [[name, dict(options)] for name, options in self.recipe.result_steps],
+            "target": asdict(self.target),
+            "router": self.router,
+            "seed": self.seed,
+        }

@@ -1,0 +1,90 @@
+"""Distil: train the whole result towards what the original predicts (`coterie.train.distill`)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coterie.compress.distill_run import make_targets, may_distill, say_cost, train
+from coterie.compress.prepare import Job
+from coterie.compress.recipes import training_tokens
+from coterie.compress.shards import write_shard
+from coterie.compress.work import Work
+from coterie.errors import InputError
+from coterie.model.arch.load import load_model
+from coterie.profile.calibration import TokenSet
+from coterie.profile.self_text import SELF
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """What the result is trained on.
+
+    Attributes:
+        token_set: the text.
+        tokens: tokens to train on; where the text has fewer, it is seen again.
+    """
+
+    token_set: TokenSet
+    tokens: int
+
+    def header(self) -> list[Any]:
+        """Return what training hangs on."""
+        return [self.token_set.digest, self.tokens]
+
+
+def prepare(job: Job) -> Prepared | None:
+    """Draw the text and announce what training takes; None where it is left out, and that is said.
+
+    Raises:
+        InputError: no text to train on, or a number of tokens that cannot be.
+    """
+    options, plan = job.options, job.outline
+    wanted = training_tokens(plan.recipe, options.effort, options.train_tokens, trains=True)
+    if not wanted or plan.predicted_bytes >= plan.original_bytes:
+        return None
+    if options.text is None:
+        raise InputError(
+            f"recipe {plan.recipe} trains its result on text at effort {options.effort}: give it with --text beside "
+            "the profile, or take --effort fast"
+        )
+    if not may_distill(job.source.architecture, plan.shape, options.seq_len, options.limit, job.stream.device):
+        return None
+    own = str(options.text) == SELF  # what the model wrote to be measured has to do: writing takes long
+    token_set = job.text(min(wanted, options.tokens) if own else wanted, up_to=True)
+    if sum(map(len, token_set.sequences.values())) < 2:
+        log.warning("one sequence of text is too little to train on and to see whether it helped: left out")
+        return None
+    tokens = say_cost(job.source.architecture, plan.shape, token_set, wanted, job.stream.device)
+    return Prepared(token_set=token_set, tokens=tokens)
+
+
+def run(work: Work, prepared: Prepared) -> None:
+    """Train the result, and write its layers anew where that helped."""
+    job, run = work.job, work.run
+    batches = list(prepared.token_set.batches(8))
+    targets = make_targets(run, job.stream, batches, job.options.cache)
+    model = load_model(run.folder, dtype=torch.float32, device=str(job.stream.device))
+    outcome = train(
+        run, model, job.source.architecture, torch.cat([ids_BS for _, ids_BS in batches]), targets,
+        tokens=prepared.tokens, seed=work.plan.seed, rounded=work.result.rounded,
+    )  # fmt: skip
+    work.notes["distill"] = outcome.notes
+    if outcome.weights is None:
+        return
+    for shard in work.shards:
+        content = run.finished[shard.file].content
+        changed = work.result.changed(run.folder, shard, outcome.weights)
+        if changed is not None:
+            run.forget(shard.file)
+            write_shard(run.folder, shard, changed)
+            run.finish(shard.file, files=[shard.file], content=content)
+    with torch.no_grad():
+        logits_BSV: Tensor = model(input_ids=work.check_ids().to(model.device), use_cache=False).logits
+    work.logits_BSV = logits_BSV.float().cpu()

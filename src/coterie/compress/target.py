@@ -1,0 +1,47 @@
+"""How small a result is to be. No torch here: a wrong target is refused before anything heavy is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from coterie.amounts import parse_bytes
+from coterie.compress.allocators import ALLOCATORS
+from coterie.compress.recipes import Recipe
+from coterie.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """How small the result is to be; exactly one of these.
+
+    Attributes:
+        keep: share of the experts of each layer, or of the width of each expert, above 0 and up to 1. A recipe that
+            cuts experts into parts keeps as many as take no more bytes than that share of whole experts.
+        experts: experts in each layer.
+        width: hidden neurons of each expert; for a ragged result, on average.
+        budget: bytes of all tensors, as a number or like "12GiB".
+    """
+
+    keep: float | None = None
+    experts: int | None = None
+    width: int | None = None
+    budget: str | int | None = None
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise InputError unless this is one target, in range, that the recipe can fulfil."""
+        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        if len(given) != 1:
+            raise InputError(
+                f"say how small with exactly one of --keep, --experts, --width and --budget; got {given or 'none'}"
+            )
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise InputError(f"--keep {self.keep:g} is not a share: it must be above 0 and at most 1 (0.5 keeps half)")
+        if self.budget is not None:
+            parse_bytes(self.budget)
+        allocator = ALLOCATORS[recipe.allocator]
+        if given[0] not in allocator.targets:
+            *most, last = (f"--{name}" for name in allocator.targets)
+            raise InputError(
+                f"recipe {recipe.name} {allocator.does}; say how small with {', '.join(most)} or {last}, or take a "
+                f"recipe that {allocator.instead}"
+            )

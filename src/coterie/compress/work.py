@@ -1,0 +1,134 @@
+"""A compression on its way: what the steps of a run hand on to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coterie.artifact import write_artifact, write_json
+from coterie.compress.layer import LayerSummary
+from coterie.compress.output import carry_files
+from coterie.compress.plan import Plan
+from coterie.compress.prepare import Job
+from coterie.compress.result_model import ResultModel
+from coterie.compress.shards import Shard, write_index
+from coterie.journal import Run
+from coterie.model.arch.resize import resized_config
+from coterie.model.disk.manifest import MANIFEST
+from coterie.profile.profile import Profile
+
+
+@dataclass(kw_only=True)
+class Work:
+    """What is there so far.
+
+    Attributes:
+        job: what was prepared.
+        run: where it goes.
+        shards: the weight files of the result.
+        profile: what was measured; None before that, and with compressed inputs.
+        plan: what each layer becomes; it names experts once they are decided.
+        summaries: what was done to each layer, by its index.
+        logits_BSV: logits of the result for `check_ids`, as it is in flight.
+        notes: what steps on the whole result have to say, by name.
+        logits_error: largest difference of logits, in flight against loaded again, relative to the largest logit.
+    """
+
+    job: Job
+    run: Run
+    shards: Sequence[Shard]
+    profile: Profile | None
+    plan: Plan
+    summaries: Mapping[int, LayerSummary] = field(default_factory=dict)
+    logits_BSV: Tensor | None = None
+    notes: dict[str, Mapping[str, object]] = field(default_factory=dict)
+    logits_error: float | None = None
+
+    @cached_property
+    def result(self) -> ResultModel:
+        """The meta model of the result; asked for once all is decided."""
+        return ResultModel(self.job.stream, self.job.source, self.plan)
+
+    def check_ids(self) -> Tensor:
+        """Return the seeded random tokens (B, S) that the result is checked with."""
+        vocabulary = int(self.job.stream.model.config.get_text_config().vocab_size)
+        return torch.randint(vocabulary, (2, 64), generator=torch.Generator().manual_seed(self.plan.seed))
+
+    def write_small_files(self) -> None:
+        """Write all that makes weight files a checkpoint."""
+        written = write_index(self.run.folder, self.shards)
+        assert written == self.plan.predicted_bytes, f"planned {self.plan.predicted_bytes} bytes, wrote {written}"
+        write_json(self.run.folder / "config.json", self._config())
+        carry_files(self.job.source.checkpoint, self.run.folder)
+        self.write_manifest()
+
+    def write_manifest(self) -> dict[str, Any]:
+        """Write coterie.json into the result, and return its content."""
+        body = self._manifest()
+        inputs = {"model": self.job.source.checkpoint.digest, "text": self._text()[3]}
+        write_artifact(self.run.folder / MANIFEST, kind="manifest", body=body, inputs=inputs)
+        return body
+
+    def _config(self) -> dict[str, Any]:
+        if not self.plan.mapped and not self.plan.ragged:
+            shape = self.plan.shape
+            return resized_config(self.job.source.architecture, shape.num_experts, shape.width, shape.top_k)
+        # A mapped result keeps the router's E rows, a ragged one the full width, and the config says so, while the
+        # files hold less: stock loaders refuse them.
+        return dict(self.job.source.checkpoint.config)
+
+    def _text(self) -> tuple[Sequence[str], int, int, str]:
+        """Return domains, number of tokens, tokens in a sequence and digest of the text that was measured."""
+        if self.profile is not None:
+            profile = self.profile
+            return profile.domains, sum(profile.num_tokens), profile.seq_len, profile.text_digest
+        assert self.job.measure is not None
+        token_set = self.job.measure.token_set
+        return token_set.domains, sum(token_set.num_tokens.values()), token_set.seq_len, token_set.digest
+
+    def _manifest(self) -> dict[str, Any]:
+        plan, ours = self.plan, self.plan.mapped or self.plan.ragged
+        domains, num_tokens, seq_len, _ = self._text()
+        return {
+            "recipe": plan.recipe,
+            "passes": [[name, dict(options)] for name, options in plan.passes],
+            "router": plan.router,
+            "loads_with": "coterie" if ours else "transformers",
+            "how_to_load": "coterie.load_model(OUT)"
+            if ours
+            else "transformers.AutoModelForCausalLM.from_pretrained(OUT)",
+            "plan": plan.body(),
+            "model": self.job.source.checkpoint.path.resolve().name,
+            "domains": list(domains),
+            "calibration_tokens": num_tokens,
+            "calibration_inputs": self.job.options.inputs,
+            "seq_len": seq_len,
+            "seed": plan.seed,
+            "logits_error": self.logits_error,
+            "ragged": self.result.ragged,
+            "distilled": self.notes.get("distill"),
+            "layers": [
+                {
+                    "index": layer.index,
+                    "block": layer.block,
+                    "num_experts_before": layer.num_experts,
+                    "num_experts_after": self.summaries[layer.index].num_experts,
+                    "top_k_before": layer.top_k,
+                    "top_k_after": plan.shape.top_k or layer.top_k,
+                    "width_before": layer.width,
+                    "width_after": self.summaries[layer.index].width,
+                    "widths_after": plan.layers[layer.index].widths,
+                    "expert_map": self.summaries[layer.index].expert_map,
+                    "centres": self.summaries[layer.index].centres,
+                    "notes": dict(self.summaries[layer.index].notes),
+                }
+                for layer in self.job.source.architecture.layers
+            ],
+            "bytes_before": plan.original_bytes,
+            "bytes_after": plan.predicted_bytes,
+        }
