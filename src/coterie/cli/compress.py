@@ -76,7 +76,12 @@ def compress(
     """
     if plan is None:
         options.check_one_target(keep, experts, width, budget)
-        check_request(keep, experts, width, budget, recipe or "coterie", router or "plain", seed)
+        check_request(model, keep, experts, width, budget, recipe or "coterie", router or "plain", seed)
+    from coterie.compress.recipes import get_recipe, training_tokens
+
+    if plan is None:
+        chosen = get_recipe(recipe or "coterie")
+        training_tokens(chosen.name, effort, train_tokens, trains=chosen.trains)
     from coterie.profile.shares import parse_domains
 
     weights = None if domains is None else parse_domains(domains)

@@ -35,7 +35,7 @@ def plan(
     compress --plan`.
     """
     options.check_one_target(keep, experts, width, budget)
-    check_request(keep, experts, width, budget, recipe, router, seed)
+    check_request(model, keep, experts, width, budget, recipe, router, seed)
     from coterie.compress.decide import plan as decide
 
     made = decide(
@@ -60,6 +60,7 @@ def plan(
 
 
 def check_request(
+    model: str,
     keep: float | None,
     experts: int | None,
     width: int | None,
@@ -68,13 +69,15 @@ def check_request(
     router: options.RouterForm,
     seed: int,
 ) -> None:
-    """Refuse, before anything heavy is imported, what no model could be given."""
+    """Refuse, before anything heavy is imported, what no model could be given, and what is no model."""
     from coterie.compress.recipes import get_recipe
     from coterie.compress.request import Request
     from coterie.compress.target import Target
+    from coterie.model.disk.checkpoint import read_config, resolve
 
     target = Target(keep=keep, experts=experts, width=width, budget=budget)
     Request(recipe=get_recipe(recipe), target=target, router=router, seed=seed).check()
+    read_config(resolve(model))
 
 
 def _width_text(layer: "LayerPlan") -> str:
