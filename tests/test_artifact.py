@@ -113,6 +113,31 @@ def test_any_json_body_survives(folder, body):
     assert read_artifact(path, kind="plan")[0] == body
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=40),
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=12), inner, max_size=6),
+    max_leaves=40,
+)
+
+
+@given(JSON)
+def test_readable_json_is_the_same_content_on_short_lines(content):
+    text = artifact._readable(content)
+    assert json.loads(text) == content
+    for line in text.split("\n"):
+        value = line.strip().rstrip(",").partition(": ")[2] or line.strip().rstrip(",")
+        holds_more = value.startswith(("[", "{")) and len(value) > 2
+        assert len(line) <= 101 or not holds_more  # a comma may follow
+
+
+def test_readable_json_puts_what_fits_on_one_line():
+    content = {"layers": [{"num_experts": 2, "experts": [{"sources": [1]}, {"sources": [5]}]}] * 2, "seed": 0}
+    assert artifact._readable(content) == (
+        '{\n  "layers": [\n    {"num_experts": 2, "experts": [{"sources": [1]}, {"sources": [5]}]},\n'
+        '    {"num_experts": 2, "experts": [{"sources": [1]}, {"sources": [5]}]}\n  ],\n  "seed": 0\n}'
+    )
+
+
 @given(content=json_values)
 def test_a_digest_is_of_the_content_not_of_its_writing(content):
     assert digest_of(content) == digest_of(json.loads(json.dumps(content)))

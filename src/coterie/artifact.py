@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 FORMAT = 2
 
 
+#: Longest line of an artefact's JSON, where what it holds can be cut.
+_LINE = 100
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Artifact:
     """An artefact as it was read, checked against its digests.
@@ -109,11 +113,30 @@ def is_full_disk(error: Exception) -> bool:
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as JSON to `path`, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(_json_text(content), encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _json_text(content: Any) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+def _readable(content: Any, indent: int = 0, start: int = 0) -> str:
+    """Return JSON for people to read and edit: what fits stands on one line, all else an entry a line.
+
+    Args:
+        content: anything that JSON can hold.
+        indent: columns in front of the line that it begins on.
+        start: column that it begins in.
+    """
+    line = json.dumps(content, ensure_ascii=False)
+    if not isinstance(content, dict | list | tuple) or start + len(line) <= _LINE:
+        return line
+    deeper = " " * (indent + 2)
+    if isinstance(content, dict):
+        # Through JSON, so that a key is written as JSON writes it.
+        named = [(json.dumps(name, ensure_ascii=False), value) for name, value in json.loads(line).items()]
+        entries = [f"{name}: {_readable(value, indent + 2, indent + 4 + len(name))}" for name, value in named]
+        first, last = "{", "}"
+    else:
+        entries = [_readable(value, indent + 2, indent + 2) for value in content]
+        first, last = "[", "]"
+    return f"{first}\n{deeper}" + f",\n{deeper}".join(entries) + f"\n{' ' * indent}{last}"
 
 
 def file_digest(path: Path) -> str:
@@ -197,7 +220,8 @@ def write_artifact(
     if files:
         document["files"] = dict(files)
     if tensors is None:
-        write_json(path, _with_digest(document))
+        with atomic_path(path) as temporary:
+            temporary.write_text(_readable(_with_digest(document)) + "\n", encoding="utf-8")
         return
     from safetensors.torch import save_file
 
@@ -207,7 +231,7 @@ def write_artifact(
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary_tensors)
         document["tensors"] = tensor_path.name
         document["tensors_digest"] = file_digest(temporary_tensors)
-        temporary.write_text(_json_text(_with_digest(document)), encoding="utf-8")
+        temporary.write_text(_readable(_with_digest(document)) + "\n", encoding="utf-8")
 
 
 def _with_digest(document: Mapping[str, Any]) -> dict[str, Any]:
