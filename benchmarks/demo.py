@@ -24,10 +24,13 @@ from coterie.compress.apply import compress
 from coterie.compress.recipes import RECIPES
 from coterie.evaluate.run import evaluate
 from coterie.evaluate.scorecard import Scorecard
+from coterie.outputs import check_output
 from coterie.profile.run import profile
 from coterie.report.page import report
 
 HERE = Path(__file__).resolve().parent.parent
+#: A file in OUT that says that the demo made the folder, which it removes before it starts again.
+MARK = ".demo"
 MODEL = HERE / "reference" / "model"
 CALIBRATION = HERE / "reference" / "text" / "calibration"
 TEST = HERE / "reference" / "text" / "test"
@@ -110,7 +113,10 @@ def main() -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     started = time.perf_counter()
+    check_output(options.out, kind="demo", accepts=lambda place: (place / MARK).is_file(), folder=True)
     shutil.rmtree(options.out, ignore_errors=True)
+    options.out.mkdir(parents=True)
+    (options.out / MARK).touch()
     console.print(f"profiling {options.model.name} on {options.tokens} tokens of {CALIBRATION.relative_to(HERE)}")
     held = options.out / "profile"
     measured = profile(

@@ -69,7 +69,7 @@ class Task:
     def load(self) -> Any:
         """Load the model as stock transformers does."""
         dtype = working_dtype(Checkpoint.open(self.model), torch.device(self.device))
-        model: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype, trust_remote_code=False)
         return model.eval().to(self.device)
 
     def profile(self, out: Path) -> None:

@@ -82,8 +82,9 @@ def measure_routing(counts_NLE: Tensor) -> list[dict[str, float]]:
 @torch.no_grad()
 def measure(folder: Path, num_windows: int, device: str) -> dict[str, object]:
     """All numbers of the card."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
+    model = model.to(device).eval()
     model.set_experts_implementation(fast.SORTED)
     config = model.config
     domains, counts = {}, []

@@ -45,7 +45,7 @@ def load_tokenizer(folder: Path, texts: dict[str, list[str]]) -> PreTrainedToken
             model_max_length=1024,
         )
         fast.save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def sample_evenly(texts: dict[str, list[str]], num_characters: int) -> list[str]:

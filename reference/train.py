@@ -349,8 +349,8 @@ def main() -> None:
     elif arguments.steps:
         train(arguments)
     elif arguments.export:
-        tokenizer = data.AutoTokenizer.from_pretrained(RUN / "tokenizer")
-        model = family.MODEL.from_pretrained(HERE / family.RUN / "model", dtype=torch.bfloat16)
+        tokenizer = data.AutoTokenizer.from_pretrained(RUN / "tokenizer", trust_remote_code=False)
+        model = family.MODEL.from_pretrained(HERE / family.RUN / "model", dtype=torch.bfloat16, trust_remote_code=False)
         export(model, tokenizer, arguments.export)
     else:
         parser.error("give --steps, --export or --plot")

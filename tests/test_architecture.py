@@ -17,13 +17,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 550
 
 #: Room -> the rooms that it may import from, beside itself. Rooms are the files and folders of src/coterie.
-FOUNDATION = {"_callable", "errors", "amounts", "artifact", "journal", "progress"}
+FOUNDATION = {"_callable", "errors", "amounts", "artifact", "outputs", "journal", "progress"}
 ALLOWED = {
     "_callable": set(),
     "errors": set(),
     "amounts": {"errors"},
     "progress": set(),
     "artifact": {"errors"},
+    "outputs": {"errors", "artifact"},
     "journal": {"errors", "artifact", "progress"},
     "model": FOUNDATION,
     "profile": FOUNDATION | {"model"},
@@ -288,6 +289,48 @@ def test_light_modules_import_nothing_heavy(module):
     loaded = modules_loaded_by("-c", f"import {module}")
     assert "coterie" in loaded
     assert not loaded & HEAVY
+
+
+#: What loads by a name or a config, and asks on the terminal whether to run code that comes with a checkpoint.
+LOADERS = {"from_pretrained", "from_config", "HFLM"}
+#: What has these names and runs no code: ours, and a file of settings.
+HARMLESS = {"Architecture", "cls", "GenerationConfig"}
+
+
+def loads_that_may_run_code(tree: ast.AST) -> list[int]:
+    """Return the lines of calls that load with transformers without a word on code that comes with a checkpoint."""
+    lines = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        path = ast.unparse(node.func).split(".")
+        refused = any(
+            word.arg == "trust_remote_code" and isinstance(word.value, ast.Constant) and word.value.value is False
+            for word in node.keywords
+        )
+        if path[-1] in LOADERS and path[0] not in HARMLESS and not refused:
+            lines.append(node.lineno)
+    return lines
+
+
+def test_code_that_comes_with_a_checkpoint_is_refused_wherever_one_is_loaded():
+    files = [*FILES, *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "reference").rglob("*.py")]
+    sources = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
+    lines = {name: loads_that_may_run_code(ast.parse(source)) for name, source in sources.items()}
+    assert not {name: found for name, found in lines.items() if found}, "say trust_remote_code=False"
+
+
+def test_loads_that_may_run_code_are_seen():
+    source = """
+AutoTokenizer.from_pretrained(path)
+type(model).from_pretrained(path, trust_remote_code=True)
+auto.from_config(config)
+HFLM(pretrained=model)
+GenerationConfig.from_pretrained(path)
+Architecture.from_config(config)
+stock.from_pretrained(path, trust_remote_code=False)
+"""
+    assert loads_that_may_run_code(ast.parse(source)) == [2, 3, 4, 5]
 
 
 def repository_files() -> list[Path]:

@@ -233,7 +233,7 @@ def test_nonsense_is_refused_before_anything_is_made(small, tiny, tmp_path, chan
 
 def test_a_folder_of_something_else_is_not_written_to(small, tiny, tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(OutputExists, match="holds no bench"):
+    with pytest.raises(OutputExists, match="exists; choose another place"):
         bench(tiny(), tmp_path, **small)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 

@@ -43,11 +43,12 @@ from coterie.bench.pool import Died, Pool, open_pool
 from coterie.bench.store import Store
 from coterie.bench.summary import Original, summarize
 from coterie.bench.table import tables
-from coterie.errors import CoterieError, InputError, OutputBusy, OutputExists
+from coterie.errors import CoterieError, InputError, OutputBusy
 from coterie.evaluate.scorecard import Scorecard, environment
 from coterie.model.arch.layers import Architecture
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.open import open_checkpoint
+from coterie.outputs import check_output
 from coterie.profile.calibration import text_files
 
 log = logging.getLogger(__name__)
@@ -134,11 +135,13 @@ def bench(
     Raises:
         InputError: nothing to do, models of one name, or no such recipe, router form, text or device.
         NotACheckpoint, NotAMoE, CorruptCheckpoint: a model cannot be used.
-        OutputExists: `out` holds something else.
+        OutputExists: `out` holds something else than a bench.
         OutputBusy: another bench writes to `out`.
         OutOfSpace: the disk is full; what was finished is kept.
     """
     chosen = [models] if isinstance(models, str | Path) else list(models)
+    reads = {"model folder": chosen, "text folder": [text, test]}
+    folder = check_output(out, kind="bench", reads=reads, accepts=_may_go_on, folder=True)
     opened = [_open(model, allow_pickle=allow_pickle) for model in chosen]
     if not opened:
         raise InputError("there is no model; pass one or more")
@@ -159,8 +162,6 @@ def bench(
     cells = grid(
         opened, recipes=choose_recipes(recipes), routers=routers, removed=removed, seeds=draws, settings=settings
     )
-    folder = Path(out).expanduser()
-    _check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -174,11 +175,13 @@ def bench(
         lock.release()
 
 
-def _check_folder(folder: Path) -> None:
-    """Raise OutputExists unless a folder is missing, empty, or one of ours."""
-    taken = folder.exists() and not folder.is_dir()
-    if taken or (folder.is_dir() and next(folder.iterdir(), None) and not (folder / LOCK).exists()):
-        raise OutputExists(f"{folder} is there and holds no bench; name another folder for what is found")
+def _may_go_on(folder: Path) -> bool:
+    """Tell whether a folder holds a bench, or nothing but what one begins with."""
+    if not folder.is_dir():
+        return False
+    names = {entry.name for entry in folder.iterdir()}
+    begun = {LOCK, "originals", "profiles", "work", "cache"}
+    return not names or names >= {LOCK, CELLS} or (LOCK in names and names <= begun)
 
 
 def _open(model: str | Path, *, allow_pickle: bool) -> Model:

@@ -1,6 +1,7 @@
 """``coterie evaluate``: what did it cost."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,7 +61,7 @@ def evaluate(
     Perplexity, KL divergence, agreement and exact answers by domain, with one layer in memory at a time; bytes, and on
     request memory, speed and tasks of the lm-evaluation-harness.
     """
-    files = [] if out is None else _files(out, models)
+    files = [] if out is None else _files(out, models, {"model folder": [*models, against], "text folder": [text]})
     from coterie.evaluate.run import evaluate as run
 
     cards = run(
@@ -94,9 +95,9 @@ def evaluate(
         print_text(f"scorecard written to {file}")
 
 
-def _files(out: Path, models: list[str]) -> list[Path]:
-    """Return the file for each model's scorecard; raise before anything is computed when one exists."""
-    from coterie.errors import OutputExists
+def _files(out: Path, models: list[str], reads: Mapping[str, Sequence[str | Path | None]]) -> list[Path]:
+    """Return the file for each model's scorecard; raise before anything is computed where one cannot go."""
+    from coterie.outputs import check_output
 
     if out.suffix == ".json":
         if len(models) > 1:
@@ -110,8 +111,7 @@ def _files(out: Path, models: list[str]) -> list[Path]:
         if len(set(files)) < len(files):
             raise typer.BadParameter(f"the models {', '.join(names)} need distinct names", param_hint="MODEL")
     for file in files:
-        if file.exists():
-            raise OutputExists(f"{file} exists; choose another place or remove it")
+        check_output(file, kind="scorecard", reads=reads, makes_parents=file is not out)
     return files
 
 

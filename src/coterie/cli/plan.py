@@ -36,6 +36,10 @@ def plan(
     """
     options.check_one_target(keep, experts, width, budget)
     check_request(model, keep, experts, width, budget, recipe, router, seed)
+    from coterie.outputs import check_output
+
+    if out is not None:
+        check_output(out, kind="plan", reads={"model folder": [model], "profile": [profile]})
     from coterie.compress.decide import plan as decide
 
     made = decide(

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from coterie.amounts import format_bytes
-from coterie.errors import InputError, OutOfSpace, OutputExists
+from coterie.errors import OutOfSpace
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.manifest import MANIFEST
 
@@ -21,14 +21,6 @@ def check_space(folder: Path, num_bytes: int) -> None:
         raise OutOfSpace(
             errno.ENOSPC, f"the result needs {format_bytes(needed)}, {existing} has {format_bytes(free)} free"
         )
-
-
-def check_output(target: Path, source: Path) -> None:
-    """Raise OutputExists for a place that is taken, InputError for one inside the model, which is never written."""
-    if target.exists() or target.is_symlink():
-        raise OutputExists(f"{target} exists; choose another place or remove it")
-    if target.resolve().is_relative_to(source.resolve()):
-        raise InputError(f"{target} is inside the model folder {source}, which is never written; choose another place")
 
 
 def carry_files(checkpoint: Checkpoint, folder: Path) -> None:

@@ -16,6 +16,7 @@ from coterie.compress.decide import check_statistics
 from coterie.compress.methods.scores import score_needs
 from coterie.compress.methods.select import score_by_domain, top_experts
 from coterie.errors import Infeasible
+from coterie.outputs import claim_output
 from coterie.profile.profile import Profile
 
 
@@ -36,8 +37,8 @@ class Patterns:
     inputs: Mapping[str, str]
 
     def save(self, path: str | Path) -> Path:
-        """Write them as one JSON file."""
-        target = Path(path)
+        """Write them as one JSON file; one that is there is replaced, anything else refused (OutputExists)."""
+        target = claim_output(path, kind="patterns")
         kept = {domain: [list(layer) for layer in layers] for domain, layers in self.kept.items()}
         body = {"score": self.score, "num_experts": self.num_experts, "kept": kept}
         write_artifact(target, kind="patterns", body=body, inputs=self.inputs)

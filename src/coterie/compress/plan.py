@@ -17,6 +17,7 @@ from coterie.artifact import open_artifact, write_artifact
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.recipes import ROUTERS, Step
 from coterie.errors import CorruptArtifact, Infeasible
+from coterie.outputs import claim_output
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +105,8 @@ class Plan:
         return common_shape(self.layers)
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan as one JSON file."""
-        target = Path(path)
+        """Write the plan as one JSON file; one that is there is replaced, anything else refused (OutputExists)."""
+        target = claim_output(path, kind="plan")
         write_artifact(target, kind="plan", body=self.body(), inputs=self.inputs)
         return target
 

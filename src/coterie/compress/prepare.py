@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from coterie.amounts import parse_bytes
 from coterie.compress.decide import check_profile, check_sequential, checked, needs_of_plan, outline
-from coterie.compress.output import check_output, check_space
+from coterie.compress.output import check_space
 from coterie.compress.plan import Plan, Router
 from coterie.compress.recipes import Recipe, get_recipe, training_tokens
 from coterie.compress.request import Request
@@ -21,6 +21,7 @@ from coterie.errors import InputError
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.stream.memory import Forecast
 from coterie.model.stream.stream import Stream
+from coterie.outputs import check_output, is_empty_folder
 from coterie.profile.calibrate import take_text
 from coterie.profile.calibration import TokenSet
 from coterie.profile.profile import FILE as PROFILE_FILE
@@ -156,8 +157,8 @@ def prepare(options: Options) -> Job:
     """
     request = options.request()
     output = options.out
+    _check_places(options)
     source = Source.open(options.model, output_dtype=options.output_dtype, allow_pickle=options.allow_pickle)
-    check_output(output, source.checkpoint.path)
     outlined = _given(source, options) if request is None else outline(source, request)
     trains = any(name == "distill" for name, _ in outlined.result_steps)
     training_tokens(outlined.recipe, options.effort, options.train_tokens, trains=trains)
@@ -188,6 +189,16 @@ def prepare(options: Options) -> Job:
     for name, step_options in outlined.result_steps:
         job.result_steps[name] = load_result_step(name).prepare(job, **step_options)
     return job
+
+
+def _check_places(options: Options) -> None:
+    """Raise OutputExists or InputError where the result, or a profile that is made on the way, cannot go."""
+    reads: dict[str, list[Any]] = {"model folder": [options.model], "text folder": [options.text]}
+    if isinstance(options.profile, str | Path):
+        if not (Path(options.profile).expanduser() / PROFILE_FILE).exists():
+            check_output(options.profile, kind="profile", reads=reads, accepts=is_empty_folder, folder=True)
+        reads["profile"] = [options.profile]
+    check_output(options.out, kind="checkpoint", reads=reads, accepts=lambda place: False, folder=True)
 
 
 def _given(source: Source, options: Options) -> Plan:

@@ -136,6 +136,7 @@ def run_tasks(
     with _quiet(), _random_numbers_kept(), _without(evaluator, "add_env_info", "get_git_commit_hash"):
         bridge = HFLM(
             pretrained=loaded, backend="causal", tokenizer=load_tokenizer(model), batch_size=batch_size,
+            trust_remote_code=False,
         )  # fmt: skip
         found: Any = evaluator.simple_evaluate(
             model=bridge,

@@ -15,6 +15,7 @@ from coterie import __version__
 from coterie.artifact import open_artifact, write_artifact
 from coterie.errors import CorruptArtifact
 from coterie.model.stream.likelihood import perplexity
+from coterie.outputs import claim_output
 
 
 class Scores(TypedDict):
@@ -111,8 +112,8 @@ class Scorecard:
     tasks: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
-        """Write the scorecard as one JSON file; return its path."""
-        target = Path(path)
+        """Write the scorecard as one JSON file and return its path; anything but a scorecard there is refused."""
+        target = claim_output(path, kind="scorecard")
         body = asdict(self)
         inputs = {"model": body.pop("model_digest"), "text": body.pop("text_digest")}
         base_digest = body.pop("base_digest")

@@ -10,7 +10,6 @@ found.weights, found.dropped
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,13 @@ import torch
 
 from coterie.amounts import parse_bytes
 from coterie.artifact import atomic_path, file_digest, write_artifact
-from coterie.errors import InputError, OutputExists
+from coterie.errors import InputError
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.open import open_checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.stream.memory import forecast
 from coterie.model.stream.stream import Stream
+from coterie.outputs import check_output
 from coterie.profile.calibration import TokenSet, tokenize
 from coterie.profile.information import Information, measure_information
 from coterie.profile.mixing import choose_mix
@@ -194,12 +194,16 @@ def generate(
 
     Raises:
         OutputExists: the folder has a domain "self", or is no folder.
+        InputError: the folder is inside the model or cannot be written to.
         InputError, Infeasible, TextError: see `coterie.profile.self_text.write_text`.
-        OSError: the place cannot be written to.
     """
     folder = Path(out).expanduser()
     file = folder / f"{SELF}.jsonl"
-    _check_place(folder)
+    for ending in (".jsonl", ".txt", ".json"):
+        check_output(
+            file.with_suffix(ending), kind="text", reads={"model folder": [model]}, accepts=lambda place: False,
+            makes_parents=True,
+        )  # fmt: skip
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     writing = Writing(
         tokens=tokens, max_length=seq_len, seed=seed, temperature=temperature, first_token=first_token, device=device,
@@ -222,15 +226,3 @@ def _write_lines(file: Path, documents: Sequence[str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as handle:
         handle.writelines(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
-
-
-def _check_place(folder: Path) -> None:
-    """Raise before anything is computed when text cannot be put into a folder."""
-    for name in (f"{SELF}.jsonl", f"{SELF}.txt"):
-        if (folder / name).exists():
-            raise OutputExists(f"{folder / name} exists; choose another place or remove it")
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
-    if not there.is_dir():
-        raise OutputExists(f"{there} is not a folder; choose another place or remove it")
-    if not os.access(there, os.W_OK):
-        raise PermissionError(13, "Permission denied", str(there))

@@ -25,6 +25,10 @@ from coterie.profile.shares import checked_weights, shares
 log = logging.getLogger(__name__)
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
+
+#: Any text will do to see what a tokenizer puts before one.
+_PROBE = "Some text."
+
 _SEPARATOR_LINE = re.compile(rf"\n?^{re.escape(DOCUMENT_SEPARATOR)}$\n?", flags=re.MULTILINE)
 
 
@@ -37,12 +41,14 @@ class TokenSet:
         seq_len: tokens in each sequence.
         digest: SHA-256 of all token ids and domain names; equal text, seed and tokenizer give an equal digest.
         weights: the weight of each domain in the draw; None when all are equal.
+        num_start: start tokens that each sequence begins with, which are part of its length.
     """
 
     sequences: dict[str, Tensor]
     seq_len: int
     digest: str
     weights: Mapping[str, float] | None = None
+    num_start: int = 0
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -141,13 +147,14 @@ def tokenize(
 ) -> TokenSet:
     """Cut the text of a folder into sequences and draw from each domain an equal share of them, or one by weight.
 
-    Documents are tokenized one by one and joined with the tokenizer's end-of-text token. The sequences are drawn
+    Documents are tokenized one by one and joined with the tokenizer's end-of-text token. Every sequence begins with the
+    start token that the tokenizer puts before a text, if it does, and goes on with text. The sequences are drawn
     without replacement by `seed`, so a larger `tokens` contains a smaller one.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         folder: the text, see the module.
-        seq_len: tokens in a sequence.
+        seq_len: tokens in a sequence, its start token included.
         tokens: tokens in all, shared by the domains; everything when None. A domain that has less gives all that it
             has, and a warning is logged.
         seed: seed of the draw.
@@ -196,18 +203,24 @@ def draw(
     """
     if seq_len < 2:
         raise TextError(f"a sequence of {seq_len} tokens predicts nothing; use --seq-len 2 or more")
+    start = start_ids(tokenizer)
+    text_len = seq_len - len(start)
+    if text_len < 1:
+        raise TextError(
+            f"a sequence of {seq_len} tokens holds no text beside the {len(start)} that this tokenizer starts a text "
+            f"with; use --seq-len {len(start) + 1} or more"
+        )
     counts = shares(0 if tokens is None else tokens, list(weights.values()), step=seq_len)
     wanted = dict(zip(weights, counts, strict=True))
     digest = hashlib.sha256(f"{seq_len}".encode())
     sequences: dict[str, Tensor] = {}
     for domain, origin, documents in sources:
         ids = token_ids(tokenizer, documents)
-        count = len(ids) // seq_len
+        count = len(ids) // text_len
         if count == 0:
-            raise TextError(
-                f"{origin} has {len(ids)} tokens, fewer than one sequence of {seq_len}; add text or lower --seq-len"
-            )
-        rows = ids[: count * seq_len].view(count, seq_len)
+            needed = f"one sequence of {seq_len}" if not start else f"the {text_len} of a sequence of {seq_len}"
+            raise TextError(f"{origin} has {len(ids)} tokens, fewer than {needed}; add text or lower --seq-len")
+        rows = ids[: count * text_len].view(count, text_len)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         if tokens is not None:
             if wanted[domain] > count and not up_to:
@@ -215,12 +228,32 @@ def draw(
                     "domain %s has %d of the %d tokens asked for", domain, count * seq_len, wanted[domain] * seq_len
                 )
             order = order[: wanted[domain]]
-        sequences[domain] = rows[order].clone()
+        start_NS = torch.tensor(start, dtype=torch.int64).expand(len(order), -1)
+        sequences[domain] = torch.cat([start_NS, rows[order]], dim=1)
         digest.update(domain.encode())
         digest.update(sequences[domain].numpy().tobytes())
     uneven = len(set(weights.values())) > 1
     return TokenSet(
-        sequences=sequences, seq_len=seq_len, digest=digest.hexdigest(), weights=dict(weights) if uneven else None
+        sequences=sequences, seq_len=seq_len, digest=digest.hexdigest(), weights=dict(weights) if uneven else None,
+        num_start=len(start),
+    )  # fmt: skip
+
+
+def start_ids(tokenizer: Any) -> list[int]:
+    """Return the start tokens that a tokenizer puts before every text: one, or none, for most.
+
+    What it puts behind a text, such as an end-of-text token, is none of these.
+
+    Raises:
+        InputError: it turns a text into other tokens when it adds its own.
+    """
+    whole, text = (list(tokenizer(_PROBE, add_special_tokens=added)["input_ids"]) for added in (True, False))
+    for place in range(len(whole) - len(text) + 1):
+        if whole[place : place + len(text)] == text:
+            return whole[:place]
+    raise InputError(
+        f"the tokenizer turns {_PROBE!r} into {text} and, with its special tokens, into {whole}, where the former is "
+        "no part of the latter; so it cannot be told what a text begins with: mend tokenizer.json"
     )
 
 

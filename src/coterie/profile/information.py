@@ -31,8 +31,8 @@ NGRAM = 4
 class Information:
     """What is known of one source (a domain) of text.
 
-    N-grams lie within a sequence. `aggregation`, `diversity` and `entropy` depend on the amount of text, so sources
-    that are to be compared are counted on equally many tokens.
+    N-grams lie within a sequence, and start tokens are not counted. `aggregation`, `diversity` and `entropy` depend on
+    the amount of text, so sources that are to be compared are counted on equally many tokens.
 
     Attributes:
         domain: its name.
@@ -72,15 +72,16 @@ def measure_information(stream: Stream, token_set: TokenSet, *, batch_size: int 
         TextError: sequences shorter than a 4-gram.
         InputError: the model's predictions are not numbers.
     """
-    if token_set.seq_len < NGRAM:
+    least = NGRAM + token_set.num_start
+    if token_set.seq_len < least:
         raise TextError(
-            f"sequences of {token_set.seq_len} tokens hold no {NGRAM}-grams; use --seq-len {NGRAM} or more, such as 512"
+            f"sequences of {token_set.seq_len} tokens hold no {NGRAM}-grams; use --seq-len {least} or more, such as 512"
         )
     losses = _mean_losses(stream, token_set, batch_size)
     common = min(len(ids_NS) for ids_NS in token_set.sequences.values())
     found = []
     for domain, ids_NS in token_set.sequences.items():
-        counted_NS = ids_NS[:common]
+        counted_NS = ids_NS[:common, token_set.num_start :]
         found.append(
             Information(
                 domain=domain,

@@ -19,6 +19,7 @@ from torch import Tensor
 from coterie.artifact import atomic_path, check_file, digest_of, file_digest, open_artifact, write_artifact
 from coterie.errors import CorruptArtifact, StaleArtifact, UnknownName
 from coterie.model.arch.layers import MoELayer
+from coterie.outputs import claim_output
 from coterie.profile.statistics import merged, over_domains
 
 FILE = "profile.json"
@@ -143,8 +144,12 @@ class Profile:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write the profile into a folder: a file a layer, then ``profile.json``; return the JSON's path."""
+        """Write the profile into a folder: a file a layer, then ``profile.json``; return the JSON's path.
+
+        A profile that is there is replaced; a file of that name that is none is refused (OutputExists).
+        """
         target = Path(folder)
+        claim_output(target / FILE, kind="profile")
         target.mkdir(parents=True, exist_ok=True)
         digests = {}
         for index, (statistics, sample) in enumerate(zip(self.statistics, self.samples, strict=True)):

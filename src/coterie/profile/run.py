@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coterie.amounts import format_bytes, parse_bytes
-from coterie.errors import ArchitectureMismatch, InputError, OutputExists
+from coterie.errors import ArchitectureMismatch, InputError
 from coterie.journal import Run, open_run
 from coterie.model.arch.layers import Architecture, MoELayer
 from coterie.model.disk.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from coterie.model.disk.manifest import read_manifest
 from coterie.model.disk.open import open_checkpoint
 from coterie.model.stream.memory import Forecast, fitting_batch, forecast, peak_bytes
 from coterie.model.stream.stream import Stream
+from coterie.outputs import check_output, is_empty_folder
 from coterie.profile.calibrate import take_text
 from coterie.profile.calibration import TokenSet
 from coterie.profile.observation import Observation, observed, prove_layers, proving, with_residual
@@ -84,6 +85,7 @@ def profile(
 
     Raises:
         OutputExists: `out` is taken.
+        InputError: `out` is inside the model or the text.
         OutputBusy: another run writes to `out`.
         StaleArtifact: an earlier run to `out` that was ended early had other settings or another input.
         Infeasible: `max_memory` is too little.
@@ -93,7 +95,8 @@ def profile(
     """
     target = None if out is None else Path(out).expanduser()
     if target is not None:
-        check_target(target)
+        reads = {"model folder": [model], "text folder": [text]}
+        check_output(target, kind="profile", reads=reads, accepts=is_empty_folder, folder=True)
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     architecture = Architecture.of(checkpoint)
     settings = ProfileSettings(
@@ -125,24 +128,13 @@ def profile_in_folder(folder: Path, stream: Stream, layers: tuple[MoELayer, ...]
     Raises:
         OutputExists: the folder is taken.
     """
-    check_target(folder)
+    check_output(folder, kind="profile", accepts=is_empty_folder, folder=True)
     if is_empty_folder(folder):
         folder.rmdir()
     with open_run(folder, measure.header(stream), what="profile") as run, stream:
         profile_in_run(run, stream, layers, measure, private=False)
         run.publish()
     return Profile.load(folder)
-
-
-def check_target(target: Path) -> None:
-    """Raise OutputExists when a profile cannot be written to a folder; an empty folder is as good as none."""
-    if (target / FILE).exists() or target.is_symlink() or (target.exists() and not is_empty_folder(target)):
-        raise OutputExists(f"{target} exists; choose another place or remove it")
-
-
-def is_empty_folder(path: Path) -> bool:
-    """Tell whether a path is a folder with nothing in it."""
-    return path.is_dir() and next(path.iterdir(), None) is None
 
 
 def profile_in_run(run: Run, stream: Stream, layers: tuple[MoELayer, ...], measure: Measure, *, private: bool) -> None:

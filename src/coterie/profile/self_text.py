@@ -5,7 +5,7 @@ Documents are sampled from the model one token after another [self-calibration, 
 however many are asked for, up to rounding. The model is in memory as a whole meanwhile: to write a token, all its
 weights are read.
 
-Legend: B documents of a batch, S tokens of a document, V vocabulary.
+Legend: B documents of a batch, S tokens of a document, P those that are given, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.stream.memory import FIXED_BYTES, free_bytes
 from coterie.model.stream.spill import trim_memory
 from coterie.model.stream.stream import working_dtype
-from coterie.profile.calibration import TokenSet, draw, token_ids
+from coterie.profile.calibration import TokenSet, draw, start_ids, token_ids
 from coterie.progress import track
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def _written(path: Path, stamps: str, writing: Writing) -> tuple[str, ...]:
 def write_documents(model: Any, tokenizer: Any, writing: Writing) -> list[str]:
     """Sample documents from a model in memory until they have as many tokens as were asked for.
 
-    A document starts after the tokenizer's start token or, where it has none, its end-of-text token; with neither its
+    A document starts after the tokenizer's start tokens or, where it has none, its end-of-text token; with neither its
     first token is drawn evenly from the vocabulary. It ends with an end-of-text token, or when it is as long as it may
     be. Special tokens are never drawn.
 
@@ -214,7 +214,7 @@ class _Voice:
         vocab_size = int(model.config.get_text_config().vocab_size)
         self._ends = sorted(int(end) for end in found if end is not None and int(end) < vocab_size)
         starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        self._start = next((int(start) for start in starts if start is not None), None)
+        self._start = start_ids(tokenizer) or [int(start) for start in starts if start is not None][:1]
         # What a model's own settings do to its distribution (top-k, penalties) is not asked for here.
         model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         # Tokens of a chat format and the like are special too, without having a role that the tokenizer knows.
@@ -227,12 +227,12 @@ class _Voice:
         """Write the documents of these numbers."""
         length, device = self._writing.max_length, self._model.device
         uniform_BS = torch.stack([_uniform(self._writing.seed, number, length) for number in numbers])
-        if self._start is None:
+        if not self._start:
             usable = self._allowed_V.nonzero()[:, 0]
-            prompt_B1 = usable[(uniform_BS[:, :1] * len(usable)).long()]
+            prompt_BP = usable[(uniform_BS[:, :1] * len(usable)).long()]
             written = 1
         else:
-            prompt_B1 = torch.full((len(numbers), 1), self._start)
+            prompt_BP = torch.tensor(self._start).repeat(len(numbers), 1)
             written = 0
         sampler = _Sampler(
             uniform_BS=uniform_BS,
@@ -244,15 +244,15 @@ class _Voice:
         )
         with torch.no_grad():
             ids_BS = self._model.generate(
-                input_ids=prompt_B1.to(device),
-                attention_mask=torch.ones_like(prompt_B1).to(device),
-                max_new_tokens=length - 1,
+                input_ids=prompt_BP.to(device),
+                attention_mask=torch.ones_like(prompt_BP).to(device),
+                max_new_tokens=max(1, length - prompt_BP.shape[1]),
                 do_sample=False,
                 eos_token_id=self._ends or None,
                 pad_token_id=self._ends[0] if self._ends else 0,
                 logits_processor=LogitsProcessorList([sampler]),
             )
-        return [self._text(ids) for ids in ids_BS[:, 1 - written :].tolist()]
+        return [self._text(ids) for ids in ids_BS[:, prompt_BP.shape[1] - written :].tolist()]
 
     def _text(self, ids: list[int]) -> str:
         stop = next((place for place, token in enumerate(ids) if token in self._ends), None)

@@ -250,6 +250,16 @@ def _score(card: Scorecard | None, key: str, domain: str | None) -> float | None
     return None if value is None else float(value)
 
 
+def folders_read(root: Path) -> dict[str, list[Path]]:
+    """Return the folders of a run that `gather` reads as a whole, by what they are: nothing is written into them."""
+    nouns = {MANIFEST_FILE: "model folder", PROFILE_FILE: "profile"}
+    folders: dict[str, list[Path]] = {}
+    for path in _json_files(root, DEPTH):
+        if path.name in nouns:
+            folders.setdefault(nouns[path.name], []).append(path.parent)
+    return folders
+
+
 def _json_files(folder: Path, depth: int) -> Iterator[Path]:
     """Yield the JSON files of a folder, then those of its folders, sorted."""
     inside = sorted(folder.iterdir())

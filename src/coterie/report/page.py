@@ -16,9 +16,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from coterie import __version__
 from coterie.artifact import atomic_path
-from coterie.errors import InputError
+from coterie.outputs import PAGE_MARK, check_output, claim_output, is_page
 from coterie.report.experts import changes, experts
-from coterie.report.gather import ReportedRun, entries_of, gather
+from coterie.report.gather import ReportedRun, entries_of, folders_read, gather
 from coterie.report.sections import costs, headline, provenance, results_table, sizes
 
 FILE = "report.html"
@@ -34,24 +34,24 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
 
     Args:
         run: the folder.
-        out: the page to write; ``RUN/report.html`` when None. An existing page is replaced.
+        out: the page to write; ``RUN/report.html`` when None. A page that is there is replaced, and said so.
 
     Returns:
         The path of the page.
 
     Raises:
-        InputError: `run` is no folder or holds nothing to report on, or `out` is a folder or lies in none.
+        OutputExists: `out` is a folder, or a file that is no such page.
+        InputError: `run` is no folder or holds nothing to report on, or `out` lies in no folder, or in one that is
+            read: a checkpoint or a profile of the run.
         CorruptArtifact: an artefact is damaged.
         StaleArtifact: an artefact was written by a newer version.
     """
-    found = gather(run)
-    target = Path(run).expanduser() / FILE if out is None else Path(out).expanduser()
-    if target.is_dir():
-        raise InputError(f"{target} is a folder; name the file to write, such as {target / FILE}")
-    if not target.parent.is_dir():
-        raise InputError(f"{target.parent} is not a folder; make it first, or leave the place for the page out")
-    text = render(found)
-    with atomic_path(target) as temporary:
+    folder = Path(run).expanduser()
+    target = folder / FILE if out is None else Path(out)
+    if folder.is_dir():  # and else there is no run to report on
+        target = check_output(target, kind="page", reads=folders_read(folder), accepts=is_page)
+    text = render(gather(run))
+    with atomic_path(claim_output(target, kind="page", accepts=is_page)) as temporary:
         temporary.write_bytes(text.encode("utf-8", "replace"))  # names on disk may hold what UTF-8 cannot
     return target
 
@@ -62,6 +62,7 @@ def render(run: ReportedRun) -> str:
     content: dict[str, Any] = {
         "run": run.name,
         "version": __version__,
+        "mark": PAGE_MARK,
         "headline": headline(run, entries),
         "results": results_table(entries),
         "costs": costs(entries),

@@ -371,7 +371,7 @@ def _load_stock(path: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a checkpoint with the stock class that its config names, without any code of Coterie."""
     stock = getattr(transformers, json.loads((path / "config.json").read_text(encoding="utf-8"))["architectures"][0])
     with quiet():
-        loaded, info = stock.from_pretrained(path, output_loading_info=True)
+        loaded, info = stock.from_pretrained(path, output_loading_info=True, trust_remote_code=False)
     return loaded, info
 
 

@@ -62,7 +62,7 @@ def tiny_checkpoint(
         model.save_pretrained(folder)
         if dtype != torch.float32:
             # Loading decides which tensors a family keeps in float32.
-            model = stock.from_pretrained(folder, dtype=dtype)
+            model = stock.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
             model.save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
     (folder / "README.md").write_text(_MODEL_CARD, encoding="utf-8")

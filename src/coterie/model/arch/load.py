@@ -62,7 +62,11 @@ def load_model(
                 loaded, info = _load_filled_up(checkpoint, empty, chosen)
             else:
                 loaded, info = type(empty).from_pretrained(  # type: ignore[misc]
-                    checkpoint.path, dtype=chosen, output_loading_info=True, local_files_only=True
+                    checkpoint.path,
+                    dtype=chosen,
+                    output_loading_info=True,
+                    local_files_only=True,
+                    trust_remote_code=False,
                 )
         except (RuntimeError, OSError) as error:
             raise CorruptCheckpoint(f"{checkpoint.path} does not load: {error}") from error
@@ -141,7 +145,12 @@ def _load_mapped(
     # The conversion of names is looked up by class name and by the module that the class lives in.
     Mapped.__name__, Mapped.__module__ = base.__name__, base.__module__
     model, info = Mapped.from_pretrained(
-        checkpoint.path, config=small.config, dtype=dtype, output_loading_info=True, local_files_only=True
+        checkpoint.path,
+        config=small.config,
+        dtype=dtype,
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
     )
     attach_maps(model, layers, maps_of(manifest))
     return model, info
@@ -155,7 +164,7 @@ def _load_filled_up(
         tensors = {name: reader.read(name) for name in checkpoint.tensors}
     stock: Any = type(empty)
     model, info = stock.from_pretrained(
-        None, config=empty.config, state_dict=tensors, dtype=dtype, output_loading_info=True
+        None, config=empty.config, state_dict=tensors, dtype=dtype, output_loading_info=True, trust_remote_code=False
     )
     if (checkpoint.path / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)

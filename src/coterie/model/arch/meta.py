@@ -49,7 +49,7 @@ def meta_model(
             else:
                 text = type(parsed) in MODEL_FOR_CAUSAL_LM_MAPPING
                 auto: Any = AutoModelForCausalLM if text else AutoModelForImageTextToText
-                model = auto.from_config(parsed, dtype=dtype or torch.float32)
+                model = auto.from_config(parsed, dtype=dtype or torch.float32, trust_remote_code=False)
         except Exception as error:  # every family checks its config in its own way
             first_line = str(error).strip().split("\n")[0]
             raise CorruptCheckpoint(

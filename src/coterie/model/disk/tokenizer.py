@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -10,19 +11,25 @@ from coterie.errors import InputError
 from coterie.model.disk.checkpoint import read_config, resolve
 from coterie.model.quiet import quiet
 
+CONFIG = "tokenizer_config.json"
+
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder.
 
     Raises:
-        InputError: the folder has none.
+        InputError: the folder has none, or one that needs code which comes with it: that is never run.
     """
     path = resolve(model)
     read_config(path)
     with quiet():
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, LookupError) as error:
+            if "trust_remote_code=True" in str(error):  # which it asks for
+                raise InputError(_needs_own_code(path)) from error
             first_line = str(error).strip().split("\n")[0]
             raise InputError(
                 f"{path} has no tokenizer that loads ({first_line}); put its files beside the weights"
@@ -34,3 +41,21 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
             "put tokenizer.json or the vocabulary files beside the weights"
         )
     return tokenizer
+
+
+def _needs_own_code(path: Path) -> str:
+    """Say which class of whose the tokenizer of a folder is, and what to do without it."""
+    named = json.loads((path / CONFIG).read_text(encoding="utf-8"))["auto_map"]
+    if isinstance(named, dict):
+        named = named["AutoTokenizer"]
+    reference = named if isinstance(named, str) else next(name for name in reversed(named) if name)
+    repository, _, place = reference.rpartition("--")
+    module, _, name = place.rpartition(".")
+    if (path / "tokenizer.json").is_file():
+        way_out = f"if tokenizer.json says all that there is to say, remove auto_map from {CONFIG} in a copy"
+    else:
+        way_out = f"make a tokenizer.json of it where you trust it, and remove auto_map from {CONFIG}"
+    return (
+        f"{path}: its tokenizer is {name} in {module}.py{f' of {repository}' if repository else ''}, and code that "
+        f"comes with a checkpoint is never run: {way_out}"
+    )
