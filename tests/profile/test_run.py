@@ -11,10 +11,10 @@ from torch import nn
 
 from coterie.artifact import write_artifact
 from coterie.errors import ArchitectureMismatch, InputError, NotAMoE, OutputExists, TextError, UnknownName
-from coterie.model.arch import seam
 from coterie.model.arch.experts import canonical_experts
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.load import load_model
+from coterie.model.arch.seam import installed
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.manifest import MANIFEST
 from coterie.model.disk.tokenizer import load_tokenizer
@@ -105,7 +105,7 @@ def test_observing_leaves_no_trace(tiny):
     with pytest.raises(ZeroDivisionError):
         fail()
     assert hooks(model) == 0
-    assert not seam._active
+    assert not any(installed(module) for module in model.modules())
     assert torch.equal(forward(model), plain)
 
 
@@ -285,7 +285,7 @@ def test_a_layer_read_wrongly_is_caught_and_named(tiny, monkeypatch, fault, brok
     monkeypatch.setattr(observation_module, "canonical_experts", misread)
     with pytest.raises(ArchitectureMismatch, match=rf"^{name}: recomputed.*differs.*\d\.\d+e[+-]\d+ of.*limit 1e-04"):
         prove_layers(model, layers, IDS)
-    assert not seam._active
+    assert not any(installed(module) for module in model.modules())
 
 
 def test_a_family_whose_own_loop_does_not_use_its_declared_gate_is_caught(tiny, text, monkeypatch):
