@@ -11,6 +11,7 @@ from torch import nn
 
 from coterie.artifact import write_artifact
 from coterie.errors import ArchitectureMismatch, InputError, NotAMoE, OutputExists, TextError, UnknownName
+from coterie.model.arch import router_scores as router_scores_module
 from coterie.model.arch.experts import canonical_experts
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.load import load_model
@@ -125,7 +126,7 @@ def test_anything_but_one_forward_pass_is_an_error(tiny, passes):
 
 def test_a_model_that_records_no_scores_is_still_measured(tiny, text, monkeypatch):
     model, layers = loaded(tiny())
-    monkeypatch.setattr(observation_module, "find_router", lambda *_: None)
+    monkeypatch.setattr(router_scores_module, "find_router", lambda *_: None)
     tokens = tokenize(load_tokenizer(tiny()), text, seq_len=8, tokens=32)
     found = profile_model(model, layers, tokens, model_digest="m")
     assert "usage" in found.statistics[0]
