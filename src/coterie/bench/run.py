@@ -46,6 +46,7 @@ from coterie.bench.table import tables
 from coterie.errors import CoterieError, InputError, OutputBusy, OutputExists
 from coterie.evaluate.scorecard import Scorecard, environment
 from coterie.model.arch.layers import Architecture
+from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.open import open_checkpoint
 from coterie.profile.calibration import text_files
@@ -138,6 +139,7 @@ def bench(
         OutputBusy: another bench writes to `out`.
         OutOfSpace: the disk is full; what was finished is kept.
     """
+    check_device(device)
     chosen = [models] if isinstance(models, str | Path) else list(models)
     opened = [_open(model, allow_pickle=allow_pickle) for model in chosen]
     if not opened:
