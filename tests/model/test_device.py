@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from coterie import bench, calibrate, evaluate, load_model, profile
+from coterie import bench, calibrate, compress, evaluate, load_model, profile
 from coterie.cli.main import app
 from coterie.errors import InputError
 from coterie.model.device import check_device
@@ -24,9 +24,10 @@ BAD = {
     "meta": r"^device meta holds no values, so nothing can be computed there; use cpu, cuda or cuda:1$",
     "xpu": r"^device xpu is not there \(.+\); use cpu, cuda or cuda:1$",
 }
-#: Functions that take a device, on a model that does not exist: the device is looked at first.
+#: Every function that takes a device, on a model that does not exist: the device is looked at first.
 FUNCTIONS = {
     "profile": lambda device: profile("nowhere", text="nowhere", device=device),
+    "compress": lambda device: compress("nowhere", "out", keep=0.5, text="nowhere", device=device),
     "evaluate": lambda device: evaluate("nowhere", text="nowhere", device=device),
     "evaluate without text": lambda device: evaluate("nowhere", tasks=["piqa"], device=device),
     "calibrate": lambda device: calibrate("nowhere", text="nowhere", device=device),
