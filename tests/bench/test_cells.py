@@ -67,33 +67,8 @@ def test_a_model_that_was_moved_keeps_its_cells():
     assert replace(CELL, model=Model(name="n", path="q", digest="d")).key == CELL.key
 
 
-@pytest.mark.parametrize("file", ["cluster.py", "merge_router.py", "cluster_features.py"])
-def test_a_method_that_was_changed_has_other_cells(file, monkeypatch):
-    other = replace(CELL, recipe="reap")
-    before = CELL.key, other.key
-    digest = cells.file_digest
-    monkeypatch.setattr(cells, "file_digest", lambda path: "new" if path.name == file else digest(path))
-    assert CELL.key != before[0]
-    assert other.key == before[1]
-
-
-def test_every_recipe_is_known_by_its_files():
-    for recipe in RECIPES.values():
-        files = cells._sources(recipe, "plain")
-        assert {cells.PASSES[name].partition(":")[0] for name, _ in recipe.passes} <= files.keys()
-        assert (cells._DISTILLING in files) == recipe.trains
-        assert all(name.startswith("coterie.compress.") for name in files)
-
-
-def test_profiles_with_other_statistics_are_other_profiles(monkeypatch):
-    before = keys(SETTINGS)
-    monkeypatch.setitem(cells.STATISTICS, "another", "module:measure")
-    after = keys(SETTINGS)
-    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
-
-
 def test_effort_counts_where_something_is_trained(monkeypatch):
-    trained = replace(RECIPES[CELL.recipe], distills=True)
+    trained = replace(RECIPES[CELL.recipe], result_steps=(("distill", {}),))
     before = CELL.key
     monkeypatch.setitem(RECIPES, CELL.recipe, trained)
     distilled = CELL.key
@@ -101,10 +76,20 @@ def test_effort_counts_where_something_is_trained(monkeypatch):
     assert replace(CELL, settings=replace(SETTINGS, effort="fast")).key not in (before, distilled)
 
 
-def test_other_versions_have_other_cells(monkeypatch):
-    before = CELL.key
-    monkeypatch.setattr(cells, "version", lambda name: "0" if name == "torch" else cells.__version__)
-    assert CELL.key != before
+@pytest.mark.parametrize("package", ["torch", "transformers", "numpy"])
+def test_other_versions_have_other_keys(monkeypatch, package):
+    before, real = keys(SETTINGS), cells.version
+    monkeypatch.setattr(cells, "version", lambda name: "0" if name == package else real(name))
+    assert all(one != other for one, other in zip(before, keys(SETTINGS), strict=True))
+
+
+def test_all_that_a_recipe_says_counts_but_for_what_it_says_to_readers(monkeypatch):
+    recipe, before = RECIPES[CELL.recipe], CELL.key
+    monkeypatch.setitem(RECIPES, CELL.recipe, replace(recipe, summary="better", paper="1234.56789"))
+    assert CELL.key == before
+    for change in ({"allocator": "ragged"}, {"measures": ()}, {"passes": recipe.passes[:-1]}):
+        monkeypatch.setitem(RECIPES, CELL.recipe, replace(recipe, **change))
+        assert CELL.key != before
 
 
 def test_a_cell_survives_json():
@@ -128,6 +113,31 @@ def test_the_grid_has_the_router_forms_that_a_recipe_has_a_use_for():
     assert [cell.method for cell in every] == [
         "reap", "reap (refit)", "hc-smoe", "hc-smoe (mean)", "hc-smoe (refit)", "hc-smoe (map)",
     ]  # fmt: skip
+
+
+def test_a_recipe_of_one_s_own_has_cells(tmp_path, monkeypatch):
+    file = tmp_path / "own_method.py"
+    source = """
+from coterie.compress.recipes import Recipe
+
+RATE = 1
+
+def needs():
+    return ()
+
+def run(state, plan):
+    return state
+
+RECIPE = Recipe(name="own", passes=(("own_method:run", {}),))
+"""
+    file.write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    recipes = ["own_method:RECIPE", "reap+protect"]
+    cells_ = grid([CELL.model], recipes=recipes, routers=["plain", "map"], removed=[0.5], seeds=[0], settings=SETTINGS)
+    assert [cell.method for cell in cells_] == recipes
+    before = [cell.key for cell in cells_]
+    file.write_text(source.replace("RATE = 1", "RATE = 2"))
+    assert [cell.key == key for cell, key in zip(cells_, before, strict=True)] == [False, True]
 
 
 def test_recipes_are_named_or_all():

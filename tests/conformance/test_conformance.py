@@ -9,7 +9,8 @@ import torch
 
 from coterie.compress import methods, recipes
 from coterie.compress.methods.select import slice_router
-from coterie.testing import check_family, check_method, tiny_families
+from coterie.errors import ArchitectureMismatch
+from coterie.testing import check_family, check_method, conformance, tiny_families
 
 
 @pytest.mark.parametrize("recipe", sorted(recipes.RECIPES))
@@ -68,26 +69,101 @@ def swap_router_rows(state, size):
     return replace(kept, router={name: tensor.flip(0) for name, tensor in kept.router.items()})
 
 
+def keep_largest(state, size):
+    """By the norm of the down projection."""
+    norms_E = state.experts.down_EDF.double().square().sum((1, 2))
+    return keep(state, norms_E.argsort(descending=True)[: size.num_experts].sort().values)
+
+
+def keep_drawn(state, size):
+    generator = torch.Generator().manual_seed(1000 * state.seed + state.layer.index)
+    return keep(state, torch.randperm(state.layer.num_experts, generator=generator)[: size.num_experts].sort().values)
+
+
+def keep_drawn_by_chance(state, size):
+    return keep(state, torch.randperm(state.layer.num_experts)[: size.num_experts].sort().values)
+
+
+def keep_drawn_in_no_order(state, size):
+    """The router's rows are not those of the experts."""
+    kept = keep_drawn(state, size)
+    return replace(kept, router={name: tensor.flip(0) for name, tensor in kept.router.items()})
+
+
+def keep_drawn_without_map(state, size):
+    """No expert is sent to the last one."""
+    kept = keep_drawn(state, size)
+    if size.num_experts == state.layer.num_experts:
+        return kept
+    return replace(kept, expert_map_E=kept.expert_map_E.clamp(max=size.num_experts - 2))
+
+
+def keep_least_chosen(state, size):
+    """Reads the sample alone."""
+    counts_E = torch.bincount(state.sample.index_TK.flatten(), minlength=state.layer.num_experts + 1)[:-1]
+    return keep(state, counts_E[: state.layer.num_experts].argsort()[: size.num_experts].sort().values)
+
+
+def check(monkeypatch, function, needs):
+    """Check a recipe of one pass."""
+    module = ModuleType("own_method")
+    module.run, module.needs = function, lambda: needs
+    monkeypatch.setitem(sys.modules, "own_method", module)
+    monkeypatch.setitem(methods.PASSES, "own", "own_method:run")
+    monkeypatch.setitem(recipes.RECIPES, "own", recipes.Recipe(name="own", passes=(("own", {}),)))
+    check_method("own")
+
+
 @pytest.mark.parametrize(
-    ("function", "complaint"),
+    ("function", "needs", "complaint"),
     [
-        (touch_at_full_size, "keep 1: .*experts.* is not bit-identical"),
-        (swap_router_rows, "keep 1: .*gate.* is not bit-identical"),
-        (add_noise, "equal input, unequal bytes"),
-        (forget_the_map, "expert_map .* does not reach each of 4 experts"),
-        (keep_first, "another order of the experts changes the logits"),
-        (keep_least_used, "without unused copies of experts changes the logits"),
+        (touch_at_full_size, ("usage",), "keep 1: .*experts.* is not bit-identical"),
+        (swap_router_rows, ("usage",), "keep 1: .*gate.* is not bit-identical"),
+        (add_noise, ("usage",), "equal input, unequal bytes"),
+        (forget_the_map, ("usage",), r"expert_map \[0, .*\] names expert 4 of 4: one of the passes"),
+        (keep_first, ("usage",), "another order of the experts changes the logits"),
+        (keep_least_used, ("usage",), "without unused copies of experts changes the logits"),
+        # What says that it needs nothing is believed where it is true.
+        (keep_least_used, (), "without unused copies of experts changes the logits"),
+        (keep_least_chosen, (), "without unused copies of experts changes the logits"),
+        (keep_first, (), "another order of the experts changes the logits"),
+        (keep_drawn_by_chance, (), "equal input, unequal bytes"),
+        (keep_drawn_in_no_order, (), "keep 1: .*gate.* is not bit-identical"),
+        (keep_drawn_without_map, (), "expert_map .* does not reach each of 4 experts"),
     ],
 )
-def test_broken_method_is_caught(monkeypatch, function, complaint):
-    module = ModuleType("broken_method")
-    module.run, module.needs = function, lambda: ("usage",)
-    monkeypatch.setitem(sys.modules, "broken_method", module)
-    monkeypatch.setitem(methods.PASSES, "broken", "broken_method:run")
-    broken = replace(recipes.RECIPES["frequency"], name="broken", passes=(("broken", {}),))
-    monkeypatch.setitem(recipes.RECIPES, "broken", broken)
-    with pytest.raises(AssertionError, match=complaint):
-        check_method("broken")
+def test_broken_method_is_caught(monkeypatch, function, needs, complaint):
+    with pytest.raises((AssertionError, ArchitectureMismatch), match=complaint):
+        check(monkeypatch, function, needs)
+
+
+@pytest.mark.parametrize(
+    ("function", "needs", "promises"),
+    [
+        (keep_largest, (), ["order"]),
+        (keep_drawn, (), []),
+        (keep_most_used, ("usage",), ["order", "redundant"]),
+        (keep_most_used, (), ["order", "redundant"]),
+    ],
+)
+def test_what_a_method_must_promise_follows_from_what_it_reads(monkeypatch, function, needs, promises):
+    asked, require_close = [], conformance._require_close
+
+    def note(found, expected, what):
+        asked.append("order" if "another order" in what else "redundant")
+        require_close(found, expected, what)
+
+    monkeypatch.setattr(conformance, "_require_close", note)
+    check(monkeypatch, function, needs)
+    assert asked == promises
+
+
+@pytest.mark.parametrize("recipe", [name for name, recipe in recipes.RECIPES.items() if not recipe.needs])
+def test_recipes_of_ours_that_need_no_statistic_read_the_sample(monkeypatch, recipe):
+    asked = []
+    monkeypatch.setattr(conformance, "_require_close", lambda found, expected, what: asked.append(what))
+    check_method(recipe)
+    assert any("without unused copies" in what for what in asked)
 
 
 def test_broken_slimming_is_caught(monkeypatch):

@@ -148,6 +148,58 @@ def bits(tensor):
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
+@given(
+    dtype=st.sampled_from(sorted(set(TORCH_NAMES) - {"F4"})),
+    shape=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    data=st.data(),
+)
+def test_rows_are_read_alone(folder, dtype, shape, data):
+    num_bytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
+    raw = torch.randint(0, 2 if dtype == "BOOL" else 256, (num_bytes,), dtype=torch.uint8)
+    tensor = raw.view(getattr(torch, TORCH_NAMES[dtype])).view(shape)
+    checkpoint = Checkpoint.open(make(folder, {"model.safetensors": {"before": torch.ones(3), "x": tensor}}))
+    start = data.draw(st.integers(0, shape[0]))
+    stop = data.draw(st.integers(start, shape[0]))
+    with checkpoint.reader() as reader:
+        found = reader.read_rows("x", start, stop)
+        assert reader.num_bytes_read == math.prod(shape[1:]) * (stop - start) * DTYPE_BITS[dtype] // 8
+    expected = tensor[start:stop]
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    assert torch.equal(bits(found), bits(expected))
+
+
+def test_rows_of_four_bit_numbers_that_begin_within_a_byte_are_cut_from_the_whole(tmp_path):
+    """Three numbers a row: the second row begins in the middle of the second byte."""
+    data = bytes([0x12, 0x34, 0x56, 0x78, 0x9A, 0xBC])
+    header = {"even": entry(0, 3, dtype="F4", shape=[3, 2]), "odd": entry(3, 6, dtype="F4", shape=[2, 3])}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    write_header(tmp_path / "model.safetensors", header, data)
+    checkpoint = Checkpoint.open(tmp_path)
+    with checkpoint.reader() as reader:
+        assert bits(reader.read_rows("even", 1, 3)).tolist() == [0x34, 0x56]
+        assert reader.num_bytes_read == 2
+    assert checkpoint.tensors["odd"].slice_rows(0, 1) is None
+
+
+@pytest.mark.parametrize(("name", "start", "stop"), [("a", -1, 1), ("a", 1, 3), ("a", 2, 1), ("scalar", 0, 1)])
+def test_rows_that_are_not_there(tmp_path, name, start, stop):
+    make(tmp_path, {"model.safetensors": {"a": torch.ones(2, 3), "scalar": torch.tensor(1.0)}})
+    message = rf"^model\.safetensors: tensor '{name}' has shape \[.*\], so it has no rows {start} to {stop}$"
+    with Checkpoint.open(tmp_path).reader() as reader, pytest.raises(ValueError, match=message):
+        reader.read_rows(name, start, stop)
+
+
+def test_rows_of_a_file_cut_off_after_it_was_opened(sharded):
+    checkpoint = Checkpoint.open(sharded)
+    info = checkpoint.tensors["a"]
+    with (sharded / info.shard).open("r+b") as file:
+        file.truncate(info.end - 1)
+    with checkpoint.reader() as reader:
+        assert torch.equal(reader.read_rows("a", 0, 1), torch.arange(3.0)[None])
+        with pytest.raises(CorruptCheckpoint, match=rf"within tensor 'a', which ends at byte {info.end}"):
+            reader.read_rows("a", 1, 2)
+
+
 def test_several_threads_may_read_at_once(tmp_path, monkeypatch):
     class Slow(io.FileIO):
         """Takes its time to open, so that all threads meet there."""
@@ -668,6 +720,10 @@ def test_pickles_are_read_only_when_allowed(pickled):
         assert torch.equal(reader.read("b"), torch.ones(4, dtype=torch.bfloat16))
         assert torch.equal(reader.read("c"), torch.zeros(5, dtype=torch.int64))
         assert reader.num_bytes_read == 24 + 24 + 8 + 40
+        rows = reader.read_rows("a", 1, 3)
+        assert torch.equal(rows, torch.arange(6.0).view(2, 3).T[1:3])
+        assert rows.untyped_storage().nbytes() == 16, "the rest is let go"
+        assert reader.num_bytes_read == 24 + 24 + 8 + 40 + 24, "of a pickle the whole tensor is read"
     assert checkpoint.file_stamps().keys() == {"config.json", *checkpoint.shards}
     assert checkpoint.other_files() == ()
     assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in pickled.iterdir()} == before

@@ -401,6 +401,45 @@ def test_reading_counts_the_stored_bytes(in_groups):
         assert reader.num_bytes_read == expected[name].numel() // 2 + expected[name].numel() // 32
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("case", SCALE_SHAPES)
+def test_rows_of_a_stack_are_unpacked_alone(tmp_path, case, dtype):
+    shape, given, size = SCALE_SHAPES[case]
+    if dtype is torch.int8:  # two numbers in a byte
+        weight = torch.randint(-128, 128, (*shape[:-1], shape[-1] // 2), dtype=dtype)
+    else:
+        weight = torch.randn(shape).to(dtype)
+    scale = torch.rand(given) + 0.5
+    settings = FP8 | {"weight_block_size": [size, size] if size else None}
+    view = dequantized(hand_made(tmp_path / "m", {"x.proj": weight, "x.proj_scale_inv": scale}, settings), "F32")
+    stack = len(shape) > 2
+    with view.reader() as reader:
+        whole, num_rows = reader.read("x.proj"), shape[0]
+        for start in range(num_rows):
+            for stop in range(start, num_rows + 1):
+                before = reader.num_bytes_read
+                assert torch.equal(reader.read_rows("x.proj", start, stop), whole[start:stop])
+                count = reader.num_bytes_read - before
+                if start == stop:
+                    assert count == 0
+                elif not stack:
+                    assert count == weight.nbytes + scale.nbytes, "a single matrix is read as a whole"
+                else:
+                    shared = scale.numel() == 1 or scale.ndim == 2
+                    share = (stop - start) / num_rows
+                    assert count == weight.nbytes * share + scale.nbytes * (1 if shared else share)
+
+
+def test_rows_of_a_stack_in_groups_are_unpacked_alone(in_groups):
+    _, path, expected = in_groups
+    view = dequantized(Checkpoint.open(path), "F32")
+    with view.reader() as reader:
+        for name, tensor in expected.items():
+            before = reader.num_bytes_read
+            assert torch.equal(reader.read_rows(name, 2, 5), tensor[2:5])
+            assert reader.num_bytes_read - before == 3 * tensor[0].numel() * 17 // 32
+
+
 def test_unpacking_holds_the_packed_tensor_the_result_and_a_band(tmp_path):
     weight = torch.zeros(8192, 8192, dtype=torch.uint8).view(torch.float8_e4m3fn)  # 64 MiB, 128 MiB unpacked
     checkpoint = hand_made(tmp_path / "m", {"x.weight": weight, "x.weight_scale_inv": torch.ones(64, 64)})

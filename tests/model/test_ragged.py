@@ -70,6 +70,12 @@ def test_cutting_and_filling_up_are_inverse(tmp_path):
             assert view.tensors[name].shape == tensor.shape
             assert torch.equal(reader.read(name), tensor), name
         assert reader.num_bytes_read == stored.num_bytes
+        for name, tensor in whole.items():
+            before, num_rows = reader.num_bytes_read, len(tensor)
+            assert torch.equal(reader.read_rows(name, 1, num_rows), tensor[1:]), name
+            count, all_rows = reader.num_bytes_read - before, stored.tensors[name].num_bytes
+            filled = name.endswith((".0.up", ".1.up"))  # along this very axis: cut from the whole
+            assert count == (all_rows if filled else all_rows * (num_rows - 1) // num_rows)
     assert view.num_bytes == sum(tensor.numel() * 4 for tensor in whole.values())
     assert filled_up(stored, None) is stored
     with pytest.raises(CorruptCheckpoint, match=r"experts\.2\.\w+ \[.*\] is wider than the 4 of the manifest"):

@@ -11,10 +11,11 @@ from torch import nn
 
 from coterie.artifact import write_artifact
 from coterie.errors import ArchitectureMismatch, InputError, NotAMoE, OutputExists, TextError, UnknownName
-from coterie.model.arch import seam
+from coterie.model.arch import router_scores as router_scores_module
 from coterie.model.arch.experts import canonical_experts
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.load import load_model
+from coterie.model.arch.seam import installed
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.manifest import MANIFEST
 from coterie.model.disk.tokenizer import load_tokenizer
@@ -105,7 +106,7 @@ def test_observing_leaves_no_trace(tiny):
     with pytest.raises(ZeroDivisionError):
         fail()
     assert hooks(model) == 0
-    assert not seam._active
+    assert not any(installed(module) for module in model.modules())
     assert torch.equal(forward(model), plain)
 
 
@@ -125,7 +126,7 @@ def test_anything_but_one_forward_pass_is_an_error(tiny, passes):
 
 def test_a_model_that_records_no_scores_is_still_measured(tiny, text, monkeypatch):
     model, layers = loaded(tiny())
-    monkeypatch.setattr(observation_module, "find_router", lambda *_: None)
+    monkeypatch.setattr(router_scores_module, "find_router", lambda *_: None)
     tokens = tokenize(load_tokenizer(tiny()), text, seq_len=8, tokens=32)
     found = profile_model(model, layers, tokens, model_digest="m")
     assert "usage" in found.statistics[0]
@@ -285,7 +286,7 @@ def test_a_layer_read_wrongly_is_caught_and_named(tiny, monkeypatch, fault, brok
     monkeypatch.setattr(observation_module, "canonical_experts", misread)
     with pytest.raises(ArchitectureMismatch, match=rf"^{name}: recomputed.*differs.*\d\.\d+e[+-]\d+ of.*limit 1e-04"):
         prove_layers(model, layers, IDS)
-    assert not seam._active
+    assert not any(installed(module) for module in model.modules())
 
 
 def test_a_family_whose_own_loop_does_not_use_its_declared_gate_is_caught(tiny, text, monkeypatch):

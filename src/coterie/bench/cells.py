@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from coterie import __version__
 from coterie.artifact import digest_of, file_digest
-from coterie.compress.methods import PASSES
+from coterie.bench.code import code_digests
 from coterie.compress.recipes import EFFORTS, RECIPES, ROUTERS, Recipe, get_recipe
 from coterie.errors import Infeasible, InputError, TextError, UnknownName
 from coterie.profile.statistics import STATISTICS
@@ -22,13 +19,20 @@ from coterie.profile.statistics.channels import needs_gradients
 #: Raised when the bench itself comes to measure something else than before.
 VERSION = 1
 
-#: Modules of methods that are not passes, and those that all methods share, which count by Coterie's version.
-_COMPRESS = "coterie.compress."
-_DISTILLING = "coterie.compress.distill_run"
-_SHARED = tuple(f"{_COMPRESS}{name}" for name in ("methods", "state", "recipes", "plan", "sizes", "layer"))
+#: What a profile, the scores of a model and a cell come from.
+_PROFILE = "coterie.profile.run"
+_EVALUATE = "coterie.evaluate.run"
+_COMPRESS = "coterie.compress.apply"
+
+#: Tables of which a cell uses some entries, and the one that is in its key with its content.
+_PASSES = "coterie.compress.methods"
+_ALLOCATORS = "coterie.compress.allocators"
+_RESULT_STEPS = "coterie.compress.result_steps"
+_STATISTICS = "coterie.profile.statistics"
+_RECIPES = {"coterie.compress.recipes": "RECIPES"}
 
 #: Packages whose version may change what comes out.
-PACKAGES = ("torch", "transformers", "numpy", "scipy")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +77,7 @@ class BenchSettings:
             "seq_len": self.seq_len,
             "sample_tokens": self.sample_tokens,
             "device": self.device,
-            "code": code_version(),
+            "versions": code_version(),
         }
 
     def test_of(self) -> dict[str, Any]:
@@ -84,7 +88,7 @@ class BenchSettings:
             "questions": self.questions,
             "seq_len": self.seq_len,
             "device": self.device,
-            "code": code_version(),
+            "versions": code_version(),
         }
 
 
@@ -135,10 +139,10 @@ class Cell:
         return digest_of(
             {
                 "model": self.model.digest,
-                "recipe": [self.recipe, recipe.allocator],
+                "recipe": _decisive(recipe),
                 "effort": self.settings.effort if recipe.trains else None,
                 "passes": [[name, dict(options)] for name, options in recipe.with_router(self.router)],
-                "methods": _sources(recipe, self.router),
+                "code": cell_code(recipe, self.router),
                 "router": self.router,
                 "removed": self.removed,
                 "seed": self.seed,
@@ -187,64 +191,45 @@ def profile_key(model_digest: str, seed: int, settings: BenchSettings, *, gradie
             "seed": seed,
             "gradients": gradients,
             "calibration": settings.calibration(),
-            "statistics": sorted(STATISTICS),
+            "code": code_digests([_PROFILE]),
         }
     )
 
 
 def original_key(model_digest: str, settings: BenchSettings) -> str:
     """Return the digest of all that decides what the original itself scores."""
-    return digest_of({"model": model_digest, "test": settings.test_of()})
+    code = code_digests([_EVALUATE])
+    return digest_of({"model": model_digest, "test": settings.test_of(), "code": code})
 
 
 def code_version() -> dict[str, str]:
-    """Return the versions of all code that may change what comes out; a recipe's own passes go by their files."""
+    """Return the versions of the bench, Coterie, and the packages that may change what comes out."""
     return {"bench": str(VERSION), "coterie": __version__} | {name: version(name) for name in PACKAGES}
 
 
-def _sources(recipe: Recipe, router: str) -> dict[str, str]:
-    """Return the digests of the files that a recipe runs, so that a method that was changed is measured again.
+def cell_code(recipe: Recipe, router: str) -> dict[str, str]:
+    """Return digests of all code that can change a cell, by module: what it calls, however far away.
 
-    Those are its passes', and what they import of `coterie.compress` themselves.
+    Of the tables of passes, allocators, steps and statistics, the entries that the recipe uses; a table that is not
+    known here counts with all of its entries. A pass of the user's own counts with the package that it is in.
     """
-    left = [PASSES[name].partition(":")[0] for name, _ in recipe.with_router(router)]
-    if recipe.trains:
-        left.append(_DISTILLING)
-    files: dict[str, str] = {}
-    while left:
-        name = left.pop()
-        if name not in files and name not in _SHARED:
-            files[name], imported = _read_module(name)
-            left += imported
-    return files
+    passes = {name for name, _ in recipe.with_router(router)}
+    # A value that has no entry of its own name may come from any of them.
+    needs = set(recipe.needs)
+    entries = {
+        _PASSES: passes,
+        _ALLOCATORS: {recipe.allocator},
+        _RESULT_STEPS: {name for name, _ in recipe.result_steps},
+        _STATISTICS: needs if needs <= STATISTICS.keys() else set(STATISTICS),
+    }
+    own = [name.partition(":")[0] for name in passes if ":" in name]
+    return code_digests([_COMPRESS, _PROFILE, _EVALUATE, *own], entries=entries, without=_RECIPES)
 
 
-def _read_module(name: str) -> tuple[str, tuple[str, ...]]:
-    """Return the digest of a module's file, and the modules of `coterie.compress` that it imports."""
-    found = find_spec(name)
-    assert found is not None
-    assert found.origin is not None
-    file = Path(found.origin)
-    return file_digest(file), _imports(file, file.stat().st_mtime_ns)
-
-
-@cache
-def _imports(file: Path, changed: int) -> tuple[str, ...]:
-    """Return the modules of `coterie.compress` that a file imports; `changed` is when it was written last."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, ast.ImportFrom) and node.module and f"{node.module}.".startswith(_COMPRESS):
-            names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    modules = sorted(names - {_COMPRESS.removesuffix(".")} - set(_SHARED))
-    return tuple(name for name in modules if _is_module(name))
-
-
-def _is_module(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:  # a name in a module
-        return False
+def _decisive(recipe: Recipe) -> dict[str, Any]:
+    """Return all that a recipe says, but for what it says to readers; its passes depend on the router's form."""
+    described = {"summary", "paper", "passes"}
+    return {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name not in described}
 
 
 def choose_recipes(wanted: str | Sequence[str]) -> tuple[str, ...]:
@@ -298,7 +283,7 @@ def grid(
         for share in dict.fromkeys(removed)
         for recipe in recipes
         for router in dict.fromkeys(routers)
-        if _has_form(RECIPES[recipe], router)
+        if _has_form(get_recipe(recipe), router)
     ]
 
 

@@ -46,6 +46,7 @@ from coterie.bench.table import tables
 from coterie.errors import CoterieError, InputError, OutputBusy
 from coterie.evaluate.scorecard import Scorecard, environment
 from coterie.model.arch.layers import Architecture
+from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.open import open_checkpoint
 from coterie.outputs import check_output
@@ -139,6 +140,7 @@ def bench(
         OutputBusy: another bench writes to `out`.
         OutOfSpace: the disk is full; what was finished is kept.
     """
+    check_device(device)
     chosen = [models] if isinstance(models, str | Path) else list(models)
     reads = {"model folder": chosen, "text folder": [text, test]}
     folder = check_output(out, kind="bench", reads=reads, accepts=_may_go_on, folder=True)

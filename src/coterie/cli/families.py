@@ -1,30 +1,46 @@
 """``coterie families``: the model families that Coterie knows to work, and those that it knows not to."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from coterie.cli import options
 from coterie.cli.output import print_json, print_table, print_text
 
+if TYPE_CHECKING:
+    from coterie.testing.facts import FamilyTable
+
 
 def families(
     names: Annotated[list[str] | None, typer.Argument(metavar="[FAMILY]...", help="Only these; all if none.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read them off the installed transformers anew, and say what differs.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """List the model families that are tested."""
-    import dataclasses
+    from coterie.testing.facts import FamilyTable, known_families
 
-    from coterie.progress import track
-    from coterie.testing.describe import describe_family
-    from coterie.testing.families import TINY, check_known
+    known = known_families()
+    table = FamilyTable(transformers=known.transformers, families=known.select(names or ()))
+    differences: tuple[str, ...] = ()
+    if check:
+        from coterie.testing.describe import compare, describe_families
 
-    chosen = sorted(names or TINY)
-    check_known(chosen)
-    listed = [describe_family(name) for name in track(chosen, "reading families", total=len(chosen))]
+        table = describe_families(family.model_type for family in table.families)
+        differences = compare(known, table)
     if json:
-        print_json([dataclasses.asdict(family) for family in listed])
-        return
+        print_json(table.content()["families"])
+    else:
+        _print(table)
+    for sentence in differences:
+        typer.echo(f"with transformers {table.transformers}: {sentence}", err=True)
+    if differences:
+        raise typer.Exit(1)
+
+
+def _print(table: "FamilyTable") -> None:
+    listed = table.families
     print_table(
         ("family", "class:", "MoE layers:", "token mixing:", "router:", "experts:", "shared:", "status:"),
         [
@@ -46,4 +62,7 @@ def families(
         if family.problem is not None:
             print_text(f"{family.model_type} does not work: {family.problem}")
     works = sum(family.problem is None for family in listed)
-    print_text(f"{works} of {len(listed)} families work; a family that is not listed may work too: try it")
+    print_text(
+        f"{works} of {len(listed)} families work with transformers {table.transformers}; a family that is not listed "
+        "may work too: try it"
+    )

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from coterie.model.device import check_device_name
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model folder with config.json and *.safetensors, or a hub id.")
 ]
@@ -26,7 +28,7 @@ Tokens = Annotated[int, typer.Option(help="Tokens of text in all, shared equally
 SequenceLength = Annotated[int, typer.Option("--seq-len", help="Tokens in a sequence.")]
 SampleTokens = Annotated[int, typer.Option(help="Tokens of each layer's sample.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Device = Annotated[str, typer.Option(help="Where the model runs, like cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="Where the model runs, like cpu or cuda.", callback=check_device_name)]
 MaxMemory = Annotated[
     str | None,
     typer.Option(help="Memory that the run may take, like 8GiB; it is refused beforehand when it needs more."),

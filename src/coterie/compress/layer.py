@@ -117,6 +117,12 @@ def _check_size(state: LayerState, plan: LayerPlan) -> None:
             f"{state.layer.block}: the passes made {made[0]} experts of width {made[1]}, the plan says {planned[0]} of "
             f"width {planned[1]}: one of the passes does not do what it is told"
         )
+    wrong = [made for made in state.expert_map_E.tolist() if not -1 <= made < state.experts.num_experts]
+    if wrong:
+        raise ArchitectureMismatch(
+            f"{state.layer.block}: expert_map {state.expert_map_E.tolist()} names expert {wrong[0]} of "
+            f"{state.experts.num_experts}: one of the passes does not say what it does"
+        )
 
 
 def _executed(state: LayerState, plan: LayerPlan) -> LayerPlan:

@@ -18,6 +18,7 @@ from coterie.compress.result_steps import load_result_step
 from coterie.compress.source import Source
 from coterie.compress.target import Target
 from coterie.errors import InputError
+from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.stream.memory import Forecast
 from coterie.model.stream.stream import Stream
@@ -155,6 +156,7 @@ def prepare(options: Options) -> Job:
     Raises:
         As `coterie.compress`, for everything that can be known beforehand.
     """
+    check_device(options.device)
     request = options.request()
     output = options.out
     _check_places(options)

@@ -41,7 +41,6 @@ from coterie.evaluate.speed import RunningCost, check_whole, measure_cost
 from coterie.evaluate.subjects import (
     Subject,
     TextReader,
-    check_device,
     check_numbers,
     check_same_text,
     check_same_vocabulary,
@@ -53,6 +52,7 @@ from coterie.evaluate.subjects import (
     open_subject,
     text_digest,
 )
+from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.stream.likelihood import token_nll
 from coterie.model.stream.memory import fitting_batch, forecast, peak_bytes
@@ -132,15 +132,16 @@ def evaluate(
         )
     if text is None and (against is not None or speed_seconds is not None):
         raise InputError("a base to compare with, and speed, take text: give a folder with --text")
+    target = check_device(device)
     bound = None if max_memory is None else parse_bytes(max_memory)
     if tasks:
         find_tasks(tasks, include_path=include_path, limit=limit)
     if text is None:
-        cards = [_without_text(model, dtype=dtype, device=check_device(device), limit=bound, pickle=allow_pickle)
+        cards = [_without_text(model, dtype=dtype, device=target, limit=bound, pickle=allow_pickle)
                  for model in chosen]  # fmt: skip
     else:
         cards = _on_text(
-            chosen, against=against, text=text, tokens=tokens, seq_len=seq_len, seed=seed, device=device,
+            chosen, against=against, text=text, tokens=tokens, seq_len=seq_len, seed=seed, device=target,
             batch_size=batch_size, questions=questions, dtype=dtype, speed_seconds=speed_seconds, bound=bound,
             allow_pickle=allow_pickle, cache=cache, whole=bool(tasks),
         )  # fmt: skip
@@ -150,7 +151,7 @@ def evaluate(
         replace(
             card,
             tasks=run_tasks(
-                model, tasks, include_path=include_path, limit=limit, device=device, dtype=dtype,
+                model, tasks, include_path=include_path, limit=limit, device=target, dtype=dtype,
                 batch_size=batch_size, seed=seed,
             ),
         )

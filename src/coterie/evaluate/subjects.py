@@ -113,19 +113,6 @@ def model_name(model: str | Path) -> str:
     return local.resolve().name if local.is_dir() else str(model)
 
 
-def check_device(device: str | torch.device) -> torch.device:
-    """Return a device; raises InputError when it is not there."""
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"{device!r} is no device ({str(error).splitlines()[0]}); use cpu, cuda or cuda:1") from None
-    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {target} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
-    if target.type == "cuda" and target.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return target
-
-
 def check_same_text(subject: Subject, base: Subject) -> None:
     """Raise InputError unless both read the text as the same tokens and have a vocabulary of the same size."""
     if None not in (subject.vocab_size, base.vocab_size) and subject.vocab_size != base.vocab_size:

@@ -20,6 +20,7 @@ import torch
 from coterie.amounts import parse_bytes
 from coterie.artifact import atomic_path, file_digest, write_artifact
 from coterie.errors import InputError
+from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.open import open_checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
@@ -101,6 +102,7 @@ def calibrate(
         Infeasible: `max_memory` is too little, or the model does not fit into memory to write text.
         InputError: the model cannot be used, or its predictions are not numbers.
     """
+    check_device(device)
     limit = None if max_memory is None else parse_bytes(max_memory)
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     stream = Stream(checkpoint, device=device, dtype=dtype)
@@ -197,6 +199,7 @@ def generate(
         InputError: the folder is inside the model or cannot be written to.
         InputError, Infeasible, TextError: see `coterie.profile.self_text.write_text`.
     """
+    check_device(device)
     folder = Path(out).expanduser()
     file = folder / f"{SELF}.jsonl"
     for ending in (".jsonl", ".txt", ".json"):

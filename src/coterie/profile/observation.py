@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from coterie.errors import ArchitectureMismatch
 from coterie.model.arch.experts import Experts, canonical_experts
-from coterie.model.arch.layers import MoELayer, find_router
+from coterie.model.arch.layers import MoELayer
+from coterie.model.arch.router_scores import router_scores
 from coterie.model.arch.seam import eager, intercepted, routed_output
 
 #: Largest relative difference between a layer's own output and the recomputed one, by number format.
@@ -98,7 +99,6 @@ def observed(
     by the layer's index.
     """
     by_module = {id(model.get_submodule(layer.experts)): layer for layer in layers}
-    logits: dict[int, Tensor] = {}
     received: dict[int, Tensor] = {}
     streams: dict[int, Tensor] = {}
     observations: list[Observation] = []
@@ -112,10 +112,6 @@ def observed(
         handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
         handles.append(block.register_forward_hook(_add_output(observations, layer.index, "block_output_TD")))
         handles.append(around.register_forward_hook(_add_output(observations, layer.index, "after_TD")))
-        found = find_router(model, layer.block)
-        if found is not None:
-            name, position = found
-            handles.append(model.get_submodule(name).register_forward_hook(_keep_output(logits, layer.index, position)))
 
     def observe(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         layer = by_module[id(module)]
@@ -135,7 +131,6 @@ def observed(
                 gated_EF[expert] = (square_NF * weight_N1.square()).sum(0, dtype=torch.float64).cpu()
 
         output_TD = routed_output(experts, hidden_TD, index_TK, weight_TK, visit=visit)
-        scores = logits.pop(layer.index, None)
         observations.append(
             Observation(
                 layer=layer,
@@ -143,7 +138,7 @@ def observed(
                 hidden_TD=hidden_TD.detach(),
                 index_TK=index_TK,
                 weight_TK=weight_TK.detach(),
-                logits_TE=None if scores is None else scores.flatten(0, -2)[:, : layer.num_experts],
+                logits_TE=logits.pop(layer.index, None),
                 norm_TK=norm_TK,
                 peak_TK=peak_TK,
                 output_TD=output_TD.detach(),
@@ -159,7 +154,7 @@ def observed(
         return output_TD
 
     try:
-        with intercepted(model, observe):
+        with router_scores(model, layers) as logits, intercepted(model, observe):
             yield observations
         seen = [observation.layer.index for observation in observations]
         if seen != [layer.index for layer in layers]:
@@ -295,14 +290,5 @@ def _add_output(observations: list[Observation], index: int, field: str) -> Call
         if observations and (seen := observations[-1]).layer.index == index:
             found: dict[str, Any] = {field: _first_tensor(output, len(seen.hidden_TD))}
             observations[-1] = replace(seen, **found)
-
-    return hook
-
-
-def _keep_output(kept: dict[int, Tensor], index: int, position: int) -> Callable[[nn.Module, object, object], None]:
-    def hook(module: nn.Module, inputs: object, output: object) -> None:
-        value = output[position] if isinstance(output, tuple) else output
-        assert isinstance(value, Tensor)
-        kept[index] = value.detach()
 
     return hook

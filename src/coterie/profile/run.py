@@ -19,6 +19,7 @@ from coterie.amounts import format_bytes, parse_bytes
 from coterie.errors import ArchitectureMismatch, InputError
 from coterie.journal import Run, open_run
 from coterie.model.arch.layers import Architecture, MoELayer
+from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.manifest import read_manifest
 from coterie.model.disk.open import open_checkpoint
@@ -93,6 +94,7 @@ def profile(
         NotACheckpoint, NotAMoE, CorruptCheckpoint: the model cannot be used.
         ArchitectureMismatch: a layer does not compute what its canonical experts compute.
     """
+    check_device(device)
     target = None if out is None else Path(out).expanduser()
     if target is not None:
         reads = {"model folder": [model], "text folder": [text]}

@@ -1,49 +1,57 @@
 """What each family is like, read off its tiny model: the rows of ``coterie families``.
 
 Nothing is loaded and nothing is computed: the models are built empty from their tiny configs.
+
+    python -m coterie.testing.describe            # what differs from families.json with the installed transformers
+    python -m coterie.testing.describe --write    # write families.json anew
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
 
-from coterie.errors import CoterieError
+from coterie.artifact import atomic_path
+from coterie.errors import CoterieError, UnknownName
 from coterie.model.arch.layers import Architecture, MoELayer
 from coterie.model.quiet import quiet
-from coterie.testing.families import UNSUPPORTED, model_class, tiny_config
+from coterie.progress import track
+from coterie.testing.facts import FILE, FamilyFacts, FamilyTable, known_families
+from coterie.testing.families import TINY, UNSUPPORTED, model_class, tiny_config
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FamilyFacts:
-    """What is known of one family.
+def describe_families(names: Iterable[str] = ()) -> FamilyTable:
+    """Read facts of families off the installed transformers.
 
-    Attributes:
-        model_type: its name in transformers.
-        model_class: the stock class that loads it.
-        layers: kind of each layer of the tiny model: "moe" or "dense".
-        token_mixing: kinds of attention and what stands in for it, as its config names them; empty when all are alike.
-        router: what its router has beside a matrix: "vectors" (biases or scales with an entry an expert), "groups",
-            "spare rows" (for shared experts or for "no expert").
-        experts: how its experts differ from two halves of gate and up: "no gate", "transposed", "interleaved", "bias",
-            "norm" (of each expert's output).
-        shared_experts: whether every token also passes experts that are not chosen.
-        problem: why it cannot be compressed, None when it can.
-        refusal: what Coterie says when it is tried; None when the family works.
+    A family that should work and does not is in the table with what went wrong.
+
+    Args:
+        names: keys of `coterie.testing.families.TINY`; all of them when there are none.
+
+    Raises:
+        UnknownName: no such family.
     """
+    chosen = sorted(set(names)) or sorted(TINY)
+    families = tuple(_describe_or_say(name) for name in track(chosen, "reading families", total=len(chosen)))
+    return FamilyTable(transformers=transformers.__version__, families=families)
 
-    model_type: str
-    model_class: str
-    layers: tuple[str, ...] = ()
-    token_mixing: tuple[str, ...] = ()
-    router: tuple[str, ...] = ()
-    experts: tuple[str, ...] = ()
-    shared_experts: bool = False
-    problem: str | None = None
-    refusal: str | None = None
+
+def _describe_or_say(model_type: str) -> FamilyFacts:
+    try:
+        return describe_family(model_type)
+    except UnknownName:
+        raise
+    except CoterieError as error:
+        facts = FamilyFacts(model_type=model_type, model_class=model_class(model_type).__name__)
+        return replace(facts, problem="it should work, and does not", refusal=str(error))
 
 
 def describe_family(model_type: str) -> FamilyFacts:
@@ -114,3 +122,42 @@ def _has_shared(architecture: Architecture, layer: MoELayer) -> bool:
     """Tell whether there are shared experts in the block or beside it."""
     parent = layer.block.rpartition(".")[0] if not layer.block.split(".")[-1].isdecimal() else layer.block
     return any("shared" in name for name, _ in architecture.model.get_submodule(parent).named_parameters())
+
+
+def compare(known: FamilyTable, now: FamilyTable) -> tuple[str, ...]:
+    """Return what differs between a table and a new one of some or all of its families, a sentence for each fact."""
+    before = {family.model_type: family for family in known.families}
+    found: list[str] = []
+    for family in now.families:
+        if family.model_type in before:
+            found += before[family.model_type].differences(family)
+        else:
+            found.append(f"{family.model_type}: is not in the table")
+    return tuple(found)
+
+
+def write(table: FamilyTable, file: Path = FILE) -> None:
+    """Write a table, one family a line."""
+    content = table.content()
+    lines = ",\n".join(json.dumps(family, ensure_ascii=False) for family in content["families"])
+    with atomic_path(file) as temporary:
+        text = f'{{"transformers": {json.dumps(table.transformers)}, "families": [\n{lines}\n]}}\n'
+        temporary.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Run the program; its exit code is 1 where something differs and is not written."""
+    parser = argparse.ArgumentParser(description="Compare families.json with the installed transformers.")
+    parser.add_argument("--write", action="store_true", help="write it anew")
+    arguments = parser.parse_args()
+    now = describe_families()
+    if arguments.write:
+        write(now)
+        sys.exit(0)
+    differences = compare(known_families(), now)
+    sys.stdout.writelines(f"{sentence}\n" for sentence in differences)
+    sys.exit(1 if differences else 0)
+
+
+if __name__ == "__main__":
+    main()

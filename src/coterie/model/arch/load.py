@@ -22,6 +22,7 @@ from coterie.model.arch.layers import Architecture
 from coterie.model.arch.mapped import attach_maps, maps_of, widen_routers
 from coterie.model.arch.meta import make_buffers, meta_model
 from coterie.model.arch.resize import resized_config
+from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.manifest import ragged_part, read_manifest
@@ -43,9 +44,10 @@ def load_model(
     Raises:
         CorruptCheckpoint: tensors are missing or of the wrong shape.
         NotACheckpoint: no such model.
+        InputError: no such device.
     """
+    target = check_device(device)
     stored = Checkpoint.open(model)
-    target = torch.device(device)
     chosen: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
     manifest = read_manifest(stored.path)
     checkpoint = filled_up(stored, ragged_part(manifest))

@@ -169,7 +169,31 @@ class TensorReader:
         Raises:
             CorruptCheckpoint: the file was cut off or removed since the checkpoint was opened.
         """
+        return self._read(self._checkpoint.tensors[name])
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return rows from `start` to before `stop` of one tensor along its first axis, as ``read(name)[start:stop]``.
+
+        Where a stack holds one expert a row, this is how to read a few of them. Only the bytes of these rows are read
+        and counted, packed stacks included. The whole tensor is read, counted and cut where rows do not lie by
+        themselves: in pickles, in a single packed matrix (not a stack), in experts that are filled up with zeros along
+        this axis, and where rows of 4-bit numbers do not begin at whole bytes.
+
+        Raises:
+            ValueError: there are no such rows.
+            CorruptCheckpoint: the file was cut off or removed since the checkpoint was opened.
+        """
+        import torch
+
         info = self._checkpoint.tensors[name]
+        rows = info.slice_rows(start, stop)
+        if start == stop:
+            return torch.empty((0, *info.shape[1:]), dtype=getattr(torch, TORCH_NAMES[info.dtype]))
+        if rows is None or self._checkpoint.pickled:
+            return self._read(info)[start:stop].clone()
+        return self._read(rows)
+
+    def _read(self, info: TensorInfo) -> torch.Tensor:
         return self._read_stored(info) if info.packed is None else info.packed.unpack(self._read_stored)
 
     def _read_stored(self, info: TensorInfo) -> torch.Tensor:

@@ -36,6 +36,11 @@ class Padded:
         whole.narrow(self.axis, 0, tensor.shape[self.axis]).copy_(tensor)
         return whole
 
+    def slice_rows(self, start: int, stop: int) -> Padded | None:
+        """Return how rows along the first axis are made; None where that is the axis that is filled up."""
+        stored = None if self.axis == 0 else self.stored.slice_rows(start, stop)
+        return None if stored is None else replace(self, stored=stored, shape=(stop - start, *self.shape[1:]))
+
 
 def filled_up(checkpoint: Checkpoint, ragged: Mapping[str, Any] | None) -> Checkpoint:
     """Return a view of a checkpoint in which all experts have the full width; the same object when it is not ragged.

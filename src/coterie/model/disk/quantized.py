@@ -146,6 +146,19 @@ class PackedMatrix:
                 )  # before it is transposed, which costs by the byte
         return out
 
+    def slice_rows(self, start: int, stop: int) -> PackedMatrix | None:
+        """Return how matrices `start` to before `stop` of a stack are made; None for a single matrix."""
+        if len(self.shape) < 3:
+            return None
+        weight = self.weight.slice_rows(start, stop)
+        # Scales that all matrices share are read as they are.
+        shared = self.scale.num_elements == math.prod(self.grid)
+        scale = self.scale if shared else self.scale.slice_rows(start, stop)
+        if weight is None or scale is None:
+            return None
+        count, shape = self.num_matrices // self.shape[0] * (stop - start), (stop - start, *self.shape[1:])
+        return replace(self, weight=weight, scale=scale, num_matrices=count, shape=shape)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Source:

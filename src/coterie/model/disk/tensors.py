@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ class Packed(Protocol):
 
     def unpack(self, read: Callable[[TensorInfo], torch.Tensor]) -> torch.Tensor:
         """Return the value; `read` reads one tensor as it is stored."""
+
+    def slice_rows(self, start: int, stop: int) -> Packed | None:
+        """Return how rows along the first axis are made from nothing but theirs; None where they cannot be."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,3 +67,25 @@ class TensorInfo:
     def num_bytes(self) -> int:
         """Bytes that this number format and shape take."""
         return -(-self.num_elements * DTYPE_BITS[self.dtype] // 8)
+
+    def slice_rows(self, start: int, stop: int) -> TensorInfo | None:
+        """Return rows from `start` to before `stop` along the first axis as a tensor of its own, in the same file.
+
+        None where such rows do not lie by themselves: when they do not begin and end at whole bytes, or when what they
+        are packed in ties them to other rows. Not for pickles, whose byte positions are not known.
+
+        Raises:
+            ValueError: the tensor has no first axis, or it has no such rows.
+        """
+        if not self.shape or not 0 <= start <= stop <= self.shape[0]:
+            raise ValueError(
+                f"{self.shard}: tensor {self.name!r} has shape {list(self.shape)}, so it has no rows {start} to {stop}"
+            )
+        shape = (stop - start, *self.shape[1:])
+        if self.packed is not None:
+            packed = self.packed.slice_rows(start, stop)
+            return None if packed is None else replace(self, shape=shape, packed=packed)
+        bits = math.prod(self.shape[1:]) * DTYPE_BITS[self.dtype]
+        if bits % 8:
+            return None
+        return replace(self, shape=shape, begin=self.begin + start * bits // 8, end=self.begin + stop * bits // 8)

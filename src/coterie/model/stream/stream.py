@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 from coterie.errors import CorruptCheckpoint
 from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion, put
 from coterie.model.arch.load import checkpoint_meta_model
+from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint, TensorReader
 from coterie.model.nested import mapped
 from coterie.model.stream.backward import Backward
@@ -117,9 +118,10 @@ class Stream(AbstractContextManager["Stream"]):
 
         Raises:
             NotACheckpoint, CorruptCheckpoint: the model cannot be built, or tensors are missing.
+            InputError: no such device.
         """
         self.checkpoint = checkpoint
-        self.device = torch.device(device)
+        self.device = check_device(device)
         self.dtype = dtype or working_dtype(checkpoint, self.device)
         # Where units are computed elsewhere, the next one is read meanwhile; here that would only cost memory.
         self.reads_ahead = self.device.type != "cpu"
