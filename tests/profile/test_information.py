@@ -12,7 +12,8 @@ from coterie.errors import InputError, TextError
 from coterie.model.arch.load import load_model
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
-from coterie.model.stream.stream import Stream, likelihood
+from coterie.model.stream import likelihood
+from coterie.model.stream.stream import Stream
 from coterie.profile import information as information_module
 from coterie.profile.calibration import TokenSet, tokenize
 from coterie.profile.information import Information, distinct_share, measure_information, token_entropy
