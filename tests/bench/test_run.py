@@ -166,10 +166,11 @@ def test_an_error_of_ours_is_one_failed_cell_that_is_tried_again(small, tiny, tm
     assert [measures(cell) for cell in found.cells] == [measures(cell) for cell in same]
 
 
-def test_workers_find_the_same(small, tiny, tmp_path, made, caplog):
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])  # each starts an interpreter
+def test_workers_find_the_same(small, tiny, tmp_path, made, caplog, jobs):
     out = tmp_path / "out"
     with caplog.at_level(logging.INFO, logger="coterie.bench"):
-        found = bench(tiny(), out, **(small | {"jobs": 2, "recipes": "reap"}))
+        found = bench(tiny(), out, **(small | {"jobs": jobs, "recipes": "reap"}))
     same = [cell for cell in made.cells if cell["method"] == "reap"]
     assert [measures(cell) for cell in found.cells] == [measures(cell) for cell in same]
     assert len(re.findall(r"^\[\d+/2\] .*: KL \d\.\d{4}, \d+ KiB, ", "\n".join(caplog.messages), re.MULTILINE)) == 2
