@@ -13,7 +13,7 @@ from coterie.testing import check_family, check_method, tiny_families
 from coterie.testing.describe import describe_family
 from coterie.testing.families import ONE_WIDTH, SOFTMAX_OVER_ALL, UNROUTABLE
 
-#: Every pass, every way to shrink, and training; the other recipes combine what these do in other ways.
+#: Every pass, every allocator, and training; the other recipes combine what these do in other ways.
 CORE_RECIPES = (
     "coterie", "coterie-local", "coterie-ragged", "easy-slim", "leave-one-out", "m-smoe", "mergemoe", "naee", "reap",
     "sub-moe",
@@ -30,12 +30,12 @@ def core_first(core, names):
     return [*core, *(pytest.param(name, marks=pytest.mark.families) for name in names if name not in core)]
 
 
-def test_core_recipes_meet_every_pass_and_every_way_to_shrink():
+def test_core_recipes_meet_every_pass_and_every_allocator():
     core, every = ([recipes.RECIPES[name] for name in names] for names in (CORE_RECIPES, recipes.RECIPES))
     in_turn = {name for steps in (recipes.ROUTERS["refit"], recipes.ROUTERS["mean"]) for name, _ in steps}
     beside = {*recipes.EXTRAS, *in_turn}  # additions and router forms: tests of their own
     assert {name for recipe in core for name, _ in recipe.passes} | beside == set(methods.PASSES)
-    for kind in ("shrinks", "merges", "ragged", "distills"):
+    for kind in ("allocator", "merges", "trains"):
         assert {getattr(each, kind) for each in core} == {getattr(each, kind) for each in every}, kind
 
 
