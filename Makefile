@@ -9,23 +9,33 @@ PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constr
 # Threads that wait for each other spin by default, which on a machine that others use costs many times the work itself.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Tests run on all cores, at most eight: one process each, with one thread, or they would wait for each other. A stolen
+# test runs where another one of its file does not, so what a file shares is made at most once a process.
+# PYTEST_JOBS=0 runs them in one process, for a debugger.
+PYTEST_JOBS ?= logical
+PYTEST      := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n $(PYTEST_JOBS) --maxprocesses=8 \
+	--dist=worksteal
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-families test-slow lint bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 demo: $(VENV)/.stamp ## compress the bundled model, evaluate it, draw the report (minutes, CPU)
 	$(BIN)/python benchmarks/demo.py
 
-test: lint ## lint, types and the fast tests
+test: lint ## lint, types and the fast tests (5 minutes on two cores)
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest -q --durations=10
+	$(PYTEST)
+
+test-families: $(VENV)/.stamp-dev ## every family and every recipe, each through the whole of the library
+	$(PYTEST) -m families
 
 test-slow: $(VENV)/.stamp-dev ## the tests that need minutes, and those of the extra [eval], which is installed for them
 	@$(PIP) -e '.[dev,eval]'
-	$(BIN)/python -m pytest -q --durations=10 -m slow
-	$(BIN)/python -m pytest -q -m 'not slow' tests/evaluate/test_harness.py
+	$(PYTEST) -m 'slow or families or hypothesis' --hypothesis-profile=thorough
+	$(PYTEST) -m 'not slow' tests/evaluate/test_harness.py
 
 lint: $(VENV)/.stamp-dev ## ruff: rules and format
 	$(BIN)/ruff check .

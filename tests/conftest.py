@@ -16,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # The same examples on every machine, no time limit for a busy one, and no database on the disk.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
+hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("repeatable"), max_examples=400)
 hypothesis.settings.load_profile("repeatable")
 
 

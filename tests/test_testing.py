@@ -15,11 +15,19 @@ from coterie.model.arch.seam import intercepted, routed_output
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.quiet import quiet
 from coterie.profile.calibration import read_documents, text_files, tokenize
-from coterie.testing import END_OF_TEXT_ID, UNSUPPORTED, tiny_checkpoint, tiny_families, tiny_text
+from coterie.testing import CORE_FAMILIES, END_OF_TEXT_ID, UNSUPPORTED, tiny_checkpoint, tiny_families, tiny_text
 from coterie.testing.families import TINY, installed_families
 
 #: Families whose tokens choose one expert each; a few words do not reach all of them.
 TOP_1 = ("zaya",)
+
+core_families_first = pytest.mark.parametrize(
+    "model_type",
+    [
+        name if name in (*CORE_FAMILIES, *TOP_1) else pytest.param(name, marks=pytest.mark.families)
+        for name in tiny_families()
+    ],
+)
 
 
 def load(path, **options):
@@ -33,7 +41,7 @@ def text(tmp_path_factory):
     return tiny_text(tmp_path_factory.mktemp("text"))
 
 
-@pytest.mark.parametrize("model_type", tiny_families())
+@core_families_first
 def test_family_loads_whole_and_routes_to_many_experts(tmp_path, text, model_type):
     path = tiny_checkpoint(tmp_path / "model", model_type)
     model, info = load(path, output_loading_info=True)
@@ -65,7 +73,7 @@ def test_family_loads_whole_and_routes_to_many_experts(tmp_path, text, model_typ
         assert share.max() < (0.6 if layer.top_k > 1 else 0.75)
 
 
-@pytest.mark.parametrize("model_type", tiny_families())
+@core_families_first
 def test_every_expert_matters(tmp_path, model_type):
     model = load(tiny_checkpoint(tmp_path / "model", model_type))
     ids = torch.arange(128).view(1, -1)

@@ -6,7 +6,15 @@ import pytest
 
 from coterie.compress.decide import plan
 from coterie.compress.plan import Plan
-from coterie.errors import CorruptArtifact, Infeasible, InputError, StaleArtifact, UnknownName, UnsupportedDtype
+from coterie.errors import (
+    ArchitectureMismatch,
+    CorruptArtifact,
+    Infeasible,
+    InputError,
+    StaleArtifact,
+    UnknownName,
+    UnsupportedDtype,
+)
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.profile.profile import Profile
 from coterie.testing import tiny_checkpoint
@@ -105,7 +113,7 @@ def test_a_profile_without_what_the_recipe_needs_is_refused(olmoe: Path, olmoe_p
         olmoe_profile,
         statistics=tuple({"usage": entry["usage"]} for entry in olmoe_profile.statistics),
     )
-    with pytest.raises(Exception, match="needs logit_product"):
+    with pytest.raises(ArchitectureMismatch, match="needs logit_product"):
         plan(olmoe, poor, keep=0.5, recipe="m-smoe")
 
 

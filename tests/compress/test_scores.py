@@ -1,13 +1,14 @@
 """Every pruning score against slow loops over tokens, and the experts that `select` then keeps."""
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,8 @@ from coterie.compress.methods.scores import SCORES, score_experts
 from coterie.compress.methods.select import best_experts, select
 from coterie.compress.state import LayerState
 from coterie.errors import UnknownName
+from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.profile.calibration import tokenize
 
 DOMAINS = 3
 
@@ -164,16 +167,103 @@ def test_an_unknown_score_names_the_nearest() -> None:
         score_experts("gatemass", {}, {})
 
 
+def keep_experts(block: torch.nn.Module, kept: list[int]) -> None:
+    """Leave only these experts and router rows in a block of the stock OLMoE class."""
+    for module in (block.gate, block.experts):
+        module.num_experts = len(kept)
+        for name, tensor in list(module.named_parameters()):
+            setattr(module, name, torch.nn.Parameter(tensor[kept].clone()))
+
+
+def second_layer(model: torch.nn.Module, ids_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual stream before the second block, and what the block is given, (T, D) each."""
+    seen: list[torch.Tensor] = []
+    layer = model.model.layers[1]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+        for module in (layer.post_attention_layernorm, layer.mlp)
+    ]
+    with torch.no_grad():
+        model(input_ids=ids_BS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen[0].double(), seen[1].double()
+
+
+def routed(block: torch.nn.Module, x_D: torch.Tensor) -> dict[int, torch.Tensor]:
+    """What the two chosen experts of a block add for one token, by the definition of this family, float64."""
+    logit_E = block.gate.weight.double() @ x_D
+    chosen = logit_E.topk(2).indices
+    share_K = logit_E[chosen].softmax(0)
+    added = {}
+    for expert, share in zip(chosen.tolist(), share_K, strict=True):
+        gate_F, up_F = (block.experts.gate_up_proj[expert].double() @ x_D).chunk(2)
+        added[expert] = share * (block.experts.down_proj[expert].double() @ (gate_F * gate_F.sigmoid() * up_F))
+    return added
+
+
+def slow_easy_ep(model: torch.nn.Module, sequences: Mapping[str, torch.Tensor]) -> list[float]:
+    """The score of each expert of the second layer, from its definition."""
+    scores_E = torch.zeros(8, dtype=torch.float64)
+    for ids_BS in sequences.values():
+        domain_E = torch.zeros(8, dtype=torch.float64)
+        for before_D, x_D in zip(*second_layer(model, ids_BS), strict=True):
+            added = routed(model.model.layers[1].mlp, x_D)
+            after_D = before_D + sum(added.values())
+            turned = 1 - float(before_D @ after_D / before_D.norm() / after_D.norm())
+            for expert, added_D in added.items():
+                domain_E[expert] += added_D.norm() * turned
+        scores_E += domain_E / domain_E.sum()
+    return scores_E.tolist()
+
+
+def slow_subset_error(
+    model: torch.nn.Module, original: torch.nn.Module, sequences: Mapping[str, torch.Tensor], kept: list[int]
+) -> float:
+    """How far some experts of the second layer are, on what they are given, from what all gave before; relative."""
+    whole = original.model.layers[1].mlp
+    few = copy.deepcopy(whole)
+    keep_experts(few, kept)
+    moved = size = 0.0
+    for ids_BS in sequences.values():
+        for x_D, before_D in zip(second_layer(model, ids_BS)[1], second_layer(original, ids_BS)[1], strict=True):
+            expected_D = sum(routed(whole, before_D).values())
+            moved += float((sum(routed(few, x_D).values()) - expected_D).square().sum())
+            size += float(expected_D.square().sum())
+    return moved / size
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("recipe", ["easy-ep", "naee"])
 def test_compressed_inputs_are_scored_with_what_the_layer_then_does(
     olmoe: Path, text_folder: Path, tmp_path: Path, recipe: str
 ) -> None:
-    def run(inputs: Inputs) -> list[dict[str, Any]]:
-        result = compress(
+    """The second layer's scores are those behind a first layer that has its kept experts only, or all of them."""
+    sequences = tokenize(load_tokenizer(olmoe), text_folder, tokens=256, seq_len=32).sequences
+
+    def second(inputs: Inputs, behind: Inputs) -> tuple[list[float], list[float]]:
+        """What a run noted of the second layer, and the same by slow loops behind a first layer as in `behind`."""
+        layers = results[inputs].manifest["layers"]
+        model, original = (
+            transformers.AutoModelForCausalLM.from_pretrained(olmoe, dtype=torch.float32) for _ in range(2)
+        )
+        if behind == "compressed":
+            keep_experts(model.model.layers[0].mlp, layers[0]["centres"])
+        if recipe == "easy-ep":
+            return layers[1]["notes"]["select"]["score"], slow_easy_ep(model, sequences)
+        expected = slow_subset_error(model, original, sequences, layers[1]["centres"])
+        return [layers[1]["notes"]["subset-search"]["error"]], [expected]
+
+    ways: tuple[Inputs, Inputs] = ("original", "compressed")
+    results = {
+        inputs: compress(
             olmoe, tmp_path / inputs, experts=4, recipe=recipe, text=text_folder, tokens=256, seq_len=32, inputs=inputs
         )
-        return [layer["notes"] for layer in result.manifest["layers"]]
-
-    original, compressed = run("original"), run("compressed")
-    assert original[0] == compressed[0], "nothing comes before the first layer"
-    assert original[1] != compressed[1]
+        for inputs in ways
+    }
+    first = [results[inputs].manifest["layers"][0] for inputs in ways]
+    assert first[0] == first[1], "nothing comes before the first layer"
+    for inputs, other in zip(ways, reversed(ways), strict=True):
+        noted, expected = second(inputs, inputs)
+        assert noted == pytest.approx(expected, rel=1e-3)
+        assert noted != pytest.approx(second(inputs, other)[1], rel=1e-2), "the two can be told apart"

@@ -11,14 +11,53 @@ from coterie.compress import methods, recipes
 from coterie.compress.methods.select import slice_router
 from coterie.errors import ArchitectureMismatch
 from coterie.testing import check_family, check_method, conformance, tiny_families
+from coterie.testing.describe import describe_family
+from coterie.testing.families import ONE_WIDTH, SOFTMAX_OVER_ALL, UNROUTABLE
+
+#: Every pass, every allocator, and training; the other recipes combine what these do in other ways.
+CORE_RECIPES = (
+    "coterie", "coterie-local", "coterie-ragged", "easy-slim", "leave-one-out", "m-smoe", "mergemoe", "naee", "reap",
+    "sub-moe",
+)  # fmt: skip
+#: Every layout of experts on disk and in memory, every kind of router, hybrids, a nested config, a tied head.
+CORE_FAMILIES = (
+    "deepseek_v2", "deepseek_v3", "gemma4_text", "gpt_oss", "granitemoe", "jamba", "mixtral", "muse_spark",
+    "nemotron_h", "olmoe", "qwen3_next", "zaya",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", sorted(recipes.RECIPES))
+def core_first(core, names):
+    """Return parameters of a test: the core ones, and the others where all of them are asked for."""
+    return [*core, *(pytest.param(name, marks=pytest.mark.families) for name in names if name not in core)]
+
+
+def test_core_recipes_meet_every_pass_and_every_allocator():
+    core, every = ([recipes.RECIPES[name] for name in names] for names in (CORE_RECIPES, recipes.RECIPES))
+    in_turn = {name for steps in (recipes.ROUTERS["refit"], recipes.ROUTERS["mean"]) for name, _ in steps}
+    beside = {*recipes.EXTRAS, *in_turn}  # additions and router forms: tests of their own
+    assert {name for recipe in core for name, _ in recipe.passes} | beside == set(methods.PASSES)
+    for kind in ("allocator", "merges", "trains"):
+        assert {getattr(each, kind) for each in core} == {getattr(each, kind) for each in every}, kind
+
+
+@pytest.mark.families
+def test_core_families_have_every_feature_of_all():
+    core, every = ([describe_family(name) for name in names] for names in (CORE_FAMILIES, tiny_families()))
+    for kind in ("layers", "router", "experts"):
+        assert {each for facts in core for each in getattr(facts, kind)} == {
+            each for facts in every for each in getattr(facts, kind)
+        }, kind
+    assert {facts.shared_experts for facts in core} == {True, False}
+    for listed in (ONE_WIDTH, SOFTMAX_OVER_ALL, UNROUTABLE):
+        assert set(listed) & set(CORE_FAMILIES)
+
+
+@pytest.mark.parametrize("recipe", core_first(CORE_RECIPES, recipes.RECIPES))
 def test_recipe_keeps_its_promises(recipe):
     check_method(recipe)
 
 
-@pytest.mark.parametrize("model_type", tiny_families())
+@pytest.mark.parametrize("model_type", core_first(CORE_FAMILIES, tiny_families()))
 def test_family_goes_all_the_way(model_type):
     check_family(model_type, thorough=False)
 

@@ -99,9 +99,17 @@ def truncate(file):
         stream.truncate(file.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=["flip", "truncate", "remove"])
+DAMAGE = {"flip": flip, "truncate": truncate, "remove": Path.unlink}
+DAMAGED = ["result/model-00002*.safetensors", "private/profile-layer-00001*", "private/profile.json"]
+
+
 @pytest.mark.parametrize(
-    "what", ["result/model-00002*.safetensors", "private/profile-layer-00001*", "private/profile.json"]
+    ("damage", "what"),
+    [  # each way and each file in the fast tests, every way for every file in the slow ones
+        pytest.param(DAMAGE[way], what, id=f"{way}-{what}", marks=() if one == other else pytest.mark.slow)
+        for one, way in enumerate(DAMAGE)
+        for other, what in enumerate(DAMAGED)
+    ],
 )
 def test_a_damaged_step_is_done_again(place, tmp_path, damage, what, caplog):
     out = tmp_path / "out"
@@ -161,13 +169,26 @@ def test_another_version_is_noticed(place, tmp_path, monkeypatch):
         make(place, tmp_path / "out")
 
 
-def test_a_second_run_on_one_out_is_refused(place, tmp_path, monkeypatch):
+SECOND_RUNS = {
+    "journal": "from coterie.journal import open_run\n"
+    "def second(model, out, text):\n"
+    "    with open_run(out, {}, what='compression'):\n"
+    "        pass\n",
+    "compression": "from coterie import compress\n"
+    "def second(model, out, text):\n"
+    "    compress(model, out, experts=4, recipe='mergemoe', text=text, tokens=1024, seq_len=64)\n",
+}
+
+
+@pytest.mark.parametrize("second", ["journal", pytest.param("compression", marks=pytest.mark.slow)])
+def test_a_second_run_on_one_out_is_refused(place, tmp_path, monkeypatch, second):
     """The second run is another process, started while the first is in the middle of a layer."""
-    script = (
-        "import sys; from coterie import compress; from coterie.errors import OutputBusy\n"
-        "model, out, text = sys.argv[1:]\n"
+    script = SECOND_RUNS[second] + (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from coterie.errors import OutputBusy\n"
         "try:\n"
-        "    compress(model, out, experts=4, recipe='mergemoe', text=text, tokens=1024, seq_len=64)\n"
+        "    second(*map(Path, sys.argv[1:]))\n"
         "except OutputBusy as error:\n"
         "    sys.exit(f'busy: {error}')\n"
     )
@@ -210,29 +231,35 @@ def test_links_to_a_hub_cache_are_followed_and_never_written(place, tmp_path):
     }
 
 
-def test_inputs_are_opened_for_reading_only(place, tmp_path):
+CHANGING = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod")
+
+
+@pytest.fixture(scope="module")
+def hooked():
+    """Return two lists: folders to watch, and what changed something in them. Audit hooks stay for good."""
+    watched, written = [], []
+
+    def hook(event, arguments):
+        if not watched or event not in ("open", *CHANGING) or isinstance(arguments[0], int):
+            return
+        path = os.path.realpath(os.fsdecode(arguments[0]))
+        changes = event in CHANGING or arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if changes and path.startswith(tuple(watched)):
+            written.append(f"{event} {arguments}")
+
+    sys.addaudithook(hook)
+    return watched, written
+
+
+def test_inputs_are_opened_for_reading_only(place, tmp_path, hooked):
     """An audit hook sees every file that Python opens; the model's and the text's are opened for reading."""
-    script = (
-        "import os, sys\n"
-        "model, text, out = sys.argv[1:]\n"
-        "written = []\n"
-        "def hook(event, arguments):\n"
-        "    if event == 'open' and isinstance(arguments[0], (str, bytes)):\n"
-        "        path, _, flags = arguments\n"
-        "        path = os.path.realpath(os.fsdecode(path))\n"
-        "        if path.startswith((model, text)) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):\n"
-        "            written.append(path)\n"
-        "    if event in ('os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'os.truncate', 'os.chmod'):\n"
-        "        if os.path.realpath(os.fsdecode(arguments[0])).startswith((model, text)):\n"
-        "            written.append(f'{event} {arguments}')\n"
-        "sys.addaudithook(hook)\n"
-        "from coterie import compress\n"
-        "compress(model, out, experts=4, recipe='reap', text=text, tokens=512, seq_len=64)\n"
-        "sys.exit(f'written: {written}' if written else 0)\n"
-    )
-    names = [str((place / name).resolve()) for name in ("model", "text")]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *names, str(tmp_path / "out")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    watched, written = hooked
+    watched += [str((place / name).resolve()) for name in ("model", "text")] + [str(tmp_path.resolve() / "seen")]
+    try:
+        make(place, tmp_path / "out", recipe="reap")
+        assert written == []
+        (tmp_path / "seen").touch()
+        assert len(written) == 1, "the hook sees what writes"
+    finally:
+        watched.clear()
     assert Checkpoint.open(tmp_path / "out").num_bytes > 0
