@@ -82,7 +82,7 @@ def test_every_recipe_is_known_by_its_files():
         files = cells._sources(recipe, "plain")
         assert {cells.PASSES[name].partition(":")[0] for name, _ in recipe.passes} <= files.keys()
         assert (cells._DISTILLING in files) == recipe.trains
-        assert all(name.startswith("coterie.compress.") for name in files)
+        assert all(name.startswith(("coterie.compress.", "coterie.train.")) for name in files)
 
 
 def test_profiles_with_other_statistics_are_other_profiles(monkeypatch):

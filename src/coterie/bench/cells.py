@@ -24,7 +24,8 @@ VERSION = 1
 
 #: Modules of methods that are not passes, and those that all methods share, which count by Coterie's version.
 _COMPRESS = "coterie.compress."
-_DISTILLING = "coterie.compress.distill_run"
+_OWN = (_COMPRESS, "coterie.train.")
+_DISTILLING = "coterie.train.distill"
 _SHARED = tuple(f"{_COMPRESS}{name}" for name in ("methods", "state", "recipes", "plan", "sizes", "layer"))
 
 #: Packages whose version may change what comes out.
@@ -205,7 +206,7 @@ def code_version() -> dict[str, str]:
 def _sources(recipe: Recipe, router: str) -> dict[str, str]:
     """Return the digests of the files that a recipe runs, so that a method that was changed is measured again.
 
-    Those are its passes', and what they import of `coterie.compress` themselves.
+    Those are its passes', and what they import of `coterie.compress` and `coterie.train` themselves.
     """
     left = [PASSES[name].partition(":")[0] for name, _ in recipe.with_router(router)]
     if recipe.trains:
@@ -220,7 +221,7 @@ def _sources(recipe: Recipe, router: str) -> dict[str, str]:
 
 
 def _read_module(name: str) -> tuple[str, tuple[str, ...]]:
-    """Return the digest of a module's file, and the modules of `coterie.compress` that it imports."""
+    """Return the digest of a module's file, and the modules of `_OWN` that it imports."""
     found = find_spec(name)
     assert found is not None
     assert found.origin is not None
@@ -230,13 +231,13 @@ def _read_module(name: str) -> tuple[str, tuple[str, ...]]:
 
 @cache
 def _imports(file: Path, changed: int) -> tuple[str, ...]:
-    """Return the modules of `coterie.compress` that a file imports; `changed` is when it was written last."""
+    """Return the modules of `_OWN` that a file imports; `changed` is when it was written last."""
     names = set()
     for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, ast.ImportFrom) and node.module and f"{node.module}.".startswith(_COMPRESS):
+        if isinstance(node, ast.ImportFrom) and node.module and f"{node.module}.".startswith(_OWN):
             names.add(node.module)
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    modules = sorted(names - {_COMPRESS.removesuffix(".")} - set(_SHARED))
+    modules = sorted(names - {package.removesuffix(".") for package in _OWN} - set(_SHARED))
     return tuple(name for name in modules if _is_module(name))
 
 
