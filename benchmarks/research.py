@@ -57,12 +57,12 @@ from coterie.profile.calibration import text_files, tokenize
 from coterie.profile.profile import FILE, Profile
 from coterie.profile.run import profile
 from coterie.profile.self_text import Writing, own_tokens
+from coterie.train.model import experts_apart
 from research_training import (
     ADDED,
     MICRO_TOKENS,
     Training,
     added_scores,
-    computing,
     router_gap,
     study_statistics,
     train,
@@ -362,7 +362,7 @@ class Study:
     def answered(self, model: PreTrainedModel) -> float:
         """Return the share of all questions of the test text that a model answers exactly, by greedy search."""
         asked = [question for questions in self._questions.values() for question in questions]
-        with computing(model):
+        with experts_apart(model):
             return count_correct(model, self._tokenizer, asked) / max(1, len(asked))
 
     @torch.no_grad()
@@ -374,7 +374,7 @@ class Study:
             by domain; domains count alike.
         """
         sums = {domain: [0.0, 0.0, 0] for domain in self._test.domains}  # of divergences, agreements, tokens
-        with computing(self._original), computing(model):
+        with experts_apart(self._original), experts_apart(model):
             for domain, ids_BS in self._test.batches(max(1, MICRO_TOKENS // self._test.seq_len)):
                 wanted, found = (each(input_ids=ids_BS, use_cache=False).logits for each in (self._original, model))
                 divergence_T, same_T = token_divergence(wanted, found)

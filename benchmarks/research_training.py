@@ -1,7 +1,7 @@
 """What the study in research.py tries that the package does not have: more scores, and training with every choice open.
 
 Training has the original in memory beside the compressed model, and asks it for its predictions piece by piece. What
-the package itself does is in `coterie.compress.methods.slim` and `coterie.compress.distill`.
+the package itself does is in `coterie.compress.methods.slim` and `coterie.train`, whose loop is the study's too.
 
 Legend: B sequences, S tokens of a sequence, V vocabulary, T tokens, K chosen experts, E experts, F expert width, D
 model width, N tokens of one expert.
@@ -13,21 +13,24 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coterie.compress.adam import WARM_UP, Adam, rate_at
-from coterie.compress.distill import Schedule, Targets
 from coterie.compress.methods import segment
 from coterie.compress.methods.slim import RANKINGS, SCORES, energy_scores
 from coterie.model.arch.experts import Experts, canonical_experts, native_experts
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.seam import intercepted, routed_output
 from coterie.profile.profile import Sample
-from coterie.progress import track
+from coterie.train.loop import Loop
+from coterie.train.model import experts_apart
+from coterie.train.optimiser import Adam, Optimiser, load_optimiser
+from coterie.train.predictions import Predictions
+from coterie.train.schedule import WARM_UP, Schedule, rate_at, shuffled
+from research_optimisers import OPTIMISERS, Together
 
 #: Tokens that are computed at once.
 MICRO_TOKENS = 1_024
@@ -37,11 +40,6 @@ MOMENT_TOKENS = 8_192
 
 #: The original is sure of a token where its most probable one has more than this.
 SURE = 0.9
-
-#: Momentum of Muon, and the coefficients and steps of its Newton-Schulz iteration.
-MOMENTUM = 0.9
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
 
 
 # Scores that the package does not have.
@@ -179,7 +177,7 @@ class Training:
             the whole vocabulary.
         others: the rate of attention and norms, as a share of `rate`; 0 leaves them as they are.
         hidden: weight of the error of the hidden states behind all layers, beside the divergence.
-        optimizer: "adam", "muon" (matrices of the experts) or "eigenbasis" (Adam, see `Turned`).
+        optimizer: "adam", "muon" (matrices of the experts) or "eigenbasis" (Adam, see `research_optimisers.Turned`).
         falls_late: whether the rate is that of the package, which falls in the last steps only, instead of one that
             falls from the first step on, as a cosine does.
         average: share of the steps, the last ones, of whose results the mean is taken; the rate then stays where it is
@@ -217,38 +215,14 @@ class Training:
         rate = self.rate * min(1.0, (step + 1) / WARM_UP)
         return rate if self.average else rate * 0.5 * (1 + math.cos(math.pi * step / steps))
 
-    def schedule(self, seq_len: int, seed: int) -> Schedule:
-        """Return which sequences each step sees."""
+    def schedule(self, count: int, seq_len: int, seed: int) -> Schedule:
+        """Return which of `count` sequences each step sees, and its rate."""
+        steps = max(1, round(self.tokens / self.step_tokens))
         return Schedule(
-            steps=max(1, round(self.tokens / self.step_tokens)),
-            sequences=max(1, self.step_tokens // seq_len),
-            seed=seed,
+            steps=steps,
+            rows=shuffled(count, max(1, self.step_tokens // seq_len), seed),
+            rate=lambda step: self.rate_at(step, steps),
         )
-
-
-class Optimizer(Protocol):
-    """Changes some tensors in place."""
-
-    def step(self, gradients: Sequence[Tensor], rate: float) -> None:
-        """Take one step against gradients, which come in the order of the tensors."""
-
-
-@contextmanager
-def computing(model: PreTrainedModel, experts: Mapping[str, Experts] | None = None) -> Iterator[None]:
-    """Within the block, experts are computed one after the other, as the package does where it trains.
-
-    Args:
-        model: whose experts.
-        experts: what stands for those of the model, by name of their module; None for its own.
-    """
-    held = {} if experts is None else {id(model.get_submodule(name)): entry for name, entry in experts.items()}
-
-    def compute(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        here = held[id(module)] if id(module) in held else canonical_experts(module)
-        return routed_output(here.apart(), hidden_TD, index_TK, weight_TK)
-
-    with intercepted(model, compute):
-        yield
 
 
 class Student:
@@ -339,41 +313,38 @@ def train(
     Returns:
         The mean divergence on the text of each step before it is taken, nats per token.
     """
-    schedule = training.schedule(ids_BS.shape[1], seed)
+    schedule = training.schedule(*ids_BS.shape, seed)
     student = Student(model, layers, others=training.others > 0)
-    weights = student.weights
-    optimizers = _optimizers(student, training, lambda: _moments(student, layers, ids_BS, schedule))
-    micro = max(1, MICRO_TOKENS // ids_BS.shape[1])
     averaged = round(training.average * schedule.steps)
     sums: dict[str, Tensor] = {}
-    found = []
-    with computing(model, student.experts), computing(original):
-        for step in track(range(schedule.steps), "distilling", total=schedule.steps):
-            rows = schedule.rows(step, len(ids_BS))
-            total = 0.0
-            for part in torch.split(rows, micro):
-                share = len(part) / len(rows)
-                with torch.enable_grad():
-                    divergence, loss = _loss(model, original, ids_BS[part], training)
-                    (share * loss).backward()  # type: ignore[no-untyped-call]
-                total += share * float(divergence.detach())
-            rate = training.rate_at(step, schedule.steps)
-            for names, optimizer, factor in optimizers:
-                optimizer.step([_gradient(weights[name]) for name in names], factor * rate)
-            for tensor in weights.values():
-                tensor.grad = None
-            found.append(total)
-            if step >= schedule.steps - averaged:
-                student.add_to(sums)
+    divergences: list[float] = []
+    here: list[float] = []  # of the step that is being computed: the sum over its sequences, part by part
+
+    def loss(rows_N: Tensor) -> Tensor:
+        divergence, minimised = _loss(model, original, ids_BS[rows_N], training)
+        here.append(float(divergence.detach()) * len(rows_N))
+        return minimised
+
+    def after(step: int, _: float) -> None:
+        divergences.append(sum(here) / len(schedule.rows(step - 1)))
+        here.clear()
+        if step > schedule.steps - averaged:
+            student.add_to(sums)
+
+    loop = Loop(
+        student.weights,
+        loss,
+        optimiser=_optimiser(student, training, lambda: _moments(student, layers, ids_BS, schedule)),
+        schedule=schedule,
+        micro=max(1, MICRO_TOKENS // ids_BS.shape[1]),
+    )
+    with experts_apart(model, student.experts), experts_apart(original):
+        loop.run(says="distilling", after=after)
     if averaged:
         student.take_mean(sums, averaged)
     student.put_back()
     model.requires_grad_(False)
-    return found
-
-
-def _gradient(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+    return divergences
 
 
 def _loss(
@@ -392,7 +363,7 @@ def _loss(
             weight_T = 1 + training.sure * (log_p_TV.amax(-1) > math.log(SURE))
             return divergence, (weight_T * divergence_T).sum() / weight_T.sum()
     else:
-        divergence = Targets.of(wanted.logits, training.classes).divergence(found.logits)
+        divergence = Predictions.of(wanted.logits, training.classes).divergence(found.logits)
     if not training.hidden:
         return divergence, divergence
     pairs = zip(found.hidden_states[1:], wanted.hidden_states[1:], strict=True)
@@ -400,88 +371,25 @@ def _loss(
     return divergence, divergence + training.hidden * torch.stack(errors).sum()
 
 
-def _optimizers(
-    student: Student, training: Training, moments: Callable[[], dict[str, Tensor]]
-) -> list[tuple[list[str], Optimizer, float]]:
-    """Return optimizers, the names of the tensors that each of them has, and the share of the rate that it gets."""
+def _optimiser(student: Student, training: Training, moments: Callable[[], dict[str, Tensor]]) -> Optimiser:
+    """Return what trains a student: matrices of the experts as asked for, all else by Adam."""
     special: dict[str, Tensor] = {}
-    made: list[tuple[list[str], Optimizer, float]] = []
+    options: dict[str, Any] = {}
     if training.optimizer == "muon":
         special = {name: tensor for name, tensor in student.matrices.items() if tensor.ndim == 3}
-        made.append((list(special), Muon(special), 1.0))
     elif training.optimizer == "eigenbasis":
-        found = moments()
-        special = {name: tensor for name, tensor in student.matrices.items() if name in found}
-        made.append((list(special), Turned(special, found), 1.0))
+        options["moments"] = moments()
+        special = {name: tensor for name, tensor in student.matrices.items() if name in options["moments"]}
     plain = {name: tensor for name, tensor in student.matrices.items() if name not in special}
-    if plain:
-        made.append((list(plain), Adam(plain), 1.0))
-    if student.others:
-        made.append((list(student.others), Adam(student.others), training.others))
-    return made
-
-
-class Muon:
-    """Momentum, orthogonalised matrix by matrix: all directions of a matrix move equally far.
-
-    The last two axes of a tensor are a matrix. A step has a root mean square of the rate times that of the tensor.
-    """
-
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        """Begin."""
-        self._weights = dict(weights)
-        self._momentum = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-        self._scale = {name: float(tensor.detach().square().mean().sqrt()) for name, tensor in weights.items()}
-
-    @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor], rate: float) -> None:
-        """Take one step against gradients, which come in the order of the weights."""
-        for (name, tensor), gradient in zip(self._weights.items(), gradients, strict=True):
-            momentum = self._momentum[name].lerp_(gradient, 1 - MOMENTUM)
-            # Nesterov's: this step's gradient counts as it will in the next one.
-            step = orthogonalised(gradient.lerp(momentum, MOMENTUM))
-            tensor.sub_(step, alpha=rate * self._scale[name] * max(tensor.shape[-2:]) ** 0.5)
-
-
-def orthogonalised(matrices: Tensor) -> Tensor:
-    """Return matrices (..., m, n) with all singular values brought near 1, by Newton-Schulz iteration."""
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    found: Tensor = matrices.mT if tall else matrices
-    found = found / torch.linalg.matrix_norm(found, keepdim=True).clamp(min=1e-30)
-    one, three, five = NEWTON_SCHULZ
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        square = found @ found.mT
-        found = one * found + (three * square + five * square @ square) @ found
-    return found.mT if tall else found
-
-
-class Turned:
-    """Adam on matrices whose inputs are written in the eigenbasis of their second moments.
-
-    There the inputs are uncorrelated, which is what steps of one size for each entry take them to be.
-    """
-
-    def __init__(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Begin.
-
-        Args:
-            weights: tensors whose last axis is that of the inputs.
-            moments: second moments of the inputs by the same names, one matrix for a tensor or one for each expert.
-        """
-        self._weights = dict(weights)
-        self._bases = {
-            name: torch.linalg.eigh(moments[name].double()).eigenvectors.to(tensor.dtype)
-            for name, tensor in weights.items()
-        }
-        self._adam = Adam({name: tensor.detach() @ self._bases[name] for name, tensor in weights.items()})
-
-    @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor], rate: float) -> None:
-        """Take one step against gradients, which come in the order of the weights."""
-        named = zip(self._weights, gradients, strict=True)
-        self._adam.step([gradient @ self._bases[name] for name, gradient in named], rate)
-        for name, tensor in self._weights.items():
-            tensor.copy_(self._adam.weights[name] @ self._bases[name].mT)
+    groups = [
+        (special, load_optimiser(OPTIMISERS[training.optimizer]), options, 1.0),
+        (plain, Adam, {}, 1.0),
+        (student.others, Adam, {}, training.others),
+    ]
+    return Together(
+        list(student.weights),
+        [(tuple(group), make(group, **more), share) for group, make, more, share in groups if group],
+    )
 
 
 @torch.no_grad()
@@ -506,7 +414,7 @@ def _moments(student: Student, layers: Sequence[MoELayer], ids_BS: Tensor, sched
         return routed_output(experts, hidden_TD, index_TK, weight_TK, visit=visit)
 
     count = max(1, MOMENT_TOKENS // ids_BS.shape[1])
-    rows = torch.cat([schedule.rows(step, len(ids_BS)) for step in range(schedule.steps)])[:count]
+    rows = torch.cat([schedule.rows(step) for step in range(schedule.steps)])[:count]
     with intercepted(student.model, observe):
         for part in torch.split(rows, max(1, MICRO_TOKENS // ids_BS.shape[1])):
             student.model(input_ids=ids_BS[part], use_cache=False)

@@ -28,10 +28,11 @@ ALLOWED = {
     "journal": {"errors", "artifact", "progress"},
     "model": FOUNDATION,
     "profile": FOUNDATION | {"model"},
-    "compress": FOUNDATION | {"model", "profile"},
+    "train": FOUNDATION | {"model", "profile"},
+    "compress": FOUNDATION | {"model", "profile", "train"},
     "evaluate": FOUNDATION | {"model", "profile"},
     "report": FOUNDATION | {"model", "profile", "compress", "evaluate"},
-    "bench": FOUNDATION | {"model", "profile", "compress", "evaluate", "report"},
+    "bench": FOUNDATION | {"model", "profile", "train", "compress", "evaluate", "report"},
     "testing": FOUNDATION | {"model", "profile", "compress"},
     "cli": FOUNDATION | {"model", "profile", "compress", "evaluate", "report", "bench", "testing"},
 }

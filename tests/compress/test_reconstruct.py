@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.reconstruct import reconstruct
-from coterie.compress.methods.refit_joint import HELD_OUT
 
 SIZE = LayerPlan(num_experts=8)
+
+#: Every so many-th token is held out.
+HELD_OUT = 8
 
 
 def disturbed(make, *, seed=0, tokens=512, noise=0.3, **options):
@@ -22,11 +24,11 @@ def disturbed(make, *, seed=0, tokens=512, noise=0.3, **options):
     return replace(state, experts=experts)
 
 
-def slow_error(state):
+def slow_error(state, every=HELD_OUT):
     """Relative squared error on the held-out tokens, token by token."""
     total = scale = 0.0
     sample = state.sample
-    for token in range(HELD_OUT - 1, len(sample.inputs_TD), HELD_OUT):
+    for token in range(every - 1, len(sample.inputs_TD), every):
         output = torch.zeros(sample.output_TD.shape[1], dtype=torch.float64)
         for slot, expert in enumerate(sample.index_TK[token].tolist()):
             value = state.experts.output(expert, sample.inputs_TD[token : token + 1])[0]
@@ -48,6 +50,14 @@ def test_it_mends_what_was_damaged(state, biases, gate):
     for name, tensor in found.experts.tensors().items():
         assert not torch.equal(tensor, layer.experts.tensors()[name]), name
         assert not tensor.requires_grad, name
+
+
+def test_other_tokens_can_be_held_out(state):
+    layer = disturbed(state)
+    found = reconstruct(layer, SIZE, steps=20, tokens=128, rate=0.05, held_out=5)
+    notes = found.notes["reconstruct"]
+    assert notes["heldout_error_before"] == pytest.approx(slow_error(layer, every=5), rel=1e-4)
+    assert notes["heldout_error_after"] == pytest.approx(slow_error(found, every=5), rel=1e-4)
 
 
 @settings(deadline=None, max_examples=20)

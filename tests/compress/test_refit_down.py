@@ -7,7 +7,7 @@ import torch
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.average import average, usage_shares
 from coterie.compress.methods.cluster import cluster
-from coterie.compress.methods.refit_down import HELD_OUT, accumulate, refit_down, ridge_solution
+from coterie.compress.methods.refit_down import accumulate, refit_down, ridge_solution
 from coterie.compress.state import LayerState
 from coterie.errors import ArchitectureMismatch
 
@@ -82,7 +82,7 @@ def test_the_gram_error_is_the_error_token_by_token(state: Callable[..., LayerSt
 def test_the_refit_wins_on_held_out_tokens_or_keeps_the_average(state: Callable[..., LayerState]) -> None:
     before = merged(state(tokens=400, seed=23))
     after = refit_down(before, SIZE)
-    held_out = torch.arange(400) % HELD_OUT == HELD_OUT - 1
+    held_out = torch.arange(400) % 4 == 3
     assert before.clusters_E is not None
     share_ME = usage_shares(before.clusters_E, before.statistics["usage"])
     improved = 0
@@ -96,6 +96,21 @@ def test_the_refit_wins_on_held_out_tokens_or_keeps_the_average(state: Callable[
     notes = after.notes["refit-down"]
     assert isinstance(notes, dict)
     assert notes["heldout_error_refit"] < notes["heldout_error_average"]
+
+
+def test_other_tokens_can_be_held_out(state: Callable[..., LayerState]) -> None:
+    before = merged(state(tokens=400, seed=23))
+    assert before.clusters_E is not None
+    share_ME = usage_shares(before.clusters_E, before.statistics["usage"])
+    inputs_TD = before.sample.inputs_TD[4::5]
+    errors = [
+        accumulate(before, label, share_ME[label], inputs_TD).error(before.experts.down_EDF[label].double())
+        for label in range(3)
+        if int((before.clusters_E == label).sum()) > 1
+    ]
+    notes = refit_down(before, SIZE, held_out=5).notes["refit-down"]
+    assert isinstance(notes, dict)
+    assert notes["heldout_error_average"] == pytest.approx(sum(errors) / len(errors), rel=1e-6)
 
 
 def test_with_too_few_tokens_nothing_blows_up(state: Callable[..., LayerState]) -> None:

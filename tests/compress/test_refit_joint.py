@@ -8,9 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie.compress.layer_plan import LayerPlan
-from coterie.compress.methods.refit_joint import HELD_OUT, refit_joint
+from coterie.compress.methods.refit_joint import refit_joint
 
 SIZE = LayerPlan(num_experts=8)
+
+#: Every so many-th token is held out.
+HELD_OUT = 8
 
 
 def damaged(make, *, seed=0, tokens=800, noise=0.3, **options):
@@ -66,11 +69,11 @@ def solved_slowly(state, prior):
     return solution.view(count, width, -1).permute(0, 2, 1)
 
 
-def error(state, held_out):
+def error(state, held_out, every=HELD_OUT):
     total = scale = 0.0
     down = state.experts.down_EDF.double().permute(0, 2, 1).flatten(0, 1)
     for token in range(len(state.sample.inputs_TD)):
-        if (token % HELD_OUT == HELD_OUT - 1) == held_out:
+        if (token % every == every - 1) == held_out:
             target = state.sample.output_TD[token].double() - bias_of(state, token)
             total += float((target - features(state, token) @ down).square().sum())
             scale += float(target.square().sum())
@@ -164,3 +167,11 @@ def test_a_family_that_normalises_outputs_is_left_alone(state):
     found = refit_joint(layer, SIZE)
     assert found.experts is layer.experts
     assert "normalises" in found.notes["refit-joint"]["skipped"]
+
+
+def test_other_tokens_can_be_held_out(state):
+    layer = damaged(state)
+    found = refit_joint(layer, SIZE, held_out=5)
+    notes = found.notes["refit-joint"]
+    assert notes["heldout_error_before"] == pytest.approx(error(layer, True, every=5), rel=1e-4)
+    assert notes["heldout_error_after"] == pytest.approx(error(found, True, every=5), rel=1e-3)

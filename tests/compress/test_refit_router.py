@@ -67,6 +67,20 @@ def test_the_refit_is_never_worse_on_held_out_tokens_and_often_better(state: Cal
     assert better >= 2
 
 
+def test_other_tokens_can_be_held_out(state: Callable[..., LayerState]) -> None:
+    before = merged(state(tokens=200, seed=60), rows="best")
+    after = refit_router(before, SIZE, steps=30, held_out=7)
+    held_out = list(range(6, 200, 7))
+    errors = [
+        slow_error(before, *before.route(router, before.sample.inputs_TD[held_out]), held_out)
+        for router in (before.router, after.router)
+    ]
+    notes = after.notes["refit-router"]
+    assert isinstance(notes, dict)
+    assert errors == pytest.approx([notes["heldout_error_before"], notes["heldout_error_refit"]], rel=1e-4)
+    assert measure_router(before, after.router, held_out=7) == pytest.approx(errors[1], rel=1e-4)
+
+
 def test_rows_that_were_spoiled_are_found_again(state: Callable[..., LayerState]) -> None:
     """When the experts are exact and only the rows are off, the re-fit takes most of the error away."""
     before = select(state(tokens=600, seed=70), LayerPlan(num_experts=4), score="frequency")

@@ -12,9 +12,7 @@ import pytest
 import torch
 
 from coterie.artifact import digest_of
-from coterie.compress.adam import Adam
 from coterie.compress.apply import compress
-from coterie.compress.distill import Distillation, Schedule, Targets
 from coterie.compress.methods import segment
 from coterie.compress.methods.slim import RANKINGS, SCORES
 from coterie.evaluate.run import evaluate
@@ -24,6 +22,12 @@ from coterie.model.arch.load import load_model
 from coterie.model.disk.open import open_checkpoint
 from coterie.profile.profile import Profile
 from coterie.testing import tiny_text
+from coterie.train.distill import divergence_loss
+from coterie.train.loop import Loop
+from coterie.train.model import experts_apart, trainable
+from coterie.train.optimiser import Adam, load_optimiser
+from coterie.train.predictions import Predictions
+from coterie.train.schedule import Schedule, rate_at, shuffled
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ("--tokens", 1024, "--test-tokens", 256, "--seq-len", 32, "--scale", 1 / 64)
@@ -56,6 +60,11 @@ def research():
 @pytest.fixture(scope="module")
 def parts(research):
     return importlib.import_module("research_training")
+
+
+@pytest.fixture(scope="module")
+def optimisers(research):
+    return importlib.import_module("research_optimisers")
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +294,7 @@ def test_losses_are_those_of_the_packages_own_distillation(parts, command):
     original = load_model(command.model, dtype=torch.float32)
     ids_BS = torch.randint(5, 60, (6, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        targets = Targets.of(original(input_ids=ids_BS, use_cache=False).logits, 8)
+        predictions = Predictions.of(original(input_ids=ids_BS, use_cache=False).logits, 8)
 
     def disturbed():
         model = load_model(command.model, dtype=torch.float32)
@@ -297,10 +306,15 @@ def test_losses_are_those_of_the_packages_own_distillation(parts, command):
 
     own, other = disturbed(), disturbed()
     training = parts.Training(tokens=6 * 48, step_tokens=48, rate=0.01, classes=8, falls_late=True)
-    schedule = Schedule(steps=6, sequences=3)
     found = parts.train(own, original, layers, ids_BS, training)
-    work = Distillation(other, layers, schedule, rate=0.01)
-    expected = [work.advance(ids_BS, targets) for _ in range(6)]
+    weights = trainable(other, layers)
+    schedule = Schedule(steps=6, rows=shuffled(6, 3, seed=0), rate=lambda step: rate_at(step, 6, 0.01))
+    expected: list[float] = []
+    with experts_apart(other):
+        loop = Loop(
+            weights, divergence_loss(other, ids_BS, predictions), optimiser=Adam(weights), schedule=schedule, micro=2
+        )
+        loop.run(after=lambda step, loss: expected.append(loss))
     assert found[0] == pytest.approx(expected[0], rel=1e-4)
     # Gate and up have a size each there, and one together here.
     assert found == pytest.approx(expected, rel=0.02)
@@ -375,12 +389,12 @@ def test_the_loss_over_all_tokens_is_that_over_as_many_classes(parts, command):
     assert whole == pytest.approx(slow / ids_BS.numel(), rel=1e-4)
 
 
-def test_in_a_basis_that_only_swaps_inputs_nothing_changes(parts):
+def test_in_a_basis_that_only_swaps_inputs_nothing_changes(optimisers):
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(2, 4, 5, generator=generator)
     turned, plain = {"w": start.clone()}, {"w": start.clone()}
     moment = torch.diag(torch.tensor([3.0, 1.0, 4.0, 2.0, 5.0]))
-    one, other = parts.Turned(turned, {"w": moment}), Adam(plain)
+    one, other = optimisers.Turned(turned, {"w": moment}), Adam(plain)
     for _ in range(3):
         gradient = torch.randn(2, 4, 5, generator=generator)
         one.step([gradient], 0.1)
@@ -390,19 +404,58 @@ def test_in_a_basis_that_only_swaps_inputs_nothing_changes(parts):
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (3, 8, 8)])
-def test_orthogonalised_matrices_keep_their_directions_and_lose_their_sizes(parts, shape):
+def test_orthogonalised_matrices_keep_their_directions_and_lose_their_sizes(optimisers, shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
-    found = left.mT @ parts.orthogonalised(matrices) @ right.mT
+    found = left.mT @ optimisers.orthogonalised(matrices) @ right.mT
     sizes = found.diagonal(dim1=-2, dim2=-1)
     assert sizes.min() > 0.3
     assert sizes.max() < 1.3
     assert float((found - torch.diag_embed(sizes)).abs().max()) < 1e-3
 
 
-def test_a_step_of_muon_has_the_size_of_its_rate(parts):
+def test_a_step_of_muon_has_the_size_of_its_rate(optimisers):
     start = torch.randn(3, 32, 48, generator=torch.Generator().manual_seed(0)) * 0.3
     weights = {"w": start.clone()}
-    parts.Muon(weights).step([torch.randn(start.shape, generator=torch.Generator().manual_seed(1))], 0.1)
+    optimisers.Muon(weights).step([torch.randn(start.shape, generator=torch.Generator().manual_seed(1))], 0.1)
     step = float((weights["w"] - start).square().mean().sqrt())
     assert step == pytest.approx(0.1 * 0.3, rel=0.3)
+
+
+@pytest.mark.parametrize("name", ["adam", "muon", "eigenbasis"])
+def test_every_optimiser_goes_on_from_its_state_with_the_same_bits(optimisers, name):
+    start = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(8, 2, 4, 5, generator=torch.Generator().manual_seed(1))
+    square = torch.randn(5, 5, generator=torch.Generator().manual_seed(2))
+    make, options = load_optimiser(optimisers.OPTIMISERS[name]), {}
+    if name == "eigenbasis":
+        options = {"moments": {"w": square @ square.T}}
+    schedule = Schedule(steps=8, rows=lambda step: torch.tensor([step]), rate=lambda step: 0.1)
+
+    def loop():
+        weights = {"w": start.clone(), "bias": torch.ones(3)}
+        both = optimisers.Together(
+            list(weights),
+            [(("bias",), Adam({"bias": weights["bias"]}), 0.5), (("w",), make({"w": weights["w"]}, **options), 1.0)],
+        )
+
+        def loss(rows_N):
+            return ((weights["w"] * noise[rows_N[0]]).sum() + weights["bias"].square().sum()).square()
+
+        return Loop(weights, loss, optimiser=both, schedule=schedule)
+
+    states = {}
+    whole = loop()
+    whole.run(save=lambda step, state: states.update({step: copied(state)}), save_seconds=0.0)
+    assert not torch.allclose(whole.weights["w"], start, atol=0.05)
+    for step in range(1, 8):
+        again = loop()
+        again.restore(states[step])
+        again.run()
+        assert again.step == 8
+        for key, tensor in whole.state().items():
+            assert torch.equal(again.state()[key], tensor), (step, key)
+
+
+def copied(state):
+    return {name: tensor.clone() for name, tensor in state.items()}

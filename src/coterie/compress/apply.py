@@ -111,7 +111,7 @@ def compress(
             `coterie.compress.recipes.EFFORTS`. It is left out, and said so, where the result does not fit into the
             memory that there is, or into `max_memory`.
         train_tokens: tokens that such a recipe trains on, in place of what `effort` says; 0 for none. They are drawn
-            from `text` beside those that are measured; less text is seen again, up to `distill_run.EPOCHS` times.
+            from `text` beside those that are measured; less text is seen again, up to `EPOCHS` times.
         router: form of the router, see `Plan`: "plain" (when None), "mean" and "refit" load anywhere; "map" is the form
             of the merging papers and needs Coterie to load.
         profile: a profile, or the folder of one; a folder that holds none gets the one that is made here.

@@ -16,12 +16,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from coterie.compress.adam import Adam, rate_at
 from coterie.compress.layer_plan import LayerPlan
-from coterie.compress.methods.refit_joint import HELD_OUT
 from coterie.compress.state import LayerState
 from coterie.model.arch.experts import Experts
 from coterie.model.arch.seam import routed_output
+from coterie.train.loop import Look, Loop
+from coterie.train.optimiser import Adam
+from coterie.train.schedule import Drawn, Schedule, rate_at
+from coterie.train.split import split
 
 _CHUNK = 4096  # tokens
 
@@ -32,7 +34,13 @@ def needs(**options: object) -> tuple[str, ...]:
 
 
 def reconstruct(
-    state: LayerState, plan: LayerPlan, *, steps: int = 200, tokens: int = 1024, rate: float = 0.01
+    state: LayerState,
+    plan: LayerPlan,
+    *,
+    steps: int = 200,
+    tokens: int = 1024,
+    rate: float = 0.01,
+    held_out: int = 8,
 ) -> LayerState:
     """Train gate, up and down projections and their biases on the token sample.
 
@@ -42,40 +50,36 @@ def reconstruct(
         steps: steps of the optimizer.
         tokens: tokens of a step.
         rate: largest step of an entry, relative to the root mean square of its tensor.
+        held_out: every so many-th token is held out.
     """
     sample = state.sample
     index_TK, weight_TK = state.routing()
-    held_T = torch.arange(len(index_TK)) % HELD_OUT == HELD_OUT - 1
     data = (sample.inputs_TD.float(), index_TK, weight_TK.float(), sample.output_TD.float())
-    fit, held = ([part[chosen_T] for part in data] for chosen_T in (~held_T, held_T))
-    scale = float(fit[3].square().mean().clamp(min=1e-30))
-    weights = {name: tensor.clone().requires_grad_(True) for name, tensor in state.experts.tensors().items()}
-    adam = Adam(weights)
+    fit_N, held_N = split(len(index_TK), held_out)
+    held = [part[held_N] for part in data]
+    scale = float(data[-1][fit_N].square().mean().clamp(min=1e-30))
+    weights = {name: tensor.clone() for name, tensor in state.experts.tensors().items()}
     trained = replace(state.experts, **cast(dict[str, Any], weights))
-    generator = torch.Generator().manual_seed(state.seed)
-    order = torch.randperm(len(fit[0]), generator=generator)
-    for step in range(steps):
-        if len(order) < tokens:
-            order = torch.cat((order, torch.randperm(len(fit[0]), generator=generator)))
-        rows, order = order[:tokens], order[tokens:]
-        inputs_TD, index, weight, target_TD = (part[rows] for part in fit)
-        with torch.enable_grad():
-            found_TD = routed_output(trained.apart(), inputs_TD, index, weight)
-            loss = (found_TD - target_TD).square().mean() / scale
-            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-        filled = [
-            torch.zeros_like(tensor) if gradient is None else gradient
-            for tensor, gradient in zip(weights.values(), gradients, strict=True)
-        ]
-        adam.step(filled, rate_at(step, steps, rate))
-    trained = trained.map(Tensor.detach)
-    before, after = (_error(experts, held) for experts in (state.experts, trained))
-    notes = {"heldout_error_before": before, "heldout_error_after": min(before, after), "taken": after < before}
-    return replace(
-        state,
-        experts=trained if after < before else state.experts,
-        notes={**state.notes, "reconstruct": notes},
+
+    def loss(rows_N: Tensor) -> Tensor:
+        inputs_TD, index_TK, weight_TK, target_TD = (part[fit_N[rows_N]] for part in data)
+        output_TD = routed_output(trained.apart(), inputs_TD, index_TK, weight_TK)
+        return (output_TD - target_TD).square().mean() / scale
+
+    before = _error(state.experts, held)
+    loop = Loop(
+        weights,
+        loss,
+        optimiser=Adam(weights),
+        schedule=Schedule(
+            steps=steps, rows=Drawn(len(fit_N), tokens, state.seed), rate=lambda step: rate_at(step, steps, rate)
+        ),
+        look=Look(every=steps, measure=lambda: _error(trained, held), least=before),
     )
+    loop.run()
+    notes = {"heldout_error_before": before, "heldout_error_after": loop.least, "taken": loop.best is not None}
+    experts = state.experts if loop.best is None else replace(state.experts, **cast(dict[str, Any], loop.best))
+    return replace(state, experts=experts, notes={**state.notes, "reconstruct": notes})
 
 
 def _error(experts: Experts, data: list[Tensor]) -> float:
@@ -83,6 +87,6 @@ def _error(experts: Experts, data: list[Tensor]) -> float:
     inputs_TD, index_TK, weight_TK, target_TD = data
     error = 0.0
     for rows in torch.split(torch.arange(len(inputs_TD)), _CHUNK):
-        found_TD = routed_output(experts, inputs_TD[rows], index_TK[rows], weight_TK[rows])
-        error += float((found_TD - target_TD[rows]).double().square().sum())
+        output_TD = routed_output(experts, inputs_TD[rows], index_TK[rows], weight_TK[rows])
+        error += float((output_TD - target_TD[rows]).double().square().sum())
     return error / max(1e-300, float(target_TD.double().square().sum()))

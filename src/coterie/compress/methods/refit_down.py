@@ -23,17 +23,15 @@ from coterie.compress.methods.average import usage_shares
 from coterie.compress.state import LayerState
 from coterie.errors import ArchitectureMismatch
 from coterie.model.arch.experts import Experts
+from coterie.train.split import split
 
 #: Candidates for lambda, as multiples of the mean of the Gram matrix's diagonal.
 RIDGES = tuple(10.0**exponent for exponent in range(-7, 2))
 
-#: Every so many-th token of the sample is held out.
-HELD_OUT = 4
-
 _CHUNK = 4096  # tokens
 
 
-def needs() -> tuple[str, ...]:
+def needs(**options: object) -> tuple[str, ...]:
     """The weights b_j are the usages."""
     return ("usage",)
 
@@ -53,10 +51,15 @@ class Gram:
         return float(squared) / max(self.target, 1e-300)
 
 
-def refit_down(state: LayerState, plan: LayerPlan) -> LayerState:
+def refit_down(state: LayerState, plan: LayerPlan, *, held_out: int = 4) -> LayerState:
     """Re-fit the down projection of every merged expert to the usage-weighted outputs of its members.
 
     All tokens of the sample count, whether routed to the cluster or not, as in the paper.
+
+    Args:
+        state: the layer.
+        plan: not read.
+        held_out: every so many-th token of the sample is held out.
 
     Raises:
         ArchitectureMismatch: the family normalises each expert's output, so outputs are not linear in down.
@@ -69,7 +72,7 @@ def refit_down(state: LayerState, plan: LayerPlan) -> LayerState:
         )
     share_ME = usage_shares(state.clusters_E, state.statistics["usage"])
     inputs_TD = state.sample.inputs_TD.float()
-    held_out = torch.arange(len(inputs_TD)) % HELD_OUT == HELD_OUT - 1
+    fit_N, held_N = split(len(inputs_TD), held_out)
     down_MDF = state.experts.down_EDF.clone()
     ridges: list[float | None] = []
     errors: list[tuple[float, float] | None] = []
@@ -78,8 +81,8 @@ def refit_down(state: LayerState, plan: LayerPlan) -> LayerState:
             ridges.append(None)
             errors.append(None)
             continue
-        fit = accumulate(state, merged, share_E, inputs_TD[~held_out])
-        test = accumulate(state, merged, share_E, inputs_TD[held_out])
+        fit = accumulate(state, merged, share_E, inputs_TD[fit_N])
+        test = accumulate(state, merged, share_E, inputs_TD[held_N])
         average_DF = state.experts.down_EDF[merged].double()
         before = test.error(average_DF)
         ridge, solved_DF, after = _best_ridge(fit, test, average_DF)

@@ -28,9 +28,7 @@ from torch import Tensor
 
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.state import LayerState
-
-#: Every so many-th token of the sample is held out.
-HELD_OUT = 8
+from coterie.train.split import split
 
 #: Relative squared error on the held-out tokens that is rounding.
 ROUNDING = 1e-9
@@ -73,7 +71,9 @@ class Rows:
         ])  # fmt: skip
 
 
-def refit_joint(state: LayerState, plan: LayerPlan, *, iterations: int = 40, prior: float = 16.0) -> LayerState:
+def refit_joint(
+    state: LayerState, plan: LayerPlan, *, iterations: int = 40, prior: float = 16.0, held_out: int = 8
+) -> LayerState:
     """Re-fit all down projections together on the token sample; biases of the projections stay.
 
     Nothing changes, and the notes say so, where the held-out tokens do not gain, and in families that normalise each
@@ -84,21 +84,22 @@ def refit_joint(state: LayerState, plan: LayerPlan, *, iterations: int = 40, pri
         plan: not read.
         iterations: steps of conjugate gradients at most.
         prior: strength of the ridge, in tokens.
+        held_out: every so many-th token of the sample is held out.
     """
     experts, sample = state.experts, state.sample
     if experts.finish is not None:
         return _noted(state, {"skipped": "this family normalises the output of each expert"})
     index_TK, weight_TK = state.routing()
-    held_T = torch.arange(len(index_TK)) % HELD_OUT == HELD_OUT - 1
+    fit_N, held_N = split(len(index_TK), held_out)
     target_TD = sample.output_TD.float() - _bias_output(state, index_TK, weight_TK)
     parts = []
-    for chosen_T in (~held_T, held_T):
-        rows = _rows(state, index_TK[chosen_T], weight_TK[chosen_T], chosen_T)
-        parts.append((rows, target_TD[chosen_T] - rows.project(experts.down_EDF)))
+    for chosen_N in (fit_N, held_N):
+        rows = _rows(state, index_TK[chosen_N], weight_TK[chosen_N], chosen_N)
+        parts.append((rows, target_TD[chosen_N] - rows.project(experts.down_EDF)))
     (fit, residual_TD), (test, held_TD) = parts
     before = float(held_TD.double().square().sum())
     solved_MDF, after, steps = _solve(fit, residual_TD, test, held_TD, prior, iterations)
-    scale = max(1e-300, float(target_TD[held_T].double().square().sum()))
+    scale = max(1e-300, float(target_TD[held_N].double().square().sum()))
     if before <= ROUNDING * scale:  # nothing was lost: an unchanged layer keeps its bits
         error = before / scale
         return _noted(state, {"heldout_error_before": error, "heldout_error_after": error, "iterations": 0})
@@ -200,8 +201,8 @@ def _factor(gram_FF: Tensor, ridge: float) -> Tensor:
     return factor_FF
 
 
-def _rows(state: LayerState, index_TK: Tensor, weight_TK: Tensor, chosen_T: Tensor) -> Rows:
-    inputs_TD = state.sample.inputs_TD[chosen_T].float()
+def _rows(state: LayerState, index_TK: Tensor, weight_TK: Tensor, chosen_N: Tensor) -> Rows:
+    inputs_TD = state.sample.inputs_TD[chosen_N].float()
     tokens, activations = [], []
     for expert in range(state.experts.num_experts):
         token_N, slot_N = (index_TK == expert).nonzero(as_tuple=True)

@@ -20,15 +20,25 @@ import torch
 from torch import Tensor
 
 from coterie.compress.layer_plan import LayerPlan
-from coterie.compress.methods.refit_down import HELD_OUT
 from coterie.compress.state import LayerState
 from coterie.model.arch.experts import Experts
+from coterie.train.loop import Look, Loop
+from coterie.train.optimiser import Adam
+from coterie.train.schedule import Schedule, all_rows, falling_rate
+from coterie.train.split import split
 
 #: Largest number of float32 values that the inner products may take; of a larger sample, evenly spaced tokens are used.
 LIMIT = 2**26
 
+#: Every so many-th token of the sample is held out, where nobody says otherwise.
+HELD_OUT = 4
+
 #: Size of the first steps, as a share of a tensor's root mean square; it falls to 0 over the steps.
 RATE = 0.03
+
+#: How much of the moments of the gradient stays in a step, and what is added to the root of the second one where the
+#: error to begin with counts as 1.
+BETAS, EPSILON = (0.9, 0.999), 1e-6
 
 #: Steps between two looks at the held-out tokens.
 LOOK = 10
@@ -42,7 +52,7 @@ ROUNDING = 1e-6
 _VALUES = 2**24  # outputs that are held at a time
 
 
-def needs(steps: int = 300) -> tuple[str, ...]:
+def needs(**options: object) -> tuple[str, ...]:
     """Only the token sample is read."""
     return ()
 
@@ -93,7 +103,7 @@ class Outputs:
         return error_T.sum().clamp(min=0) / self.square_T.sum().clamp(min=1e-30)
 
 
-def refit_router(state: LayerState, plan: LayerPlan, *, steps: int = 300) -> LayerState:
+def refit_router(state: LayerState, plan: LayerPlan, *, steps: int = 300, held_out: int = HELD_OUT) -> LayerState:
     """Re-fit the rows of a router that has one for each expert of the layer.
 
     Every router tensor of real numbers that the routing weights depend on is fitted; a correction bias that only steers
@@ -103,6 +113,7 @@ def refit_router(state: LayerState, plan: LayerPlan, *, steps: int = 300) -> Lay
         state: a layer whose router has as many rows as it has experts.
         plan: not read.
         steps: steps of Adam.
+        held_out: every so many-th token of the sample is held out.
 
     Raises:
         ArchitectureMismatch: the family's router cannot be run by itself.
@@ -110,44 +121,47 @@ def refit_router(state: LayerState, plan: LayerPlan, *, steps: int = 300) -> Lay
     layer, experts = state.layer, state.experts
     if (experts.num_experts, experts.width) == (layer.num_experts, layer.width):  # nothing was taken away
         return state
-    fit_N, test_N = _split(state)
+    fit_N, test_N = _split(state, held_out)
     fit, test = Outputs.of(state, fit_N), Outputs.of(state, test_N)
     best = start = dict(state.router)
     before = error = _error(state, test, start)
     trainable = _trainable(state, fit, start)
     if trainable and before > ROUNDING:
-        change = {name: torch.zeros_like(start[name], requires_grad=True) for name in trainable}
-        optimizer = torch.optim.Adam(change.values(), lr=RATE, eps=1e-6)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        for step in range(1, steps + 1):
-            with torch.enable_grad():
-                loss = fit.error(*state.route(_moved(start, change, trainable), fit.router_inputs_TD))
-                gradients = torch.autograd.grad(loss, list(change.values()))
-            for tensor, gradient in zip(change.values(), gradients, strict=True):
-                tensor.grad = gradient / before
-            optimizer.step()
-            schedule.step()
-            if step % LOOK == 0 or step == steps:
-                moved = _moved(start, {name: tensor.detach() for name, tensor in change.items()}, trainable)
-                if (now := _error(state, test, moved)) < error:
-                    best, error = moved, now
+        change = {name: torch.zeros_like(start[name]) for name in trainable}
+
+        def loss(rows_N: Tensor) -> Tensor:
+            return fit.error(*state.route(_moved(start, change, trainable), fit.router_inputs_TD))
+
+        loop = Loop(
+            change,
+            loss,
+            # Steps are shares of each tensor already, by `_moved`.
+            optimiser=Adam(change, betas=BETAS, epsilon=EPSILON, relative=False, unit=before),
+            schedule=Schedule(
+                steps=steps, rows=all_rows(len(fit_N)), rate=lambda step: falling_rate(step, steps, RATE)
+            ),
+            look=Look(every=LOOK, measure=lambda: _error(state, test, _moved(start, change, trainable)), least=before),
+        )
+        loop.run()
+        if loop.best is not None:
+            best, error = _moved(start, loop.best, trainable), loop.least
     accepted = error < before * (1 - GAIN)
     notes = {"heldout_error_before": before, "heldout_error_refit": error if accepted else before, "kept": not accepted}
     return replace(state, router=best if accepted else start, notes={**state.notes, "refit-router": notes})
 
 
-def measure_router(state: LayerState, router: Mapping[str, Tensor]) -> float:
+def measure_router(state: LayerState, router: Mapping[str, Tensor], *, held_out: int = HELD_OUT) -> float:
     """Return the relative squared error of the block's routed output on held-out tokens with other router rows."""
-    return _error(state, Outputs.of(state, _split(state)[1]), router)
+    return _error(state, Outputs.of(state, _split(state, held_out)[1]), router)
 
 
-def _split(state: LayerState) -> tuple[Tensor, Tensor]:
+def _split(state: LayerState, held_out: int) -> tuple[Tensor, Tensor]:
     """Return the tokens of the sample to fit on, and those that are held out."""
     num_tokens = len(state.sample.inputs_TD)
-    count = min(num_tokens, max(HELD_OUT, LIMIT // state.experts.num_experts**2))
+    count = min(num_tokens, max(held_out, LIMIT // state.experts.num_experts**2))
     token_N = torch.arange(count) * num_tokens // count
-    held_out = torch.arange(count) % HELD_OUT == HELD_OUT - 1
-    return token_N[~held_out], token_N[held_out]
+    fit_N, held_N = split(count, held_out)
+    return token_N[fit_N], token_N[held_N]
 
 
 def _all_outputs(experts: Experts, inputs_TD: Tensor) -> Tensor:

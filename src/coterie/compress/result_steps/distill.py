@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.compress.distill_run import make_targets, may_distill, say_cost, train
 from coterie.compress.prepare import Job
 from coterie.compress.recipes import training_tokens
 from coterie.compress.shards import write_shard
 from coterie.compress.work import Work
 from coterie.errors import InputError
-from coterie.model.arch.load import load_model
+from coterie.model.arch.load import load_model, result_meta_model
 from coterie.profile.calibration import TokenSet
 from coterie.profile.self_text import SELF
+from coterie.train.cost import say_cost
+from coterie.train.distill import distill, make_predictions
+from coterie.train.memory import may_distill
 
 log = logging.getLogger(__name__)
 
@@ -54,25 +56,33 @@ def prepare(job: Job) -> Prepared | None:
             f"recipe {plan.recipe} trains its result on text at effort {options.effort}: give it with --text beside "
             "the profile, or take --effort fast"
         )
-    if not may_distill(job.source.architecture, plan.shape, options.seq_len, options.limit, job.stream.device):
+    architecture, shape, device = job.source.architecture, plan.shape, job.stream.device
+    layers = architecture.layers
+    result = result_meta_model(
+        architecture, shape.num_experts, maps=None, dtype=torch.float32, width=shape.width, top_k=shape.top_k
+    )
+    if not may_distill(result, layers, seq_len=options.seq_len, limit=options.limit, device=device):
         return None
     own = str(options.text) == SELF  # what the model wrote to be measured has to do: writing takes long
     token_set = job.text(min(wanted, options.tokens) if own else wanted, up_to=True)
     if sum(map(len, token_set.sequences.values())) < 2:
         log.warning("one sequence of text is too little to train on and to see whether it helped: left out")
         return None
-    tokens = say_cost(job.source.architecture, plan.shape, token_set, wanted, job.stream.device)
+    tokens = say_cost(
+        architecture.model, result, layers, text_tokens=sum(token_set.num_tokens.values()), tokens=wanted,
+        top_k=shape.top_k or layers[0].top_k, device=device,
+    )  # fmt: skip
     return Prepared(token_set=token_set, tokens=tokens)
 
 
 def run(work: Work, prepared: Prepared) -> None:
     """Train the result, and write its layers anew where that helped."""
     job, run = work.job, work.run
-    batches = list(prepared.token_set.batches(8))
-    targets = make_targets(run, job.stream, batches, job.options.cache)
+    batches = [ids_BS for _, ids_BS in prepared.token_set.batches(8)]
+    predictions = make_predictions(run, job.stream, batches, cache=job.options.cache)
     model = load_model(run.folder, dtype=torch.float32, device=str(job.stream.device))
-    outcome = train(
-        run, model, job.source.architecture, torch.cat([ids_BS for _, ids_BS in batches]), targets,
+    outcome = distill(
+        run, model, job.source.architecture.layers, torch.cat(batches), predictions,
         tokens=prepared.tokens, seed=work.plan.seed, rounded=work.result.rounded,
     )  # fmt: skip
     work.notes["distill"] = outcome.notes

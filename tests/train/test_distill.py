@@ -8,11 +8,13 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import tensors_of, weight_digests
 from coterie import compress, load_model, profile
-from coterie.compress import distill_run
 from coterie.errors import InputError, UnknownName
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.profile.calibration import tokenize
 from coterie.testing import tiny_checkpoint, tiny_text
+from coterie.train import distill, memory
+from coterie.train.loop import Loop
+from coterie.train.predictions import Predictions
 
 SETTINGS = {
     "keep": 0.5, "recipe": "coterie", "tokens": 8192, "seq_len": 16, "sample_tokens": 256, "train_tokens": 8192,
@@ -25,8 +27,8 @@ FEW = SETTINGS | {"tokens": 1024, "train_tokens": 1024}
 def for_random_models():
     """A random model is told apart from noise by small steps and whole predictions only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill_run, "RATE", 0.003)
-        patch.setattr(distill_run, "KEPT", 272)
+        patch.setattr(distill, "RATE", 0.003)
+        patch.setattr(distill, "KEPT", 272)
         yield
 
 
@@ -81,9 +83,9 @@ def test_what_is_trained_is_what_stock_loaders_load(folder, whole, text_folder, 
 @pytest.mark.parametrize("at", [2, 4])
 def test_a_killed_run_goes_on_to_the_same_bits(folder, few, text_folder, tmp_path, monkeypatch, at):
     """Killed while training (after two steps that were saved), and while the weight files are written anew."""
-    monkeypatch.setattr(distill_run, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(distill, "SAVE_SECONDS", 0.0)
     if at == 2:
-        real, taken = distill_run.Distillation.advance, []
+        real, taken = Loop.advance, []
 
         def advance(self, *arguments):
             if len(taken) == at:
@@ -91,7 +93,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder, few, text_folder, tmp_pat
             taken.append(self.step)
             return real(self, *arguments)
 
-        monkeypatch.setattr(distill_run.Distillation, "advance", advance)
+        monkeypatch.setattr(Loop, "advance", advance)
     else:
         from coterie.compress.result_model import ResultModel
 
@@ -123,7 +125,7 @@ def test_a_held_profile_wants_its_text_beside_it(folder, few, text_folder, tmp_p
 
 
 def test_it_is_left_out_where_it_does_not_fit(folder, text_folder, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(distill_run, "needed_bytes", lambda *arguments, **options: 2**50)
+    monkeypatch.setattr(memory, "needed_bytes", lambda *arguments, **options: 2**50)
     made = compress(folder, tmp_path / "out", text=text_folder, **FEW)
     assert made.manifest["distilled"] is None
     assert "training the result as a whole takes 1024 TiB of memory, " in caplog.text
@@ -144,8 +146,19 @@ def test_what_the_original_predicts_is_kept_for_other_runs(folder, few, text_fol
     def of(cls, *arguments):
         raise AssertionError("computed anew")
 
-    monkeypatch.setattr(distill_run.Targets, "of", classmethod(of))
+    monkeypatch.setattr(Predictions, "of", classmethod(of))
     again = compress(folder, tmp_path / "again", text=text_folder, cache=tmp_path / "cache", **FEW)
+    assert weight_digests(again.out) == weight_digests(few.out)
+
+
+def test_kept_predictions_that_were_damaged_are_made_again(folder, few, text_folder, tmp_path, caplog):
+    compress(folder, tmp_path / "first", text=text_folder, cache=tmp_path / "cache", **FEW)
+    [file] = (tmp_path / "cache").iterdir()
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    again = compress(folder, tmp_path / "again", text=text_folder, cache=tmp_path / "cache", **FEW)
+    assert "they are made again" in caplog.text
+    assert file.read_bytes() == content
     assert weight_digests(again.out) == weight_digests(few.out)
 
 
@@ -157,7 +170,7 @@ def test_it_trains_on_more_text_than_is_measured_and_again_where_there_is_no_mor
     more = compress(folder, tmp_path / "more", text=text, **few | {"train_tokens": 1024})
     assert more.manifest["distilled"]["tokens"] == 1024
     assert more.manifest["calibration_tokens"] == 512
-    monkeypatch.setattr(distill_run, "EPOCHS", 1.5)
+    monkeypatch.setattr(distill, "EPOCHS", 1.5)
     most = compress(folder, tmp_path / "most", text=text, **few | {"train_tokens": 2**40})
     assert most.manifest["distilled"]["steps"] == round(1.5 * (there - there // 16) / 4)
     assert "asked for" not in caplog.text

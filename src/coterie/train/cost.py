@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from coterie.model.arch.layers import MoELayer
+from coterie.train.distill import EPOCHS
+
+log = logging.getLogger(__name__)
 
 #: Share of the speed of one large matrix product that a model reaches: small products, attention, norms and the
 #: optimizer take the rest. On the bundled models it was 0.3 to 0.5 on CPU cores.
@@ -66,6 +70,36 @@ def training_cost(
     after = active_weights(result, layers, [top_k] * len(layers))
     operations = float(tokens) * (2 * before + 6 * after)
     return TrainingCost(tokens=tokens, operations=operations, seconds=operations / (REACHED * _speed(device)))
+
+
+def say_cost(
+    original: PreTrainedModel,
+    result: PreTrainedModel,
+    layers: Sequence[MoELayer],
+    *,
+    text_tokens: int,
+    tokens: int,
+    top_k: int,
+    device: torch.device,
+) -> int:
+    """Log what training takes on `tokens`, or on as many as the text has when it is seen `EPOCHS` times.
+
+    Args:
+        original: see `training_cost`, as for the others.
+        result: what is trained.
+        layers: MoE layers.
+        text_tokens: tokens of text that there are.
+        tokens: tokens that were asked for.
+        top_k: experts that a token chooses in the result.
+        device: where.
+
+    Returns:
+        On how many tokens it is trained.
+    """
+    tokens = min(tokens, EPOCHS * text_tokens)
+    cost = training_cost(original, result, layers, tokens=tokens, top_k=top_k, device=device)
+    log.info("cost: %s", cost)
+    return tokens
 
 
 def active_weights(model: PreTrainedModel, layers: Sequence[MoELayer], top_k: Sequence[int]) -> float:

@@ -2,16 +2,23 @@
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from coterie.compress.apply import compress
-from coterie.compress.cost import active_weights, training_cost
 from coterie.model.arch.layers import Architecture
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.testing import tiny_checkpoint
+from coterie.train.cost import active_weights, say_cost, training_cost
+from coterie.train.distill import EPOCHS
+
+
+@pytest.fixture(scope="module")
+def olmoe(tiny: Callable[..., Path]) -> Path:
+    return tiny()
 
 
 def by_hand(architecture: Architecture, top_k: int) -> float:
@@ -50,13 +57,27 @@ def test_operations_are_those_of_one_pass_before_and_one_there_and_back(olmoe: P
     assert "some 1 minute here" in str(cost)
 
 
+@pytest.mark.parametrize(("asked", "trained"), [(1000, 1000), (10**9, EPOCHS * 300)])
+def test_text_is_seen_a_few_times_at_most(
+    olmoe: Path, asked: int, trained: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    architecture = Architecture.of(Checkpoint.open(olmoe))
+    with caplog.at_level(logging.INFO, logger="coterie"):
+        tokens = say_cost(
+            architecture.model, architecture.model, architecture.layers, text_tokens=300, tokens=asked, top_k=1,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+    assert tokens == trained
+    assert f"cost: training the result on {trained:,} tokens" in caplog.text
+
+
 def test_it_is_said_before_anything_is_computed(
-    olmoe: Path, text_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    olmoe: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def begin(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("coterie.compress.apply.open_run", begin)
     with caplog.at_level(logging.INFO, logger="coterie"), pytest.raises(KeyboardInterrupt):
-        compress(olmoe, tmp_path / "out", keep=0.5, text=text_folder, tokens=256, seq_len=32, train_tokens=256)
+        compress(olmoe, tmp_path / "out", keep=0.5, text=text, tokens=256, seq_len=32, train_tokens=256)
     assert re.search(r"cost: training the result on 256 tokens, .* operations: some 1 minute here", caplog.text)

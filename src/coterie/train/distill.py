@@ -1,0 +1,219 @@
+"""Distil: train the experts and routers of a compressed model towards what the original model predicts.
+
+The original streams by one layer at a time while its predictions are made; only the compressed model is in memory as a
+whole. Steps are those of Adam on float32 weights, relative to the size of each tensor. Sequences are seen once an
+epoch, in a seeded order; some are held out, and the trained weights are taken where those gained.
+
+What a run keeps in its private folder: the predictions, and the state of the loop every `SAVE_SECONDS`, so that
+training goes on where it was killed.
+
+Legend: B sequences, S tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coterie.artifact import atomic_path, digest_of
+from coterie.errors import CorruptArtifact
+from coterie.journal import Run
+from coterie.model.arch.layers import MoELayer
+from coterie.model.stream.stream import Stream
+from coterie.progress import track
+from coterie.train.loop import Loop, Loss, mean_loss
+from coterie.train.model import experts_apart, trainable
+from coterie.train.optimiser import load_optimiser
+from coterie.train.predictions import PredictionFile, Predictions, writing_predictions
+from coterie.train.schedule import Schedule, rate_at, shuffled
+from coterie.train.split import split
+
+log = logging.getLogger(__name__)
+
+#: Seconds of training between two saved states.
+SAVE_SECONDS = 60.0
+
+#: Tokens kept of each prediction.
+KEPT = 128
+
+#: Every so many-th sequence is held out, where nobody says otherwise.
+HELD_OUT = 16
+
+#: Sequences of a step, and those that are computed at once.
+SEQUENCES, MICRO = 4, 2
+
+#: How often a sequence is seen at most.
+EPOCHS = 4
+
+#: Largest step of an entry of a tensor, relative to the root mean square of its entries, for each root of a nat that
+#: the held-out divergence has at first. Divergence is quadratic in the error of the weights: its root is how far to go.
+RATE = 0.02
+
+_PREDICTIONS = "distill-predictions.safetensors"
+_STEP = "distilled to step "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What training came to.
+
+    Attributes:
+        weights: the trained tensors by name in memory, as they will be on disk; None where the held-out sequences did
+            not gain.
+        notes: what the manifest says of it.
+    """
+
+    weights: Mapping[str, Tensor] | None
+    notes: Mapping[str, object]
+
+
+def make_predictions(
+    run: Run, stream: Stream, batches: Sequence[Tensor], *, cache: Path | None = None
+) -> PredictionFile:
+    """Run the original over all sequences, layer by layer, and write down what it predicts; a step of the run.
+
+    Args:
+        run: where the predictions go.
+        stream: the original.
+        batches: token ids (B, S) of the sequences, some at a time.
+        cache: folder where predictions are kept for other runs, under a digest of the model and the sequences; None to
+            keep them in the run.
+    """
+    if cache is None:
+        path = run.private / _PREDICTIONS
+        if _PREDICTIONS not in run.finished:
+            _predict(stream, batches, path)
+            run.finish(_PREDICTIONS, private=[_PREDICTIONS])
+        return PredictionFile(path)
+    cache.mkdir(parents=True, exist_ok=True)
+    ids = hashlib.sha256(torch.cat(list(batches)).numpy().tobytes()).hexdigest()
+    about = {"model": stream.checkpoint.digest, "ids": ids, "kept": KEPT, "device": stream.device.type}
+    path = cache / f"most-probable-{digest_of(about)[:32]}.safetensors"
+    if path.exists():
+        try:
+            return PredictionFile(path)
+        except CorruptArtifact as error:
+            log.warning("%s; they are made again", error)
+    _predict(stream, batches, path)
+    return PredictionFile(path)
+
+
+def _predict(stream: Stream, batches: Sequence[Tensor], path: Path) -> None:
+    with writing_predictions(path, sum(map(len, batches))) as writer:
+
+        def predict(first: int, ids_BS: Tensor) -> None:
+            logits_BSV = stream.model(input_ids=ids_BS, use_cache=False).logits
+            writer.put(first, Predictions.of(logits_BSV, KEPT))
+
+        jobs, first = [], 0
+        for ids_BS in batches:
+            jobs.append(functools.partial(predict, first, ids_BS))
+            first += len(ids_BS)
+        for _ in track(stream.run(jobs, heads_apart=True), "predicting", total=len(stream.units)):
+            stream.release()
+
+
+def divergence_loss(model: PreTrainedModel, ids_BS: Tensor, predictions: Predictions | PredictionFile) -> Loss:
+    """Return a model's mean divergence from predictions on some of the sequences, nats per token, by their numbers."""
+
+    def loss(rows_N: Tensor) -> Tensor:
+        logits_BSV: Tensor = model(input_ids=ids_BS[rows_N].to(model.device), use_cache=False).logits
+        return predictions.select(rows_N).divergence(logits_BSV)
+
+    return loss
+
+
+def distill(
+    run: Run,
+    model: PreTrainedModel,
+    layers: Sequence[MoELayer],
+    ids_BS: Tensor,
+    predictions: Predictions | PredictionFile,
+    *,
+    tokens: int,
+    seed: int,
+    rounded: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    optimiser: str = "adam",
+    held_out: int = HELD_OUT,
+) -> Outcome:
+    """Train a model that is in memory as a whole; steps of the run.
+
+    Args:
+        run: where states go.
+        model: the compressed model, float32; its experts and routers are changed.
+        layers: its MoE layers, or those of the original, which have the same names.
+        ids_BS: token ids.
+        predictions: what the original predicts there.
+        tokens: tokens to train on; with less text, each sequence is seen up to `EPOCHS` times.
+        seed: of the order of the sequences.
+        rounded: gives tensors as they will be on disk.
+        optimiser: which one, see `coterie.train.optimiser.load_optimiser`.
+        held_out: every so many-th sequence is held out, and one at least.
+
+    Returns:
+        The outcome; the model holds the trained weights, rounded.
+
+    Raises:
+        UnknownName: no such optimiser.
+    """
+    fit_N, held_N = split(len(ids_BS), min(held_out, len(ids_BS)))
+    seen = min(tokens // ids_BS.shape[1], EPOCHS * len(fit_N))
+    steps, batch = max(1, round(seen / SEQUENCES)), min(SEQUENCES, len(fit_N))
+    order = shuffled(len(fit_N), batch, seed)
+    workers = 1 if model.device.type != "cpu" else torch.get_num_threads()
+    model.requires_grad_(False)
+    weights = trainable(model, layers)
+    loss = divergence_loss(model, ids_BS, predictions)
+    with experts_apart(model):
+
+        def heldout_divergence() -> float:
+            return mean_loss(loss, held_N, micro=MICRO, workers=workers)
+
+        saved = [name for name in run.finished if name.startswith(_STEP)]
+        before = float(run.finished[saved[0]].content["before"]) if saved else heldout_divergence()
+        rate = RATE * min(1.0, max(0.0, before) ** 0.5)  # rounding can make it a hair less than 0
+        schedule = Schedule(
+            steps=steps, rows=lambda step: fit_N[order(step)], rate=lambda step: rate_at(step, steps, rate)
+        )
+        loop = Loop(
+            weights, loss, optimiser=load_optimiser(optimiser)(weights), schedule=schedule, micro=MICRO, workers=workers
+        )
+        if saved:
+            loop.restore(load_file(run.private / _state_file(saved[-1])))
+
+        def save(step: int, state: Mapping[str, Tensor]) -> None:
+            name = f"{_STEP}{step}"
+            with atomic_path(run.private / _state_file(name)) as temporary:
+                save_file({key: tensor.contiguous() for key, tensor in state.items()}, temporary)
+            dropped = [_state_file(last) for last in saved[-1:]]
+            run.finish(name, private=[_state_file(name)], drop=dropped, content={"before": before})
+            saved.append(name)
+
+        loop.run(says="distilling", save=save, save_seconds=SAVE_SECONDS)
+        with torch.no_grad():
+            for name, tensor in rounded(weights).items():
+                weights[name].copy_(tensor)
+        after = heldout_divergence()
+    notes: dict[str, object] = {
+        "steps": steps,
+        "tokens": steps * batch * ids_BS.shape[1],
+        "rate": rate,
+        "heldout_divergence_before": before,
+        "heldout_divergence_after": after,
+        "taken": after < before,
+    }
+    taken = {name: tensor.detach() for name, tensor in weights.items()} if after < before else None
+    return Outcome(weights=taken, notes=notes)
+
+
+def _state_file(step: str) -> str:
+    return f"distill-state-{step.removeprefix(_STEP)}.safetensors"

@@ -1,0 +1,95 @@
+"""How much memory distilling a result takes, said before it begins.
+
+The result is in memory as a whole, in float32. It does not matter how much text there is: predictions are read for the
+sequences of a step alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from coterie.amounts import format_bytes
+from coterie.model.arch.layers import MoELayer
+from coterie.model.stream.memory import free_bytes
+from coterie.train.distill import KEPT, MICRO, SEQUENCES
+from coterie.train.model import trainable
+
+log = logging.getLogger(__name__)
+
+#: Numbers of the model's width that a token leaves behind in a layer for its gradients.
+_ACTIVATIONS = 24
+
+#: Copies of a layer's tensors while their gradients are put together from those of each expert, gate and up apart.
+_LAYER = 4
+
+#: Copies of the logits of a token: they, their softmax, and the gradients of both and of the chosen ones.
+_LOGITS = 5
+
+
+def training_bytes(
+    model: PreTrainedModel, layers: Sequence[MoELayer], *, seq_len: int, workers: int
+) -> tuple[tuple[str, int], ...]:
+    """Say what the memory of training consists of at most.
+
+    Args:
+        model: the result; a meta model will do.
+        layers: its MoE layers, or those of the original, which have the same names.
+        seq_len: S, tokens of a sequence.
+        workers: threads that share out a step.
+
+    Returns:
+        What, and its bytes, line by line.
+    """
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    sizes = [sum(parameter.numel() for parameter in trainable(model, [layer]).values()) for layer in layers]
+    config: Any = model.config.get_text_config()
+    parts = math.ceil(SEQUENCES / MICRO)
+    at_once = min(workers, parts)
+    tokens = at_once * MICRO * seq_len
+    # One thread adds the gradients of a part to those of all before; of several, those that end early wait for others.
+    sets = min(parts, 2) if at_once == 1 else parts
+    computing = sets * sum(sizes) + at_once * _LAYER * max(sizes, default=0)
+    adding = (sets + 1) * sum(sizes) if at_once > 1 else 0
+    return (
+        ("weights", 4 * weights),
+        ("moments of the gradients", 2 * 4 * sum(sizes)),
+        ("gradients", 4 * max(computing, adding)),
+        ("activations", 4 * _ACTIVATIONS * tokens * int(config.hidden_size) * int(config.num_hidden_layers)),
+        ("logits", 4 * _LOGITS * tokens * int(config.vocab_size)),
+        # Tokens as int32 and int64, log-probabilities of both models, probabilities, and gradients.
+        ("predictions of a step", 8 * 4 * tokens * min(KEPT, int(config.vocab_size))),
+    )
+
+
+def needed_bytes(model: PreTrainedModel, layers: Sequence[MoELayer], *, seq_len: int, workers: int) -> int:
+    """Say how much memory training takes at most, see `training_bytes`."""
+    return sum(size for _, size in training_bytes(model, layers, seq_len=seq_len, workers=workers))
+
+
+def may_distill(
+    model: PreTrainedModel, layers: Sequence[MoELayer], *, seq_len: int, limit: int | None, device: torch.device
+) -> bool:
+    """Tell whether a result can be trained in the memory that is allowed or, without a limit, free; log which.
+
+    Args:
+        model: the result; a meta model will do.
+        layers: its MoE layers, or those of the original, which have the same names.
+        seq_len: tokens of a sequence.
+        limit: bytes that may be used, or None.
+        device: where it is trained.
+    """
+    workers = torch.get_num_threads() if device.type == "cpu" else 1
+    needed = needed_bytes(model, layers, seq_len=seq_len, workers=workers)
+    allowed = free_bytes(device) if limit is None else limit
+    says = f"training the result as a whole takes {format_bytes(needed)} of memory"
+    if needed > allowed:
+        log.warning("%s, %s may be used: it is left out", says, format_bytes(allowed))
+        return False
+    log.info("memory: %s", says)
+    return True
