@@ -76,6 +76,7 @@ class Profile:
         statistics: for each layer, statistic name -> sums by domain (G, ...), float64. All are sums over tokens (a few
             are maxima), so the profiles of two halves of a text add up to the profile of the whole.
         samples: for each layer, its token sample.
+        asked: names of the statistics that were to be measured; what a model does not show is not in `statistics`.
 
     A profile that was loaded reads a layer's statistics or sample from its file each time it is asked for them, so one
     of any size takes the memory of one layer.
@@ -90,6 +91,7 @@ class Profile:
     layers: tuple[MoELayer, ...]
     statistics: Sequence[Mapping[str, Tensor]]
     samples: Sequence[Sample]
+    asked: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Return a digest of what was measured and of what it was made from."""
@@ -140,6 +142,7 @@ class Profile:
                 for a, b in zip(self.statistics, other.statistics, strict=True)
             ),
             samples=tuple(_join(a, b) for a, b in zip(self.samples, other.samples, strict=True)),
+            asked=tuple(name for name in self.asked if name in other.asked),
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -159,6 +162,7 @@ class Profile:
             "num_tokens": list(self.num_tokens),
             "seq_len": self.seq_len,
             "seed": self.seed,
+            "statistics": list(self.asked),
             "layers": [asdict(layer) for layer in self.layers],
         }
         path = folder / FILE
@@ -192,6 +196,7 @@ class Profile:
             layers=layers,
             statistics=_Statistics(files),
             samples=_Samples(files),
+            asked=tuple(body.get("statistics", ())),
         )
 
 

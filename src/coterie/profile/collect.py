@@ -1,0 +1,88 @@
+"""Adds up what is measured of one layer, batch by batch, and keeps its token sample.
+
+Legend: E experts, D model width, T tokens, K chosen experts, G domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from coterie.profile.calibration import TokenSet
+from coterie.profile.observation import Observation
+from coterie.profile.profile import Sample
+from coterie.profile.statistics import load_statistic, merged
+
+
+class Collector:
+    """Adds up the statistics of one layer and keeps its token sample.
+
+    Attributes:
+        statistics: sums so far, domains first. A value that one batch could not show is left out.
+    """
+
+    def __init__(self, token_set: TokenSet, names: Sequence[str], *, seed: int, sample_tokens: int) -> None:
+        self.statistics: dict[str, Tensor] = {}
+        self._functions = {name: load_statistic(name) for name in names}
+        self._num_domains = len(token_set.domains)
+        self._seen = [0] * self._num_domains
+        # The same seed in every layer: the sample holds the same token positions everywhere.
+        self._positions = [
+            torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:share].sort().values
+            for count, share in zip(token_set.num_tokens.values(), token_set.share_out(sample_tokens), strict=True)
+        ]
+        self._rows: list[dict[str, Tensor]] = []
+
+    def add(self, domain: int, observation: Observation, *, target_TD: Tensor | None = None) -> None:
+        """Add one batch of one domain.
+
+        Args:
+            domain: which one.
+            observation: the batch.
+            target_TD: what the sample keeps as the routed output, where that is not the observation's own.
+        """
+        for name, function in list(self._functions.items()):
+            value = function(observation)
+            if value is None:  # a sum over some of the batches would look like one over all
+                del self._functions[name]
+                self.statistics.pop(name, None)
+                continue
+            if name not in self.statistics:
+                self.statistics[name] = torch.zeros((self._num_domains, *value.shape), dtype=torch.float64)
+            held = self.statistics[name]
+            held[domain] = merged(name, held[domain], value.cpu())
+        self._keep_sample(domain, observation, observation.output_TD if target_TD is None else target_TD)
+
+    def _keep_sample(self, domain: int, observation: Observation, target_TD: Tensor) -> None:
+        start = self._seen[domain]
+        stop = start + len(observation.hidden_TD)
+        self._seen[domain] = stop
+        positions = self._positions[domain]
+        rows = (positions[(positions >= start) & (positions < stop)] - start).to(observation.hidden_TD.device)
+        if not len(rows):
+            return
+        fields: Mapping[str, Tensor | None] = {
+            "inputs_TD": observation.hidden_TD,
+            "index_TK": observation.index_TK,
+            "weight_TK": observation.weight_TK,
+            "logits_TE": observation.logits_TE,
+            "output_TD": target_TD,
+            "block_TD": _unless_same(observation.block_TD, observation.hidden_TD),
+        }
+        kept = {name: value[rows].cpu() for name, value in fields.items() if value is not None}
+        kept["domain_T"] = torch.full((len(rows),), domain, dtype=torch.int64)
+        self._rows.append(kept)
+
+    def sample(self) -> Sample:
+        """Return the token sample of all batches so far."""
+        joined = {name: torch.cat([rows[name] for rows in self._rows]) for name in self._rows[0]}
+        return Sample(**({"logits_TE": None} | joined))  # type: ignore[arg-type]
+
+
+def _unless_same(block_TD: Tensor | None, hidden_TD: Tensor) -> Tensor | None:
+    """Return what the block received, or None where that is what its experts received."""
+    if block_TD is None or (block_TD.shape == hidden_TD.shape and torch.equal(block_TD, hidden_TD)):
+        return None
+    return block_TD
