@@ -8,7 +8,7 @@ import torch
 
 from coterie.errors import CorruptArtifact, StaleArtifact, UnknownName
 from coterie.model.arch.layers import MoELayer
-from coterie.profile.profile import FILE, Profile, Sample, layer_file
+from coterie.profile.profile import FILE, Profile, Sample, _LayerFiles, layer_file
 
 
 def layer(index, **facts):
@@ -49,7 +49,7 @@ def make(seed=0, *, logits=True, **changes):
         return {
             "tokens": torch.tensor([10.0, 20.0], dtype=torch.float64),
             "usage": torch.rand(2, 4, generator=generator, dtype=torch.float64),
-            "coactivation": torch.rand(2, 4, 4, generator=generator, dtype=torch.float64),
+            "logit_product": torch.randn(2, 4, 4, generator=generator, dtype=torch.float64),
         }
 
     fields = {
@@ -144,9 +144,9 @@ def test_the_digest_is_that_of_the_content(tmp_path):
 
 def test_sums_and_domains():
     profile = make()
-    held = profile.statistics[1]["coactivation"]
-    assert torch.equal(profile.by_domain(1, "coactivation"), held)
-    assert torch.equal(profile.sum(1, "coactivation"), held[0] + held[1])
+    held = profile.statistics[1]["logit_product"]
+    assert torch.equal(profile.by_domain(1, "logit_product"), held)
+    assert torch.equal(profile.sum(1, "logit_product"), held[0] + held[1])
     assert profile.sum(0, "tokens").item() == 30
     for ask in (profile.sum, profile.by_domain):
         with pytest.raises(UnknownName, match="unknown statistic 'usages'; did you mean usage"):
@@ -161,7 +161,7 @@ def test_profiles_of_two_texts_add_up():
     assert both.model_digest == one.model_digest
     assert both.text_digest not in (one.text_digest, two.text_digest)
     for index in range(2):
-        for name in ("tokens", "usage", "coactivation"):
+        for name in ("tokens", "usage", "logit_product"):
             expected = one.statistics[index][name] + two.statistics[index][name]
             assert torch.equal(both.by_domain(index, name), expected)
         for name, joined in both.samples[index].tensors().items():
@@ -169,11 +169,41 @@ def test_profiles_of_two_texts_add_up():
             assert torch.equal(joined, torch.cat(parts))
 
 
-def test_adding_in_another_order_gives_the_same_sums():
+def test_adding_in_another_order_gives_the_same_sums_to_the_last_bit(tmp_path):
     one, two, three = make(0), make(1), make(2)
-    left, right = one.merge(two).merge(three), three.merge(one.merge(two))
-    for a, b in zip(left.statistics, right.statistics, strict=True):
-        assert all(torch.allclose(a[name], b[name], rtol=1e-14) for name in a)
+    ways = [one.merge(two).merge(three), three.merge(one.merge(two)), two.merge(three).merge(one)]
+    for number, way in enumerate(ways):
+        way.save(tmp_path / f"{number}")
+    for a in (*ways, *(Profile.load(tmp_path / f"{number}") for number in range(3))):
+        for held, other in zip(a.statistics, ways[0].statistics, strict=True):
+            assert held.keys() == other.keys()
+            assert all(torch.equal(held[name], other[name]) for name in other)
+    orders = ((one, two, three), (three, two, one))
+    plain = [sum(each.statistics[0]["logit_product"] for each in order) for order in orders]
+    assert not torch.equal(*plain), "plain addition would not give that"
+
+
+def test_what_was_added_is_stored_to_the_last_bit(tmp_path):
+    one, two, three = make(0), make(1), make(2)
+    one.merge(two).save(tmp_path / "both")
+    expected = one.merge(two).merge(three)
+    found = Profile.load(tmp_path / "both").merge(three)
+    for a, b in zip(found.statistics, expected.statistics, strict=True):
+        for name in b:
+            for part in ("digits_K", "place"):
+                assert torch.equal(getattr(a.exact(name), part), getattr(b.exact(name), part))
+
+
+def test_layers_are_added_one_at_a_time_and_when_they_are_asked_for(tmp_path, monkeypatch):
+    for number in range(2):
+        make(number).save(tmp_path / f"{number}")
+    read = []
+    real = _LayerFiles._open
+    monkeypatch.setattr(_LayerFiles, "_open", lambda self, index: read.append(index) or real(self, index))
+    both = Profile.load(tmp_path / "0").merge(Profile.load(tmp_path / "1"))
+    assert read == []
+    assert both.sum(1, "tokens").item() == 60
+    assert set(read) == {1}
 
 
 def test_adding_keeps_what_both_hold():

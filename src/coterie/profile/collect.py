@@ -13,18 +13,16 @@ from torch import Tensor
 from coterie.profile.calibration import TokenSet
 from coterie.profile.observation import Observation
 from coterie.profile.profile import Sample
-from coterie.profile.statistics import load_statistic, merged
+from coterie.profile.statistics import MAXIMA, load_statistic
+from coterie.profile.sums import BinnedSum, Totals, stacked
 
 
 class Collector:
-    """Adds up the statistics of one layer and keeps its token sample.
-
-    Attributes:
-        statistics: sums so far, domains first. A value that one batch could not show is left out.
-    """
+    """Adds up the statistics of one layer and keeps its token sample."""
 
     def __init__(self, token_set: TokenSet, names: Sequence[str], *, seed: int, sample_tokens: int) -> None:
-        self.statistics: dict[str, Tensor] = {}
+        self._sums: dict[str, list[BinnedSum]] = {}
+        self._maxima: dict[str, Tensor] = {}
         self._functions = {name: load_statistic(name) for name in names}
         self._num_domains = len(token_set.domains)
         self._seen = [0] * self._num_domains
@@ -46,14 +44,22 @@ class Collector:
         for name, function in list(self._functions.items()):
             value = function(observation)
             if value is None:  # a sum over some of the batches would look like one over all
-                del self._functions[name]
-                self.statistics.pop(name, None)
+                for values in (self._functions, self._sums, self._maxima):
+                    values.pop(name, None)
                 continue
-            if name not in self.statistics:
-                self.statistics[name] = torch.zeros((self._num_domains, *value.shape), dtype=torch.float64)
-            held = self.statistics[name]
-            held[domain] = merged(name, held[domain], value.cpu())
+            if name in MAXIMA:
+                held = self._maxima.setdefault(name, value.new_zeros(self._num_domains, *value.shape).cpu())
+                held[domain] = held[domain].maximum(value.cpu())
+            else:
+                sums = self._sums.setdefault(name, [BinnedSum.zeros(*value.shape)] * self._num_domains)
+                sums[domain] = sums[domain].plus(value.cpu())
         self._keep_sample(domain, observation, observation.output_TD if target_TD is None else target_TD)
+
+    @property
+    def statistics(self) -> Totals:
+        """Sums so far, domains first. A value that one batch could not show is left out."""
+        held = self._maxima | {name: stacked(sums) for name, sums in self._sums.items()}
+        return Totals(held, held.__getitem__)
 
     def _keep_sample(self, domain: int, observation: Observation, target_TD: Tensor) -> None:
         start = self._seen[domain]

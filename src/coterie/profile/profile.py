@@ -5,11 +5,12 @@ Legend: E experts, D model width, F expert width, T tokens, K chosen experts, G 
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -19,9 +20,12 @@ from torch import Tensor
 from coterie.artifact import atomic_path, check_file, digest_of, file_digest, open_artifact, write_artifact
 from coterie.errors import CorruptArtifact, StaleArtifact, UnknownName
 from coterie.model.arch.layers import MoELayer
-from coterie.profile.statistics import merged, over_domains
+from coterie.profile.statistics import MAXIMA, merged, over_domains
+from coterie.profile.sums import BinnedSum, Totals
 
 FILE = "profile.json"
+
+_T = TypeVar("_T")
 
 
 def layer_file(index: int) -> str:
@@ -74,7 +78,8 @@ class Profile:
         seed: seed of the draw of text and sample.
         layers: the MoE layers, in order.
         statistics: for each layer, statistic name -> sums by domain (G, ...), float64. All are sums over tokens (a few
-            are maxima), so the profiles of two halves of a text add up to the profile of the whole.
+            are maxima), so the profiles of two halves of a text add up to the profile of the whole; what was measured
+            or read is added to the last bit, see `coterie.profile.sums`.
         samples: for each layer, its token sample.
         asked: names of the statistics that were to be measured; what a model does not show is not in `statistics`.
 
@@ -96,11 +101,10 @@ class Profile:
     def digest(self) -> str:
         """Return a digest of what was measured and of what it was made from."""
         content = [self.model_digest, self.text_digest, self.domains, self.num_tokens, self.seq_len, self.seed]
-        if isinstance(self.statistics, _Statistics):
+        if isinstance(self.statistics, _Stored):
             return digest_of([*content, self.statistics.digests])
-        layers = [{**held, **sample.tensors()} for held, sample in zip(self.statistics, self.samples, strict=True)]
-        hashes = [_hash(tensor) for held in layers for tensor in held.values()]
-        return digest_of([*content, hashes])
+        layers = (_tensors(held, sample) for held, sample in zip(self.statistics, self.samples, strict=True))
+        return digest_of([*content, [_hash(tensor) for tensors in layers for tensor in tensors.values()]])
 
     def sum(self, layer: int, name: str) -> Tensor:
         """Return one statistic of one layer summed over all domains (for maxima, the largest), float64.
@@ -129,6 +133,7 @@ class Profile:
         """
         if (self.model_digest, self.domains, self.layers) != (other.model_digest, other.domains, other.layers):
             raise StaleArtifact("profiles of different models or domains cannot be added")
+        count = len(self.layers)
         return Profile(
             model_digest=self.model_digest,
             text_digest=f"{self.text_digest}+{other.text_digest}",
@@ -137,11 +142,10 @@ class Profile:
             seq_len=self.seq_len,
             seed=self.seed,
             layers=self.layers,
-            statistics=tuple(
-                {name: merged(name, a[name], b[name]) for name in a.keys() & b.keys()}
-                for a, b in zip(self.statistics, other.statistics, strict=True)
+            statistics=_ByLayer(
+                len(self.layers), lambda index: _added(self.statistics[index], other.statistics[index])
             ),
-            samples=tuple(_join(a, b) for a, b in zip(self.samples, other.samples, strict=True)),
+            samples=_ByLayer(count, lambda index: _join(self.samples[index], other.samples[index])),
             asked=tuple(name for name in self.asked if name in other.asked),
         )
 
@@ -194,24 +198,68 @@ class Profile:
             seq_len=body["seq_len"],
             seed=body["seed"],
             layers=layers,
-            statistics=_Statistics(files),
-            samples=_Samples(files),
+            statistics=_Stored(files),
+            samples=_ByLayer(len(layers), files.sample),
             asked=tuple(body.get("statistics", ())),
         )
+
+
+def write_layer(folder: Path, index: int, statistics: Mapping[str, Tensor], sample: Sample) -> str:
+    """Write one layer's file, atomically, and return its name."""
+    name = layer_file(index)
+    tensors = {key: tensor.contiguous() for key, tensor in _tensors(statistics, sample).items()}
+    with atomic_path(folder / name) as temporary:
+        save_file(tensors, temporary)
+    return name
+
+
+def _tensors(statistics: Mapping[str, Tensor], sample: Sample) -> dict[str, Tensor]:
+    """Return what a layer's file holds, by name in it."""
+    tensors = {f"sample.{key}": tensor for key, tensor in sample.tensors().items()}
+    for key in statistics:
+        held = _exact(statistics, key)
+        if isinstance(held, BinnedSum):
+            tensors |= {f"digits.{key}": held.digits_K, f"place.{key}": held.place}
+        else:
+            tensors[f"statistics.{key}"] = held
+    return tensors
+
+
+def _exact(statistics: Mapping[str, Tensor], name: str) -> BinnedSum | Tensor:
+    """Return a statistic as it is added up: a sum to the last bit, or a tensor where it is no sum of that kind."""
+    if isinstance(statistics, Totals):
+        return statistics.exact(name)
+    return statistics[name] if name in MAXIMA else BinnedSum.of(statistics[name].double())
 
 
 def _hash(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def write_layer(folder: Path, index: int, statistics: Mapping[str, Tensor], sample: Sample) -> str:
-    """Write one layer's file, atomically, and return its name."""
-    name = layer_file(index)
-    tensors = {f"statistics.{key}": tensor.contiguous() for key, tensor in statistics.items()}
-    tensors |= {f"sample.{key}": tensor.contiguous() for key, tensor in sample.tensors().items()}
-    with atomic_path(folder / name) as temporary:
-        save_file(tensors, temporary)
-    return name
+class _ByLayer(Sequence[_T]):
+    """A sequence with one entry a layer, each made when it is asked for."""
+
+    def __init__(self, count: int, make: Callable[[int], _T]) -> None:
+        self._count = count
+        self._make = make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        return self._make(index % self._count)
+
+
+class _Stored(_ByLayer[Mapping[str, Tensor]]):
+    """The statistics in the files of a profile, whose digests stand for them."""
+
+    def __init__(self, files: _LayerFiles) -> None:
+        super().__init__(files.count, files.statistics)
+        self.digests = dict(files.digests)
 
 
 class _LayerFiles:
@@ -228,51 +276,53 @@ class _LayerFiles:
         self.digests = digests
         self._checked: set[int] = set()
 
-    def read(self, index: int, group: str) -> dict[str, Tensor]:
-        """Return the tensors of one layer whose names begin with `group`, without that prefix."""
-        if not 0 <= index < self.count:
-            raise IndexError(index)
+    def statistics(self, index: int) -> Totals:
+        """Return the statistics of one layer; each is read when it is asked for."""
+        names = sorted(self._names(index, "statistics.") | self._names(index, "digits."))
+        return Totals(names, functools.partial(self._statistic, index))
+
+    def sample(self, index: int) -> Sample:
+        """Return the token sample of one layer."""
+        with self._open(index) as file:
+            tensors = {name: file.get_tensor(f"sample.{name}") for name in sorted(self._names(index, "sample."))}
+        return Sample(**({"logits_TE": None} | tensors))
+
+    def _statistic(self, index: int, name: str) -> BinnedSum | Tensor:
+        with self._open(index) as file:
+            if f"digits.{name}" not in file.keys():  # noqa: SIM118  # not a dict
+                held: Tensor = file.get_tensor(f"statistics.{name}")
+                return held
+            return BinnedSum(digits_K=file.get_tensor(f"digits.{name}"), place=file.get_tensor(f"place.{name}"))
+
+    def _names(self, index: int, group: str) -> set[str]:
+        with self._open(index) as file:
+            return {key.removeprefix(group) for key in file.keys() if key.startswith(group)}  # noqa: SIM118
+
+    def _open(self, index: int) -> Any:
         name = layer_file(index)
         if index not in self._checked:
             check_file(self._folder, name, self.digests[name])
             self._checked.add(index)
-        with safe_open(self._folder / name, framework="pt") as file:
-            return {
-                key.removeprefix(group): file.get_tensor(key) for key in sorted(file.keys()) if key.startswith(group)
-            }
-
-
-class _Statistics(Sequence[Mapping[str, Tensor]]):
-    def __init__(self, files: _LayerFiles) -> None:
-        self._files = files
-        self.digests = dict(files.digests)
-
-    def __len__(self) -> int:
-        return self._files.count
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        return self._files.read(index + len(self) if index < 0 else index, "statistics.")
-
-
-class _Samples(Sequence[Sample]):
-    def __init__(self, files: _LayerFiles) -> None:
-        self._files = files
-
-    def __len__(self) -> int:
-        return self._files.count
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        tensors = self._files.read(index + len(self) if index < 0 else index, "sample.")
-        return Sample(**({"logits_TE": None} | tensors))  # type: ignore[arg-type]
+        return safe_open(self._folder / name, framework="pt")
 
 
 def _layer_from(entry: Mapping[str, Any]) -> MoELayer:
     router_tensors = tuple((str(name), int(axis)) for name, axis in entry["router_tensors"])
     return MoELayer(**{**entry, "router_tensors": router_tensors})
+
+
+def _added(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Totals:
+    """Return the statistics that both hold, added up when they are asked for."""
+
+    def both(name: str) -> BinnedSum | Tensor:
+        one, two = _exact(a, name), _exact(b, name)
+        if isinstance(one, BinnedSum) and isinstance(two, BinnedSum):
+            return one + two
+        assert isinstance(one, Tensor)
+        assert isinstance(two, Tensor)
+        return merged(name, one, two)
+
+    return Totals([name for name in a if name in b], both)
 
 
 def _join(a: Sample, b: Sample) -> Sample:
