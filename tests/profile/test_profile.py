@@ -39,6 +39,7 @@ def sample(seed, *, tokens=6, logits=True):
         logits_TE=normal(tokens, 4) if logits else None,
         output_TD=normal(tokens, 5).to(torch.bfloat16),
         domain_T=torch.arange(tokens) % 2,
+        priority_T=torch.randperm(1000, generator=generator)[:tokens] + 1000 * seed,
     )
 
 
@@ -62,12 +63,17 @@ def make(seed=0, *, logits=True, **changes):
         "layers": (layer(0), layer(1, router=None, num_groups=1)),
         "statistics": (statistics(), statistics()),
         "samples": (sample(seed, logits=logits), sample(seed + 100, logits=logits)),
+        "sample_counts": (4, 5),
+        "thin": 2 + seed,
+        "asked": ("tokens", "usage", "logit_product"),
     }
     return Profile(**(fields | changes))
 
 
 def assert_same(one, two):
-    for name in ("model_digest", "text_digest", "domains", "num_tokens", "seq_len", "seed", "layers"):
+    for name in ("model_digest", "text_digest", "domains", "num_tokens", "seq_len", "seed", "layers", "thin"):
+        assert getattr(one, name) == getattr(two, name), name
+    for name in ("sample_counts", "asked"):
         assert getattr(one, name) == getattr(two, name), name
     for a, b in zip(one.statistics, two.statistics, strict=True):
         assert a.keys() == b.keys()
@@ -164,9 +170,19 @@ def test_profiles_of_two_texts_add_up():
         for name in ("tokens", "usage", "logit_product"):
             expected = one.statistics[index][name] + two.statistics[index][name]
             assert torch.equal(both.by_domain(index, name), expected)
+        rows = [
+            (domain, priority, each, row)
+            for each in (one, two)
+            for row, (domain, priority) in enumerate(
+                zip(each.samples[index].domain_T.tolist(), each.samples[index].priority_T.tolist(), strict=True)
+            )
+        ]
+        lowest = [sorted((row for row in rows if row[0] == domain), key=lambda row: row[:2]) for domain in (0, 1)]
+        kept = lowest[0][:4] + lowest[1][:5]
         for name, joined in both.samples[index].tensors().items():
-            parts = [each.samples[index].tensors()[name] for each in (one, two)]
-            assert torch.equal(joined, torch.cat(parts))
+            assert torch.equal(
+                joined, torch.stack([each.samples[index].tensors()[name][row] for *_, each, row in kept])
+            )
 
 
 def test_adding_in_another_order_gives_the_same_sums_to_the_last_bit(tmp_path):
@@ -211,7 +227,21 @@ def test_adding_keeps_what_both_hold():
     lean = replace(lean, statistics=tuple({"usage": held["usage"]} for held in lean.statistics))
     both = make(0).merge(lean)
     assert [set(held) for held in both.statistics] == [{"usage"}] * 2
-    assert all(each.logits_TE is None and len(each.inputs_TD) == 12 for each in both.samples)
+    assert all(each.logits_TE is None and len(each.inputs_TD) == 9 for each in both.samples)
+
+
+def test_the_smaller_sample_and_the_larger_thin_count():
+    both = make(0).merge(make(1, sample_counts=(3, 1)))
+    assert both.sample_counts == (3, 1)
+    assert torch.bincount(both.samples[0].domain_T).tolist() == [3, 1]
+    assert both.thin == 3
+
+
+def test_samples_that_were_drawn_in_another_way_are_not_joined():
+    with pytest.raises(StaleArtifact, match=r"seeds 3 and 4 cannot be added.*profile again with one seed"):
+        make().merge(replace(make(1), seed=4))
+    with pytest.raises(StaleArtifact, match=r"does not say how its sample was drawn.*profile again"):
+        make().merge(make(1, sample_counts=()))
 
 
 @pytest.mark.parametrize(

@@ -237,11 +237,15 @@ def test_the_batch_size_does_not_matter(measured, batch_size):
 
 @pytest.mark.parametrize("cut", [1, 2])
 def test_two_halves_of_a_text_add_up_to_the_whole_to_the_last_bit(measured, cut):
+    options = {"batch_size": 1, "sample_tokens": 20, "thin": 5}
+
     def part(start, stop):
         rows = {domain: ids[start:stop] for domain, ids in measured.token_set.sequences.items()}
-        return measured.run(TokenSet(sequences=rows, seq_len=12, digest=f"{start}"), batch_size=1)
+        return measured.run(
+            TokenSet(sequences=rows, seq_len=12, digest=f"{start}"), batch_size=1, sample_tokens=20, thin=5
+        )
 
-    whole = measured.run(measured.token_set, batch_size=1)
+    whole = measured.run(measured.token_set, **options)
     merged, swapped = part(0, cut).merge(part(cut, 3)), part(cut, 3).merge(part(0, cut))
     assert merged.num_tokens == whole.num_tokens == (36, 36)
     for one, two, three in zip(merged.statistics, swapped.statistics, whole.statistics, strict=True):
@@ -249,6 +253,12 @@ def test_two_halves_of_a_text_add_up_to_the_whole_to_the_last_bit(measured, cut)
         for name in NAMES:
             assert torch.equal(one[name], three[name]), name
             assert torch.equal(two[name], three[name]), name
+    for one, two, three in zip(merged.samples, swapped.samples, whole.samples, strict=True):
+        assert one.tensors().keys() == two.tensors().keys() == three.tensors().keys()
+        assert len(three.domain_T) == 20
+        for name, value in three.tensors().items():
+            assert torch.equal(one.tensors()[name], value), name
+            assert torch.equal(two.tensors()[name], value), name
 
 
 def test_only_the_statistics_that_are_asked_for(measured):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coterie.profile.calibration import TokenSet
 from coterie.profile.observation import Observation
+from coterie.profile.places import chosen_places, lowest
 from coterie.profile.profile import Sample
 from coterie.profile.statistics import MAXIMA, load_statistic
 from coterie.profile.sums import BinnedSum, Totals, stacked
@@ -26,10 +27,11 @@ class Collector:
         self._functions = {name: load_statistic(name) for name in names}
         self._num_domains = len(token_set.domains)
         self._seen = [0] * self._num_domains
-        # The same seed in every layer: the sample holds the same token positions everywhere.
-        self._positions = [
-            torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:share].sort().values
-            for count, share in zip(token_set.num_tokens.values(), token_set.share_out(sample_tokens), strict=True)
+        self._counts = token_set.share_out(sample_tokens)
+        # The same places in every layer.
+        self._places = [
+            chosen_places(name, ids_NS, count=count, seed=seed)
+            for (name, ids_NS), count in zip(token_set.sequences.items(), self._counts, strict=True)
         ]
         self._rows: list[dict[str, Tensor]] = []
 
@@ -65,10 +67,11 @@ class Collector:
         start = self._seen[domain]
         stop = start + len(observation.hidden_TD)
         self._seen[domain] = stop
-        positions = self._positions[domain]
-        rows = (positions[(positions >= start) & (positions < stop)] - start).to(observation.hidden_TD.device)
-        if not len(rows):
+        places = self._places[domain]
+        here = (places.position_N >= start) & (places.position_N < stop)
+        if not here.any():
             return
+        rows = (places.position_N[here] - start).to(observation.hidden_TD.device)
         fields: Mapping[str, Tensor | None] = {
             "inputs_TD": observation.hidden_TD,
             "index_TK": observation.index_TK,
@@ -78,13 +81,14 @@ class Collector:
             "block_TD": _unless_same(observation.block_TD, observation.hidden_TD),
         }
         kept = {name: value[rows].cpu() for name, value in fields.items() if value is not None}
+        kept["priority_T"] = places.priority_N[here]
         kept["domain_T"] = torch.full((len(rows),), domain, dtype=torch.int64)
         self._rows.append(kept)
 
     def sample(self) -> Sample:
         """Return the token sample of all batches so far."""
         joined = {name: torch.cat([rows[name] for rows in self._rows]) for name in self._rows[0]}
-        return Sample(**({"logits_TE": None} | joined))  # type: ignore[arg-type]
+        return Sample.of(lowest(joined, self._counts))
 
 
 def _unless_same(block_TD: Tensor | None, hidden_TD: Tensor) -> Tensor | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from coterie.artifact import atomic_path, check_file, digest_of, file_digest, open_artifact, write_artifact
 from coterie.errors import CorruptArtifact, StaleArtifact, UnknownName
 from coterie.model.arch.layers import MoELayer
+from coterie.profile.places import lowest
 from coterie.profile.statistics import MAXIMA, merged, over_domains
 from coterie.profile.sums import BinnedSum, Totals
 
@@ -37,6 +38,8 @@ def layer_file(index: int) -> str:
 class Sample:
     """A bounded, seeded sample of one layer's tokens; the same token positions in every layer.
 
+    Domain by domain, in the order of priority; see `coterie.profile.places`.
+
     Attributes:
         inputs_TD: what the block's experts received.
         index_TK: chosen experts.
@@ -45,6 +48,7 @@ class Sample:
         output_TD: routed output (without shared experts).
         domain_T: domain of each token, as an index into the profile's domains.
         block_TD: what the block that holds router and experts received, where that is not `inputs_TD`.
+        priority_T: priority of each token's place; None where the sample was not drawn by priorities.
     """
 
     inputs_TD: Tensor
@@ -54,6 +58,12 @@ class Sample:
     output_TD: Tensor
     domain_T: Tensor
     block_TD: Tensor | None = None
+    priority_T: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Sample:
+        """Return the sample whose `tensors` these are."""
+        return cls(**({"logits_TE": None} | dict(tensors)))  # type: ignore[arg-type]
 
     @property
     def router_inputs_TD(self) -> Tensor:  # noqa: N802  # the suffix names the shape
@@ -81,6 +91,9 @@ class Profile:
             are maxima), so the profiles of two halves of a text add up to the profile of the whole; what was measured
             or read is added to the last bit, see `coterie.profile.sums`.
         samples: for each layer, its token sample.
+        sample_counts: tokens of the sample of each domain, at most.
+        thin: every so many-th token was taken for the statistics of all experts on all tokens, see `Observation.thin`;
+            the largest such number where profiles were added.
         asked: names of the statistics that were to be measured; what a model does not show is not in `statistics`.
 
     A profile that was loaded reads a layer's statistics or sample from its file each time it is asked for them, so one
@@ -96,6 +109,8 @@ class Profile:
     layers: tuple[MoELayer, ...]
     statistics: Sequence[Mapping[str, Tensor]]
     samples: Sequence[Sample]
+    sample_counts: tuple[int, ...] = ()
+    thin: int = 1
     asked: tuple[str, ...] = ()
 
     def digest(self) -> str:
@@ -126,13 +141,26 @@ class Profile:
         return held[name]
 
     def merge(self, other: Profile) -> Profile:
-        """Add the profile of other text through the same model: sums add up, samples are joined.
+        """Add the profile of other text through the same model; layers are added when they are asked for.
+
+        The profiles of parts of a text add up to the profile of the whole text to the last bit, in any order: sums are
+        exact (`coterie.profile.sums`) and the sample keeps the lowest priorities of both (`coterie.profile.places`).
+        What a model computes for a sequence depends in the last bits on the batch that it is in. So the parts must be
+        made of whole batches, which holds for any parts where a batch is one sequence, and of the same `thin`.
 
         Raises:
-            StaleArtifact: the profiles are of different models or domains.
+            StaleArtifact: the profiles are of different models, domains or seeds, or were made by an earlier version.
         """
         if (self.model_digest, self.domains, self.layers) != (other.model_digest, other.domains, other.layers):
             raise StaleArtifact("profiles of different models or domains cannot be added")
+        if self.seed != other.seed:
+            raise StaleArtifact(
+                f"profiles with the seeds {self.seed} and {other.seed} cannot be added: their samples were drawn by "
+                "other priorities; profile again with one seed"
+            )
+        if not self.sample_counts or not other.sample_counts:
+            raise StaleArtifact("a profile does not say how its sample was drawn, so it cannot be added; profile again")
+        counts = tuple(map(min, self.sample_counts, other.sample_counts))
         count = len(self.layers)
         return Profile(
             model_digest=self.model_digest,
@@ -145,7 +173,9 @@ class Profile:
             statistics=_ByLayer(
                 len(self.layers), lambda index: _added(self.statistics[index], other.statistics[index])
             ),
-            samples=_ByLayer(count, lambda index: _join(self.samples[index], other.samples[index])),
+            samples=_ByLayer(count, lambda index: _joined(self.samples[index], other.samples[index], counts)),
+            sample_counts=counts,
+            thin=max(self.thin, other.thin),
             asked=tuple(name for name in self.asked if name in other.asked),
         )
 
@@ -166,6 +196,8 @@ class Profile:
             "num_tokens": list(self.num_tokens),
             "seq_len": self.seq_len,
             "seed": self.seed,
+            "sample_counts": list(self.sample_counts),
+            "thin": self.thin,
             "statistics": list(self.asked),
             "layers": [asdict(layer) for layer in self.layers],
         }
@@ -200,6 +232,8 @@ class Profile:
             layers=layers,
             statistics=_Stored(files),
             samples=_ByLayer(len(layers), files.sample),
+            sample_counts=tuple(body.get("sample_counts", ())),
+            thin=body.get("thin", 1),
             asked=tuple(body.get("statistics", ())),
         )
 
@@ -285,7 +319,7 @@ class _LayerFiles:
         """Return the token sample of one layer."""
         with self._open(index) as file:
             tensors = {name: file.get_tensor(f"sample.{name}") for name in sorted(self._names(index, "sample."))}
-        return Sample(**({"logits_TE": None} | tensors))
+        return Sample.of(tensors)
 
     def _statistic(self, index: int, name: str) -> BinnedSum | Tensor:
         with self._open(index) as file:
@@ -325,7 +359,7 @@ def _added(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Totals:
     return Totals([name for name in a if name in b], both)
 
 
-def _join(a: Sample, b: Sample) -> Sample:
+def _joined(a: Sample, b: Sample, counts: Sequence[int]) -> Sample:
+    """Return the sample of both texts: of each domain so many tokens with the lowest priorities."""
     first, second = a.tensors(), b.tensors()
-    joined = {name: torch.cat((first[name], second[name])) for name in first.keys() & second.keys()}
-    return Sample(**({"logits_TE": None} | joined))  # type: ignore[arg-type]
+    return Sample.of(lowest({name: torch.cat((first[name], second[name])) for name in first if name in second}, counts))

@@ -57,6 +57,7 @@ def profile(
     batch_size: int = 8,
     statistics: Collection[str] | None = None,
     gradients: bool = False,
+    thin: int | None = None,
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
 ) -> Profile:
@@ -83,6 +84,8 @@ def profile(
             report reads and a forward pass shows.
         gradients: also measure what a recipe reads and only the gradient of the loss shows; takes three to four times
             as long, and is done in any case where `statistics` names such a value.
+        thin: statistics of all experts on all tokens are estimated from every so many-th token; None for about
+            `THIN_TOKENS` tokens of the text. Parts of a text whose profiles are to be added take that of the whole.
         max_memory: bytes, or an amount like "8GiB", that the run may take.
         allow_pickle: read weights that are stored as pickles.
 
@@ -104,7 +107,7 @@ def profile(
     settings = ProfileSettings(
         text=text, tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, domains=domains,
         weights=weights, batch_size=batch_size, statistics=wanted_statistics(statistics, gradients=gradients),
-        device=device, max_memory=max_memory,
+        thin=thin, device=device, max_memory=max_memory,
     )  # fmt: skip
     measure = settings.measure(checkpoint, architecture)
     stream = Stream(checkpoint, device=device, dtype=dtype, scratch=None if target is None else target.parent)
@@ -192,6 +195,7 @@ class ProfileSettings:
     weights: Mapping[str, float] | None = None
     batch_size: int = 8
     statistics: tuple[str, ...] = field(default_factory=wanted_statistics)
+    thin: int | None = None
     device: str = "cpu"
     max_memory: int | str | None = None
 
@@ -203,6 +207,8 @@ class ProfileSettings:
             UnknownName: no such statistic.
             TextError: no text, empty text, or text shorter than a sequence.
         """
+        if self.thin is not None and self.thin < 1:
+            raise InputError(f"every {self.thin}-th token cannot be taken; give a thin of 1 or more")
         if self.tokens < 1 or self.sample_tokens < 1:
             raise InputError(
                 f"nothing can be measured on {self.tokens} tokens with a sample of {self.sample_tokens}; ask for more"
@@ -222,7 +228,7 @@ class ProfileSettings:
         size = fitting_batch(self.batch_size, seq_len=self.seq_len, hidden_size=widest)
         return Measure(
             token_set=token_set, seed=self.seed, sample_tokens=self.sample_tokens, batch_size=size,
-            statistics=wanted_statistics(self.statistics),
+            statistics=wanted_statistics(self.statistics), thin=self.thin or usual_thin(token_set),
         )  # fmt: skip
 
 
@@ -236,11 +242,12 @@ def profile_model(
     sample_tokens: int = 8_192,
     batch_size: int = 8,
     statistics: Collection[str] | None = None,
+    thin: int | None = None,
 ) -> Profile:
     """Measure a model that is in memory as a whole, in a forward pass; see `profile`."""
     measure = Measure(
         token_set=token_set, seed=seed, sample_tokens=sample_tokens, batch_size=batch_size,
-        statistics=wanted_statistics(statistics),
+        statistics=wanted_statistics(statistics), thin=thin or usual_thin(token_set),
     )  # fmt: skip
     device = next(model.parameters()).device
     prove_layers(model, layers, next(token_set.batches(1))[1].to(device))
@@ -256,6 +263,11 @@ def profile_model(
     )
 
 
+def usual_thin(token_set: TokenSet) -> int:
+    """Return the `Observation.thin` that takes about `THIN_TOKENS` tokens of a text."""
+    return max(1, sum(token_set.num_tokens.values()) // THIN_TOKENS)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measure:
     """What is measured on which tokens.
@@ -266,6 +278,7 @@ class Measure:
         sample_tokens: tokens of each layer's sample.
         batch_size: sequences in a batch.
         statistics: names of the statistics, see `wanted_statistics`.
+        thin: see `Observation.thin`.
     """
 
     token_set: TokenSet
@@ -273,6 +286,7 @@ class Measure:
     sample_tokens: int
     batch_size: int
     statistics: tuple[str, ...] = field(default_factory=wanted_statistics)
+    thin: int = 1
 
     @property
     def gradients(self) -> bool:
@@ -283,11 +297,6 @@ class Measure:
     def fields(self) -> frozenset[str]:
         """Fields of an `Observation` that the statistics are made from and that cost something."""
         return fields_of(self.statistics)
-
-    @property
-    def thin(self) -> int:
-        """See `Observation.thin`."""
-        return max(1, sum(self.token_set.num_tokens.values()) // THIN_TOKENS)
 
     def batches(self) -> list[tuple[int, Tensor]]:
         """Return the batches: index of the domain, token ids (B, S)."""
@@ -304,6 +313,7 @@ class Measure:
             "sample_tokens": self.sample_tokens,
             "batch_size": self.batch_size,
             "statistics": list(self.statistics),
+            "thin": self.thin,
             "dtype": str(stream.dtype).removeprefix("torch."),
             "device": stream.device.type,
         }
@@ -386,6 +396,8 @@ class Measure:
             seq_len=self.token_set.seq_len,
             seed=self.seed,
             layers=layers,
+            sample_counts=tuple(self.token_set.share_out(self.sample_tokens)),
+            thin=self.thin,
             asked=self.statistics,
             statistics=statistics,
             samples=samples,
