@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coterie.profile.sums import DIGITS, ELEMENT_BYTES, BinnedSum, Totals, stacked
+from coterie.profile.sums import DIGITS, ELEMENT_BYTES, BinnedSum, Totals
 
 numbers = st.floats(allow_nan=False, allow_infinity=False, max_value=1e300, min_value=-1e300)
 near = st.floats(min_value=-1e6, max_value=1e6, allow_subnormal=False)
@@ -93,13 +93,11 @@ def test_elements_do_not_touch_each_other():
     for row in rows:
         total = total.plus(row)
     assert total.value().tolist() == [1e200, 2.0**-50, 0.0]
-    both = stacked([total, total + total])
-    assert both.place.shape == (2, 3)
-    assert both.digits_K.shape == (DIGITS, 2, 3)
-    assert same(both[0], total)
-    assert both.value()[1].tolist() == [2e200, 2.0**-49, 0.0]
-    stored = both.digits_K.nbytes + both.place.nbytes
-    assert stored == 6 * ELEMENT_BYTES
+    assert total.digits_K.shape == (DIGITS, 3)
+    assert total.digits_K.nbytes + total.place.nbytes == 3 * ELEMENT_BYTES
+    both = BinnedSum.of(rows[:2])
+    assert same(both[1], BinnedSum.of(rows[1]))
+    assert same(both[0] + both[1], BinnedSum.of(rows[0]).plus(rows[1]))
 
 
 def test_totals_read_only_what_is_asked_for():

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coterie.artifact import atomic_path, check_file, digest_of, file_digest, open_artifact, write_artifact
-from coterie.errors import CorruptArtifact, StaleArtifact, UnknownName
+from coterie.errors import CorruptArtifact, InputError, StaleArtifact, UnknownName
 from coterie.model.arch.layers import MoELayer
 from coterie.profile.places import lowest
-from coterie.profile.statistics import MAXIMA, merged, over_domains
+from coterie.profile.statistics import MATRICES, MAXIMA, merged, over_domains
 from coterie.profile.sums import BinnedSum, Totals
 
 FILE = "profile.json"
@@ -122,19 +122,34 @@ class Profile:
         return digest_of([*content, [_hash(tensor) for tensors in layers for tensor in tensors.values()]])
 
     def sum(self, layer: int, name: str) -> Tensor:
-        """Return one statistic of one layer summed over all domains (for maxima, the largest), float64.
+        """Return one statistic of one layer over all domains: the sum, for maxima the largest.
+
+        float64; for those of `coterie.profile.statistics.MATRICES` float32.
 
         Raises:
             UnknownName: the profile does not hold that statistic.
         """
-        return over_domains(name, self.by_domain(layer, name))
+        return over_domains(name, self._statistic(layer, name))
 
     def all_layers(self, name: str) -> Tensor:
         """Return one statistic of all layers, summed over all domains, as (L, ...); raises UnknownName."""
         return torch.stack([self.sum(layer, name) for layer in range(len(self.layers))])
 
     def by_domain(self, layer: int, name: str) -> Tensor:
-        """Return one statistic of one layer with its domain axis first, float64; raises UnknownName."""
+        """Return one statistic of one layer with its domain axis first, float64.
+
+        Raises:
+            UnknownName: the profile does not hold that statistic.
+            InputError: it is measured over all text, without a domain axis.
+        """
+        if name in MATRICES:
+            raise InputError(
+                f"{name} is one sum over all text, since it would be too large by domain: ask for its sum, or profile "
+                "the domains one by one"
+            )
+        return self._statistic(layer, name)
+
+    def _statistic(self, layer: int, name: str) -> Tensor:
         held = self.statistics[layer]
         if name not in held:
             raise UnknownName("statistic", name, held)
@@ -263,7 +278,7 @@ def _exact(statistics: Mapping[str, Tensor], name: str) -> BinnedSum | Tensor:
     """Return a statistic as it is added up: a sum to the last bit, or a tensor where it is no sum of that kind."""
     if isinstance(statistics, Totals):
         return statistics.exact(name)
-    return statistics[name] if name in MAXIMA else BinnedSum.of(statistics[name].double())
+    return statistics[name] if name in MAXIMA or name in MATRICES else BinnedSum.of(statistics[name].double())
 
 
 def _hash(tensor: Tensor) -> str:

@@ -96,12 +96,6 @@ class BinnedSum:
         return torch.cat((torch.zeros_like(self.digits_K), self.digits_K)).gather(0, source_K)
 
 
-def stacked(sums: Collection[BinnedSum]) -> BinnedSum:
-    """Return sums of one shape as one, along a new first axis."""
-    digits_K = torch.stack([each.digits_K for each in sums], dim=1)
-    return BinnedSum(digits_K=digits_K, place=torch.stack([each.place for each in sums]))
-
-
 class Totals(Mapping[str, Tensor]):
     """The statistics of a layer by name, read when they are asked for; sums are rounded to float64 then.
 
