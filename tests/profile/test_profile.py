@@ -8,7 +8,8 @@ import torch
 
 from coterie.errors import CorruptArtifact, StaleArtifact, UnknownName
 from coterie.model.arch.layers import MoELayer
-from coterie.profile.profile import FILE, Profile, Sample, _LayerFiles, layer_file
+from coterie.profile.profile import FILE, Profile, Sample, _LayerFiles, layer_file, summed
+from coterie.profile.sums import Totals
 
 
 def layer(index, **facts):
@@ -197,6 +198,16 @@ def test_adding_in_another_order_gives_the_same_sums_to_the_last_bit(tmp_path):
     orders = ((one, two, three), (three, two, one))
     plain = [sum(each.statistics[0]["logit_product"] for each in order) for order in orders]
     assert not torch.equal(*plain), "plain addition would not give that"
+
+
+def test_statistics_over_all_domains_are_read_when_they_are_asked_for():
+    held = make().statistics[0]
+    read = []
+    totals = summed(Totals(held, lambda name: read.append(name) or held[name]))
+    assert totals.keys() == held.keys()
+    assert read == []
+    assert totals["usage"].equal(held["usage"][0] + held["usage"][1])
+    assert read == ["usage"]
 
 
 def test_what_was_added_is_stored_to_the_last_bit(tmp_path):

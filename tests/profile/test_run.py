@@ -34,6 +34,7 @@ from coterie.profile.calibration import TokenSet, tokenize
 from coterie.profile.observation import TOLERANCE, observed, prove_layers
 from coterie.profile.profile import FILE, Profile
 from coterie.profile.run import profile, profile_model
+from coterie.profile.statistics import wanted_statistics
 from coterie.testing import CORE_FAMILIES
 
 IDS = torch.arange(60).view(3, 20)
@@ -437,6 +438,25 @@ def test_compress_without_a_profile_measures_only_what_its_recipe_needs(tiny, te
         tiny(), tmp_path / "out", keep=0.5, recipe=recipe, text=text, tokens=128, seq_len=16, sample_tokens=32
     )  # fmt: skip
     assert measured == [set(get_recipe(recipe).needs)] * 2
+
+
+def test_compress_measures_for_other_recipes_too_where_the_profile_is_kept(tiny, text, tmp_path):
+    compress(
+        tiny(), tmp_path / "out", keep=0.5, recipe="reap", profile=tmp_path / "profile", text=text, tokens=128,
+        seq_len=16, sample_tokens=32,
+    )  # fmt: skip
+    held = Profile.load(tmp_path / "profile")
+    assert held.asked == wanted_statistics()
+    compress(tiny(), tmp_path / "other", keep=0.5, recipe="hc-smoe", profile=held)
+
+
+def test_a_profile_of_other_statistics_is_refused_with_the_command_that_measures_them(tiny, text, tmp_path):
+    held = run(tiny, text, statistics=["usage"])
+    with pytest.raises(
+        InputError, match=r"reap, which the profile does not hold: .*--statistics reap, with --rec"
+    ):
+        compress(tiny(), tmp_path / "out", keep=0.5, recipe="reap", profile=held)
+    compress(tiny(), tmp_path / "out", keep=0.5, recipe="frequency", profile=held)
 
 
 def test_only_some_domains(tiny, text):

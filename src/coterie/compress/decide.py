@@ -24,9 +24,9 @@ from coterie.compress.target import Target
 from coterie.errors import ArchitectureMismatch, InputError, StaleArtifact
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.ragged import places_of
-from coterie.profile.profile import Profile
+from coterie.profile.profile import Profile, summed
 from coterie.profile.run import check_predicts
-from coterie.profile.statistics import needs_gradients, over_domains
+from coterie.profile.statistics import needs_gradients
 
 
 def plan(
@@ -157,7 +157,7 @@ def with_choices(plan: Plan, layers: Sequence[MoELayer], profile: Profile) -> Pl
     for layer, each in zip(layers, plan.layers, strict=True):
         statistics = profile.statistics[layer.index]
         measured = Measured(
-            statistics={name: over_domains(name, value_G) for name, value_G in statistics.items()},
+            statistics=summed(statistics),
             by_domain=statistics,
             peaks_LE=peaks_LE,
         )

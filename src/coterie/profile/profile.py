@@ -360,6 +360,11 @@ def _layer_from(entry: Mapping[str, Any]) -> MoELayer:
     return MoELayer(**{**entry, "router_tensors": router_tensors})
 
 
+def summed(by_domain: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a layer's statistics over all domains, each read and summed when it is asked for."""
+    return Totals(by_domain, lambda name: over_domains(name, by_domain[name]))
+
+
 def _added(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Totals:
     """Return the statistics that both hold, added up when they are asked for."""
 
