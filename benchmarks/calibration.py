@@ -28,7 +28,7 @@ from coterie.evaluate.scorecard import Scorecard
 from coterie.profile.calibrate import calibrate, generate
 from coterie.profile.calibration import text_files
 from coterie.profile.run import profile
-from coterie.profile.statistics.channels import needs_gradients
+from coterie.profile.statistics import needs_gradients
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference"
 

@@ -57,6 +57,7 @@ from coterie.profile.calibration import text_files, tokenize
 from coterie.profile.profile import FILE, Profile
 from coterie.profile.run import profile
 from coterie.profile.self_text import Writing, own_tokens
+from coterie.profile.statistics import STATISTICS
 from coterie.train.model import experts_apart
 from research_training import (
     ADDED,
@@ -324,7 +325,7 @@ class Study:
             print("profile ...", file=sys.stderr, flush=True)
             profile(
                 options.model, folder, text=options.text, tokens=options.tokens, seq_len=options.seq_len,
-                seed=options.seed, sample_tokens=options.sample_tokens, gradients=True,
+                seed=options.seed, sample_tokens=options.sample_tokens, statistics=STATISTICS,
             )  # fmt: skip
         self._profile = Profile.load(folder, model_digest=self._checkpoint.digest)
 

@@ -63,6 +63,19 @@ def test_profile_writes_what_the_library_makes(tiny, text, made, tmp_path):
     assert both.num_tokens == (256, 256)
 
 
+def test_profile_measures_what_is_named_and_what_recipes_need(tiny, text, tmp_path):
+    options = ("--statistics", "tokens", "--recipe", "reap,easy-slim", "--json", *SMALL)
+    shown = json.loads(run("profile", tiny(), tmp_path / "out", "--text", text, *options).stdout)
+    assert shown["statistics"] == ["tokens", "usage", "reap", "hidden_square"]
+    assert set(coterie.Profile.load(tmp_path / "out").statistics[0]) == {"tokens", "usage", "reap", "hidden_square"}
+    for option in ("--statistics", "--recipe"):
+        command = ["profile", str(tiny()), str(tmp_path / "b"), "--text", str(text), option, "raep"]
+        refused = CliRunner().invoke(app, command)
+        assert refused.exit_code == 1
+        assert "did you mean" in refused.stderr
+        assert not (tmp_path / "b").exists()
+
+
 def test_profile_prints_tokens_by_domain(tiny, text, tmp_path):
     lines = words(run("profile", tiny(), tmp_path / "out", "--text", text, *SMALL).stdout)
     assert lines[2:4] == ["code 256", "prose 256"]

@@ -156,9 +156,7 @@ def family_state(tiny: Callable[..., Path]) -> Callable[..., LayerState]:
         with observed(model, architecture.layers) as observations, torch.no_grad():
             model(input_ids=ids_BS, use_cache=False)
         layer, seen = architecture.layers[-1], observations[-1]
-        statistics: dict[str, Tensor] = {}
-        for name in ("usage", "reap"):
-            statistics.update(load_statistic(name)(seen))
+        statistics = {name: load_statistic(name)(seen) for name in ("usage", "reap")}
         tensors = model.state_dict()
         return LayerState(
             layer=layer,

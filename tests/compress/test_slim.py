@@ -15,7 +15,7 @@ from coterie.compress.methods.slim import heapr_scores, slim
 from coterie.compress.state import LayerState
 from coterie.errors import Infeasible, UnknownName
 from coterie.model.arch.experts import Experts
-from coterie.profile.statistics.channels import needs_gradients
+from coterie.profile.statistics import needs_gradients
 
 from .conftest import make_state
 

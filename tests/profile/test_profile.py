@@ -8,7 +8,8 @@ import torch
 
 from coterie.errors import CorruptArtifact, StaleArtifact, UnknownName
 from coterie.model.arch.layers import MoELayer
-from coterie.profile.profile import FILE, Profile, Sample, layer_file
+from coterie.profile.profile import FILE, Profile, Sample, _LayerFiles, layer_file, summed
+from coterie.profile.sums import Totals
 
 
 def layer(index, **facts):
@@ -39,6 +40,7 @@ def sample(seed, *, tokens=6, logits=True):
         logits_TE=normal(tokens, 4) if logits else None,
         output_TD=normal(tokens, 5).to(torch.bfloat16),
         domain_T=torch.arange(tokens) % 2,
+        priority_T=torch.randperm(1000, generator=generator)[:tokens] + 1000 * seed,
     )
 
 
@@ -49,7 +51,7 @@ def make(seed=0, *, logits=True, **changes):
         return {
             "tokens": torch.tensor([10.0, 20.0], dtype=torch.float64),
             "usage": torch.rand(2, 4, generator=generator, dtype=torch.float64),
-            "coactivation": torch.rand(2, 4, 4, generator=generator, dtype=torch.float64),
+            "logit_product": torch.randn(2, 4, 4, generator=generator, dtype=torch.float64),
         }
 
     fields = {
@@ -62,12 +64,17 @@ def make(seed=0, *, logits=True, **changes):
         "layers": (layer(0), layer(1, router=None, num_groups=1)),
         "statistics": (statistics(), statistics()),
         "samples": (sample(seed, logits=logits), sample(seed + 100, logits=logits)),
+        "sample_counts": (4, 5),
+        "thin": 2 + seed,
+        "asked": ("tokens", "usage", "logit_product"),
     }
     return Profile(**(fields | changes))
 
 
 def assert_same(one, two):
-    for name in ("model_digest", "text_digest", "domains", "num_tokens", "seq_len", "seed", "layers"):
+    for name in ("model_digest", "text_digest", "domains", "num_tokens", "seq_len", "seed", "layers", "thin"):
+        assert getattr(one, name) == getattr(two, name), name
+    for name in ("sample_counts", "asked"):
         assert getattr(one, name) == getattr(two, name), name
     for a, b in zip(one.statistics, two.statistics, strict=True):
         assert a.keys() == b.keys()
@@ -144,9 +151,9 @@ def test_the_digest_is_that_of_the_content(tmp_path):
 
 def test_sums_and_domains():
     profile = make()
-    held = profile.statistics[1]["coactivation"]
-    assert torch.equal(profile.by_domain(1, "coactivation"), held)
-    assert torch.equal(profile.sum(1, "coactivation"), held[0] + held[1])
+    held = profile.statistics[1]["logit_product"]
+    assert torch.equal(profile.by_domain(1, "logit_product"), held)
+    assert torch.equal(profile.sum(1, "logit_product"), held[0] + held[1])
     assert profile.sum(0, "tokens").item() == 30
     for ask in (profile.sum, profile.by_domain):
         with pytest.raises(UnknownName, match="unknown statistic 'usages'; did you mean usage"):
@@ -161,19 +168,69 @@ def test_profiles_of_two_texts_add_up():
     assert both.model_digest == one.model_digest
     assert both.text_digest not in (one.text_digest, two.text_digest)
     for index in range(2):
-        for name in ("tokens", "usage", "coactivation"):
+        for name in ("tokens", "usage", "logit_product"):
             expected = one.statistics[index][name] + two.statistics[index][name]
             assert torch.equal(both.by_domain(index, name), expected)
+        rows = [
+            (domain, priority, each, row)
+            for each in (one, two)
+            for row, (domain, priority) in enumerate(
+                zip(each.samples[index].domain_T.tolist(), each.samples[index].priority_T.tolist(), strict=True)
+            )
+        ]
+        lowest = [sorted((row for row in rows if row[0] == domain), key=lambda row: row[:2]) for domain in (0, 1)]
+        kept = lowest[0][:4] + lowest[1][:5]
         for name, joined in both.samples[index].tensors().items():
-            parts = [each.samples[index].tensors()[name] for each in (one, two)]
-            assert torch.equal(joined, torch.cat(parts))
+            assert torch.equal(
+                joined, torch.stack([each.samples[index].tensors()[name][row] for *_, each, row in kept])
+            )
 
 
-def test_adding_in_another_order_gives_the_same_sums():
+def test_adding_in_another_order_gives_the_same_sums_to_the_last_bit(tmp_path):
     one, two, three = make(0), make(1), make(2)
-    left, right = one.merge(two).merge(three), three.merge(one.merge(two))
-    for a, b in zip(left.statistics, right.statistics, strict=True):
-        assert all(torch.allclose(a[name], b[name], rtol=1e-14) for name in a)
+    ways = [one.merge(two).merge(three), three.merge(one.merge(two)), two.merge(three).merge(one)]
+    for number, way in enumerate(ways):
+        way.save(tmp_path / f"{number}")
+    for a in (*ways, *(Profile.load(tmp_path / f"{number}") for number in range(3))):
+        for held, other in zip(a.statistics, ways[0].statistics, strict=True):
+            assert held.keys() == other.keys()
+            assert all(torch.equal(held[name], other[name]) for name in other)
+    orders = ((one, two, three), (three, two, one))
+    plain = [sum(each.statistics[0]["logit_product"] for each in order) for order in orders]
+    assert not torch.equal(*plain), "plain addition would not give that"
+
+
+def test_statistics_over_all_domains_are_read_when_they_are_asked_for():
+    held = make().statistics[0]
+    read = []
+    totals = summed(Totals(held, lambda name: read.append(name) or held[name]))
+    assert totals.keys() == held.keys()
+    assert read == []
+    assert totals["usage"].equal(held["usage"][0] + held["usage"][1])
+    assert read == ["usage"]
+
+
+def test_what_was_added_is_stored_to_the_last_bit(tmp_path):
+    one, two, three = make(0), make(1), make(2)
+    one.merge(two).save(tmp_path / "both")
+    expected = one.merge(two).merge(three)
+    found = Profile.load(tmp_path / "both").merge(three)
+    for a, b in zip(found.statistics, expected.statistics, strict=True):
+        for name in b:
+            for part in ("digits_K", "place"):
+                assert torch.equal(getattr(a.exact(name), part), getattr(b.exact(name), part))
+
+
+def test_layers_are_added_one_at_a_time_and_when_they_are_asked_for(tmp_path, monkeypatch):
+    for number in range(2):
+        make(number).save(tmp_path / f"{number}")
+    read = []
+    real = _LayerFiles._open
+    monkeypatch.setattr(_LayerFiles, "_open", lambda self, index: read.append(index) or real(self, index))
+    both = Profile.load(tmp_path / "0").merge(Profile.load(tmp_path / "1"))
+    assert read == []
+    assert both.sum(1, "tokens").item() == 60
+    assert set(read) == {1}
 
 
 def test_adding_keeps_what_both_hold():
@@ -181,7 +238,21 @@ def test_adding_keeps_what_both_hold():
     lean = replace(lean, statistics=tuple({"usage": held["usage"]} for held in lean.statistics))
     both = make(0).merge(lean)
     assert [set(held) for held in both.statistics] == [{"usage"}] * 2
-    assert all(each.logits_TE is None and len(each.inputs_TD) == 12 for each in both.samples)
+    assert all(each.logits_TE is None and len(each.inputs_TD) == 9 for each in both.samples)
+
+
+def test_the_smaller_sample_and_the_larger_thin_count():
+    both = make(0).merge(make(1, sample_counts=(3, 1)))
+    assert both.sample_counts == (3, 1)
+    assert torch.bincount(both.samples[0].domain_T).tolist() == [3, 1]
+    assert both.thin == 3
+
+
+def test_samples_that_were_drawn_in_another_way_are_not_joined():
+    with pytest.raises(StaleArtifact, match=r"seeds 3 and 4 cannot be added.*profile again with one seed"):
+        make().merge(replace(make(1), seed=4))
+    with pytest.raises(StaleArtifact, match=r"does not say how its sample was drawn.*profile again"):
+        make().merge(make(1, sample_counts=()))
 
 
 @pytest.mark.parametrize(

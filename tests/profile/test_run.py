@@ -9,8 +9,18 @@ import pytest
 import torch
 from torch import nn
 
+from coterie import compress
 from coterie.artifact import write_artifact
-from coterie.errors import ArchitectureMismatch, InputError, NotAMoE, OutputExists, TextError, UnknownName
+from coterie.compress.recipes import get_recipe
+from coterie.errors import (
+    ArchitectureMismatch,
+    InputError,
+    NotAMoE,
+    OutputExists,
+    StaleArtifact,
+    TextError,
+    UnknownName,
+)
 from coterie.model.arch import router_scores as router_scores_module
 from coterie.model.arch.experts import canonical_experts
 from coterie.model.arch.layers import Architecture
@@ -25,6 +35,7 @@ from coterie.profile.calibration import TokenSet, tokenize
 from coterie.profile.observation import TOLERANCE, observed, prove_layers
 from coterie.profile.profile import FILE, Profile
 from coterie.profile.run import profile, profile_model
+from coterie.profile.statistics import wanted_statistics
 from coterie.testing import CORE_FAMILIES
 
 IDS = torch.arange(60).view(3, 20)
@@ -354,7 +365,6 @@ def test_from_a_model_and_text_to_a_profile(tiny, text, tmp_path):
     for index in range(2):
         assert found.by_domain(index, "tokens").tolist() == [64, 64]
         assert found.sum(index, "usage").sum() == 2 * 128, "every token chose two experts"
-        assert found.sum(index, "router_probability").sum().item() == pytest.approx(128)
         assert len(found.samples[index].inputs_TD) == 32
     again = Profile.load(out, model_digest=checkpoint.digest, text_digest=found.text_digest)
     for one, two in zip(found.statistics, again.statistics, strict=True):
@@ -367,6 +377,85 @@ def test_the_same_again_is_the_same_bytes(tiny, text, tmp_path):
         run(tiny, text, tmp_path / name)
     for name in (FILE, *LAYER_FILES):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_only_what_is_named_is_measured_and_the_file_says_so(tiny, text, tmp_path):
+    run(tiny, text, tmp_path / "out", statistics=["reap", "usage"])
+    found = Profile.load(tmp_path / "out")
+    assert found.asked == ("usage", "reap")
+    assert [set(held) for held in found.statistics] == [{"usage", "reap"}] * 2
+    assert json.loads((tmp_path / "out" / FILE).read_text())["body"]["statistics"] == ["usage", "reap"]
+    every = run(tiny, text)
+    for index in range(2):
+        assert torch.equal(found.by_domain(index, "reap"), every.by_domain(index, "reap"))
+        assert torch.equal(found.samples[index].inputs_TD, every.samples[index].inputs_TD)
+
+
+def test_a_statistic_that_needs_gradients_gets_them(tiny, text):
+    found = run(tiny, text, statistics=["channel_fisher"])
+    assert [set(held) for held in found.statistics] == [{"channel_fisher"}] * 2
+    assert all(found.sum(index, "channel_fisher").max() > 0 for index in range(2))
+
+
+def test_unknown_statistics_are_refused_before_anything_is_computed(tiny, text, monkeypatch):
+    monkeypatch.setattr(run_module.Measure, "stream", None)
+    with pytest.raises(UnknownName, match="unknown statistic 'raep'; did you mean reap"):
+        run(tiny, text, statistics=["raep"])
+    settings = run_module.ProfileSettings(text=text, tokens=64, seq_len=16, seed=0, statistics=("raep",))
+    checkpoint = Checkpoint.open(tiny())
+    with pytest.raises(UnknownName, match="unknown statistic 'raep'; did you mean reap"):
+        settings.measure(checkpoint, Architecture.of(checkpoint))
+
+
+def test_a_run_that_was_ended_early_does_not_go_on_with_other_statistics(tiny, text, tmp_path, monkeypatch):
+    real, written = run_module.write_layer, []
+
+    def full(*arguments):
+        if written:
+            raise KeyboardInterrupt
+        written.append(arguments[1])
+        return real(*arguments)
+
+    monkeypatch.setattr(run_module, "write_layer", full)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, text, tmp_path / "out", statistics=["usage"])
+    monkeypatch.setattr(run_module, "write_layer", real)
+    with pytest.raises(StaleArtifact, match="statistics"):
+        run(tiny, text, tmp_path / "out", statistics=["reap"])
+    assert run(tiny, text, tmp_path / "out", statistics=["usage"]).asked == ("usage",)
+
+
+@pytest.mark.parametrize("recipe", ["reap", "naee", "heapr"])
+def test_compress_without_a_profile_measures_only_what_its_recipe_needs(tiny, text, tmp_path, monkeypatch, recipe):
+    measured = []
+
+    class Recorded(run_module.Collector):
+        def __init__(self, token_set, names, **options):
+            measured.append(set(names))
+            super().__init__(token_set, names, **options)
+
+    monkeypatch.setattr(run_module, "Collector", Recorded)
+    compress(
+        tiny(), tmp_path / "out", keep=0.5, recipe=recipe, text=text, tokens=128, seq_len=16, sample_tokens=32
+    )  # fmt: skip
+    assert measured == [set(get_recipe(recipe).needs)] * 2
+
+
+def test_compress_measures_for_other_recipes_too_where_the_profile_is_kept(tiny, text, tmp_path):
+    compress(
+        tiny(), tmp_path / "out", keep=0.5, recipe="reap", profile=tmp_path / "profile", text=text, tokens=128,
+        seq_len=16, sample_tokens=32,
+    )  # fmt: skip
+    held = Profile.load(tmp_path / "profile")
+    assert held.asked == wanted_statistics()
+    compress(tiny(), tmp_path / "other", keep=0.5, recipe="hc-smoe", profile=held)
+
+
+def test_a_profile_of_other_statistics_is_refused_with_the_command_that_measures_them(tiny, text, tmp_path):
+    held = run(tiny, text, statistics=["usage"])
+    with pytest.raises(InputError, match=r"reap, which the profile does not hold: .*--statistics reap, with --rec"):
+        compress(tiny(), tmp_path / "out", keep=0.5, recipe="reap", profile=held)
+    compress(tiny(), tmp_path / "out", keep=0.5, recipe="frequency", profile=held)
 
 
 def test_only_some_domains(tiny, text):

@@ -7,7 +7,9 @@ Legend: E experts, D model width, F expert width, T tokens, K chosen experts, G 
 """
 
 import math
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -15,24 +17,38 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from coterie.errors import UnknownName
-from coterie.model.arch.experts import Experts
-from coterie.model.arch.layers import Architecture, MoELayer
+from coterie import report as report_package
+from coterie.compress.methods import needs_of
+from coterie.compress.recipes import RECIPES, ROUTERS, get_recipe
+from coterie.errors import Infeasible, UnknownName
+from coterie.model.arch.layers import Architecture
 from coterie.model.arch.load import load_model
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.profile import observation as observation_module
 from coterie.profile.calibration import TokenSet, tokenize
-from coterie.profile.observation import Observation
+from coterie.profile.collect import Collector
+from coterie.profile.observation import observed
 from coterie.profile.run import profile_model
-from coterie.profile.statistics import STATISTICS, load_statistic, mean_output, merged
-from coterie.profile.statistics.easy_ep import measure as easy_ep
-from coterie.profile.statistics.tcess import measure as tcess
+from coterie.profile.statistics import (
+    GRADIENTS,
+    ON_REQUEST,
+    STATISTICS,
+    fields_of,
+    load_statistic,
+    mean_output,
+    merged,
+    needs_gradients,
+    wanted_statistics,
+)
+from coterie.profile.statistics.easy_ep import easy_ep
+from coterie.profile.statistics.tcess import tcess, tcess_tokens
+from observations import draw, rows, with_squares
 
 FAMILIES = ("olmoe", "deepseek_v3", "gpt_oss")
 NAMES = {
-    "tokens", "usage", "gate_mass", "output_norm", "output_square", "reap", "router_probability", "coactivation",
-    "mean_output", "logit_sum", "logit_product", "hidden_square", "gated_hidden_square", "easy_ep", "tcess",
-    "tcess_tokens", "output_peak",
+    "tokens", "usage", "gate_mass", "output_norm", "output_square", "reap", "mean_output", "logit_sum", "logit_product",
+    "hidden_square", "gated_hidden_square", "easy_ep", "tcess", "tcess_tokens", "output_peak",
 }  # fmt: skip
 BACKWARD = {"channel_gradient", "channel_fisher", "gradient_energy"}  # only where there is a gradient
 
@@ -94,8 +110,7 @@ def oracle(model_type, block, config, x_TD, residual_TD):
     vector = lambda: [0.0] * num_experts  # noqa: E731
     found = {name: vector() for name in ("usage", "gate_mass", "output_norm", "output_square", "reap")}
     found |= {name: vector() for name in ("easy_ep", "tcess", "output_peak")}
-    probability, logit_sum = vector(), vector()
-    coactivation = [vector() for _ in range(num_experts)]
+    logit_sum = vector()
     logit_product = [vector() for _ in range(num_experts)]
     mean_output = torch.zeros(num_experts, x_TD.shape[1], dtype=torch.float64)
     squares = [torch.zeros(num_experts, block.experts.down_proj.shape[2], dtype=torch.float64) for _ in range(2)]
@@ -103,17 +118,14 @@ def oracle(model_type, block, config, x_TD, residual_TD):
         squares = [torch.zeros(num_experts, block.experts.down_proj.shape[1], dtype=torch.float64) for _ in range(2)]
     for x_D, residual_D in zip(x_TD, residual_TD, strict=True):
         logits, chosen = routing(model_type, block, config, x_D)
-        total = sum(math.exp(score) for score in logits)
         added_D = sum(weight * expert_output(model_type, block.experts, e, x_D)[1] for e, weight in chosen.items())
         turn = max(1 - cosine(residual_D, residual_D + added_D), 0)
         for e in range(num_experts):
             hidden_F, output_D = expert_output(model_type, block.experts, e, x_D)
             mean_output[e] += output_D
-            probability[e] += math.exp(logits[e]) / total
             logit_sum[e] += logits[e]
             for other in range(num_experts):
                 logit_product[e][other] += logits[e] * logits[other]
-                coactivation[e][other] += e in chosen and other in chosen
             if e in chosen:
                 norm = math.sqrt(sum(value * value for value in output_D.tolist()))
                 found["usage"][e] += 1
@@ -130,8 +142,6 @@ def oracle(model_type, block, config, x_TD, residual_TD):
     return tensors | {
         "tokens": torch.tensor(float(len(x_TD)), dtype=torch.float64),
         "tcess_tokens": tensors["usage"],
-        "router_probability": torch.tensor(probability, dtype=torch.float64),
-        "coactivation": torch.tensor(coactivation, dtype=torch.float64),
         "mean_output": mean_output,
         "hidden_square": squares[0],
         "gated_hidden_square": squares[1],
@@ -201,7 +211,7 @@ def test_every_statistic_equals_the_slow_loops(measured):
             assert (expected["usage"] > 0).sum() >= 4, "the test shows little when few experts are chosen"
             for name, value in expected.items():
                 found = measured.profile.by_domain(layer.index, name)[domain_index]
-                exact = name in ("tokens", "usage", "coactivation", "tcess_tokens")
+                exact = name in ("tokens", "usage", "tcess_tokens")
                 # Norms are kept in float32, and one family's router computes in float32.
                 tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-5}
                 torch.testing.assert_close(found, value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
@@ -226,22 +236,38 @@ def test_the_batch_size_does_not_matter(measured, batch_size):
 
 
 @pytest.mark.parametrize("cut", [1, 2])
-def test_two_halves_of_a_text_add_up_to_the_whole(measured, cut):
+def test_two_halves_of_a_text_add_up_to_the_whole_to_the_last_bit(measured, cut):
+    options = {"batch_size": 1, "sample_tokens": 20, "thin": 5}
+
     def part(start, stop):
         rows = {domain: ids[start:stop] for domain, ids in measured.token_set.sequences.items()}
-        return measured.run(TokenSet(sequences=rows, seq_len=12, digest=f"{start}"))
+        return measured.run(
+            TokenSet(sequences=rows, seq_len=12, digest=f"{start}"), batch_size=1, sample_tokens=20, thin=5
+        )
 
-    merged = part(0, cut).merge(part(cut, 3))
-    assert merged.num_tokens == measured.profile.num_tokens == (36, 36)
-    for one, two in zip(merged.statistics, measured.profile.statistics, strict=True):
-        assert one.keys() == two.keys()
+    whole = measured.run(measured.token_set, **options)
+    merged, swapped = part(0, cut).merge(part(cut, 3)), part(cut, 3).merge(part(0, cut))
+    assert merged.num_tokens == whole.num_tokens == (36, 36)
+    for one, two, three in zip(merged.statistics, swapped.statistics, whole.statistics, strict=True):
+        assert one.keys() == two.keys() == three.keys() == NAMES
         for name in NAMES:
-            torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-6)
+            assert torch.equal(one[name], three[name]), name
+            assert torch.equal(two[name], three[name]), name
+    for one, two, three in zip(merged.samples, swapped.samples, whole.samples, strict=True):
+        assert one.tensors().keys() == two.tensors().keys() == three.tensors().keys()
+        assert len(three.domain_T) == 20
+        for name, value in three.tensors().items():
+            assert torch.equal(one.tensors()[name], value), name
+            assert torch.equal(two.tensors()[name], value), name
 
 
 def test_only_the_statistics_that_are_asked_for(measured):
-    held = measured.run(measured.token_set, statistics=("usage", "reap")).statistics
-    assert [set(each) for each in held] == [{"tokens", "usage", "reap"}] * 2
+    found = measured.run(measured.token_set, statistics=["reap", "usage"])
+    assert found.asked == ("usage", "reap")
+    assert [set(each) for each in found.statistics] == [{"usage", "reap"}] * 2
+    for one, two in zip(found.statistics, measured.profile.statistics, strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one), "a value alone is what it is with others"
+    assert measured.run(measured.token_set, statistics=()).statistics == [{}, {}]
     with pytest.raises(UnknownName, match="unknown statistic 'useage'; did you mean usage"):
         measured.run(measured.token_set, statistics=("useage",))
 
@@ -249,76 +275,9 @@ def test_only_the_statistics_that_are_asked_for(measured):
 # --- measured on drawn observations -------------------------------------------------------------------------------
 
 
-def draw(seed, *, num_experts=5, top_k=2, num_tokens=9, nobody=0.3, bias=True, finish=None):
-    """Draw an observation as a layer with "no expert" entries would give it."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    width, hidden = 3, 4
-    experts = Experts(
-        gate_EFD=normal(num_experts, width, hidden),
-        up_EFD=normal(num_experts, width, hidden),
-        down_EDF=normal(num_experts, hidden, width),
-        down_bias_ED=normal(num_experts, hidden) if bias else None,
-        combine=lambda gate, up: gate.tanh() * up,
-        finish=finish,
-    )
-    layer = MoELayer(
-        index=0, block="b", experts="b.e", router=None, router_tensors=(), num_experts=num_experts, top_k=top_k,
-        width=width, hidden_size=hidden,
-    )  # fmt: skip
-    index_TK = torch.rand(num_tokens, num_experts, generator=generator).argsort(1)[:, :top_k]
-    nobody_TK = torch.rand(num_tokens, top_k, generator=generator) < nobody
-    index_TK = index_TK.masked_fill(nobody_TK, num_experts)
-    x_TD = normal(num_tokens, hidden)
-    norm_TK, peak_TK = torch.zeros(num_tokens, top_k), torch.zeros(num_tokens, top_k)
-    for token in range(num_tokens):
-        for slot in range(top_k):
-            if index_TK[token, slot] < num_experts:
-                output_D = experts.output(int(index_TK[token, slot]), x_TD[token : token + 1])[0]
-                norm_TK[token, slot] = output_D.norm()
-                peak_TK[token, slot] = output_D.abs().max()
-    residual_TD, block_output_TD = normal(num_tokens, hidden), normal(num_tokens, hidden)
-    nothing = torch.zeros(num_experts, width, dtype=torch.float64)
-    return with_squares(Observation(
-        layer=layer, experts=experts, hidden_TD=x_TD, index_TK=index_TK, weight_TK=normal(num_tokens, top_k).float(),
-        logits_TE=normal(num_tokens, num_experts).float(), norm_TK=norm_TK, peak_TK=peak_TK,
-        output_TD=normal(num_tokens, hidden), residual_TD=residual_TD, block_output_TD=block_output_TD,
-        after_TD=residual_TD + 0.5 * block_output_TD,
-        gradient_TD=normal(num_tokens, hidden), hidden_square_EF=nothing, gated_hidden_square_EF=nothing,
-    ))  # fmt: skip
-
-
-def with_squares(observation):
-    """Return the observation with its sums of squared activations, by slow loops."""
-    square, gated = (torch.zeros_like(observation.hidden_square_EF) for _ in range(2))
-    for x_D, index_K, weight_K in zip(
-        observation.hidden_TD, observation.index_TK.tolist(), observation.weight_TK.tolist(), strict=True
-    ):
-        for expert, weight in zip(index_K, weight_K, strict=True):
-            if expert < observation.layer.num_experts:
-                for channel, value in enumerate(observation.experts.hidden(expert, x_D[None])[0].tolist()):
-                    square[expert, channel] += value**2
-                    gated[expert, channel] += (weight * value) ** 2
-    return replace(observation, hidden_square_EF=square, gated_hidden_square_EF=gated)
-
-
-def rows(observation, chosen):
-    """Return the observation of some of the tokens."""
-    names = (
-        "hidden_TD", "index_TK", "weight_TK", "logits_TE", "norm_TK", "peak_TK", "output_TD", "gradient_TD",
-        "residual_TD", "block_output_TD", "after_TD",
-    )  # fmt: skip
-    return with_squares(replace(observation, **{name: getattr(observation, name)[chosen] for name in names}))
-
-
 def measure_all(observation):
-    found = {}
-    for name in STATISTICS:
-        found |= load_statistic(name)(observation)
-    return found
+    found = {name: load_statistic(name)(observation) for name in STATISTICS}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def all_close(one, two):
@@ -365,7 +324,7 @@ def test_renaming_experts_renames_the_statistics(seed):
     before, after = measure_all(observation), measure_all(renamed)
     for name, value in before.items():
         expected = value if name == "tokens" else value[order]
-        if name in ("coactivation", "logit_product"):
+        if name == "logit_product":
             expected = expected[:, order]
         torch.testing.assert_close(after[name], expected, rtol=1e-12, atol=1e-12)
 
@@ -382,16 +341,14 @@ def test_no_expert_contributes_nothing(seed, beyond, weight):
     found = measure_all(other)
     all_close(found, measure_all(observation))
     assert found["usage"].sum() == (~nobody_TK).sum()
-    assert found["coactivation"].diagonal().equal(found["usage"])
     assert found["tokens"] == 9, "a token that nobody takes is a token"
 
 
 def test_nobody_at_all():
     found = measure_all(draw(0, nobody=1.0))
-    for name in ("usage", "gate_mass", "output_norm", "output_square", "reap", "coactivation"):
+    for name in ("usage", "gate_mass", "output_norm", "output_square", "reap"):
         assert not found[name].any()
     assert found["mean_output"].any(), "outputs on all tokens, chosen or not"
-    assert found["router_probability"].sum().item() == pytest.approx(9)
 
 
 @given(seed=st.integers(0, 10**6), bias=st.booleans(), normed=st.booleans(), chunk=st.integers(1, 10))
@@ -406,7 +363,7 @@ def test_mean_output_is_the_sum_of_outputs_on_all_tokens(seed, bias, normed, chu
             output_D = experts.down_EDF[e] @ hidden_F + (experts.down_bias_ED[e] if bias else 0)
             expected[e] += output_D / output_D.norm() if normed else output_D
     with patch.object(mean_output, "_CHUNK", chunk):
-        found = mean_output.measure(observation)["mean_output"]
+        found = mean_output.mean_output(observation)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -414,14 +371,14 @@ def test_mean_output_is_the_sum_of_outputs_on_all_tokens(seed, bias, normed, chu
 def test_the_mean_output_of_a_long_text_is_estimated_from_every_so_many_th_token(thin):
     whole = draw(0)
     few = replace(whole, hidden_TD=whole.hidden_TD[::thin])
-    mean_ED = mean_output.measure(few)["mean_output"] / len(few.hidden_TD)
-    found = mean_output.measure(replace(whole, thin=thin))["mean_output"]
+    mean_ED = mean_output.mean_output(few) / len(few.hidden_TD)
+    found = mean_output.mean_output(replace(whole, thin=thin))
     torch.testing.assert_close(found / len(whole.hidden_TD), mean_ED, rtol=1e-12, atol=1e-12)
 
 
 def test_a_model_without_recorded_scores_has_no_score_statistics():
     found = measure_all(replace(draw(0), logits_TE=None, gradient_TD=None))
-    assert found.keys() == NAMES - {"router_probability", "logit_sum", "logit_product", "tcess", "tcess_tokens"}
+    assert found.keys() == NAMES - {"logit_sum", "logit_product", "tcess", "tcess_tokens"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -448,12 +405,12 @@ def test_narrow_numbers_are_summed_wide(dtype):
         gradient_TD=torch.ones(count, 4, dtype=dtype),
     )
     found = measure_all(many)
-    for name in ("usage", "gate_mass", "output_norm", "output_square", "reap", "router_probability", "logit_sum"):
+    for name in ("usage", "gate_mass", "output_norm", "output_square", "reap", "logit_sum"):
         assert found[name].tolist() == [count], name
     assert found["tcess"].tolist() == found["tcess_tokens"].tolist() == [count]
     assert found["output_peak"].tolist() == [1]
     assert found["easy_ep"].tolist() == pytest.approx([count * (1 - math.sqrt(0.5))]), "the stream turns by 45 degrees"
-    assert found["coactivation"].tolist() == found["logit_product"].tolist() == [[count]]
+    assert found["logit_product"].tolist() == [[count]]
     assert found["mean_output"].tolist() == [[4 * count] * 4], "three activations of 1 and a bias of 1"
     for name in BACKWARD:
         assert found[name].tolist() == [[16 * count] * 3], name
@@ -478,16 +435,15 @@ def test_gradients_of_channels_equal_slow_loops(seed, nobody):
                         weight = float(observation.weight_TK[token, slot])
                         expected["channel_gradient"][expert, channel] += (weight * slope) ** 2
                         expected["channel_fisher"][expert, channel] += (weight * slope * hidden[channel]) ** 2
-    found = load_statistic("channels")(observation)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(load_statistic(name)(observation), value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("thin", [2, 4])
 def test_the_gradient_energy_of_a_long_text_is_estimated_from_every_so_many_th_token(thin):
     whole = draw(0)
-    few = load_statistic("channels")(rows(whole, slice(None, None, thin)))["gradient_energy"]
-    found = load_statistic("channels")(replace(whole, thin=thin))["gradient_energy"]
+    few = load_statistic("gradient_energy")(rows(whole, slice(None, None, thin)))
+    found = load_statistic("gradient_energy")(replace(whole, thin=thin))
     scale = len(whole.hidden_TD) / len(whole.hidden_TD[::thin])
     torch.testing.assert_close(found, few * scale)
 
@@ -505,9 +461,9 @@ def test_tcess_counts_the_best_of_the_chosen(seed, nobody, candidates, threshold
             if math.exp(logits_E[expert]) / sum(math.exp(logits_E[e]) for e in best) >= threshold:
                 expected[expert] += logits_E[expert]
                 tokens[expert] += 1
-    found = tcess(observation, candidates=candidates, threshold=threshold)
-    assert found["tcess"].tolist() == pytest.approx(expected)
-    assert found["tcess_tokens"].tolist() == tokens
+    options = {"candidates": candidates, "threshold": threshold}
+    assert tcess(observation, **options).tolist() == pytest.approx(expected)
+    assert tcess_tokens(observation, **options).tolist() == tokens
 
 
 @given(seed=st.integers(0, 10**6), factor=st.sampled_from([1.0, 0.22, -2.0]))
@@ -522,20 +478,88 @@ def test_easy_ep_weighs_tokens_by_how_far_the_routed_experts_turn_the_stream(see
             if (expert := int(observation.index_TK[token, slot])) < 5:
                 added = float(observation.weight_TK[token, slot]) * float(observation.norm_TK[token, slot])
                 expected[expert] += added * turn
-    assert easy_ep(observation)["easy_ep"].tolist() == pytest.approx(expected)
+    assert easy_ep(observation).tolist() == pytest.approx(expected)
 
 
 def test_easy_ep_is_not_measured_where_the_stream_is_not_known():
     observation = draw(0)
     for name in ("residual_TD", "block_output_TD", "after_TD"):
-        assert easy_ep(replace(observation, **{name: None})) == {}
+        assert easy_ep(replace(observation, **{name: None})) is None
     normed_TD = observation.residual_TD + torch.nn.functional.layer_norm(observation.block_output_TD, (4,))
-    assert easy_ep(replace(observation, after_TD=normed_TD)) == {}, "a norm between block and stream"
+    assert easy_ep(replace(observation, after_TD=normed_TD)) is None, "a norm between block and stream"
     attention_TD = 0.1 * torch.ones_like(observation.after_TD)
-    assert easy_ep(replace(observation, after_TD=observation.after_TD + attention_TD)) == {}, "attention beside it"
+    assert easy_ep(replace(observation, after_TD=observation.after_TD + attention_TD)) is None, "attention beside it"
 
 
 def test_every_statistic_loads_and_unknown_ones_get_the_nearest():
     assert all(callable(load_statistic(name)) for name in STATISTICS)
     with pytest.raises(UnknownName, match="unknown statistic 'raep'; did you mean reap"):
         load_statistic("raep")
+
+
+# --- what is measured ---------------------------------------------------------------------------------------------
+
+
+def test_what_a_forward_pass_shows_is_measured_when_nothing_is_named():
+    assert set(wanted_statistics()) == NAMES
+    assert set(wanted_statistics(gradients=True)) == NAMES | {"channel_gradient", "gradient_energy"}
+    assert set(STATISTICS) == NAMES | BACKWARD
+    assert BACKWARD == GRADIENTS
+
+
+def test_names_are_put_in_order_once_and_checked():
+    assert wanted_statistics(["reap", "usage", "reap"]) == ("usage", "reap")
+    assert wanted_statistics(["reap"], gradients=True) == ("reap", "channel_gradient", "gradient_energy")
+    assert wanted_statistics([]) == ()
+    assert not needs_gradients(wanted_statistics())
+    assert all(needs_gradients(["usage", name]) for name in BACKWARD)
+    with pytest.raises(UnknownName, match="unknown statistic 'raep'; did you mean reap"):
+        wanted_statistics(["usage", "raep"])
+
+
+@pytest.mark.parametrize("name", sorted(NAMES | BACKWARD))
+def test_a_value_is_made_from_the_fields_that_it_names_and_no_others(name):
+    whole = draw(0)
+    fields = fields_of([name])
+    lean = replace(whole, **dict.fromkeys(observation_module.FIELDS - fields))
+    torch.testing.assert_close(load_statistic(name)(lean), load_statistic(name)(whole), rtol=0, atol=0)
+    for field in fields:
+        with pytest.raises(AssertionError):
+            load_statistic(name)(replace(whole, **{field: None}))
+
+
+@pytest.mark.parametrize("field", sorted(observation_module.FIELDS))
+def test_a_field_is_filled_only_where_it_is_asked_for(measured, field):
+    def seen(**options):
+        with torch.no_grad(), observed(measured.model, measured.layers, **options) as observations:
+            measured.model(input_ids=measured.token_set.sequences["code"], use_cache=False)
+        return observations
+
+    for every, one, none in zip(seen(), seen(fields=[field]), seen(fields=[]), strict=True):
+        assert torch.equal(getattr(one, field), getattr(every, field))
+        assert [getattr(one, other) for other in observation_module.FIELDS - {field}] == [None] * 3
+        assert [getattr(none, other) for other in observation_module.FIELDS] == [None] * 4
+        assert torch.equal(none.output_TD, every.output_TD)
+
+
+def test_a_value_that_one_batch_does_not_show_is_left_out():
+    seen, hidden_TD = draw(0), torch.zeros(1, 9, dtype=torch.int64)
+    collector = Collector(
+        TokenSet(sequences={"a": hidden_TD}, seq_len=9, digest="d"), ("usage", "logit_sum"), seed=0, sample_tokens=4
+    )
+    collector.add(0, replace(seen, logits_TE=None))
+    collector.add(0, seen)
+    assert collector.statistics.keys() == {"usage"}
+    assert torch.equal(collector.statistics["usage"][0], 2 * load_statistic("usage")(seen))
+
+
+def test_what_is_measured_by_default_is_what_recipes_and_the_report_read():
+    read = {need for name in RECIPES for need in get_recipe(name).needs} | set(needs_of("protect"))
+    for recipe in RECIPES.values():
+        for router in ROUTERS:
+            with suppress(Infeasible):
+                read |= {need for name, options in recipe.with_router(router) for need in needs_of(name, **options)}
+    sources = "".join(file.read_text(encoding="utf-8") for file in Path(report_package.__file__).parent.glob("*.py"))
+    read |= {name for name in STATISTICS if f'"{name}"' in sources}
+    assert set(wanted_statistics(gradients=True)) == read
+    assert read.isdisjoint(ON_REQUEST)

@@ -13,8 +13,7 @@ from coterie.artifact import digest_of, file_digest
 from coterie.bench.code import code_digests
 from coterie.compress.recipes import EFFORTS, RECIPES, ROUTERS, Recipe, get_recipe
 from coterie.errors import Infeasible, InputError, TextError, UnknownName
-from coterie.profile.statistics import STATISTICS
-from coterie.profile.statistics.channels import needs_gradients
+from coterie.profile.statistics import STATISTICS, needs_gradients
 
 #: Raised when the bench itself comes to measure something else than before.
 VERSION = 1

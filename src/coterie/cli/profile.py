@@ -27,6 +27,12 @@ def profile(
         str | None, typer.Option(help="Only these domains, like math,python; with weights, like math=2,python=1.")
     ] = None,
     sample_tokens: options.SampleTokens = 8_192,
+    statistics: Annotated[
+        str | None, typer.Option(help="Measure only these statistics, like usage,reap; see also --recipe.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Measure only what these recipes need, like reap,heapr; see `coterie recipes`.")
+    ] = None,
     gradients: Annotated[
         bool, typer.Option("--gradients", help="Also measure gradients of the loss: three to four times as long.")
     ] = False,
@@ -34,13 +40,14 @@ def profile(
     allow_pickle: options.AllowPickle = False,
     json: options.Json = False,
 ) -> None:
-    """Run text through a model and keep what was seen.
+    """Run text through a model and keep what was seen: all that any recipe reads of a forward pass, or what you name.
 
     One layer is in memory at a time. Ended early, the same command goes on from the last finished layer.
     """
     from coterie.profile.shares import parse_domains
 
     weights = None if domains is None else parse_domains(domains)
+    wanted = _wanted(statistics, recipe)
     from coterie.profile.run import profile as run
 
     made = run(
@@ -53,6 +60,7 @@ def profile(
         device=device,
         sample_tokens=sample_tokens,
         weights=weights,
+        statistics=wanted,
         gradients=gradients,
         max_memory=max_memory,
         allow_pickle=allow_pickle,
@@ -67,6 +75,7 @@ def profile(
                 "num_tokens": counts,
                 "seq_len": made.seq_len,
                 "seed": made.seed,
+                "statistics": list(made.asked),
                 "layers": len(made.layers),
                 "sample_tokens": len(made.samples[0].inputs_TD),
             }
@@ -79,3 +88,13 @@ def profile(
     )
     print_text()
     print_text(f"profile of {len(made.layers)} MoE layers written to {out}")
+
+
+def _wanted(statistics: str | None, recipes: str | None) -> set[str] | None:
+    """Return the statistics that are named and those that recipes need; None where neither option is given."""
+    if statistics is None and recipes is None:
+        return None
+    from coterie.compress.recipes import get_recipe
+
+    named = set(options.names(statistics or ""))
+    return named.union(*(get_recipe(name).needs for name in options.names(recipes or "")))

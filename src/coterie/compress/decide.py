@@ -24,10 +24,9 @@ from coterie.compress.target import Target
 from coterie.errors import ArchitectureMismatch, InputError, StaleArtifact
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.ragged import places_of
-from coterie.profile.profile import Profile
+from coterie.profile.profile import Profile, summed
 from coterie.profile.run import check_predicts
-from coterie.profile.statistics import over_domains
-from coterie.profile.statistics.channels import needs_gradients
+from coterie.profile.statistics import needs_gradients
 
 
 def plan(
@@ -158,7 +157,7 @@ def with_choices(plan: Plan, layers: Sequence[MoELayer], profile: Profile) -> Pl
     for layer, each in zip(layers, plan.layers, strict=True):
         statistics = profile.statistics[layer.index]
         measured = Measured(
-            statistics={name: over_domains(name, value_G) for name, value_G in statistics.items()},
+            statistics=summed(statistics),
             by_domain=statistics,
             peaks_LE=peaks_LE,
         )
@@ -218,7 +217,7 @@ def check_profile(profile: Profile, source: Source, needs: Iterable[str]) -> Non
             f"the profile was made from another model ({profile.model_digest[:12]}; {source.checkpoint.path} is "
             f"{source.checkpoint.digest[:12]}); run coterie profile again"
         )
-    check_statistics(profile.statistics[0].keys(), needs)
+    check_statistics(profile.statistics[0].keys(), needs, asked=profile.asked)
 
 
 def check_sequential(name: str, needs: Iterable[str]) -> None:
@@ -245,7 +244,6 @@ _NO_SCORES = "the model records no router scores; use a recipe that compares out
 
 #: Why a statistic may be missing from a profile.
 _REASONS = {
-    "router_probability": _NO_SCORES,
     "logit_sum": _NO_SCORES,
     "logit_product": _NO_SCORES,
     "tcess": _NO_SCORES,
@@ -254,16 +252,31 @@ _REASONS = {
 }
 
 
-def check_statistics(measured: Iterable[str], needs: Iterable[str]) -> None:
-    """Raise ArchitectureMismatch, or InputError for gradients, when a recipe needs what was not measured."""
+def check_statistics(measured: Iterable[str], needs: Iterable[str], *, asked: Iterable[str] | None = None) -> None:
+    """Check that what a recipe needs was measured.
+
+    Args:
+        measured: statistics that there are.
+        needs: those that are needed.
+        asked: those that were to be measured; None for all that are needed.
+
+    Raises:
+        InputError: it was not asked for.
+        ArchitectureMismatch: the model does not show it.
+    """
     missing = sorted(set(needs) - set(measured))
     if needs_gradients(missing):
         raise InputError(
             f"the recipe needs {', '.join(missing)}, which are measured where the gradient of the loss is sent back "
             "through the model: run coterie profile with --gradients, or leave the profile out"
         )
+    if asked is not None and not set(missing) <= set(asked):
+        raise InputError(
+            f"the recipe needs {', '.join(missing)}, which the profile does not hold: run coterie profile with "
+            f"--statistics {','.join(missing)}, with --recipe and its name or with neither, or leave the profile out"
+        )
     if missing:
-        reasons = sorted({_REASONS.get(name, "it was made by an earlier version: profile again") for name in missing})
+        reasons = sorted({_REASONS.get(name, "the model does not show it") for name in missing})
         raise ArchitectureMismatch(
             f"the recipe needs {', '.join(missing)}, which the profile does not hold: {'; '.join(reasons)}"
         )

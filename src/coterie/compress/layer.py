@@ -19,8 +19,7 @@ from coterie.errors import ArchitectureMismatch
 from coterie.model.arch.experts import canonical_experts, native_experts
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.reroute import Reroute
-from coterie.profile.profile import Sample
-from coterie.profile.statistics import over_domains
+from coterie.profile.profile import Sample, summed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +85,7 @@ def compress_layer(
         router=router,
         original_router=router,
         expert_map_E=torch.arange(layer.num_experts),
-        statistics={name: over_domains(name, value_G) for name, value_G in by_domain.items()},
+        statistics=summed(by_domain),
         by_domain=by_domain,
         sample=_copied(sample),
         original=experts,

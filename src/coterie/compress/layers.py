@@ -27,9 +27,8 @@ from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.reroute import Reroute
 from coterie.model.stream.stream import Stage, Stream
 from coterie.profile.observation import observed, proving, with_residual
-from coterie.profile.profile import Profile, Sample
+from coterie.profile.profile import Profile, Sample, summed
 from coterie.profile.run import Measure
-from coterie.profile.statistics import over_domains
 from coterie.progress import track
 
 #: By index of the layer: its statistics, domains first, and its token sample.
@@ -145,7 +144,7 @@ class LayerWriter:
         plan = self.plan.layers[layer.index]
         if self.profile is not None:
             return plan
-        statistics = {name: over_domains(name, value_G) for name, value_G in by_domain.items()}
+        statistics = summed(by_domain)
         return choose(layer, plan, self.plan.passes, Measured(statistics=statistics, by_domain=by_domain))
 
     def _check_rest(
@@ -185,11 +184,12 @@ class LayerWriter:
         for number, (domain, _) in enumerate(self.lanes.batches):
             compressed, original = calls[Lane.COMPRESSED, number], calls[Lane.ORIGINAL, number]
             # A finished layer is observed too: it must hand on the very same numbers as in the first run.
-            with observed(model, tuple(here)) as targets:
+            with observed(model, tuple(here), fields=()) as targets:
                 original.finish(original.compute())
             if not measuring:
                 continue
-            with observed(model, tuple(here), thin=self.measure.thin) as observations:
+            watched = self.measure.fields
+            with observed(model, tuple(here), thin=self.measure.thin, fields=watched) as observations:
                 output: Any = compressed.compute()
             for observation, target in zip(observations, targets, strict=True):
                 seen = with_residual(observation, output)

@@ -28,7 +28,7 @@ from coterie.profile.calibration import TokenSet
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile
 from coterie.profile.run import Measure, ProfileSettings, forecast_with_sample
-from coterie.profile.statistics.channels import needs_gradients
+from coterie.profile.statistics import needs_gradients, wanted_statistics
 
 Inputs = Literal["original", "compressed"]
 
@@ -209,10 +209,12 @@ def _given(source: Source, options: Options) -> Plan:
 
 
 def _measure(source: Source, options: Options, needs: tuple[str, ...]) -> Measure:
+    # A profile that is kept is to serve other recipes as well.
+    usual = () if options.profile is None else wanted_statistics(gradients=needs_gradients(needs))
     settings = ProfileSettings(
         text=str(options.text), weights=options.weights, tokens=options.tokens, seq_len=options.seq_len,
-        seed=options.seed, sample_tokens=options.sample_tokens, gradients=needs_gradients(needs), device=options.device,
-        max_memory=options.max_memory,
+        seed=options.seed, sample_tokens=options.sample_tokens, statistics=wanted_statistics({*usual, *needs}),
+        device=options.device, max_memory=options.max_memory,
     )  # fmt: skip
     return settings.measure(source.checkpoint, source.architecture)
 

@@ -6,7 +6,7 @@ Legend: E experts, D model width, T tokens, K chosen experts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +27,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 #: Tokens of a batch that the proof compares.
 PROOF_TOKENS = 256
 
+Visit = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
+
+#: Fields of an observation that cost something and are filled only where they are asked for.
+FIELDS = frozenset({"norm_TK", "peak_TK", "hidden_square_EF", "gated_hidden_square_EF"})
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
@@ -39,12 +44,13 @@ class Observation:
         index_TK: chosen experts; E or more means "no expert".
         weight_TK: routing weights that the model really applied.
         logits_TE: router scores of all experts as the model records them, or None.
-        norm_TK: Euclidean norm of f_e(x_t) for each chosen expert, 0 for "no expert".
-        peak_TK: largest absolute element of f_e(x_t) for each chosen expert, 0 for "no expert".
         output_TD: routed output, without shared experts.
-        block_TD: what the block that holds router and experts received; None where it takes more than one tensor.
+        norm_TK: Euclidean norm of f_e(x_t) for each chosen expert, 0 for "no expert", float32. This and the next three
+            are None where they were not asked for.
+        peak_TK: largest absolute element of f_e(x_t) for each chosen expert, 0 for "no expert", float32.
         hidden_square_EF: sum of h_e(x_t)^2 over the tokens that chose e, float64.
         gated_hidden_square_EF: sum of (g_te h_e(x_t))^2 over them, float64.
+        block_TD: what the block that holds router and experts received; None where it takes more than one tensor.
         residual_TD: what the norm before the block received: the residual stream before the block; None where no module
             next to the block makes the block's input.
         block_output_TD: what the block returned, shared experts included; None where it is not known.
@@ -59,11 +65,11 @@ class Observation:
     index_TK: Tensor
     weight_TK: Tensor
     logits_TE: Tensor | None
-    norm_TK: Tensor
-    peak_TK: Tensor
     output_TD: Tensor
-    hidden_square_EF: Tensor
-    gated_hidden_square_EF: Tensor
+    norm_TK: Tensor | None = None
+    peak_TK: Tensor | None = None
+    hidden_square_EF: Tensor | None = None
+    gated_hidden_square_EF: Tensor | None = None
     block_TD: Tensor | None = None
     residual_TD: Tensor | None = None
     block_output_TD: Tensor | None = None
@@ -92,11 +98,19 @@ def observed(
     *,
     thin: int = 1,
     gradients: dict[int, Tensor] | None = None,
+    fields: Collection[str] = FIELDS,
 ) -> Iterator[list[Observation]]:
     """Within the block, one forward pass of `model` appends one Observation a layer to the list that is yielded.
 
     A backward pass in the block puts the gradient with respect to each layer's routed output (T, D) into `gradients`,
     by the layer's index.
+
+    Args:
+        model: the model.
+        layers: its MoE layers, all that the forward pass runs.
+        thin: see `Observation`.
+        gradients: where gradients go.
+        fields: which of `FIELDS` are filled.
     """
     by_module = {id(model.get_submodule(layer.experts)): layer for layer in layers}
     received: dict[int, Tensor] = {}
@@ -118,18 +132,8 @@ def observed(
         experts = canonical_experts(module)
         # Some families hand over tokens without an expert as a choice of the first one with weight 0.
         index_TK = index_TK.masked_fill(weight_TK == 0, layer.num_experts)
-        norm_TK, peak_TK = (torch.zeros(index_TK.shape, dtype=torch.float32, device=index_TK.device) for _ in range(2))
-        square_EF, gated_EF = (torch.zeros(experts.up_EFD.shape[:2], dtype=torch.float64) for _ in range(2))
-
-        def visit(expert: int, token_N: Tensor, slot_N: Tensor, hidden_NF: Tensor, output_ND: Tensor) -> None:
-            with torch.no_grad():
-                norm_TK[token_N, slot_N] = output_ND.float().norm(dim=-1)
-                peak_TK[token_N, slot_N] = output_ND.float().abs().amax(dim=-1)
-                square_NF = hidden_NF.float().square()
-                square_EF[expert] = square_NF.sum(0, dtype=torch.float64).cpu()
-                weight_N1 = weight_TK[token_N, slot_N, None].float()
-                gated_EF[expert] = (square_NF * weight_N1.square()).sum(0, dtype=torch.float64).cpu()
-
+        filled = {field: _nothing(field, index_TK, experts) for field in fields}
+        visit = _filler(filled, weight_TK) if filled else None
         output_TD = routed_output(experts, hidden_TD, index_TK, weight_TK, visit=visit)
         observations.append(
             Observation(
@@ -139,11 +143,11 @@ def observed(
                 index_TK=index_TK,
                 weight_TK=weight_TK.detach(),
                 logits_TE=logits.pop(layer.index, None),
-                norm_TK=norm_TK,
-                peak_TK=peak_TK,
                 output_TD=output_TD.detach(),
-                hidden_square_EF=square_EF,
-                gated_hidden_square_EF=gated_EF,
+                norm_TK=filled.get("norm_TK"),
+                peak_TK=filled.get("peak_TK"),
+                hidden_square_EF=filled.get("hidden_square_EF"),
+                gated_hidden_square_EF=filled.get("gated_hidden_square_EF"),
                 block_TD=received.pop(layer.index, None),
                 residual_TD=streams.pop(layer.index, None),
                 thin=thin,
@@ -162,6 +166,32 @@ def observed(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _nothing(field: str, index_TK: Tensor, experts: Experts) -> Tensor:
+    """Return zeros for one of `FIELDS`: values of choices where the tokens are, sums of neurons on the CPU."""
+    if field.endswith("_TK"):
+        return torch.zeros(index_TK.shape, dtype=torch.float32, device=index_TK.device)
+    return torch.zeros(experts.num_experts, experts.width, dtype=torch.float64)
+
+
+def _filler(filled: Mapping[str, Tensor], weight_TK: Tensor) -> Visit:
+    """Return what `routed_output` calls for every chosen expert: it fills the fields that are there."""
+
+    @torch.no_grad()
+    def visit(expert: int, token_N: Tensor, slot_N: Tensor, hidden_NF: Tensor, output_ND: Tensor) -> None:
+        if "norm_TK" in filled:
+            filled["norm_TK"][token_N, slot_N] = output_ND.float().norm(dim=-1)
+        if "peak_TK" in filled:
+            filled["peak_TK"][token_N, slot_N] = output_ND.float().abs().amax(dim=-1)
+        if "hidden_square_EF" in filled:
+            square_NF = hidden_NF.float().square()
+            filled["hidden_square_EF"][expert] = square_NF.sum(0, dtype=torch.float64).cpu()
+        if "gated_hidden_square_EF" in filled:
+            gated_NF = hidden_NF.float().square() * weight_TK[token_N, slot_N, None].float().square()
+            filled["gated_hidden_square_EF"][expert] = gated_NF.sum(0, dtype=torch.float64).cpu()
+
+    return visit
 
 
 def with_residual(observation: Observation, output: object) -> Observation:

@@ -5,11 +5,12 @@ Legend: E experts, D model width, F expert width, T tokens, K chosen experts, G 
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -17,12 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coterie.artifact import atomic_path, check_file, digest_of, file_digest, open_artifact, write_artifact
-from coterie.errors import CorruptArtifact, StaleArtifact, UnknownName
+from coterie.errors import CorruptArtifact, InputError, StaleArtifact, UnknownName
 from coterie.model.arch.layers import MoELayer
 from coterie.outputs import claim_output
-from coterie.profile.statistics import merged, over_domains
+from coterie.profile.places import lowest
+from coterie.profile.statistics import MATRICES, MAXIMA, merged, over_domains
+from coterie.profile.sums import BinnedSum, Totals
 
 FILE = "profile.json"
+
+_T = TypeVar("_T")
 
 
 def layer_file(index: int) -> str:
@@ -34,6 +39,8 @@ def layer_file(index: int) -> str:
 class Sample:
     """A bounded, seeded sample of one layer's tokens; the same token positions in every layer.
 
+    Domain by domain, in the order of priority; see `coterie.profile.places`.
+
     Attributes:
         inputs_TD: what the block's experts received.
         index_TK: chosen experts.
@@ -42,6 +49,7 @@ class Sample:
         output_TD: routed output (without shared experts).
         domain_T: domain of each token, as an index into the profile's domains.
         block_TD: what the block that holds router and experts received, where that is not `inputs_TD`.
+        priority_T: priority of each token's place; None where the sample was not drawn by priorities.
     """
 
     inputs_TD: Tensor
@@ -51,6 +59,12 @@ class Sample:
     output_TD: Tensor
     domain_T: Tensor
     block_TD: Tensor | None = None
+    priority_T: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Sample:
+        """Return the sample whose `tensors` these are."""
+        return cls(**({"logits_TE": None} | dict(tensors)))  # type: ignore[arg-type]
 
     @property
     def router_inputs_TD(self) -> Tensor:  # noqa: N802  # the suffix names the shape
@@ -75,8 +89,13 @@ class Profile:
         seed: seed of the draw of text and sample.
         layers: the MoE layers, in order.
         statistics: for each layer, statistic name -> sums by domain (G, ...), float64. All are sums over tokens (a few
-            are maxima), so the profiles of two halves of a text add up to the profile of the whole.
+            are maxima), so the profiles of two halves of a text add up to the profile of the whole; what was measured
+            or read is added to the last bit, see `coterie.profile.sums`.
         samples: for each layer, its token sample.
+        sample_counts: tokens of the sample of each domain, at most.
+        thin: every so many-th token was taken for the statistics of all experts on all tokens, see `Observation.thin`;
+            the largest such number where profiles were added.
+        asked: names of the statistics that were to be measured; what a model does not show is not in `statistics`.
 
     A profile that was loaded reads a layer's statistics or sample from its file each time it is asked for them, so one
     of any size takes the memory of one layer.
@@ -91,43 +110,74 @@ class Profile:
     layers: tuple[MoELayer, ...]
     statistics: Sequence[Mapping[str, Tensor]]
     samples: Sequence[Sample]
+    sample_counts: tuple[int, ...] = ()
+    thin: int = 1
+    asked: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Return a digest of what was measured and of what it was made from."""
         content = [self.model_digest, self.text_digest, self.domains, self.num_tokens, self.seq_len, self.seed]
-        if isinstance(self.statistics, _Statistics):
+        if isinstance(self.statistics, _Stored):
             return digest_of([*content, self.statistics.digests])
-        layers = [{**held, **sample.tensors()} for held, sample in zip(self.statistics, self.samples, strict=True)]
-        hashes = [_hash(tensor) for held in layers for tensor in held.values()]
-        return digest_of([*content, hashes])
+        layers = (_tensors(held, sample) for held, sample in zip(self.statistics, self.samples, strict=True))
+        return digest_of([*content, [_hash(tensor) for tensors in layers for tensor in tensors.values()]])
 
     def sum(self, layer: int, name: str) -> Tensor:
-        """Return one statistic of one layer summed over all domains (for maxima, the largest), float64.
+        """Return one statistic of one layer over all domains: the sum, for maxima the largest.
+
+        float64; for those of `coterie.profile.statistics.MATRICES` float32.
 
         Raises:
             UnknownName: the profile does not hold that statistic.
         """
-        return over_domains(name, self.by_domain(layer, name))
+        return over_domains(name, self._statistic(layer, name))
 
     def all_layers(self, name: str) -> Tensor:
         """Return one statistic of all layers, summed over all domains, as (L, ...); raises UnknownName."""
         return torch.stack([self.sum(layer, name) for layer in range(len(self.layers))])
 
     def by_domain(self, layer: int, name: str) -> Tensor:
-        """Return one statistic of one layer with its domain axis first, float64; raises UnknownName."""
+        """Return one statistic of one layer with its domain axis first, float64.
+
+        Raises:
+            UnknownName: the profile does not hold that statistic.
+            InputError: it is measured over all text, without a domain axis.
+        """
+        if name in MATRICES:
+            raise InputError(
+                f"{name} is one sum over all text, since it would be too large by domain: ask for its sum, or profile "
+                "the domains one by one"
+            )
+        return self._statistic(layer, name)
+
+    def _statistic(self, layer: int, name: str) -> Tensor:
         held = self.statistics[layer]
         if name not in held:
             raise UnknownName("statistic", name, held)
         return held[name]
 
     def merge(self, other: Profile) -> Profile:
-        """Add the profile of other text through the same model: sums add up, samples are joined.
+        """Add the profile of other text through the same model; layers are added when they are asked for.
+
+        The profiles of parts of a text add up to the profile of the whole text to the last bit, in any order: sums are
+        exact (`coterie.profile.sums`) and the sample keeps the lowest priorities of both (`coterie.profile.places`).
+        What a model computes for a sequence depends in the last bits on the batch that it is in. So the parts must be
+        made of whole batches, which holds for any parts where a batch is one sequence, and of the same `thin`.
 
         Raises:
-            StaleArtifact: the profiles are of different models or domains.
+            StaleArtifact: the profiles are of different models, domains or seeds, or were made by an earlier version.
         """
         if (self.model_digest, self.domains, self.layers) != (other.model_digest, other.domains, other.layers):
             raise StaleArtifact("profiles of different models or domains cannot be added")
+        if self.seed != other.seed:
+            raise StaleArtifact(
+                f"profiles with the seeds {self.seed} and {other.seed} cannot be added: their samples were drawn by "
+                "other priorities; profile again with one seed"
+            )
+        if not self.sample_counts or not other.sample_counts:
+            raise StaleArtifact("a profile does not say how its sample was drawn, so it cannot be added; profile again")
+        counts = tuple(map(min, self.sample_counts, other.sample_counts))
+        count = len(self.layers)
         return Profile(
             model_digest=self.model_digest,
             text_digest=f"{self.text_digest}+{other.text_digest}",
@@ -136,11 +186,13 @@ class Profile:
             seq_len=self.seq_len,
             seed=self.seed,
             layers=self.layers,
-            statistics=tuple(
-                {name: merged(name, a[name], b[name]) for name in a.keys() & b.keys()}
-                for a, b in zip(self.statistics, other.statistics, strict=True)
+            statistics=_ByLayer(
+                len(self.layers), lambda index: _added(self.statistics[index], other.statistics[index])
             ),
-            samples=tuple(_join(a, b) for a, b in zip(self.samples, other.samples, strict=True)),
+            samples=_ByLayer(count, lambda index: _joined(self.samples[index], other.samples[index], counts)),
+            sample_counts=counts,
+            thin=max(self.thin, other.thin),
+            asked=tuple(name for name in self.asked if name in other.asked),
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -164,6 +216,9 @@ class Profile:
             "num_tokens": list(self.num_tokens),
             "seq_len": self.seq_len,
             "seed": self.seed,
+            "sample_counts": list(self.sample_counts),
+            "thin": self.thin,
+            "statistics": list(self.asked),
             "layers": [asdict(layer) for layer in self.layers],
         }
         path = folder / FILE
@@ -195,23 +250,70 @@ class Profile:
             seq_len=body["seq_len"],
             seed=body["seed"],
             layers=layers,
-            statistics=_Statistics(files),
-            samples=_Samples(files),
+            statistics=_Stored(files),
+            samples=_ByLayer(len(layers), files.sample),
+            sample_counts=tuple(body.get("sample_counts", ())),
+            thin=body.get("thin", 1),
+            asked=tuple(body.get("statistics", ())),
         )
+
+
+def write_layer(folder: Path, index: int, statistics: Mapping[str, Tensor], sample: Sample) -> str:
+    """Write one layer's file, atomically, and return its name."""
+    name = layer_file(index)
+    tensors = {key: tensor.contiguous() for key, tensor in _tensors(statistics, sample).items()}
+    with atomic_path(folder / name) as temporary:
+        save_file(tensors, temporary)
+    return name
+
+
+def _tensors(statistics: Mapping[str, Tensor], sample: Sample) -> dict[str, Tensor]:
+    """Return what a layer's file holds, by name in it."""
+    tensors = {f"sample.{key}": tensor for key, tensor in sample.tensors().items()}
+    for key in statistics:
+        held = _exact(statistics, key)
+        if isinstance(held, BinnedSum):
+            tensors |= {f"digits.{key}": held.digits_K, f"place.{key}": held.place}
+        else:
+            tensors[f"statistics.{key}"] = held
+    return tensors
+
+
+def _exact(statistics: Mapping[str, Tensor], name: str) -> BinnedSum | Tensor:
+    """Return a statistic as it is added up: a sum to the last bit, or a tensor where it is no sum of that kind."""
+    if isinstance(statistics, Totals):
+        return statistics.exact(name)
+    return statistics[name] if name in MAXIMA or name in MATRICES else BinnedSum.of(statistics[name].double())
 
 
 def _hash(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def write_layer(folder: Path, index: int, statistics: Mapping[str, Tensor], sample: Sample) -> str:
-    """Write one layer's file, atomically, and return its name."""
-    name = layer_file(index)
-    tensors = {f"statistics.{key}": tensor.contiguous() for key, tensor in statistics.items()}
-    tensors |= {f"sample.{key}": tensor.contiguous() for key, tensor in sample.tensors().items()}
-    with atomic_path(folder / name) as temporary:
-        save_file(tensors, temporary)
-    return name
+class _ByLayer(Sequence[_T]):
+    """A sequence with one entry a layer, each made when it is asked for."""
+
+    def __init__(self, count: int, make: Callable[[int], _T]) -> None:
+        self._count = count
+        self._make = make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        return self._make(index % self._count)
+
+
+class _Stored(_ByLayer[Mapping[str, Tensor]]):
+    """The statistics in the files of a profile, whose digests stand for them."""
+
+    def __init__(self, files: _LayerFiles) -> None:
+        super().__init__(files.count, files.statistics)
+        self.digests = dict(files.digests)
 
 
 class _LayerFiles:
@@ -228,46 +330,34 @@ class _LayerFiles:
         self.digests = digests
         self._checked: set[int] = set()
 
-    def read(self, index: int, group: str) -> dict[str, Tensor]:
-        """Return the tensors of one layer whose names begin with `group`, without that prefix."""
-        if not 0 <= index < self.count:
-            raise IndexError(index)
+    def statistics(self, index: int) -> Totals:
+        """Return the statistics of one layer; each is read when it is asked for."""
+        names = sorted(self._names(index, "statistics.") | self._names(index, "digits."))
+        return Totals(names, functools.partial(self._statistic, index))
+
+    def sample(self, index: int) -> Sample:
+        """Return the token sample of one layer."""
+        with self._open(index) as file:
+            tensors = {name: file.get_tensor(f"sample.{name}") for name in sorted(self._names(index, "sample."))}
+        return Sample.of(tensors)
+
+    def _statistic(self, index: int, name: str) -> BinnedSum | Tensor:
+        with self._open(index) as file:
+            if f"digits.{name}" not in file.keys():  # noqa: SIM118  # not a dict
+                held: Tensor = file.get_tensor(f"statistics.{name}")
+                return held
+            return BinnedSum(digits_K=file.get_tensor(f"digits.{name}"), place=file.get_tensor(f"place.{name}"))
+
+    def _names(self, index: int, group: str) -> set[str]:
+        with self._open(index) as file:
+            return {key.removeprefix(group) for key in file.keys() if key.startswith(group)}  # noqa: SIM118
+
+    def _open(self, index: int) -> Any:
         name = layer_file(index)
         if index not in self._checked:
             check_file(self._folder, name, self.digests[name])
             self._checked.add(index)
-        with safe_open(self._folder / name, framework="pt") as file:
-            return {
-                key.removeprefix(group): file.get_tensor(key) for key in sorted(file.keys()) if key.startswith(group)
-            }
-
-
-class _Statistics(Sequence[Mapping[str, Tensor]]):
-    def __init__(self, files: _LayerFiles) -> None:
-        self._files = files
-        self.digests = dict(files.digests)
-
-    def __len__(self) -> int:
-        return self._files.count
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        return self._files.read(index + len(self) if index < 0 else index, "statistics.")
-
-
-class _Samples(Sequence[Sample]):
-    def __init__(self, files: _LayerFiles) -> None:
-        self._files = files
-
-    def __len__(self) -> int:
-        return self._files.count
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        tensors = self._files.read(index + len(self) if index < 0 else index, "sample.")
-        return Sample(**({"logits_TE": None} | tensors))  # type: ignore[arg-type]
+        return safe_open(self._folder / name, framework="pt")
 
 
 def _layer_from(entry: Mapping[str, Any]) -> MoELayer:
@@ -275,7 +365,26 @@ def _layer_from(entry: Mapping[str, Any]) -> MoELayer:
     return MoELayer(**{**entry, "router_tensors": router_tensors})
 
 
-def _join(a: Sample, b: Sample) -> Sample:
+def summed(by_domain: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a layer's statistics over all domains, each read and summed when it is asked for."""
+    return Totals(by_domain, lambda name: over_domains(name, by_domain[name]))
+
+
+def _added(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Totals:
+    """Return the statistics that both hold, added up when they are asked for."""
+
+    def both(name: str) -> BinnedSum | Tensor:
+        one, two = _exact(a, name), _exact(b, name)
+        if isinstance(one, BinnedSum) and isinstance(two, BinnedSum):
+            return one + two
+        assert isinstance(one, Tensor)
+        assert isinstance(two, Tensor)
+        return merged(name, one, two)
+
+    return Totals([name for name in a if name in b], both)
+
+
+def _joined(a: Sample, b: Sample, counts: Sequence[int]) -> Sample:
+    """Return the sample of both texts: of each domain so many tokens with the lowest priorities."""
     first, second = a.tensors(), b.tensors()
-    joined = {name: torch.cat((first[name], second[name])) for name in first.keys() & second.keys()}
-    return Sample(**({"logits_TE": None} | joined))  # type: ignore[arg-type]
+    return Sample.of(lowest({name: torch.cat((first[name], second[name])) for name in first if name in second}, counts))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from coterie.model.stream.stream import Stream
 from coterie.outputs import check_output, is_empty_folder
 from coterie.profile.calibrate import take_text
 from coterie.profile.calibration import TokenSet
-from coterie.profile.observation import Observation, observed, prove_layers, proving, with_residual
+from coterie.profile.collect import Collector
+from coterie.profile.observation import observed, prove_layers, proving, with_residual
 from coterie.profile.profile import FILE, Profile, Sample, write_layer
-from coterie.profile.statistics import STATISTICS, Statistic, load_statistic, merged
+from coterie.profile.statistics import fields_of, needs_gradients, wanted_statistics
 from coterie.progress import track
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,9 @@ def profile(
     domains: tuple[str, ...] | None = None,
     weights: Mapping[str, float] | None = None,
     batch_size: int = 8,
+    statistics: Collection[str] | None = None,
     gradients: bool = False,
+    thin: int | None = None,
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
 ) -> Profile:
@@ -79,8 +82,12 @@ def profile(
         weights: share of the tokens by domain, in any unit, and of the sample; domains that are not named get nothing.
             Equal shares when None.
         batch_size: sequences in a batch at most; the result does not depend on it beyond rounding.
-        gradients: send the gradient of the loss back through the model as well, for the statistics that need it; takes
-            three to four times as long.
+        statistics: names of what is measured, see `coterie.profile.statistics`; None for all that a recipe or the
+            report reads and a forward pass shows.
+        gradients: also measure what a recipe reads and only the gradient of the loss shows; takes three to four times
+            as long, and is done in any case where `statistics` names such a value.
+        thin: statistics of all experts on all tokens are estimated from every so many-th token; None for about
+            `THIN_TOKENS` tokens of the text. Parts of a text whose profiles are to be added take that of the whole.
         max_memory: bytes, or an amount like "8GiB", that the run may take.
         allow_pickle: read weights that are stored as pickles.
 
@@ -91,6 +98,7 @@ def profile(
         StaleArtifact: an earlier run to `out` that was ended early had other settings or another input.
         Infeasible: `max_memory` is too little.
         TextError: no text, empty text, or text shorter than a sequence.
+        UnknownName: no such statistic.
         NotACheckpoint, NotAMoE, CorruptCheckpoint: the model cannot be used.
         ArchitectureMismatch: a layer does not compute what its canonical experts compute.
     """
@@ -103,7 +111,8 @@ def profile(
     architecture = Architecture.of(checkpoint)
     settings = ProfileSettings(
         text=text, tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, domains=domains,
-        weights=weights, batch_size=batch_size, gradients=gradients, device=device, max_memory=max_memory,
+        weights=weights, batch_size=batch_size, statistics=wanted_statistics(statistics, gradients=gradients),
+        thin=thin, device=device, max_memory=max_memory,
     )  # fmt: skip
     measure = settings.measure(checkpoint, architecture)
     stream = Stream(checkpoint, device=device, dtype=dtype, scratch=None if target is None else target.parent)
@@ -179,7 +188,8 @@ class ProfileSettings:
     domains: tuple[str, ...] | None = None
     weights: Mapping[str, float] | None = None
     batch_size: int = 8
-    gradients: bool = False
+    statistics: tuple[str, ...] = field(default_factory=wanted_statistics)
+    thin: int | None = None
     device: str = "cpu"
     max_memory: int | str | None = None
 
@@ -188,8 +198,11 @@ class ProfileSettings:
 
         Raises:
             InputError: nothing to measure, or a mapped checkpoint.
+            UnknownName: no such statistic.
             TextError: no text, empty text, or text shorter than a sequence.
         """
+        if self.thin is not None and self.thin < 1:
+            raise InputError(f"every {self.thin}-th token cannot be taken; give a thin of 1 or more")
         if self.tokens < 1 or self.sample_tokens < 1:
             raise InputError(
                 f"nothing can be measured on {self.tokens} tokens with a sample of {self.sample_tokens}; ask for more"
@@ -203,13 +216,13 @@ class ProfileSettings:
             limit=None if self.max_memory is None else parse_bytes(self.max_memory),
         )  # fmt: skip
         widest = architecture.layers[0].hidden_size
-        if self.gradients:  # the logits of a batch are held as a whole
+        if needs_gradients(self.statistics):  # the logits of a batch are held as a whole
             check_predicts(architecture)
             widest = max(widest, int(architecture.model.config.get_text_config().vocab_size) // 16)
         size = fitting_batch(self.batch_size, seq_len=self.seq_len, hidden_size=widest)
         return Measure(
             token_set=token_set, seed=self.seed, sample_tokens=self.sample_tokens, batch_size=size,
-            gradients=self.gradients,
+            statistics=wanted_statistics(self.statistics), thin=self.thin or usual_thin(token_set),
         )  # fmt: skip
 
 
@@ -222,24 +235,31 @@ def profile_model(
     seed: int = 0,
     sample_tokens: int = 8_192,
     batch_size: int = 8,
-    statistics: tuple[str, ...] = tuple(STATISTICS),
+    statistics: Collection[str] | None = None,
+    thin: int | None = None,
 ) -> Profile:
-    """Measure a model that is in memory as a whole; see `profile`."""
+    """Measure a model that is in memory as a whole, in a forward pass; see `profile`."""
     measure = Measure(
-        token_set=token_set, seed=seed, sample_tokens=sample_tokens, batch_size=batch_size, statistics=statistics
-    )
+        token_set=token_set, seed=seed, sample_tokens=sample_tokens, batch_size=batch_size,
+        statistics=wanted_statistics(statistics), thin=thin or usual_thin(token_set),
+    )  # fmt: skip
     device = next(model.parameters()).device
     prove_layers(model, layers, next(token_set.batches(1))[1].to(device))
     collectors = [measure.collector() for _ in layers]
     batches = list(token_set.batches(batch_size))
     for domain, ids in track(batches, "profiling", total=len(batches)):
-        with observed(model, layers, thin=measure.thin) as observations, torch.no_grad():
+        with observed(model, layers, thin=measure.thin, fields=measure.fields) as observations, torch.no_grad():
             model.base_model(input_ids=ids.to(device), use_cache=False)
         for collector, observation in zip(collectors, observations, strict=True):
             collector.add(domain, observation)
     return measure.profile(
         model_digest, layers, [each.statistics for each in collectors], [each.sample() for each in collectors]
     )
+
+
+def usual_thin(token_set: TokenSet) -> int:
+    """Return the `Observation.thin` that takes about `THIN_TOKENS` tokens of a text."""
+    return max(1, sum(token_set.num_tokens.values()) // THIN_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,21 +271,26 @@ class Measure:
         seed: seed of the draw of the token sample.
         sample_tokens: tokens of each layer's sample.
         batch_size: sequences in a batch.
-        gradients: whether the gradient of the loss is sent back through the model, for the statistics that need it.
-        statistics: names of the statistics.
+        statistics: names of the statistics, see `wanted_statistics`.
+        thin: see `Observation.thin`.
     """
 
     token_set: TokenSet
     seed: int
     sample_tokens: int
     batch_size: int
-    gradients: bool = False
-    statistics: tuple[str, ...] = tuple(STATISTICS)
+    statistics: tuple[str, ...] = field(default_factory=wanted_statistics)
+    thin: int = 1
 
     @property
-    def thin(self) -> int:
-        """See `Observation.thin`."""
-        return max(1, sum(self.token_set.num_tokens.values()) // THIN_TOKENS)
+    def gradients(self) -> bool:
+        """Whether the gradient of the loss is sent back through the model, for the statistics that need it."""
+        return needs_gradients(self.statistics)
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Fields of an `Observation` that the statistics are made from and that cost something."""
+        return fields_of(self.statistics)
 
     def batches(self) -> list[tuple[int, Tensor]]:
         """Return the batches: index of the domain, token ids (B, S)."""
@@ -281,7 +306,8 @@ class Measure:
             "seed": self.seed,
             "sample_tokens": self.sample_tokens,
             "batch_size": self.batch_size,
-            "gradients": self.gradients,
+            "statistics": list(self.statistics),
+            "thin": self.thin,
             "dtype": str(stream.dtype).removeprefix("torch."),
             "device": stream.device.type,
         }
@@ -297,8 +323,7 @@ class Measure:
 
     def collector(self) -> Collector:
         """Return a collector for one layer."""
-        measures = tuple(load_statistic(name) for name in self.statistics)
-        return Collector(self.token_set, measures, self.seed, self.sample_tokens)
+        return Collector(self.token_set, self.statistics, seed=self.seed, sample_tokens=self.sample_tokens)
 
     def stream(
         self, stream: Stream, layers: tuple[MoELayer, ...], *, skip: Collection[int] = ()
@@ -331,7 +356,8 @@ class Measure:
                 # Layers that are not measured are observed too: they must hand on the same numbers as those that are.
                 gradients: dict[int, Tensor] = {}
                 outputs: list[Any] = []
-                with observed(model, here, thin=self.thin, gradients=gradients) as observations:
+                watched = self.fields if measuring else ()
+                with observed(model, here, thin=self.thin, gradients=gradients, fields=watched) as observations:
                     answer = call.compute(watch=outputs.append)
                 output = outputs[0] if stage.backward else answer
                 for observation in observations:
@@ -364,6 +390,9 @@ class Measure:
             seq_len=self.token_set.seq_len,
             seed=self.seed,
             layers=layers,
+            sample_counts=tuple(self.token_set.share_out(self.sample_tokens)),
+            thin=self.thin,
+            asked=self.statistics,
             statistics=statistics,
             samples=samples,
         )
@@ -383,68 +412,3 @@ def forecast_with_sample(stream: Stream, layers: tuple[MoELayer, ...], sample_to
     """Say how much memory a run takes at most that holds one layer's sample of so many tokens."""
     widest = max(layers, key=lambda layer: layer.num_experts)
     return forecast(stream, sample_tokens=sample_tokens, hidden_size=widest.hidden_size, num_experts=widest.num_experts)
-
-
-class Collector:
-    """Adds up the statistics of one layer and keeps its token sample."""
-
-    def __init__(self, token_set: TokenSet, measures: tuple[Statistic, ...], seed: int, sample_tokens: int) -> None:
-        self.statistics: dict[str, Tensor] = {}
-        self._measures = measures
-        self._num_domains = len(token_set.domains)
-        self._seen = [0] * self._num_domains
-        # The same seed in every layer: the sample holds the same token positions everywhere.
-        self._positions = [
-            torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:share].sort().values
-            for count, share in zip(token_set.num_tokens.values(), token_set.share_out(sample_tokens), strict=True)
-        ]
-        self._rows: list[dict[str, Tensor]] = []
-
-    def add(self, domain: int, observation: Observation, *, target_TD: Tensor | None = None) -> None:
-        """Add one batch of one domain.
-
-        Args:
-            domain: which one.
-            observation: the batch.
-            target_TD: what the sample keeps as the routed output, where that is not the observation's own.
-        """
-        for measure in self._measures:
-            for name, value in measure(observation).items():
-                if name not in self.statistics:
-                    shape = (self._num_domains, *value.shape)
-                    self.statistics[name] = torch.zeros(shape, dtype=torch.float64)
-                held = self.statistics[name]
-                held[domain] = merged(name, held[domain], value.cpu())
-        self._keep_sample(domain, observation, observation.output_TD if target_TD is None else target_TD)
-
-    def _keep_sample(self, domain: int, observation: Observation, target_TD: Tensor) -> None:
-        start = self._seen[domain]
-        stop = start + len(observation.hidden_TD)
-        self._seen[domain] = stop
-        positions = self._positions[domain]
-        rows = (positions[(positions >= start) & (positions < stop)] - start).to(observation.hidden_TD.device)
-        if not len(rows):
-            return
-        fields: Mapping[str, Tensor | None] = {
-            "inputs_TD": observation.hidden_TD,
-            "index_TK": observation.index_TK,
-            "weight_TK": observation.weight_TK,
-            "logits_TE": observation.logits_TE,
-            "output_TD": target_TD,
-            "block_TD": _unless_same(observation.block_TD, observation.hidden_TD),
-        }
-        kept = {name: value[rows].cpu() for name, value in fields.items() if value is not None}
-        kept["domain_T"] = torch.full((len(rows),), domain, dtype=torch.int64)
-        self._rows.append(kept)
-
-    def sample(self) -> Sample:
-        """Return the token sample of all batches so far."""
-        joined = {name: torch.cat([rows[name] for rows in self._rows]) for name in self._rows[0]}
-        return Sample(**({"logits_TE": None} | joined))  # type: ignore[arg-type]
-
-
-def _unless_same(block_TD: Tensor | None, hidden_TD: Tensor) -> Tensor | None:
-    """Return what the block received, or None where that is what its experts received."""
-    if block_TD is None or (block_TD.shape == hidden_TD.shape and torch.equal(block_TD, hidden_TD)):
-        return None
-    return block_TD

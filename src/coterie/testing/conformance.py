@@ -31,7 +31,7 @@ from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.quiet import quiet
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile
-from coterie.profile.statistics.channels import needs_gradients
+from coterie.profile.statistics import needs_gradients
 from coterie.testing.families import END_OF_TEXT_ID, ONE_WIDTH, SOFTMAX_OVER_ALL, UNROUTABLE
 from coterie.testing.tiny import tiny_checkpoint, tiny_text, tiny_tokenizer
 

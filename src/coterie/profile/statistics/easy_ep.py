@@ -1,28 +1,27 @@
 """How much each expert adds, on tokens that the routed experts turn: EASY-EP (2504.06792)."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from coterie.profile.observation import TOLERANCE, Observation
 
 
-def measure(observation: Observation) -> Mapping[str, Tensor]:
-    """Return ``easy_ep`` (E,): the sum of g_te |f_e(x_t)| max(1 - cos(h_t, h_t + y_t), 0) over the tokens that chose e.
+def easy_ep(observation: Observation) -> Tensor | None:
+    """Return the sum of g_te |f_e(x_t)| max(1 - cos(h_t, h_t + y_t), 0) over the tokens that chose e, (E,).
 
     h_t is the residual stream before the block and y_t what its routed experts add to it, shared experts left out.
-    Nothing where that is not known: where the stream before or behind the block was not seen, or where the block's
+    None where that is not known: where the stream before or behind the block was not seen, or where the block's
     output is not what is added to the stream (up to one factor for all tokens, such as a residual multiplier).
     """
     factor = _residual_factor(observation)
     if factor is None or observation.residual_TD is None:
-        return {}
+        return None
     before_TD = observation.residual_TD.double()
     after_TD = before_TD + factor * observation.output_TD.double()
     turn_T = (1 - torch.nn.functional.cosine_similarity(before_TD, after_TD, dim=-1)).clamp(min=0)
+    assert observation.norm_TK is not None
     added_TK = observation.weight_TK.double() * observation.norm_TK.double()
-    return {"easy_ep": observation.sum_by_expert(added_TK * turn_T[:, None])}
+    return observation.sum_by_expert(added_TK * turn_T[:, None])
 
 
 def _residual_factor(observation: Observation) -> float | None:

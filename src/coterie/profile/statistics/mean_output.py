@@ -1,7 +1,5 @@
 """What each expert outputs on any token, routing ignored: the features of HC-SMoE (2410.08589)."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -10,8 +8,8 @@ from coterie.profile.observation import Observation
 _CHUNK = 1024  # tokens
 
 
-def measure(observation: Observation) -> Mapping[str, Tensor]:
-    """Return ``mean_output`` (E, D): the sum of f_e(x_t) over all tokens, without routing weights.
+def mean_output(observation: Observation) -> Tensor:
+    """Return the sum of f_e(x_t) over all tokens, without routing weights, (E, D).
 
     The mean over tokens is this divided by ``tokens``. All experts on all tokens would cost several times the forward
     pass, which computes K of E: of a long text the sum is estimated from every `Observation.thin`-th token. The down
@@ -33,4 +31,4 @@ def measure(observation: Observation) -> Mapping[str, Tensor]:
         if experts.down_bias_ED is not None:
             row_D = row_D + len(hidden_TD) * experts.down_bias_ED[expert].double()
         rows.append(row_D)
-    return {"mean_output": torch.stack(rows) * scale}
+    return torch.stack(rows) * scale

@@ -1,6 +1,4 @@
-"""How many tokens chose each expert."""
-
-from collections.abc import Mapping
+"""How many tokens there were, and how many of them chose each expert."""
 
 import torch
 from torch import Tensor
@@ -8,10 +6,12 @@ from torch import Tensor
 from coterie.profile.observation import Observation
 
 
-def measure(observation: Observation) -> Mapping[str, Tensor]:
-    """Return ``usage`` (E,): n_e, and ``tokens`` (): T."""
+def tokens(observation: Observation) -> Tensor:
+    """Return T, the number of tokens, ()."""
     index_TK = observation.index_TK
-    return {
-        "usage": observation.sum_by_expert(torch.ones_like(index_TK, dtype=torch.float64)),
-        "tokens": torch.tensor(float(len(index_TK)), dtype=torch.float64, device=index_TK.device),
-    }
+    return torch.tensor(float(len(index_TK)), dtype=torch.float64, device=index_TK.device)
+
+
+def usage(observation: Observation) -> Tensor:
+    """Return n_e, the number of tokens that chose e, (E,)."""
+    return observation.sum_by_expert(torch.ones_like(observation.index_TK, dtype=torch.float64))
