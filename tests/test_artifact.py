@@ -197,6 +197,13 @@ def test_all_that_the_document_says_is_covered_by_its_digest(written, entries):
         read_header(written)
 
 
+@pytest.mark.parametrize("number", [0, -1, True])
+def test_a_format_that_never_was_is_refused(written, number):
+    change(written, format=number)
+    with pytest.raises(CorruptArtifact, match=rf"format {number}, expected a whole number from 1 on"):
+        read_artifact(written, kind="profile")
+
+
 def test_an_artefact_of_the_first_format_is_read(written):
     """Its digest was of the body alone."""
     document = json.loads(written.read_text(encoding="utf-8"))

@@ -329,6 +329,8 @@ def read_header(path: Path, *, edited: bool = False) -> dict[str, Any]:
     parts = {"kind": str, "format": int, "inputs": dict, "body": dict}
     if not isinstance(document, dict) or not all(isinstance(document.get(key), kind) for key, kind in parts.items()):
         raise CorruptArtifact(f"{path} is JSON, but no artefact of coterie")
+    if type(document["format"]) is not int or document["format"] < 1:
+        raise CorruptArtifact(f"{path} has format {document['format']!r}, expected a whole number from 1 on")
     if document["format"] > FORMAT:
         raise StaleArtifact(
             f"{path} has format {document['format']}; this version reads up to {FORMAT}: upgrade coterie"

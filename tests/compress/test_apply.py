@@ -79,8 +79,8 @@ def test_a_mapped_result_is_the_papers_model_and_stock_loaders_refuse_it(
     out = tmp_path / "mapped"
     result = compress(olmoe, out, keep=0.5, recipe=recipe, router="map", profile=olmoe_profile)
     torch.testing.assert_close(logits(load_model(out)), slow_mapped_logits(olmoe, out), atol=1e-4, rtol=1e-4)
-    assert result.manifest["loads_with"] == "coterie"
-    assert "coterie.load_model" in result.manifest["how_to_load"]
+    assert result.manifest.loads_with == "coterie"
+    assert "coterie.load_model" in result.manifest.how_to_load("OUT")
     with pytest.raises(RuntimeError, match=r"size|mismatch"):
         transformers.AutoModelForCausalLM.from_pretrained(out)
     with pytest.raises(InputError, match="is a mapped result"):

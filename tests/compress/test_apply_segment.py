@@ -47,10 +47,10 @@ def test_a_result_of_parts_loads_anywhere(model: Path, held: Profile, tmp_path: 
     ] * len(layers)
     assert torch.isfinite(logits(found)).all()
     assert result.logits_error == 0.0
-    assert result.manifest["loads_with"] == "transformers"
-    for entry in result.manifest["layers"]:
-        assert sum(entry["notes"]["segment"]["parts_by_expert"]) == size.num_experts
-        assert (entry["top_k_before"], entry["top_k_after"]) == (2, size.top_k)
+    assert result.manifest.loads_with == "transformers"
+    for entry in result.manifest.layers:
+        assert sum(entry.notes["segment"]["parts_by_expert"]) == size.num_experts
+        assert (entry.top_k_before, entry.top_k_after) == (2, size.top_k)
     check_result(model, result)
 
 

@@ -44,10 +44,10 @@ def test_a_uniform_result_loads_anywhere(olmoe: Path, gradient_profile: Profile,
     assert model.dtype == torch.bfloat16
     assert torch.isfinite(logits(model)).all()  # with the grouped matrix products that stock transformers chooses
     assert result.logits_error == 0.0
-    assert (result.manifest["loads_with"], result.manifest["ragged"]) == ("transformers", None)
-    for layer in result.manifest["layers"]:
-        assert (layer["width_before"], layer["width_after"], layer["widths_after"]) == (24, 8, None)
-        assert 0 < layer["notes"]["slim"]["share_of_score"] < 1
+    assert (result.manifest.loads_with, result.manifest.ragged) == ("transformers", None)
+    for layer in result.manifest.layers:
+        assert (layer.width_before, layer.width_after, layer.widths_after) == (24, 8, None)
+        assert 0 < layer.notes["slim"]["share_of_score"] < 1
     check_result(olmoe, result)
 
 
@@ -87,9 +87,9 @@ def test_a_ragged_result_holds_narrow_tensors_and_says_so(olmoe: Path, ragged: A
             assert tensor.shape == ((32, width) if parts[6] == "down_proj" else (width, 32)), name
         else:
             assert torch.equal(tensor, tensors_of(olmoe)[name]), name
-    assert ragged.manifest["loads_with"] == "coterie"
-    assert "coterie.load_model" in ragged.manifest["how_to_load"]
-    assert ragged.manifest["layers"][1]["widths_after"] == widths[1]
+    assert ragged.manifest.loads_with == "coterie"
+    assert "coterie.load_model" in ragged.manifest.how_to_load("OUT")
+    assert ragged.manifest.layers[1].widths_after == widths[1]
     shown = inspect(ragged.out)
     assert [(layer.num_experts, layer.width) for layer in shown.moe_layers] == [(8, 24)] * 2
     assert shown.parts["experts"].parameters == sum(map(sum, widths)) * 3 * 32
@@ -156,7 +156,7 @@ def test_gradients_cannot_be_measured_on_compressed_layers(olmoe: Path, text_fol
 def test_activations_can(olmoe: Path, text_folder: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"text": text_folder, "tokens": 128, "seq_len": 64, "inputs": "compressed"}
     result = compress(olmoe, tmp_path / "out", width=8, recipe="easy-slim", **options)
-    assert result.manifest["calibration_inputs"] == "compressed"
+    assert result.manifest.calibration_inputs == "compressed"
     assert result.logits_error == 0.0
 
 

@@ -79,10 +79,10 @@ def test_a_plan_names_what_statistics_are_enough_to_choose(olmoe: Path, gradient
 
 def test_the_result_says_what_every_expert_was_made_from(olmoe: Path, olmoe_profile: Profile, tmp_path: Path) -> None:
     result = compress(olmoe, tmp_path / "out", keep=0.5, recipe="mergemoe", profile=olmoe_profile)
-    for layer, entry in zip(result.plan.layers, result.manifest["layers"], strict=True):
+    for layer, entry in zip(result.plan.layers, result.manifest.layers, strict=True):
         assert layer.experts is not None
         for number, expert in enumerate(layer.experts):
-            assert list(expert.sources) == [e for e, made in enumerate(entry["expert_map"]) if made == number]
+            assert list(expert.sources) == [e for e, made in enumerate(entry.expert_map) if made == number]
     check_result(olmoe, result)
 
 
@@ -114,7 +114,7 @@ def test_clusters_that_were_drawn_by_hand_are_merged(olmoe: Path, olmoe_profile:
 
     made = edited(plan(olmoe, olmoe_profile, experts=4, recipe="hc-smoe").save(tmp_path / "plan.json"), group)
     result = compress(olmoe, tmp_path / "out", plan=made, profile=olmoe_profile)
-    map_of = result.manifest["layers"][1]["expert_map"]
+    map_of = result.manifest.layers[1].expert_map
     assert {tuple(e for e in range(8) if map_of[e] == number) for number in range(4)} == set(groups)
 
 
@@ -239,7 +239,7 @@ def test_a_recipe_of_ones_own_needs_no_fork(olmoe: Path, olmoe_profile: Profile,
     name = "model.layers.1.mlp.experts.3.down_proj.weight"
     assert torch.equal(new[name], old[name])
     assert weight_digests(by_name.out) == weight_digests(itself.out) == weight_digests(planned.out)
-    assert (by_name.manifest["recipe"], itself.manifest["recipe"]) == ("somebodys_method:RECIPE", "first")
+    assert (by_name.manifest.recipe, itself.manifest.recipe) == ("somebodys_method:RECIPE", "first")
 
 
 @pytest.mark.parametrize(

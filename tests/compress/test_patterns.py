@@ -42,9 +42,9 @@ def test_the_manifest_of_the_recipe_holds_them(olmoe: Path, olmoe_profile: Profi
     result = compress(olmoe, tmp_path / "out", experts=4, recipe="tcess", profile=olmoe_profile)
     assert RECIPES["tcess"].paper == "2505.17639"
     found = patterns(olmoe_profile, 4)
-    for index, layer in enumerate(result.manifest["layers"]):
-        kept = layer["notes"]["select"]["kept_by_domain"]
-        assert kept == [list(found.kept[domain][index]) for domain in result.manifest["domains"]]
+    for index, layer in enumerate(result.manifest.layers):
+        kept = layer.notes["select"]["kept_by_domain"]
+        assert kept == [list(found.kept[domain][index]) for domain in result.manifest.domains]
 
 
 @pytest.mark.parametrize("count", [0, 1, 9])

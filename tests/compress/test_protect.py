@@ -94,19 +94,19 @@ def test_super_experts_survive_a_whole_compression(
 
     monkeypatch.setattr(module, "protect", watched)
     plain = compress(olmoe, tmp_path / "plain", experts=4, recipe="reap", profile=olmoe_profile)
-    dropped = [layer["expert_map"].index(-1) for layer in plain.manifest["layers"]]
+    dropped = [layer.expert_map.index(-1) for layer in plain.manifest.layers]
     statistics = [dict(held) for held in olmoe_profile.statistics]
     statistics[0]["output_peak"] = statistics[0]["output_peak"].clone()
     statistics[0]["output_peak"][:, dropped[0]] = torch.tensor([1e6, 5.0])  # of two domains the larger counts
     held = replace(olmoe_profile, statistics=tuple(statistics))
     result = compress(olmoe, tmp_path / "protected", experts=4, recipe="reap+protect", profile=held)
-    layers = result.manifest["layers"]
+    layers = result.manifest.layers
     assert float(seen[0].statistics["output_peak"].max()) == 1e6
     assert [each.protected for each in result.plan.layers] == [(dropped[0],), ()]
-    assert layers[0]["expert_map"][dropped[0]] >= 0
-    assert layers[0]["notes"]["protect"] == {"super_experts": [dropped[0]]}
-    assert layers[1]["expert_map"] == plain.manifest["layers"][1]["expert_map"]
-    assert result.manifest["recipe"] == "reap+protect"
+    assert layers[0].expert_map[dropped[0]] >= 0
+    assert layers[0].notes["protect"] == {"super_experts": [dropped[0]]}
+    assert layers[1].expert_map == plain.manifest.layers[1].expert_map
+    assert result.manifest.recipe == "reap+protect"
 
 
 def test_compressed_inputs_know_no_maximum_of_the_model_and_are_refused_before_any_compute(

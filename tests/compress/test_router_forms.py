@@ -18,10 +18,10 @@ def test_a_result_of_any_form_is_whole(
 ) -> None:
     result = compress(olmoe, tmp_path / "out", experts=4, recipe=recipe, router=router, profile=olmoe_profile)
     check_result(olmoe, result)
-    assert result.manifest["router"] == result.plan.router == router
-    assert result.manifest["loads_with"] == ("coterie" if router == "map" else "transformers")
-    for layer in result.manifest["layers"]:
-        notes = layer["notes"]
+    assert result.manifest.router == result.plan.router == router
+    assert result.manifest.loads_with == ("coterie" if router == "map" else "transformers")
+    for layer in result.manifest.layers:
+        notes = layer.notes
         assert ("refit-router" in notes) == (router == "refit")
         if router == "refit":
             assert notes["refit-router"]["heldout_error_refit"] <= notes["refit-router"]["heldout_error_before"]

@@ -243,16 +243,16 @@ def test_compressed_inputs_are_scored_with_what_the_layer_then_does(
 
     def second(inputs: Inputs, behind: Inputs) -> tuple[list[float], list[float]]:
         """What a run noted of the second layer, and the same by slow loops behind a first layer as in `behind`."""
-        layers = results[inputs].manifest["layers"]
+        layers = results[inputs].manifest.layers
         model, original = (
             transformers.AutoModelForCausalLM.from_pretrained(olmoe, dtype=torch.float32) for _ in range(2)
         )
         if behind == "compressed":
-            keep_experts(model.model.layers[0].mlp, layers[0]["centres"])
+            keep_experts(model.model.layers[0].mlp, layers[0].centres)
         if recipe == "easy-ep":
-            return layers[1]["notes"]["select"]["score"], slow_easy_ep(model, sequences)
-        expected = slow_subset_error(model, original, sequences, layers[1]["centres"])
-        return [layers[1]["notes"]["subset-search"]["error"]], [expected]
+            return layers[1].notes["select"]["score"], slow_easy_ep(model, sequences)
+        expected = slow_subset_error(model, original, sequences, layers[1].centres)
+        return [layers[1].notes["subset-search"]["error"]], [expected]
 
     ways: tuple[Inputs, Inputs] = ("original", "compressed")
     results = {
@@ -261,7 +261,7 @@ def test_compressed_inputs_are_scored_with_what_the_layer_then_does(
         )
         for inputs in ways
     }
-    first = [results[inputs].manifest["layers"][0] for inputs in ways]
+    first = [results[inputs].manifest.layers[0] for inputs in ways]
     assert first[0] == first[1], "nothing comes before the first layer"
     for inputs, other in zip(ways, reversed(ways), strict=True):
         noted, expected = second(inputs, inputs)

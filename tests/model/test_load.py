@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from coterie.artifact import write_artifact
 from coterie.errors import CorruptArtifact, CorruptCheckpoint, InputError, NotACheckpoint
 from coterie.model.arch.load import load_model
-from coterie.model.disk.manifest import MANIFEST, read_manifest
+from coterie.model.disk.manifest import MANIFEST, ResultForm
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.quiet import quiet
 from coterie.testing import CORE_FAMILIES, END_OF_TEXT_ID
+from manifests import manifest_of
 
 IDS = torch.arange(40).view(2, 20)
 
@@ -138,10 +138,15 @@ def test_loading_says_nothing_and_writes_nothing(tiny, capfd, caplog):
 
 def test_the_manifest_is_read_where_there_is_one(copy):
     path = copy()
-    assert read_manifest(path) is None
-    write_artifact(path / MANIFEST, kind="manifest", body={"router": "plain"}, inputs={})
-    assert read_manifest(path) == {"router": "plain"}
+    manifest_of().write(path, {})
     assert torch.isfinite(logits(load_model(path))).all()
     (path / MANIFEST).write_text("{")
     with pytest.raises(CorruptArtifact):
+        load_model(path)
+
+
+def test_a_mapped_result_must_be_of_the_layers_that_its_config_says(copy):
+    path = copy()
+    manifest_of(form=ResultForm.MAPPED, router="map").write(path, {})
+    with pytest.raises(CorruptArtifact, match=r"layers with \[4, 4\] experts, config\.json of layers with \[8, 8\]"):
         load_model(path)

@@ -8,6 +8,7 @@ from coterie.model.arch.layers import Architecture
 from coterie.model.arch.ragged import Place, cut, places_of
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.filled import filled_up
+from coterie.model.disk.manifest import RaggedWidths
 
 
 def found(path):
@@ -64,7 +65,7 @@ def test_cutting_and_filling_up_are_inverse(tmp_path):
     save_file({name: tensor.contiguous() for name, tensor in narrow.items()}, tmp_path / "model.safetensors")
     axes = {"layers.7.experts.*.up": 0, "layers.7.experts.*.down": 1}
     stored = Checkpoint.open(tmp_path)
-    view = filled_up(stored, {"width": 5, "axes": axes})
+    view = filled_up(stored, RaggedWidths(width=5, axes=axes))
     with view.reader() as reader:
         for name, tensor in whole.items():
             assert view.tensors[name].shape == tensor.shape
@@ -79,7 +80,7 @@ def test_cutting_and_filling_up_are_inverse(tmp_path):
     assert view.num_bytes == sum(tensor.numel() * 4 for tensor in whole.values())
     assert filled_up(stored, None) is stored
     with pytest.raises(CorruptCheckpoint, match=r"experts\.2\.\w+ \[.*\] is wider than the 4 of the manifest"):
-        filled_up(stored, {"width": 4, "axes": axes})
+        filled_up(stored, RaggedWidths(width=4, axes=axes))
 
 
 def test_only_zeros_are_cut_off():

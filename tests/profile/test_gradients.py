@@ -114,4 +114,4 @@ def test_gradients_are_asked_for_where_a_recipe_needs_them(folder, text, tmp_pat
         compress(folder, tmp_path / "out", keep=0.5, recipe="heapr", profile=held)
     assert not (tmp_path / "out").exists()
     made = compress(folder, tmp_path / "out", keep=0.5, recipe="heapr", text=text, **SETTINGS)
-    assert made.manifest["recipe"] == "heapr"
+    assert made.manifest.recipe == "heapr"

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from coterie import compress
-from coterie.artifact import write_artifact
 from coterie.compress.recipes import get_recipe
 from coterie.errors import (
     ArchitectureMismatch,
@@ -27,7 +26,7 @@ from coterie.model.arch.layers import Architecture
 from coterie.model.arch.load import load_model
 from coterie.model.arch.seam import installed
 from coterie.model.disk.checkpoint import Checkpoint
-from coterie.model.disk.manifest import MANIFEST
+from coterie.model.disk.manifest import ResultForm
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.profile import observation as observation_module
 from coterie.profile import run as run_module
@@ -37,6 +36,7 @@ from coterie.profile.profile import FILE, Profile
 from coterie.profile.run import profile, profile_model
 from coterie.profile.statistics import wanted_statistics
 from coterie.testing import CORE_FAMILIES
+from manifests import manifest_of
 
 IDS = torch.arange(60).view(3, 20)
 every_family = pytest.mark.parametrize("model_type", CORE_FAMILIES)
@@ -490,7 +490,7 @@ def test_text_problems_come_before_the_model_is_loaded(tiny, text, tmp_path, mon
 
 def test_a_mapped_result_is_refused(tiny, text, tmp_path):
     shutil.copytree(tiny(), tmp_path / "mapped")
-    write_artifact(tmp_path / "mapped" / MANIFEST, kind="manifest", body={"router": "map"}, inputs={})
+    manifest_of(form=ResultForm.MAPPED, router="map").write(tmp_path / "mapped", {})
     with pytest.raises(InputError, match="is a mapped result; profile the model that it was made from"):
         profile(tmp_path / "mapped", text=text)
 

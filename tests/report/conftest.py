@@ -15,6 +15,7 @@ from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.plan import Plan
 from coterie.evaluate.scorecard import Scorecard
 from coterie.model.arch.layers import MoELayer
+from coterie.model.disk.manifest import VERSION
 from coterie.profile.profile import Profile, Sample
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K, WIDTH, HIDDEN, TOKENS = 2, 8, 2, 16, 12, 400
@@ -24,8 +25,8 @@ ORIGINAL_BYTES = 1_000_000
 
 
 def shape_of(**changes: Any) -> dict[str, Any]:
-    """Return the fields of a layer in a manifest that say its widths and top_k, unchanged but for `changes`."""
-    same = {"width_before": WIDTH, "width_after": WIDTH, "widths_after": None}
+    """Return the fields of a layer in a manifest that say widths, parts and top_k, unchanged but for `changes`."""
+    same = {"width_before": WIDTH, "width_after": WIDTH, "widths_after": None, "parts": 1}
     return same | {"top_k_before": TOP_K, "top_k_after": TOP_K} | changes
 
 
@@ -114,8 +115,7 @@ class RunMaker:
     ) -> Path:
         """Save a manifest, and what the run took beside it.
 
-        Experts from `kept` on join expert 0, or are dropped by recipes that do not merge. Without `shapes`, fields by
-        layer, widths and top_k are not in it, as in manifests of early versions.
+        Experts from `kept` on join expert 0, or are dropped by recipes that do not merge. `shapes` are fields by layer.
         """
         plan = self.plan(recipe, router, kept)
         rest = -1 if recipe in ("reap", "frequency") else 0
@@ -129,23 +129,27 @@ class RunMaker:
                 "expert_map": list(expert_map),
                 "centres": list(centres or range(kept)),
                 "notes": dict(notes or {}),
+                **shape_of(),
                 **shapes[index],
             }
             for index in range(NUM_LAYERS)
         ]
         body: dict[str, Any] = {
+            "version": VERSION,
+            "form": "mapped" if router == "map" else "plain",
             "recipe": recipe,
             "passes": [["cluster", {"rule": recipe}], ["average", {}]],
             "router": router,
-            "loads_with": "coterie" if router == "map" else "transformers",
-            "how_to_load": "coterie.load_model(OUT)" if router == "map" else "Auto.from_pretrained(OUT)",
             "plan": plan.body(),
             "model": "grandmother",
             "domains": ["code", "prose"],
             "calibration_tokens": 800,
+            "calibration_inputs": "original",
             "seq_len": 64,
             "seed": 3,
             "logits_error": 2e-7,
+            "ragged": None,
+            "distilled": None,
             "layers": layers,
             "bytes_before": plan.original_bytes,
             "bytes_after": plan.predicted_bytes,
@@ -164,8 +168,9 @@ class RunMaker:
 
     def ragged(self, name: str, *widths: Sequence[int], recipe: str = "heapr-ragged", **changes: Any) -> Path:
         """Save the manifest of a result with these widths of the experts of each layer."""
-        shapes = [shape_of(widths_after=list(each)) for each in widths]
-        return self.manifest(name, recipe, kept=NUM_EXPERTS, shapes=shapes, loads_with="coterie", **changes)
+        shapes = [shape_of(widths_after=list(each), centres=None) for each in widths]
+        axes = {"width": WIDTH, "axes": {"model.layers.0.mlp.experts.*.up_proj.weight": 0}}
+        return self.manifest(name, recipe, kept=NUM_EXPERTS, shapes=shapes, form="ragged", ragged=axes, **changes)
 
     def cut(self, name: str, *parts: Sequence[int], recipe: str = "coterie", top_k: int = 4, **changes: Any) -> Path:
         """Save the manifest of a result with these numbers of parts of each expert, of 4 in all, by layer."""
@@ -173,7 +178,9 @@ class RunMaker:
         for counts in parts:
             centres = [expert for expert, count in enumerate(counts) for _ in range(count)]
             note = {"score": "energy", "share_of_score": 0.9, "parts_by_expert": list(counts), "gap": 0.1}
-            shape = shape_of(width_after=WIDTH // 4, top_k_after=top_k, num_experts_after=len(centres), centres=centres)
+            shape = shape_of(
+                width_after=WIDTH // 4, top_k_after=top_k, num_experts_after=len(centres), centres=centres, parts=4
+            )
             first = [centres.index(expert) if count else -1 for expert, count in enumerate(counts)]
             shapes.append(shape | {"expert_map": first, "notes": {"segment": note}})
         return self.manifest(name, recipe, shapes=shapes, **changes)

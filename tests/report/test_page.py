@@ -221,7 +221,7 @@ def test_names_are_escaped_everywhere(make_run: Maker) -> None:
     run.profile((HOSTILE, "prose"))
     run.base_card(domains=(HOSTILE, "prose"))
     run.card(HOSTILE, domains=(HOSTILE, "prose"))
-    run.manifest("merged", HOSTILE, model=HOSTILE, how_to_load=HOSTILE, notes={HOSTILE: {HOSTILE: HOSTILE}},
+    run.manifest("merged", HOSTILE, model=HOSTILE, notes={HOSTILE: {HOSTILE: HOSTILE}},
                  passes=[[HOSTILE, {HOSTILE: HOSTILE}]], domains=[HOSTILE],
                  took={"seconds": {HOSTILE: 1.0}, "peak_bytes": 1})  # fmt: skip
 
@@ -235,8 +235,8 @@ def test_names_are_escaped_everywhere(make_run: Maker) -> None:
 def test_what_a_compression_took_is_read_from_beside_its_manifest(make_run: Maker) -> None:
     run = make_run()
     run.manifest("merged", took={"seconds": {"profile": 4.5, "compress": 2}, "peak_bytes": 3 * 2**29, "device": "cpu"})
-    [manifest] = gather(run.folder).manifests
-    assert (dict(manifest.seconds), manifest.peak_bytes) == ({"profile": 4.5, "compress": 2.0}, 3 * 2**29)
+    [result] = gather(run.folder).results
+    assert (dict(result.seconds), result.peak_bytes) == ({"profile": 4.5, "compress": 2.0}, 3 * 2**29)
     page = Page(report(run.folder))
     assert "1.50 GiB" in next(row for row in page.rows if "800" in row)
     assert "6.50 s" in " ".join(page.text.split())
@@ -246,8 +246,8 @@ def test_a_report_does_without_what_a_compression_took(make_run: Maker) -> None:
     run = make_run()
     path = run.manifest("merged").with_name("coterie-run.json")
     path.unlink()
-    [manifest] = gather(run.folder).manifests
-    assert (manifest.seconds, manifest.peak_bytes) == ({}, None)
+    [result] = gather(run.folder).results
+    assert (result.seconds, result.peak_bytes) == ({}, None)
     page = Page(report(run.folder))
     assert "Time by stage" not in page.text
     assert page.row("mergemoe")[2:4] == ["8 → 4", "732 KiB"]
@@ -275,7 +275,7 @@ def test_manifest_and_scorecard_meet_by_digest_or_else_by_name(full_run: Any) ->
     entries = {entry.label: entry for entry in entries_of(gather(full_run.folder))}
 
     assert list(entries) == ["grandmother", "reap", "mergemoe · map", "mergemoe"]
-    assert all(entry.manifest and entry.card for label, entry in entries.items() if label != "grandmother")
+    assert all(entry.result and entry.card for label, entry in entries.items() if label != "grandmother")
     assert entries["mergemoe"].score("perplexity_ratio", "code") == pytest.approx(1.5)
     assert entries["mergemoe"].score("kl", "unheard-of") is None
     assert entries["reap"].kept == 0.75
@@ -292,8 +292,8 @@ def test_real_checkpoints_meet_by_digest_and_show_their_parts(make_run: Maker, t
 
     assert entry.card is not None
     assert entry.card.model == "another name"
-    assert entry.manifest is not None
-    assert entry.manifest.expert_bytes == inspect(run.folder / "renamed").parts["experts"].bytes
+    assert entry.result is not None
+    assert entry.result.expert_bytes == inspect(run.folder / "renamed").parts["experts"].bytes
     assert "Only routed experts" in Page(report(run.folder)).text
 
 
@@ -389,14 +389,14 @@ def test_damaged_tensors_and_incomplete_manifests_are_errors(full_run: Any, make
         report(full_run.folder)
 
     run = make_run("other")
-    run.manifest("merged", layers=[{"index": 0}])
-    with pytest.raises(CorruptArtifact, match="lacks 'block'"):
+    run.manifest("merged", layers=[{"index": 0, "block": "x", "top_k_before": 2}])
+    with pytest.raises(CorruptArtifact, match=r"merged/coterie\.json: layers\[0\]\.num_experts_before is missing"):
         report(run.folder)
     run.manifest("merged", shapes=[{"expert_map": [4] * 8}] * 2)
-    with pytest.raises(CorruptArtifact, match=r"unexpected: .* expert_map names expert 4 of 4"):
+    with pytest.raises(CorruptArtifact, match=r"layers\[0\]\.expert_map\[0\] is 4: it should be from -1 to 3"):
         report(run.folder)
     run.manifest("merged", seed="x")
-    with pytest.raises(CorruptArtifact, match="unexpected"):
+    with pytest.raises(CorruptArtifact, match="seed is 'x': should be a whole number"):
         report(run.folder)
 
 

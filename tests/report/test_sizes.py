@@ -9,7 +9,7 @@ from coterie.compress.apply import compress
 from coterie.compress.layer_plan import LayerPlan, ragged_plan
 from coterie.model.arch.inspect import inspect
 from coterie.report.gather import entries_of, gather
-from coterie.report.layers import share_left
+from coterie.report.layers import expert_shares, layer_kind, share_left
 from coterie.report.page import report
 from coterie.testing import tiny_text
 
@@ -38,8 +38,7 @@ def test_narrower_experts_are_said_to_be_narrower(make_run: Maker) -> None:
 
 def test_experts_may_be_fewer_and_narrower(make_run: Maker) -> None:
     run = make_run()
-    narrow = {"width_before": 16, "width_after": 8, "top_k_before": 2, "top_k_after": 2}
-    run.manifest("out", "reap", kept=4, shapes=[narrow] * 2)
+    run.manifest("out", "reap", kept=4, shapes=[{"width_after": 8}] * 2)
 
     page = Page(report(run.folder))
 
@@ -151,16 +150,17 @@ def test_results_as_they_are_written_are_understood(
     compress(model, run.folder / "out", keep=0.5, recipe=recipe, text=text, tokens=512, seq_len=64)
 
     [entry] = entries_of(gather(run.folder))
-    manifest = entry.manifest
+    result = entry.result
     page = Page(report(run.folder))
 
-    assert manifest is not None
-    assert {layer.kind for layer in manifest.layers} == {
+    assert result is not None
+    layers = result.manifest.layers
+    assert {layer_kind(layer) for layer in layers} == {
         {"reap": "whole", "heapr": "narrower", "heapr-ragged": "ragged", "coterie-local": "cut"}[recipe]
     }
     original = inspect(model)
-    assert manifest.fixed_bytes == original.total.bytes - original.parts["experts"].bytes
-    assert manifest.expert_bytes == pytest.approx((entry.kept or 0) * original.parts["experts"].bytes)
-    for layer in manifest.layers:
-        assert sum(layer.shares) / layer.before == pytest.approx(share_left([layer]))
-    assert page.row(recipe)[2].startswith(f"{manifest.layers[0].before} → {manifest.layers[0].after}")
+    assert result.fixed_bytes == original.total.bytes - original.parts["experts"].bytes
+    assert result.expert_bytes == pytest.approx((entry.kept or 0) * original.parts["experts"].bytes)
+    for layer in layers:
+        assert sum(expert_shares(layer)) / layer.num_experts_before == pytest.approx(share_left([layer]))
+    assert page.row(recipe)[2].startswith(f"{layers[0].num_experts_before} → {layers[0].num_experts_after}")

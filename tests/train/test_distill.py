@@ -53,7 +53,7 @@ def whole(folder, text_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def few(folder, text_folder, tmp_path_factory):
     made = compress(folder, tmp_path_factory.mktemp("few") / "out", text=text_folder, **FEW)
-    assert made.manifest["distilled"]["taken"], "the tests show little when the weights stay what they were"
+    assert made.manifest.distilled["taken"], "the tests show little when the weights stay what they were"
     return made
 
 
@@ -67,12 +67,12 @@ def divergence(model, other, folder, text):
 
 
 def test_what_is_trained_is_what_stock_loaders_load(folder, whole, text_folder, tmp_path):
-    notes = whole.manifest["distilled"]
+    notes = whole.manifest.distilled
     assert notes["taken"]
     assert notes["heldout_divergence_after"] < notes["heldout_divergence_before"]
     assert notes["steps"] == 512 / 4  # 8192 tokens, 4 sequences a step
     fast = compress(folder, tmp_path / "fast", text=text_folder, **SETTINGS | {"train_tokens": None, "effort": "fast"})
-    assert fast.manifest["distilled"] is None
+    assert fast.manifest.distilled is None
     original = load_model(folder, dtype=torch.float32)
     trained, plain = (AutoModelForCausalLM.from_pretrained(each.out, dtype=torch.float32) for each in (whole, fast))
     better, worse = (divergence(original, each, folder, text_folder) for each in (trained, plain))
@@ -127,7 +127,7 @@ def test_a_held_profile_wants_its_text_beside_it(folder, few, text_folder, tmp_p
 def test_it_is_left_out_where_it_does_not_fit(folder, text_folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(memory, "needed_bytes", lambda *arguments, **options: 2**50)
     made = compress(folder, tmp_path / "out", text=text_folder, **FEW)
-    assert made.manifest["distilled"] is None
+    assert made.manifest.distilled is None
     assert "training the result as a whole takes 1024 TiB of memory, " in caplog.text
     assert " may be used: it is left out" in caplog.text
 
@@ -168,11 +168,11 @@ def test_it_trains_on_more_text_than_is_measured_and_again_where_there_is_no_mor
     there = sum(len(rows) for rows in tokenize(load_tokenizer(folder), text, seq_len=16).sequences.values())
     few = SETTINGS | {"tokens": 512}
     more = compress(folder, tmp_path / "more", text=text, **few | {"train_tokens": 1024})
-    assert more.manifest["distilled"]["tokens"] == 1024
-    assert more.manifest["calibration_tokens"] == 512
+    assert more.manifest.distilled["tokens"] == 1024
+    assert more.manifest.calibration_tokens == 512
     monkeypatch.setattr(distill, "EPOCHS", 1.5)
     most = compress(folder, tmp_path / "most", text=text, **few | {"train_tokens": 2**40})
-    assert most.manifest["distilled"]["steps"] == round(1.5 * (there - there // 16) / 4)
+    assert most.manifest.distilled["steps"] == round(1.5 * (there - there // 16) / 4)
     assert "asked for" not in caplog.text
 
 
@@ -186,12 +186,12 @@ def test_training_that_cannot_be_is_refused(folder, text_folder, tmp_path, recip
 def test_a_ragged_result_is_trained_within_its_widths(folder, text_folder, tmp_path):
     """What is written of an expert has its width, and was trained: it is not what training began with."""
     trained = compress(folder, tmp_path / "out", text=text_folder, **FEW | {"recipe": "coterie-ragged"})
-    assert trained.manifest["distilled"]["taken"]
-    assert trained.manifest["loads_with"] == "coterie"
+    assert trained.manifest.distilled["taken"]
+    assert trained.manifest.loads_with == "coterie"
     plain = compress(
         folder, tmp_path / "plain", text=text_folder, **FEW | {"recipe": "coterie-ragged", "train_tokens": 0}
     )
-    widths = [layer["widths_after"] for layer in trained.manifest["layers"]]
+    widths = [layer.widths_after for layer in trained.manifest.layers]
     assert len({width for each in widths for width in each}) > 1
     before, after = tensors_of(plain.out), tensors_of(trained.out)
     moved = 0
@@ -210,9 +210,9 @@ def test_a_ragged_result_is_nearer_to_the_original_once_it_is_trained(tmp_path):
     ragged = SETTINGS | {"recipe": "coterie-ragged", "tokens": 16384, "train_tokens": 8192}
     folder = tiny_checkpoint(tmp_path / "model", "olmoe")
     made = compress(folder, tmp_path / "out", text=text_folder, **ragged)
-    assert made.manifest["distilled"]["taken"]
-    assert made.manifest["loads_with"] == "coterie"
-    widths = {width for layer in made.manifest["layers"] for width in layer["widths_after"]}
+    assert made.manifest.distilled["taken"]
+    assert made.manifest.loads_with == "coterie"
+    widths = {width for layer in made.manifest.layers for width in layer.widths_after}
     assert len(widths) > 1
     original = load_model(folder, dtype=torch.float32)
     fast = compress(folder, tmp_path / "fast", text=text_folder, **ragged | {"train_tokens": 0})

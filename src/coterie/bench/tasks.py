@@ -115,8 +115,8 @@ class Worker:
             **card.overall,
             "bytes": card.num_bytes,
             "bytes_ratio": card.bytes_ratio,
-            "num_experts": [layer["num_experts_after"] for layer in made.manifest["layers"]],
-            "loads_with": made.manifest["loads_with"],
+            "num_experts": [layer.num_experts_after for layer in made.manifest.layers],
+            "loads_with": made.manifest.loads_with,
             "logits_error": made.logits_error,
             "domains": dict(card.domains),
             "seconds": {

@@ -114,8 +114,8 @@ def compress(
     )
     if json:
         memory = {"forecast_bytes": made.forecast, "peak_bytes": made.peak_bytes}
-        print_json({"out": str(made.out), **made.manifest, "seconds": made.seconds, **memory})
+        print_json({"out": str(made.out), **made.manifest.content(), "seconds": made.seconds, **memory})
         return
     print_plan(made.plan)
     print_text(f"written to {made.out}; loaded again, its logits differ by {made.logits_error:.1e} of the largest")
-    print_text(f"load it with {made.manifest['how_to_load'].replace('OUT', repr(str(made.out)))}")
+    print_text(f"load it with {made.manifest.how_to_load(made.out)}")

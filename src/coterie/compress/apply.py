@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from coterie.amounts import format_bytes
 from coterie.artifact import write_json
@@ -31,6 +30,7 @@ from coterie.compress.target import Target
 from coterie.compress.work import Work
 from coterie.errors import CoterieError, OutOfSpace
 from coterie.journal import Run, open_run
+from coterie.model.disk.manifest import Manifest
 from coterie.model.stream.memory import peak_bytes
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile_in_folder, profile_in_run
@@ -48,7 +48,7 @@ class Result:
     Attributes:
         out: the new checkpoint.
         plan: what was done.
-        manifest: what ``coterie.json`` in it says.
+        manifest: what it is and what became of every layer, as ``coterie.json`` in it says.
         logits_error: largest difference of logits, in flight against loaded again, relative to the largest logit.
         seconds: seconds spent in each stage.
         forecast: the memory that was announced, in bytes.
@@ -58,7 +58,7 @@ class Result:
 
     out: Path
     plan: Plan
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     logits_error: float
     seconds: Mapping[str, float]
     forecast: int

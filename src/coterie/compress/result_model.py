@@ -23,6 +23,7 @@ from coterie.model.arch.seam import intercepted
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.header import read_header
+from coterie.model.disk.manifest import RaggedWidths
 from coterie.model.nested import mapped
 from coterie.model.stream.stream import Call, Stream
 from coterie.model.stream.unit import Unit
@@ -50,12 +51,12 @@ class ResultModel:
         self._scratch: PreTrainedModel | None = None
 
     @property
-    def ragged(self) -> dict[str, Any] | None:
+    def ragged(self) -> RaggedWidths | None:
         """What the manifest of a ragged result says, for `coterie.model.disk.filled.filled_up`; else None."""
         if not self._places:
             return None
         axes = {place.pattern: place.axis for place in self._places.values()}
-        return {"width": self._architecture.layers[0].width, "axes": axes}
+        return RaggedWidths(width=self._architecture.layers[0].width, axes=axes)
 
     def on_disk(self, memory: Mapping[str, Tensor], conversions: list[Any]) -> dict[str, Tensor]:
         """Return the tensors of layers as a weight file holds them, by name on disk."""

@@ -12,7 +12,7 @@ from coterie.errors import InputError, UnsupportedDtype
 from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion
 from coterie.model.arch.layers import Architecture
 from coterie.model.disk.checkpoint import Checkpoint
-from coterie.model.disk.manifest import read_manifest
+from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.open import open_checkpoint
 
 
@@ -40,10 +40,9 @@ class Source:
             UnsupportedDtype: its experts are stored in a format that cannot be compressed.
         """
         checkpoint = open_checkpoint(model, output_dtype=output_dtype, allow_pickle=allow_pickle)
-        manifest = read_manifest(checkpoint.path)
-        if manifest is not None and manifest["loads_with"] != "transformers":
-            kind = "mapped" if manifest["router"] == "map" else "ragged"
-            raise InputError(f"{checkpoint.path} is a {kind} result; compress the model that it was made from")
+        manifest = Manifest.read(checkpoint.path)
+        if manifest is not None and manifest.form is not ResultForm.PLAIN:
+            raise InputError(f"{checkpoint.path} is a {manifest.form} result; compress the model that it was made from")
         architecture = Architecture.of(checkpoint)
         source = cls(
             checkpoint=checkpoint,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.artifact import write_artifact, write_json
+from coterie.artifact import write_json
 from coterie.compress.layer import LayerSummary
 from coterie.compress.output import carry_files
 from coterie.compress.plan import Plan
@@ -18,8 +18,9 @@ from coterie.compress.prepare import Job
 from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard, write_index
 from coterie.journal import Run
+from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.resize import resized_config
-from coterie.model.disk.manifest import MANIFEST
+from coterie.model.disk.manifest import LayerEntry, Manifest, ResultForm
 from coterie.profile.profile import Profile
 
 
@@ -67,12 +68,11 @@ class Work:
         carry_files(self.job.source.checkpoint, self.run.folder)
         self.write_manifest()
 
-    def write_manifest(self) -> dict[str, Any]:
-        """Write coterie.json into the result, and return its content."""
-        body = self._manifest()
-        inputs = {"model": self.job.source.checkpoint.digest, "text": self._text()[3]}
-        write_artifact(self.run.folder / MANIFEST, kind="manifest", body=body, inputs=inputs)
-        return body
+    def write_manifest(self) -> Manifest:
+        """Write coterie.json into the result, and return what it says."""
+        manifest = self._manifest()
+        manifest.write(self.run.folder, {"model": self.job.source.checkpoint.digest, "text": self._text()[3]})
+        return manifest
 
     def _config(self) -> dict[str, Any]:
         if not self.plan.mapped and not self.plan.ragged:
@@ -91,44 +91,45 @@ class Work:
         token_set = self.job.measure.token_set
         return token_set.domains, sum(token_set.num_tokens.values()), token_set.seq_len, token_set.digest
 
-    def _manifest(self) -> dict[str, Any]:
-        plan, ours = self.plan, self.plan.mapped or self.plan.ragged
+    def _manifest(self) -> Manifest:
+        plan = self.plan
         domains, num_tokens, seq_len, _ = self._text()
-        return {
-            "recipe": plan.recipe,
-            "passes": [[name, dict(options)] for name, options in plan.passes],
-            "router": plan.router,
-            "loads_with": "coterie" if ours else "transformers",
-            "how_to_load": "coterie.load_model(OUT)"
-            if ours
-            else "transformers.AutoModelForCausalLM.from_pretrained(OUT)",
-            "plan": plan.body(),
-            "model": self.job.source.checkpoint.path.resolve().name,
-            "domains": list(domains),
-            "calibration_tokens": num_tokens,
-            "calibration_inputs": self.job.options.inputs,
-            "seq_len": seq_len,
-            "seed": plan.seed,
-            "logits_error": self.logits_error,
-            "ragged": self.result.ragged,
-            "distilled": self.notes.get("distill"),
-            "layers": [
-                {
-                    "index": layer.index,
-                    "block": layer.block,
-                    "num_experts_before": layer.num_experts,
-                    "num_experts_after": self.summaries[layer.index].num_experts,
-                    "top_k_before": layer.top_k,
-                    "top_k_after": plan.shape.top_k or layer.top_k,
-                    "width_before": layer.width,
-                    "width_after": self.summaries[layer.index].width,
-                    "widths_after": plan.layers[layer.index].widths,
-                    "expert_map": self.summaries[layer.index].expert_map,
-                    "centres": self.summaries[layer.index].centres,
-                    "notes": dict(self.summaries[layer.index].notes),
-                }
-                for layer in self.job.source.architecture.layers
-            ],
-            "bytes_before": plan.original_bytes,
-            "bytes_after": plan.predicted_bytes,
-        }
+        form = ResultForm.RAGGED if plan.ragged else ResultForm.PLAIN
+        return Manifest(
+            form=ResultForm.MAPPED if plan.mapped else form,
+            recipe=plan.recipe,
+            passes=plan.passes,
+            router=plan.router,
+            plan=plan.body(),
+            model=self.job.source.checkpoint.path.resolve().name,
+            domains=tuple(domains),
+            calibration_tokens=num_tokens,
+            calibration_inputs=self.job.options.inputs,
+            seq_len=seq_len,
+            seed=plan.seed,
+            logits_error=self.logits_error,
+            ragged=self.result.ragged,
+            distilled=self.notes.get("distill"),
+            layers=tuple(self._entry(layer) for layer in self.job.source.architecture.layers),
+            bytes_before=plan.original_bytes,
+            bytes_after=plan.predicted_bytes,
+        )
+
+    def _entry(self, layer: MoELayer) -> LayerEntry:
+        summary, plan = self.summaries[layer.index], self.plan.layers[layer.index]
+        cut = plan.top_k is not None and summary.centres is not None
+        return LayerEntry(
+            index=layer.index,
+            block=layer.block,
+            num_experts_before=layer.num_experts,
+            num_experts_after=summary.num_experts,
+            top_k_before=layer.top_k,
+            top_k_after=plan.top_k or layer.top_k,
+            width_before=layer.width,
+            width_after=summary.width,
+            widths_after=plan.widths,
+            parts=layer.width // summary.width if cut else 1,
+            expert_map=tuple(summary.expert_map),
+            centres=None if summary.centres is None else tuple(summary.centres),
+            notes=summary.notes,
+        )

@@ -21,7 +21,7 @@ from coterie.journal import Run, open_run
 from coterie.model.arch.layers import Architecture, MoELayer
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
-from coterie.model.disk.manifest import read_manifest
+from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.open import open_checkpoint
 from coterie.model.stream.memory import Forecast, fitting_batch, forecast, peak_bytes
 from coterie.model.stream.stream import Stream
@@ -207,8 +207,8 @@ class ProfileSettings:
             raise InputError(
                 f"nothing can be measured on {self.tokens} tokens with a sample of {self.sample_tokens}; ask for more"
             )
-        manifest = read_manifest(checkpoint.path)
-        if manifest is not None and manifest["router"] == "map":
+        manifest = Manifest.read(checkpoint.path)
+        if manifest is not None and manifest.form is ResultForm.MAPPED:
             raise InputError(f"{checkpoint.path} is a mapped result; profile the model that it was made from")
         token_set = take_text(
             checkpoint, self.text, seq_len=self.seq_len, tokens=self.tokens, seed=self.seed, domains=self.domains,

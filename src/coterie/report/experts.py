@@ -11,16 +11,22 @@ from typing import Any
 
 import numpy as np
 
+from coterie.model.disk.manifest import LayerEntry
 from coterie.profile.profile import Profile
 from coterie.report import measures
 from coterie.report.draw import BLUES, VIRIDIS, heat_png
-from coterie.report.gather import Entry, Manifest, ReportedRun
+from coterie.report.gather import Entry, ReportedResult, ReportedRun
 from coterie.report.layers import (
-    LayerChange,
     chosen_text,
     counts_text,
+    dropped_experts,
+    expert_groups,
+    expert_shares,
+    experts_left,
     kind_of,
+    layer_kind,
     mean_width,
+    parts_left,
     share_left,
     size_text,
     widths_text,
@@ -77,7 +83,7 @@ def experts(run: ReportedRun) -> Section | None:
 
 
 def _chosen_profile(run: ReportedRun) -> tuple[str, Profile]:
-    made_from = [(manifest.inputs.get("model"), manifest.inputs.get("text")) for manifest in run.manifests]
+    made_from = [(result.inputs.get("model"), result.inputs.get("text")) for result in run.results]
     return max(run.profiles, key=lambda held: made_from.count((held[1].model_digest, held[1].text_digest)))
 
 
@@ -210,17 +216,17 @@ def _averaged_down(matrix: Array) -> Array:
 
 def changes(entries: Sequence[Entry]) -> list[Section]:
     """Return, for every compressed checkpoint, what became of every expert and what passes noted."""
-    return [_change(entry.label, entry.manifest) for entry in entries if entry.manifest is not None]
+    return [_change(entry.label, entry.result) for entry in entries if entry.result is not None]
 
 
-def _change(label: str, manifest: Manifest) -> Section:
-    layers = manifest.layers
-    columns, noted = _notes(manifest)
+def _change(label: str, result: ReportedResult) -> Section:
+    layers = result.manifest.layers
+    columns, noted = _notes(result)
     heads, rows = _table(layers)
     return {
         "label": label,
-        "folder": manifest.folder,
-        "summary": _summary(manifest),
+        "folder": result.folder,
+        "summary": _summary(result),
         **_picture(label, layers),
         "heads": heads,
         "columns": [what for _, what in columns],
@@ -229,24 +235,25 @@ def _change(label: str, manifest: Manifest) -> Section:
             {"index": layer.index, "block": layer.block, "facts": facts, "cells": cells, **_lists(layer)}
             for layer, facts, cells in zip(layers, rows, noted, strict=True)
         ],
-        "sentences": [*_size_sentences(layers), *_refit_sentences(manifest)],
-        "merges": any(len(members) > 1 for layer in layers for _, members in layer.groups()),
+        "sentences": [*_size_sentences(layers), *_refit_sentences(result)],
+        "merges": any(len(members) > 1 for layer in layers for _, members in expert_groups(layer)),
         "listed": not _all_alike(layers),
     }
 
 
-def _all_alike(layers: Sequence[LayerChange]) -> bool:
+def _all_alike(layers: Sequence[LayerEntry]) -> bool:
     """Tell whether all experts became narrower by the same amount, so that there is nothing to say of a single one."""
-    return kind_of(layers) == "narrower" and all(layer.after == layer.before for layer in layers)
+    narrower = kind_of(layers) == "narrower"
+    return narrower and all(layer.num_experts_after == layer.num_experts_before for layer in layers)
 
 
-def _picture(label: str, layers: Sequence[LayerChange]) -> Section:
+def _picture(label: str, layers: Sequence[LayerEntry]) -> Section:
     """Return the map of layers by experts with its legend: shares of neurons where they differ, else fates."""
     title = f"What became of every expert: {label}"
     if _all_alike(layers) or not any(layer.expert_map for layer in layers):
         return {"plot": None, "bar": None, "keys": []}
-    if any(layer.kind in ("ragged", "cut") for layer in layers):
-        shares = [layer.shares for layer in layers]
+    if any(layer_kind(layer) in ("ragged", "cut") for layer in layers):
+        shares = [expert_shares(layer) for layer in layers]
         nothing = sum(row.count(0.0) for row in shares)
         gone = _nothing_left(layers)
         key = {"colour": fate_keys()[-1][0], "label": f"{gone} ({nothing:,})"}
@@ -263,35 +270,35 @@ def _picture(label: str, layers: Sequence[LayerChange]) -> Section:
     return {"plot": fate_map(fates, title), "bar": None, "keys": keys}
 
 
-def _fates(layer: LayerChange) -> list[int]:
+def _fates(layer: LayerEntry) -> list[int]:
     fates = [3] * len(layer.expert_map)
-    for centre, members in layer.groups():
+    for centre, members in expert_groups(layer):
         for expert in members:
             fates[expert] = 0 if len(members) == 1 else 1 if expert == centre else 2
     return fates
 
 
-def _alone(layers: Sequence[LayerChange]) -> str:
+def _alone(layers: Sequence[LayerEntry]) -> str:
     """Return what experts are called that were neither merged nor dropped."""
-    return "narrower" if any(layer.kind == "narrower" for layer in layers) else FATES[0]
+    return "narrower" if any(layer_kind(layer) == "narrower" for layer in layers) else FATES[0]
 
 
-def _nothing_left(layers: Sequence[LayerChange]) -> str:
+def _nothing_left(layers: Sequence[LayerEntry]) -> str:
     """Return what experts are called of which nothing is left; a ragged result still has their router rows."""
-    ragged = any(0 in (layer.widths or ()) for layer in layers)
+    ragged = any(0 in (layer.widths_after or ()) for layer in layers)
     return "no neuron left" if ragged else FATES[-1]
 
 
-def _summary(manifest: Manifest) -> str:
-    layers = manifest.layers
+def _summary(result: ReportedResult) -> str:
+    layers = result.manifest.layers
     count = count_text(len(layers), "layer")
     if kind_of(layers) == "whole":
         before, after = (counts_text(layers, side=side) for side in ("before", "after"))
-        return f"{before} → {after} experts in {count}, {manifest.router} router"
-    return f"{size_text(layers, each=f' in each of {count}')}, {manifest.router} router"
+        return f"{before} → {after} experts in {count}, {result.manifest.router} router"
+    return f"{size_text(layers, each=f' in each of {count}')}, {result.manifest.router} router"
 
 
-def _size_sentences(layers: Sequence[LayerChange]) -> list[str]:
+def _size_sentences(layers: Sequence[LayerEntry]) -> list[str]:
     """Return what was done to the experts of a result that has other than whole ones."""
     kind = kind_of(layers)
     if kind == "narrower":
@@ -304,7 +311,7 @@ def _size_sentences(layers: Sequence[LayerChange]) -> list[str]:
             f"{widths_text(layers, side='before')} neurons, {mean_width(layers)} on average."
         ]
     if kind == "cut":
-        cuts = range_text([layer.cuts for layer in layers])
+        cuts = range_text([layer.parts for layer in layers])
         before, after = (chosen_text(layers, side=side) for side in ("before", "after"))
         times = f"; a token chooses {after} parts, where it chose {before} experts" if before and after else ""
         return [
@@ -314,18 +321,18 @@ def _size_sentences(layers: Sequence[LayerChange]) -> list[str]:
     return []
 
 
-def _table(layers: Sequence[LayerChange]) -> tuple[list[str], list[list[str]]]:
+def _table(layers: Sequence[LayerEntry]) -> tuple[list[str], list[list[str]]]:
     """Return the columns that these layers need, and the cells of each layer."""
-    kinds = {layer.kind for layer in layers}
+    kinds = {layer_kind(layer) for layer in layers}
     some = bool(kinds & {"ragged", "cut"})  # experts keep different shares
-    merges = any(len(members) > 1 for layer in layers for _, members in layer.groups())
-    drops = any(layer.dropped for layer in layers)
+    merges = any(len(members) > 1 for layer in layers for _, members in expert_groups(layer))
+    drops = any(dropped_experts(layer) for layer in layers)
     rows: list[dict[str, str]] = []
     for layer in layers:
-        sizes = [len(members) for _, members in layer.groups()]
-        cells = {"Experts": f"{layer.before} → {layer.experts_left}"}
+        sizes = [len(members) for _, members in expert_groups(layer)]
+        cells = {"Experts": f"{layer.num_experts_before} → {experts_left(layer)}"}
         if "cut" in kinds:
-            cells["Parts"] = f"{layer.before * layer.cuts} → {layer.after}"
+            cells["Parts"] = f"{layer.num_experts_before * layer.parts} → {layer.num_experts_after}"
         if kinds - {"whole", "cut"}:  # parts have one width, which stands above the table
             old, new = (widths_text([layer], side=side) for side in ("before", "after"))
             cells["Width"] = f"{old} → {new}"
@@ -337,21 +344,21 @@ def _table(layers: Sequence[LayerChange]) -> tuple[list[str], list[list[str]]]:
             cells["Merged groups"] = str(sum(size > 1 for size in sizes))
             cells["Largest"] = str(max((size for size in sizes if size > 1), default=MISSING))
         if some:
-            cells["Whole"] = str(layer.shares.count(1.0))
-            cells["In part"] = str(sum(0 < share < 1 for share in layer.shares))
-            if any(0 in (each.widths or ()) for each in layers):
-                cells["No neuron"] = str((layer.widths or ()).count(0))
+            cells["Whole"] = str(expert_shares(layer).count(1.0))
+            cells["In part"] = str(sum(0 < share < 1 for share in expert_shares(layer)))
+            if any(0 in (each.widths_after or ()) for each in layers):
+                cells["No neuron"] = str((layer.widths_after or ()).count(0))
         elif not _all_alike(layers):
             cells[_alone(layers).capitalize()] = str(sizes.count(1))
         if drops:
-            cells["Dropped"] = str(len(layer.dropped))
+            cells["Dropped"] = str(len(dropped_experts(layer)))
         rows.append(cells)
     return list(rows[0]) if rows else [], [list(cells.values()) for cells in rows]
 
 
-def _lists(layer: LayerChange) -> Section:
+def _lists(layer: LayerEntry) -> Section:
     """Return the merged groups of a layer, and its other experts by what became of them."""
-    groups = layer.groups()
+    groups = expert_groups(layer)
     merged = sorted((group for group in groups if len(group[1]) > 1), key=lambda group: (-len(group[1]), group[1]))
     chips = [
         {
@@ -362,29 +369,29 @@ def _lists(layer: LayerChange) -> Section:
         for centre, members in merged
     ]
     lists = []
-    if layer.kind == "cut":
-        for count in range(layer.cuts, 0, -1):
-            held = [expert for expert, parts in enumerate(layer.parts) if parts == count]
+    if layer_kind(layer) == "cut":
+        for count in range(layer.parts, 0, -1):
+            held = [expert for expert, parts in enumerate(parts_left(layer)) if parts == count]
             lists.append(
                 (
-                    "Whole" if count == layer.cuts else f"{count} of {layer.cuts} parts",
+                    "Whole" if count == layer.parts else f"{count} of {layer.parts} parts",
                     ranges_text(held) if held else "",
                 )
             )
-    elif layer.widths is not None:
-        named = [(expert, layer.widths[new]) for expert, new in enumerate(layer.expert_map) if new >= 0]
+    elif layer.widths_after is not None:
+        named = [(expert, layer.widths_after[new]) for expert, new in enumerate(layer.expert_map) if new >= 0]
         lists.append(("Expert (width)", ", ".join(f"{expert} ({width})" for expert, width in named)))
     else:
         alone = sorted(members[0] for _, members in groups if len(members) == 1)
         lists.append((_alone([layer]).capitalize(), ranges_text(alone) if alone else ""))
-    lists.append(("Dropped", ranges_text(layer.dropped) if layer.dropped else ""))
+    lists.append(("Dropped", ranges_text(dropped_experts(layer)) if dropped_experts(layer) else ""))
     return {"merged": chips, "lists": [(name, text) for name, text in lists if text]}
 
 
-def _notes(manifest: Manifest) -> tuple[list[tuple[str, str]], list[list[str]]]:
+def _notes(result: ReportedResult) -> tuple[list[tuple[str, str]], list[list[str]]]:
     """Return (pass, what) of every column and, for each layer, the cells of what the passes noted."""
     flat: list[dict[tuple[str, str], str]] = []
-    for layer in manifest.layers:
+    for layer in result.manifest.layers:
         cells: dict[tuple[str, str], str] = {}
         for name, noted in layer.notes.items():
             entries = noted.items() if isinstance(noted, dict) else [("", noted)]
@@ -397,9 +404,10 @@ def _notes(manifest: Manifest) -> tuple[list[tuple[str, str]], list[list[str]]]:
     return columns, [[cells.get(column, MISSING) for column in columns] for cells in flat]
 
 
-def _refit_sentences(manifest: Manifest) -> list[str]:
+def _refit_sentences(result: ReportedResult) -> list[str]:
     """Return what the re-fit of down projections achieved over all layers, from the pass's own notes."""
-    noted = [layer.notes["refit-down"] for layer in manifest.layers if isinstance(layer.notes.get("refit-down"), dict)]
+    layers = result.manifest.layers
+    noted = [layer.notes["refit-down"] for layer in layers if isinstance(layer.notes.get("refit-down"), dict)]
     pairs = [(note.get("heldout_error_average"), note.get("heldout_error_refit")) for note in noted]
     known = [(before, after) for before, after in pairs if before is not None and after is not None]
     if not known:

@@ -10,15 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from coterie.artifact import read_artifact, read_header
+from coterie.artifact import read_header
 from coterie.compress.plan import Plan
 from coterie.errors import CorruptArtifact, CoterieError, InputError
 from coterie.evaluate.scorecard import Scorecard
 from coterie.model.arch.inspect import Inspection, inspect
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.manifest import MANIFEST, LayerEntry, Manifest, ResultForm
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile
-from coterie.report.layers import LayerChange, share_left, size_mark, size_text
+from coterie.report.layers import share_left, size_mark, size_text
 from coterie.report.words import percent_text
 
 log = logging.getLogger(__name__)
@@ -29,28 +30,22 @@ DEPTH = 3
 #: Results are of one size when the shares of neurons that they keep differ by less.
 SAME_SIZE = 0.01
 
-MANIFEST_FILE = "coterie.json"
 TOOK_FILE = "coterie-run.json"  # beside a manifest: what the compression took
-_OUR_NAMES = (PROFILE_FILE, MANIFEST_FILE)
+_OUR_NAMES = (PROFILE_FILE, MANIFEST)
 _HEAD = 4096  # bytes; our JSON names itself in its first line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """One compressed checkpoint, from its ``coterie.json`` and its headers.
+class ReportedResult:
+    """One compressed checkpoint: its manifest, and what lies beside that.
 
     Attributes:
-        path: the JSON file, relative to the run folder.
+        path: the manifest's file, relative to the run folder.
         folder: name of the checkpoint's folder.
-        model: name of the original model.
-        recipe, router, how_to_load, loads_with, domains, calibration_tokens, seq_len, seed, logits_error,
-            bytes_before, bytes_after: as in the file.
+        manifest: how it was made and what became of every layer.
         seconds: seconds spent in each stage, from ``coterie-run.json`` beside it; empty where that is not there.
         peak_bytes: largest resident memory of the compression, from the same file, or None.
-        passes: (name, options) of every pass.
-        layers: what became of each layer.
         inputs: digests of what it was made from.
-        version: version of Coterie that wrote it.
         digest: digest of the checkpoint, or None when its weights are not there.
         expert_bytes: bytes of its routed experts, or None when its weights are not there.
         fixed_bytes: bytes of everything but routed experts in the original, or None when the weights are not there.
@@ -58,25 +53,10 @@ class Manifest:
 
     path: str
     folder: str
-    model: str
-    recipe: str
-    router: str
-    how_to_load: str
-    loads_with: str
-    passes: tuple[tuple[str, Mapping[str, Any]], ...]
-    domains: tuple[str, ...]
-    calibration_tokens: int
-    seq_len: int
-    seed: int
-    logits_error: float | None
-    layers: tuple[LayerChange, ...]
+    manifest: Manifest
     seconds: Mapping[str, float]
     peak_bytes: int | None
-    bytes_before: int
-    bytes_after: int
-    plan: Mapping[str, Any]
     inputs: Mapping[str, str]
-    version: str
     digest: str | None
     expert_bytes: int | None
     fixed_bytes: int | None
@@ -88,14 +68,15 @@ class ReportedRun:
 
     Attributes:
         name: name of the run folder.
-        profiles, manifests, scorecards, plans: (relative path, artefact).
+        profiles, scorecards, plans: (relative path, artefact).
+        results: compressed checkpoints.
         versions: version of Coterie that wrote each artefact, by relative path.
         left_out: sentences about what was found and is not shown.
     """
 
     name: str
     profiles: list[tuple[str, Profile]] = field(default_factory=list)
-    manifests: list[Manifest] = field(default_factory=list)
+    results: list[ReportedResult] = field(default_factory=list)
     scorecards: list[tuple[str, Scorecard]] = field(default_factory=list)
     plans: list[tuple[str, Plan]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -104,13 +85,13 @@ class ReportedRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One model of the report: the base, or a compressed one; scored, described by a manifest, or both.
+    """One model of the report: the base, or a compressed one; scored, found as a result, or both.
 
     Attributes:
         label: short name, unique on the page.
         name: name of its folder.
         is_base: whether it is what others were compared with.
-        manifest: how it was made, or None when unknown.
+        result: the compressed checkpoint that it is, or None when unknown.
         card: what evaluation measured, or None when it was not evaluated.
         base_card: the scorecard of its base on the same text, or None.
         num_bytes: bytes of all tensors.
@@ -120,7 +101,7 @@ class Entry:
     label: str
     name: str
     is_base: bool
-    manifest: Manifest | None
+    result: ReportedResult | None
     card: Scorecard | None
     base_card: Scorecard | None
     num_bytes: int
@@ -131,12 +112,12 @@ class Entry:
         """Bytes divided by the original's, or None when the original's are not known."""
         if self.card is not None and self.card.bytes_ratio is not None:
             return self.card.bytes_ratio
-        return self.num_bytes / self.manifest.bytes_before if self.manifest is not None else None
+        return self.num_bytes / self.result.manifest.bytes_before if self.result is not None else None
 
     @property
     def kept(self) -> float | None:
         """Share of the experts' hidden neurons that are left, over all layers."""
-        return None if self.manifest is None else share_left(self.manifest.layers)
+        return None if self.result is None else share_left(self.result.manifest.layers)
 
     def score(self, key: str, domain: str | None = None) -> float | None:
         """Return one score of `coterie.evaluate.scorecard.Scores`, or "perplexity_ratio", over all or in one domain."""
@@ -164,42 +145,42 @@ def gather(run: str | Path) -> ReportedRun:
     for path in _json_files(root, DEPTH):
         if path.name in _OUR_NAMES or _names_itself(path):
             _read(found, path, path.relative_to(root).as_posix())
-    if not (found.profiles or found.manifests or found.scorecards or found.plans):
+    if not (found.profiles or found.results or found.scorecards or found.plans):
         raise InputError(
             f"{root} holds nothing to report on: looked {DEPTH} levels deep for {PROFILE_FILE} (coterie profile), "
-            f"{MANIFEST_FILE} inside a compressed checkpoint (coterie compress), plans and scorecards as *.json "
+            f"{MANIFEST} inside a compressed checkpoint (coterie compress), plans and scorecards as *.json "
             f"(coterie plan, coterie evaluate); run one of these into {root} first"
         )
     return found
 
 
 def entries_of(run: ReportedRun) -> list[Entry]:
-    """Join manifests and scorecards to the models of the report: bases first, then the largest, the least damage."""
+    """Join results and scorecards to the models of the report: bases first, then the largest, the least damage."""
     cards = _latest(run)
     base_digests = {card.base_digest for _, card in cards if card.base_digest is not None}
     by_digest = {(card.model_digest, card.text_digest): card for _, card in cards}
-    unmatched = list(run.manifests)
-    drafts: list[tuple[Manifest | None, Scorecard | None, str, bool]] = []
+    unmatched = list(run.results)
+    drafts: list[tuple[ReportedResult | None, Scorecard | None, str, bool]] = []
     for path, scored in cards:
         is_base = scored.model_digest in base_digests
-        found = None if is_base else _manifest_for(scored, run.manifests)
+        found = None if is_base else _result_for(scored, run.results)
         if found in unmatched:
             unmatched.remove(found)
         drafts.append((found, scored, path, is_base))
-    drafts += [(manifest, None, manifest.path, False) for manifest in unmatched]
+    drafts += [(result, None, result.path, False) for result in unmatched]
     labels = _labels(drafts)
     entries = []
-    for (manifest, card, _, is_base), label in zip(drafts, labels, strict=True):
-        num_bytes = card.num_bytes if card is not None else manifest.bytes_after if manifest is not None else 0
+    for (result, card, _, is_base), label in zip(drafts, labels, strict=True):
+        num_bytes = card.num_bytes if card is not None else result.manifest.bytes_after if result is not None else 0
         digest = None if card is None else card.model_digest if is_base else card.base_digest
         base_card = None if card is None or digest is None else by_digest.get((digest, card.text_digest))
-        name = manifest.folder if manifest is not None else card.model if card is not None else ""
+        name = result.folder if result is not None else card.model if card is not None else ""
         entries.append(
             Entry(
                 label=label,
                 name=name,
                 is_base=is_base,
-                manifest=manifest,
+                result=result,
                 card=card,
                 base_card=base_card,
                 num_bytes=num_bytes,
@@ -229,9 +210,8 @@ def _by_size(entries: list[Entry]) -> list[list[Entry]]:
 
 def _size_name(group: list[Entry]) -> str:
     """Return what is left, in words for a whole group: in full where it is the same for all, else as a share."""
-    names = {
-        size_text(entry.manifest.layers) for entry in group if entry.manifest is not None and entry.manifest.layers
-    }
+    known = [entry.result.manifest.layers for entry in group if entry.result is not None]
+    names = {size_text(layers) for layers in known if layers}
     if len(names) <= 1:
         return "".join(names)
     ends = [percent_text(pick(entry.kept or 0.0 for entry in group)) for pick in (min, max)]
@@ -252,7 +232,7 @@ def _score(card: Scorecard | None, key: str, domain: str | None) -> float | None
 
 def folders_read(root: Path) -> dict[str, list[Path]]:
     """Return the folders of a run that `gather` reads as a whole, by what they are: nothing is written into them."""
-    nouns = {MANIFEST_FILE: "model folder", PROFILE_FILE: "profile"}
+    nouns = {MANIFEST: "model folder", PROFILE_FILE: "profile"}
     folders: dict[str, list[Path]] = {}
     for path in _json_files(root, DEPTH):
         if path.name in nouns:
@@ -283,7 +263,7 @@ def _read(run: ReportedRun, path: Path, relative: str) -> None:
     if kind == "profile" and path.name == PROFILE_FILE:
         run.profiles.append((relative, Profile.load(path.parent)))
     elif kind == "manifest":
-        run.manifests.append(_read_manifest(path, relative, header))
+        run.results.append(_read_result(path, relative, header["inputs"]))
     elif kind == "scorecard":
         run.scorecards.append((relative, Scorecard.load(path)))
     elif kind == "plan":
@@ -293,70 +273,29 @@ def _read(run: ReportedRun, path: Path, relative: str) -> None:
         run.left_out.append(f"{relative} is of the kind {kind}, which the report does not show.")
 
 
-def _read_manifest(path: Path, relative: str, header: Mapping[str, Any]) -> Manifest:
-    body, _ = read_artifact(path, kind="manifest")
+def _read_result(path: Path, relative: str, inputs: Mapping[str, str]) -> ReportedResult:
+    manifest = Manifest.read_file(path)
     digest, inside = _weights(path.parent)
     seconds, peak_bytes = _took(path.with_name(TOOK_FILE))
-    try:
-        layers = tuple(
-            LayerChange(
-                index=int(layer["index"]),
-                block=str(layer["block"]),
-                before=int(layer["num_experts_before"]),
-                after=int(layer["num_experts_after"]),
-                expert_map=tuple(map(int, layer["expert_map"])),
-                centres=None if layer["centres"] is None else tuple(map(int, layer["centres"])),
-                notes=dict(layer["notes"]),
-                width_before=_number(layer.get("width_before")),
-                width_after=_number(layer.get("width_after")),
-                top_k_before=_number(layer.get("top_k_before")),
-                top_k_after=_number(layer.get("top_k_after")),
-                widths=None if layer.get("widths_after") is None else tuple(map(int, layer["widths_after"])),
-            )
-            for layer in body["layers"]
-        )
-        return Manifest(
-            path=relative,
-            folder=path.resolve().parent.name,
-            model=str(body["model"]),
-            recipe=str(body["recipe"]),
-            router=str(body["router"]),
-            how_to_load=str(body["how_to_load"]),
-            loads_with=str(body["loads_with"]),
-            passes=tuple((str(name), dict(options)) for name, options in body["passes"]),
-            domains=tuple(map(str, body["domains"])),
-            calibration_tokens=int(body["calibration_tokens"]),
-            seq_len=int(body["seq_len"]),
-            seed=int(body["seed"]),
-            logits_error=None if body["logits_error"] is None else float(body["logits_error"]),
-            layers=layers,
-            seconds=seconds,
-            peak_bytes=peak_bytes,
-            bytes_before=int(body["bytes_before"]),
-            bytes_after=int(body["bytes_after"]),
-            plan=body["plan"],
-            inputs=header["inputs"],
-            version=str(header.get("coterie", "unknown")),
-            digest=digest,
-            expert_bytes=None if inside is None else inside.parts["experts"].bytes,
-            fixed_bytes=None if inside is None else _fixed_bytes(inside, layers),
-        )
-    except KeyError as error:
-        raise CorruptArtifact(f"{path}: the manifest lacks {error}; compress again with this version") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CorruptArtifact(f"{path}: the manifest holds something unexpected: {error}") from None
+    return ReportedResult(
+        path=relative,
+        folder=path.resolve().parent.name,
+        manifest=manifest,
+        seconds=seconds,
+        peak_bytes=peak_bytes,
+        inputs=inputs,
+        digest=digest,
+        expert_bytes=None if inside is None else inside.parts["experts"].bytes,
+        fixed_bytes=None if inside is None else _fixed_bytes(inside, manifest.layers),
+    )
 
 
-def _number(value: Any) -> int | None:
-    return None if value is None else int(value)
-
-
-def _fixed_bytes(inside: Inspection, layers: Sequence[LayerChange]) -> int:
+def _fixed_bytes(inside: Inspection, layers: Sequence[LayerEntry]) -> int:
     """Return the bytes of all but routed experts that the original had: as here, but with its rows of the router."""
     here = inside.total.bytes - inside.parts["experts"].bytes
     # A mapped result keeps the rows; one that was cut into parts has more.
     pairs = zip(inside.moe_layers, layers, strict=False)
-    return here + sum(block.row_bytes * (layer.before - block.router_rows) for block, layer in pairs)
+    return here + sum(block.row_bytes * (layer.num_experts_before - block.router_rows) for block, layer in pairs)
 
 
 def _took(path: Path) -> tuple[dict[str, float], int | None]:
@@ -404,34 +343,35 @@ def _latest(run: ReportedRun) -> list[tuple[str, Scorecard]]:
     return list(latest.values())
 
 
-def _manifest_for(card: Scorecard, manifests: list[Manifest]) -> Manifest | None:
-    """Return the manifest of a scored model: by digest, else by the name of a folder whose weights are gone."""
-    for manifest in manifests:
-        if manifest.digest == card.model_digest:
-            return manifest
-    named = [m for m in manifests if m.digest is None and m.folder == card.model.rstrip("/").rpartition("/")[2]]
+def _result_for(card: Scorecard, results: list[ReportedResult]) -> ReportedResult | None:
+    """Return the result that a scored model is: by digest, else by the name of a folder whose weights are gone."""
+    for result in results:
+        if result.digest == card.model_digest:
+            return result
+    name = card.model.rstrip("/").rpartition("/")[2]
+    named = [result for result in results if result.digest is None and result.folder == name]
     return named[0] if len(named) == 1 else None
 
 
-def recipe_name(manifest: Manifest) -> str:
+def recipe_name(result: ReportedResult) -> str:
     """Return the recipe, and the router's form where it is not the plain one."""
-    return manifest.recipe + (" · map" if manifest.router == "map" else "")
+    return result.manifest.recipe + (" · map" if result.manifest.form is ResultForm.MAPPED else "")
 
 
-def _labels(drafts: list[tuple[Manifest | None, Scorecard | None, str, bool]]) -> list[str]:
+def _labels(drafts: list[tuple[ReportedResult | None, Scorecard | None, str, bool]]) -> list[str]:
     """Return a short unique label for each model: its recipe, with as much more as it takes.
 
     Sizes are added to all or to none, so that labels look alike; folders only where they must be.
     """
     choices: list[list[str]] = []
-    for manifest, card, path, _ in drafts:
-        if manifest is None:
+    for result, card, path, _ in drafts:
+        if result is None:
             name = card.model if card is not None else path
             choices.append([name, name, f"{name} ({path})"])
             continue
-        short = recipe_name(manifest)
-        sized = f"{short} · {size_mark(manifest.layers)}" if manifest.layers else short
-        choices.append([short, sized, f"{sized} ({manifest.folder})", f"{sized} ({manifest.path}, {path})"])
+        short, layers = recipe_name(result), result.manifest.layers
+        sized = f"{short} · {size_mark(layers)}" if layers else short
+        choices.append([short, sized, f"{sized} ({result.folder})", f"{sized} ({result.path}, {path})"])
     labels = [options[0] for options in choices]
     if len(set(labels)) < len(labels):
         labels = [options[1] for options in choices]

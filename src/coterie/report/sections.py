@@ -13,9 +13,19 @@ from typing import Any
 
 from markupsafe import Markup
 
+from coterie.model.disk.manifest import ResultForm
 from coterie.report.draw import CIVIDIS, colour, hex_colour, ink_on, key_mark
-from coterie.report.gather import Entry, Manifest, ReportedRun, recipe_name
-from coterie.report.layers import before_after, chosen_text, counts_text, kept_text, plan_text, short_size, widths_text
+from coterie.report.gather import Entry, ReportedResult, ReportedRun, recipe_name
+from coterie.report.layers import (
+    before_after,
+    chosen_text,
+    counts_text,
+    kept_text,
+    layer_kind,
+    plan_text,
+    short_size,
+    widths_text,
+)
 from coterie.report.plots import ByteRow, byte_bars, domain_dots, time_bars, trade_off
 from coterie.report.words import MISSING, bytes_text, count_text, number_text, percent_text, range_text, times_text
 
@@ -72,7 +82,7 @@ def model_name(run: ReportedRun, entries: Sequence[Entry]) -> str:
     """Return the name of the original model: the base's, else the one that results were made from, else the run's."""
     names = [entry.card.model for entry in entries if entry.is_base and entry.card is not None]
     names = names or [entry.card.base for entry in entries if entry.card is not None and entry.card.base]
-    names = names or [manifest.model for manifest in run.manifests]
+    names = names or [result.manifest.model for result in run.results]
     names = names or [entry.card.model for entry in entries if entry.card is not None]
     return Counter(names).most_common(1)[0][0] if names else run.name
 
@@ -108,14 +118,12 @@ def _facts(run: ReportedRun, entries: Sequence[Entry]) -> list[str]:
         facts.append(f"{range_text([layer.num_experts for layer in layers])} experts a layer")
         facts.append(f"width {range_text([layer.width for layer in layers])}")
         facts.append(f"top {range_text([layer.top_k for layer in layers])}")
-    elif run.manifests:
-        changes = run.manifests[0].layers
+    elif run.results:
+        changes = run.results[0].manifest.layers
         facts.append(count_text(len(changes), "MoE layer"))
         facts.append(f"{counts_text(changes, side='before')} experts a layer")
-        if any(layer.width_before for layer in changes):
-            facts.append(f"width {widths_text(changes, side='before')}")
-        if chosen := chosen_text(changes, side="before"):
-            facts.append(f"top {chosen}")
+        facts.append(f"width {widths_text(changes, side='before')}")
+        facts.append(f"top {chosen_text(changes, side='before')}")
     cards = [entry.card for entry in entries if entry.card is not None]
     if cards:
         facts.append(f"scored on {count_text(cards[0].overall['tokens'], 'token')}")
@@ -131,9 +139,9 @@ def _cards(best: Entry) -> list[dict[str, str]]:
     def add(title: str, value: str, note: str) -> None:
         cards.append({"title": title, "value": value, "note": note})
 
-    manifest, base = best.manifest, best.base_card
-    if manifest is not None and manifest.layers:
-        add("Kept", *kept_text(manifest.layers))
+    result, base = best.result, best.base_card
+    if result is not None and result.manifest.layers:
+        add("Kept", *kept_text(result.manifest.layers))
     ratio = best.bytes_ratio
     note = f"{percent_text(ratio)} of {bytes_text(round(best.num_bytes / ratio))}" if ratio else "all tensors"
     add("Bytes", bytes_text(best.num_bytes), note)
@@ -199,7 +207,8 @@ def results_table(entries: Sequence[Entry]) -> Section | None:
             values = [value for entry in held if (value := column.value(entry)) is not None and math.isfinite(value)]
             if len(values) > 1 and column.better and max(values) > min(values):
                 best[size, column.title] = min(values) if column.better == "low" else max(values)
-    kinds = {layer.kind for entry in results if entry.manifest is not None for layer in entry.manifest.layers}
+    made = [entry.result.manifest for entry in results if entry.result is not None]
+    kinds = {layer_kind(layer) for manifest in made for layer in manifest.layers}
     rows = []
     group: str | None = None
     for entry in entries:
@@ -211,15 +220,15 @@ def results_table(entries: Sequence[Entry]) -> Section | None:
             value = column.value(entry)
             chosen = not entry.is_base and value is not None and best.get((size, column.title)) == value
             cells.append({"text": column.text(value), "best": chosen})
-        manifest = entry.manifest
-        counts, also = (MISSING, []) if manifest is None else before_after(manifest.layers)
+        result = entry.result
+        counts, also = (MISSING, []) if result is None else before_after(result.manifest.layers)
         rows.append(
             {
                 "heading": heading,
                 "label": "original" if entry.is_base else entry.label,
                 "name": entry.name,
                 "is_base": entry.is_base,
-                "router": MISSING if manifest is None else manifest.router,
+                "router": MISSING if result is None else result.manifest.router,
                 "experts": counts,
                 "also": also,
                 "kept": percent_text(entry.kept),
@@ -236,7 +245,7 @@ def results_table(entries: Sequence[Entry]) -> Section | None:
         "neurons": any(kind != "whole" for kind in kinds),
         "parts": "cut" in kinds,
         "ragged": "ragged" in kinds,
-        "maps": any(entry.manifest is not None and entry.manifest.router == "map" for entry in results),
+        "maps": any(manifest.form is ResultForm.MAPPED for manifest in made),
         "texts": len({entry.card.text_digest for entry in entries if entry.card is not None}),
         "trade_off": _trade_off(results),
     }
@@ -248,7 +257,7 @@ def _trade_off(results: Sequence[Entry]) -> Section | None:
     for entry in results:
         ratio, kl = entry.bytes_ratio, entry.score("kl")
         if ratio is not None and kl is not None and math.isfinite(kl):
-            name = entry.label if entry.manifest is None else recipe_name(entry.manifest)
+            name = entry.label if entry.result is None else recipe_name(entry.result)
             series.setdefault(name, []).append((entry.label, ratio, kl))
     ratios = [ratio for points in series.values() for _, ratio, _ in points]
     if len(ratios) < 2 or max(ratios) - min(ratios) < 0.02:
@@ -369,7 +378,7 @@ def _finite(value: float | None) -> float | None:
 def sizes(run: ReportedRun, entries: Sequence[Entry]) -> Section | None:
     """Return bars of bytes before and after, and the plans that were not carried out."""
     results = [entry for entry in compressed(entries) if entry.bytes_ratio]
-    done = [_bare(manifest.plan) for manifest in run.manifests]
+    done = [_bare(result.manifest.plan) for result in run.results]
     open_plans = []
     for path, plan in run.plans:
         if _bare(plan.body()) not in done:
@@ -394,11 +403,11 @@ def sizes(run: ReportedRun, entries: Sequence[Entry]) -> Section | None:
         first = results[0]
         original = round(first.num_bytes / (first.bytes_ratio or 1.0))
         rows = _byte_rows(results)
-        made = [entry.manifest for entry in results if entry.manifest is not None]
-        fixed = next((manifest.fixed_bytes for manifest in made if manifest.fixed_bytes is not None), None)
+        made = [entry.result for entry in results if entry.result is not None]
+        fixed = next((result.fixed_bytes for result in made if result.fixed_bytes is not None), None)
         rows.insert(0, ByteRow(name="original", total=original, experts=None if fixed is None else original - fixed))
         plot, apart = byte_bars(rows), any(row.experts is not None for row in rows)
-        parts = any(layer.kind == "cut" for manifest in made for layer in manifest.layers)
+        parts = any(layer_kind(layer) == "cut" for result in made for layer in result.manifest.layers)
     return {"plot": plot, "apart": apart, "parts": parts, "plans": open_plans}
 
 
@@ -406,14 +415,14 @@ def _byte_rows(results: Sequence[Entry]) -> list[ByteRow]:
     """Return one bar for all results of one size; equal bars side by side say nothing."""
     alike: dict[tuple[int, int | None, str], list[Entry]] = {}
     for entry in results:
-        manifest = entry.manifest
-        held, left = (None, "") if manifest is None else (manifest.expert_bytes, short_size(manifest.layers))
+        result = entry.result
+        held, left = (None, "") if result is None else (result.expert_bytes, short_size(result.manifest.layers))
         alike.setdefault((entry.num_bytes, held, left), []).append(entry)
     rows = []
     for (total, held, left), group in alike.items():
         name = group[0].label
-        if len(group) > 1 and group[0].manifest is not None:
-            routers = list(dict.fromkeys(entry.manifest.router for entry in group if entry.manifest is not None))
+        if len(group) > 1 and group[0].result is not None:
+            routers = list(dict.fromkeys(entry.result.manifest.router for entry in group if entry.result is not None))
             name = f"{left}, {routers[0]}" if len(routers) == 1 else left
         rows.append(ByteRow(name=name, total=total, experts=held, title=", ".join(entry.label for entry in group)))
     return rows
@@ -428,12 +437,12 @@ def _bare(value: Any) -> Any:
 
 def provenance(run: ReportedRun, entries: Sequence[Entry]) -> Section:
     """Return what everything was made from, how long it took, where it ran and how to load it."""
-    manifests = [(entry.label, entry.manifest) for entry in entries if entry.manifest is not None]
-    stages = list(dict.fromkeys(stage for _, manifest in manifests for stage in manifest.seconds))
-    timed = [(label, list(manifest.seconds.items())) for label, manifest in manifests if manifest.seconds]
+    results = [(entry.label, entry.result) for entry in entries if entry.result is not None]
+    stages = list(dict.fromkeys(stage for _, result in results for stage in result.seconds))
+    timed = [(label, list(result.seconds.items())) for label, result in results if result.seconds]
     return {
         "artefacts": _artefacts(run),
-        "making": [_making(label, manifest) for label, manifest in manifests],
+        "making": [_making(label, result) for label, result in results],
         "time": time_bars(timed, stages) if timed else None,
         "stages": [{"css": f"s{number % 7}", "name": stage} for number, stage in enumerate(stages)],
         "environment": _environment(run),
@@ -446,7 +455,7 @@ def _artefacts(run: ReportedRun) -> list[dict[str, Any]]:
     rows: list[tuple[str, str, dict[str, str]]] = []
     for path, profile in run.profiles:
         rows.append((path, "profile", {"model": profile.model_digest, "text": profile.text_digest}))
-    rows += [(manifest.path, "manifest", dict(manifest.inputs)) for manifest in run.manifests]
+    rows += [(result.path, "manifest", dict(result.inputs)) for result in run.results]
     for path, card in run.scorecards:
         digests = {"model": card.model_digest, "base": card.base_digest, "text": card.text_digest}
         rows.append((path, "scorecard", {name: digest for name, digest in digests.items() if digest is not None}))
@@ -462,25 +471,25 @@ def _artefacts(run: ReportedRun) -> list[dict[str, Any]]:
     ]
 
 
-def _making(label: str, manifest: Manifest) -> dict[str, Any]:
+def _making(label: str, result: ReportedResult) -> dict[str, Any]:
     passes = []
-    for name, options in manifest.passes:
+    for name, options in result.manifest.passes:
         given = ", ".join(f"{key}={value}" for key, value in options.items())
         passes.append(f"{name} ({given})" if given else name)
-    folder = manifest.path.removesuffix("coterie.json").rstrip("/") or "."
+    folder = result.path.removesuffix("coterie.json").rstrip("/") or "."
     return {
         "label": label,
         "folder": folder,
         "passes": " → ".join(passes),
-        "tokens": f"{manifest.calibration_tokens:,}",
-        "seq_len": manifest.seq_len,
-        "domains": len(manifest.domains),
-        "domain_names": ", ".join(manifest.domains),
-        "seed": manifest.seed,
-        "logits_error": number_text(manifest.logits_error, 2),
-        "memory": bytes_text(manifest.peak_bytes),
-        "how": manifest.how_to_load.replace("OUT", repr(folder)),
-        "loads_with": manifest.loads_with,
+        "tokens": f"{result.manifest.calibration_tokens:,}",
+        "seq_len": result.manifest.seq_len,
+        "domains": len(result.manifest.domains),
+        "domain_names": ", ".join(result.manifest.domains),
+        "seed": result.manifest.seed,
+        "logits_error": number_text(result.manifest.logits_error, 2),
+        "memory": bytes_text(result.peak_bytes),
+        "how": result.manifest.how_to_load(folder),
+        "loads_with": result.manifest.loads_with,
     }
 
 

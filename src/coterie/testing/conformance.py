@@ -28,6 +28,7 @@ from coterie.model.arch.layers import Architecture, MoELayer
 from coterie.model.arch.load import load_model
 from coterie.model.arch.seam import intercepted
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.manifest import LayerEntry, Manifest, ResultForm
 from coterie.model.quiet import quiet
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile
@@ -181,10 +182,12 @@ def check_result(model: str | Path, result: Result) -> None:
     source, made = Checkpoint.open(model), Checkpoint.open(result.out)
     layers = Architecture.of(source).layers
     _require(made.num_bytes == result.plan.predicted_bytes, f"{made.num_bytes} bytes, not as the plan predicted")
+    manifest = Manifest.read(result.out)
+    _require(manifest is not None and manifest.content() == result.manifest.content(), "another manifest on disk")
     for file in source.other_files():
         copy = result.out / file.name
         _require(copy.is_file() and copy.read_bytes() == file.read_bytes(), f"{file.name} was not carried along")
-    if result.manifest["loads_with"] == "transformers":
+    if result.manifest.form is ResultForm.PLAIN:
         new_model, info = _load_stock(result.out)
         _require(not any(info.values()), f"{result.out} does not load whole: {info}")
         found = [(layer.num_experts, layer.width, layer.top_k) for layer in Architecture.of(made).layers]
@@ -198,23 +201,24 @@ def check_result(model: str | Path, result: Result) -> None:
     for name in old.keys() | new.keys():
         if not name.startswith(touched):
             _require(name in old and name in new and torch.equal(old[name], new[name]), f"{name} is not as it was")
-    for layer, size, entry in zip(layers, result.plan.layers, result.manifest["layers"], strict=True):
-        _check_map(layer, entry, cut=size.top_k is not None)
+    for layer, size, entry in zip(layers, result.plan.layers, result.manifest.layers, strict=True):
+        _require((entry.parts > 1) == (size.top_k is not None), f"{layer.block}: {entry.parts} parts, not as planned")
+        _check_map(layer, entry)
 
 
-def _check_map(layer: MoELayer, entry: dict[str, Any], *, cut: bool) -> None:
-    expert_map, count = entry["expert_map"], entry["num_experts_after"]
+def _check_map(layer: MoELayer, entry: LayerEntry) -> None:
+    expert_map, count = list(entry.expert_map), entry.num_experts_after
     where = f"{layer.block}: expert_map {expert_map}"
     _require(len(expert_map) == layer.num_experts, f"{where} has not {layer.num_experts} entries")
-    if cut:  # into parts: each expert is sent to its first one
-        owners = entry["centres"]
+    if entry.parts > 1:  # each expert is sent to its first one
+        owners = list(entry.centres or ())
         first = [owners.index(expert) if expert in owners else -1 for expert in range(layer.num_experts)]
         _require(len(owners) == count and owners == sorted(owners), f"{layer.block}: parts of {owners}, not {count}")
         _require(expert_map == first, f"{where} does not name the first parts {first}")
         return
     _require(set(expert_map) - {-1} == set(range(count)), f"{where} does not reach each of {count} experts")
-    for new, centre in enumerate(entry["centres"] or ()):
-        _require(centre is None or expert_map[centre] == new, f"{where} does not send centre {centre} to {new}")
+    for new, centre in enumerate(entry.centres or ()):
+        _require(expert_map[centre] == new, f"{where} does not send centre {centre} to {new}")
 
 
 class _Shop:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from coterie.amounts import parse_bytes
-from coterie.artifact import read_artifact
 from coterie.errors import ArchitectureMismatch, NotAMoE
 from coterie.model.arch.routing import routing_problem
 from coterie.model.arch.structure import (
@@ -33,6 +32,7 @@ from coterie.model.arch.structure import (
 )
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.filled import filled_up
+from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.tensors import DTYPE_BITS, TensorInfo
 
 #: Parts of a model, in the order of printing. "shared" is everything in a MoE block but routed experts and router;
@@ -188,9 +188,9 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
     limit = None if budget is None else parse_bytes(budget)
     checkpoint = Checkpoint.open(model)
     config, tensors = checkpoint.config, checkpoint.tensors
-    manifest = _manifest(checkpoint.path)
+    manifest = Manifest.read(checkpoint.path)
     # Experts of a ragged checkpoint of ours are stored narrower than they are read.
-    whole = filled_up(checkpoint, manifest.get("ragged")).tensors
+    whole = filled_up(checkpoint, None if manifest is None else manifest.ragged).tensors
     counts = expert_counts(config)
     storage = _Storage(config)
     places = {name: split_name(name) for name in tensors}
@@ -280,16 +280,11 @@ def _quantised_bits(config: Mapping[str, Any]) -> int:
     return 4 if re.search(r"fp4|4bit true|int4|awq|gptq", told) else 8
 
 
-def _manifest(folder: Path) -> Mapping[str, Any]:
-    """Return the body of the manifest of a checkpoint that Coterie wrote; empty for any other."""
-    path = folder / "coterie.json"
-    return read_artifact(path, kind="manifest")[0] if path.is_file() else {}
-
-
-def _mapped_counts(manifest: Mapping[str, Any]) -> list[int]:
+def _mapped_counts(manifest: Manifest | None) -> list[int]:
     """Return the numbers of experts in a checkpoint of ours whose router knows more experts than there are."""
-    mapped = manifest.get("router") == "map"
-    return sorted({int(layer["num_experts_after"]) for layer in manifest["layers"]}) if mapped else []
+    if manifest is None or manifest.form is not ResultForm.MAPPED:
+        return []
+    return sorted({layer.num_experts_after for layer in manifest.layers})
 
 
 def _expert_path(counts: Mapping[Parts, int], block: Block) -> Parts:

@@ -8,7 +8,7 @@ experts of different widths (`coterie.model.disk.filled`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from coterie.model.arch.resize import resized_config
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.filled import filled_up
-from coterie.model.disk.manifest import ragged_part, read_manifest
+from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.quiet import quiet
 
 log = logging.getLogger(__name__)
@@ -49,16 +49,14 @@ def load_model(
     target = check_device(device)
     stored = Checkpoint.open(model)
     chosen: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
-    manifest = read_manifest(stored.path)
-    checkpoint = filled_up(stored, ragged_part(manifest))
-    mapped = manifest is not None and manifest["router"] == "map"
+    manifest = Manifest.read(stored.path)
+    checkpoint = stored if manifest is None else filled_up(stored, manifest.ragged)
     empty = meta_model(checkpoint.config, where=str(checkpoint.path))
     loaded: PreTrainedModel
     info: dict[str, Any]
     with quiet():
         try:
-            if mapped:
-                assert manifest is not None
+            if manifest is not None and manifest.form is ResultForm.MAPPED:
                 loaded, info = _load_mapped(checkpoint, manifest, chosen)
             elif checkpoint is not stored:
                 loaded, info = _load_filled_up(checkpoint, empty, chosen)
@@ -93,10 +91,11 @@ def checkpoint_meta_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> PreT
     Raises:
         NotACheckpoint, CorruptCheckpoint: no model can be built from the config.
     """
-    manifest = read_manifest(checkpoint.path)
-    if manifest is not None and manifest["router"] == "map":
-        count = manifest["layers"][0]["num_experts_after"]
-        return result_meta_model(Architecture.of(checkpoint), count, maps=maps_of(manifest), dtype=dtype)
+    manifest = Manifest.read(checkpoint.path)
+    if manifest is not None and manifest.form is ResultForm.MAPPED:
+        architecture = Architecture.of(checkpoint)
+        maps = maps_of(manifest, architecture.layers)
+        return result_meta_model(architecture, manifest.layers[0].num_experts_after, maps=maps, dtype=dtype)
     model = meta_model(checkpoint.config, where=str(checkpoint.path), dtype=dtype)
     make_buffers(model)
     return model
@@ -129,13 +128,11 @@ def result_meta_model(
     return model
 
 
-def _load_mapped(
-    checkpoint: Checkpoint, manifest: Mapping[str, Any], dtype: Any
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load_mapped(checkpoint: Checkpoint, manifest: Manifest, dtype: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a mapped checkpoint through the stock class, its routers widened before the weights come in."""
     architecture = Architecture.of(checkpoint)
-    counts = {entry["num_experts_after"] for entry in manifest["layers"]}
-    small = meta_model(resized_config(architecture, counts.pop()))
+    maps = maps_of(manifest, architecture.layers)
+    small = meta_model(resized_config(architecture, manifest.layers[0].num_experts_after))
     base = type(small)
     wide, layers = architecture.model, architecture.layers
 
@@ -154,7 +151,7 @@ def _load_mapped(
         local_files_only=True,
         trust_remote_code=False,
     )
-    attach_maps(model, layers, maps_of(manifest))
+    attach_maps(model, layers, maps)
     return model, info
 
 

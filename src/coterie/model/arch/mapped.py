@@ -5,7 +5,7 @@ Legend: E experts of the original, M experts now, D model width, T tokens, K cho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from coterie.errors import CorruptArtifact
 from coterie.model.arch.layers import MoELayer
+from coterie.model.disk.manifest import MANIFEST, Manifest
 
 _MAPPED = "coterie_mapped"
 
@@ -60,6 +62,14 @@ def widen_routers(model: PreTrainedModel, wide: PreTrainedModel, layers: Sequenc
                 getattr(model.get_submodule(owner), store)[leaf] = getattr(source, store)[leaf]
 
 
-def maps_of(manifest: Mapping[str, Any]) -> list[Tensor]:
-    """Return for each layer the expert that stands for each router row, int64, from the body of a manifest."""
-    return [torch.tensor(entry["expert_map"], dtype=torch.int64) for entry in manifest["layers"]]
+def maps_of(manifest: Manifest, layers: Sequence[MoELayer]) -> list[Tensor]:
+    """Return for each layer the expert that stands for each router row, int64, as a manifest says it.
+
+    Raises:
+        CorruptArtifact: the manifest is of a model with other layers.
+    """
+    told = [entry.num_experts_before for entry in manifest.layers]
+    counts = [layer.num_experts for layer in layers]
+    if told != counts:
+        raise CorruptArtifact(f"{MANIFEST} is of layers with {told} experts, config.json of layers with {counts}")
+    return [torch.tensor(entry.expert_map, dtype=torch.int64) for entry in manifest.layers]

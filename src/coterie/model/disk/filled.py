@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from coterie.errors import CorruptCheckpoint
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.manifest import RaggedWidths
 from coterie.model.disk.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -42,23 +43,22 @@ class Padded:
         return None if stored is None else replace(self, stored=stored, shape=(stop - start, *self.shape[1:]))
 
 
-def filled_up(checkpoint: Checkpoint, ragged: Mapping[str, Any] | None) -> Checkpoint:
+def filled_up(checkpoint: Checkpoint, ragged: RaggedWidths | None) -> Checkpoint:
     """Return a view of a checkpoint in which all experts have the full width; the same object when it is not ragged.
 
     Args:
         checkpoint: what `Checkpoint.open` returned.
-        ragged: what its manifest says under ``ragged``: the full width, and the axis that it runs along for each
-            pattern of names, in which a star stands for the number of the expert. None for any other checkpoint.
+        ragged: what its manifest says of widths; None for any other checkpoint.
 
     Raises:
         CorruptCheckpoint: an expert is wider than the manifest allows.
     """
     if ragged is None:
         return checkpoint
-    full, axes = int(ragged["width"]), ragged["axes"]
+    full = ragged.width
     tensors: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
-        axis = _axis_of(name, axes)
+        axis = _axis_of(name, ragged.axes)
         tensors[name] = info
         if axis is not None and info.shape[axis] != full:
             if info.shape[axis] > full:

@@ -8,7 +8,7 @@ from pathlib import Path
 from coterie.amounts import format_bytes
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.filled import filled_up
-from coterie.model.disk.manifest import ragged_part, read_manifest
+from coterie.model.disk.manifest import Manifest
 from coterie.model.disk.quantized import dequantized
 
 log = logging.getLogger(__name__)
@@ -33,4 +33,5 @@ def open_checkpoint(model: str | Path, *, output_dtype: str = "bfloat16", allow_
     if plain is not stored:
         sizes = f"{format_bytes(stored.num_bytes)} there, {format_bytes(plain.num_bytes)} as {output_dtype}"
         log.info("%s is stored quantised and read as plain numbers: %s", stored.path, sizes)
-    return filled_up(plain, ragged_part(read_manifest(plain.path)))
+    manifest = Manifest.read(plain.path)
+    return filled_up(plain, None if manifest is None else manifest.ragged)

@@ -1,0 +1,173 @@
+"""Read JSON content strictly: every field of its type and range, none missing, none unknown.
+
+Errors name the file and the path of the field, such as ``OUT/coterie.json: layers[3].expert_map[5] is 9``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from coterie.errors import CorruptArtifact
+
+_SHOWN = 60  # characters of a wrong value in a message
+
+
+class Fields:
+    """One JSON object, read field by field within `all_read`."""
+
+    def __init__(self, content: object, *, where: str, path: str = "") -> None:
+        """Begin with an object.
+
+        Args:
+            content: what JSON says.
+            where: the file, for messages.
+            path: where the object is in it, for messages; empty for the whole.
+
+        Raises:
+            CorruptArtifact: it is no object.
+        """
+        self._where = where
+        self._path = path
+        self._read: set[str] = set()
+        if not isinstance(content, dict):
+            raise self.wrong("", content, "should be an object")
+        self._content: dict[str, Any] = content
+
+    def wrong(self, field: str, value: object, why: str) -> CorruptArtifact:
+        """Return the error for one field of this object; an empty name means the object itself."""
+        path = f"{self._path}.{field}" if self._path and field else self._path or field or "the content"
+        text = repr(value)
+        shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+        return CorruptArtifact(f"{self._where}: {path} is {shown}: {why}")
+
+    def null(self, name: str) -> bool:
+        """Tell whether a field says null."""
+        return self._take(name) is None
+
+    def text(self, name: str, choices: Sequence[str] = ()) -> str:
+        """Return a text; one of `choices`, where there are some."""
+        value = self._take(name)
+        if not isinstance(value, str) or (choices and value not in choices):
+            raise self.wrong(name, value, f"should be {' or '.join(choices) if choices else 'a text'}")
+        return value
+
+    def whole(self, name: str, *, least: int | None = 0) -> int:
+        """Return a whole number, `least` or more."""
+        return self._whole(name, self._take(name), least)
+
+    def number(self, name: str) -> float:
+        """Return a finite number."""
+        value = self._take(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.wrong(name, value, "should be a finite number")
+        return float(value)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Return a list of texts."""
+        values = self._list(name)
+        for position, value in enumerate(values):
+            if not isinstance(value, str):
+                raise self.wrong(f"{name}[{position}]", value, "should be a text")
+        return tuple(values)
+
+    def wholes(self, name: str, *, least: int | None = 0) -> tuple[int, ...]:
+        """Return a list of whole numbers, each `least` or more."""
+        return tuple(
+            self._whole(f"{name}[{position}]", value, least) for position, value in enumerate(self._list(name))
+        )
+
+    def pairs(self, name: str) -> tuple[tuple[str, dict[str, Any]], ...]:
+        """Return a list of names with an object of any content each: ``[["a", {}], ["b", {"x": 1}]]``."""
+        pairs = []
+        for position, value in enumerate(self._list(name)):
+            field = f"{name}[{position}]"
+            match value:
+                case [str(key), dict(content)]:
+                    self._check_finite(field, content)
+                    pairs.append((key, content))
+                case _:
+                    raise self.wrong(field, value, "should be a name and an object")
+        return tuple(pairs)
+
+    def nested(self, name: str) -> Fields:
+        """Return an object to be read on."""
+        return Fields(self._take(name), where=self._where, path=self._inside(name))
+
+    def each(self, name: str) -> list[Fields]:
+        """Return a list of objects to be read on."""
+        return [
+            Fields(value, where=self._where, path=self._inside(f"{name}[{position}]"))
+            for position, value in enumerate(self._list(name))
+        ]
+
+    def wholes_by_name(self, name: str) -> dict[str, int]:
+        """Return an object of whole numbers, each 0 or more."""
+        inside = self.nested(name)
+        return {key: inside.whole(key) for key in inside._content}
+
+    def content(self, name: str) -> dict[str, Any]:
+        """Return an object of any content, but without numbers that are none, which JSON does not have."""
+        value = self._take(name)
+        if not isinstance(value, dict):
+            raise self.wrong(name, value, "should be an object")
+        self._check_finite(name, value)
+        return value
+
+    @contextmanager
+    def all_read(self) -> Iterator[None]:
+        """Refuse, when the block is left, fields that it did not read, and what the type that it built refuses.
+
+        Raises:
+            CorruptArtifact: a field is unknown, or the block raised ValueError with a message that begins with a field.
+        """
+        try:
+            yield
+        except ValueError as error:
+            raise CorruptArtifact(f"{self._where}: {self._inside(str(error))}") from None
+        for name in sorted(self._content.keys() - self._read):
+            raise self.wrong(name, self._content[name], "no such field is known")
+
+    def _inside(self, field: str) -> str:
+        return f"{self._path}.{field}" if self._path else field
+
+    def _take(self, name: str) -> Any:
+        self._read.add(name)
+        if name not in self._content:
+            raise CorruptArtifact(f"{self._where}: {self._inside(name)} is missing")
+        return self._content[name]
+
+    def _list(self, name: str) -> list[Any]:
+        value = self._take(name)
+        if not isinstance(value, list):
+            raise self.wrong(name, value, "should be a list")
+        return value
+
+    def _whole(self, field: str, value: object, least: int | None) -> int:
+        if type(value) is not int or (least is not None and value < least):
+            raise self.wrong(field, value, "should be a whole number" + ("" if least is None else f" from {least} on"))
+        return value
+
+    def _check_finite(self, field: str, value: object) -> None:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.wrong(field, value, "should be a finite number")
+        entries = (
+            ((f"{field}.{key}", entry) for key, entry in value.items())
+            if isinstance(value, dict)
+            else ((f"{field}[{position}]", entry) for position, entry in enumerate(value))
+            if isinstance(value, list)
+            else ()
+        )
+        for path, entry in entries:
+            self._check_finite(path, entry)
+
+
+def plain_content(value: Any) -> Any:
+    """Return what JSON keeps of a value: tuples become lists, mappings dicts, and numbers that are none null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_content(entry) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain_content(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
