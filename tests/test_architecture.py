@@ -293,6 +293,12 @@ def test_help_imports_nothing_heavy():
         "coterie.artifact",
         "coterie.model.disk.checkpoint",
         "coterie.model.disk.manifest",
+        "coterie.model.disk.open",
+        "coterie.model.disk.encodings",
+        "coterie.model.disk.encodings.block_scaled",
+        "coterie.model.disk.encodings.mxfp4",
+        "coterie.model.disk.encodings.plain",
+        "coterie.model.disk.encodings.ragged",
     ],
 )
 def test_light_modules_import_nothing_heavy(module):

@@ -17,8 +17,8 @@ from coterie import compress
 from coterie.errors import CorruptCheckpoint, UnsupportedDtype
 from coterie.model.arch.conversion import WeightConversion
 from coterie.model.arch.layers import Architecture
-from coterie.model.disk import quantized
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.encodings import scaled
 from coterie.model.disk.quantized import dequantized
 from coterie.model.quiet import quiet
 from coterie.testing import tiny_text
@@ -385,7 +385,7 @@ def test_fused_experts_in_eight_bits_cross(tiny, tmp_path):
 @pytest.mark.parametrize("band", [1, 1000, 4096])
 def test_the_size_of_a_band_changes_nothing(packed, monkeypatch, band):
     _, path, expected = packed
-    monkeypatch.setattr(quantized, "_BAND", band)
+    monkeypatch.setattr(scaled, "BAND", band)
     view = dequantized(Checkpoint.open(path), "F32")
     with view.reader() as reader:
         for name in list(expected)[:4]:

@@ -14,6 +14,9 @@ from coterie.errors import ArchitectureMismatch, Infeasible
 from coterie.model.arch.conversion import WeightConversion
 from coterie.model.arch.experts import width_axes
 from coterie.model.arch.layers import Architecture, MoELayer
+from coterie.model.disk.encodings.plain import Plain
+from coterie.model.disk.encodings.ragged import Ragged
+from coterie.model.disk.tensors import DTYPE_NAMES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,10 +95,10 @@ def cut(
         if name in places:
             place = places[name]
             width = widths_LE[place.layer][place.expert]
-            rest = tensor.narrow(place.axis, width, tensor.shape[place.axis] - width)
-            if rest.any():
-                raise ArchitectureMismatch(
-                    f"{name} {list(tensor.shape)}: axis {place.axis} is not the width of an expert; please report it"
-                )
-            smaller[name] = tensor.narrow(place.axis, 0, width)
+            inner = Plain(dtype=DTYPE_NAMES[str(tensor.dtype).removeprefix("torch.")])
+            encoding = Ragged(axis=place.axis, width=width, full=tensor.shape[place.axis], inner=inner)
+            try:
+                smaller |= {name + suffix: part for suffix, part in encoding.pack(tensor).items()}
+            except ArchitectureMismatch as error:
+                raise ArchitectureMismatch(f"{name} {error}") from None
     return smaller

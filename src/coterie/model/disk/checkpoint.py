@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coterie.errors import CorruptCheckpoint, NotACheckpoint
+from coterie.errors import CorruptCheckpoint, NotACheckpoint, UnsupportedDtype
 from coterie.model.disk.header import HEADER_LIMIT, absence, parse_json, read_header
 from coterie.model.disk.tensors import TORCH_NAMES, TensorInfo
 
@@ -168,6 +168,7 @@ class TensorReader:
 
         Raises:
             CorruptCheckpoint: the file was cut off or removed since the checkpoint was opened.
+            UnsupportedDtype: a packed value is too large for the number format that was chosen.
         """
         return self._read(self._checkpoint.tensors[name])
 
@@ -194,7 +195,13 @@ class TensorReader:
         return self._read(rows)
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
-        return self._read_stored(info) if info.packed is None else info.packed.unpack(self._read_stored)
+        if info.packed is None:
+            return self._read_stored(info)
+        stored = {suffix: self._read(part) for suffix, part in info.packed.stored.items()}
+        try:
+            return info.packed.encoding.unpack(stored)
+        except UnsupportedDtype as error:
+            raise UnsupportedDtype(f"{info.shard}: {info.name!r} {error}") from None
 
     def _read_stored(self, info: TensorInfo) -> torch.Tensor:
         import torch

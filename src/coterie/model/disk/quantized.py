@@ -2,13 +2,11 @@
 
 Two ways of storing are understood, told apart by ``quantization_config.quant_method`` and the names' suffixes:
 
-- ``fp8``: weights in 8-bit floats with one scale for each block of rows and columns (arXiv:2412.19437, section 3.3.2),
-  each row or each matrix; the scale multiplies, though its name often ends in ``_scale_inv``. Weights in 8-bit integers
-  with a scale are pairs of 4-bit floats (E2M1).
-- ``mxfp4``: pairs of 4-bit floats in groups of 32 along the input axis, each group with a power of two as its scale
-  (OCP Microscaling Formats 1.0). Stored output axis first, while the full-precision layout has the input axis first.
+- ``fp8``: weights in 8-bit floats, or in pairs of 4-bit ones, with one scale for each block of rows and columns, each
+  row or each matrix (`coterie.model.disk.encodings.block_scaled`);
+- ``mxfp4``: pairs of 4-bit floats in groups along the input axis (`coterie.model.disk.encodings.mxfp4`).
 
-Arithmetic is float32, a band of rows at a time; only the result is in the number format that was chosen.
+No torch here.
 """
 
 from __future__ import annotations
@@ -18,27 +16,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from coterie.errors import CorruptCheckpoint, UnsupportedDtype
 from coterie.model.disk.checkpoint import Checkpoint
-from coterie.model.disk.tensors import TORCH_NAMES, TensorInfo
+from coterie.model.disk.encodings.block_scaled import FP4_DTYPES, FP8_DTYPES, SCALE_DTYPES, BlockScaled
+from coterie.model.disk.encodings.mxfp4 import Mxfp4
+from coterie.model.disk.tensors import TORCH_NAMES, Packed, TensorInfo
 
 #: Number formats that packed tensors can be given out in.
 OUTPUT_DTYPES = ("BF16", "F16", "F32")
 
-_FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
-_FP4_DTYPES = ("I8", "F4")
-_SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0", "U8")
 #: What follows a weight's name in the name of its scale, and what stands in place of ".weight" there.
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _SCALE_LEAVES = (".scale", ".qscale_weight")
 #: Scales of activations: they serve 8-bit arithmetic only, a full-precision checkpoint has none.
 _ACTIVATION_SUFFIXES = ("_activation_scale", "_input_scale")
 _ACTIVATION_LEAVES = (".activation_scale", ".input_scale", ".qscale_act")
-
-_BAND = 2**19  # elements that are computed at a time: 2 MiB in float32, a few times; the allocator keeps some
 
 
 def dequantized(checkpoint: Checkpoint, dtype: str = "BF16") -> Checkpoint:
@@ -82,85 +74,6 @@ def dequantized(checkpoint: Checkpoint, dtype: str = "BF16") -> Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PackedMatrix:
-    """A matrix, or a stack of them, stored as small numbers and scales.
-
-    Attributes:
-        weight: the stored numbers.
-        scale: the stored scales, one for each block of each matrix.
-        num_matrices: matrices in the stack, 1 for a single one.
-        rows: rows of one matrix, as stored.
-        columns: columns of one matrix, unpacked.
-        block: rows and columns that share a scale; blocks at the end may be smaller.
-        grid: scales along rows and columns of one matrix.
-        halved: the numbers are 4-bit floats, two in a byte, the first in the low half.
-        transposed: rows and columns change places in the result.
-        dtype: number format of the result.
-        shape: shape of the result.
-    """
-
-    weight: TensorInfo
-    scale: TensorInfo
-    num_matrices: int
-    rows: int
-    columns: int
-    block: tuple[int, int]
-    grid: tuple[int, int]
-    halved: bool
-    transposed: bool
-    dtype: str
-    shape: tuple[int, ...]
-
-    def unpack(self, read: Callable[[TensorInfo], Tensor]) -> Tensor:
-        """Return the unpacked tensor; `read` reads one tensor as it is stored.
-
-        Raises:
-            UnsupportedDtype: a value is too large for the number format that was chosen.
-        """
-        # Legend: N matrices, R rows, C columns, c columns as stored, g and h blocks along rows and columns, B a band.
-        scale_Ngh = _scale_values(read(self.scale)).view(-1, *self.grid).expand(self.num_matrices, -1, -1)
-        stored = read(self.weight)
-        value_of = _pairs_of_bytes() if self.halved else _values_of_bytes(stored.dtype)
-        packed_NRc = stored.view(torch.uint8).view(self.num_matrices, self.rows, -1)
-        out = torch.empty(self.shape, dtype=getattr(torch, TORCH_NAMES[self.dtype]))
-        if self.transposed:
-            out_NRC = out.view(self.num_matrices, self.columns, self.rows).transpose(1, 2)
-        else:
-            out_NRC = out.view(self.num_matrices, self.rows, self.columns)
-        band = max(1, _BAND // self.columns)
-        for number in range(self.num_matrices):
-            for start in range(0, self.rows, band):
-                stop = min(start + band, self.rows)
-                # A table is several times faster than torch's own conversion, and serves 4-bit pairs as well.
-                bytes_ = packed_NRc[number, start:stop].reshape(-1).to(torch.int32)
-                values_BC = value_of.index_select(0, bytes_).view(torch.float32).view(-1, self.columns)
-                scale_Bh = scale_Ngh[number, torch.arange(start, stop) // self.block[0]]
-                values_BC *= scale_Bh.repeat_interleave(self.block[1], dim=1)[:, : self.columns]
-                if self.dtype == "F16" and bool((values_BC.abs() > torch.finfo(torch.float16).max).any()):
-                    raise UnsupportedDtype(
-                        f"{self.weight.shard}: {self.weight.name!r} reaches {float(values_BC.abs().max()):.4g}, more "
-                        "than F16 can hold; choose BF16 or F32"
-                    )
-                out_NRC[number, start:stop] = values_BC.to(
-                    out.dtype
-                )  # before it is transposed, which costs by the byte
-        return out
-
-    def slice_rows(self, start: int, stop: int) -> PackedMatrix | None:
-        """Return how matrices `start` to before `stop` of a stack are made; None for a single matrix."""
-        if len(self.shape) < 3:
-            return None
-        weight = self.weight.slice_rows(start, stop)
-        # Scales that all matrices share are read as they are.
-        shared = self.scale.num_elements == math.prod(self.grid)
-        scale = self.scale if shared else self.scale.slice_rows(start, stop)
-        if weight is None or scale is None:
-            return None
-        count, shape = self.num_matrices // self.shape[0] * (stop - start), (stop - start, *self.shape[1:])
-        return replace(self, weight=weight, scale=scale, num_matrices=count, shape=shape)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Source:
     """What is known of a quantised checkpoint while it is looked through."""
 
@@ -179,10 +92,10 @@ def _find_blocks(source: _Source) -> _Found:
     found: dict[str, TensorInfo] = {}
     dropped: set[str] = set()
     for name, weight in source.tensors.items():
-        if weight.dtype not in (*_FP8_DTYPES, *_FP4_DTYPES):
+        if weight.dtype not in (*FP8_DTYPES, *FP4_DTYPES):
             continue
         scales = _companions(source.tensors, name, _SCALE_SUFFIXES, _SCALE_LEAVES)
-        if not scales and weight.dtype in _FP4_DTYPES:
+        if not scales and weight.dtype in FP4_DTYPES:
             continue  # integers that are no weight
         if len(scales) != 1:
             raise CorruptCheckpoint(
@@ -216,10 +129,9 @@ def _blocked(source: _Source, weight: TensorInfo, scale: TensorInfo) -> TensorIn
             f"({weight.dtype} {weight.shape}): {what}"
         )
 
-    halved = weight.dtype in _FP4_DTYPES
     shape = (*weight.shape[:-1], weight.shape[-1] * 2) if weight.dtype == "I8" and weight.shape else weight.shape
-    if scale.dtype not in _SCALE_DTYPES:
-        raise wrong(f"scales must be one of {', '.join(_SCALE_DTYPES)}")
+    if scale.dtype not in SCALE_DTYPES:
+        raise wrong(f"scales must be one of {', '.join(SCALE_DTYPES)}")
     if len(shape) < 2 or math.prod(shape) == 0:
         raise wrong("weights must have two axes or more, and none without extent")
     rows, columns = shape[-2:]
@@ -239,10 +151,12 @@ def _blocked(source: _Source, weight: TensorInfo, scale: TensorInfo) -> TensorIn
         if shared is None:
             raise wrong(f"{count} scales along an axis of {extent}, weight_block_size is {list(configured)}")
         block.append(shared)
-    packed = PackedMatrix(
-        weight=weight, scale=scale, num_matrices=num_matrices, rows=rows, columns=columns, block=(block[0], block[1]),
-        grid=(given[-2], given[-1]), halved=halved, transposed=False, dtype=source.dtype, shape=shape,
+    usual = (*shape[:-2], *given[-2:])
+    encoding = BlockScaled(
+        numbers=weight.dtype, scales=scale.dtype, block=(block[0], block[1]), dtype=source.dtype,
+        scale_shape=None if scale.shape == usual else scale.shape,
     )  # fmt: skip
+    packed = Packed(encoding=encoding, stored=dict(zip(encoding.stored(shape), (weight, scale), strict=True)))
     return TensorInfo(name=weight.name, dtype=source.dtype, shape=shape, shard=weight.shard, packed=packed)
 
 
@@ -292,38 +206,14 @@ def _find_groups(source: _Source) -> _Found:
             )
         num_matrices, rows, groups, size = blocks.shape
         shape = (num_matrices, groups * size * 2, rows)
-        packed = PackedMatrix(
-            weight=blocks, scale=scales, num_matrices=num_matrices, rows=rows, columns=shape[1], block=(1, size * 2),
-            grid=(rows, groups), halved=True, transposed=True, dtype=source.dtype, shape=shape,
-        )  # fmt: skip
+        encoding = Mxfp4(group=size * 2, scales=scales.dtype, dtype=source.dtype)
+        packed = Packed(encoding=encoding, stored=dict(zip(encoding.stored(shape), (blocks, scales), strict=True)))
         found[name] = TensorInfo(name=plain, dtype=source.dtype, shape=shape, shard=blocks.shard, packed=packed)
         dropped.add(scales.name)
     return found, dropped
 
 
 _METHODS: dict[str, Callable[[_Source], _Found]] = {"fp8": _find_blocks, "mxfp4": _find_groups}
-
-
-def _values_of_bytes(dtype: torch.dtype) -> Tensor:
-    """Return the float32 value of each byte read as an 8-bit float."""
-    return torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float32)
-
-
-def _pairs_of_bytes() -> Tensor:
-    """Return, for each byte, the float32 values of the two E2M1 numbers in it, low half first, as one 64-bit entry."""
-    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    value_of = torch.cat((magnitudes, -magnitudes))
-    byte = torch.arange(256)
-    return torch.stack((value_of[byte & 15], value_of[byte >> 4]), dim=1).view(torch.int64).view(-1)
-
-
-def _scale_values(scale: Tensor) -> Tensor:
-    """Return scales in float32; bytes are exponents with a bias of 127, and 255 is no number (E8M0)."""
-    if scale.dtype.itemsize > 1:
-        return scale.to(torch.float32)
-    value_of = torch.exp2(torch.arange(256, dtype=torch.float64) - 127).to(torch.float32)
-    value_of[255] = math.nan
-    return value_of[scale.view(torch.uint8).to(torch.int32)]
 
 
 #: Keys under which configs describe how weights are packed.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -25,15 +25,79 @@ TORCH_NAMES = {
     "U64": "uint64", "C64": "complex64",
 }  # fmt: skip
 
+#: The number format of each torch dtype, by its attribute name.
+DTYPE_NAMES = {attribute: name for name, attribute in TORCH_NAMES.items()}
 
-class Packed(Protocol):
-    """How the value of a tensor that is not on disk as such is made from tensors that are."""
 
-    def unpack(self, read: Callable[[TensorInfo], torch.Tensor]) -> torch.Tensor:
-        """Return the value; `read` reads one tensor as it is stored."""
+def bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes that a number format, a key of `DTYPE_BITS`, and a shape take."""
+    return -(-math.prod(shape) * DTYPE_BITS[dtype] // 8)
 
-    def slice_rows(self, start: int, stop: int) -> Packed | None:
-        """Return how rows along the first axis are made from nothing but theirs; None where they cannot be."""
+
+class Encoding(Protocol):
+    """How a tensor is stored: as which tensors, in how many bytes; there and back (`coterie.model.disk.encodings`).
+
+    A tensor becomes one or several stored tensors, told apart by a suffix, "" for the one that bears its name.
+    Shapes are those of the tensor, not of what is stored. Sizes follow from shapes alone.
+    """
+
+    def pack(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what is stored of a tensor, by suffix; lossless for a tensor that was unpacked."""
+
+    def unpack(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the tensor that stored ones, by suffix, are."""
+
+    def stored(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return number format and shape, as a header states them, of what is stored of a tensor, by suffix."""
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes of all that is stored of a tensor."""
+
+    def rows(self, shape: tuple[int, ...], count: int) -> tuple[Encoding, Collection[str]] | None:
+        """Say how some rows of a tensor along its first axis are stored by themselves.
+
+        Args:
+            shape: of the whole tensor.
+            count: number of rows.
+
+        Returns:
+            The encoding of the rows alone, and the suffixes of what serves all rows; of everything else the same rows
+            are theirs. None where rows do not lie by themselves.
+        """
+
+    def config(self) -> dict[str, Any]:
+        """Return the JSON content that makes this encoding again (`coterie.model.disk.encodings.encoding_from`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed:
+    """How a tensor that is not on disk as such is made from tensors that are.
+
+    Attributes:
+        encoding: how they are one.
+        stored: what they are, by suffix.
+    """
+
+    encoding: Encoding
+    stored: Mapping[str, TensorInfo]
+
+    def slice_rows(self, shape: tuple[int, ...], start: int, stop: int) -> Packed | None:
+        """Return how rows along the first axis are made from nothing but theirs; None where they cannot be.
+
+        Args:
+            shape: of the tensor.
+            start: the first row.
+            stop: the one behind the last.
+        """
+        rows = self.encoding.rows(shape, stop - start)
+        if rows is None:
+            return None
+        encoding, shared = rows
+        parts = {
+            suffix: info if suffix in shared else info.slice_rows(start, stop) for suffix, info in self.stored.items()
+        }
+        stored = {suffix: info for suffix, info in parts.items() if info is not None}
+        return Packed(encoding=encoding, stored=stored) if len(stored) == len(parts) else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +111,7 @@ class TensorInfo:
         shard: the file that holds it.
         begin: where its bytes begin in that file; 0 in a pickle and for a packed tensor.
         end: where they end; 0 in a pickle and for a packed tensor.
-        packed: how to make it, when the file holds it packed (`coterie.model.disk.quantized`).
+        packed: how to make it, and from what, when the files do not hold it as such.
     """
 
     name: str
@@ -66,7 +130,7 @@ class TensorInfo:
     @property
     def num_bytes(self) -> int:
         """Bytes that this number format and shape take."""
-        return -(-self.num_elements * DTYPE_BITS[self.dtype] // 8)
+        return bytes_of(self.dtype, self.shape)
 
     def slice_rows(self, start: int, stop: int) -> TensorInfo | None:
         """Return rows from `start` to before `stop` along the first axis as a tensor of its own, in the same file.
@@ -83,7 +147,7 @@ class TensorInfo:
             )
         shape = (stop - start, *self.shape[1:])
         if self.packed is not None:
-            packed = self.packed.slice_rows(start, stop)
+            packed = self.packed.slice_rows(self.shape, start, stop)
             return None if packed is None else replace(self, shape=shape, packed=packed)
         bits = math.prod(self.shape[1:]) * DTYPE_BITS[self.dtype]
         if bits % 8:

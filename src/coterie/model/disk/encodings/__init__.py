@@ -1,0 +1,40 @@
+"""Encodings: how a tensor is stored, one file each; sizes follow from shapes alone, without torch.
+
+What an encoding can do is said by `coterie.model.disk.tensors.Encoding`. The JSON content that one gives of itself
+(`config`) makes it again here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from coterie.errors import UnknownName
+from coterie.model.disk.tensors import Encoding
+
+#: Name of each encoding, as ``config()["encoding"]`` says it.
+ENCODINGS = {
+    "plain": "coterie.model.disk.encodings.plain:Plain",
+    "block-scaled": "coterie.model.disk.encodings.block_scaled:BlockScaled",
+    "mxfp4": "coterie.model.disk.encodings.mxfp4:Mxfp4",
+    "ragged": "coterie.model.disk.encodings.ragged:Ragged",
+}
+
+
+def encoding_from(config: Mapping[str, Any]) -> Encoding:
+    """Make the encoding that gave this content of itself.
+
+    Raises:
+        UnknownName: no encoding has that name.
+        ValueError: an option cannot be; TypeError: there is no such option.
+    """
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    name = str(options.pop("encoding", ""))
+    if "inner" in config:
+        options["inner"] = encoding_from(config["inner"])
+    if name not in ENCODINGS:
+        raise UnknownName("encoding", name, ENCODINGS)
+    home, _, attribute = ENCODINGS[name].partition(":")
+    encoding: Encoding = getattr(import_module(home), attribute)(**options)
+    return encoding
