@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from coterie.compress.sizes import layer_tensors
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint, Infeasible
+from coterie.model.arch.accounting import layer_tensors
 from coterie.model.arch.conversion import WeightConversion
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.ragged import Place, cut, places_of

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from coterie.compress.sizes import LayerTensors, Sizing, layer_tensors
+from coterie.compress.sizes import Sizing
 from coterie.errors import InputError, UnsupportedDtype
+from coterie.model.arch.accounting import Accounting, LayerTensors, layer_tensors
 from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion
 from coterie.model.arch.layers import Architecture
 from coterie.model.disk.checkpoint import Checkpoint
@@ -59,7 +60,12 @@ class Source:
 
     def sizing(self, *, keeps_rows: bool) -> Sizing:
         """Return what says how many bytes a result takes; `keeps_rows` for a mapped one."""
-        return Sizing(self.checkpoint, self.architecture, self.conversion, self.tensors, keeps_rows=keeps_rows)
+        return Sizing(self.accounting, keeps_rows=keeps_rows)
+
+    @cached_property
+    def accounting(self) -> Accounting:
+        """What says how large results are."""
+        return Accounting.of(self.checkpoint, self.architecture, self.conversion)
 
     def check_dtypes(self) -> None:
         """Raise UnsupportedDtype where experts or routers are stored in a format that cannot be compressed."""

@@ -23,7 +23,6 @@ from coterie.compress.decide import plan
 from coterie.compress.recipes import RECIPES, get_recipe
 from coterie.errors import ArchitectureMismatch, Infeasible
 from coterie.model.arch.experts import canonical_experts
-from coterie.model.arch.inspect import inspect
 from coterie.model.arch.layers import Architecture, MoELayer
 from coterie.model.arch.load import load_model
 from coterie.model.arch.seam import intercepted
@@ -33,6 +32,7 @@ from coterie.model.quiet import quiet
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile
 from coterie.profile.statistics import needs_gradients
+from coterie.testing.agreement import check_accounting, check_budget, check_inspection, require
 from coterie.testing.families import END_OF_TEXT_ID, ONE_WIDTH, SOFTMAX_OVER_ALL, UNROUTABLE
 from coterie.testing.tiny import tiny_checkpoint, tiny_text, tiny_tokenizer
 
@@ -76,7 +76,7 @@ def check_method(recipe: str, *, model_type: str = "olmoe") -> None:
             result = shop.smaller(model, recipe, router)
             check_result(model, result)
             again = shop.smaller(model, recipe, router, fresh_profile=True)
-            _require(_weights(result) == _weights(again), f"{what}: equal input, unequal bytes")
+            require(_weights(result) == _weights(again), f"{what}: equal input, unequal bytes")
             reads = bool(get_recipe(recipe).needs) or shop.reads_profile(model, permuted, recipe, router, result)
             if reads or not shop.depends_on_seed(model, recipe, router, result):
                 other = shop.smaller(permuted, recipe, router)
@@ -85,7 +85,7 @@ def check_method(recipe: str, *, model_type: str = "olmoe") -> None:
                 lean = shop.smaller(redundant, recipe, router)
                 _require_close(shop.logits(lean.out), shop.logits(redundant), f"{what}: {without}")
             shop.check_refusal(model, recipe, router)
-        _require(_digests(model) == before, f"{recipe}: the model folder was written")
+        require(_digests(model) == before, f"{recipe}: the model folder was written")
 
 
 def check_family(model_type: str, *, thorough: bool = True) -> None:
@@ -109,14 +109,16 @@ def check_family(model_type: str, *, thorough: bool = True) -> None:
     with _workshop(tokens=2048 if thorough else 512) as shop:
         model = tiny_checkpoint(shop.folder / model_type, model_type)
         _, info = _load_stock(model)
-        _require(not any(info.values()), f"{model_type}: the stock class does not load it whole: {info}")
+        require(not any(info.values()), f"{model_type}: the stock class does not load it whole: {info}")
         architecture = Architecture.of(Checkpoint.open(model))
-        _check_inspection(model, architecture)
+        check_inspection(model, architecture)
         permuted = shop.edited(model, _permute_experts)
         recipes = _applicable_recipes(architecture)
         merging = "mergemoe" if "mergemoe" in recipes else "hc-smoe"
         shop.check_full_size(model, merging, "plain")
-        check_result(model, shop.compress(model, "frequency", "plain", experts=4))
+        result = shop.compress(model, "frequency", "plain", experts=4)
+        check_result(model, result)
+        check_budget(model, Checkpoint.open(result.out).num_bytes, experts=4)
         for router in ("plain", "map") if thorough else ("plain",):
             result = shop.compress(model, merging, router, experts=4)
             check_result(model, result)
@@ -160,15 +162,6 @@ def _targets(recipe: str) -> tuple[str, ...]:
     return ALLOCATORS[get_recipe(recipe).allocator].targets
 
 
-def _check_inspection(model: Path, truth: Architecture) -> None:
-    """Check that what the headers say and what the model says is the same."""
-    found = inspect(model)
-    _require(found.expert_key == truth.expert_key, f"inspect says {found.expert_key}, the model {truth.expert_key}")
-    facts = [(each.num_experts, each.top_k, each.width, each.hidden_size) for each in found.moe_layers]
-    expected = [(each.num_experts, each.top_k, each.width, each.hidden_size) for each in truth.layers]
-    _require(facts == expected, f"inspect says {facts} (experts, top_k, width, hidden size), the model {expected}")
-
-
 def check_result(model: str | Path, result: Result) -> None:
     """Check that a result is a whole checkpoint that says the truth about itself.
 
@@ -181,44 +174,45 @@ def check_result(model: str | Path, result: Result) -> None:
     """
     source, made = Checkpoint.open(model), Checkpoint.open(result.out)
     layers = Architecture.of(source).layers
-    _require(made.num_bytes == result.plan.predicted_bytes, f"{made.num_bytes} bytes, not as the plan predicted")
+    check_accounting(source, made, result)
+    require(made.num_bytes == result.plan.predicted_bytes, f"{made.num_bytes} bytes, not as the plan predicted")
     manifest = Manifest.read(result.out)
-    _require(manifest is not None and manifest.content() == result.manifest.content(), "another manifest on disk")
+    require(manifest is not None and manifest.content() == result.manifest.content(), "another manifest on disk")
     for file in source.other_files():
         copy = result.out / file.name
-        _require(copy.is_file() and copy.read_bytes() == file.read_bytes(), f"{file.name} was not carried along")
+        require(copy.is_file() and copy.read_bytes() == file.read_bytes(), f"{file.name} was not carried along")
     if result.manifest.form is ResultForm.PLAIN:
         new_model, info = _load_stock(result.out)
-        _require(not any(info.values()), f"{result.out} does not load whole: {info}")
+        require(not any(info.values()), f"{result.out} does not load whole: {info}")
         found = [(layer.num_experts, layer.width, layer.top_k) for layer in Architecture.of(made).layers]
         sizes = zip(layers, result.plan.layers, strict=True)
         planned = [(size.num_experts, size.width or layer.width, size.top_k or layer.top_k) for layer, size in sizes]
-        _require(found == planned, f"{found} experts, their width and how many are chosen, not {planned} as planned")
+        require(found == planned, f"{found} experts, their width and how many are chosen, not {planned} as planned")
     else:
         new_model = load_model(result.out)
     old, new = load_model(model).state_dict(), new_model.state_dict()
     touched = tuple(name for layer in layers for name in (f"{layer.experts}.", *dict(layer.router_tensors)))
     for name in old.keys() | new.keys():
         if not name.startswith(touched):
-            _require(name in old and name in new and torch.equal(old[name], new[name]), f"{name} is not as it was")
+            require(name in old and name in new and torch.equal(old[name], new[name]), f"{name} is not as it was")
     for layer, size, entry in zip(layers, result.plan.layers, result.manifest.layers, strict=True):
-        _require((entry.parts > 1) == (size.top_k is not None), f"{layer.block}: {entry.parts} parts, not as planned")
+        require((entry.parts > 1) == (size.top_k is not None), f"{layer.block}: {entry.parts} parts, not as planned")
         _check_map(layer, entry)
 
 
 def _check_map(layer: MoELayer, entry: LayerEntry) -> None:
     expert_map, count = list(entry.expert_map), entry.num_experts_after
     where = f"{layer.block}: expert_map {expert_map}"
-    _require(len(expert_map) == layer.num_experts, f"{where} has not {layer.num_experts} entries")
+    require(len(expert_map) == layer.num_experts, f"{where} has not {layer.num_experts} entries")
     if entry.parts > 1:  # each expert is sent to its first one
         owners = list(entry.centres or ())
         first = [owners.index(expert) if expert in owners else -1 for expert in range(layer.num_experts)]
-        _require(len(owners) == count and owners == sorted(owners), f"{layer.block}: parts of {owners}, not {count}")
-        _require(expert_map == first, f"{where} does not name the first parts {first}")
+        require(len(owners) == count and owners == sorted(owners), f"{layer.block}: parts of {owners}, not {count}")
+        require(expert_map == first, f"{where} does not name the first parts {first}")
         return
-    _require(set(expert_map) - {-1} == set(range(count)), f"{where} does not reach each of {count} experts")
+    require(set(expert_map) - {-1} == set(range(count)), f"{where} does not reach each of {count} experts")
     for new, centre in enumerate(entry.centres or ()):
-        _require(expert_map[centre] == new, f"{where} does not send centre {centre} to {new}")
+        require(expert_map[centre] == new, f"{where} does not send centre {centre} to {new}")
 
 
 class _Shop:
@@ -324,11 +318,11 @@ class _Shop:
         result = self.compress(model, recipe, router, keep=1.0)
         source, made = Checkpoint.open(model), Checkpoint.open(result.out)
         what = f"{recipe}, router {router}, keep 1"
-        _require(source.tensors.keys() == made.tensors.keys(), f"{what}: other tensors than before")
+        require(source.tensors.keys() == made.tensors.keys(), f"{what}: other tensors than before")
         with source.reader() as old, made.reader() as new:
             for name in source.tensors:
                 a, b = old.read(name), new.read(name)
-                _require(a.dtype == b.dtype and torch.equal(a, b), f"{what}: {name} is not bit-identical")
+                require(a.dtype == b.dtype and torch.equal(a, b), f"{what}: {name} is not bit-identical")
 
     def check_refusal(self, model: Path, recipe: str, router: str) -> None:
         layers = Architecture.of(Checkpoint.open(model)).layers
@@ -340,7 +334,7 @@ class _Shop:
             self.compress(model, recipe, router, **target)
         except Infeasible:
             left = sorted(path.name for path in set(self.folder.iterdir()) - there)
-            _require(not left, f"{recipe}: the refusal of {target} left {left} behind")
+            require(not left, f"{recipe}: the refusal of {target} left {left} behind")
         else:
             raise AssertionError(f"{recipe}: {target}, which cannot be, was not refused")
 
@@ -382,9 +376,7 @@ class _Shop:
             if all(_fits(layer, each) for layer, each in zip(layers, used, strict=True)):
                 depends = not _ignores_unused(loaded, layers, used, ids)
                 listed = model.name in SOFTMAX_OVER_ALL
-                _require(
-                    depends == listed, f"{model.name}: weights depend on unchosen experts: {depends}, not {listed}"
-                )
+                require(depends == listed, f"{model.name}: weights depend on unchosen experts: {depends}, not {listed}")
                 if depends:
                     return
                 held = profile(model, text=text, tokens=2, seq_len=2)
@@ -521,12 +513,6 @@ def _shuffled(measured: Profile, seed: int) -> Profile:
     return replace(measured, samples=tuple(samples))
 
 
-def _require(condition: bool, message: str) -> None:
-    # Not the assert statement: these checks must hold under python -O too.
-    if not condition:
-        raise AssertionError(message)
-
-
 def _require_close(found: Tensor, expected: Tensor, what: str, tolerance: float = 1e-4) -> None:
     error = float((found - expected).abs().max() / expected.abs().max())
-    _require(error <= tolerance, f"{what} changes the logits by {error:.1e} of the largest (limit {tolerance:.0e})")
+    require(error <= tolerance, f"{what} changes the logits by {error:.1e} of the largest (limit {tolerance:.0e})")

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coterie.amounts import parse_bytes
 from coterie.errors import ArchitectureMismatch, NotAMoE
+from coterie.model.arch.accounting import Accounting, LayerShape
 from coterie.model.arch.routing import routing_problem
 from coterie.model.arch.structure import (
     Block,
@@ -188,23 +189,9 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
     limit = None if budget is None else parse_bytes(budget)
     checkpoint = Checkpoint.open(model)
     config, tensors = checkpoint.config, checkpoint.tensors
-    manifest = Manifest.read(checkpoint.path)
-    # Experts of a ragged checkpoint of ours are stored narrower than they are read.
-    whole = filled_up(checkpoint, None if manifest is None else manifest.ragged).tensors
-    counts = expert_counts(config)
-    storage = _Storage(config)
-    places = {name: split_name(name) for name in tensors}
-    running: list[Block] = []
-    moe_layers: list[MoEBlock] = []
-    for block in find_blocks(tensors, places, counts, _mapped_counts(manifest), spare_rows(config)):
-        key = _expert_path(counts, block)
-        depth = _depth(config, key)
-        # Layers for multi-token prediction are stored, but transformers does not run them.
-        if not _is_extra(block.name) and (depth is None or block.layer < depth):
-            running.append(block)
-            moe_layers.append(_describe(block, config, key, storage, whole))
-    if not running:
-        raise NotAMoE(_what_was_seen(checkpoint, places, counts))
+    places, counts, storage = _places(checkpoint), expert_counts(config), _Storage(config)
+    found = _find_layers(checkpoint, places, counts, storage)
+    running, moe_layers = [block for block, _ in found], [layer for _, layer in found]
     path = _expert_path(counts, running[0])
     depths = {block.stack: _depth(config, _expert_path(counts, block)) for block in running}
     part_of = _parts_of(checkpoint, places, running, depths)
@@ -232,8 +219,53 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
         bytes_by_dtype=dict(dtypes.most_common()),
         file_bytes=sum((checkpoint.path / shard).stat().st_size for shard in {info.shard for info in tensors.values()}),
         estimates=_estimates(used, routed),
-        budget=None if limit is None else _fit(limit, moe_layers, total.bytes, config),
+        budget=None if limit is None else _fit(limit, moe_layers, _accounting(checkpoint, found), config),
     )
+
+
+def accounting_of(checkpoint: Checkpoint) -> Accounting:
+    """Return what says how large results of a checkpoint are, from its headers alone.
+
+    Raises:
+        NotAMoE: no tensors of routed experts.
+        ArchitectureMismatch: config.json and tensors disagree.
+    """
+    config = checkpoint.config
+    return _accounting(
+        checkpoint, _find_layers(checkpoint, _places(checkpoint), expert_counts(config), _Storage(config))
+    )
+
+
+def _accounting(checkpoint: Checkpoint, found: Sequence[tuple[Block, MoEBlock]]) -> Accounting:
+    inner = [(layer.hidden_size, layer.width) for _, layer in found]
+    return Accounting.of_blocks(checkpoint.tensors, [block for block, _ in found], inner)
+
+
+def _places(checkpoint: Checkpoint) -> dict[str, Place | None]:
+    return {name: split_name(name) for name in checkpoint.tensors}
+
+
+def _find_layers(
+    checkpoint: Checkpoint, places: Mapping[str, Place | None], counts: Mapping[Parts, int], storage: _Storage
+) -> list[tuple[Block, MoEBlock]]:
+    """Find the MoE blocks that the model runs, in order, and describe each.
+
+    Raises:
+        NotAMoE: there are none.
+    """
+    config, manifest = checkpoint.config, Manifest.read(checkpoint.path)
+    # Experts of a ragged checkpoint of ours are stored narrower than they are read.
+    whole = checkpoint if manifest is None else filled_up(checkpoint, manifest.ragged)
+    found = []
+    for block in find_blocks(checkpoint.tensors, places, counts, _mapped_counts(manifest), spare_rows(config)):
+        key = _expert_path(counts, block)
+        depth = _depth(config, key)
+        # Layers for multi-token prediction are stored, but transformers does not run them.
+        if not _is_extra(block.name) and (depth is None or block.layer < depth):
+            found.append((block, _describe(block, config, key, storage, whole.tensors)))
+    if not found:
+        raise NotAMoE(_what_was_seen(checkpoint, places, counts))
+    return found
 
 
 class _Storage:
@@ -417,7 +449,7 @@ def _estimates(parameters: int, routed: int) -> dict[str, int]:
     return {"bf16": 2 * parameters, "int8": rest + routed + overhead, "int4": rest + -(-routed // 2) + overhead}
 
 
-def _fit(limit: int, layers: list[MoEBlock], total: int, config: Mapping[str, Any]) -> BudgetFit:
+def _fit(limit: int, layers: list[MoEBlock], accounting: Accounting, config: Mapping[str, Any]) -> BudgetFit:
     """Find the most experts a layer whose tensors fit into `limit` bytes; router rows go with their experts."""
     most = max(layer.num_experts for layer in layers)
     top_k = max(layer.top_k for layer in layers)
@@ -425,12 +457,9 @@ def _fit(limit: int, layers: list[MoEBlock], total: int, config: Mapping[str, An
     chosen_groups = nearest_entry(config, (), lambda key: key == "topk_group") or 1
 
     def size(experts: int) -> int:
-        saved = 0
-        for layer in layers:
-            rows = layer.row_bytes if layer.router_rows == layer.num_experts else 0
-            gone = max(0, layer.num_experts - experts)
-            saved += layer.experts.bytes * gone // layer.num_experts + rows * gone
-        return total - saved
+        # A map needs all rows of the router.
+        sizes = [(min(experts, layer.num_experts), layer.router_rows != layer.num_experts) for layer in layers]
+        return accounting.num_bytes([LayerShape(num_experts=count, keeps_rows=mapped) for count, mapped in sizes])
 
     def routes(experts: int) -> bool:
         return not routing_problem(experts, top_k=top_k, num_groups=groups, num_chosen_groups=chosen_groups)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from coterie.errors import ArchitectureMismatch, Infeasible
+from coterie.model.arch.accounting import expert_place
 from coterie.model.arch.conversion import WeightConversion
 from coterie.model.arch.experts import width_axes
-from coterie.model.arch.layers import Architecture, MoELayer
+from coterie.model.arch.layers import Architecture
 from coterie.model.disk.encodings.plain import Plain
 from coterie.model.disk.encodings.ragged import Ragged
 from coterie.model.disk.tensors import DTYPE_NAMES
@@ -53,7 +54,12 @@ def places_of(
     for layer, held in zip(architecture.layers, names, strict=True):
         module = architecture.model.get_submodule(layer.experts)
         axes, listed = width_axes(module), sorted(held)
-        position = _expert_position(listed, layer)
+        position = expert_place(listed, layer.num_experts)
+        if position is None:
+            raise Infeasible(
+                f"{layer.experts}: this family stores all experts of a layer in one tensor ({listed[0]}), which cannot "
+                "hold experts of different widths; use the uniform form of the recipe"
+            )
         for name in listed:
             leaf = conversion.memory_names[name].rpartition(".")[2]
             if leaf in axes:
@@ -62,19 +68,6 @@ def places_of(
                 # In memory the expert axis comes first.
                 found[name] = Place(layer=layer.index, expert=expert, axis=axes[leaf] - 1, pattern=".".join(parts))
     return found
-
-
-def _expert_position(names: list[str], layer: MoELayer) -> int:
-    """Return which part of the names counts experts."""
-    split = [name.split(".") for name in names]
-    numbers = set(map(str, range(layer.num_experts)))
-    for position in range(min(map(len, split))):
-        if {parts[position] for parts in split} == numbers:
-            return position
-    raise Infeasible(
-        f"{layer.experts}: this family stores all experts of a layer in one tensor ({names[0]}), which cannot hold "
-        "experts of different widths; use the uniform form of the recipe"
-    )
 
 
 def cut(

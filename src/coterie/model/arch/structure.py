@@ -49,7 +49,7 @@ class Block:
         fused: whether one tensor holds all experts.
         router: tensors with an axis of E, or a little longer where the router also scores what is no routed expert, and
             all that stands with them in a module called router or gate.
-        row_bytes: bytes of the router that belong to one expert and go with it.
+        router_axes: the axis of each of those along which the router knows the experts, by name; of others none.
         shared: all other tensors of the block.
     """
 
@@ -61,8 +61,19 @@ class Block:
     first_expert: tuple[TensorInfo, ...]
     fused: bool
     router: tuple[TensorInfo, ...]
-    row_bytes: int
+    router_axes: Mapping[str, int]
     shared: tuple[TensorInfo, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the router that belong to one expert and go with it."""
+        known = [(info, self.router_axes[info.name]) for info in self.router if info.name in self.router_axes]
+        return sum(info.num_bytes // info.shape[axis] for info, axis in known)
+
+    def number_place(self, name: str) -> int:
+        """Return which part of a name of a single expert's tensor, between dots, is the number of the expert."""
+        depth = len(self.stack.split(".")) + 1  # the stack and the number of the layer
+        return next(place for place, part in enumerate(name.split(".")) if place >= depth and part.isdecimal())
 
 
 def integer_entries(config: Mapping[str, Any], path: Parts = ()) -> Iterator[tuple[Parts, int]]:
@@ -198,7 +209,7 @@ def _find_block(
         first = [(rest, info) for rest, info in experts if next(part for part in rest if part.isdecimal()) == "0"]
     rows = _router_rows(num_experts, counts)
     prefix, router = _find_router(others, modules, rows, spare)
-    scored = [(info, _router_axis(rest, info, rows, spare)) for rest, info in router]
+    scored = {info.name: (info, _router_axis(rest, info, rows, spare)) for rest, info in router}
     routed = {info.name for _, info in router}
     shared = [
         info
@@ -214,7 +225,7 @@ def _find_block(
         first_expert=tuple(info for _, info in first),
         fused=fused,
         router=tuple(info for _, info in router),
-        row_bytes=sum(info.num_bytes // extent for info, extent in scored if extent is not None),
+        router_axes={name: info.shape.index(extent) for name, (info, extent) in scored.items() if extent is not None},
         shared=tuple(shared),
     )
 
