@@ -40,9 +40,10 @@ def profile(
     allow_pickle: options.AllowPickle = False,
     json: options.Json = False,
 ) -> None:
-    """Run text through a model and keep what was seen: all that any recipe reads of a forward pass, or what you name.
+    """Run text through a model and keep what was seen.
 
-    One layer is in memory at a time. Ended early, the same command goes on from the last finished layer.
+    Measured is all that any recipe reads of a forward pass, or what you name. One layer is in memory at a time. Ended
+    early, the same command goes on from the last finished layer.
     """
     from coterie.profile.shares import parse_domains
 
