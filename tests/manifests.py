@@ -17,7 +17,7 @@ def layer_entry(index: int = 0, **changes: Any) -> LayerEntry:
 def manifest_of(**changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "form": ResultForm.PLAIN, "recipe": "mergemoe", "passes": (("cluster", {"rule": "x"}), ("average", {})),
-        "router": "plain", "plan": {"sizes": [{"num_experts": 2}]}, "model": "größe ☃", "domains": ("code", "prose"),
+        "router": "plain", "plan": {"layers": [{"num_experts": 2}]}, "model": "größe ☃", "domains": ("code", "prose"),
         "calibration_tokens": 800, "calibration_inputs": "original", "seq_len": 64, "seed": -3, "logits_error": 2e-7,
         "ragged": None, "distilled": None, "layers": (layer_entry(0), layer_entry(1)), "bytes_before": 100,
         "bytes_after": 60,

@@ -67,7 +67,7 @@ def test_a_copy_elsewhere_has_the_same_keys(copied, monkeypatch):
         ("compress/result_steps/distill.py", "coterie", (True, False, False)),
         ("compress/result_steps/distill.py", "reap", (False, False, False)),
         ("compress/plan.py", "reap", (True, False, False)),
-        ("compress/distill.py", "coterie", (True, False, False)),
+        ("train/distill.py", "coterie", (True, False, False)),
         ("profile/run.py", "reap", (True, True, False)),
         ("profile/statistics/reap.py", "reap", (True, True, False)),
         ("profile/calibration.py", "reap", (True, True, True)),

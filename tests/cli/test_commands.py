@@ -98,7 +98,7 @@ def test_plan_prints_and_writes_the_same_plan(tiny, made, tmp_path):
 
 def test_plan_needs_no_profile(tiny):
     shown = json.loads(run("plan", tiny(), "--keep", 0.5, "--json").stdout)
-    assert [(size["num_experts"], size["width"], size["top_k"]) for size in shown["sizes"]] == [(11, 8, 3)] * 2
+    assert [(layer["num_experts"], layer["width"], layer["top_k"]) for layer in shown["layers"]] == [(11, 8, 3)] * 2
     assert shown["recipe"] == "coterie"
     lines = words(run("plan", tiny(), "--keep", 0.5).stdout)
     assert lines[1] == "MoE layers 0 to 1: 11 experts of width 8, 3 for each token"
@@ -108,7 +108,7 @@ def test_plan_says_how_wide_experts_become(tiny):
     lines = words(run("plan", tiny(), "--width", 16, "--recipe", "heapr").stdout)
     assert lines[1] == "MoE layers 0 to 1: 8 experts of width 16"
     shown = json.loads(run("plan", tiny(), "--keep", 0.5, "--recipe", "easy-slim", "--json").stdout)
-    assert [size["width"] for size in shown["sizes"]] == [8, 8]
+    assert [layer["width"] for layer in shown["layers"]] == [8, 8]
 
 
 def test_a_ragged_result_says_which_widths_and_who_loads_it(tiny, text, tmp_path):

@@ -1,12 +1,13 @@
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from coterie.compress.apply import compress
-from coterie.compress.layer_plan import LayerPlan, ragged_plan
+from coterie.compress.layer_plan import ExpertPlan, LayerPlan, ragged_plan
 from coterie.model.arch.inspect import inspect
 from coterie.report.gather import entries_of, gather
 from coterie.report.layers import expert_shares, layer_kind, share_left
@@ -137,6 +138,24 @@ def test_plans_name_width_and_parts_and_are_known_again_when_carried_out(make_ru
     assert page.row("plans/ragged.json")[3] == "8, width 1–16, mean 5.00"
     assert page.row("plans/cut.json")[3] == "15 parts of width 4, 4 a token"
     assert not any(row[0] == "plans/done.json" and len(row) == 8 for row in page.rows if row)
+
+
+def test_a_plan_that_names_no_experts_is_known_again_when_it_was_executed(make_run: Maker) -> None:
+    run = make_run()
+    plan = run.plan()
+    plan.save(run.folder / "plans" / "done.json")
+    executed = plan.body()
+    for layer in executed["layers"]:
+        layer["experts"] = [{"sources": [expert]} for expert in range(layer["num_experts"])]
+    run.manifest("merged", plan=executed)
+    other = replace(plan, layers=(replace(plan.layers[0], experts=(ExpertPlan(sources=(3,)),)), *plan.layers[1:]))
+    other.save(run.folder / "plans" / "other.json")
+
+    page = Page(report(run.folder))
+
+    listed = [row[0] for row in page.rows if row and len(row) == 8]
+    assert "plans/other.json" in listed
+    assert "plans/done.json" not in listed
 
 
 @pytest.mark.parametrize("recipe", ["reap", "heapr", "heapr-ragged", "coterie-local"])

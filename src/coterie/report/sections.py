@@ -378,10 +378,10 @@ def _finite(value: float | None) -> float | None:
 def sizes(run: ReportedRun, entries: Sequence[Entry]) -> Section | None:
     """Return bars of bytes before and after, and the plans that were not carried out."""
     results = [entry for entry in compressed(entries) if entry.bytes_ratio]
-    done = [_bare(result.manifest.plan) for result in run.results]
+    done = [result.manifest.plan for result in run.results]
     open_plans = []
     for path, plan in run.plans:
-        if _bare(plan.body()) not in done:
+        if not any(_carries_out(executed, plan.body()) for executed in done):
             ratio = plan.predicted_bytes / plan.original_bytes if plan.original_bytes else None
             open_plans.append(
                 {
@@ -428,11 +428,16 @@ def _byte_rows(results: Sequence[Entry]) -> list[ByteRow]:
     return rows
 
 
-def _bare(value: Any) -> Any:
-    """Return what JSON makes of tuples, without entries that are None: early versions did not write all of them."""
-    if isinstance(value, Mapping):
-        return {key: _bare(entry) for key, entry in value.items() if entry is not None}
-    return [_bare(entry) for entry in value] if isinstance(value, (tuple, list)) else value
+def _carries_out(executed: Mapping[str, Any], plan: Mapping[str, Any]) -> bool:
+    """Tell whether a plan, as it was executed, is what another says; that one need not name experts."""
+    left = {key: value for key, value in executed.items() if key != "layers"}
+    if left != {key: value for key, value in plan.items() if key != "layers"}:
+        return False
+    layers, planned = executed["layers"], plan["layers"]
+    return len(layers) == len(planned) and all(
+        {key: value for key, value in layer.items() if key in wanted or key != "experts"} == wanted
+        for layer, wanted in zip(layers, planned, strict=True)
+    )
 
 
 def provenance(run: ReportedRun, entries: Sequence[Entry]) -> Section:
