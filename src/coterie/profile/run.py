@@ -27,12 +27,12 @@ from coterie.model.stream.loss import logits_bytes
 from coterie.model.stream.memory import Forecast, fitting_batch, forecast, peak_bytes
 from coterie.model.stream.stream import Stream
 from coterie.outputs import check_output, is_empty_folder
-from coterie.profile.calibrate import take_text
 from coterie.profile.calibration import TokenSet
 from coterie.profile.collect import Collector
 from coterie.profile.observation import observed, prove_layers, proving, with_residual
 from coterie.profile.profile import FILE, Profile, Sample, write_layer
 from coterie.profile.statistics import fields_of, needs_gradients, wanted_statistics
+from coterie.profile.text import CalibrationText, TextSettings
 from coterie.progress import track
 
 log = logging.getLogger(__name__)
@@ -191,8 +191,24 @@ class ProfileSettings:
     device: str = "cpu"
     max_memory: int | str | None = None
 
-    def measure(self, checkpoint: Checkpoint, architecture: Architecture) -> Measure:
+    def calibration(self, checkpoint: Checkpoint, *, scratch: Path | None = None) -> CalibrationText:
+        """Return the text, see `CalibrationText`."""
+        settings = TextSettings(
+            source=self.text, tokens=self.tokens, seq_len=self.seq_len, seed=self.seed, domains=self.domains,
+            weights=self.weights,
+        )  # fmt: skip
+        limit = None if self.max_memory is None else parse_bytes(self.max_memory)
+        return CalibrationText(checkpoint, settings, device=self.device, limit=limit, scratch=scratch)
+
+    def measure(
+        self, checkpoint: Checkpoint, architecture: Architecture, text: CalibrationText | None = None
+    ) -> Measure:
         """Cut the text into tokens with the checkpoint's own tokenizer.
+
+        Args:
+            checkpoint: the model.
+            architecture: what it computes.
+            text: the text, where it is there already.
 
         Raises:
             InputError: nothing to measure, or a mapped checkpoint.
@@ -208,11 +224,7 @@ class ProfileSettings:
         manifest = read_manifest(checkpoint.path)
         if manifest is not None and manifest["router"] == "map":
             raise InputError(f"{checkpoint.path} is a mapped result; profile the model that it was made from")
-        token_set = take_text(
-            checkpoint, self.text, seq_len=self.seq_len, tokens=self.tokens, seed=self.seed, domains=self.domains,
-            weights=self.weights, device=self.device,
-            limit=None if self.max_memory is None else parse_bytes(self.max_memory),
-        )  # fmt: skip
+        token_set = (self.calibration(checkpoint) if text is None else text).draw(self.tokens)
         if needs_gradients(self.statistics):
             check_predicts(architecture)
         hidden_size = architecture.layers[0].hidden_size
