@@ -26,7 +26,7 @@ from coterie.compress.recipes import RECIPES, get_recipe
 from coterie.evaluate.run import evaluate
 from coterie.evaluate.scorecard import Scorecard
 from coterie.profile.calibrate import calibrate, generate
-from coterie.profile.calibration import text_files
+from coterie.profile.documents import text_files
 from coterie.profile.run import profile
 from coterie.profile.statistics import needs_gradients
 

@@ -53,11 +53,13 @@ from coterie.model.arch.load import load_model, result_meta_model
 from coterie.model.arch.reroute import Reroute
 from coterie.model.disk.open import open_checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
-from coterie.profile.calibration import text_files, tokenize
+from coterie.profile.calibration import tokenize
+from coterie.profile.documents import text_files
 from coterie.profile.profile import FILE, Profile
 from coterie.profile.run import profile
-from coterie.profile.self_text import Writing, own_tokens
+from coterie.profile.self_text import SELF
 from coterie.profile.statistics import STATISTICS
+from coterie.profile.text import CalibrationText, TextSettings
 from coterie.train.model import experts_apart
 from research_training import (
     ADDED,
@@ -497,8 +499,8 @@ class Study:
         """Return the text that a result is trained on, (B, S)."""
         options, tokens = self._options, training.pool or training.tokens
         if training.own_text:
-            writing = Writing(tokens=tokens, max_length=options.seq_len, seed=options.seed)
-            return torch.cat(list(own_tokens(self._checkpoint, writing).sequences.values()))
+            settings = TextSettings(source=SELF, tokens=tokens, seq_len=options.seq_len, seed=options.seed)
+            return torch.cat(list(CalibrationText(self._checkpoint, settings).draw().sequences.values()))
         wanted: dict[str, Any] = {"seq_len": options.seq_len, "tokens": tokens, "seed": options.seed, "up_to": True}
         if training.asked != 1:
             wanted["weights"] = dict.fromkeys(self._questions, training.asked)

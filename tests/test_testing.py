@@ -14,7 +14,8 @@ from coterie.model.arch.layers import Architecture
 from coterie.model.arch.seam import intercepted, routed_output
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.quiet import quiet
-from coterie.profile.calibration import read_documents, text_files, tokenize
+from coterie.profile.calibration import tokenize
+from coterie.profile.documents import read_documents, text_files
 from coterie.testing import CORE_FAMILIES, END_OF_TEXT_ID, UNSUPPORTED, tiny_checkpoint, tiny_families, tiny_text
 from coterie.testing.families import TINY, installed_families
 

@@ -2,17 +2,22 @@
 
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
 from coterie.model.arch.experts import canonical_experts
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.load import load_model
 from coterie.model.arch.seam import intercepted, routed_output
 from coterie.model.disk.open import open_checkpoint
+from coterie.model.stream import loss as loss_module
 from coterie.model.stream.stream import Stream
 from coterie.profile.observation import observed
 from coterie.testing import tiny_checkpoint
 
 FAMILIES = ["olmoe", "deepseek_v3", "gpt_oss", "qwen3_moe", "glm4_moe"]
+
+#: Elements of a slice of logits: all positions at once, five, one.
+SLICES = [2**25, 2 * 6 * 300, 0]
 
 
 def whole_model_gradients(folder, ids_BS):
@@ -33,8 +38,12 @@ def whole_model_gradients(folder, ids_BS):
     return float(loss.detach()), [output_TD.grad for output_TD in found]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_at_every_layer_equal_those_of_the_whole_model(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "elements"),
+    [*((family, SLICES[0]) for family in FAMILIES), *(("olmoe", few) for few in SLICES[1:]), ("granitemoe", SLICES[1])],
+)
+def test_gradients_at_every_layer_equal_those_of_the_whole_model(family, elements, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_module, "LOSS_ELEMENTS", elements)
     folder = tiny_checkpoint(tmp_path / "model", family)
     ids = [torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     expected = [whole_model_gradients(folder, ids_BS) for ids_BS in ids]
@@ -63,4 +72,35 @@ def test_gradients_at_every_layer_equal_those_of_the_whole_model(family, tmp_pat
     there = [name for name, backward in order if not backward]
     back = [name for name, backward in order if backward]
     assert back == [name for name in reversed(there) if name in back]
-    assert {layer.experts.rpartition(".mlp")[0] for layer in layers} <= set(back)
+    assert {layer.block.rpartition(".")[0] for layer in layers} <= set(back)
+
+
+@pytest.mark.parametrize("elements", SLICES)
+def test_the_gradient_of_a_loss_in_slices_is_that_of_all_logits_at_once(elements, monkeypatch):
+    monkeypatch.setattr(loss_module, "LOSS_ELEMENTS", elements)
+    generator = torch.Generator().manual_seed(4)
+    weight_VD, bias_V = torch.randn(300, 8, generator=generator).double(), torch.randn(300, generator=generator)
+    hidden_BSD = torch.randn(2, 13, 8, generator=generator).double()
+    ids_BS = torch.randint(300, (2, 13), generator=generator)
+    sizes = []
+
+    def head(ids_BP, output):
+        assert torch.equal(ids_BP, ids_BS[:, sum(size - 1 for size in sizes) :][:, : ids_BP.shape[1]])
+        sizes.append(ids_BP.shape[1])
+        return torch.tanh(output.last_hidden_state @ weight_VD.T) * 3 + bias_V  # as with a soft cap
+
+    loss, gradient_BSD = loss_module.loss_and_gradient(
+        head, ids_BS, BaseModelOutput(last_hidden_state=hidden_BSD), vocab_size=300
+    )
+    assert max(sizes) * 2 * 300 <= max(elements, 2 * 2 * 300)
+    expected_loss, expected_BSD = 0.0, torch.zeros_like(hidden_BSD)
+    for row in range(2):
+        for place in range(12):
+            raw_V = torch.tanh(weight_VD @ hidden_BSD[row, place])
+            share_V = (3 * raw_V + bias_V).softmax(0)
+            token = int(ids_BS[row, place + 1])
+            expected_loss -= float(share_V[token].log())
+            share_V[token] -= 1
+            expected_BSD[row, place] = (share_V * 3 * (1 - raw_V.square())) @ weight_VD
+    assert loss == pytest.approx(expected_loss, rel=1e-9)
+    torch.testing.assert_close(gradient_BSD, expected_BSD, rtol=1e-9, atol=1e-12)

@@ -80,10 +80,14 @@ def test_only_the_present_unit_has_weights(tiny):
         assert stream.bytes_read == stream.checkpoint.num_bytes
 
 
-def test_outputs_beyond_the_bound_go_to_files_and_come_back_equal(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("file_bytes", "expected_files"), [(0, 5 * 3), (2**20, 1)])
+def test_outputs_beyond_the_bound_go_to_files_and_come_back_equal(
+    tiny, tmp_path, monkeypatch, file_bytes, expected_files
+):
     expected = streamed_logits(tiny(), IDS.split(2))
     monkeypatch.setattr(spill_module, "SPILL_BYTES", 0)
     monkeypatch.setattr(spill_module, "SMALL_BYTES", 0)
+    monkeypatch.setattr(spill_module, "FILE_BYTES", file_bytes)
     files = []
     real = spill_module.tempfile.TemporaryFile
     monkeypatch.setattr(
@@ -91,7 +95,7 @@ def test_outputs_beyond_the_bound_go_to_files_and_come_back_equal(tiny, tmp_path
     )
     found = streamed_logits(tiny(), IDS.split(2), scratch=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert len(files) == 5 * 3  # every unit, every batch
+    assert len(files) == expected_files  # one for every unit and batch, or one for all
     assert all(options["dir"] == tmp_path for options in files)
     assert list(tmp_path.iterdir()) == []
 

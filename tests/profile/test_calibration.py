@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from coterie.errors import TextError, UnknownName
-from coterie.profile.calibration import DOCUMENT_SEPARATOR, TokenSet, read_documents, text_files, tokenize
+from coterie.profile.calibration import TokenSet, tokenize
+from coterie.profile.documents import DOCUMENT_SEPARATOR, read_documents, text_files
 from coterie.testing import END_OF_TEXT_ID, tiny_text, tiny_tokenizer
 
 SEPARATOR = f"\n{DOCUMENT_SEPARATOR}\n"

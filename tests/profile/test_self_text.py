@@ -14,10 +14,12 @@ from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.stream import memory
 from coterie.profile import calibrate as calibrate_module
 from coterie.profile import self_text
-from coterie.profile.calibrate import calibrate, generate, take_text
-from coterie.profile.calibration import read_documents, tokenize
+from coterie.profile.calibrate import calibrate, generate
+from coterie.profile.calibration import tokenize
+from coterie.profile.documents import read_documents
 from coterie.profile.run import profile
-from coterie.profile.self_text import Writing, own_tokens, write_documents, write_text
+from coterie.profile.self_text import Writing, write_documents, write_text
+from coterie.profile.text import CalibrationText, TextSettings
 from coterie.testing import END_OF_TEXT_ID, tiny_tokenizer
 
 SHORT = Writing(tokens=40, max_length=9)
@@ -197,7 +199,7 @@ def test_text_in_memory_is_text_from_the_file(tiny, tmp_path):
     assert file == tmp_path / "deep" / "own" / "self.jsonl"
     assert sorted(path.name for path in file.parent.iterdir()) == ["self.json", "self.jsonl"]
     stored = tokenize(load_tokenizer(tiny()), file.parent, **options)
-    direct = take_text(Checkpoint.open(tiny()), "self", **options)
+    direct = CalibrationText(Checkpoint.open(tiny()), TextSettings(source="self", **options)).draw()
     assert stored.digest == direct.digest
     assert stored.num_tokens == {"self": 19 * 16}
     about = json.loads((file.parent / "self.json").read_text())
@@ -217,15 +219,16 @@ def test_own_text_mixes_with_other_text(tiny, text, tmp_path):
     assert dict(zip(found.domains, found.num_tokens, strict=True)) == {"prose": 64, "self": 192}
 
 
-def test_text_is_written_once_for_a_profile_that_is_asked_for_twice(tiny, monkeypatch):
+def test_text_is_written_once_and_drawn_from_twice(tiny, monkeypatch):
     loads = []
     original = self_text.load_model
     monkeypatch.setattr(self_text, "load_model", lambda *args, **kwargs: loads.append(1) or original(*args, **kwargs))
-    checkpoint, writing = Checkpoint.open(tiny()), replace(SHORT, seed=123)
-    assert own_tokens(checkpoint, writing).digest == own_tokens(checkpoint, writing).digest
+    written = CalibrationText(Checkpoint.open(tiny()), TextSettings(source="self", tokens=120, seq_len=12, seed=123))
+    assert loads == []
+    whole, part = written.draw(), written.draw(60)
     assert len(loads) == 1
-    own_tokens(checkpoint, replace(writing, tokens=121))
-    assert len(loads) == 2
+    assert (whole.num_tokens, part.num_tokens) == ({"self": 120}, {"self": 60})
+    assert torch.equal(whole.sequences["self"][:5], part.sequences["self"])
 
 
 def test_own_text_has_no_domains_to_choose(tiny):
@@ -239,9 +242,9 @@ def test_a_folder_of_the_same_name_has_a_path(tiny, text, tmp_path, monkeypatch)
     (tmp_path / "self" / "prose.txt").write_bytes((text / "prose.txt").read_bytes())
     monkeypatch.chdir(tmp_path)
     checkpoint = Checkpoint.open(tiny())
-    options = {"tokens": 64, "seq_len": 16, "seed": 0}
-    assert take_text(checkpoint, "./self", **options).domains == ("prose",)
-    assert take_text(checkpoint, "self", **options).domains == ("self",)
+    for source, domains in (("./self", ("prose",)), ("self", ("self",))):
+        settings = TextSettings(source=source, tokens=64, seq_len=16)
+        assert CalibrationText(checkpoint, settings).draw().domains == domains
 
 
 @pytest.mark.parametrize("name", ["self.jsonl", "self.txt"])

@@ -13,16 +13,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 import coterie
-from coterie.compress import prepare as prepare_module
 from coterie.errors import InputError, TextError
 from coterie.model.arch.load import load_model
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.stream.stream import Stream
-from coterie.profile.calibrate import take_text
-from coterie.profile.calibration import read_documents, start_ids, token_ids, tokenize
+from coterie.profile.calibration import tokenize
+from coterie.profile.documents import document_pieces, read_documents
 from coterie.profile.information import measure_information
-from coterie.profile.self_text import Writing, own_tokens, write_documents
+from coterie.profile.self_text import Writing, write_documents
+from coterie.profile.text import CalibrationText, TextSettings
+from coterie.profile.token_file import encoded, start_ids
 from coterie.testing import END_OF_TEXT_ID, tiny_tokenizer
 
 BOS, SECOND = 260, 261
@@ -121,7 +122,7 @@ def test_every_sequence_begins_with_the_start_and_goes_on_with_text(text, templa
     assert found.digest != plain.digest
     length = 32 - len(start)
     for domain, rows in found.sequences.items():
-        ids = token_ids(tokenizer, read_documents(text / f"{domain}.txt")).tolist()
+        ids = list(itertools.chain.from_iterable(encoded(tokenizer, document_pieces(text / f"{domain}.txt"))))
         pieces = [ids[place : place + length] for place in range(0, len(ids) - length + 1, length)]
         assert rows.dtype == torch.int64
         assert rows.is_contiguous()
@@ -186,19 +187,20 @@ def test_a_profile_is_measured_on_sequences_that_begin_with_it(starting, tiny, t
 
 
 def test_results_are_trained_on_sequences_that_begin_with_it(starting, text, tmp_path, monkeypatch):
-    seen = []
+    seen, draw = [], CalibrationText.draw
 
     def note(*arguments, **options):
-        seen.append(take_text(*arguments, **options))
+        seen.append(draw(*arguments, **options))
         return seen[-1]
 
-    monkeypatch.setattr(prepare_module, "take_text", note)
+    monkeypatch.setattr(CalibrationText, "draw", note)
     coterie.compress(
         starting, tmp_path / "out", keep=0.5, recipe="coterie", text=text, tokens=512, seq_len=64, sample_tokens=64,
         train_tokens=512,
     )  # fmt: skip
-    [token_set] = seen
-    assert all(set(rows[:, 0].tolist()) == {BOS} for rows in token_set.sequences.values())
+    assert len(seen) == 2, "to be measured, and to be trained on"
+    for token_set in seen:
+        assert all(set(rows[:, 0].tolist()) == {BOS} for rows in token_set.sequences.values())
 
 
 def slow_perplexity(path, text, seq_len):
@@ -207,7 +209,7 @@ def slow_perplexity(path, text, seq_len):
     model.set_experts_implementation("eager")
     losses = {}
     for domain in ("code", "prose"):
-        ids = token_ids(tokenizer, read_documents(text / f"{domain}.txt")).tolist()
+        ids = list(itertools.chain.from_iterable(encoded(tokenizer, document_pieces(text / f"{domain}.txt"))))
         losses[domain] = []
         for place in range(0, len(ids) - seq_len + 2, seq_len - 1):
             row = [BOS, *ids[place : place + seq_len - 1]]
@@ -265,7 +267,8 @@ def test_what_the_model_writes_starts_after_it(starting, monkeypatch, template, 
 
 
 def test_the_model_s_own_text_is_measured_after_its_start_token(starting):
-    found = own_tokens(Checkpoint.open(starting), Writing(tokens=64, max_length=16))
+    settings = TextSettings(source="self", tokens=64, seq_len=16)
+    found = CalibrationText(Checkpoint.open(starting), settings).draw()
     assert found.num_tokens == {"self": 64}
     assert set(found.sequences["self"][:, 0].tolist()) == {BOS}
 

@@ -50,7 +50,7 @@ from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.open import open_checkpoint
 from coterie.outputs import check_output
-from coterie.profile.calibration import text_files
+from coterie.profile.documents import text_files
 
 log = logging.getLogger(__name__)
 

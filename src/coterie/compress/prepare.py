@@ -23,12 +23,12 @@ from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.stream.memory import Forecast
 from coterie.model.stream.stream import Stream
 from coterie.outputs import check_output, is_empty_folder
-from coterie.profile.calibrate import take_text
 from coterie.profile.calibration import TokenSet
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile
 from coterie.profile.run import Measure, ProfileSettings, forecast_with_sample
 from coterie.profile.statistics import needs_gradients, wanted_statistics
+from coterie.profile.text import CalibrationText, TextSettings
 
 Inputs = Literal["original", "compressed"]
 
@@ -96,6 +96,7 @@ class Job:
         profile: what was measured already; None where that is still to be done.
         measure: what is to be measured; None where there is a profile.
         forecast: the memory that layers take.
+        calibration: the text, tokenized once; None where none was given.
         result_steps: what each step on the whole result prepared; None for a step that is left out.
     """
 
@@ -107,6 +108,7 @@ class Job:
     profile: Profile | None
     measure: Measure | None
     forecast: Forecast
+    calibration: CalibrationText | None
     result_steps: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -121,12 +123,9 @@ class Job:
         return Path(wanted).expanduser() if isinstance(wanted, str | Path) else None
 
     def text(self, tokens: int, *, up_to: bool = False) -> TokenSet:
-        """Draw calibration text; see `coterie.profile.calibrate.take_text`."""
-        options = self.options
-        return take_text(
-            self.source.checkpoint, str(options.text), seq_len=options.seq_len, tokens=tokens, seed=options.seed,
-            weights=options.weights, device=options.device, limit=options.limit, up_to=up_to,
-        )  # fmt: skip
+        """Draw calibration text; see `coterie.profile.text.CalibrationText.draw`."""
+        assert self.calibration is not None, "no text was given"
+        return self.calibration.draw(tokens, up_to=up_to)
 
     def header(self, profile: Profile | None) -> dict[str, Any]:
         """Return all that decides what comes out, for the header of the run.
@@ -176,7 +175,8 @@ def prepare(options: Options) -> Job:
     if profile is None and options.text is None:
         raise InputError("no profile yet: give calibration text with --text, or a profile with --profile")
     stream = Stream(source.checkpoint, device=options.device, scratch=output.parent)
-    measure = None if profile is not None else _measure(source, options, needs)
+    calibration = None if options.text is None else _calibration(source, options)
+    measure = None if profile is not None else _measure(source, options, needs, calibration)
     job = Job(
         options=options,
         source=source,
@@ -186,6 +186,7 @@ def prepare(options: Options) -> Job:
         profile=profile,
         measure=measure,
         forecast=_forecast(stream, source, measure, profile),
+        calibration=calibration,
     )
     job.forecast.check(options.limit)
     for name, step_options in outlined.result_steps:
@@ -208,7 +209,17 @@ def _given(source: Source, options: Options) -> Plan:
     return checked(source, plan if isinstance(plan, Plan) else Plan.load(Path(str(plan)).expanduser()))
 
 
-def _measure(source: Source, options: Options, needs: tuple[str, ...]) -> Measure:
+def _calibration(source: Source, options: Options) -> CalibrationText:
+    settings = TextSettings(
+        source=str(options.text), weights=options.weights, tokens=options.tokens, seq_len=options.seq_len,
+        seed=options.seed,
+    )  # fmt: skip
+    return CalibrationText(
+        source.checkpoint, settings, device=options.device, limit=options.limit, scratch=options.out.parent
+    )
+
+
+def _measure(source: Source, options: Options, needs: tuple[str, ...], text: CalibrationText | None) -> Measure:
     # A profile that is kept is to serve other recipes as well.
     usual = () if options.profile is None else wanted_statistics(gradients=needs_gradients(needs))
     settings = ProfileSettings(
@@ -216,7 +227,7 @@ def _measure(source: Source, options: Options, needs: tuple[str, ...]) -> Measur
         seed=options.seed, sample_tokens=options.sample_tokens, statistics=wanted_statistics({*usual, *needs}),
         device=options.device, max_memory=options.max_memory,
     )  # fmt: skip
-    return settings.measure(source.checkpoint, source.architecture)
+    return settings.measure(source.checkpoint, source.architecture, text)
 
 
 def _forecast(stream: Stream, source: Source, measure: Measure | None, profile: Profile | None) -> Forecast:

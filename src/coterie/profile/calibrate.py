@@ -19,18 +19,15 @@ import torch
 
 from coterie.amounts import parse_bytes
 from coterie.artifact import atomic_path, file_digest, write_artifact
-from coterie.errors import InputError
 from coterie.model.device import check_device
-from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.open import open_checkpoint
-from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.stream.memory import forecast
 from coterie.model.stream.stream import Stream
 from coterie.outputs import check_output
-from coterie.profile.calibration import TokenSet, tokenize
 from coterie.profile.information import Information, measure_information
 from coterie.profile.mixing import choose_mix
-from coterie.profile.self_text import SELF, FirstToken, Writing, own_tokens, write_text
+from coterie.profile.self_text import SELF, FirstToken, Writing, write_text
+from coterie.profile.text import CalibrationText, TextSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,57 +104,12 @@ def calibrate(
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     stream = Stream(checkpoint, device=device, dtype=dtype)
     forecast(stream).check(limit)
-    token_set = take_text(
-        checkpoint, text, tokens=tokens, seq_len=seq_len, seed=seed, domains=domains, device=device, limit=limit
-    )
+    settings = TextSettings(source=text, tokens=tokens, seq_len=seq_len, seed=seed, domains=domains)
+    token_set = CalibrationText(checkpoint, settings, device=device, limit=limit).draw()
     with stream:
         sources = measure_information(stream, token_set, batch_size=batch_size)
     weights, dropped = choose_mix(sources)
     return Calibration(sources=sources, weights=weights, dropped=dropped, text_digest=token_set.digest)
-
-
-def take_text(
-    checkpoint: Checkpoint,
-    text: str | Path,
-    *,
-    tokens: int,
-    seq_len: int,
-    seed: int,
-    domains: tuple[str, ...] | None = None,
-    weights: Mapping[str, float] | None = None,
-    device: str = "cpu",
-    limit: int | None = None,
-    up_to: bool = False,
-) -> TokenSet:
-    """Cut text into tokens with a checkpoint's own tokenizer: the text of a folder, or what the model itself writes.
-
-    Args:
-        checkpoint: the model.
-        text: a text folder, or "self"; a folder of that name is "./self".
-        tokens: tokens in all.
-        seq_len: tokens in a sequence.
-        seed: seed of the draw, and of what the model writes.
-        domains: only these domains.
-        weights: see `coterie.profile.calibration.tokenize`.
-        device: where the model writes.
-        limit: bytes of memory that writing may take; as many as are free when None.
-        up_to: whether `tokens` is the most that is wanted of a folder, so that less is nothing to warn of.
-
-    Raises:
-        InputError: domains or weights for text that the model writes; see `tokenize` and `write_text` for more.
-    """
-    if str(text) != SELF:
-        tokenizer = load_tokenizer(checkpoint.path)
-        return tokenize(
-            tokenizer, text, seq_len=seq_len, tokens=tokens, seed=seed, domains=domains, weights=weights, up_to=up_to
-        )
-    if domains is not None or weights is not None:
-        raise InputError(
-            "text that the model writes has no domains: leave them out, or let it write a file into a text folder "
-            "first (coterie calibrate MODEL --generate DIR) and mix that with the others"
-        )
-    writing = Writing(tokens=tokens, max_length=seq_len, seed=seed, device=device)
-    return own_tokens(checkpoint, writing, limit=limit)
 
 
 def generate(

@@ -23,21 +23,19 @@ from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.open import open_checkpoint
+from coterie.model.stream.loss import logits_bytes
 from coterie.model.stream.memory import Forecast, fitting_batch, forecast, peak_bytes
 from coterie.model.stream.stream import Stream
 from coterie.outputs import check_output, is_empty_folder
-from coterie.profile.calibrate import take_text
 from coterie.profile.calibration import TokenSet
 from coterie.profile.collect import Collector
 from coterie.profile.observation import observed, prove_layers, proving, with_residual
 from coterie.profile.profile import FILE, Profile, Sample, write_layer
 from coterie.profile.statistics import fields_of, needs_gradients, wanted_statistics
+from coterie.profile.text import CalibrationText, TextSettings
 from coterie.progress import track
 
 log = logging.getLogger(__name__)
-
-#: Copies of a batch's logits that computing the gradient of their loss holds at once, in float32.
-LOGITS_COPIES = 5
 
 #: Tokens, of the whole text, that statistics of all experts on all tokens are estimated from.
 THIN_TOKENS = 4_096
@@ -193,8 +191,24 @@ class ProfileSettings:
     device: str = "cpu"
     max_memory: int | str | None = None
 
-    def measure(self, checkpoint: Checkpoint, architecture: Architecture) -> Measure:
+    def calibration(self, checkpoint: Checkpoint, *, scratch: Path | None = None) -> CalibrationText:
+        """Return the text, see `CalibrationText`."""
+        settings = TextSettings(
+            source=self.text, tokens=self.tokens, seq_len=self.seq_len, seed=self.seed, domains=self.domains,
+            weights=self.weights,
+        )  # fmt: skip
+        limit = None if self.max_memory is None else parse_bytes(self.max_memory)
+        return CalibrationText(checkpoint, settings, device=self.device, limit=limit, scratch=scratch)
+
+    def measure(
+        self, checkpoint: Checkpoint, architecture: Architecture, text: CalibrationText | None = None
+    ) -> Measure:
         """Cut the text into tokens with the checkpoint's own tokenizer.
+
+        Args:
+            checkpoint: the model.
+            architecture: what it computes.
+            text: the text, where it is there already.
 
         Raises:
             InputError: nothing to measure, or a mapped checkpoint.
@@ -210,16 +224,11 @@ class ProfileSettings:
         manifest = Manifest.read(checkpoint.path)
         if manifest is not None and manifest.form is ResultForm.MAPPED:
             raise InputError(f"{checkpoint.path} is a mapped result; profile the model that it was made from")
-        token_set = take_text(
-            checkpoint, self.text, seq_len=self.seq_len, tokens=self.tokens, seed=self.seed, domains=self.domains,
-            weights=self.weights, device=self.device,
-            limit=None if self.max_memory is None else parse_bytes(self.max_memory),
-        )  # fmt: skip
-        widest = architecture.layers[0].hidden_size
-        if needs_gradients(self.statistics):  # the logits of a batch are held as a whole
+        token_set = (self.calibration(checkpoint) if text is None else text).draw(self.tokens)
+        if needs_gradients(self.statistics):
             check_predicts(architecture)
-            widest = max(widest, int(architecture.model.config.get_text_config().vocab_size) // 16)
-        size = fitting_batch(self.batch_size, seq_len=self.seq_len, hidden_size=widest)
+        hidden_size = architecture.layers[0].hidden_size
+        size = fitting_batch(self.batch_size, seq_len=self.seq_len, hidden_size=hidden_size)
         return Measure(
             token_set=token_set, seed=self.seed, sample_tokens=self.sample_tokens, batch_size=size,
             statistics=wanted_statistics(self.statistics), thin=self.thin or usual_thin(token_set),
@@ -318,8 +327,8 @@ class Measure:
         if not self.gradients:
             return found
         vocabulary = int(stream.model.config.get_text_config().vocab_size)
-        logits_bytes = LOGITS_COPIES * 4 * self.batch_size * self.token_set.seq_len * vocabulary
-        return replace(found, logits_bytes=logits_bytes)
+        held = logits_bytes(batch_size=self.batch_size, seq_len=self.token_set.seq_len, vocab_size=vocabulary)
+        return replace(found, logits_bytes=held)
 
     def collector(self) -> Collector:
         """Return a collector for one layer."""

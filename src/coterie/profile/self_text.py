@@ -10,14 +10,11 @@ Legend: B documents of a batch, S tokens of a document, P those that are given, 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -32,7 +29,7 @@ from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.stream.memory import FIXED_BYTES, free_bytes
 from coterie.model.stream.spill import trim_memory
 from coterie.model.stream.stream import working_dtype
-from coterie.profile.calibration import TokenSet, draw, start_ids, token_ids
+from coterie.profile.token_file import encoded, start_ids
 from coterie.progress import track
 
 log = logging.getLogger(__name__)
@@ -96,21 +93,12 @@ def write_text(checkpoint: Checkpoint, writing: Writing, *, limit: int | None = 
     """
     writing.check()
     check_fits(checkpoint, writing, limit=limit)
-    stamps = json.dumps(checkpoint.file_stamps())
-    return list(_written(checkpoint.path, stamps, writing))
-
-
-def own_tokens(checkpoint: Checkpoint, writing: Writing, *, limit: int | None = None) -> TokenSet:
-    """Let a model write text and cut it into sequences of `Writing.max_length`, as text from a folder is.
-
-    See `write_text`. The same text in a file ``self.jsonl`` gives an equal token set.
-    """
-    documents = write_text(checkpoint, writing, limit=limit)
-    source = (SELF, "the text that the model wrote", documents)
-    return draw(
-        load_tokenizer(checkpoint.path), [source], seq_len=writing.max_length, tokens=writing.tokens,
-        seed=writing.seed, weights={SELF: 1},
-    )  # fmt: skip
+    model: Any = load_model(checkpoint.path, dtype=writing.dtype, device=writing.device)
+    try:
+        return write_documents(model, load_tokenizer(checkpoint.path), writing)
+    finally:
+        del model
+        trim_memory()
 
 
 def check_fits(checkpoint: Checkpoint, writing: Writing, *, limit: int | None) -> None:
@@ -160,17 +148,6 @@ def _batch_size(model: Any, writing: Writing) -> int:
     return max(1, min(_BATCH_SIZE, _CACHE_BYTES // _cache_bytes(model, writing), needed))
 
 
-@functools.lru_cache(maxsize=1)
-def _written(path: Path, stamps: str, writing: Writing) -> tuple[str, ...]:
-    """Write; the last text is kept, since a compression that stores its profile asks for it twice."""
-    model: Any = load_model(path, dtype=writing.dtype, device=writing.device)
-    try:
-        return tuple(write_documents(model, load_tokenizer(path), writing))
-    finally:
-        del model
-        trim_memory()
-
-
 def write_documents(model: Any, tokenizer: Any, writing: Writing) -> list[str]:
     """Sample documents from a model in memory until they have as many tokens as were asked for.
 
@@ -197,7 +174,7 @@ def write_documents(model: Any, tokenizer: Any, writing: Writing) -> list[str]:
         if not new:
             raise TextError(f"the model wrote {size} documents without any text in them; give a folder of text instead")
         documents += new
-        count += len(token_ids(tokenizer, new))
+        count += sum(map(len, encoded(tokenizer, ((text, True) for text in new))))
         if count >= writing.tokens:
             break
     return documents

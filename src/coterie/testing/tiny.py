@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from coterie.errors import OutputExists
 from coterie.model.quiet import quiet
-from coterie.profile.calibration import DOCUMENT_SEPARATOR
+from coterie.profile.documents import DOCUMENT_SEPARATOR
 from coterie.testing.families import END_OF_TEXT_ID, model_class, tiny_config
 
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"

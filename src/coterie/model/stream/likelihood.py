@@ -29,12 +29,15 @@ def logits_of(model: Any, ids_BS: Tensor) -> Tensor:
     return logits_BSV
 
 
-def position_slices(num_positions: int, batch_size: int, vocab_size: int) -> Iterator[slice]:
-    """Yield slices that cover so many positions of a batch, the logits of each within `BATCH_ELEMENTS`.
+def position_slices(
+    num_positions: int, batch_size: int, vocab_size: int, *, elements: int | None = None
+) -> Iterator[slice]:
+    """Yield slices that cover so many positions of a batch, the logits of each within `elements` (`BATCH_ELEMENTS`).
 
     With one more position, which a caller may need for the last prediction, they still are.
     """
-    step = max(1, BATCH_ELEMENTS // (batch_size * vocab_size) - 1)
+    limit = BATCH_ELEMENTS if elements is None else elements
+    step = max(1, limit // (batch_size * vocab_size) - 1)
     for start in range(0, num_positions, step):
         yield slice(start, min(start + step, num_positions))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import mmap
+import os
 import tempfile
 import weakref
 from pathlib import Path
@@ -15,19 +17,28 @@ from torch import Tensor
 #: Bytes of units' outputs that are held in memory in one stage; what comes after them goes to files.
 SPILL_BYTES = 16 * 2**20
 
-#: Bytes of outputs after which the C library is asked to give back memory.
-TRIM_BYTES = 64 * 2**20
+#: Bytes of outputs after which the C library is asked to give back memory: what computing them left behind is several
+#: times as much.
+TRIM_BYTES = 8 * 2**20
 
-#: Tensors below this size are never worth a file.
+#: Tensors below this size are never worth a place in a file.
 SMALL_BYTES = 64 * 2**10
+
+#: Bytes of a file. Many tensors share one, since every mapped file takes one of the few that a process may have open.
+FILE_BYTES = 64 * 2**20
 
 
 class Spill:
-    """Keeps tensors in files that have no name, mapped into memory only while they are used."""
+    """Keeps tensors in files that have no name, mapped into memory only while they are used.
+
+    A file goes when the last of its tensors goes.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+        self._last: mmap.mmap | None = None
+        self._used = 0
         self._held = 0
         self._since_trim = 0
 
@@ -42,14 +53,24 @@ class Spill:
         if size < SMALL_BYTES or self._held + size <= SPILL_BYTES:
             self._held += size if size >= SMALL_BYTES else 0
             return tensor.to("cpu")
-        with tempfile.TemporaryFile(dir=self._folder) as file:
-            file.truncate(size)
-            mapped = mmap.mmap(file.fileno(), size)
-        kept = torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
+        mapped, start = self._place(size)
+        kept = torch.frombuffer(mapped, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
         kept.copy_(tensor)
-        self._maps.add(mapped)
-        _forget_pages(mapped)
+        _forget_pages(mapped, start, size)
         return kept
+
+    def _place(self, size: int) -> tuple[mmap.mmap, int]:
+        """Return a file with room for `size` bytes, and where they begin in it."""
+        if self._last is None or self._used + size > len(self._last):
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                length = max(FILE_BYTES, size)
+                file.truncate(length)
+                _claim(file.fileno(), length)
+                self._last, self._used = mmap.mmap(file.fileno(), length), 0
+            self._maps.add(self._last)
+        start = self._used
+        self._used = -(-(start + size) // mmap.PAGESIZE) * mmap.PAGESIZE
+        return self._last, start
 
     def release(self) -> None:
         """Let the system take the pages of all files out of memory; what is in them stays."""
@@ -67,6 +88,16 @@ def trim_memory() -> None:
         library.malloc_trim(0)
 
 
+def _claim(descriptor: int, length: int) -> None:
+    """Claim the place on the disk; raises OSError when it is full, where writing to a mapped file ends the process."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, length)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+
+
 @functools.cache
 def _c_library() -> ctypes.CDLL | None:
     try:
@@ -75,6 +106,6 @@ def _c_library() -> ctypes.CDLL | None:
         return None
 
 
-def _forget_pages(mapped: mmap.mmap) -> None:
+def _forget_pages(mapped: mmap.mmap, start: int = 0, size: int | None = None) -> None:
     if hasattr(mmap, "MADV_DONTNEED"):  # where it is missing, the system decides by itself
-        mapped.madvise(mmap.MADV_DONTNEED)
+        mapped.madvise(mmap.MADV_DONTNEED, start, len(mapped) - start if size is None else size)

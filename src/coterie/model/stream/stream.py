@@ -42,6 +42,7 @@ from coterie.model.nested import mapped
 from coterie.model.stream.backward import Backward
 from coterie.model.stream.graph import call_unit
 from coterie.model.stream.jobs import Job
+from coterie.model.stream.loss import loss_and_gradient
 from coterie.model.stream.spill import Spill, trim_memory
 from coterie.model.stream.unit import Unit
 
@@ -135,6 +136,8 @@ class Stream(AbstractContextManager["Stream"]):
         self._load_lock = threading.Lock()
         self._sources = _sources(self.model, self.conversion)
         self.units = tuple(self._describe(name, order) for order, name in enumerate(self._modules))
+        # What a job waits for that wants the gradient of its loss: all heads at once, after all units.
+        self._loss = Unit(name="loss", order=len(self.units), names=(), disk_names=())
         self._check_whole()
         self._originals: dict[str, Callable[..., Any]] = {}
 
@@ -197,12 +200,13 @@ class Stream(AbstractContextManager["Stream"]):
         """Return a job that sends the gradient of the summed next-token loss (nats) back through all layers."""
 
         def job() -> float:
-            logits_BSV: Tensor = self.model(input_ids=ids_BS, use_cache=False).logits
-            loss = nn.functional.cross_entropy(
-                logits_BSV[:, :-1].flatten(0, 1).float(), ids_BS[:, 1:].flatten(), reduction="sum"
-            )
-            loss.backward()  # type: ignore[no-untyped-call]
-            return float(loss.detach())
+            output = self.model.base_model(input_ids=ids_BS, use_cache=False)
+            hidden_BSD, kind = output.last_hidden_state, type(output)
+            worker = threading.current_thread()
+            assert isinstance(worker, Job), "a loss is sent back in a run of this stream only"
+            loss, gradient_BSD = worker.wait(self._loss, (ids_BS, kind(last_hidden_state=hidden_BSD.detach())), {})
+            hidden_BSD.backward(gradient_BSD)
+            return float(loss)
 
         return job
 
@@ -240,7 +244,8 @@ class Stream(AbstractContextManager["Stream"]):
     def head(self) -> Iterator[Callable[[Tensor, Any], Tensor]]:
         """Within the block, a function gives logits (B, S, V) from token ids (B, S) and what the base model returned.
 
-        All units outside the base model (as a rule the head alone) are in memory meanwhile.
+        All units outside the base model (as a rule the head alone) are in memory meanwhile. Where what the base model
+        returned wants gradients, the logits have a graph.
         """
         base: Any = self.model.base_model
         outside = self._outside()
@@ -250,9 +255,9 @@ class Stream(AbstractContextManager["Stream"]):
         def logits(ids_BS: Tensor, output: Any) -> Tensor:
             base.forward = lambda *args, **kwargs: output
             try:
-                with torch.no_grad():
-                    found: Tensor = self.model(input_ids=ids_BS, use_cache=False).logits
-                return found
+                with torch.set_grad_enabled(output.last_hidden_state.requires_grad):
+                    logits_BSV: Tensor = self.model(input_ids=ids_BS, use_cache=False).logits
+                return logits_BSV
             finally:
                 del base.forward
 
@@ -298,7 +303,8 @@ class Stream(AbstractContextManager["Stream"]):
         worker = threading.current_thread()
         if isinstance(worker, Job):
             return call_unit(worker, unit, args, kwargs) if worker.gradients else worker.wait(unit, args, kwargs)
-        return self._compute(unit, args, kwargs)
+        args, kwargs = mapped((args, kwargs), lambda tensor: tensor.to(self.device))
+        return self._originals[unit.name](*args, **kwargs)
 
     def _compute(
         self,
@@ -401,6 +407,9 @@ class StreamRun:
             while waiting := [worker for worker in workers if worker.unit is not None]:
                 unit, backward = _next_unit(waiting)
                 here = [worker for worker in waiting if worker.unit is unit and worker.goes_back == backward]
+                if unit is stream._loss:
+                    self._losses(here)
+                    continue
                 if next_up is not None and next_up[0] is unit:
                     loaded = next_up[1].result()
                 else:
@@ -438,12 +447,25 @@ class StreamRun:
                 worker.go(mapped(output, lambda tensor: tensor.to("cpu")))
                 del output
 
+    def _losses(self, here: list[Job]) -> None:
+        """Answer jobs one after another with their loss and its gradient at what the base model returned."""
+        stream = self._stream
+        vocab_size = int(stream.model.config.get_text_config().vocab_size)
+        with stream.head() as head:
+            for worker in here:
+                (ids_BS, output), _ = worker.request
+                loss, gradient_BSD = loss_and_gradient(head, ids_BS, output, vocab_size=vocab_size)
+                worker.go((loss, stream._spill.keep(gradient_BSD)))
+                del gradient_BSD, output
+                stream._spill.release()
+
     def _stage(self, loaded: Loaded, here: list[Job], backward: bool, outputs: dict[int, Any]) -> Iterator[Stage]:
         stream = self._stream
         stream._spill.begin(hold=not self._gradients)
 
         def finish(job: int, output: Any) -> None:
             outputs[job] = mapped(output, stream._spill.keep)
+            stream._spill.release()
 
         calls = tuple(
             Call(worker.number, functools.partial(stream._compute, loaded.unit, *worker.request), finish)
@@ -453,7 +475,6 @@ class StreamRun:
         for call in calls:
             if call.job not in outputs:
                 call.finish(call.compute())
-            stream._spill.release()
 
     def _following(self, unit: Unit, backward: bool) -> Unit | None:
         """Guess the unit that comes next: its neighbour in the same list of layers."""
