@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,12 +167,12 @@ def test_an_unknown_score_names_the_nearest() -> None:
         score_experts("gatemass", {}, {})
 
 
-def keep_experts(block: torch.nn.Module, kept: list[int]) -> None:
+def keep_experts(block: torch.nn.Module, kept: Sequence[int]) -> None:
     """Leave only these experts and router rows in a block of the stock OLMoE class."""
     for module in (block.gate, block.experts):
         module.num_experts = len(kept)
         for name, tensor in list(module.named_parameters()):
-            setattr(module, name, torch.nn.Parameter(tensor[kept].clone()))
+            setattr(module, name, torch.nn.Parameter(tensor[list(kept)].clone()))
 
 
 def second_layer(model: torch.nn.Module, ids_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,7 +218,7 @@ def slow_easy_ep(model: torch.nn.Module, sequences: Mapping[str, torch.Tensor]) 
 
 
 def slow_subset_error(
-    model: torch.nn.Module, original: torch.nn.Module, sequences: Mapping[str, torch.Tensor], kept: list[int]
+    model: torch.nn.Module, original: torch.nn.Module, sequences: Mapping[str, torch.Tensor], kept: Sequence[int]
 ) -> float:
     """How far some experts of the second layer are, on what they are given, from what all gave before; relative."""
     whole = original.model.layers[1].mlp
