@@ -183,8 +183,9 @@ def test_training_that_cannot_be_is_refused(folder, text_folder, tmp_path, recip
     assert not (tmp_path / "out").exists()
 
 
-def test_a_ragged_result_is_trained_within_its_widths(folder, text_folder, tmp_path):
+def test_a_ragged_result_is_trained_within_its_widths(text_folder, tmp_path):
     """What is written of an expert has its width, and was trained: it is not what training began with."""
+    folder = tiny_checkpoint(tmp_path / "model", "olmoe")
     trained = compress(folder, tmp_path / "out", text=text_folder, **FEW | {"recipe": "coterie-ragged"})
     assert trained.manifest.distilled["taken"]
     assert trained.manifest.loads_with == "coterie"
