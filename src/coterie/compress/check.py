@@ -42,7 +42,7 @@ def _check_ragged(source: Source, plan: Plan, ragged: list[int]) -> None:
         )
     if plan.mapped:
         raise Infeasible("experts with widths of their own cannot stand behind a map; use --router plain")
-    places_of(source.conversion, source.architecture, [part.experts for part in source.tensors])
+    places_of(source.conversion, source.architecture, [names.experts for names in source.tensors])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

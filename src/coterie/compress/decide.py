@@ -81,8 +81,8 @@ def make_plan(source: Source, request: Request, profile: Profile | None) -> Plan
     """Make a plan for a model that is open; see `plan`. With a profile it names experts where statistics are enough."""
     if profile is not None:
         check_profile(profile, source, request.recipe.needs)
-    made = outline(source, request, profile)
-    return made if profile is None else with_choices(made, source.architecture.layers, profile)
+    outlined = outline(source, request, profile)
+    return outlined if profile is None else with_choices(outlined, source.architecture.layers, profile)
 
 
 def outline(source: Source, request: Request, profile: Profile | None = None) -> Plan:
@@ -97,19 +97,19 @@ def outline(source: Source, request: Request, profile: Profile | None = None) ->
         load_pass(name)
     recipe = request.recipe
     if recipe.allocator == "ragged":
-        places_of(source.conversion, source.architecture, [part.experts for part in source.tensors])
+        places_of(source.conversion, source.architecture, [names.experts for names in source.tensors])
     if needs_gradients(recipe.needs):
         check_predicts(source.architecture)
     inputs = {"model": source.checkpoint.digest}
     if profile is not None:
         inputs["text"] = profile.text_digest
-    made = Plan(
+    unweighed = Plan(
         recipe=recipe.name,
         router=request.router,
         passes=request.passes,
         result_steps=recipe.result_steps,
         layers=allocate(source, request, profile),
-        untouched=source.untouched_parts(),
+        untouched=source.untouched_prefixes(),
         original_bytes=source.checkpoint.num_bytes,
         predicted_bytes=0,
         original_parameters=sum(info.num_elements for info in source.checkpoint.tensors.values()),
@@ -117,7 +117,7 @@ def outline(source: Source, request: Request, profile: Profile | None = None) ->
         seed=request.seed,
         inputs=inputs,
     )
-    return weighed(source, made)
+    return weighed(source, unweighed)
 
 
 def allocate(source: Source, request: Request, profile: Profile | None) -> tuple[LayerPlan, ...]:
@@ -201,7 +201,7 @@ def weighed(source: Source, plan: Plan) -> Plan:
         predicted_bytes=sizing.num_bytes(plan.layers),
         predicted_parameters=sizing.num_parameters(plan.layers),
         original_bytes=source.checkpoint.num_bytes,
-        untouched=source.untouched_parts(),
+        untouched=source.untouched_prefixes(),
     )
 
 
@@ -227,13 +227,13 @@ def check_sequential(name: str, needs: Iterable[str]) -> None:
         name: of the recipe.
         needs: statistics that it reads.
     """
-    wanted = set(needs)
-    if needs_gradients(wanted):
+    statistics = set(needs)
+    if needs_gradients(statistics):
         raise InputError(
             f"recipe {name} needs gradients of the loss, which come from behind: they are measured before any layer is "
             "compressed; leave the inputs original"
         )
-    if "output_peak" in wanted:
+    if "output_peak" in statistics:
         raise InputError(
             f"recipe {name} keeps super experts, which are known when every layer of the model was measured: leave the "
             "inputs original, or the recipe without +protect"

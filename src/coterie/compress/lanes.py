@@ -53,8 +53,8 @@ class Lanes:
 
     def logits(self, results: Sequence[Any]) -> Tensor:
         """Return the logits (B, S, V) of the check from what the jobs returned."""
-        found: Tensor = results[self.places().index((Lane.CHECK, 0))]
-        return found
+        logits_BSV: Tensor = results[self.places().index((Lane.CHECK, 0))]
+        return logits_BSV
 
     def calls(self, stage: Stage) -> Mapping[tuple[Lane, int], Call]:
         """Return the calls of a stage by lane and number."""

@@ -109,14 +109,14 @@ def compress_layer(
 
 
 def _check_size(state: LayerState, plan: LayerPlan) -> None:
-    made = (state.experts.num_experts, state.experts.width)
+    size = (state.experts.num_experts, state.experts.width)
     planned = (plan.num_experts, plan.width or state.layer.width)
-    if made != planned:
+    if size != planned:
         raise ArchitectureMismatch(
-            f"{state.layer.block}: the passes made {made[0]} experts of width {made[1]}, the plan says {planned[0]} of "
+            f"{state.layer.block}: the passes made {size[0]} experts of width {size[1]}, the plan says {planned[0]} of "
             f"width {planned[1]}: one of the passes does not do what it is told"
         )
-    wrong = [made for made in state.expert_map_E.tolist() if not -1 <= made < state.experts.num_experts]
+    wrong = [stand_in for stand_in in state.expert_map_E.tolist() if not -1 <= stand_in < state.experts.num_experts]
     if wrong:
         raise ArchitectureMismatch(
             f"{state.layer.block}: expert_map {state.expert_map_E.tolist()} names expert {wrong[0]} of "
@@ -129,9 +129,9 @@ def _executed(state: LayerState, plan: LayerPlan) -> LayerPlan:
     if plan.experts is not None:
         return plan
     sources: list[list[int]] = [[] for _ in range(state.experts.num_experts)]
-    for expert, made in enumerate(state.expert_map_E.tolist()):
-        if made >= 0:
-            sources[made].append(expert)
+    for expert, stand_in in enumerate(state.expert_map_E.tolist()):
+        if stand_in >= 0:
+            sources[stand_in].append(expert)
     if not all(sources):  # parts of experts: the map names the first part of each only
         return plan
     return replace(plan, experts=tuple(ExpertPlan(sources=tuple(each)) for each in sources))

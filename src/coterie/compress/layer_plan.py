@@ -34,10 +34,10 @@ class ExpertPlan:
 
     def content(self) -> dict[str, Any]:
         """Return it as JSON content, without what is not said."""
-        said = {field.name: getattr(self, field.name) for field in fields(self)}
+        entries = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in said.items()
+            for name, value in entries.items()
             if value is not None
         }
 
@@ -89,12 +89,12 @@ class LayerPlan:
 
     def content(self) -> dict[str, Any]:
         """Return it as JSON content, without what is not said."""
-        said: dict[str, Any] = {"num_experts": self.num_experts, "width": self.width, "top_k": self.top_k}
+        entries: dict[str, Any] = {"num_experts": self.num_experts, "width": self.width, "top_k": self.top_k}
         if self.experts is not None:
-            said["experts"] = [expert.content() for expert in self.experts]
+            entries["experts"] = [expert.content() for expert in self.experts]
         if self.protected:
-            said["protected"] = list(self.protected)
-        return {name: value for name, value in said.items() if value is not None}
+            entries["protected"] = list(self.protected)
+        return {name: value for name, value in entries.items() if value is not None}
 
     @classmethod
     def from_content(cls, content: Any, where: str) -> LayerPlan:
@@ -127,9 +127,9 @@ def ragged_plan(widths: Sequence[int], protected: tuple[int, ...] = ()) -> Layer
 def _object(content: Any, where: str, kind: type[ExpertPlan] | type[LayerPlan]) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise CorruptArtifact(f"{where} must be an object, found {content!r:.80}")
-    known = {field.name for field in fields(kind)}
-    if unknown := sorted(content.keys() - known):
-        raise CorruptArtifact(f"{where} has {unknown[0]!r}, which is none of {', '.join(sorted(known))}")
+    field_names = {field.name for field in fields(kind)}
+    if unknown := sorted(content.keys() - field_names):
+        raise CorruptArtifact(f"{where} has {unknown[0]!r}, which is none of {', '.join(sorted(field_names))}")
     return content
 
 
@@ -144,5 +144,5 @@ def _number(value: Any, where: str, *, optional: bool = False) -> int | None:
 def _numbers(value: Any, where: str) -> tuple[int, ...]:
     if not isinstance(value, list):
         raise CorruptArtifact(f"{where} must be a list of whole numbers, found {value!r:.80}")
-    found = tuple(_number(each, f"{where}[{number}]") for number, each in enumerate(value))
-    return tuple(each for each in found if each is not None)
+    numbers = tuple(_number(each, f"{where}[{number}]") for number, each in enumerate(value))
+    return tuple(each for each in numbers if each is not None)

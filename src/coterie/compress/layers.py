@@ -32,7 +32,7 @@ from coterie.profile.run import Measure
 from coterie.progress import track
 
 #: By index of the layer: its statistics, domains first, and its token sample.
-_Seen = Mapping[int, tuple[Mapping[str, Tensor], Sample]]
+_Measurements = Mapping[int, tuple[Mapping[str, Tensor], Sample]]
 
 
 @dataclass(kw_only=True)
@@ -73,42 +73,42 @@ class LayerWriter:
             ArchitectureMismatch: text passes a unit twice, or does not pass all MoE layers.
         """
         layers, shard_of = self.source.architecture.layers, {shard.unit: shard for shard in self.shards if shard.unit}
-        changed = {name for part in self.source.tensors for name in (*part.experts, *part.router)}
+        changed = {name for names in self.source.tensors for name in (*names.experts, *names.router)}
         passes = self.stream.run(self.lanes.jobs(self.stream), keep=lambda name: name not in changed)
-        seen: set[str] = set()
+        passed: set[str] = set()
         for stage in track(passes, "compressing", total=len(self.stream.units)):
             shard = shard_of.get(stage.unit.name)
-            here = [layer for layer in layers if stage.unit.holds(layer.experts)]
-            if here and stage.unit.name in seen:
+            unit_layers = [layer for layer in layers if stage.unit.holds(layer.experts)]
+            if unit_layers and stage.unit.name in passed:
                 raise ArchitectureMismatch(f"{stage.unit.name} runs more than once for one text: not supported")
-            if here:
+            if unit_layers:
                 assert shard is not None, f"{stage.unit.name} has no weight file"
-                self._compress(stage, here, shard)
+                self._compress(stage, unit_layers, shard)
             elif shard is not None and shard.file not in self.run.finished:
                 write_shard(self.run.folder, shard, {name: stage.kept[name] for name in shard.names})
                 self.run.finish(shard.file, files=[shard.file])
-            seen.add(stage.unit.name)
+            passed.add(stage.unit.name)
         missed = [layer.block for layer in layers if layer.index not in self.summaries]
         if missed:
             raise ArchitectureMismatch(f"text ran through the model without passing its MoE layers {missed}")
         return self.lanes.logits(passes.results)
 
-    def _compress(self, stage: Stage, here: Sequence[MoELayer], shard: Shard) -> None:
+    def _compress(self, stage: Stage, layers: Sequence[MoELayer], shard: Shard) -> None:
         """Compress the MoE layers of a unit (as a rule one), write its file, and let what comes next go on."""
         calls = self.lanes.calls(stage)
         finished = shard.file in self.run.finished
-        seen = self._seen(stage, here, measuring=not finished)
+        measurements = self._measurements(stage, layers, measuring=not finished)
         if finished:
             contents = self.run.finished[shard.file].content["layers"]
-            summaries = {layer.index: LayerSummary(**contents[str(layer.index)]) for layer in here}
-            memory = self.result.read(self.run.folder, shard, here)
+            summaries = {layer.index: LayerSummary(**contents[str(layer.index)]) for layer in layers}
+            memory = self.result.read(self.run.folder, shard, layers)
         else:
-            memory, summaries = self._write(stage, here, shard, dict(seen))
-        del seen
+            memory, summaries = self._write(stage, layers, shard, dict(measurements))
+        del measurements
         self.summaries |= summaries
-        maps = {layer.index: summaries[layer.index].expert_map for layer in here}
+        maps = {layer.index: summaries[layer.index].expert_map for layer in layers}
         if not finished and self.plan.shape.width is not None:
-            self._check_rest(stage, here, memory, maps)
+            self._check_rest(stage, layers, memory, maps)
         with self.result.filled(stage.unit, memory, maps) as module:
             for (lane, _), call in calls.items():
                 if lane is not Lane.ORIGINAL:
@@ -117,23 +117,23 @@ class LayerWriter:
     def _write(
         self,
         stage: Stage,
-        here: Sequence[MoELayer],
+        layers: Sequence[MoELayer],
         shard: Shard,
-        seen: dict[int, tuple[Mapping[str, Tensor], Sample]],
+        measurements: dict[int, tuple[Mapping[str, Tensor], Sample]],
     ) -> tuple[dict[str, Tensor], dict[int, LayerSummary]]:
         """Return the new tensors by name in memory, as a loader will see them, and what was done."""
         disk = {name: tensor for name, tensor in stage.kept.items() if name in shard.names}
         memory: dict[str, Tensor] = {}
         summaries: dict[int, LayerSummary] = {}
-        for layer in here:
-            by_domain, sample = seen.pop(layer.index)
-            made, summaries[layer.index] = compress_layer(
+        for layer in layers:
+            by_domain, sample = measurements.pop(layer.index)
+            tensors, summaries[layer.index] = compress_layer(
                 self.stream.model, layer, self._plan_of(layer, by_domain), self.plan.passes, by_domain, sample,
                 self._reroute, self.plan.seed,
             )  # fmt: skip
-            disk |= self.result.on_disk(made, stage.conversions)
-            memory |= self.result.rounded(made)
-            del by_domain, sample, made
+            disk |= self.result.on_disk(tensors, stage.conversions)
+            memory |= self.result.rounded(tensors)
+            del by_domain, sample, tensors
         write_shard(self.run.folder, shard, disk)
         content = {str(index): summary.content() for index, summary in summaries.items()}
         self.run.finish(shard.file, files=[shard.file], content={"layers": content})
@@ -148,52 +148,52 @@ class LayerWriter:
         return choose(layer, plan, self.plan.passes, Measured(statistics=statistics, by_domain=by_domain))
 
     def _check_rest(
-        self, stage: Stage, here: Sequence[MoELayer], memory: Mapping[str, Tensor], maps: Mapping[int, Sequence[int]]
+        self, stage: Stage, layers: Sequence[MoELayer], memory: Mapping[str, Tensor], maps: Mapping[int, Sequence[int]]
     ) -> None:
         """Check that a unit of narrower experts does all that is not theirs as before."""
-        routers = {name for layer in here for name, _ in layer.router_tensors}
+        routers = {name for layer in layers for name, _ in layer.router_tensors}
         cut = self.plan.shape.top_k is not None
         experts = {name: tensor for name, tensor in memory.items() if cut or name not in routers}
         with self.result.filled(stage.unit, experts, maps) as module:
             self.result.check_rest(self.lanes.calls(stage)[Lane.CHECK, 0], module)
 
-    def _seen(self, stage: Stage, here: Sequence[MoELayer], *, measuring: bool) -> _Seen:
+    def _measurements(self, stage: Stage, layers: Sequence[MoELayer], *, measuring: bool) -> _Measurements:
         """Return statistics and sample of each layer: from the profile or, with compressed inputs, measured now.
 
         Args:
             stage: the unit in memory, with its original weights.
-            here: its MoE layers.
+            layers: its MoE layers.
             measuring: False where the unit's file is there already.
         """
         if self.profile is None:
-            return self._measured(stage, here, measuring=measuring)
+            return self._measured(stage, layers, measuring=measuring)
         if not measuring:
             return {}
         return {
-            layer.index: (self.profile.statistics[layer.index], self.profile.samples[layer.index]) for layer in here
+            layer.index: (self.profile.statistics[layer.index], self.profile.samples[layer.index]) for layer in layers
         }
 
-    def _measured(self, stage: Stage, here: Sequence[MoELayer], *, measuring: bool) -> _Seen:
+    def _measured(self, stage: Stage, layers: Sequence[MoELayer], *, measuring: bool) -> _Measurements:
         """Measure layers on what compressed ones put out; the output that they should have is the original model's."""
         assert self.measure is not None
         model, calls = self.stream.model, self.lanes.calls(stage)
-        collectors = {layer.index: self.measure.collector() for layer in here}
+        collectors = {layer.index: self.measure.collector() for layer in layers}
         if measuring:
-            with proving(model, tuple(here)):
+            with proving(model, tuple(layers)):
                 calls[Lane.COMPRESSED, 0].compute()
         for number, (domain, _) in enumerate(self.lanes.batches):
             compressed, original = calls[Lane.COMPRESSED, number], calls[Lane.ORIGINAL, number]
             # A finished layer is observed too: it must hand on the very same numbers as in the first run.
-            with observed(model, tuple(here), fields=()) as targets:
+            with observed(model, tuple(layers), fields=()) as targets:
                 original.finish(original.compute())
             if not measuring:
                 continue
             watched = self.measure.fields
-            with observed(model, tuple(here), thin=self.measure.thin, fields=watched) as observations:
+            with observed(model, tuple(layers), thin=self.measure.thin, fields=watched) as observations:
                 output: Any = compressed.compute()
             for observation, target in zip(observations, targets, strict=True):
-                seen = with_residual(observation, output)
-                collectors[observation.layer.index].add(domain, seen, target_TD=target.output_TD)
+                with_output = with_residual(observation, output)
+                collectors[observation.layer.index].add(domain, with_output, target_TD=target.output_TD)
         if not measuring:
             return {}
         for each in collectors.values():

@@ -47,9 +47,11 @@ class Patterns:
     @classmethod
     def load(cls, path: str | Path, *, inputs: Mapping[str, str] | None = None) -> Patterns:
         """Read them; raises CorruptArtifact or, when made from other inputs, StaleArtifact."""
-        found = open_artifact(Path(path), kind="patterns", inputs=inputs)
-        kept = {domain: tuple(tuple(layer) for layer in layers) for domain, layers in found.body["kept"].items()}
-        return cls(score=found.body["score"], num_experts=found.body["num_experts"], kept=kept, inputs=found.inputs)
+        artifact = open_artifact(Path(path), kind="patterns", inputs=inputs)
+        kept = {domain: tuple(tuple(layer) for layer in layers) for domain, layers in artifact.body["kept"].items()}
+        return cls(
+            score=artifact.body["score"], num_experts=artifact.body["num_experts"], kept=kept, inputs=artifact.inputs
+        )
 
 
 def patterns(profile: Profile, num_experts: int, *, score: str = "tcess") -> Patterns:

@@ -72,9 +72,9 @@ class Options:
         """
         if self.plan is not None:
             target = self.target
-            said: dict[str, object] = {"--keep": target.keep, "--experts": target.experts, "--width": target.width}
-            said |= {"--budget": target.budget, "--recipe": self.recipe, "--router": self.router}
-            if given := [name for name, value in said.items() if value is not None]:
+            settings: dict[str, object] = {"--keep": target.keep, "--experts": target.experts, "--width": target.width}
+            settings |= {"--budget": target.budget, "--recipe": self.recipe, "--router": self.router}
+            if given := [name for name, value in settings.items() if value is not None]:
                 raise InputError(f"the plan says how small and how; leave {', '.join(given)} out, or --plan")
             return None
         recipe = get_recipe("coterie" if self.recipe is None else self.recipe)
@@ -119,8 +119,8 @@ class Job:
     @property
     def profile_folder(self) -> Path | None:
         """Where a profile that is made here is to be kept; None for nowhere."""
-        wanted = self.options.profile
-        return Path(wanted).expanduser() if isinstance(wanted, str | Path) else None
+        profile = self.options.profile
+        return Path(profile).expanduser() if isinstance(profile, str | Path) else None
 
     def text(self, tokens: int, *, up_to: bool = False) -> TokenSet:
         """Draw calibration text; see `coterie.profile.text.CalibrationText.draw`."""

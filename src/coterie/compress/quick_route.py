@@ -99,17 +99,17 @@ def _common_scale(
     """Return the one factor between expected and quick weights where all choices are equal, or None."""
     scale: float | None = None
     for rows_M, (index_TK, weight_TK) in zip(subsets, expected, strict=True):
-        found_TK, quick_TK = quick(rows_M)
-        if found_TK.shape != index_TK.shape:
+        quick_index_TK, quick_weight_TK = quick(rows_M)
+        if quick_index_TK.shape != index_TK.shape:
             return None
         index_TK, order_TK = index_TK.sort(dim=1)
-        found_TK, quick_order_TK = found_TK.sort(dim=1)
-        weight_TK, quick_TK = weight_TK.gather(1, order_TK), quick_TK.gather(1, quick_order_TK)
-        if not torch.equal(found_TK, index_TK):
+        quick_index_TK, quick_order_TK = quick_index_TK.sort(dim=1)
+        weight_TK, quick_weight_TK = weight_TK.gather(1, order_TK), quick_weight_TK.gather(1, quick_order_TK)
+        if not torch.equal(quick_index_TK, index_TK):
             return None
         if scale is None:
-            scale = float(weight_TK.double().sum() / quick_TK.double().sum().clamp(min=1e-300))
+            scale = float(weight_TK.double().sum() / quick_weight_TK.double().sum().clamp(min=1e-300))
         largest = float(weight_TK.abs().max())
-        if float((weight_TK - quick_TK * scale).abs().max()) > TOLERANCE * largest:
+        if float((weight_TK - quick_weight_TK * scale).abs().max()) > TOLERANCE * largest:
             return None
     return scale

@@ -96,10 +96,10 @@ class Recipe:
             )
         if router == "refit":
             return (*self.passes, *ROUTERS[router][1:])
-        wanted = "map their router rows to" if router == "map" else "average their router rows with"
+        action = "map their router rows to" if router == "map" else "average their router rows with"
         does = {"fewer": "drops experts", "parts": "cuts experts into parts"}.get(self.allocator, "keeps all experts")
         raise Infeasible(
-            f"recipe {self.name} {does}, so there is nothing to {wanted}; use --router plain or --router refit"
+            f"recipe {self.name} {does}, so there is nothing to {action}; use --router plain or --router refit"
         )
 
 
@@ -318,31 +318,31 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     name, plus, extra = recipe.partition("+")
-    found = _imported(name) if ":" in name else RECIPES.get(name)
-    if found is None:
+    base = _imported(name) if ":" in name else RECIPES.get(name)
+    if base is None:
         raise UnknownName("recipe", name, RECIPES)
     if not plus:
-        return found
+        return base
     if extra not in EXTRAS:
         raise UnknownName("addition to a recipe", extra, EXTRAS)
-    if not any(entry in PRUNING_PASSES for entry, _ in found.passes):
+    if not any(entry in PRUNING_PASSES for entry, _ in base.passes):
         raise InputError(f"recipe {name} drops no experts, so there is none to protect; leave out +{extra}")
-    measures = None if found.measures is None else tuple(sorted({*found.measures, *EXTRAS[extra]}))
-    return replace(found, name=recipe, measures=measures, passes=((extra, {}), *found.passes))
+    measures = None if base.measures is None else tuple(sorted({*base.measures, *EXTRAS[extra]}))
+    return replace(base, name=recipe, measures=measures, passes=((extra, {}), *base.passes))
 
 
 def _imported(name: str) -> Recipe:
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(import_module(module), attribute)
+        imported = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
             f"recipe {name} cannot be imported ({type(error).__name__}: {error}); write module:attribute of a "
             "coterie.compress.recipes.Recipe, with the module on PYTHONPATH"
         ) from error
-    if not isinstance(found, Recipe):
-        raise InputError(f"{name} is a {type(found).__name__}, not a coterie.compress.recipes.Recipe")
-    return replace(found, name=name)
+    if not isinstance(imported, Recipe):
+        raise InputError(f"{name} is a {type(imported).__name__}, not a coterie.compress.recipes.Recipe")
+    return replace(imported, name=name)
 
 
 def training_tokens(name: str, effort: str, train_tokens: int | None, *, trains: bool) -> int:

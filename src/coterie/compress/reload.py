@@ -28,8 +28,8 @@ def check_reload(folder: Path, ids_BS: Tensor, expected_BSV: Tensor, *, device: 
         run = stream.run([stream.logits_job(ids_BS)])
         for _ in run:
             pass
-    found_BSV: Tensor = run.results[0]
-    error = float((expected_BSV - found_BSV).abs().max() / expected_BSV.abs().max().clamp(min=1e-30))
+    logits_BSV: Tensor = run.results[0]
+    error = float((expected_BSV - logits_BSV).abs().max() / expected_BSV.abs().max().clamp(min=1e-30))
     if not error <= RELOAD_TOLERANCE:
         raise ReloadMismatch(
             f"the checkpoint that was written computes other logits than the model in flight: they differ by "

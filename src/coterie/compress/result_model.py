@@ -44,8 +44,8 @@ class ResultModel:
         self._mapped = plan.mapped
         self._places: dict[str, Place] = {}
         if plan.ragged:
-            names = [part.experts for part in source.tensors]
-            self._places = places_of(stream.conversion, source.architecture, names)
+            expert_names = [names.experts for names in source.tensors]
+            self._places = places_of(stream.conversion, source.architecture, expert_names)
         self._widths = {index: layer.widths for index, layer in enumerate(plan.layers) if layer.widths is not None}
         self.model = self._meta_model()
         self._scratch: PreTrainedModel | None = None
@@ -74,8 +74,8 @@ class ResultModel:
     def read(self, folder: Path, shard: Shard, layers: Sequence[MoELayer]) -> dict[str, Tensor]:
         """Read the experts and routers of layers, by name in memory, back from a weight file of the result."""
         _, tensors, _ = self._open(folder, shard)
-        wanted = tuple(name for layer in layers for name in (f"{layer.experts}.", *dict(layer.router_tensors)))
-        return {name: tensor for name, tensor in tensors.items() if name.startswith(wanted)}
+        prefixes = tuple(name for layer in layers for name in (f"{layer.experts}.", *dict(layer.router_tensors)))
+        return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
 
     def changed(self, folder: Path, shard: Shard, memory: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Return the tensors of a weight file by name on disk, with some replaced; None when it holds none of those."""
@@ -88,12 +88,12 @@ class ResultModel:
 
     def _open(self, folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Any]]:
         """Return the tensors of a weight file by name on disk (filled up) and in memory, and the conversions."""
-        part = Checkpoint(path=folder, config={}, tensors=read_header(folder / shard.file), digest="")
-        part = filled_up(part, self.ragged)
+        shard_alone = Checkpoint(path=folder, config={}, tensors=read_header(folder / shard.file), digest="")
+        shard_alone = filled_up(shard_alone, self.ragged)
         self._scratch = self._scratch or self._meta_model()
-        with part.reader() as reader:
-            raw = {name: reader.read(name) for name in part.tensors}
-        return raw, *WeightConversion(part, self._scratch).convert(dict(raw), lambda name: torch.float32)
+        with shard_alone.reader() as reader:
+            raw = {name: reader.read(name) for name in shard_alone.tensors}
+        return raw, *WeightConversion(shard_alone, self._scratch).convert(dict(raw), lambda name: torch.float32)
 
     @contextmanager
     def filled(
@@ -106,7 +106,7 @@ class ResultModel:
             memory: new tensors by name in memory.
             maps: by index of the layer, the expert that stands for each router row; used by a mapped result only.
         """
-        stream, empty = self._stream, self.model.state_dict()
+        stream, meta_state = self._stream, self.model.state_dict()
         own = {name: tensor.detach() for name, tensor in stream.model.state_dict().items() if name in unit.names}
         for name in unit.names:
             put(self.model, name, memory[name].to(stream.device, own[name].dtype) if name in memory else own[name])
@@ -121,7 +121,7 @@ class ResultModel:
             yield module
         finally:
             for name in unit.names:
-                put(self.model, name, empty[name])
+                put(self.model, name, meta_state[name])
             stream.move_buffers(module, torch.device("cpu"))
 
     def check_rest(self, call: Call, module: nn.Module) -> None:
@@ -140,10 +140,10 @@ class ResultModel:
         """
         before = _without_experts(self._stream.model, call.compute, routing=self.shape.top_k is None)
         after = _without_experts(self.model, lambda: call.compute(module), routing=self.shape.top_k is None)
-        for one, other in zip(before, after, strict=True):
-            same = torch.equal(one, other)
-            if not same and one.shape == other.shape and one.is_floating_point():
-                same = float((one - other).abs().max()) <= 1e-5 * float(one.abs().max())
+        for tensor, new_tensor in zip(before, after, strict=True):
+            same = torch.equal(tensor, new_tensor)
+            if not same and tensor.shape == new_tensor.shape and tensor.is_floating_point():
+                same = float((tensor - new_tensor).abs().max()) <= 1e-5 * float(tensor.abs().max())
             if not same:
                 raise ArchitectureMismatch(
                     "with config.json changed to narrower experts, this family computes something else beside them; "
@@ -164,12 +164,12 @@ class ResultModel:
 
 def _without_experts(model: PreTrainedModel, compute: Callable[[], Any], *, routing: bool) -> list[Tensor]:
     """Return what experts of a model received while something was computed, and its output had they returned zeros."""
-    seen: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def skip(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        seen.extend((hidden_TD, index_TK, weight_TK) if routing else (hidden_TD,))
+        tensors.extend((hidden_TD, index_TK, weight_TK) if routing else (hidden_TD,))
         return torch.zeros_like(hidden_TD)
 
     with intercepted(model, skip):
-        mapped(compute(), seen.append)
-    return seen
+        mapped(compute(), tensors.append)
+    return tensors

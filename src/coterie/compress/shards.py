@@ -59,7 +59,7 @@ def lay_out(checkpoint: Checkpoint, units: Sequence[Unit], conversion: WeightCon
             shards.append(Shard(file="", names=tuple(names), unit=unit_name))
         else:
             shared += names
-    shards += [Shard(file="", names=tuple(names), unit=None) for names in _parts(sorted(shared), sizes)]
+    shards += [Shard(file="", names=tuple(names), unit=None) for names in _groups(sorted(shared), sizes)]
     if len(shards) == 1:
         return (replace(shards[0], file=SINGLE_NAME),)
     return tuple(
@@ -68,15 +68,15 @@ def lay_out(checkpoint: Checkpoint, units: Sequence[Unit], conversion: WeightCon
     )
 
 
-def _parts(names: list[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    part: list[str] = []
+def _groups(names: list[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    group: list[str] = []
     for name in names:
-        if part and sum(sizes[other] for other in part) + sizes[name] > SHARED_FILE_BYTES:
-            yield part
-            part = []
-        part.append(name)
-    if part:
-        yield part
+        if group and sum(sizes[other] for other in group) + sizes[name] > SHARED_FILE_BYTES:
+            yield group
+            group = []
+        group.append(name)
+    if group:
+        yield group
 
 
 def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> None:

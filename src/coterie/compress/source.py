@@ -69,8 +69,8 @@ class Source:
 
     def check_dtypes(self) -> None:
         """Raise UnsupportedDtype where experts or routers are stored in a format that cannot be compressed."""
-        for part in self.tensors:
-            for name in (*part.experts, *part.router):
+        for names in self.tensors:
+            for name in (*names.experts, *names.router):
                 dtype = self.checkpoint.tensors[name].dtype
                 if dtype not in TORCH_DTYPES:
                     raise UnsupportedDtype(
@@ -78,12 +78,12 @@ class Source:
                         "can be compressed: convert the checkpoint first (transformers dequantizes on load)"
                     )
 
-    def untouched_parts(self) -> tuple[str, ...]:
+    def untouched_prefixes(self) -> tuple[str, ...]:
         """Return the names on disk, up to the layer number, of tensors that the model class has no place for."""
         places = self.architecture.model.state_dict().keys()
-        parts = set()
+        prefixes = set()
         for disk_name, memory_name in self.conversion.memory_names.items():
             if memory_name not in places:
                 match = re.match(r".*?\.\d+(?=\.)", disk_name)
-                parts.add(match.group() if match else disk_name)
-        return tuple(sorted(parts))
+                prefixes.add(match.group() if match else disk_name)
+        return tuple(sorted(prefixes))

@@ -62,8 +62,8 @@ class Work:
 
     def write_small_files(self) -> None:
         """Write all that makes weight files a checkpoint."""
-        written = write_index(self.run.folder, self.shards)
-        assert written == self.plan.predicted_bytes, f"planned {self.plan.predicted_bytes} bytes, wrote {written}"
+        num_bytes = write_index(self.run.folder, self.shards)
+        assert num_bytes == self.plan.predicted_bytes, f"planned {self.plan.predicted_bytes} bytes, wrote {num_bytes}"
         write_json(self.run.folder / "config.json", self._config())
         carry_files(self.job.source.checkpoint, self.run.folder)
         self.write_manifest()

@@ -165,9 +165,9 @@ def distill(
     Raises:
         UnknownName: no such optimiser.
     """
-    fit_N, held_N = split(len(ids_BS), min(held_out, len(ids_BS)))
-    seen = min(tokens // ids_BS.shape[1], EPOCHS * len(fit_N))
-    steps, batch = max(1, round(seen / SEQUENCES)), min(SEQUENCES, len(fit_N))
+    fit_N, heldout_N = split(len(ids_BS), min(held_out, len(ids_BS)))
+    sequences = min(tokens // ids_BS.shape[1], EPOCHS * len(fit_N))
+    steps, batch = max(1, round(sequences / SEQUENCES)), min(SEQUENCES, len(fit_N))
     order = shuffled(len(fit_N), batch, seed)
     workers = 1 if model.device.type != "cpu" else torch.get_num_threads()
     model.requires_grad_(False)
@@ -176,7 +176,7 @@ def distill(
     with experts_apart(model):
 
         def heldout_divergence() -> float:
-            return mean_loss(loss, held_N, micro=MICRO, workers=workers)
+            return mean_loss(loss, heldout_N, micro=MICRO, workers=workers)
 
         saved = [name for name in run.finished if name.startswith(_STEP)]
         before = float(run.finished[saved[0]].content["before"]) if saved else heldout_divergence()
@@ -211,8 +211,8 @@ def distill(
         "heldout_divergence_after": after,
         "taken": after < before,
     }
-    taken = {name: tensor.detach() for name, tensor in weights.items()} if after < before else None
-    return Outcome(weights=taken, notes=notes)
+    trained = {name: tensor.detach() for name, tensor in weights.items()} if after < before else None
+    return Outcome(weights=trained, notes=notes)
 
 
 def _state_file(step: str) -> str:

@@ -3,9 +3,9 @@
     loop = Loop(weights, loss, optimiser=Adam(weights), schedule=schedule, micro=2, workers=4)
     loop.run(says="training", save=keep)
 
-A step is computed in parts of `micro` rows, by threads that share them out; parts are added up in their order, so that
-the result does not depend on the threads. All that the next step depends on is the state: a loop that is restored from
-it goes on with the same bits.
+A step is computed in micro-batches of `micro` rows, by threads that share them out; what they give is added up in
+their order, so that the result does not depend on the threads. All that the next step depends on is the state: a loop
+that is restored from it goes on with the same bits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from coterie.train.schedule import Schedule
 #: The mean loss of some rows, by their numbers; a scalar that depends on the weights.
 Loss = Callable[[Tensor], Tensor]
 
-Part = TypeVar("Part")
+Argument = TypeVar("Argument")
 Value = TypeVar("Value")
 
 
@@ -132,11 +132,11 @@ class Loop:
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next step depends on, as one flat dict; its tensors are the loop's own, not copies."""
-        parts = {"step": torch.tensor(self.step), "least": torch.tensor(self.least, dtype=torch.float64)}
-        parts |= {f"weight.{name}": tensor.detach() for name, tensor in self.weights.items()}
-        parts |= {f"optimiser.{name}": tensor for name, tensor in self._optimiser.state().items()}
-        parts |= {f"best.{name}": tensor for name, tensor in (self.best or {}).items()}
-        return parts
+        state = {"step": torch.tensor(self.step), "least": torch.tensor(self.least, dtype=torch.float64)}
+        state |= {f"weight.{name}": tensor.detach() for name, tensor in self.weights.items()}
+        state |= {f"optimiser.{name}": tensor for name, tensor in self._optimiser.state().items()}
+        state |= {f"best.{name}": tensor for name, tensor in (self.best or {}).items()}
+        return state
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -157,22 +157,22 @@ class Loop:
         """Return the mean loss of some rows, and its gradients in the order of the weights."""
         weights = list(self.weights.values())
 
-        def compute(part_N: Tensor) -> tuple[float, tuple[Tensor, ...]]:
+        def compute(micro_batch_N: Tensor) -> tuple[float, tuple[Tensor, ...]]:
             with torch.enable_grad():  # holds for one thread only
-                loss = self._loss(part_N)
+                loss = self._loss(micro_batch_N)
                 # A weight may have no influence: an expert that nobody chose, a bias that only steers the choice.
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
                 return float(loss.detach()), gradients
 
-        parts = _parts(rows_N, self._micro)
+        micro_batches = _micro_batches(rows_N, self._micro)
         total, sums = 0.0, list[Tensor]()
-        with _shared_out(compute, parts, self._workers) as results:
-            for part_N, (loss, gradients) in zip(parts, results, strict=True):
-                total += loss * len(part_N)
-                share = len(part_N) / len(rows_N)
+        with _shared_out(compute, micro_batches, self._workers) as results:
+            for micro_batch_N, (loss, gradients) in zip(micro_batches, results, strict=True):
+                total += loss * len(micro_batch_N)
+                share = len(micro_batch_N) / len(rows_N)
                 if sums:
-                    for whole, gradient in zip(sums, gradients, strict=True):
-                        whole += share * gradient
+                    for accumulated, gradient in zip(sums, gradients, strict=True):
+                        accumulated += share * gradient
                 else:
                     sums = [gradient if share == 1 else share * gradient for gradient in gradients]
                 del gradients  # else they would be in memory while the next ones are computed
@@ -196,28 +196,30 @@ def mean_loss(loss: Loss, rows_N: Tensor, *, micro: int | None = None, workers: 
         workers: threads that share them out; the result does not depend on it.
     """
 
-    def compute(part_N: Tensor) -> float:
+    def compute(micro_batch_N: Tensor) -> float:
         with torch.no_grad():  # holds for one thread only
-            return float(loss(part_N)) * len(part_N)
+            return float(loss(micro_batch_N)) * len(micro_batch_N)
 
-    with _shared_out(compute, _parts(rows_N, micro), workers) as losses:
+    with _shared_out(compute, _micro_batches(rows_N, micro), workers) as losses:
         return float(sum(losses) / len(rows_N))
 
 
-def _parts(rows_N: Tensor, micro: int | None) -> tuple[Tensor, ...]:
+def _micro_batches(rows_N: Tensor, micro: int | None) -> tuple[Tensor, ...]:
     return torch.split(rows_N, len(rows_N) if micro is None else micro)
 
 
 @contextmanager
-def _shared_out(function: Callable[[Part], Value], parts: Sequence[Part], workers: int) -> Iterator[Iterator[Value]]:
-    """Yield what a function makes of each part, in the order of the parts."""
+def _shared_out(
+    function: Callable[[Argument], Value], arguments: Sequence[Argument], workers: int
+) -> Iterator[Iterator[Value]]:
+    """Yield what a function makes of each argument, in the order of the arguments."""
     if workers == 1:
-        yield map(function, parts)
+        yield map(function, arguments)
         return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(workers) as pool:
-            yield pool.map(function, parts)
+            yield pool.map(function, arguments)
     finally:
         torch.set_num_threads(before)

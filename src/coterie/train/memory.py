@@ -49,11 +49,11 @@ def training_bytes(
     weights = sum(parameter.numel() for parameter in model.parameters())
     sizes = [sum(parameter.numel() for parameter in trainable(model, [layer]).values()) for layer in layers]
     config: Any = model.config.get_text_config()
-    parts = math.ceil(SEQUENCES / MICRO)
-    at_once = min(workers, parts)
+    micro_batches = math.ceil(SEQUENCES / MICRO)
+    at_once = min(workers, micro_batches)
     tokens = at_once * MICRO * seq_len
-    # One thread adds the gradients of a part to those of all before; of several, those that end early wait for others.
-    sets = min(parts, 2) if at_once == 1 else parts
+    # One thread adds the gradients of a micro-batch to those of all before; of several, those that end early wait.
+    sets = min(micro_batches, 2) if at_once == 1 else micro_batches
     computing = sets * sum(sizes) + at_once * _LAYER * max(sizes, default=0)
     adding = (sets + 1) * sum(sizes) if at_once > 1 else 0
     return (

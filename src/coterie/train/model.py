@@ -18,10 +18,12 @@ from coterie.model.arch.seam import intercepted, routed_output
 
 def trainable(model: PreTrainedModel, layers: Sequence[MoELayer]) -> dict[str, nn.Parameter]:
     """Return the parameters of the experts and routers of a model, by name in memory."""
-    wanted = tuple(f"{layer.experts}." for layer in layers)
+    expert_prefixes = tuple(f"{layer.experts}." for layer in layers)
     routers = {name for layer in layers for name, _ in layer.router_tensors}
     return {
-        name: parameter for name, parameter in model.named_parameters() if name.startswith(wanted) or name in routers
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith(expert_prefixes) or name in routers
     }
 
 
@@ -37,8 +39,8 @@ def experts_apart(model: PreTrainedModel, experts: Mapping[str, Experts] | None 
 
     def compute(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         stand_in = stand_ins.get(id(module))
-        here = canonical_experts(module, attached=True) if stand_in is None else stand_in
-        return routed_output(here.apart(), hidden_TD, index_TK, weight_TK)
+        module_experts = canonical_experts(module, attached=True) if stand_in is None else stand_in
+        return routed_output(module_experts.apart(), hidden_TD, index_TK, weight_TK)
 
     with intercepted(model, compute):
         yield

@@ -33,7 +33,7 @@ class Optimiser(Protocol):
         """Take one step against gradients, which come in the order of the tensors."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that the next step depends on beside the tensors, as one flat dict; parts may be its own."""
+        """Return all that the next step depends on beside the tensors, as one flat dict; tensors may be its own."""
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state, which is only read."""
@@ -97,11 +97,11 @@ class Adam:
 
     def state(self) -> dict[str, Tensor]:
         """Return the number of steps, the size of each tensor when it began, and both moments."""
-        parts = {"steps": torch.tensor(self._steps)}
+        state = {"steps": torch.tensor(self._steps)}
         for (name, tensor), group in zip(self._weights.items(), self._adam.param_groups, strict=True):
-            parts[f"size.{name}"] = torch.tensor(group["size"], dtype=torch.float64)
-            parts |= {f"{moment}.{name}": self._adam.state[tensor][moment] for moment in _MOMENTS if self._steps}
-        return parts
+            state[f"size.{name}"] = torch.tensor(group["size"], dtype=torch.float64)
+            state |= {f"{moment}.{name}": self._adam.state[tensor][moment] for moment in _MOMENTS if self._steps}
+        return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state."""

@@ -112,12 +112,12 @@ class PredictionFile:
             if not 0 <= row < count:
                 raise IndexError(f"{self.path} holds the predictions of {count} sequences; there is no number {row}")
             file.seek(self._begins[name] + row * target.nbytes)
-            view, done = memoryview(target).cast("B"), 0
-            while done < len(view):
-                read: int = file.readinto(view[done:])  # type: ignore[attr-defined]
-                if not read:
+            view, num_read = memoryview(target).cast("B"), 0
+            while num_read < len(view):
+                just_read: int = file.readinto(view[num_read:])  # type: ignore[attr-defined]
+                if not just_read:
                     raise CorruptArtifact(f"{self.path} ends within the predictions of sequence {row}")
-                done += read
+                num_read += just_read
         return torch.from_numpy(values)
 
 

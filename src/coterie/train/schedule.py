@@ -64,12 +64,12 @@ def shuffled(count: int, batch: int, seed: int) -> Rows:
     """
 
     def rows(step: int) -> Tensor:
-        wanted = range(step * batch, (step + 1) * batch)
+        positions = range(step * batch, (step + 1) * batch)
         orders = {
             epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
-            for epoch in {number // count for number in wanted}
+            for epoch in {number // count for number in positions}
         }
-        return torch.stack([orders[number // count][number % count] for number in wanted])
+        return torch.stack([orders[number // count][number % count] for number in positions])
 
     return rows
 

@@ -21,5 +21,5 @@ def split(count: int, every: int) -> tuple[Tensor, Tensor]:
     """
     if every < 1:
         raise ValueError(f"every {every}-th row cannot be held out; give 1 or more")
-    is_held_N = torch.arange(count) % every == every - 1
-    return (~is_held_N).nonzero().flatten(), is_held_N.nonzero().flatten()
+    is_heldout_N = torch.arange(count) % every == every - 1
+    return (~is_heldout_N).nonzero().flatten(), is_heldout_N.nonzero().flatten()

@@ -36,9 +36,9 @@ def _layers(problem: Problem, parts: int) -> tuple[LayerPlan, ...]:
     else:
         assert target.keep is not None
         limit = problem.sizing.num_bytes(problem.same_count(max(1, round(target.keep * total))))
-    whole = problem.whole()
-    if problem.sizing.num_bytes(whole) <= limit:
-        return whole
+    uncut = problem.whole()
+    if problem.sizing.num_bytes(uncut) <= limit:
+        return uncut
     cut = most_parts(problem, parts)
     if cut == 1:
         return _uncut(problem, limit)

@@ -21,32 +21,34 @@ def allocate(problem: Problem) -> Allocation:
     Raises:
         Infeasible: a width out of range, or a budget that is less than the model without any expert.
     """
-    limit, empty = _limits(problem)
+    limit, without_experts = _limits(problem)
     costs = [problem.sizing.neuron_bytes(layer.index) for layer in problem.architecture.layers]
     if problem.profile is None:
-        layers = _even(problem, limit - empty, costs)
+        layers = _even(problem, limit - without_experts, costs)
     else:
-        layers = _ranked(problem, problem.profile, limit - empty, costs)
+        layers = _ranked(problem, problem.profile, limit - without_experts, costs)
     return Allocation(layers=layers, num_bytes=problem.sizing.num_bytes(layers))
 
 
 def _limits(problem: Problem) -> tuple[int, int]:
     """Return the bytes that the result may take, and those of the model without any expert."""
     target, full = problem.target, problem.full_width()
-    empty = problem.sizing.num_bytes([ragged_plan([0] * layer.num_experts) for layer in problem.architecture.layers])
+    without_experts = problem.sizing.num_bytes(
+        [ragged_plan([0] * layer.num_experts) for layer in problem.architecture.layers]
+    )
     if target.budget is not None:
         limit = parse_bytes(target.budget)
-        if limit < empty:
+        if limit < without_experts:
             raise Infeasible(
                 f"a budget of {format_bytes(limit)} cannot be met by slimming experts: without any expert the model "
-                f"takes {format_bytes(empty)}"
+                f"takes {format_bytes(without_experts)}"
             )
-        return limit, empty
+        return limit, without_experts
     width = target.width if target.keep is None else max(1, round(target.keep * full))
     assert width is not None
     if not 1 <= width <= full:
         raise Infeasible(f"--width {width} is out of range: experts are {full} wide; choose 1 to {full}")
-    return problem.sizing.num_bytes(problem.same_width(width)), empty
+    return problem.sizing.num_bytes(problem.same_width(width)), without_experts
 
 
 def _even(problem: Problem, room: int, costs: list[int]) -> tuple[LayerPlan, ...]:
@@ -64,10 +66,10 @@ def _ranked(problem: Problem, profile: Profile, room: int, costs: list[int]) -> 
         scores.append(RANKINGS[score](statistics).flatten())
     order = torch.cat(scores).argsort(descending=True, stable=True)
     cost_of = torch.cat([torch.full((len(each),), cost) for each, cost in zip(scores, costs, strict=True)])
-    kept = torch.zeros(len(order), dtype=torch.bool)
-    kept[order[cost_of[order].cumsum(0) <= room]] = True
-    parts = torch.split(kept, [len(each) for each in scores])
+    is_kept = torch.zeros(len(order), dtype=torch.bool)
+    is_kept[order[cost_of[order].cumsum(0) <= room]] = True
+    kept_by_layer = torch.split(is_kept, [len(each) for each in scores])
     return tuple(
-        ragged_plan(part.view(layer.num_experts, full).sum(1).tolist())
-        for layer, part in zip(layers, parts, strict=True)
+        ragged_plan(kept_of_layer.view(layer.num_experts, full).sum(1).tolist())
+        for layer, kept_of_layer in zip(layers, kept_by_layer, strict=True)
     )

@@ -50,9 +50,11 @@ class Rule:
 
 def needs(rule: str, features: str | None = None) -> tuple[str, ...]:
     """Return the statistics that a rule reads; raises UnknownName."""
-    found = _rule(rule)
+    chosen_rule = _rule(rule)
     return tuple(
-        sorted({*weight_needs(found.importance), "usage", *cluster_features.needs(features or found.features)})
+        sorted(
+            {*weight_needs(chosen_rule.importance), "usage", *cluster_features.needs(features or chosen_rule.features)}
+        )
     )
 
 
@@ -73,9 +75,9 @@ def cluster(state: LayerState, plan: LayerPlan, *, rule: str, features: str | No
         ArchitectureMismatch: router scores are compared and the model records none.
     """
     needs(rule, features)
-    found = _rule(rule)
-    distance_EE = cluster_features.distances(state, features or found.features)
-    importance_E = expert_weights(state.statistics, found.importance)
+    chosen_rule = _rule(rule)
+    distance_EE = cluster_features.distances(state, features or chosen_rule.features)
+    importance_E = expert_weights(state.statistics, chosen_rule.importance)
     if plan.experts is not None:
         return replace(state, **_planned(plan, importance_E))
     label_E = torch.empty(len(distance_EE), dtype=torch.int64)
@@ -83,7 +85,7 @@ def cluster(state: LayerState, plan: LayerPlan, *, rule: str, features: str | No
     groups = torch.arange(len(distance_EE)).chunk(state.layer.num_groups)
     for group, rows_N in enumerate(groups):
         within = distance_EE[rows_N][:, rows_N], importance_E[rows_N], share, state.seed
-        label_E[rows_N] = group * share + found.partition(*within)
+        label_E[rows_N] = group * share + chosen_rule.partition(*within)
     centres_M, clusters_E = _number_by_centre(label_E, importance_E)
     notes = dict(state.notes)
     if rule == "ppp":
@@ -159,13 +161,13 @@ def _rule(name: str) -> Rule:
 
 def _validated(distance_EE: Tensor, label_E: Tensor, groups: tuple[Tensor, ...], seed: int) -> dict[str, object]:
     """Say how many clusters there are, and what share of the experts a mixture puts where k-means did."""
-    found, agreed = [], 0.0
+    counts, agreed = [], 0.0
     for rows_N in groups:
         distances = distance_EE[rows_N][:, rows_N].numpy()
         labels = label_E[rows_N].numpy() - int(label_E[rows_N].min())
-        found.append(found_count(distances, seed=seed))
+        counts.append(found_count(distances, seed=seed))
         agreed += agreement(labels, fit_mixture(distances, labels)) / len(groups)
-    return {"found_count": sum(found), "found_by_group": found, "agreement": agreed}
+    return {"found_count": sum(counts), "found_by_group": counts, "agreement": agreed}
 
 
 def _number_by_centre(label_E: Tensor, importance_E: Tensor) -> tuple[Tensor, Tensor]:

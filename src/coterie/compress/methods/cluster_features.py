@@ -88,8 +88,8 @@ def cosines(rows_EN: Tensor) -> Tensor:
 
 
 def _weights(state: LayerState) -> Tensor:
-    parts = [part for part in (state.experts.up_EFD, state.experts.gate_EFD) if part is not None]
-    return torch.stack([_square_distance(part.flatten(1)) for part in parts]).sum(0).sqrt()
+    projections = [tensor for tensor in (state.experts.up_EFD, state.experts.gate_EFD) if tensor is not None]
+    return torch.stack([_square_distance(tensor.flatten(1)) for tensor in projections]).sum(0).sqrt()
 
 
 def _router_scores(state: LayerState) -> Tensor:

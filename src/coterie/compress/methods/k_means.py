@@ -51,9 +51,9 @@ def k_means(distance_EE: Array, count: int, *, seed: int, restarts: int = 8) -> 
         if best is None or loss < best[0] * (1 - 1e-12):
             best = loss, labels
     assert best is not None
-    found = np.empty(len(order), dtype=np.int64)
-    found[order] = best[1]
-    return found
+    labels_E = np.empty(len(order), dtype=np.int64)
+    labels_E[order] = best[1]
+    return labels_E
 
 
 def inertia(square_EE: Array, labels_E: Labels) -> float:

@@ -129,7 +129,7 @@ class _Closed:
                 "cannot be left out; use reap or naee"
             )
         rows_N = torch.arange(len(best_N))
-        index_VNK, weight_VNK = (torch.stack(parts) for parts in zip(*tried, strict=True))
+        index_VNK, weight_VNK = (torch.stack(tensors) for tensors in zip(*tried, strict=True))
         return index_VNK[best_N, rows_N], weight_VNK[best_N, rows_N]
 
     def _far_routers(self, expert: int) -> Iterator[dict[str, Tensor]]:

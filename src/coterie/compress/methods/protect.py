@@ -37,9 +37,9 @@ def super_experts(peaks_LE: Tensor) -> Tensor:
         peaks_LE: largest absolute output element of each expert of each MoE layer.
     """
     limit = max(float(peaks_LE.flatten().quantile(QUANTILE)), float(peaks_LE.max()) * SHARE_OF_LARGEST)
-    found_LE = peaks_LE > limit
-    found_LE[int(len(peaks_LE) * SHARE_OF_LAYERS) :] = False
-    return found_LE
+    is_super_LE = peaks_LE > limit
+    is_super_LE[int(len(peaks_LE) * SHARE_OF_LAYERS) :] = False
+    return is_super_LE
 
 
 def decide(layer: MoELayer, plan: LayerPlan, measured: Measured) -> LayerPlan:

@@ -55,18 +55,18 @@ def reconstruct(
     sample = state.sample
     index_TK, weight_TK = state.routing()
     data = (sample.inputs_TD.float(), index_TK, weight_TK.float(), sample.output_TD.float())
-    fit_N, held_N = split(len(index_TK), held_out)
-    held = [part[held_N] for part in data]
+    fit_N, heldout_N = split(len(index_TK), held_out)
+    heldout = [tensor[heldout_N] for tensor in data]
     scale = float(data[-1][fit_N].square().mean().clamp(min=1e-30))
     weights = {name: tensor.clone() for name, tensor in state.experts.tensors().items()}
     trained = replace(state.experts, **cast(dict[str, Any], weights))
 
     def loss(rows_N: Tensor) -> Tensor:
-        inputs_TD, index_TK, weight_TK, target_TD = (part[fit_N[rows_N]] for part in data)
+        inputs_TD, index_TK, weight_TK, target_TD = (tensor[fit_N[rows_N]] for tensor in data)
         output_TD = routed_output(trained.apart(), inputs_TD, index_TK, weight_TK)
         return (output_TD - target_TD).square().mean() / scale
 
-    before = _error(state.experts, held)
+    before = _error(state.experts, heldout)
     loop = Loop(
         weights,
         loss,
@@ -74,7 +74,7 @@ def reconstruct(
         schedule=Schedule(
             steps=steps, rows=Drawn(len(fit_N), tokens, state.seed), rate=lambda step: rate_at(step, steps, rate)
         ),
-        look=Look(every=steps, measure=lambda: _error(trained, held), least=before),
+        look=Look(every=steps, measure=lambda: _error(trained, heldout), least=before),
     )
     loop.run()
     notes = {"heldout_error_before": before, "heldout_error_after": loop.least, "taken": loop.best is not None}

@@ -72,7 +72,7 @@ def refit_down(state: LayerState, plan: LayerPlan, *, held_out: int = 4) -> Laye
         )
     share_ME = usage_shares(state.clusters_E, state.statistics["usage"])
     inputs_TD = state.sample.inputs_TD.float()
-    fit_N, held_N = split(len(inputs_TD), held_out)
+    fit_N, heldout_N = split(len(inputs_TD), held_out)
     down_MDF = state.experts.down_EDF.clone()
     ridges: list[float | None] = []
     errors: list[tuple[float, float] | None] = []
@@ -82,7 +82,7 @@ def refit_down(state: LayerState, plan: LayerPlan, *, held_out: int = 4) -> Laye
             errors.append(None)
             continue
         fit = accumulate(state, merged, share_E, inputs_TD[fit_N])
-        test = accumulate(state, merged, share_E, inputs_TD[held_N])
+        test = accumulate(state, merged, share_E, inputs_TD[heldout_N])
         average_DF = state.experts.down_EDF[merged].double()
         before = test.error(average_DF)
         ridge, solved_DF, after = _best_ridge(fit, test, average_DF)

@@ -90,16 +90,16 @@ def refit_joint(
     if experts.finish is not None:
         return _noted(state, {"skipped": "this family normalises the output of each expert"})
     index_TK, weight_TK = state.routing()
-    fit_N, held_N = split(len(index_TK), held_out)
+    fit_N, heldout_N = split(len(index_TK), held_out)
     target_TD = sample.output_TD.float() - _bias_output(state, index_TK, weight_TK)
-    parts = []
-    for chosen_N in (fit_N, held_N):
+    splits = []
+    for chosen_N in (fit_N, heldout_N):
         rows = _rows(state, index_TK[chosen_N], weight_TK[chosen_N], chosen_N)
-        parts.append((rows, target_TD[chosen_N] - rows.project(experts.down_EDF)))
-    (fit, residual_TD), (test, held_TD) = parts
-    before = float(held_TD.double().square().sum())
-    solved_MDF, after, steps = _solve(fit, residual_TD, test, held_TD, prior, iterations)
-    scale = max(1e-300, float(target_TD[held_N].double().square().sum()))
+        splits.append((rows, target_TD[chosen_N] - rows.project(experts.down_EDF)))
+    (fit, residual_TD), (test, heldout_TD) = splits
+    before = float(heldout_TD.double().square().sum())
+    solved_MDF, after, steps = _solve(fit, residual_TD, test, heldout_TD, prior, iterations)
+    scale = max(1e-300, float(target_TD[heldout_N].double().square().sum()))
     if before <= ROUNDING * scale:  # nothing was lost: an unchanged layer keeps its bits
         error = before / scale
         return _noted(state, {"heldout_error_before": error, "heldout_error_after": error, "iterations": 0})
@@ -144,7 +144,7 @@ def _normal(rows: Rows) -> Callable[[Tensor], Tensor]:
 
 
 def _solve(
-    fit: Rows, residual_TD: Tensor, test: Rows, held_TD: Tensor, prior: float, iterations: int
+    fit: Rows, residual_TD: Tensor, test: Rows, heldout_TD: Tensor, prior: float, iterations: int
 ) -> tuple[Tensor | None, float, int]:
     """Return the change of the down projections (None for none), the held-out squared error with it, and its step."""
     grams = [hidden_NF.T @ hidden_NF for hidden_NF in fit.activations]
@@ -161,13 +161,13 @@ def _solve(
         solved_MFD: Tensor = torch.cholesky_solve(gradient_MDF.mT, factors_MFF)
         return solved_MFD.mT
 
-    normal, normal_held = _normal(fit), _normal(test)
-    gradient_MDF, wanted_MDF = fit.adjoint(residual_TD), test.adjoint(held_TD).double()
+    normal, normal_heldout = _normal(fit), _normal(test)
+    gradient_MDF, heldout_gradient_MDF = fit.adjoint(residual_TD), test.adjoint(heldout_TD).double()
     change_MDF = torch.zeros_like(gradient_MDF)
     step_MDF = precondition(gradient_MDF)
     slope = _dot(gradient_MDF, step_MDF)
     best: Tensor | None = None
-    before = least = float(held_TD.double().square().sum())
+    before = least = float(heldout_TD.double().square().sum())
     at = 0
     for iteration in range(1, iterations + 1):
         bent_MDF = normal(step_MDF) + ridge_M11 * step_MDF
@@ -176,7 +176,7 @@ def _solve(
             break
         length = slope / curvature
         change_MDF = change_MDF + length * step_MDF
-        error = before - 2 * _dot(wanted_MDF, change_MDF) + _dot(change_MDF, normal_held(change_MDF))
+        error = before - 2 * _dot(heldout_gradient_MDF, change_MDF) + _dot(change_MDF, normal_heldout(change_MDF))
         if error < least:
             best, least, at = change_MDF, error, iteration
         elif iteration - at >= PATIENCE:

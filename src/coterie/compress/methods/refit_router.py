@@ -160,8 +160,8 @@ def _split(state: LayerState, held_out: int) -> tuple[Tensor, Tensor]:
     num_tokens = len(state.sample.inputs_TD)
     count = min(num_tokens, max(held_out, LIMIT // state.experts.num_experts**2))
     token_N = torch.arange(count) * num_tokens // count
-    fit_N, held_N = split(count, held_out)
-    return token_N[fit_N], token_N[held_N]
+    fit_N, heldout_N = split(count, held_out)
+    return token_N[fit_N], token_N[heldout_N]
 
 
 def _all_outputs(experts: Experts, inputs_TD: Tensor) -> Tensor:
@@ -181,14 +181,14 @@ def _trainable(state: LayerState, fit: Outputs, router: Mapping[str, Tensor]) ->
         if not loss.requires_grad:
             return {}
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    axes, found = dict(state.layer.router_tensors), {}
+    axes, scales = dict(state.layer.router_tensors), {}
     for name, gradient in zip(leaves, gradients, strict=True):
         if gradient is not None and bool(gradient.any()):
             scale = torch.zeros_like(router[name])
             size = float(router[name].square().mean().sqrt()) or 1.0
             scale.narrow(axes[name], 0, state.experts.num_experts).fill_(size)
-            found[name] = scale
-    return found
+            scales[name] = scale
+    return scales
 
 
 def _moved(start: Mapping[str, Tensor], change: Mapping[str, Tensor], scale: Mapping[str, Tensor]) -> dict[str, Tensor]:

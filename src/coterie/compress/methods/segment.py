@@ -75,10 +75,10 @@ def segment(state: LayerState, plan: LayerPlan, *, score: str, parts: int) -> La
         cut = experts.width // width
         kept_M = torch.tensor([each.sources[0] * cut + (each.part or 0) for each in plan.experts])
     owner_M = owner_P[kept_M]
-    made = take_neurons(experts.select(owner_M), neurons_PW[kept_M])
+    segments = take_neurons(experts.select(owner_M), neurons_PW[kept_M])
     count_M = torch.bincount(owner_M, minlength=experts.num_experts)[owner_M]
-    if made.down_bias_ED is not None:
-        made = replace(made, down_bias_ED=made.down_bias_ED / count_M[:, None])
+    if segments.down_bias_ED is not None:
+        segments = replace(segments, down_bias_ED=segments.down_bias_ED / count_M[:, None])
     first_M = torch.searchsorted(owner_M, owner_M)
     router, gap = _rows(state, owner_M, torch.arange(len(owner_M)) - first_M)
     factor_M = _factors(state, router, owner_M)
@@ -93,7 +93,7 @@ def segment(state: LayerState, plan: LayerPlan, *, score: str, parts: int) -> La
     }
     return replace(
         state,
-        experts=_scaled(made, factor_M),
+        experts=_scaled(segments, factor_M),
         router=router,
         expert_map_E=map_E,
         centres_M=owner_M,
@@ -115,10 +115,10 @@ def decide(layer: MoELayer, plan: LayerPlan, measured: Measured, *, score: str, 
     neurons_PW = scores_EF.argsort(dim=1, descending=True, stable=True).reshape(-1, width).sort(dim=1).values
     owner_P = torch.arange(len(neurons_PW)) // cut
     sums_P = scores_EF[owner_P].gather(1, neurons_PW).sum(1)
-    kept = top_experts(sums_P, plan.num_experts, layer.num_groups).tolist()
-    whole = cut == 1
-    made = tuple(ExpertPlan(sources=(place // cut,), part=None if whole else place % cut) for place in kept)
-    return replace(plan, experts=made)
+    places = top_experts(sums_P, plan.num_experts, layer.num_groups).tolist()
+    uncut = cut == 1
+    experts = tuple(ExpertPlan(sources=(place // cut,), part=None if uncut else place % cut) for place in places)
+    return replace(plan, experts=experts)
 
 
 def _rows(state: LayerState, owner_M: Tensor, rank_M: Tensor) -> tuple[dict[str, Tensor], float]:
@@ -143,8 +143,8 @@ def _shared_direction(inputs_TD: Tensor) -> Tensor:
     moments_DD = inputs_TD.T @ inputs_TD
     ridge = RIDGE * len(inputs_TD) * float(inputs_TD.square().mean())
     eye_DD = torch.eye(len(moments_DD), dtype=moments_DD.dtype)
-    found_D: Tensor = torch.linalg.solve(moments_DD + max(ridge, 1e-30) * eye_DD, inputs_TD.sum(0))
-    return found_D
+    direction_D: Tensor = torch.linalg.solve(moments_DD + max(ridge, 1e-30) * eye_DD, inputs_TD.sum(0))
+    return direction_D
 
 
 def _factors(state: LayerState, router: dict[str, Tensor], owner_M: Tensor) -> Tensor:
@@ -158,9 +158,9 @@ def _factors(state: LayerState, router: dict[str, Tensor], owner_M: Tensor) -> T
     before_TE.scatter_add_(1, sample.index_TK.clamp(max=state.layer.num_experts), sample.weight_TK.double())
     owners_M = torch.cat((owner_M, owner_M.new_tensor([state.layer.num_experts])))  # the last one is "no expert"
     index_TK = index_TK.clamp(max=count)
-    wanted_TK, weight_TK = before_TE.gather(1, owners_M[index_TK]), weight_TK.double()
+    owner_weight_TK, weight_TK = before_TE.gather(1, owners_M[index_TK]), weight_TK.double()
     both_M, own_M = torch.zeros(2, count + 1, dtype=torch.float64).unbind()
-    both_M.index_add_(0, index_TK.flatten(), (wanted_TK * weight_TK).flatten())
+    both_M.index_add_(0, index_TK.flatten(), (owner_weight_TK * weight_TK).flatten())
     own_M.index_add_(0, index_TK.flatten(), weight_TK.square().flatten())
     both_M, own_M = both_M[:count], own_M[:count]
     mean = float(both_M.sum() / own_M.sum()) if float(own_M.sum()) else 1.0

@@ -73,8 +73,8 @@ def decide(layer: MoELayer, plan: LayerPlan, measured: Measured, *, score: str, 
     values_E = score_experts(score, measured.statistics, measured.by_domain)
     if plan.protected:
         values_E = values_E.index_fill(0, torch.tensor(plan.protected), torch.inf)
-    kept = top_experts(values_E, plan.num_experts, layer.num_groups).tolist()
-    return replace(plan, experts=tuple(ExpertPlan(sources=(expert,)) for expert in kept))
+    kept_experts = top_experts(values_E, plan.num_experts, layer.num_groups).tolist()
+    return replace(plan, experts=tuple(ExpertPlan(sources=(expert,)) for expert in kept_experts))
 
 
 def planned_experts(plan: LayerPlan) -> Tensor:

@@ -57,8 +57,11 @@ def _activation(statistics: Statistics, down_EDF: Tensor) -> Tensor:
 #: Score by name, from the statistics and down projections of the original experts, and the statistics that it reads.
 SCORES: dict[str, tuple[Callable[[Statistics, Tensor], Tensor], tuple[str, ...]]] = {
     "activation": (_activation, ("hidden_square",)),
-    "heapr": (lambda held, down_EDF: heapr_scores(held), ("channel_gradient", "hidden_square", "usage")),
-    "energy": (lambda held, down_EDF: energy_scores(held), ("gated_hidden_square", "gradient_energy", "tokens")),
+    "heapr": (lambda statistics, down_EDF: heapr_scores(statistics), ("channel_gradient", "hidden_square", "usage")),
+    "energy": (
+        lambda statistics, down_EDF: energy_scores(statistics),
+        ("gated_hidden_square", "gradient_energy", "tokens"),
+    ),
 }
 
 
@@ -93,8 +96,8 @@ def slim(state: LayerState, plan: LayerPlan, *, score: str) -> LayerState:
     if plan.widths:
         slimmed = _without_rest(slimmed, place_F < widths_M[:, None])
     total = float(scores_MF.sum())
-    kept = float(scores_MF[chosen_MF].sum()) / total if total else 1.0
-    return replace(state, experts=slimmed, notes={**state.notes, "slim": {"score": score, "share_of_score": kept}})
+    share = float(scores_MF[chosen_MF].sum()) / total if total else 1.0
+    return replace(state, experts=slimmed, notes={**state.notes, "slim": {"score": score, "share_of_score": share}})
 
 
 def ranked_neurons(experts: Experts, scores_MF: Tensor) -> Tensor:
@@ -128,8 +131,8 @@ def _weight_norms(experts: Experts) -> Tensor:
 
 
 def _norms(tensor: Tensor, axis: int) -> Tensor:
-    found: Tensor = torch.linalg.vector_norm(tensor, dim=axis, dtype=torch.float64)
-    return found
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=axis, dtype=torch.float64)
+    return norms
 
 
 def take_neurons(experts: Experts, index_MW: Tensor) -> Experts:

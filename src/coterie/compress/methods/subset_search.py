@@ -70,7 +70,7 @@ def subset_search(state: LayerState, plan: LayerPlan, *, evaluations: int = EVAL
     exhaustive = num_subsets(state, count) <= evaluations
     if exhaustive:
         error, kept_M = min(
-            ((judge.error(rows_M), rows_M) for rows_M in all_subsets(state, count)), key=lambda it: it[0]
+            ((judge.error(rows_M), rows_M) for rows_M in all_subsets(state, count)), key=lambda judged: judged[0]
         )
     else:
         error, kept_M = _swap(state, judge, start_M, start_error, evaluations)
@@ -87,16 +87,16 @@ def subset_search(state: LayerState, plan: LayerPlan, *, evaluations: int = EVAL
 def num_subsets(state: LayerState, count: int) -> int:
     """Return how many subsets of `count` experts hold an equal share of each router group and all protected experts."""
     share = count // state.layer.num_groups
-    return math.prod(math.comb(len(free), share - len(kept)) for kept, free in _groups(state))
+    return math.prod(math.comb(len(free), share - len(protected)) for protected, free in _groups(state))
 
 
 def all_subsets(state: LayerState, count: int) -> Iterator[Tensor]:
     """Yield these subsets (M,), their experts ascending."""
     share = count // state.layer.num_groups
-    parts = [itertools.combinations(free, share - len(kept)) for kept, free in _groups(state)]
-    held = [expert for kept, _ in _groups(state) for expert in kept]
-    for chosen in itertools.product(*parts):
-        yield torch.tensor(sorted(itertools.chain(held, *chosen)))
+    choices = [itertools.combinations(free, share - len(protected)) for protected, free in _groups(state)]
+    all_protected = [expert for protected, _ in _groups(state) for expert in protected]
+    for chosen in itertools.product(*choices):
+        yield torch.tensor(sorted(itertools.chain(all_protected, *chosen)))
 
 
 def _groups(state: LayerState) -> list[tuple[list[int], list[int]]]:
@@ -112,9 +112,9 @@ def _groups(state: LayerState) -> list[tuple[list[int], list[int]]]:
 def _swap(state: LayerState, judge: Judge, kept_M: Tensor, error: float, evaluations: int) -> tuple[float, Tensor]:
     """Swap experts as long as that helps and the evaluations last; return the error and the subset."""
     protected = set() if state.protected_E is None else set(state.protected_E.nonzero().flatten().tolist())
-    found = True
-    while found:
-        found = False
+    improved = True
+    while improved:
+        improved = False
         for leaving, coming in judge.swaps(kept_M):
             if leaving in protected:
                 continue
@@ -122,7 +122,7 @@ def _swap(state: LayerState, judge: Judge, kept_M: Tensor, error: float, evaluat
                 return error, kept_M
             trial_M = torch.cat((kept_M[kept_M != leaving], torch.tensor([coming]))).sort().values
             if (trial_error := judge.error(trial_M)) < error:
-                error, kept_M, found = trial_error, trial_M, True
+                error, kept_M, improved = trial_error, trial_M, True
                 break
     return error, kept_M
 

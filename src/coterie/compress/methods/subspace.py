@@ -93,9 +93,9 @@ def _output_moments(state: LayerState, used: list[int]) -> dict[str, Tensor]:
     for expert in used:
         chose_T = (sample.index_TK == expert).any(1)
         for x_TD in torch.split(sample.inputs_TD[chose_T].float(), _CHUNK):
-            seen = {"gate_EFD": x_TD, "up_EFD": x_TD, "down_EDF": experts.hidden(expert, x_TD)}
+            inputs = {"gate_EFD": x_TD, "up_EFD": x_TD, "down_EDF": experts.hidden(expert, x_TD)}
             for name, moment_OO in moments.items():
-                out_TO = seen[name].double() @ experts.tensors()[name][expert].double().T
+                out_TO = inputs[name].double() @ experts.tensors()[name][expert].double().T
                 moment_OO += out_TO.T @ out_TO
     return moments
 

@@ -48,8 +48,8 @@ def prepare(job: Job) -> Prepared | None:
         InputError: no text to train on, or a number of tokens that cannot be.
     """
     options, plan = job.options, job.outline
-    wanted = training_tokens(plan.recipe, options.effort, options.train_tokens, trains=True)
-    if not wanted or plan.predicted_bytes >= plan.original_bytes:
+    num_tokens = training_tokens(plan.recipe, options.effort, options.train_tokens, trains=True)
+    if not num_tokens or plan.predicted_bytes >= plan.original_bytes:
         return None
     if options.text is None:
         raise InputError(
@@ -58,18 +58,18 @@ def prepare(job: Job) -> Prepared | None:
         )
     architecture, shape, device = job.source.architecture, plan.shape, job.stream.device
     layers = architecture.layers
-    result = result_meta_model(
+    result_model = result_meta_model(
         architecture, shape.num_experts, maps=None, dtype=torch.float32, width=shape.width, top_k=shape.top_k
     )
-    if not may_distill(result, layers, seq_len=options.seq_len, limit=options.limit, device=device):
+    if not may_distill(result_model, layers, seq_len=options.seq_len, limit=options.limit, device=device):
         return None
     own = str(options.text) == SELF  # what the model wrote to be measured has to do: writing takes long
-    token_set = job.text(min(wanted, options.tokens) if own else wanted, up_to=True)
+    token_set = job.text(min(num_tokens, options.tokens) if own else num_tokens, up_to=True)
     if sum(map(len, token_set.sequences.values())) < 2:
         log.warning("one sequence of text is too little to train on and to see whether it helped: left out")
         return None
     tokens = say_cost(
-        architecture.model, result, layers, text_tokens=sum(token_set.num_tokens.values()), tokens=wanted,
+        architecture.model, result_model, layers, text_tokens=sum(token_set.num_tokens.values()), tokens=num_tokens,
         top_k=shape.top_k or layers[0].top_k, device=device,
     )  # fmt: skip
     return Prepared(token_set=token_set, tokens=tokens)

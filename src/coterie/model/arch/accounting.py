@@ -189,13 +189,13 @@ class LayerAccount:
         """Yield what the result has of a tensor of this layer; see `pieces` for errors."""
         number, plain = 0, Plain(dtype=tensor.dtype)
         for times, shape in self.pieces(tensor, size):
-            read, encoding = shape, cast(Encoding, plain)
+            full_shape, encoding = shape, cast(Encoding, plain)
             if size.widths is not None and tensor.width_axis is not None:
-                read, axis = tensor.shape, tensor.width_axis
-                encoding = Ragged(axis=axis, width=shape[axis], full=read[axis], inner=plain)
+                full_shape, axis = tensor.shape, tensor.width_axis
+                encoding = Ragged(axis=axis, width=shape[axis], full=full_shape[axis], inner=plain)
             for _ in range(times):
                 name = tensor.name if tensor.expert_axis is not None else tensor.name.replace("*", str(number))
-                yield ResultTensor(name=name, shape=read, encoding=encoding, num_elements=math.prod(shape))
+                yield ResultTensor(name=name, shape=full_shape, encoding=encoding, num_elements=math.prod(shape))
                 number += 1
 
     def _narrowed(self, tensor: SizedTensor, width: int | None) -> Shape:
@@ -252,13 +252,13 @@ class Accounting:
 
         memory = {name: tuple(tensor.shape) for name, tensor in architecture.model.state_dict().items()}
         described = []
-        for layer, part in zip(
+        for layer, names in zip(
             architecture.layers, layer_tensors(checkpoint, architecture.layers, conversion), strict=True
         ):
             axes = width_axes(architecture.model.get_submodule(layer.experts))
             single: dict[str, TensorInfo] = {}
             tensors: list[SizedTensor] = []
-            for name in part.experts:
+            for name in names.experts:
                 info, (_, _, leaf) = checkpoint.tensors[name], conversion.memory_names[name].rpartition(".")
                 shape = memory.get(conversion.memory_names[name], ())
                 if len(info.shape) == len(shape) - 1:
@@ -279,7 +279,7 @@ class Accounting:
                 if tensor.width_axis is not None and tensor.shape[tensor.width_axis] % layer.width:
                     raise _strange(tensor.name, tensor, f"axis {tensor.width_axis} is no multiple of {layer.width}")
             router_axes = dict(layer.router_tensors)
-            for name in part.router:
+            for name in names.router:
                 info, axis = checkpoint.tensors[name], router_axes[conversion.memory_names[name]]
                 if info.shape != memory[conversion.memory_names[name]]:
                     raise _strange(name, info, f"in memory it is {list(memory[conversion.memory_names[name]])}")
@@ -287,7 +287,7 @@ class Accounting:
             account = LayerAccount(
                 block=layer.block, num_experts=layer.num_experts, width=layer.width, tensors=tuple(tensors)
             )
-            described.append((account, (*part.experts, *part.router)))
+            described.append((account, (*names.experts, *names.router)))
         return cls(checkpoint.tensors, described)
 
     @classmethod
@@ -305,7 +305,7 @@ class Accounting:
         for block, (hidden_size, width) in zip(blocks, inner, strict=True):
             sized: list[SizedTensor] = []
             names: list[str] = []
-            known = True
+            width_known = True
             if block.fused:
                 groups = {info.name: [info] for info in block.experts if info.shape[:1] == (block.num_experts,)}
             else:
@@ -317,7 +317,7 @@ class Accounting:
                 axis, told = _width_axis(first.shape[skip:], hidden_size, width)
                 if any(info.shape != first.shape for info in infos):
                     axis, extents, told = *_extents(name, infos), False
-                known &= told
+                width_known &= told
                 sized.append(
                     _sized(
                         name, first, expert_axis=0 if block.fused else None,
@@ -328,7 +328,10 @@ class Accounting:
                 names.append(name)
                 sized.append(_sized(name, tensors[name], expert_axis=axis, router=True))
             account = LayerAccount(
-                block=block.name, num_experts=block.num_experts, width=width if known else None, tensors=tuple(sized)
+                block=block.name,
+                num_experts=block.num_experts,
+                width=width if width_known else None,
+                tensors=tuple(sized),
             )
             described.append((account, names))
         return cls(tensors, described)
@@ -380,12 +383,12 @@ class Accounting:
 
 
 def expert_place(names: Iterable[str], num_experts: int) -> int | None:
-    """Return which part of the names, between dots, counts the experts of a layer; None when none does."""
+    """Return which component of the names, between dots, counts the experts of a layer; None when none does."""
     split = [name.split(".") for name in names]
     numbers = set(map(str, range(num_experts)))
     places = range(min(map(len, split), default=0))
     # The last one: with one expert, the number of the layer may look like its own.
-    return next((place for place in reversed(places) if {parts[place] for parts in split} == numbers), None)
+    return next((place for place in reversed(places) if {components[place] for components in split} == numbers), None)
 
 
 def _total(layer: LayerAccount, size: LayerShape, measure: Callable[[str, Shape], int]) -> int:
@@ -413,15 +416,15 @@ def _by_pattern(placed: Iterable[tuple[TensorInfo, int | None]]) -> dict[str, li
     """Return tensors that hold one expert each by their name with a star for its number, in order of experts.
 
     Args:
-        placed: each with the part of its name, between dots, that counts experts.
+        placed: each with the component of its name, between dots, that counts experts.
     """
     numbered: dict[str, dict[int, TensorInfo]] = {}
     for info, place in placed:
-        parts = info.name.split(".")
+        components = info.name.split(".")
         if place is None:
             raise _strange(info.name, info, "it holds one expert, but its name has no number of an expert")
-        number, parts[place] = int(parts[place]), "*"
-        numbered.setdefault(".".join(parts), {})[number] = info
+        number, components[place] = int(components[place]), "*"
+        numbered.setdefault(".".join(components), {})[number] = info
     return {pattern: [infos[number] for number in sorted(infos)] for pattern, infos in numbered.items()}
 
 

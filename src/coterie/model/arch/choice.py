@@ -34,18 +34,18 @@ def choice_key(architecture: Architecture) -> Entry:
     tried: set[Entry] = set()
     for likely in (True, False):
         for source in (architecture.config, architecture.model.config.to_dict()):
-            found: list[Entry] = []
+            candidates: list[Entry] = []
             for path, value in whole_numbers(source):
                 if value != choices[0] or path in tried or bool(_LIKELY.search(path[-1])) != likely:
                     continue
                 tried.add(path)
-                if not any(path[-1] in names_of(architecture.model, other) for other in found):
-                    found += [path] if _chooses_twice(architecture, path) else []
-            if len(found) > 1:
-                names = [".".join(path) for path in found]
+                if not any(path[-1] in names_of(architecture.model, other) for other in candidates):
+                    candidates += [path] if _chooses_twice(architecture, path) else []
+            if len(candidates) > 1:
+                names = [".".join(path) for path in candidates]
                 raise ArchitectureMismatch(f"several config keys could be the number of chosen experts: {names}")
-            if found:
-                return found[0]
+            if candidates:
+                return candidates[0]
     raise Infeasible(f"no entry of config.json lets a token choose more than {choices[0]} experts")
 
 
@@ -57,7 +57,7 @@ def _chooses_twice(architecture: Architecture, path: Entry) -> bool:
     names = [each.experts for each in architecture.layers]
     try:
         model = meta_model(config)
-        found = probe_top_k(
+        top_k_by_name = probe_top_k(
             model, names, "a model of twice the experts", known_as=json.dumps(config, sort_keys=True, default=str)
         )
         before = meta_model(with_values(architecture.config, doubled, architecture.model))
@@ -66,4 +66,4 @@ def _chooses_twice(architecture: Architecture, path: Entry) -> bool:
     same = {name: tensor.shape for name, tensor in before.state_dict().items()} == {
         name: tensor.shape for name, tensor in model.state_dict().items()
     }
-    return same and [found.get(name) for name in names] == [2 * layer.top_k] * len(names)
+    return same and [top_k_by_name.get(name) for name in names] == [2 * layer.top_k] * len(names)

@@ -60,8 +60,8 @@ class WeightConversion:
                 target, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
             self.memory_names[name] = target
             patterns = [""] if pattern is None else by_pattern[pattern].target_patterns
-            for made in {target, *(target.replace(patterns[0], other) for other in patterns[1:])} & state.keys():
-                self.sources[made] = (*self.sources.get(made, ()), name)
+            for memory_name in {target, *(target.replace(patterns[0], other) for other in patterns[1:])} & state.keys():
+                self.sources[memory_name] = (*self.sources.get(memory_name, ()), name)
         # What was matched above must not count as used: only the tensors that are read decide what is reverted.
         for entry in self._transforms:
             entry._was_used = False
@@ -103,9 +103,9 @@ class WeightConversion:
         raw.clear()
         tensors = _take_out(self._model)
         if info.mismatched_keys:
-            name, found, expected = sorted(info.mismatched_keys)[0]
+            name, shape, expected = sorted(info.mismatched_keys)[0]
             raise CorruptCheckpoint(
-                f"{self._checkpoint.path}: {name} has shape {tuple(found)}, config.json says {tuple(expected)}"
+                f"{self._checkpoint.path}: {name} has shape {tuple(shape)}, config.json says {tuple(expected)}"
             )
         if info.conversion_errors:
             name, problem = next(iter(info.conversion_errors.items()))
@@ -161,12 +161,12 @@ def sibling(name: str, known: Container[str]) -> str | None:
     """
     if name in known:
         return name
-    parts = name.split(".")
-    number = max((place for place, part in enumerate(parts) if part.isdigit()), default=None)
+    components = name.split(".")
+    number = max((place for place, component in enumerate(components) if component.isdigit()), default=None)
     if number is None:
         return None
-    parts[number] = "0"
-    first = ".".join(parts)
+    components[number] = "0"
+    first = ".".join(components)
     return first if first in known else None
 
 
@@ -186,13 +186,13 @@ def put(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _take_out(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the saved tensors that are no longer empty, and make their places empty again."""
-    taken: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for module_name, module in model.named_modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in list(store.items()):
                 if tensor is None or tensor.is_meta or name in module._non_persistent_buffers_set:
                     continue
                 full_name = f"{module_name}.{name}" if module_name else name
-                taken[full_name] = tensor.detach()
-                put(model, full_name, taken[full_name].to("meta"))
-    return taken
+                tensors[full_name] = tensor.detach()
+                put(model, full_name, tensors[full_name].to("meta"))
+    return tensors

@@ -49,8 +49,8 @@ def with_values(config: Mapping[str, Any], values: Mapping[Entry, int], model: P
     for path, value in values.items():
         changed = with_value(changed, path, value)
         siblings: dict[str, Any] = changed
-        for part in path[:-1]:
-            siblings = siblings[part]
+        for key in path[:-1]:
+            siblings = siblings[key]
         for name in names_of(model, path) & siblings.keys():
             siblings[name] = value
     return changed
@@ -59,8 +59,8 @@ def with_values(config: Mapping[str, Any], values: Mapping[Entry, int], model: P
 def names_of(model: PreTrainedModel, path: Entry) -> set[str]:
     """Return all names under which a model's config class knows the entry at a path."""
     config: Any = model.config
-    for part in path[:-1]:
-        config = getattr(config, part)
+    for key in path[:-1]:
+        config = getattr(config, key)
     renamed: dict[str, str] = getattr(config, "attribute_map", {})
     own = renamed.get(path[-1], path[-1])
     return {own} | {alias for alias, name in renamed.items() if name == own}

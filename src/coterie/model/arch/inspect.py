@@ -21,7 +21,7 @@ from coterie.model.arch.accounting import Accounting, LayerShape
 from coterie.model.arch.routing import routing_problem
 from coterie.model.arch.structure import (
     Block,
-    Parts,
+    DottedName,
     Place,
     chosen_experts,
     expert_counts,
@@ -190,8 +190,8 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
     checkpoint = Checkpoint.open(model)
     config, tensors = checkpoint.config, checkpoint.tensors
     places, counts, storage = _places(checkpoint), expert_counts(config), _Storage(config)
-    found = _find_layers(checkpoint, places, counts, storage)
-    running, moe_layers = [block for block, _ in found], [layer for _, layer in found]
+    described = _find_layers(checkpoint, places, counts, storage)
+    running, moe_layers = [block for block, _ in described], [layer for _, layer in described]
     path = _expert_path(counts, running[0])
     depths = {block.stack: _depth(config, _expert_path(counts, block)) for block in running}
     part_of = _parts_of(checkpoint, places, running, depths)
@@ -219,7 +219,7 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
         bytes_by_dtype=dict(dtypes.most_common()),
         file_bytes=sum((checkpoint.path / shard).stat().st_size for shard in {info.shard for info in tensors.values()}),
         estimates=_estimates(used, routed),
-        budget=None if limit is None else _fit(limit, moe_layers, _accounting(checkpoint, found), config),
+        budget=None if limit is None else _fit(limit, moe_layers, _accounting(checkpoint, described), config),
     )
 
 
@@ -236,9 +236,9 @@ def accounting_of(checkpoint: Checkpoint) -> Accounting:
     )
 
 
-def _accounting(checkpoint: Checkpoint, found: Sequence[tuple[Block, MoEBlock]]) -> Accounting:
-    inner = [(layer.hidden_size, layer.width) for _, layer in found]
-    return Accounting.of_blocks(checkpoint.tensors, [block for block, _ in found], inner)
+def _accounting(checkpoint: Checkpoint, described: Sequence[tuple[Block, MoEBlock]]) -> Accounting:
+    inner = [(layer.hidden_size, layer.width) for _, layer in described]
+    return Accounting.of_blocks(checkpoint.tensors, [block for block, _ in described], inner)
 
 
 def _places(checkpoint: Checkpoint) -> dict[str, Place | None]:
@@ -246,7 +246,7 @@ def _places(checkpoint: Checkpoint) -> dict[str, Place | None]:
 
 
 def _find_layers(
-    checkpoint: Checkpoint, places: Mapping[str, Place | None], counts: Mapping[Parts, int], storage: _Storage
+    checkpoint: Checkpoint, places: Mapping[str, Place | None], counts: Mapping[DottedName, int], storage: _Storage
 ) -> list[tuple[Block, MoEBlock]]:
     """Find the MoE blocks that the model runs, in order, and describe each.
 
@@ -255,17 +255,17 @@ def _find_layers(
     """
     config, manifest = checkpoint.config, Manifest.read(checkpoint.path)
     # Experts of a ragged checkpoint of ours are stored narrower than they are read.
-    whole = checkpoint if manifest is None else filled_up(checkpoint, manifest.ragged)
-    found = []
+    full_width = checkpoint if manifest is None else filled_up(checkpoint, manifest.ragged)
+    described = []
     for block in find_blocks(checkpoint.tensors, places, counts, _mapped_counts(manifest), spare_rows(config)):
         key = _expert_path(counts, block)
         depth = _depth(config, key)
         # Layers for multi-token prediction are stored, but transformers does not run them.
         if not _is_extra(block.name) and (depth is None or block.layer < depth):
-            found.append((block, _describe(block, config, key, storage, whole.tensors)))
-    if not found:
+            described.append((block, _describe(block, config, key, storage, full_width.tensors)))
+    if not described:
         raise NotAMoE(_what_was_seen(checkpoint, places, counts))
-    return found
+    return described
 
 
 class _Storage:
@@ -300,14 +300,15 @@ class _Storage:
 
 def _quantised_bits(config: Mapping[str, Any]) -> int:
     """Return the bits of a quantised weight, from the many ways in which quantisers write it."""
-    found = [
+    bit_entries = [
         (path, value)
         for path, value in integer_entries(config)
-        if path[-1] in ("bits", "num_bits", "w_bit", "wbits") and not any("activation" in part for part in path)
+        if path[-1] in ("bits", "num_bits", "w_bit", "wbits")
+        and not any("activation" in component for component in path)
     ]
-    found.sort(key=lambda entry: "weights" not in entry[0])
-    if found:
-        return found[0][1]
+    bit_entries.sort(key=lambda entry: "weights" not in entry[0])
+    if bit_entries:
+        return bit_entries[0][1]
     told = " ".join(f"{key} {value}" for key, value in config.items() if value).lower()
     return 4 if re.search(r"fp4|4bit true|int4|awq|gptq", told) else 8
 
@@ -319,33 +320,33 @@ def _mapped_counts(manifest: Manifest | None) -> list[int]:
     return sorted({layer.num_experts_after for layer in manifest.layers})
 
 
-def _expert_path(counts: Mapping[Parts, int], block: Block) -> Parts:
+def _expert_path(counts: Mapping[DottedName, int], block: Block) -> DottedName:
     """Return the config entry that counts a block's experts: of several the one whose path speaks of the same stack."""
     stack = block.stack.split(".")
 
-    def rank(path: Parts) -> tuple[bool, int]:
-        kin = sum(part.removesuffix("_config") in stack for part in path[:-1])
+    def rank(path: DottedName) -> tuple[bool, int]:
+        kin = sum(component.removesuffix("_config") in stack for component in path[:-1])
         return counts[path] != block.num_experts, -kin
 
     return min(counts, key=rank, default=())
 
 
-def _depth(config: Mapping[str, Any], path: Parts) -> int | None:
+def _depth(config: Mapping[str, Any], path: DottedName) -> int | None:
     return nearest_entry(config, path, lambda key: key in ("num_hidden_layers", "num_layers", "n_layers"))
 
 
 def _is_extra(name: str) -> bool:
-    return any(part.startswith("mtp") for part in name.split("."))
+    return any(component.startswith("mtp") for component in name.split("."))
 
 
 def _describe(
-    block: Block, config: Mapping[str, Any], path: Parts, storage: _Storage, whole: Mapping[str, TensorInfo]
+    block: Block, config: Mapping[str, Any], path: DottedName, storage: _Storage, tensors: Mapping[str, TensorInfo]
 ) -> MoEBlock:
     axes = {extent for info in block.router for extent in info.shape}
     rows = next(
         (value for entry, value in integer_entries(config) if entry == path and value in axes), block.num_experts
     )
-    first = [whole[info.name] for info in block.first_expert]
+    first = [tensors[info.name] for info in block.first_expert]
     hidden_size, width = _expert_shape(block, first, config, path, storage)
     return MoEBlock(
         layer=block.layer,
@@ -364,7 +365,7 @@ def _describe(
 
 
 def _expert_shape(
-    block: Block, first: list[TensorInfo], config: Mapping[str, Any], path: Parts, storage: _Storage
+    block: Block, first: list[TensorInfo], config: Mapping[str, Any], path: DottedName, storage: _Storage
 ) -> tuple[int, int]:
     """Return D and F of a block's experts: D is the axis that all their matrices have, F * D the smallest matrix."""
     skip = 1 if block.fused else 0
@@ -430,12 +431,14 @@ def _parts_of(
     return part_of
 
 
-def _part_by_name(parts: Parts, info: TensorInfo, *, mixes: bool = False) -> str:
-    if len(info.shape) <= 1 and any("norm" in part or re.fullmatch(r"ln_?\w{0,2}", part) for part in parts):
+def _part_by_name(components: DottedName, info: TensorInfo, *, mixes: bool = False) -> str:
+    if len(info.shape) <= 1 and any(
+        "norm" in component or re.fullmatch(r"ln_?\w{0,2}", component) for component in components
+    ):
         return "norms"
-    if mixes or any(_ATTENTION.search(part) for part in parts):
+    if mixes or any(_ATTENTION.search(component) for component in components):
         return "attention"
-    return "dense" if any(_DENSE.search(part) for part in parts) else "other"
+    return "dense" if any(_DENSE.search(component) for component in components) else "other"
 
 
 def _num_layers(places: Mapping[str, Place | None], part_of: Mapping[str, str], stacks: set[str]) -> int:
@@ -445,8 +448,8 @@ def _num_layers(places: Mapping[str, Place | None], part_of: Mapping[str, str], 
 
 def _estimates(parameters: int, routed: int) -> dict[str, int]:
     overhead = -(-routed // QUANTISATION_GROUP) * _GROUP_OVERHEAD
-    rest = 2 * (parameters - routed)
-    return {"bf16": 2 * parameters, "int8": rest + routed + overhead, "int4": rest + -(-routed // 2) + overhead}
+    unrouted = 2 * (parameters - routed)
+    return {"bf16": 2 * parameters, "int8": unrouted + routed + overhead, "int4": unrouted + -(-routed // 2) + overhead}
 
 
 def _fit(limit: int, layers: list[MoEBlock], accounting: Accounting, config: Mapping[str, Any]) -> BudgetFit:
@@ -481,9 +484,9 @@ def _fit(limit: int, layers: list[MoEBlock], accounting: Accounting, config: Map
     )
 
 
-def _what_was_seen(checkpoint: Checkpoint, places: Mapping[str, Place | None], counts: Mapping[Parts, int]) -> str:
-    said = ", ".join(f"{'.'.join(path)} = {value}" for path, value in counts.items())
-    entries = f"config.json says {said}, but" if said else "config.json has no entry that counts experts, and"
+def _what_was_seen(checkpoint: Checkpoint, places: Mapping[str, Place | None], counts: Mapping[DottedName, int]) -> str:
+    counted = ", ".join(f"{'.'.join(path)} = {value}" for path, value in counts.items())
+    entries = f"config.json says {counted}, but" if counted else "config.json has no entry that counts experts, and"
     layers = len({place[:2] for place in places.values() if place is not None})
     return (
         f"{checkpoint.path} ({checkpoint.config['model_type']}) has no routed experts: {entries} none of the "

@@ -152,16 +152,16 @@ class Architecture:
 
 def once_per_config(derive: Callable[[Architecture], T]) -> Callable[[Architecture], T]:
     """Wrap a derivation so that architectures of equal config share its result; the last few configs are remembered."""
-    found: dict[str, T] = {}
+    derived: dict[str, T] = {}
 
     @functools.wraps(derive)
     def look_up(architecture: Architecture) -> T:
         known_as = json.dumps(architecture.config, sort_keys=True, default=str)
-        if known_as not in found:
-            if len(found) >= _REMEMBERED:
-                found.clear()
-            found[known_as] = derive(architecture)
-        return found[known_as]
+        if known_as not in derived:
+            if len(derived) >= _REMEMBERED:
+                derived.clear()
+            derived[known_as] = derive(architecture)
+        return derived[known_as]
 
     return look_up
 
@@ -202,8 +202,8 @@ def _try_resize(
         other = meta_model(with_value(config, path, count))
     except Exception:  # whatever a family's constructor raises, it means: not this key
         return None
-    held = {name: module.num_experts for name, module in other.named_modules() if is_experts(module)}
-    return other if all(held.get(name) == count for name in names) else None
+    counts = {name: module.num_experts for name, module in other.named_modules() if is_experts(module)}
+    return other if all(counts.get(name) == count for name in names) else None
 
 
 def _check_nothing_shared(model: PreTrainedModel, names: list[str], where: str) -> None:
@@ -232,7 +232,7 @@ def _router_tensors(
     """
     mine, theirs = (dict(each.named_parameters()) | dict(each.named_buffers()) for each in (model, other))
     blocks = {name.rpartition(".")[0]: name for name in counts}
-    found: dict[str, list[tuple[str, int]]] = {name: [] for name in counts}
+    router_tensors: dict[str, list[tuple[str, int]]] = {name: [] for name in counts}
     for tensor_name, tensor in mine.items():
         same_shape = tensor_name in theirs and theirs[tensor_name].shape == tensor.shape
         if same_shape or any(tensor_name.startswith(f"{name}.") for name in counts):
@@ -250,9 +250,9 @@ def _router_tensors(
                 f"{tensor_name}: more than its expert axis depends on the number of experts: {list(tensor.shape)} "
                 f"becomes {list(wide.shape)} with {2 * count} experts"
             )
-        found[blocks[owner]].append((tensor_name, axes[0]))
+        router_tensors[blocks[owner]].append((tensor_name, axes[0]))
     for block, name in blocks.items():
-        if not found[name]:
+        if not router_tensors[name]:
             raise ArchitectureMismatch(f"{block}: no tensor outside {name} has an axis of {counts[name]} experts")
         for tensor_name, tensor in _tensors_of(model, block).items():
             if not tensor.is_floating_point() and not tensor_name.startswith(f"{name}."):
@@ -261,7 +261,7 @@ def _router_tensors(
                     "(by token, for example) instead of scoring them, and a table of expert numbers cannot follow when "
                     "experts are dropped or merged"
                 )
-    return found
+    return router_tensors
 
 
 def _enclosing(name: str, blocks: Iterable[str]) -> str | None:

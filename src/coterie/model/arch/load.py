@@ -51,7 +51,7 @@ def load_model(
     chosen: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
     manifest = Manifest.read(stored.path)
     checkpoint = stored if manifest is None else filled_up(stored, manifest.ragged)
-    empty = meta_model(checkpoint.config, where=str(checkpoint.path))
+    meta = meta_model(checkpoint.config, where=str(checkpoint.path))
     loaded: PreTrainedModel
     info: dict[str, Any]
     with quiet():
@@ -59,9 +59,9 @@ def load_model(
             if manifest is not None and manifest.form is ResultForm.MAPPED:
                 loaded, info = _load_mapped(checkpoint, manifest, chosen)
             elif checkpoint is not stored:
-                loaded, info = _load_filled_up(checkpoint, empty, chosen)
+                loaded, info = _load_filled_up(checkpoint, meta, chosen)
             else:
-                loaded, info = type(empty).from_pretrained(  # type: ignore[misc]
+                loaded, info = type(meta).from_pretrained(  # type: ignore[misc]
                     checkpoint.path,
                     dtype=chosen,
                     output_loading_info=True,
@@ -156,14 +156,14 @@ def _load_mapped(checkpoint: Checkpoint, manifest: Manifest, dtype: Any) -> tupl
 
 
 def _load_filled_up(
-    checkpoint: Checkpoint, empty: PreTrainedModel, dtype: Any
+    checkpoint: Checkpoint, meta: PreTrainedModel, dtype: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a view of a checkpoint through the stock class, which is handed the tensors instead of reading files."""
     with checkpoint.reader() as reader:
         tensors = {name: reader.read(name) for name in checkpoint.tensors}
-    stock: Any = type(empty)
+    stock: Any = type(meta)
     model, info = stock.from_pretrained(
-        None, config=empty.config, state_dict=tensors, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        None, config=meta.config, state_dict=tensors, dtype=dtype, output_loading_info=True, trust_remote_code=False
     )
     if (checkpoint.path / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)

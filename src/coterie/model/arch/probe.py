@@ -41,7 +41,7 @@ def probe_top_k(model: PreTrainedModel, names: list[str], where: str, known_as: 
         except Exception as error:  # whatever a family's block raises: it wants more than hidden states
             log.debug("%s: a block does not run by itself (%s); running the whole model", where, error)
     try:
-        found = run_on_nothing(model, names, "")
+        top_k_by_name = run_on_nothing(model, names, "")
     except ArchitectureMismatch:
         raise
     except Exception as error:  # whatever a family's model raises, the way out is the same
@@ -49,21 +49,21 @@ def probe_top_k(model: PreTrainedModel, names: list[str], where: str, known_as: 
             f"{where}: how many experts a token chooses cannot be seen, the meta model does not run "
             f"({type(error).__name__}: {str(error).strip()[:200]}); please report it"
         ) from error
-    if not found:
+    if not top_k_by_name:
         raise NotAMoE(f"{where}: text reaches none of its {len(names)} experts modules ({names[0]}, ...)")
     if len(_probed) >= _REMEMBERED:
         _probed.clear()
-    _probed[known_as] = dict(found)
-    return found
+    _probed[known_as] = dict(top_k_by_name)
+    return top_k_by_name
 
 
 def run_on_nothing(model: PreTrainedModel, names: list[str], block: str) -> dict[str, int]:
     """Run a block, or the whole model for "", on nothing; return K by name of the experts modules that were called."""
     by_module = {id(model.get_submodule(name)): name for name in names}
-    seen: list[tuple[str, int]] = []
+    calls: list[tuple[str, int]] = []
 
     def probe(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        seen.append((by_module[id(module)], index_TK.shape[-1]))
+        calls.append((by_module[id(module)], index_TK.shape[-1]))
         return torch.zeros_like(hidden_TD)
 
     with torch.no_grad(), intercepted(model, probe):
@@ -75,11 +75,11 @@ def run_on_nothing(model: PreTrainedModel, names: list[str], block: str) -> dict
             # Fake tensors are what transformers takes for tracing: then it asks no mask for its values.
             with FakeTensorMode(allow_non_fake_inputs=True):
                 model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device="meta"), use_cache=False)
-    found = dict(seen)
-    if len(seen) != len(found) or (block and not found):
+    top_k_by_name = dict(calls)
+    if len(calls) != len(top_k_by_name) or (block and not top_k_by_name):
         raise ArchitectureMismatch(
-            f"{block or 'the model'} called its experts {len(seen)} times for one input, expected {len(names)} modules "
-            "once each"
+            f"{block or 'the model'} called its experts {len(calls)} times for one input, expected {len(names)} "
+            "modules once each"
         )
     # In the order of the model, whatever the order of the calls.
-    return {name: found[name] for name in names if name in found}
+    return {name: top_k_by_name[name] for name in names if name in top_k_by_name}

@@ -50,10 +50,10 @@ def places_of(
     Raises:
         Infeasible: a layer stores all its experts in one tensor.
     """
-    found: dict[str, Place] = {}
-    for layer, held in zip(architecture.layers, names, strict=True):
+    places: dict[str, Place] = {}
+    for layer, layer_names in zip(architecture.layers, names, strict=True):
         module = architecture.model.get_submodule(layer.experts)
-        axes, listed = width_axes(module), sorted(held)
+        axes, listed = width_axes(module), sorted(layer_names)
         position = expert_place(listed, layer.num_experts)
         if position is None:
             raise Infeasible(
@@ -63,11 +63,13 @@ def places_of(
         for name in listed:
             leaf = conversion.memory_names[name].rpartition(".")[2]
             if leaf in axes:
-                parts = name.split(".")
-                expert, parts[position] = int(parts[position]), "*"
+                components = name.split(".")
+                expert, components[position] = int(components[position]), "*"
                 # In memory the expert axis comes first.
-                found[name] = Place(layer=layer.index, expert=expert, axis=axes[leaf] - 1, pattern=".".join(parts))
-    return found
+                places[name] = Place(
+                    layer=layer.index, expert=expert, axis=axes[leaf] - 1, pattern=".".join(components)
+                )
+    return places
 
 
 def cut(
@@ -91,7 +93,7 @@ def cut(
             inner = Plain(dtype=DTYPE_NAMES[str(tensor.dtype).removeprefix("torch.")])
             encoding = Ragged(axis=place.axis, width=width, full=tensor.shape[place.axis], inner=inner)
             try:
-                smaller |= {name + suffix: part for suffix, part in encoding.pack(tensor).items()}
+                smaller |= {name + suffix: stored for suffix, stored in encoding.pack(tensor).items()}
             except ArchitectureMismatch as error:
                 raise ArchitectureMismatch(f"{name} {error}") from None
     return smaller

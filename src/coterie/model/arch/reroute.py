@@ -56,11 +56,11 @@ class Reroute:
         """
         count = self._count(layer, router)
         block, tensors = self._prepared(layer, router, count)
-        found: list[tuple[Tensor, Tensor]] = []
+        choices: list[tuple[Tensor, Tensor]] = []
 
         def catch(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
             index_TK = index_TK.masked_fill(weight_TK == 0, count).clamp(max=count)
-            found.append((index_TK, weight_TK.float()))
+            choices.append((index_TK, weight_TK.float()))
             return torch.zeros_like(hidden_TD)
 
         with intercepted(self._meta_models[count], catch):
@@ -72,7 +72,7 @@ class Reroute:
                         f"{layer.block}: the router of this family cannot be run by itself "
                         f"({type(error).__name__}: {str(error).strip()[:200]}); use a recipe that does not ask it"
                     ) from error
-        return torch.cat([index_TK for index_TK, _ in found]), torch.cat([weight_TK for _, weight_TK in found])
+        return torch.cat([index_TK for index_TK, _ in choices]), torch.cat([weight_TK for _, weight_TK in choices])
 
     def _count(self, layer: MoELayer, router: Mapping[str, Tensor]) -> int:
         """Return M: rows behind the experts' (for shared experts, or for "no expert") are not counted."""

@@ -1,8 +1,8 @@
 """Find the MoE blocks of a checkpoint from names and shapes alone: no torch, no transformers, no table of families.
 
-Inside a decoder layer (the first all-digit part of a name is the layer's number) the experts are either tensors under
-``<parent>.0 ... <parent>.E-1`` (one tensor an expert), or fused tensors whose first axis is E. E is an integer that
-config.json itself calls a number of experts. The block is the nearest module above the experts that also holds a
+Inside a decoder layer (the first all-digit component of a name is the layer's number) the experts are either tensors
+under ``<parent>.0 ... <parent>.E-1`` (one tensor an expert), or fused tensors whose first axis is E. E is an integer
+that config.json itself calls a number of experts. The block is the nearest module above the experts that also holds a
 router: a tensor with an axis of E, outside experts, shared experts, attention and norms.
 
 Legend: E experts, D model width, F expert width. All names here are names on disk.
@@ -19,9 +19,9 @@ from typing import Any
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint
 from coterie.model.disk.tensors import TensorInfo
 
-Parts = tuple[str, ...]
-Place = tuple[str, int, Parts]  # stack of layers, number of the layer, the rest of the name
-Member = tuple[Parts, TensorInfo]  # a tensor of one layer, its name without stack and layer number
+DottedName = tuple[str, ...]  # a name or a path in config.json, split at its dots
+Place = tuple[str, int, DottedName]  # stack of layers, number of the layer, the rest of the name
+Member = tuple[DottedName, TensorInfo]  # a tensor of one layer, its name without stack and layer number
 
 _IN_A_LAYER = re.compile(r"(.+?)\.([0-9]+)\.(.+)")
 _NOT_A_COUNT = re.compile(r"per_|top_?k|shared|selected|size|layer|period|offset|freq|step|interval|group|capacity|dim")
@@ -67,16 +67,18 @@ class Block:
     @property
     def row_bytes(self) -> int:
         """Bytes of the router that belong to one expert and go with it."""
-        known = [(info, self.router_axes[info.name]) for info in self.router if info.name in self.router_axes]
-        return sum(info.num_bytes // info.shape[axis] for info, axis in known)
+        rows = [(info, self.router_axes[info.name]) for info in self.router if info.name in self.router_axes]
+        return sum(info.num_bytes // info.shape[axis] for info, axis in rows)
 
     def number_place(self, name: str) -> int:
-        """Return which part of a name of a single expert's tensor, between dots, is the number of the expert."""
+        """Return which component of a name of a single expert's tensor, between dots, is the number of the expert."""
         depth = len(self.stack.split(".")) + 1  # the stack and the number of the layer
-        return next(place for place, part in enumerate(name.split(".")) if place >= depth and part.isdecimal())
+        return next(
+            place for place, component in enumerate(name.split(".")) if place >= depth and component.isdecimal()
+        )
 
 
-def integer_entries(config: Mapping[str, Any], path: Parts = ()) -> Iterator[tuple[Parts, int]]:
+def integer_entries(config: Mapping[str, Any], path: DottedName = ()) -> Iterator[tuple[DottedName, int]]:
     """Yield every integer of a config with its path; of a list of integers, every distinct one."""
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -93,7 +95,7 @@ def _as_integer(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def expert_counts(config: Mapping[str, Any]) -> dict[Parts, int]:
+def expert_counts(config: Mapping[str, Any]) -> dict[DottedName, int]:
     """Return the entries that config.json calls a number of experts, by path."""
     return {
         path: value
@@ -112,7 +114,7 @@ def spare_rows(config: Mapping[str, Any]) -> set[int]:
     return {1} | {value for value in shared if value > 0}
 
 
-def nearest_entry(config: Mapping[str, Any], path: Parts, accept: Callable[[str], bool]) -> int | None:
+def nearest_entry(config: Mapping[str, Any], path: DottedName, accept: Callable[[str], bool]) -> int | None:
     """Return the integer nearest to `path` in the config whose key is accepted; None if there is none."""
     entries = [(entry, value) for entry, value in integer_entries(config) if accept(entry[-1])]
     if not entries:
@@ -120,11 +122,11 @@ def nearest_entry(config: Mapping[str, Any], path: Parts, accept: Callable[[str]
     return min(entries, key=lambda entry: _distance(entry[0][:-1], path[:-1]))[1]
 
 
-def _distance(a: Parts, b: Parts) -> int:
+def _distance(a: DottedName, b: DottedName) -> int:
     return len(a) + len(b) - 2 * len(_common_prefix([a, b]))
 
 
-def chosen_experts(config: Mapping[str, Any], path: Parts, num_experts: int) -> int:
+def chosen_experts(config: Mapping[str, Any], path: DottedName, num_experts: int) -> int:
     """Return how many experts a token chooses, from the config entry that says so nearest to `path`.
 
     Raises:
@@ -132,15 +134,17 @@ def chosen_experts(config: Mapping[str, Any], path: Parts, num_experts: int) -> 
     """
     entries = [(entry, value) for entry, value in integer_entries(config) if not _NOT_TOP_K.search(entry[-1])]
     for rank in _TOP_K_RANKS:
-        found = [(entry, value) for entry, value in entries if rank.search(entry[-1]) and 1 <= value <= num_experts]
-        if not found:
+        candidates = [
+            (entry, value) for entry, value in entries if rank.search(entry[-1]) and 1 <= value <= num_experts
+        ]
+        if not candidates:
             continue
-        nearest = min(_distance(entry[:-1], path[:-1]) for entry, _ in found)
-        found = [(entry, value) for entry, value in found if _distance(entry[:-1], path[:-1]) == nearest]
-        if len({value for _, value in found}) > 1:
-            named = ", ".join(f"{'.'.join(entry)} = {value}" for entry, value in found)
+        nearest = min(_distance(entry[:-1], path[:-1]) for entry, _ in candidates)
+        candidates = [(entry, value) for entry, value in candidates if _distance(entry[:-1], path[:-1]) == nearest]
+        if len({value for _, value in candidates}) > 1:
+            named = ", ".join(f"{'.'.join(entry)} = {value}" for entry, value in candidates)
             raise ArchitectureMismatch(f"config.json says several numbers of experts a token chooses: {named}")
-        return found[0][1]
+        return candidates[0][1]
     raise ArchitectureMismatch(
         f"config.json does not say how many of the {num_experts} experts a token chooses; "
         "expected an entry like num_experts_per_tok or moe_topk"
@@ -156,7 +160,7 @@ def split_name(name: str) -> Place | None:
 def find_blocks(
     tensors: Mapping[str, TensorInfo],
     places: Mapping[str, Place | None],
-    counts: Mapping[Parts, int],
+    counts: Mapping[DottedName, int],
     extents: Sequence[int] = (),
     spare: Iterable[int] = (),
 ) -> list[Block]:
@@ -189,16 +193,16 @@ def _find_block(
     stack: str,
     layer: int,
     members: list[Member],
-    counts: Mapping[Parts, int],
+    counts: Mapping[DottedName, int],
     extents: Sequence[int],
     spare: Iterable[int],
 ) -> Block | None:
     where = f"{stack}.{layer}"
     allowed = {*counts.values(), *extents}
-    found = _separate_experts(where, members, allowed, counts) or _fused_experts(where, members, allowed, counts)
-    if found is None:
+    arrangement = _separate_experts(where, members, allowed, counts) or _fused_experts(where, members, allowed, counts)
+    if arrangement is None:
         return None
-    num_experts, modules, fused = found
+    num_experts, modules, fused = arrangement
     experts: list[Member] = []
     others: list[Member] = []
     for rest, info in members:
@@ -206,7 +210,11 @@ def _find_block(
     if fused:
         first = experts
     else:
-        first = [(rest, info) for rest, info in experts if next(part for part in rest if part.isdecimal()) == "0"]
+        first = [
+            (rest, info)
+            for rest, info in experts
+            if next(component for component in rest if component.isdecimal()) == "0"
+        ]
     rows = _router_rows(num_experts, counts)
     prefix, router = _find_router(others, modules, rows, spare)
     scored = {info.name: (info, _router_axis(rest, info, rows, spare)) for rest, info in router}
@@ -231,13 +239,13 @@ def _find_block(
 
 
 def _separate_experts(
-    where: str, members: list[Member], allowed: set[int], counts: Mapping[Parts, int]
-) -> tuple[int, set[Parts], bool] | None:
+    where: str, members: list[Member], allowed: set[int], counts: Mapping[DottedName, int]
+) -> tuple[int, set[DottedName], bool] | None:
     """Find parents whose children are numbered 0..E-1; return E, the parents, and False for not fused."""
-    groups: dict[Parts, set[int]] = defaultdict(set)
-    weight: dict[Parts, int] = defaultdict(int)
+    groups: dict[DottedName, set[int]] = defaultdict(set)
+    weight: dict[DottedName, int] = defaultdict(int)
     for rest, info in members:
-        at = next((position for position, part in enumerate(rest) if part.isdecimal()), None)
+        at = next((position for position, component in enumerate(rest) if component.isdecimal()), None)
         if at and not _is_shared(rest[:at]):
             groups[rest[:at]].add(int(rest[at]))
             weight[rest[:at]] += info.num_bytes
@@ -269,8 +277,8 @@ def _separate_experts(
 
 
 def _fused_experts(
-    where: str, members: list[Member], allowed: set[int], counts: Mapping[Parts, int]
-) -> tuple[int, set[Parts], bool] | None:
+    where: str, members: list[Member], allowed: set[int], counts: Mapping[DottedName, int]
+) -> tuple[int, set[DottedName], bool] | None:
     """Find modules whose tensors have E as their first of three axes or more; return E, the modules, and True."""
     # An axis of length 1 is the mark of a depthwise convolution, not of a matrix an expert.
     stacked = [
@@ -278,7 +286,7 @@ def _fused_experts(
         for rest, info in members
         if len(info.shape) >= 3 and min(info.shape[1:]) > 1 and not _is_shared(rest) and not _ATTENTION.search(rest[0])
     ]
-    named = [(rest, info) for rest, info in stacked if any("expert" in part for part in rest)]
+    named = [(rest, info) for rest, info in stacked if any("expert" in component for component in rest)]
     seeds = [(rest, info) for rest, info in named or stacked if not allowed or info.shape[0] in allowed]
     if not seeds:
         if named and allowed:
@@ -297,8 +305,8 @@ def _fused_experts(
 
 
 def _find_router(
-    others: list[Member], modules: set[Parts], rows: set[int], spare: Iterable[int] = ()
-) -> tuple[Parts, list[Member]]:
+    others: list[Member], modules: set[DottedName], rows: set[int], spare: Iterable[int] = ()
+) -> tuple[DottedName, list[Member]]:
     """Climb from the experts towards the layer until a tensor with an axis of E appears; return where, and which."""
     start = _common_prefix(list(modules))
     candidates = [
@@ -324,7 +332,7 @@ def _find_router(
     return start[:-1] if modules == {start} else start, []
 
 
-def _router_axis(rest: Parts, info: TensorInfo, rows: set[int], spare: Iterable[int]) -> int | None:
+def _router_axis(rest: DottedName, info: TensorInfo, rows: set[int], spare: Iterable[int]) -> int | None:
     """Return the length of the axis along which a tensor knows the experts, None if it has none."""
     # A little more than E counts only in what is called a router.
     more = {extent + extra for extent in rows for extra in spare} if _is_named_router(rest) else set()
@@ -332,38 +340,38 @@ def _router_axis(rest: Parts, info: TensorInfo, rows: set[int], spare: Iterable[
     return next(iter(exact or [extent for extent in info.shape if extent in more]), None)
 
 
-def _is_named_router(rest: Parts) -> bool:
-    return any(_ROUTER.search(part) for part in rest)
+def _is_named_router(rest: DottedName) -> bool:
+    return any(_ROUTER.search(component) for component in rest)
 
 
-def _router_rows(num_experts: int, counts: Mapping[Parts, int]) -> set[int]:
+def _router_rows(num_experts: int, counts: Mapping[DottedName, int]) -> set[int]:
     """Return the lengths that a router's axis can have; a mapped checkpoint has more rows than experts."""
     return {num_experts} if num_experts in counts.values() or not counts else set(counts.values())
 
 
-def _common_prefix(paths: Sequence[Parts]) -> Parts:
+def _common_prefix(paths: Sequence[DottedName]) -> DottedName:
     shortest = min(paths, key=len)
-    for position, part in enumerate(shortest):
-        if any(path[position] != part for path in paths):
+    for position, component in enumerate(shortest):
+        if any(path[position] != component for path in paths):
             return shortest[:position]
     return shortest
 
 
-def _is_expert(rest: Parts, modules: set[Parts], fused: bool) -> bool:
+def _is_expert(rest: DottedName, modules: set[DottedName], fused: bool) -> bool:
     # What stands beside numbered experts, such as a balancing bias, belongs to the router.
     return any(rest[:depth] in modules and (fused or rest[depth].isdecimal()) for depth in range(1, len(rest)))
 
 
-def _is_shared(rest: Parts) -> bool:
-    return any(part.startswith("shared") for part in rest)
+def _is_shared(rest: DottedName) -> bool:
+    return any(component.startswith("shared") for component in rest)
 
 
-def _is_attention_or_norm(rest: Parts) -> bool:
-    return bool(_ATTENTION.search(rest[0])) or any("norm" in part for part in rest)
+def _is_attention_or_norm(rest: DottedName) -> bool:
+    return bool(_ATTENTION.search(rest[0])) or any("norm" in component for component in rest)
 
 
-def _mismatch(name: str, extent: int, counts: Mapping[Parts, int]) -> ArchitectureMismatch:
-    said = ", ".join(f"{'.'.join(path)} = {value}" for path, value in counts.items())
+def _mismatch(name: str, extent: int, counts: Mapping[DottedName, int]) -> ArchitectureMismatch:
+    counted = ", ".join(f"{'.'.join(path)} = {value}" for path, value in counts.items())
     return ArchitectureMismatch(
-        f"{name} holds {extent} experts, but config.json says {said}; config and weights are not of one model"
+        f"{name} holds {extent} experts, but config.json says {counted}; config and weights are not of one model"
     )

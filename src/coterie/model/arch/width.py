@@ -120,21 +120,21 @@ class _Search:
 
     def find_key(self) -> Entry:
         """Find the entry that makes all routed experts narrower, whatever else it does."""
-        found: list[Entry] = []
+        candidates: list[Entry] = []
         # Entries that stand in the file come first: a default that it leaves out may have another name in the class.
         for stage in self._stages():
             for path, value in stage:
-                twin = any(path in _paths(self._architecture.model, other) for other in found)
+                twin = any(path in _paths(self._architecture.model, other) for other in candidates)
                 if value == self._width and not twin and self._narrowed({path: value // self._divisor}) is not None:
-                    found.append(path)
-            if found:
+                    candidates.append(path)
+            if candidates:
                 break
-        if len(found) != 1:
-            names = [".".join(path) for path in found] or "none"
+        if len(candidates) != 1:
+            names = [".".join(path) for path in candidates] or "none"
             raise ArchitectureMismatch(
                 f"the config key that says how wide experts are ({self._width}) is not clear; found: {names}"
             )
-        return found[0]
+        return candidates[0]
 
     def find_repair(self, key: Entry) -> tuple[tuple[tuple[Entry, int], ...], tuple[tuple[Entry, int], ...]]:
         """Find the entries that give everything but the experts its size back; see `WidthRule`."""
@@ -167,11 +167,11 @@ class _Search:
                 if path in values or any(path in _paths(self._architecture.model, other) for other in values):
                     continue
                 for new in self._replacements(value, lengths):
-                    left = self._narrowed({**values, path: new})
-                    if left is not None and left < wrong:
-                        steps.append((path, value, new, left))
+                    still_wrong = self._narrowed({**values, path: new})
+                    if still_wrong is not None and still_wrong < wrong:
+                        steps.append((path, value, new, still_wrong))
             if steps:
-                least = min(len(left) for *_, left in steps)
+                least = min(len(still_wrong) for *_, still_wrong in steps)
                 best = [step for step in steps if len(step[3]) == least]
                 names = {".".join(path) for path, *_ in best}
                 twins = _paths(self._architecture.model, best[0][0])
@@ -206,8 +206,8 @@ class _Search:
             experts = [canonical_experts(model.get_submodule(layer.experts)) for layer in architecture.layers]
         except Exception:  # whatever a family's constructor raises, it means: not this entry
             return None
-        wanted = [(layer.num_experts, self._width // self._divisor) for layer in architecture.layers]
-        if [(each.num_experts, each.width) for each in experts] != wanted:
+        narrower = [(layer.num_experts, self._width // self._divisor) for layer in architecture.layers]
+        if [(each.num_experts, each.width) for each in experts] != narrower:
             return None
         shapes = self._others(model)
         return {name for name in shapes.keys() | self._shapes.keys() if shapes.get(name) != self._shapes.get(name)}

@@ -111,10 +111,10 @@ class Checkpoint:
         stamps: dict[str, list[int]] = {}
         for name in ("config.json", *self.shards):
             try:
-                found = (self.path / name).stat()
+                status = (self.path / name).stat()
             except OSError:
                 raise CorruptCheckpoint(f"{self.path / name}: {absence(self.path / name)}; fetch it again") from None
-            stamps[name] = [found.st_size, found.st_mtime_ns]
+            stamps[name] = [status.st_size, status.st_mtime_ns]
         return stamps
 
     @contextmanager
@@ -136,15 +136,15 @@ class Checkpoint:
         """
         skipped = {"config.json", INDEX_NAME}
         weights = re.compile(r"\.(safetensors|bin|pt|pth|gguf|onnx|h5|msgpack|ot)(\.index\.json)?$")
-        found: list[Path] = []
+        files: list[Path] = []
         for file in self.path.iterdir():
             if file.name in skipped or file.name.startswith(".") or weights.search(file.name):
                 continue
             if file.is_symlink() and not file.exists():
                 raise CorruptCheckpoint(f"{file}: {absence(file)}; fetch it again or remove the link")
             if file.is_file():
-                found.append(file)
-        return tuple(sorted(found))
+                files.append(file)
+        return tuple(sorted(files))
 
 
 class TensorReader:
@@ -197,7 +197,7 @@ class TensorReader:
     def _read(self, info: TensorInfo) -> torch.Tensor:
         if info.packed is None:
             return self._read_stored(info)
-        stored = {suffix: self._read(part) for suffix, part in info.packed.stored.items()}
+        stored = {suffix: self._read(stored_info) for suffix, stored_info in info.packed.stored.items()}
         try:
             return info.packed.encoding.unpack(stored)
         except UnsupportedDtype as error:
@@ -230,15 +230,15 @@ class TensorReader:
                 except FileNotFoundError:
                     raise CorruptCheckpoint(f"{path}: {absence(path)}; fetch this file again") from None
             file = self._files[info.shard]
-        done = 0
-        while done < len(target):
-            count = self._read_at(file, target[done:], info.begin + done)
+        num_read = 0
+        while num_read < len(target):
+            count = self._read_at(file, target[num_read:], info.begin + num_read)
             if count == 0:
                 raise CorruptCheckpoint(
-                    f"{path}: ends after {info.begin + done} bytes, within tensor {info.name!r}, which ends at byte "
-                    f"{info.end}: it was cut off after it was opened; fetch this file again"
+                    f"{path}: ends after {info.begin + num_read} bytes, within tensor {info.name!r}, which ends at "
+                    f"byte {info.end}: it was cut off after it was opened; fetch this file again"
                 )
-            done += count
+            num_read += count
 
     def _read_at(self, file: FileIO, target: memoryview, position: int) -> int:
         if hasattr(os, "preadv"):

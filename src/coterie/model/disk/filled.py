@@ -49,10 +49,10 @@ def filled_up(checkpoint: Checkpoint, ragged: RaggedWidths | None) -> Checkpoint
 
 
 def _axis_of(name: str, axes: Mapping[str, int]) -> int | None:
-    parts = name.split(".")
-    for position, part in enumerate(parts):
-        if part.isdigit():
-            pattern = ".".join((*parts[:position], "*", *parts[position + 1 :]))
+    components = name.split(".")
+    for position, component in enumerate(components):
+        if component.isdigit():
+            pattern = ".".join((*components[:position], "*", *components[position + 1 :]))
             if pattern in axes:
                 return axes[pattern]
     return None

@@ -82,12 +82,12 @@ def parse_json(raw: bytes) -> Any:
     """Parse JSON in UTF-8 in which no object names a key twice (readers differ in which of the two they take)."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        parsed = dict(pairs)
+        if len(parsed) < len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise ValueError(f"the name {twice!r} occurs twice")
-        return found
+        return parsed
 
     return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
 

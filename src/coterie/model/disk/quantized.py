@@ -66,10 +66,12 @@ def dequantized(checkpoint: Checkpoint, dtype: str = "BF16") -> Checkpoint:
     for name, info in checkpoint.tensors.items():
         if name in dropped:
             continue
-        seen = packed.get(name, info)
-        if seen.name in tensors or (seen.name != name and seen.name in checkpoint.tensors):
-            raise CorruptCheckpoint(f"{checkpoint.path} has tensor {seen.name!r} twice, packed (as {name!r}) and plain")
-        tensors[seen.name] = seen
+        plain = packed.get(name, info)
+        if plain.name in tensors or (plain.name != name and plain.name in checkpoint.tensors):
+            raise CorruptCheckpoint(
+                f"{checkpoint.path} has tensor {plain.name!r} twice, packed (as {name!r}) and plain"
+            )
+        tensors[plain.name] = plain
     return replace(checkpoint, config=_plain_config(checkpoint.config, chosen), tensors=tensors)
 
 
@@ -84,12 +86,12 @@ class _Source:
 
 
 #: Stored name of a packed weight -> what it becomes; and the stored names that are no tensors of the view.
-_Found = tuple[dict[str, TensorInfo], set[str]]
+_PackedTensors = tuple[dict[str, TensorInfo], set[str]]
 
 
-def _find_blocks(source: _Source) -> _Found:
+def _find_blocks(source: _Source) -> _PackedTensors:
     """Find 8-bit (and 4-bit) weights with their scales beside them."""
-    found: dict[str, TensorInfo] = {}
+    weights: dict[str, TensorInfo] = {}
     dropped: set[str] = set()
     for name, weight in source.tensors.items():
         if weight.dtype not in (*FP8_DTYPES, *FP4_DTYPES):
@@ -102,12 +104,12 @@ def _find_blocks(source: _Source) -> _Found:
                 f"{source.where}: tensor {name!r} is {weight.dtype} and should have one tensor of scales, found "
                 f"{', '.join(map(repr, scales)) or f'none (looked for {name + _SCALE_SUFFIXES[0]!r})'}"
             )
-        found[name] = _blocked(source, weight, source.tensors[scales[0]])
+        weights[name] = _blocked(source, weight, source.tensors[scales[0]])
         dropped.update(scales, _companions(source.tensors, name, _ACTIVATION_SUFFIXES, _ACTIVATION_LEAVES))
     lonely = sorted(name for name in source.tensors if name.endswith("_scale_inv") and name not in dropped)
     if lonely:
         raise CorruptCheckpoint(f"{source.where}: {lonely[0]!r} are scales, but there are no 8-bit weights beside them")
-    return found, dropped
+    return weights, dropped
 
 
 def _companions(
@@ -137,21 +139,21 @@ def _blocked(source: _Source, weight: TensorInfo, scale: TensorInfo) -> TensorIn
     rows, columns = shape[-2:]
     num_matrices = math.prod(shape[:-2])
     # Whatever number of axes a writer gives to a single scale, or to one scale a matrix.
-    given = scale.shape
+    scale_shape = scale.shape
     if scale.num_elements == 1:
-        given = (1, 1)
-    elif len(given) == 1 and len(shape) == 3 and given[0] == num_matrices:
-        given = (num_matrices, 1, 1)
-    if len(given) < 2 or (given[:-2] and given[:-2] != shape[:-2]):
+        scale_shape = (1, 1)
+    elif len(scale_shape) == 1 and len(shape) == 3 and scale_shape[0] == num_matrices:
+        scale_shape = (num_matrices, 1, 1)
+    if len(scale_shape) < 2 or (scale_shape[:-2] and scale_shape[:-2] != shape[:-2]):
         raise wrong("expected one scale, one a matrix, or one a block of each matrix")
     configured = _block_size(source)
     block = []
-    for extent, count, size in zip((rows, columns), given[-2:], configured, strict=True):
+    for extent, count, size in zip((rows, columns), scale_shape[-2:], configured, strict=True):
         shared = _shared_extent(extent, count, size)
         if shared is None:
             raise wrong(f"{count} scales along an axis of {extent}, weight_block_size is {list(configured)}")
         block.append(shared)
-    usual = (*shape[:-2], *given[-2:])
+    usual = (*shape[:-2], *scale_shape[-2:])
     encoding = BlockScaled(
         numbers=weight.dtype, scales=scale.dtype, block=(block[0], block[1]), dtype=source.dtype,
         scale_shape=None if scale.shape == usual else scale.shape,
@@ -186,9 +188,9 @@ def _shared_extent(extent: int, count: int, configured: int) -> int | None:
     return None
 
 
-def _find_groups(source: _Source) -> _Found:
+def _find_groups(source: _Source) -> _PackedTensors:
     """Find stacks of matrices stored as ``*_blocks`` (N, rows, groups, bytes) and ``*_scales`` (N, rows, groups)."""
-    found: dict[str, TensorInfo] = {}
+    stacks: dict[str, TensorInfo] = {}
     dropped: set[str] = set()
     for name, blocks in source.tensors.items():
         if not name.endswith("_blocks") or blocks.dtype != "U8":
@@ -208,12 +210,12 @@ def _find_groups(source: _Source) -> _Found:
         shape = (num_matrices, groups * size * 2, rows)
         encoding = Mxfp4(group=size * 2, scales=scales.dtype, dtype=source.dtype)
         packed = Packed(encoding=encoding, stored=dict(zip(encoding.stored(shape), (blocks, scales), strict=True)))
-        found[name] = TensorInfo(name=plain, dtype=source.dtype, shape=shape, shard=blocks.shard, packed=packed)
+        stacks[name] = TensorInfo(name=plain, dtype=source.dtype, shape=shape, shard=blocks.shard, packed=packed)
         dropped.add(scales.name)
-    return found, dropped
+    return stacks, dropped
 
 
-_METHODS: dict[str, Callable[[_Source], _Found]] = {"fp8": _find_blocks, "mxfp4": _find_groups}
+_METHODS: dict[str, Callable[[_Source], _PackedTensors]] = {"fp8": _find_blocks, "mxfp4": _find_groups}
 
 
 #: Keys under which configs describe how weights are packed.
@@ -224,10 +226,10 @@ def _quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return what a config, or the config of a model within it, says about packing."""
     for key in _CONFIG_KEYS:
         if isinstance(config.get(key), Mapping):
-            found: Mapping[str, Any] = config[key]
-            return found
+            section: Mapping[str, Any] = config[key]
+            return section
     inner = (_quantization_config(value) for value in config.values() if isinstance(value, Mapping))
-    return next((found for found in inner if found is not None), None)
+    return next((section for section in inner if section is not None), None)
 
 
 def _plain_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -93,11 +93,11 @@ class Packed:
         if rows is None:
             return None
         encoding, shared = rows
-        parts = {
+        slices = {
             suffix: info if suffix in shared else info.slice_rows(start, stop) for suffix, info in self.stored.items()
         }
-        stored = {suffix: info for suffix, info in parts.items() if info is not None}
-        return Packed(encoding=encoding, stored=stored) if len(stored) == len(parts) else None
+        stored = {suffix: info for suffix, info in slices.items() if info is not None}
+        return Packed(encoding=encoding, stored=stored) if len(stored) == len(slices) else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -57,9 +57,9 @@ class Ragged:
         import torch
 
         tensor = self.inner.unpack(stored)
-        whole = torch.zeros(*tensor.shape[: self.axis], self.full, *tensor.shape[self.axis + 1 :], dtype=tensor.dtype)
-        whole.narrow(self.axis, 0, self.width).copy_(tensor)
-        return whole
+        filled = torch.zeros(*tensor.shape[: self.axis], self.full, *tensor.shape[self.axis + 1 :], dtype=tensor.dtype)
+        filled.narrow(self.axis, 0, self.width).copy_(tensor)
+        return filled
 
     def stored(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return formats and shapes of what is stored of a tensor of the full width."""
