@@ -47,6 +47,11 @@ class Fields:
         """Tell whether a field says null."""
         return self._take(name) is None
 
+    def said(self, name: str) -> bool:
+        """Tell whether a field that may be left out is there, and says more than null."""
+        self._read.add(name)
+        return self._content.get(name) is not None
+
     def text(self, name: str, choices: Sequence[str] = ()) -> str:
         """Return a text; one of `choices`, where there are some."""
         value = self._take(name)

@@ -1,6 +1,8 @@
 import functools
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,6 +134,40 @@ def test_experts_in_an_integer_format_are_refused(olmoe: Path, tmp_path: Path) -
         mergemoe_plan(copy, keep=0.5)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda body: body.pop("layers"), "layers is missing"),
+        (lambda body: body.update(more=1), "more is 1: no such field is known"),
+        (
+            lambda body: body["layers"][0].update(experts=[{"source": 1}]),
+            r"layers\[0\].experts\[0\].sources is missing",
+        ),
+        (
+            lambda body: body["layers"][0].update(experts=[{"sources": [1], "size": 2}]),
+            r"experts\[0\].size is 2: no such",
+        ),
+        (
+            lambda body: body["layers"][1].update(width=-8),
+            r"layers\[1\].width is -8: should be a whole number from 0 on",
+        ),
+        (lambda body: body["layers"][1].update(width=True), r"layers\[1\].width is True"),
+        (lambda body: body.update(router="plane"), "router is 'plane': should be plain or mean or refit or map"),
+        (lambda body: body.update(passes=[["select"]]), r"passes\[0\] is \['select'\]: should be a name and an object"),
+        (lambda body: body.update(layers="many"), "layers is 'many': should be a list"),
+    ],
+)
+def test_a_plan_that_says_nonsense_is_named_by_file_and_field(
+    olmoe: Path, tmp_path: Path, change: Any, says: str
+) -> None:
+    path = mergemoe_plan(olmoe, keep=0.5).save(tmp_path / "plan.json")
+    document = json.loads(path.read_text())
+    change(document["body"])
+    path.write_text(json.dumps(document))
+    with pytest.raises(CorruptArtifact, match=rf"plan\.json: .*{says}"):
+        Plan.load(path)
+
+
 def test_a_plan_survives_a_round_trip(olmoe: Path, tmp_path: Path) -> None:
     made = mergemoe_plan(olmoe, keep=0.5)
     path = made.save(tmp_path / "plan.json")
@@ -140,7 +176,5 @@ def test_a_plan_survives_a_round_trip(olmoe: Path, tmp_path: Path) -> None:
     with pytest.raises(StaleArtifact):
         Plan.load(path, inputs={"model": "0" * 64})
     path.write_text(path.read_text().replace('"num_experts": 4', '"num_experts": "four"', 1))
-    with pytest.raises(
-        CorruptArtifact, match=r"layers\[0\].num_experts must be a whole number from 0 on, found 'four'"
-    ):
+    with pytest.raises(CorruptArtifact, match=r"layers\[0\].num_experts is 'four': should be a whole number from 0 on"):
         Plan.load(path)

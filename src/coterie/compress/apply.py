@@ -29,6 +29,7 @@ from coterie.compress.shards import lay_out, write_shard
 from coterie.compress.target import Target
 from coterie.compress.work import Work
 from coterie.errors import CoterieError, OutOfSpace
+from coterie.fields import Fields
 from coterie.journal import Run, open_run
 from coterie.model.disk.manifest import Manifest
 from coterie.model.stream.memory import peak_bytes
@@ -215,7 +216,10 @@ def _compress_layers(work: Work) -> None:
     )
     work.logits_BSV = writer.write()
     work.summaries = writer.summaries
-    executed = (LayerPlan.from_content(dict(summary.plan), "plan") for _, summary in sorted(writer.summaries.items()))
+    executed = (
+        LayerPlan.from_fields(Fields(dict(summary.plan), where="the journal"))
+        for _, summary in sorted(writer.summaries.items())
+    )
     work.plan = replace(work.plan, layers=tuple(executed))
 
 

@@ -5,11 +5,11 @@ Legend: E experts of the original, F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from coterie.errors import CorruptArtifact
+from coterie.fields import Fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,23 +42,16 @@ class ExpertPlan:
         }
 
     @classmethod
-    def from_content(cls, content: Any, where: str) -> ExpertPlan:
-        """Read what `content` wrote; raises CorruptArtifact, with `where` it stood."""
-        entry = _object(content, where, cls)
-        encodings = entry.get("encodings")
-        if encodings is not None:
-            if not isinstance(encodings, list) or len(encodings) != 3 or not all(isinstance(e, str) for e in encodings):
-                raise CorruptArtifact(
-                    f"{where}.encodings must be three names of number formats, found {encodings!r:.80}"
-                )
-            encodings = (encodings[0], encodings[1], encodings[2])
-        return cls(
-            sources=_numbers(entry.get("sources"), f"{where}.sources"),
-            width=_number(entry.get("width"), f"{where}.width", optional=True),
-            part=_number(entry.get("part"), f"{where}.part", optional=True),
-            rank=_number(entry.get("rank"), f"{where}.rank", optional=True),
-            encodings=encodings,
-        )
+    def from_fields(cls, entry: Fields) -> ExpertPlan:
+        """Read what `content` wrote; raises CorruptArtifact with the path of the field."""
+        with entry.all_read():
+            return cls(
+                sources=entry.wholes("sources"),
+                width=_whole(entry, "width"),
+                part=_whole(entry, "part"),
+                rank=_whole(entry, "rank"),
+                encodings=_encodings(entry) if entry.said("encodings") else None,
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,25 +90,17 @@ class LayerPlan:
         return {name: value for name, value in entries.items() if value is not None}
 
     @classmethod
-    def from_content(cls, content: Any, where: str) -> LayerPlan:
-        """Read what `content` wrote; raises CorruptArtifact, with `where` it stood."""
-        entry = _object(content, where, cls)
-        experts = entry.get("experts")
-        if experts is not None and not isinstance(experts, list):
-            raise CorruptArtifact(f"{where}.experts must be a list, found {experts!r:.80}")
-        num_experts = _number(entry.get("num_experts"), f"{where}.num_experts")
-        assert num_experts is not None
-        return cls(
-            num_experts=num_experts,
-            width=_number(entry.get("width"), f"{where}.width", optional=True),
-            top_k=_number(entry.get("top_k"), f"{where}.top_k", optional=True),
-            experts=None
-            if experts is None
-            else tuple(
-                ExpertPlan.from_content(each, f"{where}.experts[{number}]") for number, each in enumerate(experts)
-            ),
-            protected=_numbers(entry.get("protected", []), f"{where}.protected"),
-        )
+    def from_fields(cls, entry: Fields) -> LayerPlan:
+        """Read what `content` wrote; raises CorruptArtifact with the path of the field."""
+        with entry.all_read():
+            experts = entry.each("experts") if entry.said("experts") else None
+            return cls(
+                num_experts=entry.whole("num_experts"),
+                width=_whole(entry, "width"),
+                top_k=_whole(entry, "top_k"),
+                experts=None if experts is None else tuple(map(ExpertPlan.from_fields, experts)),
+                protected=entry.wholes("protected") if entry.said("protected") else (),
+            )
 
 
 def ragged_plan(widths: Sequence[int], protected: tuple[int, ...] = ()) -> LayerPlan:
@@ -124,25 +109,12 @@ def ragged_plan(widths: Sequence[int], protected: tuple[int, ...] = ()) -> Layer
     return LayerPlan(num_experts=len(widths), experts=experts, protected=protected)
 
 
-def _object(content: Any, where: str, kind: type[ExpertPlan] | type[LayerPlan]) -> Mapping[str, Any]:
-    if not isinstance(content, dict):
-        raise CorruptArtifact(f"{where} must be an object, found {content!r:.80}")
-    field_names = {field.name for field in fields(kind)}
-    if unknown := sorted(content.keys() - field_names):
-        raise CorruptArtifact(f"{where} has {unknown[0]!r}, which is none of {', '.join(sorted(field_names))}")
-    return content
+def _whole(entry: Fields, name: str) -> int | None:
+    return entry.whole(name) if entry.said(name) else None
 
 
-def _number(value: Any, where: str, *, optional: bool = False) -> int | None:
-    if value is None and optional:
-        return None
-    if type(value) is not int or not 0 <= value < 2**31:
-        raise CorruptArtifact(f"{where} must be a whole number from 0 on, found {value!r:.80}")
-    return value
-
-
-def _numbers(value: Any, where: str) -> tuple[int, ...]:
-    if not isinstance(value, list):
-        raise CorruptArtifact(f"{where} must be a list of whole numbers, found {value!r:.80}")
-    numbers = tuple(_number(each, f"{where}[{number}]") for number, each in enumerate(value))
-    return tuple(each for each in numbers if each is not None)
+def _encodings(entry: Fields) -> tuple[str, str, str]:
+    names = entry.texts("encodings")
+    if len(names) != 3:
+        raise entry.wrong("encodings", list(names), "should be three names, of gate, up and down projection")
+    return names[0], names[1], names[2]

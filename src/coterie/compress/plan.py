@@ -6,7 +6,6 @@ coterie compress MODEL OUT --plan plan.json --profile PROFILE
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +15,15 @@ from typing import Any, Literal, cast
 from coterie.artifact import open_artifact, write_artifact
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.recipes import ROUTERS, Step
-from coterie.errors import CorruptArtifact, Infeasible
+from coterie.errors import Infeasible
+from coterie.fields import Fields
 from coterie.outputs import claim_output
 
 log = logging.getLogger(__name__)
 
 Router = Literal["plain", "mean", "refit", "map"]
 
-_TEXTS = ("recipe", "router")
 _COUNTS = ("original_bytes", "predicted_bytes", "original_parameters", "predicted_parameters", "seed")
-_LISTS = ("passes", "result_steps", "layers", "untouched")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,34 +127,18 @@ class Plan:
     @classmethod
     def from_body(cls, body: Mapping[str, Any], inputs: Mapping[str, str], *, where: str) -> Plan:
         """Return the plan of a body that `body` made; raises CorruptArtifact, with `where` it stood."""
-        known = {*_TEXTS, *_COUNTS, *_LISTS}
-        if unknown := sorted(body.keys() - known):
-            raise CorruptArtifact(
-                f"{where} has {unknown[0]!r}, which no plan has; known are {', '.join(sorted(known))}"
+        content = Fields(dict(body), where=where)
+        with content.all_read():
+            return cls(
+                recipe=content.text("recipe"),
+                router=cast(Router, content.text("router", choices=tuple(ROUTERS))),
+                passes=content.pairs("passes"),
+                result_steps=content.pairs("result_steps"),
+                layers=tuple(map(LayerPlan.from_fields, content.each("layers"))),
+                untouched=content.texts("untouched"),
+                **{name: content.whole(name, least=None if name == "seed" else 0) for name in _COUNTS},
+                inputs=dict(inputs),
             )
-        for names, kind, called in ((_TEXTS, str, "text"), (_COUNTS, int, "a whole number"), (_LISTS, list, "a list")):
-            for name in names:
-                if type(body.get(name)) is not kind:
-                    raise CorruptArtifact(f"{where}: {name} must be {called}, found {_short(body.get(name))}")
-        if body["router"] not in ROUTERS:
-            raise CorruptArtifact(
-                f"{where}: router must be one of {', '.join(ROUTERS)}, found {_short(body['router'])}"
-            )
-        if not all(isinstance(name, str) for name in body["untouched"]):
-            raise CorruptArtifact(f"{where}: untouched must be names, found {_short(body['untouched'])}")
-        return cls(
-            recipe=body["recipe"],
-            router=cast(Router, body["router"]),
-            passes=_steps(body["passes"], f"{where}: passes"),
-            result_steps=_steps(body["result_steps"], f"{where}: result_steps"),
-            layers=tuple(
-                LayerPlan.from_content(entry, f"{where}: layers[{number}]")
-                for number, entry in enumerate(body["layers"])
-            ),
-            untouched=tuple(body["untouched"]),
-            **{name: body[name] for name in _COUNTS},
-            inputs=dict(inputs),
-        )
 
 
 def common_shape(layers: Sequence[LayerPlan]) -> Shape:
@@ -180,16 +162,3 @@ def common_shape(layers: Sequence[LayerPlan]) -> Shape:
 
 def _said(value: int | None) -> str:
     return "unchanged" if value is None else str(value)
-
-
-def _steps(content: Sequence[Any], where: str) -> tuple[Step, ...]:
-    for entry in content:
-        good = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], dict)
-        if not good:
-            raise CorruptArtifact(f"{where} must be pairs of a name and options, found {_short(entry)}")
-    return tuple((name, options) for name, options in content)
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
