@@ -125,7 +125,7 @@ def test_a_family_that_cannot_work_is_refused_clearly(tmp_path, text, model_type
     path = tiny_checkpoint(tmp_path / "model", model_type)
     assert not any(load(path, output_loading_info=True)[1].values()), "transformers itself loads it"
     with pytest.raises(ArchitectureMismatch, match=message):
-        compress(path, tmp_path / "out", experts=4, text=text)
+        compress(path, tmp_path / "out", keep=0.5, text=text)
     assert not (tmp_path / "out").exists()
 
 
