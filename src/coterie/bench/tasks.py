@@ -66,7 +66,7 @@ class Worker:
     ) -> dict[str, Any]:
         """Score the original, and keep what it predicts."""
         chosen, shared = Model(**model), BenchSettings(**settings)
-        self._evaluation_of(chosen, shared, cache).hold()
+        self._evaluation_of(chosen, shared, cache).keep_predictions()
         if not Path(out).exists():
             self._evaluation_of(chosen, shared, cache).score(chosen.path).save(out)
         return {}
