@@ -64,30 +64,30 @@ def main() -> None:
     options = parser.parse_args()
 
     domains = tuple(text_files(options.text))
-    wanted = options.sources or [*domains, *MIXES]
-    unknown = sorted(set(wanted) - {*domains, *MIXES})
+    names = options.sources or [*domains, *MIXES]
+    unknown = sorted(set(names) - {*domains, *MIXES})
     if unknown:
         parser.error(f"unknown source {unknown[0]}; choose from {', '.join((*domains, *MIXES))}")
     with tempfile.TemporaryDirectory() as work:
         tokens: dict[str, Mapping[str, int]] = {}
-        made: dict[str, Path] = {}
-        for source in sources(wanted, domains, options, Path(work)):
+        results: dict[str, Path] = {}
+        for source in sources(names, domains, options, Path(work)):
             print(f"{source.name} ...", file=sys.stderr, flush=True)
             measured = profile(
                 options.model, text=source.text, weights=source.weights, tokens=options.tokens,
                 seq_len=options.seq_len, seed=options.seed, gradients=needs_gradients(get_recipe(options.recipe).needs),
             )  # fmt: skip
-            made[source.name] = Path(work) / f"result-{len(made)}"
+            results[source.name] = Path(work) / f"result-{len(results)}"
             tokens[source.name] = dict(zip(measured.domains, measured.num_tokens, strict=True))
             compress(
-                options.model, made[source.name], keep=options.keep, recipe=options.recipe, profile=measured,
+                options.model, results[source.name], keep=options.keep, recipe=options.recipe, profile=measured,
                 seed=options.seed,
             )  # fmt: skip
-        base, *found = evaluate(
-            [options.model, *made.values()], against=options.model, text=options.test, tokens=options.test_tokens,
+        base, *scored = evaluate(
+            [options.model, *results.values()], against=options.model, text=options.test, tokens=options.test_tokens,
             seq_len=options.seq_len, seed=options.seed, questions=options.questions,
         )  # fmt: skip
-        cards = dict(zip(made, found, strict=True))
+        cards = dict(zip(results, scored, strict=True))
     tables = render(base, cards)
     setting = (
         f"Recipe {options.recipe}, {options.keep:.0%} of the experts kept, {options.tokens:,} calibration tokens a "
@@ -100,16 +100,16 @@ def main() -> None:
         options.json.write_text(json.dumps(numbers(base, cards, tokens), indent=2) + "\n")
 
 
-def sources(wanted: Sequence[str], domains: Sequence[str], options: argparse.Namespace, work: Path) -> Iterator[Source]:
+def sources(names: Sequence[str], domains: Sequence[str], options: argparse.Namespace, work: Path) -> Iterator[Source]:
     """Yield the sources that are wanted, each made when its turn comes."""
-    given = {"tokens": options.tokens, "seq_len": options.seq_len, "seed": options.seed}
-    if {"self", "all+self"} & set(wanted):
+    settings = {"tokens": options.tokens, "seq_len": options.seq_len, "seed": options.seed}
+    if {"self", "all+self"} & set(names):
         # As much text as the largest share needs, beside the other domains.
         shutil.copytree(options.text, work / "text", ignore=shutil.ignore_patterns("*.qa.jsonl"))
-        generate(options.model, work / "text", **given)
-    for name in wanted:
+        generate(options.model, work / "text", **settings)
+    for name in names:
         if name == "auto":
-            chosen = calibrate(options.model, text=options.text, **given)
+            chosen = calibrate(options.model, text=options.text, **settings)
             yield Source(name=name, text=options.text, weights=chosen.weights)
         elif name == "self":
             yield Source(name=name, text=work / "text", weights={"self": 1})
@@ -121,10 +121,10 @@ def sources(wanted: Sequence[str], domains: Sequence[str], options: argparse.Nam
 
 def ratio(card: Scorecard, base: Scorecard, domain: str) -> float:
     """Return a result's perplexity on a domain as a multiple of the original's."""
-    one, other = card.domains[domain]["perplexity"], base.domains[domain]["perplexity"]
-    assert one is not None
-    assert other is not None
-    return one / other
+    perplexity, original = card.domains[domain]["perplexity"], base.domains[domain]["perplexity"]
+    assert perplexity is not None
+    assert original is not None
+    return perplexity / original
 
 
 def divergence(card: Scorecard, domain: str) -> float:

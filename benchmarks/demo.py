@@ -118,10 +118,10 @@ def main() -> None:
     options.out.mkdir(parents=True)
     (options.out / MARK).touch()
     console.print(f"profiling {options.model.name} on {options.tokens} tokens of {CALIBRATION.relative_to(HERE)}")
-    held = options.out / "profile"
+    profile_folder = options.out / "profile"
     measured = profile(
-        options.model, held, text=CALIBRATION, tokens=options.tokens, seed=options.seed, device=options.device,
-        gradients=True,
+        options.model, profile_folder, text=CALIBRATION, tokens=options.tokens, seed=options.seed,
+        device=options.device, gradients=True,
     )  # fmt: skip
     results: dict[str, tuple[Path, float]] = {}
     for recipe, router in SHOWN:
@@ -151,8 +151,8 @@ def main() -> None:
         card.save(options.out / "scorecards" / f"{folder}.json")
     scored = {name: (card, seconds) for card, (name, (_, seconds)) in zip(cards, results.items(), strict=True)}
 
-    kept = f"{options.keep:.0%} of the experts' bytes kept"
-    show(console, f"What each recipe costs, {kept}", HEADERS, rows(base, scored))
+    share_text = f"{options.keep:.0%} of the experts' bytes kept"
+    show(console, f"What each recipe costs, {share_text}", HEADERS, rows(base, scored))
     headers, body = domain_rows(scored)
     show(console, "KL to the original by domain", headers, body)
     tables = markdown(HEADERS, rows(base, scored)) + "\nKL to the original by domain:\n\n" + markdown(headers, body)

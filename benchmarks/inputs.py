@@ -29,10 +29,10 @@ def main() -> None:
     options = parser.parse_args()
     text = REFERENCE / "text"
     with tempfile.TemporaryDirectory() as work:
-        made = {}
+        results = {}
         for recipe in options.recipes:
             for inputs in INPUTS:
-                made[recipe, inputs] = compress(
+                results[recipe, inputs] = compress(
                     REFERENCE / "model",
                     Path(work) / f"{recipe}-{inputs}",
                     keep=options.keep,
@@ -42,17 +42,17 @@ def main() -> None:
                     inputs=inputs,
                 )
         cards = evaluate(
-            [result.out for result in made.values()],
+            [result.out for result in results.values()],
             against=REFERENCE / "model",
             text=text / "test",
             tokens=options.tokens,
         )
     lines = ["| recipe | inputs | KL | exact answers | seconds to make |", "| --- | --- | ---: | ---: | ---: |"]
-    for (recipe, inputs), card in zip(made, cards, strict=True):
+    for (recipe, inputs), card in zip(results, cards, strict=True):
         accuracy = card.overall["accuracy"]
         assert card.overall["kl"] is not None
         assert accuracy is not None
-        seconds = sum(made[recipe, inputs].seconds.values())
+        seconds = sum(results[recipe, inputs].seconds.values())
         lines.append(f"| {recipe} | {inputs} | {card.overall['kl']:.3f} | {accuracy:.1%} | {seconds:.0f} |")
     table = "\n".join(lines)
     print(table)  # the result

@@ -46,23 +46,23 @@ class Shape:
         """Return the tensors of a decoder layer: name on disk -> (shape, standard deviation); 0 means all ones."""
         width, heads = self.hidden_size, self.num_heads * self.head_dim
         keys = self.num_key_value_heads * self.head_dim
-        read, start = 1 / math.sqrt(width), f"model.layers.{index}"
+        in_deviation, start = 1 / math.sqrt(width), f"model.layers.{index}"
         tensors: dict[str, tuple[tuple[int, ...], float]] = {
             f"{start}.input_layernorm.weight": ((width,), 0),
-            f"{start}.self_attn.q_proj.weight": ((heads, width), read),
-            f"{start}.self_attn.k_proj.weight": ((keys, width), read),
-            f"{start}.self_attn.v_proj.weight": ((keys, width), read),
+            f"{start}.self_attn.q_proj.weight": ((heads, width), in_deviation),
+            f"{start}.self_attn.k_proj.weight": ((keys, width), in_deviation),
+            f"{start}.self_attn.v_proj.weight": ((keys, width), in_deviation),
             f"{start}.self_attn.o_proj.weight": ((width, heads), 0.5 / math.sqrt(heads)),
             f"{start}.self_attn.q_norm.weight": ((self.head_dim,), 0),
             f"{start}.self_attn.k_norm.weight": ((self.head_dim,), 0),
             f"{start}.post_attention_layernorm.weight": ((width,), 0),
             # Scores with a standard deviation of 1.5: neither one expert for all, nor all alike.
-            f"{start}.mlp.gate.weight": ((self.num_experts, width), 1.5 * read),
+            f"{start}.mlp.gate.weight": ((self.num_experts, width), 1.5 * in_deviation),
         }
         for expert in range(self.num_experts):
             place = f"{start}.mlp.experts.{expert}"
-            tensors[f"{place}.gate_proj.weight"] = ((self.expert_width, width), read)
-            tensors[f"{place}.up_proj.weight"] = ((self.expert_width, width), read)
+            tensors[f"{place}.gate_proj.weight"] = ((self.expert_width, width), in_deviation)
+            tensors[f"{place}.up_proj.weight"] = ((self.expert_width, width), in_deviation)
             tensors[f"{place}.down_proj.weight"] = ((width, self.expert_width), 1 / math.sqrt(self.expert_width))
         return tensors
 
@@ -132,11 +132,11 @@ class Noise:
         length = math.prod(shape)
         start = int(torch.randint(len(self._block), (), generator=self._generator))
         tensor = torch.empty(length, dtype=torch.bfloat16)
-        done = 0
-        while done < length:
-            part = self._block[start : start + length - done]
-            torch.mul(part, deviation, out=tensor[done : done + len(part)])
-            done += len(part)
+        filled = 0
+        while filled < length:
+            part = self._block[start : start + length - filled]
+            torch.mul(part, deviation, out=tensor[filled : filled + len(part)])
+            filled += len(part)
             # From a new place each time: whole rows must not come again in a tensor that is longer than the block.
             start = int(torch.randint(len(self._block), (), generator=self._generator))
         return tensor.view(shape)

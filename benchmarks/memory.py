@@ -136,13 +136,13 @@ def _counters(pid: int) -> dict[str, int]:
 
 def announced(work: Path, out: Path) -> int | None:
     """Return the memory that the last command announced, from what it printed or from the run file of its result."""
-    said = (work / "stdout").read_text(errors="replace") + (work / "stderr").read_text(errors="replace")
+    output = (work / "stdout").read_text(errors="replace") + (work / "stderr").read_text(errors="replace")
     for file in sorted(out.glob("*run*.json")) if out.is_dir() else ():
-        said += file.read_text()
-    if exact := re.search(r'"forecast_bytes": (\d+)', said):
+        output += file.read_text()
+    if exact := re.search(r'"forecast_bytes": (\d+)', output):
         return int(exact[1])
-    found = re.search(r"memory: at most ([\d.]+ ?[KMGT]?i?B)", said)
-    return None if found is None else parse_bytes(found[1])
+    match = re.search(r"memory: at most ([\d.]+ ?[KMGT]?i?B)", output)
+    return None if match is None else parse_bytes(match[1])
 
 
 def weight_bytes(folder: Path) -> int:
@@ -164,20 +164,20 @@ def forget_files(folder: Path) -> None:
 def measure_size(size: str, work: Path, options: argparse.Namespace) -> Iterator[Measured]:
     """Make a checkpoint and run the commands on it one after another; those that need a failed one are left out."""
     model, text = work / "model", work / "model-text"
-    made, result = work / "profile", work / "result"
+    profile_folder, result_folder = work / "profile", work / "result"
     make = [sys.executable, str(HERE / "make_large.py"), str(model)]
     subprocess.run([*make, *(("--layers", size) if size.isdecimal() else ("--size", size))], check=True)
     sample = ["--text", str(text), "--tokens", str(options.tokens), "--seq-len", "256", "--device", options.device]
     lines = {
-        "profile": ["profile", str(model), str(made), *sample],
-        "compress": ["compress", str(model), str(result), "--keep", "0.5", "--recipe", options.recipe, *sample],
-        "evaluate": ["evaluate", str(result), "--against", str(model), *sample, "--questions", "0"],
+        "profile": ["profile", str(model), str(profile_folder), *sample],
+        "compress": ["compress", str(model), str(result_folder), "--keep", "0.5", "--recipe", options.recipe, *sample],
+        "evaluate": ["evaluate", str(result_folder), "--against", str(model), *sample, "--questions", "0"],
     }
     for command in (name for name in COMMANDS if name in options.commands):
         line = list(lines[command])
-        if command == "compress" and made.exists():
-            line += ["--profile", str(made)]
-        if command == "evaluate" and not result.exists():
+        if command == "compress" and profile_folder.exists():
+            line += ["--profile", str(profile_folder)]
+        if command == "evaluate" and not result_folder.exists():
             continue
         forget_files(model)
         print(f"{size}: coterie {command} ...", file=sys.stderr, flush=True)
@@ -186,8 +186,10 @@ def measure_size(size: str, work: Path, options: argparse.Namespace) -> Iterator
             command=command,
             size=size,
             model_bytes=weight_bytes(model),
-            forecast=announced(work, {"profile": made, "compress": result}.get(command, work / "none")),
-            result_bytes=weight_bytes(result) if command == "compress" and result.exists() else 0,
+            forecast=announced(
+                work, {"profile": profile_folder, "compress": result_folder}.get(command, work / "none")
+            ),
+            result_bytes=weight_bytes(result_folder) if command == "compress" and result_folder.exists() else 0,
             **took,  # type: ignore[arg-type]
         )
 
@@ -211,17 +213,17 @@ def broken_promises(measured: Sequence[Measured], limit: int) -> list[str]:
                 f"{name} wrote {format_bytes(row.written)} for a result of {format_bytes(row.result_bytes)}: "
                 f"more than {MAX_WRITTEN} times as much"
             )
-    done = [row for row in measured if not row.returncode]
+    succeeded = [row for row in measured if not row.returncode]
     for command in COMMANDS:
-        rows = sorted((row for row in done if row.command == command), key=lambda row: row.model_bytes)
+        rows = sorted((row for row in succeeded if row.command == command), key=lambda row: row.model_bytes)
         broken += [
             f"the peak of {command} grows with the model: {format_bytes(rows[0].peak)} for {rows[0].size}, "
             f"{format_bytes(row.peak)} for {row.size}"
             for row in rows[1:]
             if row.peak > MAX_GROWTH * rows[0].peak
         ]
-    for size in dict.fromkeys(row.size for row in done):
-        rows = [row for row in done if row.size == size and row.command in ("profile", "compress")]
+    for size in dict.fromkeys(row.size for row in succeeded):
+        rows = [row for row in succeeded if row.size == size and row.command in ("profile", "compress")]
         if any(row.input_read is None for row in rows) or "compress" not in [row.command for row in rows]:
             continue
         times = sum((row.input_read or 0) / row.model_bytes for row in rows)

@@ -34,11 +34,11 @@ RECIPES_HERE = tuple(name for name in RECIPES if not name.startswith("coterie-")
 
 def run(models: Sequence[Path], out: Path, **settings: Any) -> Bench:
     """Run the bench on the models that are there."""
-    there = [model for model in models if (model / "config.json").is_file()]
+    available = [model for model in models if (model / "config.json").is_file()]
     for model in models:
-        if model not in there:
+        if model not in available:
             print(f"{model} is not there: left out", file=sys.stderr)
-    return bench(there, out, text=CALIBRATION, test=TEST, **settings)
+    return bench(available, out, text=CALIBRATION, test=TEST, **settings)
 
 
 def header(results: dict[str, Any], arguments: Sequence[str]) -> str:
@@ -80,15 +80,15 @@ def compact(results: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def keep(made: Bench, place: Path, arguments: Sequence[str] = ()) -> None:
+def keep(measured: Bench, place: Path, arguments: Sequence[str] = ()) -> None:
     """Copy tables, results and plots to `place`, each with its ending; `arguments` are those of the command."""
-    content = (made.out / RESULTS).read_text(encoding="utf-8")
+    content = (measured.out / RESULTS).read_text(encoding="utf-8")
     text = header(json.loads(content), arguments).replace("methods.svg", f"{place.name}.svg")
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.with_suffix(".md").write_text(text + made.table, encoding="utf-8")
+    place.with_suffix(".md").write_text(text + measured.table, encoding="utf-8")
     place.with_suffix(".json").write_text(compact(json.loads(content)), encoding="utf-8")
     for ending in (".svg", ".png"):
-        plot = made.out / PLOT.replace(".svg", ending)
+        plot = measured.out / PLOT.replace(".svg", ending)
         if plot.exists():
             shutil.copyfile(plot, place.with_suffix(ending))
 
@@ -112,9 +112,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("coterie.bench").setLevel(logging.INFO)
     place = options.pop("keep")
-    made = run(options.pop("models"), options.pop("out"), **options)
-    print(made.summary)
-    keep(made, place, sys.argv[1:])
+    measured = run(options.pop("models"), options.pop("out"), **options)
+    print(measured.summary)
+    keep(measured, place, sys.argv[1:])
 
 
 if __name__ == "__main__":

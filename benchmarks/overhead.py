@@ -120,9 +120,9 @@ def plain_run(task: Task) -> tuple[dict[str, float], tuple[list[Tensor], Any]]:
 def stages(task: Task, recipe: str, work: Path) -> dict[str, float]:
     """Compress the model and return the seconds of each stage."""
     out = work / f"result-{recipe}"
-    made = compress(task.model, out, keep=0.5, recipe=recipe, profile=work / "profile", device=task.device)
+    result = compress(task.model, out, keep=0.5, recipe=recipe, profile=work / "profile", device=task.device)
     shutil.rmtree(out)
-    return {"read the profile" if name == "profile" else name: value for name, value in made.seconds.items()}
+    return {"read the profile" if name == "profile" else name: value for name, value in result.seconds.items()}
 
 
 def spread(values: Sequence[float], unit: str) -> str:

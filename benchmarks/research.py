@@ -118,16 +118,16 @@ class Form:
     @property
     def recipe(self) -> Recipe:
         """The one pass that makes this form, as a recipe of the package."""
-        made: Pass
+        step: Pass
         if self.shrinks == "experts":
             whole = ("segment", {"score": self.score, "parts": 1})
-            made = ("select", {"score": self.score}) if self.score in ("reap", "msan") else whole
+            step = ("select", {"score": self.score}) if self.score in ("reap", "msan") else whole
         elif self.shrinks == "parts":
-            made = ("segment", {"score": self.score, "parts": self.parts})
+            step = ("segment", {"score": self.score, "parts": self.parts})
         else:
-            made = ("slim", {"score": self.score})
+            step = ("slim", {"score": self.score})
         allocators = {"experts": "fewer", "parts": "parts", "ragged": "ragged"}
-        return Recipe(name="study", passes=(made,), allocator=allocators.get(self.shrinks, "narrower"))
+        return Recipe(name="study", passes=(step,), allocator=allocators.get(self.shrinks, "narrower"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,8 +153,8 @@ class Variant:
 
 def variants(scale: float = 1.0) -> list[Variant]:
     """Return all variants, by groups; training sees `scale` times as much text."""
-    made = (rate_variants, distil_variants, answer_variants)
-    trained = [variant for yields in made for variant in yields(scale)]
+    generators = (rate_variants, distil_variants, answer_variants)
+    trained = [variant for generator in generators for variant in generator(scale)]
     return [*score_variants(), *form_variants(), *refit_variants(), *trained]
 
 
@@ -340,7 +340,7 @@ class Study:
             CoterieError: it cannot be made of this model.
         """
         begin = time.perf_counter()
-        model = self.make(variant.form, variant.refit, kept=variant.training is not None)
+        model = self.make(variant.form, variant.refit, keep_tensors=variant.training is not None)
         trained: dict[str, Any] = {}
         if variant.training is not None:
             begin = time.perf_counter()
@@ -353,10 +353,10 @@ class Study:
             last = losses[-max(1, len(losses) // 8) :]
             trained = {"steps": len(losses), "last_losses": sum(last) / len(last)}
         seconds = time.perf_counter() - begin
-        found = self.compare(model) | {"seconds": round(seconds, 1)} | trained
+        scores = self.compare(model) | {"seconds": round(seconds, 1)} | trained
         if variant.group == "answers":
-            found |= {"exact": self.answered(model), "exact_original": self._answered_by_original}
-        return found
+            scores |= {"exact": self.answered(model), "exact_original": self._answered_by_original}
+        return scores
 
     @cached_property
     def _answered_by_original(self) -> float:
@@ -364,9 +364,9 @@ class Study:
 
     def answered(self, model: PreTrainedModel) -> float:
         """Return the share of all questions of the test text that a model answers exactly, by greedy search."""
-        asked = [question for questions in self._questions.values() for question in questions]
+        all_questions = [question for questions in self._questions.values() for question in questions]
         with experts_apart(model):
-            return count_correct(model, self._tokenizer, asked) / max(1, len(asked))
+            return count_correct(model, self._tokenizer, all_questions) / max(1, len(all_questions))
 
     @torch.no_grad()
     def compare(self, model: PreTrainedModel) -> dict[str, Any]:
@@ -379,12 +379,14 @@ class Study:
         sums = {domain: [0.0, 0.0, 0] for domain in self._test.domains}  # of divergences, agreements, tokens
         with experts_apart(self._original), experts_apart(model):
             for domain, ids_BS in self._test.batches(max(1, MICRO_TOKENS // self._test.seq_len)):
-                wanted, found = (each(input_ids=ids_BS, use_cache=False).logits for each in (self._original, model))
-                divergence_T, same_T = token_divergence(wanted, found)
-                held = sums[self._test.domains[domain]]
-                held[0] += float(divergence_T.double().sum())
-                held[1] += float(same_T.sum())
-                held[2] += len(same_T)
+                original_logits, logits = (
+                    each(input_ids=ids_BS, use_cache=False).logits for each in (self._original, model)
+                )
+                divergence_T, same_T = token_divergence(original_logits, logits)
+                domain_sums = sums[self._test.domains[domain]]
+                domain_sums[0] += float(divergence_T.double().sum())
+                domain_sums[1] += float(same_T.sum())
+                domain_sums[2] += len(same_T)
         kl = {domain: total / count for domain, (total, _, count) in sums.items()}
         agreement = [same / count for _, same, count in sums.values()]
         worst = max(kl, key=lambda domain: kl[domain])
@@ -397,13 +399,13 @@ class Study:
         }
 
     @torch.no_grad()
-    def make(self, form: Form, refit: Sequence[Pass] = (), *, kept: bool = False) -> PreTrainedModel:
+    def make(self, form: Form, refit: Sequence[Pass] = (), *, keep_tensors: bool = False) -> PreTrainedModel:
         """Make the model of a form, float32, with the numbers that it would have on disk.
 
         Args:
             form: what its experts become.
             refit: passes after that.
-            kept: whether its tensors are kept in OUT, and read from there when they are there.
+            keep_tensors: whether its tensors are kept in OUT, and read from there when they are there.
 
         Raises:
             CoterieError: it cannot be made of this model.
@@ -413,10 +415,10 @@ class Study:
         with added_scores():
             measured = self._measured(form.score)
             sizes = self.sizes(form, measured)
-            if kept and file.exists():
+            if keep_tensors and file.exists():
                 return self._filled(sizes[0], load_file(file))
             tensors = self._compressed(form, refit, sizes, measured)
-        if kept:
+        if keep_tensors:
             file.parent.mkdir(exist_ok=True)
             with atomic_path(file) as temporary:
                 save_file(tensors, temporary)
@@ -424,13 +426,15 @@ class Study:
 
     def _measured(self, score: str) -> Profile:
         """Return the profile, with statistics that only this study has where a score reads them."""
-        wanted = ADDED[score][1] if score in ADDED else ()
-        if not any(name.startswith("study") for name in wanted):
+        names = ADDED[score][1] if score in ADDED else ()
+        if not any(name.startswith("study") for name in names):
             return self._profile
         statistics = []
-        for layer, held in zip(self._architecture.layers, self._profile.statistics, strict=True):
+        for layer, layer_statistics in zip(self._architecture.layers, self._profile.statistics, strict=True):
             experts = canonical_experts(self._original.get_submodule(layer.experts))
-            statistics.append({**held, **study_statistics(experts, self._profile.samples[layer.index], wanted)})
+            statistics.append(
+                {**layer_statistics, **study_statistics(experts, self._profile.samples[layer.index], names)}
+            )
         return replace(self._profile, statistics=statistics)
 
     def sizes(self, form: Form, measured: Profile) -> tuple[LayerPlan, ...]:
@@ -442,19 +446,19 @@ class Study:
         layers, architecture = self._architecture.layers, self._architecture
         source = Source(checkpoint=self._checkpoint, architecture=architecture, conversion=self._conversion)
         request = Request(recipe=form.recipe, target=Target(keep=self._options.keep))
-        found = allocate(source, request, measured)
+        plans = allocate(source, request, measured)
         if form.shrinks == "ragged-layers":
             return tuple(
-                self._ragged(form.score, measured, layer, size) for layer, size in zip(layers, found, strict=True)
+                self._ragged(form.score, measured, layer, size) for layer, size in zip(layers, plans, strict=True)
             )
         if form.shrinks != "parts":
-            return found
-        width, top_k = found[0].width, found[0].top_k
+            return plans
+        width, top_k = plans[0].width, plans[0].top_k
         if width is None or top_k is None or width * form.parts != layers[0].width:
             raise Infeasible(f"experts of width {layers[0].width} cannot be cut into {form.parts} parts here")
         top_k = max(1, round(form.chosen * top_k))
-        architecture.check_feasible(found[0].num_experts, top_k)
-        return tuple(replace(size, top_k=top_k) for size in found)
+        architecture.check_feasible(plans[0].num_experts, top_k)
+        return tuple(replace(size, top_k=top_k) for size in plans)
 
     def _ragged(self, score: str, measured: Profile, layer: MoELayer, plan: LayerPlan) -> LayerPlan:
         """Keep as many neurons of a layer as that size has, the best ones whichever experts they are of."""
@@ -471,15 +475,15 @@ class Study:
         """Send every layer through the passes; return experts and routers by name in memory, as they are on disk."""
         reroute = Reroute(self._architecture, self._original, sizes[0].top_k)
         passes = (*form.recipe.passes, *refit)
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         with router_gap(form.gap):
             for layer, size in zip(self._architecture.layers, sizes, strict=True):
-                made, _ = compress_layer(
+                layer_tensors, _ = compress_layer(
                     self._original, layer, size, passes, measured.statistics[layer.index],
                     measured.samples[layer.index], reroute, self._options.seed,
                 )  # fmt: skip
-                found |= {name: self._rounded(name, tensor).contiguous() for name, tensor in made.items()}
-        return found
+                tensors |= {name: self._rounded(name, tensor).contiguous() for name, tensor in layer_tensors.items()}
+        return tensors
 
     def _filled(self, plan: LayerPlan, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
         """Return a model of the original's weights with some replaced; it shares none with the original."""
@@ -501,10 +505,10 @@ class Study:
         if training.own_text:
             settings = TextSettings(source=SELF, tokens=tokens, seq_len=options.seq_len, seed=options.seed)
             return torch.cat(list(CalibrationText(self._checkpoint, settings).draw().sequences.values()))
-        wanted: dict[str, Any] = {"seq_len": options.seq_len, "tokens": tokens, "seed": options.seed, "up_to": True}
+        draw: dict[str, Any] = {"seq_len": options.seq_len, "tokens": tokens, "seed": options.seed, "up_to": True}
         if training.asked != 1:
-            wanted["weights"] = dict.fromkeys(self._questions, training.asked)
-        drawn = tokenize(self._tokenizer, options.text, **wanted)
+            draw["weights"] = dict.fromkeys(self._questions, training.asked)
+        drawn = tokenize(self._tokenizer, options.text, **draw)
         return torch.cat(list(drawn.sequences.values()))
 
 
@@ -525,9 +529,9 @@ class Results:
         key = self._key(variant)
         return next((line for line in self._lines() if line.get("key") == key), None)
 
-    def add(self, variant: Variant, found: Mapping[str, Any]) -> None:
+    def add(self, variant: Variant, scores: Mapping[str, Any]) -> None:
         """Append the line of a variant."""
-        line = {"name": variant.name, "group": variant.group, "key": self._key(variant), **self._settings, **found}
+        line = {"name": variant.name, "group": variant.group, "key": self._key(variant), **self._settings, **scores}
         # A line that was cut off stays by itself.
         begin = "\n" if self._file.exists() and not self._file.read_bytes().endswith(b"\n") else ""
         with self._file.open("a", encoding="utf-8") as file:
@@ -562,13 +566,15 @@ def render(chosen: Sequence[Variant], results: Results, options: argparse.Namesp
             continue
         heads = ["KL", "same token", "worst", "seconds", *(["exact"] if group == "answers" else [])]
         lines += ["", f"## {title}", ""]
-        found = {variant.name: results.find(variant) for variant in rows}
-        if original := next((line["exact_original"] for line in found.values() if line and "exact" in line), None):
+        line_by_name = {variant.name: results.find(variant) for variant in rows}
+        if original := next(
+            (line["exact_original"] for line in line_by_name.values() if line and "exact" in line), None
+        ):
             lines += [f"exact: share of all questions of the test text; the original answers {original:.1%}.", ""]
         lines.append(f"| variant | what it is | {' | '.join(heads)} |")
         lines.append(f"| --- | --- |{' ---: |' * len(heads)}")
         for variant in rows:
-            line = found[variant.name]
+            line = line_by_name[variant.name]
             cells = ["-"] * len(heads)
             if line is not None:
                 cells = [f"{line['kl']:.4f}", f"{line['agreement']:.1%}", f"{line['worst_kl']:.3f}"]
@@ -604,8 +610,8 @@ def main() -> None:
     groups = options.only.split(",")
     if unknown := sorted(set(groups) - set(GROUPS)):
         parser.error(f"unknown group {unknown[0]}; choose from {', '.join(GROUPS)}")
-    wanted = options.variants or names
-    chosen = [each for each in variants(options.scale) if each.group in groups and each.name in wanted]
+    chosen_names = options.variants or names
+    chosen = [each for each in variants(options.scale) if each.group in groups and each.name in chosen_names]
     if options.list:
         for variant in chosen:
             print(f"{variant.group:7} {variant.name:18} {variant.says}")
@@ -616,12 +622,12 @@ def main() -> None:
         if results.find(variant) is not None:
             continue
         try:
-            found = study.measure(variant)
+            scores = study.measure(variant)
         except CoterieError as error:
             print(f"{variant.name} is left out: {error}", file=sys.stderr, flush=True)
             continue
-        results.add(variant, found)
-        print(f"{variant.name}: KL {found['kl']:.4f}, {found['seconds']:.0f} s", file=sys.stderr, flush=True)
+        results.add(variant, scores)
+        print(f"{variant.name}: KL {scores['kl']:.4f}, {scores['seconds']:.0f} s", file=sys.stderr, flush=True)
     tables = render(chosen, results, options)
     print(tables, end="")
     if options.markdown is not None:

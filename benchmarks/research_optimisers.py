@@ -88,13 +88,13 @@ class Muon:
 def orthogonalised(matrices: Tensor) -> Tensor:
     """Return matrices (..., m, n) with all singular values brought near 1, by Newton-Schulz iteration."""
     tall = matrices.shape[-2] > matrices.shape[-1]
-    found: Tensor = matrices.mT if tall else matrices
-    found = found / torch.linalg.matrix_norm(found, keepdim=True).clamp(min=1e-30)
+    iterate: Tensor = matrices.mT if tall else matrices
+    iterate = iterate / torch.linalg.matrix_norm(iterate, keepdim=True).clamp(min=1e-30)
     one, three, five = NEWTON_SCHULZ
     for _ in range(NEWTON_SCHULZ_STEPS):
-        square = found @ found.mT
-        found = one * found + (three * square + five * square @ square) @ found
-    return found.mT if tall else found
+        square = iterate @ iterate.mT
+        iterate = one * iterate + (three * square + five * square @ square) @ iterate
+    return iterate.mT if tall else iterate
 
 
 class Turned:
@@ -121,8 +121,8 @@ class Turned:
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], rate: float) -> None:
         """Take one step against gradients, which come in the order of the weights."""
-        named = zip(self._weights, gradients, strict=True)
-        self._adam.step([gradient @ self._bases[name] for name, gradient in named], rate)
+        pairs = zip(self._weights, gradients, strict=True)
+        self._adam.step([gradient @ self._bases[name] for name, gradient in pairs], rate)
         for name, tensor in self._weights.items():
             tensor.copy_(self._turned[name] @ self._bases[name].mT)
 

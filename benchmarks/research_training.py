@@ -49,21 +49,24 @@ Statistics = Mapping[str, Tensor]
 #: By name: the score (E, F) from statistics, and the statistics that it reads. Those that begin with "study" are made
 #: by `study_statistics`.
 ADDED: dict[str, tuple[Callable[[Statistics], Tensor], tuple[str, ...]]] = {
-    "study-activation": (lambda held: held["hidden_square"] * held["study_norm"], ("hidden_square", "study_norm")),
-    "study-fisher": (lambda held: held["channel_fisher"], ("channel_fisher",)),
+    "study-activation": (
+        lambda statistics: statistics["hidden_square"] * statistics["study_norm"],
+        ("hidden_square", "study_norm"),
+    ),
+    "study-fisher": (lambda statistics: statistics["channel_fisher"], ("channel_fisher",)),
     "study-mean": (
-        lambda held: (held["channel_fisher"] * energy_scores(held)).sqrt(),
+        lambda statistics: (statistics["channel_fisher"] * energy_scores(statistics)).sqrt(),
         ("channel_fisher", "gated_hidden_square", "gradient_energy", "tokens"),
     ),
-    "study-removal": (lambda held: held["study_removal"], ("study_removal",)),
+    "study-removal": (lambda statistics: statistics["study_removal"], ("study_removal",)),
 }
 
 
 @contextmanager
 def added_scores() -> Iterator[None]:
     """Within the block, the package knows the scores of `ADDED`."""
-    for name, (function, read) in ADDED.items():
-        SCORES[name] = (lambda held, down_EDF, function=function: function(held), read)  # type: ignore[misc]
+    for name, (function, needed) in ADDED.items():
+        SCORES[name] = (lambda statistics, down_EDF, function=function: function(statistics), needed)  # type: ignore[misc]
         RANKINGS[name] = function
     try:
         yield
@@ -82,17 +85,17 @@ def router_gap(gap: float) -> Iterator[None]:
         segment.GAP = before
 
 
-def study_statistics(experts: Experts, sample: Sample, wanted: Sequence[str]) -> dict[str, Tensor]:
+def study_statistics(experts: Experts, sample: Sample, names: Sequence[str]) -> dict[str, Tensor]:
     """Return statistics that a profile does not hold, each (1, E, F): the text counts as one domain.
 
     ``study_norm``: |w_k|^2 of the down projection's column of each neuron. ``study_removal``: see `removal_scores`.
     """
-    found = {}
-    if "study_norm" in wanted:
-        found["study_norm"] = experts.down_EDF.double().square().sum(1)[None]
-    if "study_removal" in wanted:
-        found["study_removal"] = removal_scores(experts, sample)[None]
-    return found
+    statistics = {}
+    if "study_norm" in names:
+        statistics["study_norm"] = experts.down_EDF.double().square().sum(1)[None]
+    if "study_removal" in names:
+        statistics["study_removal"] = removal_scores(experts, sample)[None]
+    return statistics
 
 
 def removal_scores(experts: Experts, sample: Sample, prior: float = 16.0) -> Tensor:
@@ -318,16 +321,16 @@ def train(
     averaged = round(training.average * schedule.steps)
     sums: dict[str, Tensor] = {}
     divergences: list[float] = []
-    here: list[float] = []  # of the step that is being computed: the sum over its sequences, part by part
+    part_sums: list[float] = []  # of the step that is being computed: the sum over its sequences, part by part
 
     def loss(rows_N: Tensor) -> Tensor:
         divergence, minimised = _loss(model, original, ids_BS[rows_N], training)
-        here.append(float(divergence.detach()) * len(rows_N))
+        part_sums.append(float(divergence.detach()) * len(rows_N))
         return minimised
 
     def after(step: int, _: float) -> None:
-        divergences.append(sum(here) / len(schedule.rows(step - 1)))
-        here.clear()
+        divergences.append(sum(part_sums) / len(schedule.rows(step - 1)))
+        part_sums.clear()
         if step > schedule.steps - averaged:
             student.add_to(sums)
 
@@ -353,21 +356,23 @@ def _loss(
     """Return the divergence, nats per token, and what is minimised."""
     options = {"use_cache": False, "output_hidden_states": training.hidden > 0}
     with torch.no_grad():
-        wanted: Any = original(input_ids=ids_BS, **options)
-    found: Any = model(input_ids=ids_BS, **options)
+        original_output: Any = original(input_ids=ids_BS, **options)
+    output: Any = model(input_ids=ids_BS, **options)
     if training.classes is None:
-        log_p_TV, log_q_TV = (each.logits.float().log_softmax(-1).flatten(0, 1) for each in (wanted, found))
+        log_p_TV, log_q_TV = (
+            either.logits.float().log_softmax(-1).flatten(0, 1) for either in (original_output, output)
+        )
         divergence_T = nn.functional.kl_div(log_q_TV, log_p_TV, reduction="none", log_target=True).sum(-1)
         divergence = divergence_T.mean()
         if training.sure:
             weight_T = 1 + training.sure * (log_p_TV.amax(-1) > math.log(SURE))
             return divergence, (weight_T * divergence_T).sum() / weight_T.sum()
     else:
-        divergence = Predictions.of(wanted.logits, training.classes).divergence(found.logits)
+        divergence = Predictions.of(original_output.logits, training.classes).divergence(output.logits)
     if not training.hidden:
         return divergence, divergence
-    pairs = zip(found.hidden_states[1:], wanted.hidden_states[1:], strict=True)
-    errors = [(one - other).square().mean() / other.square().mean() for one, other in pairs]
+    pairs = zip(output.hidden_states[1:], original_output.hidden_states[1:], strict=True)
+    errors = [(own - target).square().mean() / target.square().mean() for own, target in pairs]
     return divergence, divergence + training.hidden * torch.stack(errors).sum()
 
 
@@ -418,13 +423,13 @@ def _moments(student: Student, layers: Sequence[MoELayer], ids_BS: Tensor, sched
     with intercepted(student.model, observe):
         for part in torch.split(rows, max(1, MICRO_TOKENS // ids_BS.shape[1])):
             student.model(input_ids=ids_BS[part], use_cache=False)
-    found: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
     for layer in layers:
         key = id(student.model.get_submodule(layer.experts))
         routers = [name for name, _ in layer.router_tensors]
         for name in (f"{layer.experts}.gate_EFD", f"{layer.experts}.up_EFD", *routers):
             tensor = student.matrices.get(name)
             if tensor is not None and tensor.ndim > 1 and tensor.shape[-1] == len(inputs[key]):
-                found[name] = inputs[key]
-        found[f"{layer.experts}.down_EDF"] = hidden[key]
-    return found
+                moments[name] = inputs[key]
+        moments[f"{layer.experts}.down_EDF"] = hidden[key]
+    return moments

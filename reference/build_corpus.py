@@ -131,8 +131,8 @@ def fetch(package: Package) -> Path:
     prefixes = (prefix, prefix.replace(":", "%3a"))
 
     def cached() -> Path | None:
-        found = [p for p in sorted(folder.iterdir()) if p.name.startswith(prefixes) and not p.name.endswith(".asc")]
-        return found[0] if found else None
+        files = [p for p in sorted(folder.iterdir()) if p.name.startswith(prefixes) and not p.name.endswith(".asc")]
+        return files[0] if files else None
 
     if cached() is None:
         print(f"fetching {package.name} {package.version} ({package.registry})", file=sys.stderr)
@@ -171,11 +171,11 @@ def source_list_options() -> list[str]:
 
 def read_files(name: str, pattern: str) -> Iterator[tuple[str, bytes]]:
     """Pairs (path inside the package, content) of the regular files whose path matches the regular expression."""
-    path, wanted = fetch(PACKAGES[name]), re.compile(pattern)
+    path, regex = fetch(PACKAGES[name]), re.compile(pattern)
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as archive:
             for member in sorted(archive.namelist()):
-                if wanted.search(member):
+                if regex.search(member):
                     yield member, archive.read(member)
     else:
         stream = path.read_bytes()
@@ -183,7 +183,7 @@ def read_files(name: str, pattern: str) -> Iterator[tuple[str, bytes]]:
             stream = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(path)], check=True, capture_output=True).stdout
         with tarfile.open(fileobj=io.BytesIO(stream)) as archive:
             for member in archive:
-                if member.isfile() and wanted.search(member.name):
+                if member.isfile() and regex.search(member.name):
                     yield member.name, archive.extractfile(member).read()
 
 
@@ -224,11 +224,11 @@ def decode(content: bytes) -> str:
 def strip_html(page: str) -> str:
     """Plain text of an HTML or XML fragment: block elements become line breaks, code blocks keep their lines."""
     page = re.sub(r"(?is)<(script|style|head|nav|svg)\b.*?</\1>|<!--.*?-->", " ", page)
-    kept: list[str] = []
+    blocks: list[str] = []
 
     def keep(match: re.Match) -> str:
-        kept.append(re.sub(r"<[^>]+>", "", match.group(2)))
-        return f"\n\n\x01{len(kept) - 1}\x01\n\n"
+        blocks.append(re.sub(r"<[^>]+>", "", match.group(2)))
+        return f"\n\n\x01{len(blocks) - 1}\x01\n\n"
 
     page = re.sub(r"(?is)<(pre)\b[^>]*>(.*?)</\1>", keep, page)
     page = re.sub(r"\s+", " ", page)
@@ -238,7 +238,7 @@ def strip_html(page: str) -> str:
     page = re.sub(r"<[^>]+>", "", page)
     page = "\n".join(line.strip() for line in page.split("\n"))
     page = re.sub(r"[ \t]{2,}", " ", page)
-    page = re.sub(r"\x01(\d+)\x01", lambda match: kept[int(match.group(1))], page)
+    page = re.sub(r"\x01(\d+)\x01", lambda match: blocks[int(match.group(1))], page)
     return re.sub(r"\n{3,}", "\n\n", html.unescape(page).replace("\xa0", " "))
 
 
@@ -248,9 +248,9 @@ def strip_licence_header(code: str, line_comment: str) -> str:
         code = code.lstrip()
         block = re.match(r"/\*.*?\*/", code, re.DOTALL)
         lines = re.match(rf"(?:{re.escape(line_comment)}[^\n]*\n)+", code)
-        found = block or lines
-        if found and (LICENCE_WORDS.search(found.group()) or not found.group().strip("#*/ \n-")):
-            code = code[found.end() :]
+        comment = block or lines
+        if comment and (LICENCE_WORDS.search(comment.group()) or not comment.group().strip("#*/ \n-")):
+            code = code[comment.end() :]
         else:
             return code
 
@@ -712,10 +712,10 @@ def build_math() -> tuple[dict[str, list[Document]], list[dict[str, str]]]:
         ]
         for split, questions in lines.items()
     }
-    asked = {split: {line.split("\nA:")[0] for line in questions} for split, questions in lines.items()}
-    assert not asked["test"] & asked["train"]
-    assert not asked["calibration"] & asked["train"]
-    assert not asked["test"] & asked["calibration"]
+    question_texts = {split: {line.split("\nA:")[0] for line in questions} for split, questions in lines.items()}
+    assert not question_texts["test"] & question_texts["train"]
+    assert not question_texts["calibration"] & question_texts["train"]
+    assert not question_texts["test"] & question_texts["calibration"]
     quotas = {"add": 80, "subtract": 80, "times": 10, "compare": 50, "next": 40, "missing": 20, "word": 120}
     exam = []
     for kind, quota in quotas.items():
@@ -781,12 +781,12 @@ def split_documents(documents: Iterator[Document]) -> dict[str, list[Document]]:
 
 def shingles(text: str) -> Iterator[tuple[int, int, int]]:
     """(hash, start, end) of each run of 13 words that has at least five different words with letters in it."""
-    found = [(match.group().lower(), match.start(), match.end()) for match in WORD.finditer(text)]
-    words = [word for word, _, _ in found]
+    matches = [(match.group().lower(), match.start(), match.end()) for match in WORD.finditer(text)]
+    words = [word for word, _, _ in matches]
     for at in range(len(words) - SHINGLE_WORDS + 1):
         run = words[at : at + SHINGLE_WORDS]
         if len({word for word in run if not word.isdigit()}) >= 5:
-            yield hash(tuple(run)), found[at][1], found[at + SHINGLE_WORDS - 1][2]
+            yield hash(tuple(run)), matches[at][1], matches[at + SHINGLE_WORDS - 1][2]
 
 
 def cut_shared(document: Document, forbidden: set[int]) -> Document:
@@ -825,8 +825,8 @@ def cut_split(documents: list[Document], forbidden: set[int]) -> list[Document]:
     global shared
     shared = forbidden
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        kept = pool.map(cut_by_shared, documents, chunksize=16)
-    return [document for document in kept if size(document.text) >= 200]
+        cut = pool.map(cut_by_shared, documents, chunksize=16)
+    return [document for document in cut if size(document.text) >= 200]
 
 
 def mask_account_names(corpus: dict[str, dict[str, list[Document]]]) -> None:
@@ -839,10 +839,10 @@ def mask_account_names(corpus: dict[str, dict[str, list[Document]]]) -> None:
     for split in ("test", "calibration", "train"):
         for splits in corpus.values():
             manifests = [document for document in splits[split] if CODEOWNERS.search(document.text)]
-            kept = {(document.package, document.name): document for document in cut_split(manifests, forbidden)}
-            dropped = {(document.package, document.name) for document in manifests} - set(kept)
+            cut = {(document.package, document.name): document for document in cut_split(manifests, forbidden)}
+            dropped = {(document.package, document.name) for document in manifests} - set(cut)
             splits[split] = [
-                kept.get((document.package, document.name), document)
+                cut.get((document.package, document.name), document)
                 for document in splits[split]
                 if (document.package, document.name) not in dropped
             ]
@@ -879,8 +879,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     corpus: dict[str, dict[str, list[Document]]] = {}
-    for domain, read in DOMAINS.items():
-        corpus[domain] = split_documents(read())
+    for domain, documents_of in DOMAINS.items():
+        corpus[domain] = split_documents(documents_of())
         print(f"read {domain}", file=sys.stderr)
 
     forbidden: set[int] = set()

@@ -52,11 +52,11 @@ def sample_evenly(texts: dict[str, list[str]], num_characters: int) -> list[str]
     """Documents of each domain, in a seeded order, until there are `num_characters` of each."""
     chosen = []
     for domain in sorted(texts):
-        left = num_characters
+        num_left = num_characters
         for i in np.random.default_rng(0).permutation(len(texts[domain])):
-            chosen.append(texts[domain][i][:left])
-            left -= len(chosen[-1])
-            if left <= 0:
+            chosen.append(texts[domain][i][:num_left])
+            num_left -= len(chosen[-1])
+            if num_left <= 0:
                 break
     return chosen
 
@@ -83,15 +83,17 @@ def choose_weights(sizes: dict[str, int], num_tokens: int, boost: dict[str, floa
     """Share of each domain: size ** 0.3, `boost` shares as given, at most four epochs where others can fill in."""
     free = {domain: size**0.3 for domain, size in sizes.items() if domain not in boost}
     weights = {domain: boost[domain] for domain in sizes if domain in boost}
-    rest = 1 - sum(weights.values())
+    free_share = 1 - sum(weights.values())
     while free:
         total = sum(free.values())
-        capped = {d: 4 * sizes[d] / num_tokens for d in free if rest * free[d] / total > 4 * sizes[d] / num_tokens}
+        capped = {
+            d: 4 * sizes[d] / num_tokens for d in free if free_share * free[d] / total > 4 * sizes[d] / num_tokens
+        }
         if not capped or len(capped) == len(free):
-            weights |= {d: rest * share / total for d, share in free.items()}
+            weights |= {d: free_share * share / total for d, share in free.items()}
             break
         weights |= capped
-        rest -= sum(capped.values())
+        free_share -= sum(capped.values())
         free = {d: share for d, share in free.items() if d not in capped}
     return {domain: weights[domain] for domain in sorted(weights)}
 

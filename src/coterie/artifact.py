@@ -130,8 +130,8 @@ def _readable(content: Any, indent: int = 0, start: int = 0) -> str:
     deeper = " " * (indent + 2)
     if isinstance(content, dict):
         # Through JSON, so that a key is written as JSON writes it.
-        named = [(json.dumps(name, ensure_ascii=False), value) for name, value in json.loads(line).items()]
-        entries = [f"{name}: {_readable(value, indent + 2, indent + 4 + len(name))}" for name, value in named]
+        pairs = [(json.dumps(name, ensure_ascii=False), value) for name, value in json.loads(line).items()]
+        entries = [f"{name}: {_readable(value, indent + 2, indent + 4 + len(name))}" for name, value in pairs]
         first, last = "{", "}"
     else:
         entries = [_readable(value, indent + 2, indent + 2) for value in content]
@@ -263,10 +263,10 @@ def open_artifact(path: Path, *, kind: str, inputs: Mapping[str, str] | None = N
     if document["kind"] != kind:
         raise CorruptArtifact(f"{path} is a {document['kind']}, not a {kind}")
     for name, digest in (inputs or {}).items():
-        found = document["inputs"].get(name)
-        if found != digest:
+        recorded = document["inputs"].get(name)
+        if recorded != digest:
             raise StaleArtifact(
-                f"{path} was made from another {name} (it has {str(found)[:12]}, this one is {digest[:12]}); "
+                f"{path} was made from another {name} (it has {str(recorded)[:12]}, this one is {digest[:12]}); "
                 f"make the {kind} again, or pass the {name} that it was made from"
             )
     tensors: dict[str, torch.Tensor] = {}

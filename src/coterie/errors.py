@@ -55,8 +55,8 @@ class TextError(InputError):
 class UnknownName(InputError):
     """A name that no table holds; the message carries the nearest names."""
 
-    def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
-        choices = sorted(known)
+    def __init__(self, what: str, name: str, names: Iterable[str]) -> None:
+        choices = sorted(names)
         near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose from: {', '.join(choices)}"
         super().__init__(f"unknown {what} {name!r}; {hint}")

@@ -156,9 +156,9 @@ class Run:
 
         A step whose private file was dropped by a forgotten one needs that file again, so it is forgotten too.
         """
-        kept = {name: line for name, line in self._lines.items() if name not in steps}
-        there = {name for name in self._made() if _is_regular(self.root, name)}
-        self._lines = _standing(kept, there)
+        remaining = {name: line for name, line in self._lines.items() if name not in steps}
+        present = {name for name in self._recorded_files() if _is_regular(self.root, name)}
+        self._lines = _standing(remaining, present)
         with full_disk(f"the journal of {self.target} was written"):
             self._write_journal()
         self._sweep()
@@ -171,9 +171,9 @@ class Run:
             OutputExists: something else took the target meanwhile; the run is kept.
             OutOfSpace: the disk filled up; the run is kept.
         """
-        made = self._made()
+        recorded = self._recorded_files()
         for name in sorted(self._expected()):
-            if not _has_size(self.root, name, made[name][0]):
+            if not _has_size(self.root, name, recorded[name][0]):
                 raise CorruptArtifact(
                     f"{self.root / name} is missing or was changed before {self.target} could be put in its place; "
                     "give the same command again, it makes that file again"
@@ -195,11 +195,11 @@ class Run:
     def _check_new(self, step: str, names: list[str], dropped: tuple[str, ...]) -> None:
         if step in self._lines:
             raise ValueError(f"step {step!r} is finished already")
-        taken = self._made()
+        recorded = self._recorded_files()
         for name in names:
             if not _is_inside(name):
                 raise ValueError(f"step {step!r} names {name!r}, which is no file in the run's folders")
-            if name in taken or names.count(name) > 1:
+            if name in recorded or names.count(name) > 1:
                 raise ValueError(f"step {step!r} names {name!r}, which is recorded already")
             if not _is_regular(self.root, name):
                 raise ValueError(f"step {step!r} names {name!r}, but {self.root / name} is no file")
@@ -208,9 +208,9 @@ class Run:
 
     def _expected(self) -> set[str]:
         """Return the names of all files that must be there: those of finished steps that were not dropped."""
-        return self._made().keys() - {name for line in self._lines.values() for name in line.drop}
+        return self._recorded_files().keys() - {name for line in self._lines.values() for name in line.drop}
 
-    def _made(self) -> dict[str, tuple[int, str]]:
+    def _recorded_files(self) -> dict[str, tuple[int, str]]:
         return {name: entry for line in self._lines.values() for name, entry in line.files.items()}
 
     def _append(self, text: bytes) -> None:
@@ -241,8 +241,8 @@ class Run:
                 file.write(_step_text(step, line))
 
     def _continue(self, what: str) -> None:
-        found, lines, whole = _read_journal(self.root / JOURNAL)
-        _check_header(self.root, found, self._header, what)
+        header, lines, whole = _read_journal(self.root / JOURNAL)
+        _check_header(self.root, header, self._header, what)
         self._lines = _whole_steps(self.root, lines)
         for place in (self.folder, self.private):
             if place.is_symlink() or not place.is_dir():
@@ -407,8 +407,8 @@ def _holds_run(root: Path) -> bool:
         return True
     # A run that was killed while it began has empty folders and at most the rest of a journal.
     if root.is_dir() and not root.is_symlink():
-        rest = [path for path in root.rglob("*") if path not in (root / RESULT, root / PRIVATE)]
-        if all(path.name.startswith(f".{JOURNAL}.") for path in rest):
+        others = [path for path in root.rglob("*") if path not in (root / RESULT, root / PRIVATE)]
+        if all(path.name.startswith(f".{JOURNAL}.") for path in others):
             return False
     raise OutputExists(f"{root} is in the way, and it is no run of coterie; move it away or choose another place")
 
@@ -420,16 +420,16 @@ def _is_run(folder: Path) -> bool:
 
 def _read_journal(journal: Path) -> tuple[dict[str, Any], dict[str, _Line], bool]:
     """Return the header, the steps, and whether every line could be read."""
-    first, *rest = journal.read_bytes().split(b"\n")
+    first, *texts = journal.read_bytes().split(b"\n")
     header = _parse(first)
-    if header is None or not rest:
+    if header is None or not texts:
         raise CorruptArtifact(
             f"{journal}: the first line is damaged, so nobody can tell what the folder belongs to; "
             f"remove {journal.parent} to start anew"
         )
     lines: dict[str, _Line] = {}
-    whole = rest[-1] == b""  # else the run was killed while it wrote that line
-    for number, text in enumerate(rest[:-1], start=2):
+    whole = texts[-1] == b""  # else the run was killed while it wrote that line
+    for number, text in enumerate(texts[:-1], start=2):
         document = _parse(text)
         line = None if document is None else _line_from(document)
         if document is None or line is None:
@@ -502,29 +502,29 @@ def _whole_steps(root: Path, lines: Mapping[str, _Line]) -> dict[str, _Line]:
     entries = [(name, *entry) for line in lines.values() for name, entry in line.files.items()]
     checked = track(entries, "checking what was finished", total=len(entries))
     whole = {n for n, size, digest in checked if _has_size(root, n, size) and file_digest(root / n) == digest}
-    kept = _standing(lines, whole)
-    for step in lines.keys() - kept.keys():
+    standing = _standing(lines, whole)
+    for step in lines.keys() - standing.keys():
         log.warning("%s: a file of %s is missing or was changed; that step is done again", root, step)
-    return kept
+    return standing
 
 
 def _standing(lines: Mapping[str, _Line], whole: set[str]) -> dict[str, _Line]:
     """Return the steps that stand: each of their files is whole, or was dropped by another step that stands."""
-    kept = dict(lines)
+    standing = dict(lines)
     while True:
-        known = whole | {name for line in kept.values() for name in line.drop}
-        lost = [step for step, line in kept.items() if not line.files.keys() <= known]
+        available = whole | {name for line in standing.values() for name in line.drop}
+        lost = [step for step, line in standing.items() if not line.files.keys() <= available]
         if not lost:
-            return kept
+            return standing
         for step in lost:
-            del kept[step]
+            del standing[step]
 
 
-def _check_header(root: Path, found: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    if changes := differences(found, expected):
-        named = "; ".join(change.removeprefix("header.") for change in changes)
+def _check_header(root: Path, header: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    if changes := differences(header, expected):
+        changed = "; ".join(change.removeprefix("header.") for change in changes)
         raise StaleArtifact(
-            f"{root} holds an unfinished {found.get('what', what)} that was begun otherwise: {named}. "
+            f"{root} holds an unfinished {header.get('what', what)} that was begun otherwise: {changed}. "
             f"Give what was given then to go on with it, or remove {root} to start anew"
         )
 

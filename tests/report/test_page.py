@@ -278,7 +278,7 @@ def test_manifest_and_scorecard_meet_by_digest_or_else_by_name(full_run: Any) ->
     assert all(entry.result and entry.card for label, entry in entries.items() if label != "grandmother")
     assert entries["mergemoe"].score("perplexity_ratio", "code") == pytest.approx(1.5)
     assert entries["mergemoe"].score("kl", "unheard-of") is None
-    assert entries["reap"].kept == 0.75
+    assert entries["reap"].neuron_share == 0.75
 
 
 def test_real_checkpoints_meet_by_digest_and_show_their_parts(make_run: Maker, tiny: Callable[..., Path]) -> None:

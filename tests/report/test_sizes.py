@@ -109,7 +109,7 @@ def test_results_that_shrank_in_different_ways_meet_where_as_many_neurons_are_le
     entries = entries_of(gather(run.folder))
     page = Page(report(run.folder))
 
-    assert [(entry.label, entry.kept) for entry in entries] == [
+    assert [(entry.label, entry.neuron_share) for entry in entries] == [
         ("grandmother", None), ("coterie · 16 parts", 0.5), ("heapr · width 8", 0.5), ("reap · 4", 0.5),
         ("heapr · width 4", 0.25),
     ]  # fmt: skip
@@ -177,7 +177,7 @@ def test_results_as_they_are_written_are_understood(
     }
     original = inspect(model)
     assert result.fixed_bytes == original.total.bytes - original.parts["experts"].bytes
-    assert result.expert_bytes == pytest.approx((entry.kept or 0) * original.parts["experts"].bytes)
+    assert result.expert_bytes == pytest.approx((entry.neuron_share or 0) * original.parts["experts"].bytes)
     for layer in layers:
         assert sum(expert_shares(layer)) / layer.num_experts_before == pytest.approx(share_left([layer]))
     assert page.row(recipe)[2].startswith(f"{layers[0].num_experts_before} → {layers[0].num_experts_after}")

@@ -231,16 +231,16 @@ def _decisive(recipe: Recipe) -> dict[str, Any]:
     return {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name not in described}
 
 
-def choose_recipes(wanted: str | Sequence[str]) -> tuple[str, ...]:
+def choose_recipes(recipes: str | Sequence[str]) -> tuple[str, ...]:
     """Return names of recipes: all of them for "all", else those that are named, separated by commas.
 
     Raises:
         UnknownName: no such recipe.
         InputError: none was named.
     """
-    if wanted == "all":
+    if recipes == "all":
         return tuple(RECIPES)
-    names = [name.strip() for name in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
+    names = [name.strip() for name in recipes.split(",")] if isinstance(recipes, str) else list(recipes)
     chosen = tuple(dict.fromkeys(name for name in names if name))
     if not chosen:
         raise InputError('no recipe was named; use "all", or names separated by commas')

@@ -43,10 +43,10 @@ def code_digests(
     """
     used, ignored = {PACKAGE: (), **(entries or {})}, without or {}
     digests: dict[str, str] = {}
-    left = list(starts)
-    roots = frozenset({PACKAGE} | {name.split(".")[0] for name in left})
-    while left:
-        name = left.pop()
+    waiting = list(starts)
+    roots = frozenset({PACKAGE} | {name.split(".")[0] for name in waiting})
+    while waiting:
+        name = waiting.pop()
         if name in digests:
             continue
         file = _file_of(name)
@@ -54,7 +54,7 @@ def code_digests(
             raise ModuleNotFoundError(f"no module {name!r} was found in {ROOT} or to import", name=name)
         names = frozenset(used[name]) if name in used else None
         digests[name], imported = _read(name, file, file.stat().st_mtime_ns, roots, names, ignored.get(name))
-        left += imported
+        waiting += imported
     return dict(sorted(digests.items()))
 
 
@@ -66,10 +66,10 @@ def _file_of(name: str) -> Path | None:
         candidates = (place / "__init__.py", place.with_name(f"{place.name}.py"))
         return next((file for file in candidates if file.is_file()), None)
     try:
-        found = find_spec(name)
+        spec = find_spec(name)
     except ModuleNotFoundError:  # a name in a module
         return None
-    return None if found is None or found.origin is None else Path(found.origin)
+    return None if spec is None or spec.origin is None else Path(spec.origin)
 
 
 @cache
@@ -83,7 +83,7 @@ def _read(
     tree = ast.parse(file.read_bytes())
     _strip(tree, used, ignored)
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    modules = {part for found in _imports(tree, package) for part in _with_packages(found, roots)}
+    modules = {part for imported_name in _imports(tree, package) for part in _with_packages(imported_name, roots)}
     return digest_of(ast.dump(tree)), tuple(sorted(modules))
 
 
@@ -98,12 +98,12 @@ def _strip(tree: ast.Module, used: frozenset[str] | None, ignored: str | None) -
         elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             node.body.clear()
         elif isinstance(node, ast.Dict) and used is not None:
-            kept = [
+            used_entries = [
                 (key, value)
                 for key, value in zip(node.keys, node.values, strict=True)
                 if not (_has_entry(value) and isinstance(key, ast.Constant) and key.value not in used)
             ]
-            node.keys, node.values = [key for key, _ in kept], [value for _, value in kept]
+            node.keys, node.values = [key for key, _ in used_entries], [value for _, value in used_entries]
 
 
 def _assigned(node: ast.stmt) -> set[str]:

@@ -36,7 +36,7 @@ svg { background: %(back)s; } text { fill: %(ink)s; font: 12.5px system-ui, sans
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Line:
+class _PlotLine:
     """One method on one model: its points from small to large, as (bytes, KL, deviation of KL).
 
     It is dashed where stock loaders do not load the results.
@@ -104,7 +104,7 @@ def draw_png(originals: Sequence[Original], rows: Sequence[Row], path: Path) -> 
     return True
 
 
-def _panels(originals: Sequence[Original], rows: Sequence[Row]) -> list[tuple[Original, list[_Line]]]:
+def _panels(originals: Sequence[Original], rows: Sequence[Row]) -> list[tuple[Original, list[_PlotLine]]]:
     """Return each model with its lines.
 
     A recipe is the same series on all models. Series go by damage: lines that lie near each other look different.
@@ -126,7 +126,7 @@ def _panels(originals: Sequence[Original], rows: Sequence[Row]) -> list[tuple[Or
                 series = recipes.index(own[0].recipe)
                 measured = next(row for row in own if row.seeds)
                 name, dashed = name_of(measured), not measured.stock
-                lines.append(_Line(series=series, name=name, dashed=dashed, points=points))
+                lines.append(_PlotLine(series=series, name=name, dashed=dashed, points=points))
         panels.append((original, lines))
     return panels
 
@@ -137,17 +137,17 @@ def _damage(rows: Sequence[Row], recipe: str) -> float:
     return math.fsum(logs) / len(logs) if logs else math.inf
 
 
-def _legend(panels: Sequence[tuple[Original, Sequence[_Line]]]) -> list[_Line]:
+def _legend(panels: Sequence[tuple[Original, Sequence[_PlotLine]]]) -> list[_PlotLine]:
     """Return one line a method, from the most to the least damage in the first panel that has it."""
-    found: dict[str, _Line] = {}
+    by_name: dict[str, _PlotLine] = {}
     for _, lines in panels:
         for line in sorted(lines, key=lambda line: -math.fsum(math.log(point[1]) for point in line.points)):
-            found.setdefault(line.name, line)
-    return list(found.values())
+            by_name.setdefault(line.name, line)
+    return list(by_name.values())
 
 
 def _panel(
-    drawing: Drawing, original: Original, lines: Sequence[_Line], box: tuple[float, float, float, float]
+    drawing: Drawing, original: Original, lines: Sequence[_PlotLine], box: tuple[float, float, float, float]
 ) -> None:
     left, top, right, floor = box
     drawing.text(left, top - 14, _title(original), "head")
@@ -177,7 +177,7 @@ def _panel(
             drawing.mark(across, down, line.series, f"{line.name}: {value:.4g} nats, {format_bytes(round(size))}")
 
 
-def _scales(lines: Sequence[_Line], box: tuple[float, float, float, float]) -> tuple[Scale, Scale]:
+def _scales(lines: Sequence[_PlotLine], box: tuple[float, float, float, float]) -> tuple[Scale, Scale]:
     """Return the axes of a panel, for bytes and for damage."""
     left, top, right, floor = box
     sizes = [size for line in lines for size, _, _ in line.points]
@@ -199,7 +199,7 @@ def _title(original: Original) -> str:
     return f"{original.title}, {format_bytes(original.num_bytes)}"
 
 
-def _css(line: _Line) -> str:
+def _css(line: _PlotLine) -> str:
     return f"join l{line.series % NUM_SERIES}" + (" dashed" if line.dashed else "")
 
 

@@ -44,14 +44,14 @@ class Pool(Protocol):
 @contextmanager
 def open_pool(jobs: int) -> Iterator[Pool]:
     """Within the block, a pool does tasks in so many worker processes; with 0, in this process."""
-    pool: _Here | _Workers = _Workers(jobs) if jobs else _Here()
+    pool: _ThisProcess | _Workers = _Workers(jobs) if jobs else _ThisProcess()
     try:
         yield pool
     finally:
         pool.close()
 
 
-class _Here:
+class _ThisProcess:
     """Does tasks in this process, with one thread as workers have."""
 
     def __init__(self) -> None:

@@ -2,8 +2,8 @@
 
     from coterie import bench
 
-    made = bench("model", "run", text="text/calibration", test="text/test", recipes="reap,mergemoe", removed=(0.5,))
-    print(made.table)
+    results = bench("model", "run", text="text/calibration", test="text/test", recipes="reap,mergemoe", removed=(0.5,))
+    print(results.table)
 
 Every cell is one compression and its evaluation. Finished cells are lines of ``cells.jsonl``, named by a digest of all
 that decides what comes out: the same call goes on where an earlier one was ended, and a larger one computes only what
@@ -171,8 +171,8 @@ def bench(
     except Timeout:
         raise OutputBusy(f"{folder}: another bench writes there; wait for it, or choose another folder") from None
     try:
-        job = _Job(folder=folder, models=opened, cells=cells, settings=settings, keep_results=keep_results)
-        return job.run(jobs)
+        call = _BenchCall(folder=folder, models=opened, cells=cells, settings=settings, keep_results=keep_results)
+        return call.run(jobs)
     finally:
         lock.release()
 
@@ -196,7 +196,7 @@ def _open(model: str | Path, *, allow_pickle: bool) -> Model:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Job:
+class _BenchCall:
     """One call of the bench."""
 
     folder: Path
@@ -283,7 +283,7 @@ class _Job:
                 }
             )  # fmt: skip
         started = time.perf_counter()
-        for done, (number, answer) in enumerate(pool.run(tasks), start=1):
+        for num_finished, (number, answer) in enumerate(pool.run(tasks), start=1):
             cell, target = cells[number], work / keys[number][:32]
             if isinstance(answer, Died):
                 answer = {
@@ -296,15 +296,15 @@ class _Job:
             shutil.rmtree(target, ignore_errors=True)
             shutil.rmtree(target.with_name(f".{target.name}.partial"), ignore_errors=True)
             passed = time.perf_counter() - started
-            left = passed / done * (len(cells) - done)
-            log.info("[%d/%d] %s; about %s left", done, len(cells), _say(answer), _duration(left))
+            seconds_left = passed / num_finished * (len(cells) - num_finished)
+            log.info("[%d/%d] %s; about %s left", num_finished, len(cells), _say(answer), _duration(seconds_left))
 
-    def _keep(self, cell: Cell, made: Path) -> None:
-        kept = self.folder / "results" / cell.model.name.replace("/", "--")
-        kept /= f"{cell.recipe}-{cell.router}-{cell.removed:g}-seed{cell.seed}"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(kept, ignore_errors=True)
-        made.rename(kept)
+    def _keep(self, cell: Cell, result: Path) -> None:
+        place = self.folder / "results" / cell.model.name.replace("/", "--")
+        place /= f"{cell.recipe}-{cell.router}-{cell.removed:g}-seed{cell.seed}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        result.rename(place)
 
     def _write(self, cells: Sequence[Mapping[str, Any]], *, computed: int) -> Bench:
         """Write tables, results and plot."""

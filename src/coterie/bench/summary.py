@@ -121,40 +121,40 @@ def summarize(cells: Sequence[Mapping[str, Any]], originals: Mapping[str, Scorec
 
 def _row(cells: Sequence[Mapping[str, Any]], original: Scorecard) -> Row:
     first = cells[0]
-    done = [cell for cell in cells if cell["status"] == "done"]
+    finished = [cell for cell in cells if cell["status"] == "done"]
     base = original.overall["perplexity"]
 
     def ratio(cell: Mapping[str, Any]) -> float | None:
         return None if base is None or cell["perplexity"] is None else cell["perplexity"] / base
 
-    domains = done[0]["domains"] if done else {}
-    peaks = [cell["peak_bytes"] for cell in done if cell["peak_bytes"] is not None]
+    domains = finished[0]["domains"] if finished else {}
+    peaks = [cell["peak_bytes"] for cell in finished if cell["peak_bytes"] is not None]
     return Row(
         model=first["model"],
         method=first["method"],
         recipe=first["recipe"],
         router=first["router"],
         removed=first["removed"],
-        seeds=tuple(cell["seed"] for cell in done),
-        stock=all(cell["loads_with"] == "transformers" for cell in done),
-        reason=None if done else f"{first['status']}: {first['reason']}",
-        num_bytes=statistics.fmean(cell["bytes"] for cell in done) if done else None,
-        kl=spread(done, lambda cell: cell["kl"]),
-        agreement=spread(done, lambda cell: cell["agreement"]),
-        accuracy=spread(done, lambda cell: cell["accuracy"]),
-        perplexity_ratio=spread(done, ratio),
-        seconds=spread(done, lambda cell: cell["seconds"]["compress"]),
+        seeds=tuple(cell["seed"] for cell in finished),
+        stock=all(cell["loads_with"] == "transformers" for cell in finished),
+        reason=None if finished else f"{first['status']}: {first['reason']}",
+        num_bytes=statistics.fmean(cell["bytes"] for cell in finished) if finished else None,
+        kl=spread(finished, lambda cell: cell["kl"]),
+        agreement=spread(finished, lambda cell: cell["agreement"]),
+        accuracy=spread(finished, lambda cell: cell["accuracy"]),
+        perplexity_ratio=spread(finished, ratio),
+        seconds=spread(finished, lambda cell: cell["seconds"]["compress"]),
         peak_bytes=max(peaks, default=None),
-        domain_kl=_by_domain(done, domains, "kl"),
-        domain_perplexity=_by_domain(done, domains, "perplexity"),
+        domain_kl=_by_domain(finished, domains, "kl"),
+        domain_perplexity=_by_domain(finished, domains, "perplexity"),
     )
 
 
 def _by_domain(
     cells: Sequence[Mapping[str, Any]], domains: Sequence[str] | Mapping[str, Any], measure: str
 ) -> dict[str, Spread]:
-    found = {domain: spread(cells, lambda cell, name=domain: cell["domains"][name][measure]) for domain in domains}  # type: ignore[misc]
-    return {domain: value for domain, value in found.items() if value is not None}
+    spreads = {domain: spread(cells, lambda cell, name=domain: cell["domains"][name][measure]) for domain in domains}  # type: ignore[misc]
+    return {domain: value for domain, value in spreads.items() if value is not None}
 
 
 def spread(cells: Sequence[Mapping[str, Any]], value_of: Callable[[Mapping[str, Any]], float | None]) -> Spread | None:
@@ -179,7 +179,7 @@ def gaps(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> dict[tuple[
         for cell in cells
         if cell["router"] == "map" and cell["status"] == "done" and cell["kl"] is not None
     }
-    found: dict[tuple[str, str], dict[float, Spread]] = {}
+    by_method: dict[tuple[str, str], dict[float, Spread]] = {}
     for row in rows:
         pairs = [
             {"gap": cell["kl"] - mapped[place]}
@@ -192,5 +192,5 @@ def gaps(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> dict[tuple[
         ]
         difference = spread(pairs, lambda pair: pair["gap"])
         if difference is not None:
-            found.setdefault((row.model, row.method), {})[row.removed] = difference
-    return found
+            by_method.setdefault((row.model, row.method), {})[row.removed] = difference
+    return by_method

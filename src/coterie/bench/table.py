@@ -17,7 +17,7 @@ MISSING = "–"
 
 
 @dataclass(frozen=True, slots=True)
-class _Column:
+class _MethodColumn:
     """A column: its heading, a row's number, the number as text, and whether large ones are good."""
 
     heading: str
@@ -42,8 +42,8 @@ def tables(
                 f"expert parameters that is removed.\n\n{_overview(own, sizes)}"
             )
         for removed in sizes:
-            here = _ordered(row for row in own if row.removed == removed)
-            parts.append(f"### {share(removed)} of the expert parameters removed\n\n{_main(here)}")
+            rows_of_size = _ordered(row for row in own if row.removed == removed)
+            parts.append(f"### {share(removed)} of the expert parameters removed\n\n{_main(rows_of_size)}")
         gap = _gap_table(original.name, own, cells)
         if gap:
             parts.append(
@@ -51,10 +51,10 @@ def tables(
                 f"map from them to the M experts, on the same calibration text.\n\n{gap}"
             )
         for removed in sizes if domains else ():
-            here = _ordered(row for row in own if row.removed == removed and row.seeds)
-            if here:
+            rows_of_size = _ordered(row for row in own if row.removed == removed and row.seeds)
+            if rows_of_size:
                 summary = f"<details><summary>By domain, {share(removed)} removed</summary>"
-                parts.append(f"{summary}\n\n{_by_domain(original, here)}\n</details>\n")
+                parts.append(f"{summary}\n\n{_by_domain(original, rows_of_size)}\n</details>\n")
         parts.append(_left_out(own))
         parts.append(_shared_costs(original.name, cells))
     return "\n".join(part for part in parts if part)
@@ -99,28 +99,28 @@ def _mean(value: Spread | None) -> float | None:
     return None if value is None else value.mean
 
 
-_KL = _Column("KL (nats)", lambda row: _mean(row.kl), lambda row: damage(row.kl))
-_EXACT = _Column(
+_KL = _MethodColumn("KL (nats)", lambda row: _mean(row.kl), lambda row: damage(row.kl))
+_EXACT = _MethodColumn(
     "exact answers", lambda row: _mean(row.accuracy),
     lambda row: with_spread(row.accuracy, 1, factor=100, unit=" %"), large_is_good=True,
 )  # fmt: skip
 _COLUMNS = (
     _KL,
-    _Column(
+    _MethodColumn(
         "top-1 agreement", lambda row: _mean(row.agreement),
         lambda row: with_spread(row.agreement, 1, factor=100, unit=" %"), large_is_good=True,
     ),
     _EXACT,
-    _Column(
+    _MethodColumn(
         "perplexity, times the original's", lambda row: _mean(row.perplexity_ratio),
         lambda row: with_spread(row.perplexity_ratio, 3),
     ),
-    _Column(
+    _MethodColumn(
         "bytes", lambda row: row.num_bytes,
         lambda row: MISSING if row.num_bytes is None else format_bytes(round(row.num_bytes)), best=False,
     ),
-    _Column("seconds", lambda row: _mean(row.seconds), lambda row: with_spread(row.seconds, 1)),
-    _Column(
+    _MethodColumn("seconds", lambda row: _mean(row.seconds), lambda row: with_spread(row.seconds, 1)),
+    _MethodColumn(
         "peak memory", lambda row: row.peak_bytes,
         lambda row: MISSING if row.peak_bytes is None else format_bytes(row.peak_bytes),
     ),
@@ -139,10 +139,10 @@ def _overview(rows: Sequence[Row], sizes: Sequence[float]) -> str:
     for heading, column in (("KL", _KL), ("exact", _EXACT)):
         for size in sizes:
             headings.append(f"{heading}, {share(size)}")
-            here = [by_size.get(size) for _, by_size in ordered]
-            for line, found in zip(body, here, strict=True):
-                line.append(MISSING if found is None else column.text(found))
-            _embolden(body, here, column)
+            rows_of_size = [by_size.get(size) for _, by_size in ordered]
+            for line, row_of_size in zip(body, rows_of_size, strict=True):
+                line.append(MISSING if row_of_size is None else column.text(row_of_size))
+            _embolden(body, rows_of_size, column)
     return markdown(headings, body)
 
 
@@ -160,14 +160,14 @@ def _main(rows: Sequence[Row]) -> str:
     return markdown(["method", *(column.heading for column in _COLUMNS)], body)
 
 
-def _embolden(body: Sequence[list[str]], rows: Sequence[Row | None], column: _Column) -> None:
+def _embolden(body: Sequence[list[str]], rows: Sequence[Row | None], column: _MethodColumn) -> None:
     """Make the best of the last entries bold."""
     # What stock loaders cannot load is no answer to the same question, so it does not compete.
     values = [column.value(row) if row is not None and row.stock and row.seeds else None for row in rows]
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    if len(known) < 2:
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if len(finite) < 2:
         return
-    best = max(known) if column.large_is_good else min(known)
+    best = max(finite) if column.large_is_good else min(finite)
     texts = [line[-1] for line, value in zip(body, values, strict=True) if value == best]
     for line, value in zip(body, values, strict=True):
         if value is not None and line[-1] in texts:
@@ -189,11 +189,13 @@ def _ordered(rows: Iterable[Row]) -> list[Row]:
 
 
 def _gap_table(model: str, rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> str:
-    found = {method: values for (name, method), values in gaps(rows, cells).items() if name == model}
-    if not found:
+    by_method = {method: values for (name, method), values in gaps(rows, cells).items() if name == model}
+    if not by_method:
         return ""
-    sizes = sorted({removed for values in found.values() for removed in values})
-    body = [[method, *(damage(values.get(removed)) for removed in sizes)] for method, values in sorted(found.items())]
+    sizes = sorted({removed for values in by_method.values() for removed in values})
+    body = [
+        [method, *(damage(values.get(removed)) for removed in sizes)] for method, values in sorted(by_method.items())
+    ]
     return markdown(["method", *(f"{share(removed)} removed" for removed in sizes)], body)
 
 

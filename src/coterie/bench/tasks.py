@@ -66,7 +66,7 @@ class Worker:
     ) -> dict[str, Any]:
         """Score the original, and keep what it predicts."""
         chosen, shared = Model(**model), BenchSettings(**settings)
-        self._evaluation_of(chosen, shared, cache).hold()
+        self._evaluation_of(chosen, shared, cache).keep_predictions()
         if not Path(out).exists():
             self._evaluation_of(chosen, shared, cache).score(chosen.path).save(out)
         return {}
@@ -75,23 +75,23 @@ class Worker:
         self, *, key: str, cell: Mapping[str, Any], profile: str, profile_seconds: float, out: str, cache: str
     ) -> dict[str, Any]:
         """Compress and evaluate; what cannot be done is said instead of raised."""
-        wanted, target = Cell.from_json(cell), Path(out)
-        entry = {"key": key, "method": wanted.method} | wanted.identity()
+        parsed_cell, target = Cell.from_json(cell), Path(out)
+        entry = {"key": key, "method": parsed_cell.method} | parsed_cell.identity()
         started = time.perf_counter()
         try:
-            return entry | self._numbers(wanted, target, profile, profile_seconds, cache)
+            return entry | self._numbers(parsed_cell, target, profile, profile_seconds, cache)
         except (OutputBusy, OutputExists):
             raise
         except (Infeasible, InputError, ArchitectureMismatch) as error:
-            said = {"status": "infeasible", "error": type(error).__name__, "reason": str(error)}
+            failure = {"status": "infeasible", "error": type(error).__name__, "reason": str(error)}
         except Exception as error:
             self.close()
             reason = str(error) or type(error).__name__
-            said = {
+            failure = {
                 "status": "failed", "error": type(error).__name__, "reason": reason,
                 "traceback": traceback.format_exc(),
             }  # fmt: skip
-        return entry | said | {"seconds": {"all": round(time.perf_counter() - started, 3)}}
+        return entry | failure | {"seconds": {"all": round(time.perf_counter() - started, 3)}}
 
     def _numbers(self, cell: Cell, target: Path, profile: str, profile_seconds: float, cache: str) -> dict[str, Any]:
         settings = cell.settings
@@ -106,7 +106,7 @@ class Worker:
                 max_memory=settings.max_memory, allow_pickle=settings.allow_pickle,
             )  # fmt: skip
 
-        made, compress_seconds, peak = _measured(make)
+        result, compress_seconds, peak = _measured(make)
         started = time.perf_counter()
         card = evaluation.score(target)
         evaluate_seconds = time.perf_counter() - started
@@ -115,15 +115,15 @@ class Worker:
             **card.overall,
             "bytes": card.num_bytes,
             "bytes_ratio": card.bytes_ratio,
-            "num_experts": [layer.num_experts_after for layer in made.manifest.layers],
-            "loads_with": made.manifest.loads_with,
-            "logits_error": made.logits_error,
+            "num_experts": [layer.num_experts_after for layer in result.manifest.layers],
+            "loads_with": result.manifest.loads_with,
+            "logits_error": result.logits_error,
             "domains": dict(card.domains),
             "seconds": {
                 "profile": profile_seconds,
                 "compress": compress_seconds,
                 "evaluate": round(evaluate_seconds, 3),
-                "stages": dict(made.seconds),
+                "stages": dict(result.seconds),
             },
             "peak_bytes": peak,
         }

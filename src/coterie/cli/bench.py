@@ -51,7 +51,7 @@ def bench(
     """
     from coterie.bench.run import bench as run
 
-    made = run(
+    results = run(
         models,
         out,
         text=text,
@@ -73,12 +73,12 @@ def bench(
         keep_results=keep_results,
     )
     if json:
-        print_json({"out": str(out), "computed": made.computed, "cells": list(made.cells)})
+        print_json({"out": str(out), "computed": results.computed, "cells": list(results.cells)})
     else:
-        print_text(made.summary)
+        print_text(results.summary)
         print_text(f"tables, also by domain, results and plot written to {out}")
-    if made.failed:
-        for cell in made.failed:
+    if results.failed:
+        for cell in results.failed:
             line = f"{cell['model']}, {cell['method']}, {cell['removed']:g} removed, seed {cell['seed']}"
             typer.echo(f"failed: {line}: {cell['reason']}", err=True)
         raise typer.Exit(1)

@@ -44,8 +44,8 @@ def calibrate(
     most of its abilities. With --generate the model, in memory as a whole, writes the text itself.
     """
     if (text is None) == (generate is None):
-        given = "both" if text is not None else "neither"
-        raise typer.BadParameter(f"give exactly one of them; got {given}", param_hint="--text, --generate")
+        how_many = "both" if text is not None else "neither"
+        raise typer.BadParameter(f"give exactly one of them; got {how_many}", param_hint="--text, --generate")
     if generate is not None and domains is not None:
         raise typer.BadParameter("text that the model writes has no domains; leave it out", param_hint="--domains")
     from coterie.profile.calibrate import calibrate as run
@@ -67,7 +67,7 @@ def calibrate(
         )
         text, chosen = str(file.parent), (file.stem,)
     assert text is not None
-    found = run(
+    calibration = run(
         model,
         text=text,
         tokens=tokens,
@@ -78,19 +78,19 @@ def calibrate(
         max_memory=max_memory,
         allow_pickle=allow_pickle,
     )
-    written = None if generate is None else str(file)
+    written_file = None if generate is None else str(file)
     if json:
-        print_json(found.to_json() | {"written": written})
+        print_json(calibration.to_json() | {"written": written_file})
         return
-    _print(found)
-    if written is not None:
-        print_text(f"text written to {written}; use it with --text {generate}")
+    _print(calibration)
+    if written_file is not None:
+        print_text(f"text written to {written_file}; use it with --text {generate}")
     else:
-        mix = f" --domains {found.domains}" if len(found.sources) > 1 else ""
+        mix = f" --domains {calibration.domains}" if len(calibration.sources) > 1 else ""
         print_text(f"use it with --text {text}{mix}")
 
 
-def _print(found: "Calibration") -> None:
+def _print(calibration: "Calibration") -> None:
     print_table(
         ("source", "tokens", "perplexity", "4-grams repeated", "different pairs", "entropy (nats)", "share of mix"),
         [
@@ -101,11 +101,11 @@ def _print(found: "Calibration") -> None:
                 percent(source.aggregation),
                 percent(source.diversity),
                 number(source.entropy, 2),
-                percent(found.weights.get(source.domain)),
+                percent(calibration.weights.get(source.domain)),
             )
-            for source in found.sources
+            for source in calibration.sources
         ],
     )
     print_text()
-    for domain, reason in found.dropped.items():
+    for domain, reason in calibration.dropped.items():
         print_text(f"{domain} is left out: {reason}")

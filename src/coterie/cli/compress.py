@@ -87,7 +87,7 @@ def compress(
     weights = None if domains is None else parse_domains(domains)
     from coterie.compress.apply import compress as run
 
-    made = run(
+    result = run(
         model,
         out,
         keep=keep,
@@ -113,9 +113,9 @@ def compress(
         allow_pickle=allow_pickle,
     )
     if json:
-        memory = {"forecast_bytes": made.forecast, "peak_bytes": made.peak_bytes}
-        print_json({"out": str(made.out), **made.manifest.content(), "seconds": made.seconds, **memory})
+        memory = {"forecast_bytes": result.forecast, "peak_bytes": result.peak_bytes}
+        print_json({"out": str(result.out), **result.manifest.content(), "seconds": result.seconds, **memory})
         return
-    print_plan(made.plan)
-    print_text(f"written to {made.out}; loaded again, its logits differ by {made.logits_error:.1e} of the largest")
-    print_text(f"load it with {made.manifest.how_to_load(made.out)}")
+    print_plan(result.plan)
+    print_text(f"written to {result.out}; loaded again, its logits differ by {result.logits_error:.1e} of the largest")
+    print_text(f"load it with {result.manifest.how_to_load(result.out)}")

@@ -21,14 +21,14 @@ def families(
     """List the model families that are tested."""
     from coterie.testing.facts import FamilyTable, known_families
 
-    known = known_families()
-    table = FamilyTable(transformers=known.transformers, families=known.select(names or ()))
+    shipped = known_families()
+    table = FamilyTable(transformers=shipped.transformers, families=shipped.select(names or ()))
     differences: tuple[str, ...] = ()
     if check:
         from coterie.testing.describe import compare, describe_families
 
         table = describe_families(family.model_type for family in table.families)
-        differences = compare(known, table)
+        differences = compare(shipped, table)
     if json:
         print_json(table.content()["families"])
     else:

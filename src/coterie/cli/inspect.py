@@ -24,40 +24,42 @@ def inspect(
     """
     from coterie.model.arch.inspect import inspect as look
 
-    found = look(model, budget=budget)
+    inspection = look(model, budget=budget)
     if json:
-        print_json(found.to_json())
+        print_json(inspection.to_json())
         return
-    _print(found)
+    _print(inspection)
 
 
-def _print(found: "Inspection") -> None:
+def _print(inspection: "Inspection") -> None:
     from coterie.amounts import format_bytes, format_count
 
-    print_text(f"{found.path}: {found.model_type}, {found.layers} layers, {len(found.moe_layers)} of them with experts")
-    for line in _layer_lines(found.moe_layers):
+    with_experts = f"{len(inspection.moe_layers)} of them with experts"
+    print_text(f"{inspection.path}: {inspection.model_type}, {inspection.layers} layers, {with_experts}")
+    for line in _layer_lines(inspection.moe_layers):
         print_text(line)
     print_text()
-    total = found.total
+    total = inspection.total
     print_table(
         ("part", "parameters", "bytes", "share of bytes"),
         [
             (part, format_count(amount.parameters), format_bytes(amount.bytes), percent(amount.bytes / total.bytes))
-            for part, amount in found.parts.items()
+            for part, amount in inspection.parts.items()
             if amount.bytes
         ],
         footer=("all", format_count(total.parameters), format_bytes(total.bytes), "100.0 %"),
     )
     print_text()
-    tied = "tied" if found.tied_embeddings else "not tied"
-    print_text(f"a token uses     {format_count(found.active_parameters)} parameters (embeddings in whole; {tied})")
-    stored = ", ".join(f"{name} {format_bytes(size)}" for name, size in found.bytes_by_dtype.items())
+    tied = "tied" if inspection.tied_embeddings else "not tied"
+    active = format_count(inspection.active_parameters)
+    print_text(f"a token uses     {active} parameters (embeddings in whole; {tied})")
+    stored = ", ".join(f"{name} {format_bytes(size)}" for name, size in inspection.bytes_by_dtype.items())
     print_text(f"stored as        {stored}")
-    print_text(f"files on disk    {format_bytes(found.file_bytes)}")
-    sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in found.estimates.items())
+    print_text(f"files on disk    {format_bytes(inspection.file_bytes)}")
+    sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in inspection.estimates.items())
     print_text(f"it would take    {sizes} (int8, int4: experts in groups of 128 with scale and zero; rest bf16)")
-    if found.budget is not None:
-        print_text(f"a budget of      {_budget_line(found.budget)}")
+    if inspection.budget is not None:
+        print_text(f"a budget of      {_budget_line(inspection.budget)}")
 
 
 def _layer_lines(layers: "tuple[MoEBlock, ...]") -> Iterator[str]:
@@ -76,8 +78,8 @@ def _budget_line(fit: "BudgetFit") -> str:
     from coterie.amounts import format_bytes
 
     if fit.feasible:
-        kept = f"{fit.experts} experts a layer fit (--keep {fit.keep:.3g}), {format_bytes(fit.bytes)}"
-        return f"{format_bytes(fit.limit)}: {kept}"
+        largest = f"{fit.experts} experts a layer fit (--keep {fit.keep:.3g}), {format_bytes(fit.bytes)}"
+        return f"{format_bytes(fit.limit)}: {largest}"
     return (
         f"{format_bytes(fit.limit)} cannot be met by keeping fewer experts: the least that can be routed, "
         f"{fit.smallest_experts} a layer, takes {format_bytes(fit.smallest)}"

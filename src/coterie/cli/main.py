@@ -58,8 +58,8 @@ for command in (inspect, calibrate, profile, plan, compress, evaluate, bench, re
     app.command()(command)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(show: bool) -> None:
+    if show:
         typer.echo(f"coterie {__version__}")
         raise typer.Exit
 

@@ -48,9 +48,9 @@ def names(listed: str) -> list[str]:
 def check_one_target(keep: float | None, experts: int | None, width: int | None, budget: str | None) -> None:
     """Raise a usage error unless exactly one option says how small the result is to be."""
     targets = {"--keep": keep, "--experts": experts, "--width": width, "--budget": budget}
-    given = [name for name, value in targets.items() if value is not None]
-    if len(given) != 1:
+    options = [name for name, value in targets.items() if value is not None]
+    if len(options) != 1:
         raise typer.BadParameter(
-            f"say how small with exactly one of them; got {' and '.join(given) or 'none'}",
+            f"say how small with exactly one of them; got {' and '.join(options) or 'none'}",
             param_hint=", ".join(targets),
         )

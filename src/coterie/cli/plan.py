@@ -42,7 +42,7 @@ def plan(
         check_output(out, kind="plan", reads={"model folder": [model], "profile": [profile]})
     from coterie.compress.decide import plan as decide
 
-    made = decide(
+    decided_plan = decide(
         model,
         profile,
         keep=keep,
@@ -54,11 +54,11 @@ def plan(
         seed=seed,
     )
     if out is not None:
-        made.save(out)
+        decided_plan.save(out)
     if json:
-        print_json(made.body() | {"inputs": dict(made.inputs)})
+        print_json(decided_plan.body() | {"inputs": dict(decided_plan.inputs)})
         return
-    print_plan(made)
+    print_plan(decided_plan)
     if out is not None:
         print_text(f"plan written to {out}")
 
@@ -96,18 +96,18 @@ def _layer_text(layer: "LayerPlan") -> str:
     return f"{layer.num_experts} experts{_width_text(layer)}"
 
 
-def print_plan(made: "Plan") -> None:
+def print_plan(plan: "Plan") -> None:
     """Print what a plan does and how small that is."""
     from coterie.amounts import format_bytes, format_count
 
-    print_text(f"recipe {made.recipe}, router {made.router}, seed {made.seed}")
+    print_text(f"recipe {plan.recipe}, router {plan.router}, seed {plan.seed}")
     start = 0
-    for text, group in groupby(made.layers, key=_layer_text):
+    for text, group in groupby(plan.layers, key=_layer_text):
         count = len(list(group))
         where = f"MoE layer {start}" if count == 1 else f"MoE layers {start} to {start + count - 1}"
         print_text(f"{where}: {text}")
         start += count
-    for name in made.untouched:
+    for name in plan.untouched:
         print_text(f"{name}: copied as it is; the model does not run it")
     print_text()
     print_table(
@@ -115,15 +115,15 @@ def print_plan(made: "Plan") -> None:
         [
             (
                 "bytes",
-                format_bytes(made.original_bytes),
-                format_bytes(made.predicted_bytes),
-                percent(made.predicted_bytes / made.original_bytes),
+                format_bytes(plan.original_bytes),
+                format_bytes(plan.predicted_bytes),
+                percent(plan.predicted_bytes / plan.original_bytes),
             ),
             (
                 "parameters",
-                format_count(made.original_parameters),
-                format_count(made.predicted_parameters),
-                percent(made.predicted_parameters / made.original_parameters),
+                format_count(plan.original_parameters),
+                format_count(plan.predicted_parameters),
+                percent(plan.predicted_parameters / plan.original_parameters),
             ),
         ],
     )

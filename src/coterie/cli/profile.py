@@ -48,10 +48,10 @@ def profile(
     from coterie.profile.shares import parse_domains
 
     weights = None if domains is None else parse_domains(domains)
-    wanted = _wanted(statistics, recipe)
+    statistic_names = _named_statistics(statistics, recipe)
     from coterie.profile.run import profile as run
 
-    made = run(
+    measured = run(
         model,
         out,
         text=text,
@@ -61,24 +61,24 @@ def profile(
         device=device,
         sample_tokens=sample_tokens,
         weights=weights,
-        statistics=wanted,
+        statistics=statistic_names,
         gradients=gradients,
         max_memory=max_memory,
         allow_pickle=allow_pickle,
     )
-    counts = dict(zip(made.domains, made.num_tokens, strict=True))
+    counts = dict(zip(measured.domains, measured.num_tokens, strict=True))
     if json:
         print_json(
             {
                 "path": str(out),
-                "model_digest": made.model_digest,
-                "text_digest": made.text_digest,
+                "model_digest": measured.model_digest,
+                "text_digest": measured.text_digest,
                 "num_tokens": counts,
-                "seq_len": made.seq_len,
-                "seed": made.seed,
-                "statistics": list(made.asked),
-                "layers": len(made.layers),
-                "sample_tokens": len(made.samples[0].inputs_TD),
+                "seq_len": measured.seq_len,
+                "seed": measured.seed,
+                "statistics": list(measured.asked),
+                "layers": len(measured.layers),
+                "sample_tokens": len(measured.samples[0].inputs_TD),
             }
         )
         return
@@ -88,14 +88,14 @@ def profile(
         footer=("all", f"{sum(counts.values()):,}"),
     )
     print_text()
-    print_text(f"profile of {len(made.layers)} MoE layers written to {out}")
+    print_text(f"profile of {len(measured.layers)} MoE layers written to {out}")
 
 
-def _wanted(statistics: str | None, recipes: str | None) -> set[str] | None:
+def _named_statistics(statistics: str | None, recipes: str | None) -> set[str] | None:
     """Return the statistics that are named and those that recipes need; None where neither option is given."""
     if statistics is None and recipes is None:
         return None
     from coterie.compress.recipes import get_recipe
 
-    named = set(options.names(statistics or ""))
-    return named.union(*(get_recipe(name).needs for name in options.names(recipes or "")))
+    names = set(options.names(statistics or ""))
+    return names.union(*(get_recipe(name).needs for name in options.names(recipes or "")))

@@ -27,7 +27,7 @@ _COUNTS = ("original_bytes", "predicted_bytes", "original_parameters", "predicte
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
+class CommonShape:
     """What all layers of a stock model class share.
 
     Attributes:
@@ -98,7 +98,7 @@ class Plan:
         return self.router == "map"
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> CommonShape:
         """What all layers have in common; see `common_shape`."""
         return common_shape(self.layers)
 
@@ -141,13 +141,13 @@ class Plan:
             )
 
 
-def common_shape(layers: Sequence[LayerPlan]) -> Shape:
+def common_shape(layers: Sequence[LayerPlan]) -> CommonShape:
     """Return what all layers have in common, as the one config.json of a stock model class has to say it.
 
     Raises:
         Infeasible: a layer differs from the first; names both, and what they have.
     """
-    shapes = [Shape(num_experts=layer.num_experts, width=layer.width, top_k=layer.top_k) for layer in layers]
+    shapes = [CommonShape(num_experts=layer.num_experts, width=layer.width, top_k=layer.top_k) for layer in layers]
     for number, shape in enumerate(shapes):
         for name, what in (("num_experts", "experts"), ("width", "width"), ("top_k", "experts a token chooses")):
             first, other = getattr(shapes[0], name), getattr(shape, name)

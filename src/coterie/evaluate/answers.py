@@ -41,7 +41,7 @@ class Attempt:
 
 def attempts(tokenizer: Any, questions: Sequence[Question]) -> list[Attempt]:
     """Tokenize questions with their answers: each answer with one space before it and with none."""
-    found: list[Attempt] = []
+    tried: list[Attempt] = []
     for number, question in enumerate(questions):
         prompt = prompt_ids(tokenizer, question.question)
         answer = question.answer.strip()
@@ -52,9 +52,9 @@ def attempts(tokenizer: Any, questions: Sequence[Question]) -> list[Attempt]:
                 # writes that.
                 ids = prompt + list(tokenizer(text, add_special_tokens=False)["input_ids"])
             attempt = Attempt(question=number, ids=tuple(ids), prompt_length=len(prompt))
-            if attempt not in found[-1:]:
-                found.append(attempt)
-    return found
+            if attempt not in tried[-1:]:
+                tried.append(attempt)
+    return tried
 
 
 def first_attempts(tried: Sequence[Attempt]) -> list[Attempt]:

@@ -66,14 +66,14 @@ def read_questions(folder: str | Path, *, limit: int | None = None, seed: int = 
         raise TextError(f"{path} is not a folder; --text takes a folder with one *.txt or *.jsonl file a domain")
     if limit == 0:
         return {}
-    asked: dict[str, list[Question]] = {}
+    by_domain: dict[str, list[Question]] = {}
     for file in sorted(path.glob(f"*{SUFFIX}")):
         questions = _read_file(file)
         if limit is not None:
             order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed))
             questions = [questions[index] for index in order[:limit].tolist()]
-        asked[file.name.removesuffix(SUFFIX)] = questions
-    return asked
+        by_domain[file.name.removesuffix(SUFFIX)] = questions
+    return by_domain
 
 
 def count_correct(
@@ -214,8 +214,8 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 def end_ids(config: GenerationConfig | None, tokenizer: Any) -> set[int]:
     """Return the tokens that end a text, by a model's generation config and its tokenizer."""
-    found = None if config is None else config.eos_token_id
-    ends = set(found) if isinstance(found, list | tuple) else {found}
+    configured = None if config is None else config.eos_token_id
+    ends = set(configured) if isinstance(configured, list | tuple) else {configured}
     return {int(end) for end in ends | {tokenizer.eos_token_id} if end is not None}
 
 

@@ -138,7 +138,7 @@ def run_tasks(
             pretrained=loaded, backend="causal", tokenizer=load_tokenizer(model), batch_size=batch_size,
             trust_remote_code=False,
         )  # fmt: skip
-        found: Any = evaluator.simple_evaluate(
+        results: Any = evaluator.simple_evaluate(
             model=bridge,
             tasks=list(tasks),
             task_manager=manager,
@@ -149,10 +149,10 @@ def run_tasks(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    counts = found.get("n-samples", {})
+    counts = results.get("n-samples", {})
     return {
         task: _metrics(entries) | ({"examples": counts[task]["effective"]} if task in counts else {})
-        for task, entries in found["results"].items()
+        for task, entries in results["results"].items()
     }
 
 

@@ -11,7 +11,7 @@
 Every model runs with one of its units in memory at a time, in one pass over its weights for text and questions
 together. What the base makes of the text is computed once and kept in files; then, model by model, both heads turn it
 into logits part by part, so that neither the models' size nor the text's length decides how much memory is needed.
-With a cache, what the base predicts is kept there for later calls too, see `coterie.evaluate.held`.
+With a cache, what the base predicts is kept there for later calls too, see `coterie.evaluate.kept_predictions`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,13 @@ from coterie.evaluate.answers import Attempt, attempt_batches, first_attempts, r
 from coterie.evaluate.divergence import compare, token_divergence
 from coterie.evaluate.generation import end_ids, read_questions
 from coterie.evaluate.harness import find_tasks, run_tasks
-from coterie.evaluate.held import HELD_BYTES, Held, Shape, hold, open_held
+from coterie.evaluate.kept_predictions import (
+    KEPT_BYTES,
+    KeptPredictions,
+    PredictionShape,
+    keep_predictions,
+    open_predictions,
+)
 from coterie.evaluate.scorecard import Scorecard, Sums, environment
 from coterie.evaluate.speed import RunningCost, check_whole, measure_cost
 from coterie.evaluate.subjects import (
@@ -106,7 +112,7 @@ def evaluate(
         max_memory: bytes, or an amount like "8GiB", that the run may take.
         allow_pickle: read weights that are stored as pickles.
         cache: folder where what the base predicts is kept for later calls, if it fits into
-            `coterie.evaluate.held.HELD_BYTES`; the scores do not change by it.
+            `coterie.evaluate.kept_predictions.KEPT_BYTES`; the scores do not change by it.
         tasks: names of tasks of the lm-evaluation-harness; each model is loaded into memory as a whole for them.
         include_path: folder with task files (YAML) beside those that came with the harness.
         limit: examples of each task at most; all when None.
@@ -168,26 +174,26 @@ def _on_text(
     **settings: Any,
 ) -> list[Scorecard]:
     """Measure models on text; `whole` tells that they will be loaded as a whole after that."""
-    with Evaluation(**settings) as job:
-        subjects = [job.open(model) for model in models]
-        max(map(forecast, job.streams()), key=lambda found: found.num_bytes).check(bound)
+    with Evaluation(**settings) as evaluation:
+        subjects = [evaluation.open(model) for model in models]
+        max(map(forecast, evaluation.streams()), key=lambda memory: memory.num_bytes).check(bound)
         for subject in subjects:
             if speed_seconds is not None:
-                check_whole(job.streams(subject), limit=bound)
+                check_whole(evaluation.streams(subject), limit=bound)
             elif whole:
-                check_whole(job.streams(subject)[:1], limit=bound, asked="--tasks")
-        measured = job.measure(subjects)
+                check_whole(evaluation.streams(subject)[:1], limit=bound, option="--tasks")
+        measured = evaluation.measure(subjects)
         log.info("memory: the peak was %s", format_bytes(peak_bytes()))
         costs: Sequence[RunningCost | None] = [None] * len(subjects)
         if speed_seconds is not None:
             costs = measure_cost(
-                [(subject.path, mixed_batch(subject.tokens, job.batch_size)) for subject in subjects],
-                base=None if job.base is None else job.base.path,
+                [(subject.path, mixed_batch(subject.tokens, evaluation.batch_size)) for subject in subjects],
+                base=None if evaluation.base is None else evaluation.base.path,
                 dtype=settings["dtype"],
-                device=job.device,
+                device=evaluation.device,
                 seconds=speed_seconds,
             )
-        return [job.scorecard(*entry) for entry in zip(subjects, measured, costs, strict=True)]
+        return [evaluation.scorecard(*entry) for entry in zip(subjects, measured, costs, strict=True)]
 
 
 def _without_text(
@@ -196,7 +202,7 @@ def _without_text(
     """Return the scorecard of a model that reads no text, after a check that it fits into memory as a whole."""
     stored = Checkpoint.open(model, allow_pickle=pickle)
     stream = Stream(stored, dtype=dtype, device=device)
-    check_whole([stream], limit=limit, asked="--tasks")
+    check_whole([stream], limit=limit, option="--tasks")
     return Scorecard(
         model=model_name(model), model_digest=stored.digest, base=None, base_digest=None,
         text_digest=digest_of({}), seq_len=0, seed=0, domains={}, overall=Sums().scores(compared=False),
@@ -206,20 +212,20 @@ def _without_text(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Outcome:
+class _ModelOutputs:
     """What a model made of the text and, where it was asked, of the questions.
 
     Attributes:
         texts: what its base model returned for each batch of text.
         attempts: batches of questions with answers, and their token ids (B, S).
         answers: what its base model returned for each of these.
-        asked: whether it was asked at all.
+        with_answers: whether it read questions at all.
     """
 
     texts: list[Any]
     attempts: list[tuple[list[Attempt], Tensor]]
     answers: list[Any]
-    asked: bool
+    with_answers: bool
 
 
 class Evaluation(AbstractContextManager["Evaluation"]):
@@ -250,10 +256,10 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         self.device = _check_arguments(
             device=device, dtype=dtype, batch_size=batch_size, tokens=tokens, questions=questions
         )
-        asked = read_questions(text, limit=questions, seed=seed)
+        by_domain = read_questions(text, limit=questions, seed=seed)
         self.batch_size = batch_size
         self.base: Subject | None = None
-        self._reader = TextReader(text, asked, seq_len=seq_len, tokens=tokens, seed=seed)
+        self._reader = TextReader(text, by_domain, seq_len=seq_len, tokens=tokens, seed=seed)
         self._seed = seed
         self._dtype = dtype
         self._allow_pickle = allow_pickle
@@ -261,8 +267,8 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         self._streams: dict[Path, Stream] = {}
         self._stack = ExitStack()
         self._base_is_open = False
-        self._outcome: _Outcome | None = None
-        self._held: Held | None = None
+        self._base_outputs: _ModelOutputs | None = None
+        self._predictions: KeptPredictions | None = None
         if against is not None:
             base = self._subject(against)
             self._add_stream(base)
@@ -300,7 +306,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             del self._streams[subject.path]
         return card
 
-    def hold(self) -> None:
+    def keep_predictions(self) -> None:
         """Compute what the base predicts and keep it in the cache, unless it is there or too large."""
         self._base_predictions(asking=False)
 
@@ -321,23 +327,23 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         # One size for all, so that models are compared on equal batches.
         size = fitting_batch(self.batch_size, seq_len=seq_len, hidden_size=hidden_size(stream))
         if size < self.batch_size:
-            self.batch_size, self._outcome = size, None
+            self.batch_size, self._base_outputs = size, None
 
     def _base_predictions(self, *, asking: bool) -> None:
         """See to it that what the base makes of the text is there: in the cache, or as what its base model returns."""
         base = self.base
-        if base is None or self._held is not None:
+        if base is None or self._predictions is not None:
             return
         stream = self._streams[base.path]
         if not self._base_is_open:
             self._stack.enter_context(stream)
             self._base_is_open = True
-        shape = Shape(
+        shape = PredictionShape(
             sequences=sum(len(ids) for ids in base.tokens.sequences.values()),
             tokens=base.tokens.seq_len - 1,
             vocabulary=num_logits(stream),
         )
-        keeping = self._cache is not None and shape.num_bytes <= HELD_BYTES
+        keeping = self._cache is not None and shape.num_bytes <= KEPT_BYTES
         inputs = {
             "base": base.checkpoint.digest,
             "tokens": base.tokens.digest,
@@ -346,18 +352,20 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             "versions": f"{version('torch')} {version('transformers')}",
         }
         if keeping and self._cache is not None:
-            self._held = open_held(self._cache, inputs, shape)
-        if self._held is None and (self._outcome is None or (asking and not self._outcome.asked)):
-            self._outcome = self._read(base, self._questions(base) if asking else None)
-        if self._held is None and keeping and self._cache is not None and self._outcome is not None:
-            with hold(self._cache, inputs, shape) as writer, stream.head() as head:
-                for first, _, ids_BS, output in self._texts(base, self._outcome):
+            self._predictions = open_predictions(self._cache, inputs, shape)
+        if self._predictions is None and (
+            self._base_outputs is None or (asking and not self._base_outputs.with_answers)
+        ):
+            self._base_outputs = self._read(base, self._questions(base) if asking else None)
+        if self._predictions is None and keeping and self._cache is not None and self._base_outputs is not None:
+            with keep_predictions(self._cache, inputs, shape) as writer, stream.head() as head:
+                for first, _, ids_BS, output in self._texts(base, self._base_outputs):
                     for positions, _ in predictions(ids_BS, num_logits(stream)):
                         logits_BPV = logits_at(head, ids_BS, output, positions)
                         writer.put(first, positions, logits_BPV)
-            self._held = open_held(self._cache, inputs, shape)
-        if self._held is not None:
-            self._stack.enter_context(self._held)
+            self._predictions = open_predictions(self._cache, inputs, shape)
+        if self._predictions is not None:
+            self._stack.enter_context(self._predictions)
 
     def _measure_one(self, subject: Subject) -> dict[str, Sums]:
         stream, base = self._streams[subject.path], self.base
@@ -365,17 +373,17 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         with ExitStack() as stack:
             if not is_base:  # which is open
                 stack.enter_context(stream)
-            outcome = self._outcome
-            if outcome is None or not is_base or not outcome.asked:
-                outcome = self._read(subject, self._questions(subject))
+            outputs = self._base_outputs
+            if outputs is None or not is_base or not outputs.with_answers:
+                outputs = self._read(subject, self._questions(subject))
             with ExitStack() as heads:
                 head = heads.enter_context(stream.head())
                 base_head = None
-                if base is not None and self._held is None:
+                if base is not None and self._predictions is None:
                     base_head = head if is_base else heads.enter_context(self._streams[base.path].head())
-                sums = self._sums(subject, outcome, head, base_head)
+                sums = self._sums(subject, outputs, head, base_head)
                 begun: dict[int, int] = {}
-                right = self._right(subject, outcome, head, begun)
+                right = self._right(subject, outputs, head, begun)
             if self._in_turns(subject):
                 right |= self._right_again(subject, begun, right)
         self._add_answers(sums, right)
@@ -389,38 +397,41 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         tried = self._reader.attempts(subject.tokenizer)
         return first_attempts(tried) if self._in_turns(subject) else tried
 
-    def _read(self, subject: Subject, asked: Sequence[Attempt] | None, *, text: bool = True) -> _Outcome:
+    def _read(self, subject: Subject, attempts: Sequence[Attempt] | None, *, text: bool = True) -> _ModelOutputs:
         """Run text and questions through the base model of an open stream."""
         texts = [ids_BS for _, ids_BS in subject.tokens.batches(self.batch_size)] if text else []
-        grouped = attempt_batches(asked or (), tokens=self.batch_size * subject.tokens.seq_len)
+        grouped = attempt_batches(attempts or (), tokens=self.batch_size * subject.tokens.seq_len)
         batches = [*texts, *(ids_BS for _, ids_BS in grouped)]
         outputs = read(self._streams[subject.path], batches, description=f"{subject.name}: layers")
-        return _Outcome(
-            texts=outputs[: len(texts)], attempts=grouped, answers=outputs[len(texts) :], asked=asked is not None
+        return _ModelOutputs(
+            texts=outputs[: len(texts)],
+            attempts=grouped,
+            answers=outputs[len(texts) :],
+            with_answers=attempts is not None,
         )
 
-    def _texts(self, subject: Subject, outcome: _Outcome) -> Iterator[tuple[int, str, Tensor, Any]]:
+    def _texts(self, subject: Subject, outputs: _ModelOutputs) -> Iterator[tuple[int, str, Tensor, Any]]:
         """Yield of each batch the number of its first sequence, its domain, its tokens and the base model's output."""
         batches, first = list(subject.tokens.batches(self.batch_size)), 0
-        rows = zip(batches, outcome.texts, strict=True)
+        rows = zip(batches, outputs.texts, strict=True)
         for (domain, ids_BS), output in track(rows, f"{subject.name}: text", total=len(batches)):
             yield first, subject.tokens.domains[domain], ids_BS, output
             first += len(ids_BS)
             for stream in self._streams.values():
                 stream.release()
 
-    def _sums(self, subject: Subject, outcome: _Outcome, head: Head, base_head: Head | None) -> dict[str, Sums]:
+    def _sums(self, subject: Subject, outputs: _ModelOutputs, head: Head, base_head: Head | None) -> dict[str, Sums]:
         sums = {domain: Sums() for domain in subject.tokens.domains}
-        for number, (first, domain, ids_BS, output) in enumerate(self._texts(subject, outcome)):
+        for number, (first, domain, ids_BS, output) in enumerate(self._texts(subject, outputs)):
             base_output = None
-            if base_head is not None and self._outcome is not None:
-                base_output = self._outcome.texts[number]
+            if base_head is not None and self._base_outputs is not None:
+                base_output = self._base_outputs.texts[number]
             self._add_text(sums[domain], domain, subject, (first, ids_BS, output, base_output), head, base_head)
         return sums
 
     def _add_text(
         self,
-        held: Sums,
+        domain_sums: Sums,
         domain: str,
         subject: Subject,
         batch: tuple[int, Tensor, Any, Any],
@@ -438,15 +449,17 @@ class Evaluation(AbstractContextManager["Evaluation"]):
                     f"{num_logits(stream)}: it does not predict the next token, so it cannot be evaluated on text"
                 )
             kl_T = agreeing_T = None
-            if self._held is not None:
-                log_p_BTV, likeliest_BT = self._held.read(first, len(ids_BS), positions)
-                nll_T, kl_T, agreeing_T = compare(log_p_BTV, likeliest_BT, logits_BPV, ids_BP, masked=self._held.masked)
+            if self._predictions is not None:
+                log_p_BTV, likeliest_BT = self._predictions.read(first, len(ids_BS), positions)
+                nll_T, kl_T, agreeing_T = compare(
+                    log_p_BTV, likeliest_BT, logits_BPV, ids_BP, masked=self._predictions.masked
+                )
             else:
                 nll_T = token_nll(logits_BPV, ids_BP)
             nll_T = nll_T.cpu().double()
             check_numbers(nll_T, subject, stream, domain)
-            held.nll += float(nll_T.sum())
-            held.tokens += len(nll_T)
+            domain_sums.nll += float(nll_T.sum())
+            domain_sums.tokens += len(nll_T)
             if base_head is not None:
                 base_BPV = logits_BPV
                 if base_head is not head:
@@ -455,15 +468,15 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             if self.base is not None and kl_T is not None and agreeing_T is not None:
                 kl_T = kl_T.cpu().double()
                 check_numbers(kl_T, self.base, self._streams[self.base.path], domain)
-                held.kl += float(kl_T.sum())
-                held.agreeing += int(agreeing_T.sum())
+                domain_sums.kl += float(kl_T.sum())
+                domain_sums.agreeing += int(agreeing_T.sum())
 
-    def _right(self, subject: Subject, outcome: _Outcome, head: Head, begun: dict[int, int]) -> set[int]:
+    def _right(self, subject: Subject, outputs: _ModelOutputs, head: Head, begun: dict[int, int]) -> set[int]:
         """Return the numbers of the questions, of all domains, that are answered exactly in what was read."""
         stream = self._streams[subject.path]
         ends = end_ids(generation_config(subject, stream), subject.tokenizer)
         right: set[int] = set()
-        for (batch, ids_BS), output in zip(outcome.attempts, outcome.answers, strict=True):
+        for (batch, ids_BS), output in zip(outputs.attempts, outputs.answers, strict=True):
             right |= right_in_batch(
                 head, batch, ids_BS, output, self._reader.questions(),
                 tokenizer=subject.tokenizer, ends=ends, vocab_size=num_logits(stream), begun=begun,
@@ -473,36 +486,36 @@ class Evaluation(AbstractContextManager["Evaluation"]):
 
     def _right_again(self, subject: Subject, begun: Mapping[int, int], right: set[int]) -> set[int]:
         """Return the questions that second attempts answer, which a second pass over the weights reads."""
-        left = second_attempts(self._reader.attempts(subject.tokenizer), begun, right)
-        if not left:
+        second = second_attempts(self._reader.attempts(subject.tokenizer), begun, right)
+        if not second:
             return set()
-        outcome = self._read(subject, left, text=False)
+        outputs = self._read(subject, second, text=False)
         with self._streams[subject.path].head() as head:
-            return self._right(subject, outcome, head, {})
+            return self._right(subject, outputs, head, {})
 
     def _add_answers(self, sums: dict[str, Sums], right: set[int]) -> None:
         first = 0
-        for domain, entries in self._reader.asked.items():
-            held = sums.setdefault(domain, Sums())
-            held.questions = len(entries)
-            held.correct = len(right & set(range(first, first + len(entries))))
+        for domain, entries in self._reader.questions_by_domain.items():
+            domain_sums = sums.setdefault(domain, Sums())
+            domain_sums.questions = len(entries)
+            domain_sums.correct = len(right & set(range(first, first + len(entries))))
             first += len(entries)
 
     def scorecard(self, subject: Subject, sums: Mapping[str, Sums], cost: RunningCost | None = None) -> Scorecard:
         """Put together what is known of a model."""
         base, stream = self.base, self._streams[subject.path]
         total = Sums()
-        for held in sums.values():
-            total.add(held)
+        for summed in sums.values():
+            total.add(summed)
         return Scorecard(
             model=subject.name,
             model_digest=subject.checkpoint.digest,
             base=None if base is None else base.name,
             base_digest=None if base is None else base.checkpoint.digest,
-            text_digest=text_digest(subject.tokens, self._reader.asked),
+            text_digest=text_digest(subject.tokens, self._reader.questions_by_domain),
             seq_len=subject.tokens.seq_len,
             seed=self._seed,
-            domains={domain: held.scores(compared=base is not None) for domain, held in sorted(sums.items())},
+            domains={domain: summed.scores(compared=base is not None) for domain, summed in sorted(sums.items())},
             overall=total.scores(compared=base is not None),
             num_bytes=subject.num_bytes,
             bytes_ratio=None if base is None else subject.num_bytes / base.num_bytes,

@@ -62,13 +62,13 @@ class Peak:
     num_bytes: int = 0
 
 
-def check_whole(streams: Sequence[Stream], *, limit: int | None, asked: str = "--speed") -> None:
+def check_whole(streams: Sequence[Stream], *, limit: int | None, option: str = "--speed") -> None:
     """Check beforehand that models can be loaded as a whole next to each other, and fit.
 
     Args:
         streams: the models.
         limit: bytes that may be taken; as many as are free when None.
-        asked: the option that it is for.
+        option: what it is for, on the command line.
 
     Raises:
         InputError: one is stored in a way that only reading it unit by unit understands.
@@ -79,7 +79,7 @@ def check_whole(streams: Sequence[Stream], *, limit: int | None, asked: str = "-
         if checkpoint.pickled or any(info.packed is not None for info in checkpoint.tensors.values()):
             stored = "as pickles" if checkpoint.pickled else "quantised"
             raise InputError(
-                f"{checkpoint.path} is stored {stored} and cannot be loaded as a whole; leave {asked} out, or measure "
+                f"{checkpoint.path} is stored {stored} and cannot be loaded as a whole; leave {option} out, or measure "
                 "a checkpoint of plain safetensors made from it"
             )
     device = streams[0].device
@@ -89,10 +89,10 @@ def check_whole(streams: Sequence[Stream], *, limit: int | None, asked: str = "-
     if needed > allowed:
         parts = " + ".join(format_bytes(size) for size in (*sizes, FIXED_BYTES))
         room = format_bytes(allowed)
-        found = f"{room} are free" if limit is None else f"--max-memory allows {room}"
+        available = f"{room} are free" if limit is None else f"--max-memory allows {room}"
         raise Infeasible(
-            f"{asked} loads models as a whole, which takes {format_bytes(needed)} ({parts}); {found}: "
-            f"leave {asked} out, which measures all else with one layer in memory"
+            f"{option} loads models as a whole, which takes {format_bytes(needed)} ({parts}); {available}: "
+            f"leave {option} out, which measures all else with one layer in memory"
         )
 
 
@@ -153,20 +153,20 @@ def measure_speed(model: Any, ids_BS: Tensor, *, base: Any = None, rounds: int =
     for contestant in contestants:
         _timed(contestant, ids_BS)
     begin = time.perf_counter()
-    taken: list[list[float]] = [[] for _ in contestants]
+    times: list[list[float]] = [[] for _ in contestants]
     for number in range(rounds):
         if number >= 3 and time.perf_counter() - begin > seconds:
             break
         places = range(len(contestants)) if number % 2 == 0 else reversed(range(len(contestants)))
         for place in places:
-            taken[place].append(_timed(contestants[place], ids_BS))
+            times[place].append(_timed(contestants[place], ids_BS))
     ratio = None
     if base is not None:
-        ratio = statistics.median(base_time / time_ for time_, base_time in zip(*taken, strict=True))
+        ratio = statistics.median(base_time / time_ for time_, base_time in zip(*times, strict=True))
     return Speed(
-        tokens_per_second=statistics.median(ids_BS.numel() / time_ for time_ in taken[0]),
+        tokens_per_second=statistics.median(ids_BS.numel() / time_ for time_ in times[0]),
         ratio=ratio,
-        rounds=len(taken[0]),
+        rounds=len(times[0]),
     )
 
 
@@ -254,21 +254,21 @@ def _high_water() -> Iterator[Callable[[], int]]:
         with _sampled_high_water() as highest:
             yield highest
         return
-    found = 0
+    num_bytes = 0
 
     def highest_seen() -> int:
-        return found
+        return num_bytes
 
     yield highest_seen
-    found = _kernel_high_water()
+    num_bytes = _kernel_high_water()
 
 
 def _kernel_high_water() -> int:
     """Return the process's resident high-water mark in bytes; raises OSError or ValueError where there is none."""
     for line in _STATUS.read_text().splitlines():
-        name, _, rest = line.partition(":")
+        name, _, amount = line.partition(":")
         if name == "VmHWM":
-            return int(rest.split()[0]) * 1024
+            return int(amount.split()[0]) * 1024
     raise ValueError("no VmHWM")
 
 
@@ -276,11 +276,11 @@ def _kernel_high_water() -> int:
 def _sampled_high_water() -> Iterator[Callable[[], int]]:
     process = psutil.Process()
     highest = process.memory_info().rss
-    done = threading.Event()
+    stopped = threading.Event()
 
     def sample() -> None:
         nonlocal highest
-        while not done.wait(_SAMPLE_SECONDS):
+        while not stopped.wait(_SAMPLE_SECONDS):
             highest = max(highest, process.memory_info().rss)
 
     sampler = threading.Thread(target=sample, daemon=True)
@@ -288,7 +288,7 @@ def _sampled_high_water() -> Iterator[Callable[[], int]]:
     try:
         yield lambda: highest
     finally:
-        done.set()
+        stopped.set()
         sampler.join()
         highest = max(highest, process.memory_info().rss)
 

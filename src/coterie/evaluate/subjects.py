@@ -48,9 +48,9 @@ class Subject:
 class TextReader:
     """Cuts one text and its questions for many tokenizers; equal tokenizers share the result."""
 
-    def __init__(self, text: str | Path, asked: Mapping[str, Sequence[Question]], **settings: Any) -> None:
+    def __init__(self, text: str | Path, by_domain: Mapping[str, Sequence[Question]], **settings: Any) -> None:
         """Take the text folder, the questions by domain, and the settings of `tokenize`."""
-        self.asked = asked
+        self.questions_by_domain = by_domain
         self._text = text
         self._settings = settings
         self._tokens: dict[object, TokenSet] = {}
@@ -72,7 +72,7 @@ class TextReader:
 
     def questions(self) -> list[Question]:
         """Return the questions of all domains."""
-        return [question for entries in self.asked.values() for question in entries]
+        return [question for entries in self.questions_by_domain.values() for question in entries]
 
 
 def _identity(tokenizer: Any) -> object:
@@ -150,9 +150,9 @@ def check_numbers(values_T: Tensor, subject: Subject, stream: Stream, domain: st
         )
 
 
-def text_digest(tokens: TokenSet, asked: Mapping[str, Sequence[Question]]) -> str:
+def text_digest(tokens: TokenSet, by_domain: Mapping[str, Sequence[Question]]) -> str:
     """Digest everything that scores depend on: the sequences and the questions."""
-    questions = {domain: [[entry.question, entry.answer] for entry in entries] for domain, entries in asked.items()}
+    questions = {domain: [[entry.question, entry.answer] for entry in entries] for domain, entries in by_domain.items()}
     return digest_of({"tokens": tokens.digest, "questions": questions})
 
 

@@ -67,7 +67,7 @@ def experts(run: ReportedRun) -> Section | None:
     if not run.profiles:
         return None
     path, profile = _chosen_profile(run)
-    if not profile.layers or any("usage" not in held for held in profile.statistics):
+    if not profile.layers or any("usage" not in statistics for statistics in profile.statistics):
         return None
     counts = measures.usage_counts(profile)
     overall = [measures.even_share(counts_GE) for counts_GE in counts]
@@ -84,7 +84,7 @@ def experts(run: ReportedRun) -> Section | None:
 
 def _chosen_profile(run: ReportedRun) -> tuple[str, Profile]:
     made_from = [(result.inputs.get("model"), result.inputs.get("text")) for result in run.results]
-    return max(run.profiles, key=lambda held: made_from.count((held[1].model_digest, held[1].text_digest)))
+    return max(run.profiles, key=lambda entry: made_from.count((entry[1].model_digest, entry[1].text_digest)))
 
 
 def _usage(profile: Profile, counts: Sequence[Array], overall: Sequence[Array]) -> Section:
@@ -154,25 +154,25 @@ def _specialists(profile: Profile, counts: Sequence[Array]) -> list[dict[str, st
         return []
     return [
         {
-            "layer": str(found.layer),
-            "expert": str(found.expert),
-            "domain": profile.domains[found.domain],
-            "domain_share": percent_text(found.domain_share),
-            "lift": times_text(found.lift),
-            "share": percent_text(found.share, 1),
+            "layer": str(specialist.layer),
+            "expert": str(specialist.expert),
+            "domain": profile.domains[specialist.domain],
+            "domain_share": percent_text(specialist.domain_share),
+            "lift": times_text(specialist.lift),
+            "share": percent_text(specialist.share, 1),
         }
-        for found in measures.specialists(counts, _SPECIALISTS)
+        for specialist in measures.specialists(counts, _SPECIALISTS)
     ]
 
 
 def _similarity(profile: Profile) -> Section | None:
-    has_outputs = all({"mean_output", "tokens"} <= held.keys() for held in profile.statistics)
-    has_logits = all({"logit_sum", "logit_product", "tokens"} <= held.keys() for held in profile.statistics)
+    has_outputs = all({"mean_output", "tokens"} <= statistics.keys() for statistics in profile.statistics)
+    has_logits = all({"logit_sum", "logit_product", "tokens"} <= statistics.keys() for statistics in profile.statistics)
     if not (has_outputs or has_logits):
         return None
     total = len(profile.layers)
-    wanted = np.linspace(0, total - 1, min(total, _MAP_LAYERS)).round().astype(int).tolist()
-    shown = [layer for layer in wanted if profile.layers[layer].num_experts > 1]
+    spaced = np.linspace(0, total - 1, min(total, _MAP_LAYERS)).round().astype(int).tolist()
+    shown = [layer for layer in spaced if profile.layers[layer].num_experts > 1]
     if not shown:
         return None
     cosines = [measures.output_cosine(profile, layer) for layer in shown] if has_outputs else []
@@ -189,9 +189,11 @@ def _similarity(profile: Profile) -> Section | None:
         low, high = _limits(off)
         maps = []
         for layer, matrix, order in zip(shown, matrices, orders, strict=True):
-            first, second, value = measures.closest_pair(matrix)
+            first, second, similarity = measures.closest_pair(matrix)
             uri = heat_png(_averaged_down(matrix[np.ix_(order, order)]), low, high, VIRIDIS)
-            maps.append({"layer": layer, "uri": uri, "pair": f"{first} & {second}", "value": number_text(value, 2)})
+            maps.append(
+                {"layer": layer, "uri": uri, "pair": f"{first} & {second}", "value": number_text(similarity, 2)}
+            )
         bar = colour_bar(low, high, caption, over=bool(off.max() > high))
         rows.append({"title": title, "caption": caption, "maps": maps, "bar": bar})
     return {"rows": rows, "shown": len(shown), "total": total, "by_outputs": has_outputs}
@@ -371,16 +373,16 @@ def _lists(layer: LayerEntry) -> Section:
     lists = []
     if layer_kind(layer) == "cut":
         for count in range(layer.parts, 0, -1):
-            held = [expert for expert, parts in enumerate(parts_left(layer)) if parts == count]
+            numbers = [expert for expert, parts in enumerate(parts_left(layer)) if parts == count]
             lists.append(
                 (
                     "Whole" if count == layer.parts else f"{count} of {layer.parts} parts",
-                    ranges_text(held) if held else "",
+                    ranges_text(numbers) if numbers else "",
                 )
             )
     elif layer.widths_after is not None:
-        named = [(expert, layer.widths_after[new]) for expert, new in enumerate(layer.expert_map) if new >= 0]
-        lists.append(("Expert (width)", ", ".join(f"{expert} ({width})" for expert, width in named)))
+        widths = [(expert, layer.widths_after[new]) for expert, new in enumerate(layer.expert_map) if new >= 0]
+        lists.append(("Expert (width)", ", ".join(f"{expert} ({width})" for expert, width in widths)))
     else:
         alone = sorted(members[0] for _, members in groups if len(members) == 1)
         lists.append((_alone([layer]).capitalize(), ranges_text(alone) if alone else ""))
@@ -398,9 +400,9 @@ def _notes(result: ReportedResult) -> tuple[list[tuple[str, str]], list[list[str
             for key, value in entries:
                 cells[name, str(key).replace("_", " ").replace("heldout", "held-out")] = note_text(value)
         flat.append(cells)
-    found = dict.fromkeys(column for cells in flat for column in cells)
-    passes = list(dict.fromkeys(name for name, _ in found))
-    columns = sorted(found, key=lambda column: passes.index(column[0]))
+    noted_columns = dict.fromkeys(column for cells in flat for column in cells)
+    passes = list(dict.fromkeys(name for name, _ in noted_columns))
+    columns = sorted(noted_columns, key=lambda column: passes.index(column[0]))
     return columns, [[cells.get(column, MISSING) for column in columns] for cells in flat]
 
 
@@ -409,17 +411,17 @@ def _refit_sentences(result: ReportedResult) -> list[str]:
     layers = result.manifest.layers
     noted = [layer.notes["refit-down"] for layer in layers if isinstance(layer.notes.get("refit-down"), dict)]
     pairs = [(note.get("heldout_error_average"), note.get("heldout_error_refit")) for note in noted]
-    known = [(before, after) for before, after in pairs if before is not None and after is not None]
-    if not known:
+    measured = [(before, after) for before, after in pairs if before is not None and after is not None]
+    if not measured:
         return []
-    before, after = (sum(values) / len(known) for values in zip(*known, strict=True))
+    before, after = (sum(values) / len(measured) for values in zip(*measured, strict=True))
     merged = sum(int(note.get("merged") or 0) for note in noted)
     fell_back = sum(int(note.get("kept_average") or 0) for note in noted)
     ridges = sorted(ridge for note in noted for ridge in note.get("ridge") or [] if ridge is not None)
     sentences = [
         f"Held-out error of the merged experts: {number_text(before)} with the average, {number_text(after)} with "
         f"re-fitted down projections "
-        f"(share of the members' squared output; mean over {count_text(len(known), 'layer')})."
+        f"(share of the members' squared output; mean over {count_text(len(measured), 'layer')})."
     ]
     if ridges:
         middle = f"{ridges[len(ridges) // 2]:.3g}"

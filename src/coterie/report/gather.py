@@ -115,7 +115,7 @@ class Entry:
         return self.num_bytes / self.result.manifest.bytes_before if self.result is not None else None
 
     @property
-    def kept(self) -> float | None:
+    def neuron_share(self) -> float | None:
         """Share of the experts' hidden neurons that are left, over all layers."""
         return None if self.result is None else share_left(self.result.manifest.layers)
 
@@ -141,17 +141,17 @@ def gather(run: str | Path) -> ReportedRun:
     root = Path(run).expanduser()
     if not root.is_dir():
         raise InputError(f"{root} is not a folder; a report is made from the folder that holds a run's results")
-    found = ReportedRun(name=root.resolve().name)
+    artefacts = ReportedRun(name=root.resolve().name)
     for path in _json_files(root, DEPTH):
         if path.name in _OUR_NAMES or _names_itself(path):
-            _read(found, path, path.relative_to(root).as_posix())
-    if not (found.profiles or found.results or found.scorecards or found.plans):
+            _read(artefacts, path, path.relative_to(root).as_posix())
+    if not (artefacts.profiles or artefacts.results or artefacts.scorecards or artefacts.plans):
         raise InputError(
             f"{root} holds nothing to report on: looked {DEPTH} levels deep for {PROFILE_FILE} (coterie profile), "
             f"{MANIFEST} inside a compressed checkpoint (coterie compress), plans and scorecards as *.json "
             f"(coterie plan, coterie evaluate); run one of these into {root} first"
         )
-    return found
+    return artefacts
 
 
 def entries_of(run: ReportedRun) -> list[Entry]:
@@ -163,10 +163,10 @@ def entries_of(run: ReportedRun) -> list[Entry]:
     drafts: list[tuple[ReportedResult | None, Scorecard | None, str, bool]] = []
     for path, scored in cards:
         is_base = scored.model_digest in base_digests
-        found = None if is_base else _result_for(scored, run.results)
-        if found in unmatched:
-            unmatched.remove(found)
-        drafts.append((found, scored, path, is_base))
+        matched = None if is_base else _result_for(scored, run.results)
+        if matched in unmatched:
+            unmatched.remove(matched)
+        drafts.append((matched, scored, path, is_base))
     drafts += [(result, None, result.path, False) for result in unmatched]
     labels = _labels(drafts)
     entries = []
@@ -196,25 +196,25 @@ def entries_of(run: ReportedRun) -> list[Entry]:
 
 def _by_size(entries: list[Entry]) -> list[list[Entry]]:
     """Return the models in groups of one size, those of unknown size first, then the largest."""
-    groups: list[list[Entry]] = [[entry for entry in entries if entry.kept is None]]
+    groups: list[list[Entry]] = [[entry for entry in entries if entry.neuron_share is None]]
     start = 2.0
-    for entry in sorted(entries, key=lambda entry: (-(entry.kept or 0.0), entry.label)):
-        if entry.kept is None:
+    for entry in sorted(entries, key=lambda entry: (-(entry.neuron_share or 0.0), entry.label)):
+        if entry.neuron_share is None:
             continue
-        if start - entry.kept >= SAME_SIZE:
+        if start - entry.neuron_share >= SAME_SIZE:
             groups.append([])
-            start = entry.kept
+            start = entry.neuron_share
         groups[-1].append(entry)
     return groups
 
 
 def _size_name(group: list[Entry]) -> str:
     """Return what is left, in words for a whole group: in full where it is the same for all, else as a share."""
-    known = [entry.result.manifest.layers for entry in group if entry.result is not None]
-    names = {size_text(layers) for layers in known if layers}
+    all_layers = [entry.result.manifest.layers for entry in group if entry.result is not None]
+    names = {size_text(layers) for layers in all_layers if layers}
     if len(names) <= 1:
         return "".join(names)
-    ends = [percent_text(pick(entry.kept or 0.0 for entry in group)) for pick in (min, max)]
+    ends = [percent_text(pick(entry.neuron_share or 0.0 for entry in group)) for pick in (min, max)]
     return f"{'–'.join(dict.fromkeys(ends))} of the experts' neurons"
 
 
@@ -292,10 +292,10 @@ def _read_result(path: Path, relative: str, inputs: Mapping[str, str]) -> Report
 
 def _fixed_bytes(inside: Inspection, layers: Sequence[LayerEntry]) -> int:
     """Return the bytes of all but routed experts that the original had: as here, but with its rows of the router."""
-    here = inside.total.bytes - inside.parts["experts"].bytes
+    fixed_after = inside.total.bytes - inside.parts["experts"].bytes
     # A mapped result keeps the rows; one that was cut into parts has more.
     pairs = zip(inside.moe_layers, layers, strict=False)
-    return here + sum(block.row_bytes * (layer.num_experts_before - block.router_rows) for block, layer in pairs)
+    return fixed_after + sum(block.row_bytes * (layer.num_experts_before - block.router_rows) for block, layer in pairs)
 
 
 def _took(path: Path) -> tuple[dict[str, float], int | None]:
@@ -349,8 +349,8 @@ def _result_for(card: Scorecard, results: list[ReportedResult]) -> ReportedResul
         if result.digest == card.model_digest:
             return result
     name = card.model.rstrip("/").rpartition("/")[2]
-    named = [result for result in results if result.digest is None and result.folder == name]
-    return named[0] if len(named) == 1 else None
+    same_name = [result for result in results if result.digest is None and result.folder == name]
+    return same_name[0] if len(same_name) == 1 else None
 
 
 def recipe_name(result: ReportedResult) -> str:

@@ -94,7 +94,7 @@ def specialists(counts: Sequence[Array], limit: int) -> list[Specialist]:
 
     Ranked by an expert's own term of the mutual information, so a rarely used expert does not win by chance.
     """
-    found: list[tuple[float, Specialist]] = []
+    ranked: list[tuple[float, Specialist]] = []
     for layer, counts_GE in enumerate(counts):
         share_GE = shares(counts_GE)
         average_E = share_GE.mean(axis=0)
@@ -113,9 +113,9 @@ def specialists(counts: Sequence[Array], limit: int) -> list[Specialist]:
                 lift=lift,
                 share=float(average_E[expert]),
             )
-            found.append((float(information_E[expert]), specialist))
-    found.sort(key=lambda entry: (-entry[0], entry[1].layer, entry[1].expert))
-    return [specialist for information, specialist in found[:limit] if information > 0]
+            ranked.append((float(information_E[expert]), specialist))
+    ranked.sort(key=lambda entry: (-entry[0], entry[1].layer, entry[1].expert))
+    return [specialist for information, specialist in ranked[:limit] if information > 0]
 
 
 def output_cosine(profile: Profile, layer: int) -> Array:

@@ -212,8 +212,8 @@ def domain_dots(domains: Sequence[str], series: Sequence[Sequence[float | None]]
     row, top, bottom = 27.0, 8.0, 44.0
     height = top + row * len(domains) + bottom
     drawing = Drawing(WIDTH, height, caption)
-    known = [value for values in series for value in values if value is not None]
-    scale = scale_for(known, floor, left + 8, WIDTH - 16)
+    measured = [value for values in series for value in values if value is not None]
+    scale = scale_for(measured, floor, left + 8, WIDTH - 16)
     bottom_line = top + row * len(domains)
     for value in scale.ticks():
         drawing.line(scale.place(value), top, scale.place(value), bottom_line)
@@ -221,14 +221,14 @@ def domain_dots(domains: Sequence[str], series: Sequence[Sequence[float | None]]
     drawing.text((left + WIDTH) / 2, bottom_line + 36, caption + (" (log scale)" if scale.log else ""), "middle axis")
     for index, domain in enumerate(domains):
         y = top + row * (index + 0.5)
-        held = [values[index] for values in series]
-        places = [scale.place(known) for known in held if known is not None]
+        scores = [values[index] for values in series]
+        places = [scale.place(score) for score in scores if score is not None]
         if places:
             drawing.line(min(places), y, max(places), y, "span")
         drawing.text(left - 4, y + 4, shorten(domain), "end", domain if len(domain) > 28 else "")
-        for number, kept in enumerate(held):
-            if kept is not None:
-                drawing.mark(scale.place(kept), y, number, f"{domain}: {number_text(kept)}")
+        for number, score in enumerate(scores):
+            if score is not None:
+                drawing.mark(scale.place(score), y, number, f"{domain}: {number_text(score)}")
     return drawing.render()
 
 

@@ -155,8 +155,12 @@ def _cards(best: Entry) -> list[dict[str, str]]:
     if (agreement := best.score("agreement")) is not None:
         add("Top-1 agreement", percent_text(agreement, 1), "same likeliest token")
     if (accuracy := best.score("accuracy")) is not None:
-        held = base.overall["accuracy"] if base is not None else None
-        add("Exact answers", percent_text(accuracy, 1), f"original {percent_text(held, 1)}" if held is not None else "")
+        original_accuracy = base.overall["accuracy"] if base is not None else None
+        add(
+            "Exact answers",
+            percent_text(accuracy, 1),
+            f"original {percent_text(original_accuracy, 1)}" if original_accuracy is not None else "",
+        )
     return cards
 
 
@@ -203,12 +207,12 @@ def results_table(entries: Sequence[Entry]) -> Section | None:
     best: dict[tuple[str, str], float] = {}
     for column in columns:
         for size in sizes:
-            held = [entry for entry in results if not apart or entry.size == size]
-            values = [value for entry in held if (value := column.value(entry)) is not None and math.isfinite(value)]
+            of_size = [entry for entry in results if not apart or entry.size == size]
+            values = [value for entry in of_size if (value := column.value(entry)) is not None and math.isfinite(value)]
             if len(values) > 1 and column.better and max(values) > min(values):
                 best[size, column.title] = min(values) if column.better == "low" else max(values)
-    made = [entry.result.manifest for entry in results if entry.result is not None]
-    kinds = {layer_kind(layer) for manifest in made for layer in manifest.layers}
+    manifests = [entry.result.manifest for entry in results if entry.result is not None]
+    kinds = {layer_kind(layer) for manifest in manifests for layer in manifest.layers}
     rows = []
     group: str | None = None
     for entry in entries:
@@ -231,7 +235,7 @@ def results_table(entries: Sequence[Entry]) -> Section | None:
                 "router": MISSING if result is None else result.manifest.router,
                 "experts": counts,
                 "also": also,
-                "kept": percent_text(entry.kept),
+                "kept": percent_text(entry.neuron_share),
                 "cells": cells,
             }
         )
@@ -245,7 +249,7 @@ def results_table(entries: Sequence[Entry]) -> Section | None:
         "neurons": any(kind != "whole" for kind in kinds),
         "parts": "cut" in kinds,
         "ragged": "ragged" in kinds,
-        "maps": any(manifest.form is ResultForm.MAPPED for manifest in made),
+        "maps": any(manifest.form is ResultForm.MAPPED for manifest in manifests),
         "texts": len({entry.card.text_digest for entry in entries if entry.card is not None}),
         "trade_off": _trade_off(results),
     }
@@ -315,10 +319,10 @@ def _heat_table(
 ) -> Section | None:
     columns = [None, *domains]
     values = [[entry.score(key, domain) for domain in columns] for entry in scored]
-    known = [value for row in values for value in row if value is not None and math.isfinite(value)]
-    if not known:
+    finite = [value for row in values for value in row if value is not None and math.isfinite(value)]
+    if not finite:
         return None
-    high = max([*known, floor])
+    high = max([*finite, floor])
 
     def place(value: float) -> float:
         if not math.isfinite(value):
@@ -354,21 +358,23 @@ def _perplexity_table(scored: Sequence[Entry], domains: Sequence[str]) -> Sectio
 
 
 def _answers_table(scored: Sequence[Entry], domains: Sequence[str], entries: Sequence[Entry]) -> Section | None:
-    asked = [domain for domain in domains if any(entry.score("accuracy", domain) is not None for entry in scored)]
-    if len(asked) < 2:  # one domain of questions stands in the table of results
+    with_questions = [
+        domain for domain in domains if any(entry.score("accuracy", domain) is not None for entry in scored)
+    ]
+    if len(with_questions) < 2:  # one domain of questions stands in the table of results
         return None
     base = [entry for entry in entries if entry.is_base and entry.card is not None]
     rows = []
     for entry in [*base, *scored]:
         cells = []
-        for domain in (None, *asked):
+        for domain in (None, *with_questions):
             value = entry.score("accuracy", domain)
             rgb = None if value is None else colour(CIVIDIS, 1.0 - value)
             style = "" if rgb is None else f"background:{hex_colour(rgb)};color:{ink_on(rgb)}"
             cells.append({"text": percent_text(value), "style": style})
         rows.append({"label": "original" if entry.is_base else entry.label, "cells": cells})
     caption = "Share of questions answered exactly; brighter cells answer fewer."
-    return {"title": "Exact answers", "caption": caption, "columns": ["all", *asked], "rows": rows}
+    return {"title": "Exact answers", "caption": caption, "columns": ["all", *with_questions], "rows": rows}
 
 
 def _finite(value: float | None) -> float | None:
@@ -378,10 +384,10 @@ def _finite(value: float | None) -> float | None:
 def sizes(run: ReportedRun, entries: Sequence[Entry]) -> Section | None:
     """Return bars of bytes before and after, and the plans that were not carried out."""
     results = [entry for entry in compressed(entries) if entry.bytes_ratio]
-    done = [result.manifest.plan for result in run.results]
+    executed_plans = [result.manifest.plan for result in run.results]
     open_plans = []
     for path, plan in run.plans:
-        if not any(_carries_out(executed, plan.body()) for executed in done):
+        if not any(_carries_out(executed, plan.body()) for executed in executed_plans):
             ratio = plan.predicted_bytes / plan.original_bytes if plan.original_bytes else None
             open_plans.append(
                 {
@@ -403,11 +409,11 @@ def sizes(run: ReportedRun, entries: Sequence[Entry]) -> Section | None:
         first = results[0]
         original = round(first.num_bytes / (first.bytes_ratio or 1.0))
         rows = _byte_rows(results)
-        made = [entry.result for entry in results if entry.result is not None]
-        fixed = next((result.fixed_bytes for result in made if result.fixed_bytes is not None), None)
+        reported = [entry.result for entry in results if entry.result is not None]
+        fixed = next((result.fixed_bytes for result in reported if result.fixed_bytes is not None), None)
         rows.insert(0, ByteRow(name="original", total=original, experts=None if fixed is None else original - fixed))
         plot, apart = byte_bars(rows), any(row.experts is not None for row in rows)
-        parts = any(layer_kind(layer) == "cut" for result in made for layer in result.manifest.layers)
+        parts = any(layer_kind(layer) == "cut" for result in reported for layer in result.manifest.layers)
     return {"plot": plot, "apart": apart, "parts": parts, "plans": open_plans}
 
 
@@ -416,27 +422,29 @@ def _byte_rows(results: Sequence[Entry]) -> list[ByteRow]:
     alike: dict[tuple[int, int | None, str], list[Entry]] = {}
     for entry in results:
         result = entry.result
-        held, left = (None, "") if result is None else (result.expert_bytes, short_size(result.manifest.layers))
-        alike.setdefault((entry.num_bytes, held, left), []).append(entry)
+        expert_bytes, size = (None, "") if result is None else (result.expert_bytes, short_size(result.manifest.layers))
+        alike.setdefault((entry.num_bytes, expert_bytes, size), []).append(entry)
     rows = []
-    for (total, held, left), group in alike.items():
+    for (total, expert_bytes, size), group in alike.items():
         name = group[0].label
         if len(group) > 1 and group[0].result is not None:
             routers = list(dict.fromkeys(entry.result.manifest.router for entry in group if entry.result is not None))
-            name = f"{left}, {routers[0]}" if len(routers) == 1 else left
-        rows.append(ByteRow(name=name, total=total, experts=held, title=", ".join(entry.label for entry in group)))
+            name = f"{size}, {routers[0]}" if len(routers) == 1 else size
+        rows.append(
+            ByteRow(name=name, total=total, experts=expert_bytes, title=", ".join(entry.label for entry in group))
+        )
     return rows
 
 
 def _carries_out(executed: Mapping[str, Any], plan: Mapping[str, Any]) -> bool:
     """Tell whether a plan, as it was executed, is what another says; that one need not name experts."""
-    left = {key: value for key, value in executed.items() if key != "layers"}
-    if left != {key: value for key, value in plan.items() if key != "layers"}:
+    settings = {key: value for key, value in executed.items() if key != "layers"}
+    if settings != {key: value for key, value in plan.items() if key != "layers"}:
         return False
     layers, planned = executed["layers"], plan["layers"]
     return len(layers) == len(planned) and all(
-        {key: value for key, value in layer.items() if key in wanted or key != "experts"} == wanted
-        for layer, wanted in zip(layers, planned, strict=True)
+        {key: value for key, value in layer.items() if key in planned_layer or key != "experts"} == planned_layer
+        for layer, planned_layer in zip(layers, planned, strict=True)
     )
 
 
@@ -479,8 +487,8 @@ def _artefacts(run: ReportedRun) -> list[dict[str, Any]]:
 def _making(label: str, result: ReportedResult) -> dict[str, Any]:
     passes = []
     for name, options in result.manifest.passes:
-        given = ", ".join(f"{key}={value}" for key, value in options.items())
-        passes.append(f"{name} ({given})" if given else name)
+        option_text = ", ".join(f"{key}={value}" for key, value in options.items())
+        passes.append(f"{name} ({option_text})" if option_text else name)
     folder = result.path.removesuffix("coterie.json").rstrip("/") or "."
     return {
         "label": label,
@@ -499,11 +507,11 @@ def _making(label: str, result: ReportedResult) -> dict[str, Any]:
 
 
 def _environment(run: ReportedRun) -> list[dict[str, str]]:
-    held: dict[str, dict[str, None]] = {}
+    values_by_key: dict[str, dict[str, None]] = {}
     for _, card in run.scorecards:
         for key, value in card.environment.items():
-            held.setdefault(key, {})[str(value)] = None
-    return [{"key": key.replace("_", " "), "value": "; ".join(values)} for key, values in held.items()]
+            values_by_key.setdefault(key, {})[str(value)] = None
+    return [{"key": key.replace("_", " "), "value": "; ".join(values)} for key, values in values_by_key.items()]
 
 
 def _evaluation(entries: Sequence[Entry]) -> list[dict[str, str]]:

@@ -21,9 +21,10 @@ def require(condition: bool, message: str) -> None:
 
 def check_inspection(model: Path, truth: Architecture) -> None:
     """Check that what the headers say and what the model says is the same."""
-    found = inspect(model)
-    require(found.expert_key == truth.expert_key, f"inspect says {found.expert_key}, the model {truth.expert_key}")
-    facts = [(each.num_experts, each.top_k, each.width, each.hidden_size) for each in found.moe_layers]
+    inspection = inspect(model)
+    key = inspection.expert_key
+    require(key == truth.expert_key, f"inspect says {key}, the model {truth.expert_key}")
+    facts = [(each.num_experts, each.top_k, each.width, each.hidden_size) for each in inspection.moe_layers]
     expected = [(each.num_experts, each.top_k, each.width, each.hidden_size) for each in truth.layers]
     require(facts == expected, f"inspect says {facts} (experts, top_k, width, hidden size), the model {expected}")
 
@@ -33,11 +34,11 @@ def check_budget(model: Path, num_bytes: int, *, experts: int) -> None:
     fits = [inspect(model, budget=limit).budget for limit in (num_bytes, num_bytes - 1)]
     assert fits[0] is not None
     assert fits[1] is not None
-    found = (fits[0].experts, fits[0].bytes, fits[1].experts < experts)
-    require(found == (experts, num_bytes, True), f"inspect says {found} for {experts} experts of {num_bytes} bytes")
+    facts = (fits[0].experts, fits[0].bytes, fits[1].experts < experts)
+    require(facts == (experts, num_bytes, True), f"inspect says {facts} for {experts} experts of {num_bytes} bytes")
 
 
-def check_accounting(source: Checkpoint, made: Checkpoint, result: Result) -> None:
+def check_accounting(source: Checkpoint, compressed: Checkpoint, result: Result) -> None:
     """Check that the files hold, tensor by tensor, what was said before: by the architecture and by headers alone."""
     architecture = Architecture.of(source)
     sizes = [
@@ -50,15 +51,16 @@ def check_accounting(source: Checkpoint, made: Checkpoint, result: Result) -> No
         for layer in result.plan.layers
     ]
     derived = Accounting.of(source, architecture, WeightConversion(source, architecture.model))
-    written = {name: (info.dtype, info.shape) for name, info in made.tensors.items()}
+    on_disk = {name: (info.dtype, info.shape) for name, info in compressed.tensors.items()}
     for accounting, who in ((derived, "the architecture"), (accounting_of(source), "headers")):
         listed = accounting.tensors(sizes)
-        said = {
+        predicted = {
             f"{tensor.name}{suffix}": stored
             for tensor in listed
             for suffix, stored in tensor.encoding.stored(tensor.shape).items()
         }
-        wrong = sorted(name for name in said.keys() | written.keys() if said.get(name) != written.get(name))
-        require(not wrong, f"{wrong[:1]}: {who} said {[said.get(n) for n in wrong[:1]]}, written {len(wrong)} others")
-        sums = (sum(tensor.num_bytes for tensor in listed), accounting.num_bytes(sizes), made.num_bytes)
+        wrong = sorted(name for name in predicted.keys() | on_disk.keys() if predicted.get(name) != on_disk.get(name))
+        first = [predicted.get(name) for name in wrong[:1]]
+        require(not wrong, f"{wrong[:1]}: {who} said {first}, written {len(wrong)} others")
+        sums = (sum(tensor.num_bytes for tensor in listed), accounting.num_bytes(sizes), compressed.num_bytes)
         require(len(set(sums)) == 1, f"{who}: {sums} bytes as listed, as added up, as written")

@@ -79,8 +79,10 @@ def check_method(recipe: str, *, model_type: str = "olmoe") -> None:
             require(_weights(result) == _weights(again), f"{what}: equal input, unequal bytes")
             reads = bool(get_recipe(recipe).needs) or shop.reads_profile(model, permuted, recipe, router, result)
             if reads or not shop.depends_on_seed(model, recipe, router, result):
-                other = shop.smaller(permuted, recipe, router)
-                _require_close(shop.logits(other.out), shop.logits(result.out), f"{what}: another order of the experts")
+                reordered = shop.smaller(permuted, recipe, router)
+                _require_close(
+                    shop.logits(reordered.out), shop.logits(result.out), f"{what}: another order of the experts"
+                )
             if reads:
                 lean = shop.smaller(redundant, recipe, router)
                 _require_close(shop.logits(lean.out), shop.logits(redundant), f"{what}: {without}")
@@ -122,9 +124,9 @@ def check_family(model_type: str, *, thorough: bool = True) -> None:
         for router in ("plain", "map") if thorough else ("plain",):
             result = shop.compress(model, merging, router, experts=4)
             check_result(model, result)
-            other = shop.compress(permuted, merging, router, experts=4)
+            reordered = shop.compress(permuted, merging, router, experts=4)
             what = f"{model_type}, router {router}: another order of the experts"
-            _require_close(shop.logits(other.out), shop.logits(result.out), what)
+            _require_close(shop.logits(reordered.out), shop.logits(result.out), what)
         if thorough:
             narrow = tiny_checkpoint(shop.folder / "bfloat16" / model_type, model_type, dtype=torch.bfloat16)
             shop.check_full_size(narrow, merging, "map")
@@ -172,10 +174,12 @@ def check_result(model: str | Path, result: Result) -> None:
     Raises:
         AssertionError: a tensor or file is missing or changed that should not be, a map or a number is wrong.
     """
-    source, made = Checkpoint.open(model), Checkpoint.open(result.out)
+    source, compressed = Checkpoint.open(model), Checkpoint.open(result.out)
     layers = Architecture.of(source).layers
-    check_accounting(source, made, result)
-    require(made.num_bytes == result.plan.predicted_bytes, f"{made.num_bytes} bytes, not as the plan predicted")
+    check_accounting(source, compressed, result)
+    require(
+        compressed.num_bytes == result.plan.predicted_bytes, f"{compressed.num_bytes} bytes, not as the plan predicted"
+    )
     manifest = Manifest.read(result.out)
     require(manifest is not None and manifest.content() == result.manifest.content(), "another manifest on disk")
     for file in source.other_files():
@@ -184,10 +188,10 @@ def check_result(model: str | Path, result: Result) -> None:
     if result.manifest.form is ResultForm.PLAIN:
         new_model, info = _load_stock(result.out)
         require(not any(info.values()), f"{result.out} does not load whole: {info}")
-        found = [(layer.num_experts, layer.width, layer.top_k) for layer in Architecture.of(made).layers]
+        actual = [(layer.num_experts, layer.width, layer.top_k) for layer in Architecture.of(compressed).layers]
         sizes = zip(layers, result.plan.layers, strict=True)
         planned = [(size.num_experts, size.width or layer.width, size.top_k or layer.top_k) for layer, size in sizes]
-        require(found == planned, f"{found} experts, their width and how many are chosen, not {planned} as planned")
+        require(actual == planned, f"{actual} experts, their width and how many are chosen, not {planned} as planned")
     else:
         new_model = load_model(result.out)
     old, new = load_model(model).state_dict(), new_model.state_dict()
@@ -236,14 +240,14 @@ class _Shop:
         router: Any,
         *,
         fresh_profile: bool = False,
-        held: Profile | None = None,
+        measured: Profile | None = None,
         **target: Any,
     ) -> Result:
-        held = held or self.profile(model, recipe, fresh=fresh_profile)
+        measured = measured or self.profile(model, recipe, fresh=fresh_profile)
         out = self.new_path(f"{recipe}-{router}")
         if get_recipe(recipe).trains:
             target |= {"text": self._text, "tokens": self._tokens, "seq_len": 64, "train_tokens": self._tokens}
-        return compress(model, out, recipe=recipe, router=router, profile=held, **target)
+        return compress(model, out, recipe=recipe, router=router, profile=measured, **target)
 
     def profile(self, model: Path, recipe: str, *, fresh: bool = False) -> Profile:
         """Return a profile that holds what a recipe needs, made once for a model."""
@@ -280,10 +284,10 @@ class _Shop:
         for seed in (1, 2):
             wrong = replace(_shuffled(self.profile(permuted, recipe), seed), model_digest=digest)
             try:
-                other = self.smaller(model, recipe, router, held=wrong)
+                from_wrong = self.smaller(model, recipe, router, measured=wrong)
             except Exception:  # whatever a method raises on such data, it has read them
                 return True
-            if _weights(other) != _weights(result):
+            if _weights(from_wrong) != _weights(result):
                 return True
         return False
 
@@ -316,10 +320,10 @@ class _Shop:
 
     def check_full_size(self, model: Path, recipe: str, router: str) -> None:
         result = self.compress(model, recipe, router, keep=1.0)
-        source, made = Checkpoint.open(model), Checkpoint.open(result.out)
+        source, compressed = Checkpoint.open(model), Checkpoint.open(result.out)
         what = f"{recipe}, router {router}, keep 1"
-        require(source.tensors.keys() == made.tensors.keys(), f"{what}: other tensors than before")
-        with source.reader() as old, made.reader() as new:
+        require(source.tensors.keys() == compressed.tensors.keys(), f"{what}: other tensors than before")
+        with source.reader() as old, compressed.reader() as new:
             for name in source.tensors:
                 a, b = old.read(name), new.read(name)
                 require(a.dtype == b.dtype and torch.equal(a, b), f"{what}: {name} is not bit-identical")
@@ -329,12 +333,12 @@ class _Shop:
         target: dict[str, Any] = {"experts": max(layer.top_k for layer in layers) - 1}  # too few for the router
         if "experts" not in _targets(recipe):
             target = {"width": layers[0].width + 1} if "width" in _targets(recipe) else {"budget": 1}
-        there = set(self.folder.iterdir())
+        before = set(self.folder.iterdir())
         try:
             self.compress(model, recipe, router, **target)
         except Infeasible:
-            left = sorted(path.name for path in set(self.folder.iterdir()) - there)
-            require(not left, f"{recipe}: the refusal of {target} left {left} behind")
+            leftovers = sorted(path.name for path in set(self.folder.iterdir()) - before)
+            require(not leftovers, f"{recipe}: the refusal of {target} left {leftovers} behind")
         else:
             raise AssertionError(f"{recipe}: {target}, which cannot be, was not refused")
 
@@ -379,8 +383,8 @@ class _Shop:
                 require(depends == listed, f"{model.name}: weights depend on unchosen experts: {depends}, not {listed}")
                 if depends:
                     return
-                held = profile(model, text=text, tokens=2, seq_len=2)
-                result = compress(model, self.new_path("dropped"), experts=6, recipe="frequency", profile=held)
+                measured = profile(model, text=text, tokens=2, seq_len=2)
+                result = compress(model, self.new_path("dropped"), experts=6, recipe="frequency", profile=measured)
                 what = f"{model.name}: dropping experts that {letters!r} never chooses"
                 with torch.no_grad():
                     expected = loaded(input_ids=ids, use_cache=False).logits
@@ -443,11 +447,11 @@ def _ignores_unused(model: PreTrainedModel, layers: tuple[MoELayer, ...], used: 
                 before[name] = state[name].clone()
                 rows = state[name].index_select(axis, torch.tensor(unused))
                 state[name].index_copy_(axis, torch.tensor(unused), rows - 1e-3 * rows.abs())
-        found = model(input_ids=ids, use_cache=False).logits
+        changed = model(input_ids=ids, use_cache=False).logits
         for name, tensor in before.items():
             state[name].copy_(tensor)
     # Rounding, where a softmax over all is renormalised, is some 1e-7; a real dependence is 4e-5 and more.
-    return float((found - expected).abs().max() / expected.abs().max()) <= 5e-6
+    return float((changed - expected).abs().max() / expected.abs().max()) <= 5e-6
 
 
 def _permute_experts(model: PreTrainedModel, layers: tuple[MoELayer, ...]) -> None:
@@ -513,6 +517,6 @@ def _shuffled(measured: Profile, seed: int) -> Profile:
     return replace(measured, samples=tuple(samples))
 
 
-def _require_close(found: Tensor, expected: Tensor, what: str, tolerance: float = 1e-4) -> None:
-    error = float((found - expected).abs().max() / expected.abs().max())
+def _require_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-4) -> None:
+    error = float((actual - expected).abs().max() / expected.abs().max())
     require(error <= tolerance, f"{what} changes the logits by {error:.1e} of the largest (limit {tolerance:.0e})")

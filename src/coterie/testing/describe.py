@@ -124,16 +124,16 @@ def _has_shared(architecture: Architecture, layer: MoELayer) -> bool:
     return any("shared" in name for name, _ in architecture.model.get_submodule(parent).named_parameters())
 
 
-def compare(known: FamilyTable, now: FamilyTable) -> tuple[str, ...]:
+def compare(recorded: FamilyTable, now: FamilyTable) -> tuple[str, ...]:
     """Return what differs between a table and a new one of some or all of its families, a sentence for each fact."""
-    before = {family.model_type: family for family in known.families}
-    found: list[str] = []
+    before = {family.model_type: family for family in recorded.families}
+    sentences: list[str] = []
     for family in now.families:
         if family.model_type in before:
-            found += before[family.model_type].differences(family)
+            sentences += before[family.model_type].differences(family)
         else:
-            found.append(f"{family.model_type}: is not in the table")
-    return tuple(found)
+            sentences.append(f"{family.model_type}: is not in the table")
+    return tuple(sentences)
 
 
 def write(table: FamilyTable, file: Path = FILE) -> None:

@@ -46,12 +46,12 @@ class FamilyFacts:
 
     def differences(self, other: FamilyFacts) -> tuple[str, ...]:
         """Return what another reading of the same family says otherwise, a sentence for each fact."""
-        found = []
+        sentences = []
         for field in fields(self):
-            here, there = getattr(self, field.name), getattr(other, field.name)
-            if here != there:
-                found.append(f"{self.model_type}: {field.name} is {_words(there)}, was {_words(here)}")
-        return tuple(found)
+            own_fact, other_fact = getattr(self, field.name), getattr(other, field.name)
+            if own_fact != other_fact:
+                sentences.append(f"{self.model_type}: {field.name} is {_words(other_fact)}, was {_words(own_fact)}")
+        return tuple(sentences)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -274,12 +274,12 @@ def installed_families() -> dict[str, tuple[str, ...]]:
         For each module of transformers with such experts, the model types that it defines.
     """
     models = Path(transformers.__file__).parent / "models"
-    found: dict[str, tuple[str, ...]] = {}
+    by_module: dict[str, tuple[str, ...]] = {}
     for file in sorted(models.glob("*/modeling_*.py")):
         if re.search(r"^@use_experts_implementation", file.read_text(encoding="utf-8"), re.MULTILINE):
             module = file.parent.name
-            found[module] = tuple(name for name in CONFIG_MAPPING if model_type_to_module_name(name) == module)
-    return found
+            by_module[module] = tuple(name for name in CONFIG_MAPPING if model_type_to_module_name(name) == module)
+    return by_module
 
 
 def _text_keys(config_class: Any) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def dequantized(checkpoint: Checkpoint, dtype: str = "BF16") -> Checkpoint:
             f"{checkpoint.path} is quantised with {method or 'a method that config.json does not name'!r}; understood "
             f"are {' and '.join(_METHODS)}. Use the full-precision checkpoint that it was made from"
         )
-    where = _Source(where=str(checkpoint.path), tensors=checkpoint.tensors, settings=settings, dtype=chosen)
+    where = _QuantizedSource(where=str(checkpoint.path), tensors=checkpoint.tensors, settings=settings, dtype=chosen)
     packed, dropped = _METHODS[method](where)
     tensors: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
@@ -76,7 +76,7 @@ def dequantized(checkpoint: Checkpoint, dtype: str = "BF16") -> Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Source:
+class _QuantizedSource:
     """What is known of a quantised checkpoint while it is looked through."""
 
     where: str
@@ -89,7 +89,7 @@ class _Source:
 _PackedTensors = tuple[dict[str, TensorInfo], set[str]]
 
 
-def _find_blocks(source: _Source) -> _PackedTensors:
+def _find_blocks(source: _QuantizedSource) -> _PackedTensors:
     """Find 8-bit (and 4-bit) weights with their scales beside them."""
     weights: dict[str, TensorInfo] = {}
     dropped: set[str] = set()
@@ -122,7 +122,7 @@ def _companions(
     return [candidate for candidate in names if candidate in tensors]
 
 
-def _blocked(source: _Source, weight: TensorInfo, scale: TensorInfo) -> TensorInfo:
+def _blocked(source: _QuantizedSource, weight: TensorInfo, scale: TensorInfo) -> TensorInfo:
     """Describe one weight with scales in blocks along its last two axes."""
 
     def wrong(what: str) -> CorruptCheckpoint:
@@ -162,7 +162,7 @@ def _blocked(source: _Source, weight: TensorInfo, scale: TensorInfo) -> TensorIn
     return TensorInfo(name=weight.name, dtype=source.dtype, shape=shape, shard=weight.shard, packed=packed)
 
 
-def _block_size(source: _Source) -> tuple[int, int]:
+def _block_size(source: _QuantizedSource) -> tuple[int, int]:
     """Return rows and columns of a block as the config states them, 0 where it states none."""
     size = source.settings.get("weight_block_size")
     if size is None:
@@ -188,7 +188,7 @@ def _shared_extent(extent: int, count: int, configured: int) -> int | None:
     return None
 
 
-def _find_groups(source: _Source) -> _PackedTensors:
+def _find_groups(source: _QuantizedSource) -> _PackedTensors:
     """Find stacks of matrices stored as ``*_blocks`` (N, rows, groups, bytes) and ``*_scales`` (N, rows, groups)."""
     stacks: dict[str, TensorInfo] = {}
     dropped: set[str] = set()
@@ -215,7 +215,7 @@ def _find_groups(source: _Source) -> _PackedTensors:
     return stacks, dropped
 
 
-_METHODS: dict[str, Callable[[_Source], _PackedTensors]] = {"fp8": _find_blocks, "mxfp4": _find_groups}
+_METHODS: dict[str, Callable[[_QuantizedSource], _PackedTensors]] = {"fp8": _find_blocks, "mxfp4": _find_groups}
 
 
 #: Keys under which configs describe how weights are packed.

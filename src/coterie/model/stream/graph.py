@@ -11,15 +11,15 @@ from torch import Tensor
 
 from coterie.model.nested import mapped, tensors_in
 from coterie.model.stream.backward import Backward
-from coterie.model.stream.jobs import Job
+from coterie.model.stream.jobs import JobThread
 from coterie.model.stream.unit import Unit
 
 
-def call_unit(worker: Job, unit: Unit, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def call_unit(worker: JobThread, unit: Unit, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call a unit from a job that wants gradients; what is returned carries them."""
     node = _Node(worker, unit, *mapped((args, kwargs), lambda tensor: tensor.detach()))
     anchor = torch.zeros((), requires_grad=True)
-    flat = _Call.apply(node, anchor, *tensors_in((args, kwargs)))  # type: ignore[no-untyped-call]
+    flat = _UnitCall.apply(node, anchor, *tensors_in((args, kwargs)))  # type: ignore[no-untyped-call]
     found, output = iter(flat), node.output
     node.output = None
     return mapped(output, lambda tensor: next(found))
@@ -29,14 +29,14 @@ def call_unit(worker: Job, unit: Unit, args: tuple[Any, ...], kwargs: Mapping[st
 class _Node:
     """One call of a unit in the graph."""
 
-    worker: Job
+    worker: JobThread
     unit: Unit
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Any = None
 
 
-class _Call(torch.autograd.Function):
+class _UnitCall(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, node: _Node, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         node.output = node.worker.wait(node.unit, node.args, node.kwargs)

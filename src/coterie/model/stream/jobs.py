@@ -1,6 +1,6 @@
 """Jobs that run in threads and stop wherever they call a part of a model, until somebody hands them the answer.
 
-One thread runs at a time: `Job.go` returns when the job has stopped again, so nothing depends on timing.
+One thread runs at a time: `JobThread.go` returns when the job has stopped again, so nothing depends on timing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Aborted(BaseException):
     """Ends a job's thread from inside; never leaves it."""
 
 
-class Job(threading.Thread):
+class JobThread(threading.Thread):
     """A thread that runs a job and waits wherever the job calls a unit; it runs only between `go` and the next wait."""
 
     def __init__(self, number: int, job: Callable[[], Any], *, gradients: bool = False) -> None:

@@ -41,7 +41,7 @@ from coterie.model.disk.checkpoint import Checkpoint, TensorReader
 from coterie.model.nested import mapped
 from coterie.model.stream.backward import Backward
 from coterie.model.stream.graph import call_unit
-from coterie.model.stream.jobs import Job
+from coterie.model.stream.jobs import JobThread
 from coterie.model.stream.loss import loss_and_gradient
 from coterie.model.stream.spill import Spill, trim_memory
 from coterie.model.stream.unit import Unit
@@ -203,7 +203,7 @@ class Stream(AbstractContextManager["Stream"]):
             output = self.model.base_model(input_ids=ids_BS, use_cache=False)
             hidden_BSD, kind = output.last_hidden_state, type(output)
             worker = threading.current_thread()
-            assert isinstance(worker, Job), "a loss is sent back in a run of this stream only"
+            assert isinstance(worker, JobThread), "a loss is sent back in a run of this stream only"
             loss, gradient_BSD = worker.wait(self._loss, (ids_BS, kind(last_hidden_state=hidden_BSD.detach())), {})
             hidden_BSD.backward(gradient_BSD)
             return float(loss)
@@ -301,7 +301,7 @@ class Stream(AbstractContextManager["Stream"]):
     def _called(self, unit: Unit, *args: Any, **kwargs: Any) -> Any:
         """Stand in for a unit's forward: a job waits for its turn, anybody else computes at once."""
         worker = threading.current_thread()
-        if isinstance(worker, Job):
+        if isinstance(worker, JobThread):
             return call_unit(worker, unit, args, kwargs) if worker.gradients else worker.wait(unit, args, kwargs)
         args, kwargs = mapped((args, kwargs), lambda tensor: tensor.to(self.device))
         return self._originals[unit.name](*args, **kwargs)
@@ -397,7 +397,7 @@ class StreamRun:
 
     def __iter__(self) -> Iterator[Stage]:
         stream = self._stream
-        workers = [Job(number, job, gradients=self._gradients) for number, job in enumerate(self._jobs)]
+        workers = [JobThread(number, job, gradients=self._gradients) for number, job in enumerate(self._jobs)]
         outside = stream._outside() if self._heads_apart else []
         ahead = ThreadPoolExecutor(1) if stream.reads_ahead else None
         next_up: tuple[Unit, Future[Loaded]] | None = None
@@ -439,7 +439,7 @@ class StreamRun:
             if ahead is not None:
                 ahead.shutdown(wait=True, cancel_futures=True)
 
-    def _there_and_back(self, unit: Unit, here: list[Job]) -> None:
+    def _there_and_back(self, unit: Unit, here: list[JobThread]) -> None:
         """Answer jobs one after another as long as they ask for this unit, so that logits of one job only are held."""
         for worker in here:
             while worker.unit is unit:
@@ -447,7 +447,7 @@ class StreamRun:
                 worker.go(mapped(output, lambda tensor: tensor.to("cpu")))
                 del output
 
-    def _losses(self, here: list[Job]) -> None:
+    def _losses(self, here: list[JobThread]) -> None:
         """Answer jobs one after another with their loss and its gradient at what the base model returned."""
         stream = self._stream
         vocab_size = int(stream.model.config.get_text_config().vocab_size)
@@ -459,7 +459,7 @@ class StreamRun:
                 del gradient_BSD, output
                 stream._spill.release()
 
-    def _stage(self, loaded: Loaded, here: list[Job], backward: bool, outputs: dict[int, Any]) -> Iterator[Stage]:
+    def _stage(self, loaded: Loaded, here: list[JobThread], backward: bool, outputs: dict[int, Any]) -> Iterator[Stage]:
         stream = self._stream
         stream._spill.begin(hold=not self._gradients)
 
@@ -482,7 +482,7 @@ class StreamRun:
         return later[0] if later and _same_list(unit.name, later[0].name) else None
 
 
-def _next_unit(waiting: Sequence[Job]) -> tuple[Unit, bool]:
+def _next_unit(waiting: Sequence[JobThread]) -> tuple[Unit, bool]:
     """Return the unit whose turn it is, and whether for gradients: the first forward, else the last backward."""
     there = [worker.unit for worker in waiting if worker.unit is not None and not worker.goes_back]
     if there:

@@ -4,7 +4,7 @@ import logging
 import pytest
 import torch
 
-from coterie.evaluate import held, run
+from coterie.evaluate import kept_predictions, run
 from coterie.evaluate.run import Evaluation, evaluate
 from coterie.model.stream import likelihood, stream
 
@@ -64,7 +64,7 @@ def test_one_evaluation_scores_many_models(base_path, small_path, text_path, pla
     for cache in (None, tmp_path / "cache"):
         read = units_read(monkeypatch)
         with Evaluation(against=base_path, text=text_path, cache=cache, **TEXT) as evaluation:
-            evaluation.hold()
+            evaluation.keep_predictions()
             cards = [evaluation.score(model) for model in (small_path, base_path, small_path)]
         assert cards[0].domains == cards[2].domains
         for card, expected in zip(cards, [*plain, plain[0]], strict=True):
@@ -103,7 +103,7 @@ def test_other_text_or_another_base_has_predictions_of_its_own(base_path, small_
 
 
 def test_predictions_that_are_too_large_are_not_kept(base_path, small_path, text_path, plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "HELD_BYTES", 1000)
+    monkeypatch.setattr(run, "KEPT_BYTES", 1000)
     [card] = evaluate(small_path, against=base_path, text=text_path, cache=tmp_path, **TEXT)
     assert card.overall == plain[0].overall
     assert not list(tmp_path.iterdir())
@@ -115,16 +115,16 @@ def test_without_a_base_nothing_is_kept(small_path, text_path, tmp_path):
 
 
 def test_what_was_written_is_read_from_anywhere(tmp_path):
-    shape = held.Shape(sequences=5, tokens=6, vocabulary=7)
+    shape = kept_predictions.PredictionShape(sequences=5, tokens=6, vocabulary=7)
     logits_NSV = torch.randn(5, 7, 7, generator=torch.Generator().manual_seed(0))
-    with held.hold(tmp_path, {"base": "x"}, shape) as writer:
+    with kept_predictions.keep_predictions(tmp_path, {"base": "x"}, shape) as writer:
         for first in (0, 2, 4):
             for positions in (slice(0, 3), slice(2, 7)):
                 writer.put(first, positions, logits_NSV[first : first + 2, positions])
     expected = logits_NSV[:, :-1].log_softmax(-1)
     assert sum(file.stat().st_size for file in tmp_path.glob("*.bin")) == shape.num_bytes
-    found = held.open_held(tmp_path, {"base": "x"}, shape)
-    assert held.open_held(tmp_path, {"base": "y"}, shape) is None
+    found = kept_predictions.open_predictions(tmp_path, {"base": "x"}, shape)
+    assert kept_predictions.open_predictions(tmp_path, {"base": "y"}, shape) is None
     with found:
         assert not found.masked
         for first, count, positions in ((0, 5, slice(0, 7)), (3, 2, slice(4, 6)), (1, 1, slice(5, 7))):
@@ -135,9 +135,9 @@ def test_what_was_written_is_read_from_anywhere(tmp_path):
 
 
 def test_masked_tokens_are_noted(tmp_path):
-    shape = held.Shape(sequences=1, tokens=1, vocabulary=3)
-    with held.hold(tmp_path, {}, shape) as writer:
+    shape = kept_predictions.PredictionShape(sequences=1, tokens=1, vocabulary=3)
+    with kept_predictions.keep_predictions(tmp_path, {}, shape) as writer:
         writer.put(0, slice(0, 2), torch.tensor([[[0.0, -torch.inf, 1.0], [0.0, 0.0, 0.0]]]))
-    with held.open_held(tmp_path, {}, shape) as found:
+    with kept_predictions.open_predictions(tmp_path, {}, shape) as found:
         assert found.masked
         assert found.read(0, 1, slice(0, 2))[0][0, 0, 1] == -torch.inf

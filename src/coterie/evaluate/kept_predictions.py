@@ -1,4 +1,4 @@
-"""Held predictions: what a base predicts after every token of a text, computed once and kept in a file.
+"""Kept predictions: what a base predicts after every token of a text, computed once, in a file.
 
 Many models are compared with one base on one text when methods are. The base's log-probabilities are then the same
 every time; they are kept as float32, as they were computed, so that scores do not change by it.
@@ -27,14 +27,14 @@ from coterie.model.stream.likelihood import row_slices, widened
 
 log = logging.getLogger(__name__)
 
-#: Largest file of held predictions; beyond it the base's head is applied anew for every model.
-HELD_BYTES = 4 * 2**30
+#: Largest file of kept predictions; beyond it the base's head is applied anew for every model.
+KEPT_BYTES = 4 * 2**30
 
 _KIND = "predictions"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
+class PredictionShape:
     """How many predictions a file holds: N sequences, T tokens of each, V scores of each of these."""
 
     sequences: int
@@ -55,14 +55,14 @@ class Shape:
         return 4 * (self.sequences * self.tokens * self.vocabulary + sequence * self.tokens + token)
 
 
-class Held(AbstractContextManager["Held"]):
+class KeptPredictions(AbstractContextManager["KeptPredictions"]):
     """An open file of predictions.
 
     Attributes:
         masked: whether any log-probability is -inf.
     """
 
-    def __init__(self, path: Path, shape: Shape, *, masked: bool) -> None:
+    def __init__(self, path: Path, shape: PredictionShape, *, masked: bool) -> None:
         self.masked = masked
         self._shape = shape
         self._file: BinaryIO = path.open("rb", buffering=0)
@@ -94,25 +94,25 @@ class Held(AbstractContextManager["Held"]):
 
     def _fill(self, place: int, target: np.ndarray[Any, Any]) -> None:
         self._file.seek(place)
-        view, done = memoryview(target).cast("B"), 0  # type: ignore[arg-type]
-        while done < len(view):
-            read: int = self._file.readinto(view[done:])  # type: ignore[attr-defined]
-            if not read:
-                raise EOFError(f"{self._file.name} ends at byte {place + done}")
-            done += read
+        view, filled = memoryview(target).cast("B"), 0  # type: ignore[arg-type]
+        while filled < len(view):
+            count: int = self._file.readinto(view[filled:])  # type: ignore[attr-defined]
+            if not count:
+                raise EOFError(f"{self._file.name} ends at byte {place + filled}")
+            filled += count
 
 
-class Writer:
+class KeptPredictionsWriter:
     """Takes predictions part by part, as they are computed."""
 
-    def __init__(self, file: BinaryIO, shape: Shape) -> None:
+    def __init__(self, file: BinaryIO, shape: PredictionShape) -> None:
         file.truncate(shape.num_bytes)
         self.masked = False
         self._file = file
         self._shape = shape
 
     def put(self, first: int, positions: slice, logits_BPV: Tensor) -> None:
-        """Write the base's logits at some positions, see `Held.read`; the last position is not written."""
+        """Write the base's logits at some positions, see `KeptPredictions.read`; the last position is not written."""
         for row, logits_PV in enumerate(logits_BPV):
             for rows in row_slices(len(logits_PV) - 1, logits_PV.shape[-1]):
                 part_TV = logits_PV[:-1][rows]
@@ -127,8 +127,8 @@ class Writer:
         self._file.write(values.cpu().contiguous().numpy().tobytes())
 
 
-def open_held(folder: Path, inputs: Mapping[str, str], shape: Shape) -> Held | None:
-    """Open held predictions, or return None where there are none that are whole and made from the same.
+def open_predictions(folder: Path, inputs: Mapping[str, str], shape: PredictionShape) -> KeptPredictions | None:
+    """Open kept predictions, or return None where there are none that are whole and made from the same.
 
     Args:
         folder: where they are kept.
@@ -140,23 +140,25 @@ def open_held(folder: Path, inputs: Mapping[str, str], shape: Shape) -> Held | N
         return None
     values = path.with_suffix(".bin")
     try:
-        found = open_artifact(path, kind=_KIND, inputs=inputs)
-        check_file(folder, values.name, found.files[values.name], owner=path.name)
+        artifact = open_artifact(path, kind=_KIND, inputs=inputs)
+        check_file(folder, values.name, artifact.files[values.name], owner=path.name)
     except CorruptArtifact as error:
         log.warning("%s; it is made again", error)
         return None
     log.info("what the base predicts is read from %s", values)
-    return Held(values, shape, masked=found.body["masked"])
+    return KeptPredictions(values, shape, masked=artifact.body["masked"])
 
 
 @contextmanager
-def hold(folder: Path, inputs: Mapping[str, str], shape: Shape) -> Iterator[Writer]:
-    """Within the block, a writer takes predictions; after it they are there for `open_held`."""
+def keep_predictions(
+    folder: Path, inputs: Mapping[str, str], shape: PredictionShape
+) -> Iterator[KeptPredictionsWriter]:
+    """Within the block, a writer takes predictions; after it they are there for `open_predictions`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = _path(folder, inputs)
     values = path.with_suffix(".bin")
     with atomic_path(values) as temporary, temporary.open("wb") as file:
-        writer = Writer(file, shape)
+        writer = KeptPredictionsWriter(file, shape)
         yield writer
     body = {"masked": writer.masked}
     write_artifact(path, kind=_KIND, body=body, inputs=inputs, files={values.name: file_digest(values)})
