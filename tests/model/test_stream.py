@@ -7,12 +7,15 @@ import torch
 import transformers
 
 from coterie.errors import CorruptCheckpoint, Infeasible
+from coterie.evaluate.speed import memory_in_use, peak_memory
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.nested import tensors_in
 from coterie.model.stream import spill as spill_module
 from coterie.model.stream.memory import Forecast, fitting_batch, forecast, peak_bytes
 from coterie.model.stream.stream import Stream, working_dtype
 from coterie.testing import tiny_checkpoint
 
+CPU = torch.device("cpu")
 IDS = torch.randint(256, (6, 24), generator=torch.Generator().manual_seed(3))
 
 
@@ -80,7 +83,7 @@ def test_only_the_present_unit_has_weights(tiny):
         assert stream.bytes_read == stream.checkpoint.num_bytes
 
 
-@pytest.mark.parametrize(("file_bytes", "expected_files"), [(0, 5 * 3), (2**20, 1)])
+@pytest.mark.parametrize(("file_bytes", "expected_files"), [(0, 8 * 3), (2**20, 1)])
 def test_outputs_beyond_the_bound_go_to_files_and_come_back_equal(
     tiny, tmp_path, monkeypatch, file_bytes, expected_files
 ):
@@ -95,9 +98,24 @@ def test_outputs_beyond_the_bound_go_to_files_and_come_back_equal(
     )
     found = streamed_logits(tiny(), IDS.split(2), scratch=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert len(files) == expected_files  # one for every unit and batch, or one for all
+    assert len(files) == expected_files  # for each batch of 5 units and 3 tensors of its job, or one
     assert all(options["dir"] == tmp_path for options in files)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_jobs_make_themselves_takes_no_memory_while_they_wait(tiny):
+    """A mask that is written out for every batch, as eager attention takes it: 8 MiB for 4,096 tokens."""
+    ids_BS = torch.randint(256, (8, 512), generator=torch.Generator().manual_seed(1))
+    peaks, sizes = [], set()
+    for count in (2, 2, 34):
+        with peak_memory(CPU, above=memory_in_use(CPU)) as peak, Stream(Checkpoint.open(tiny())) as stream:
+            stream.model.set_attn_implementation("eager")
+            for stage in stream.run([stream.base_job(ids_BS)] * count):
+                if stage.unit.name == "model.layers.0":
+                    sizes = {tensor.nbytes for tensor in tensors_in(stage.calls[-1]._compute.args)}
+        peaks.append(peak.num_bytes)
+    assert 8 * 512 * 512 * 4 in sizes, "the mask"
+    assert peaks[2] - peaks[1] < 32 * 8 * 2**20 / 2, [peak // 2**20 for peak in peaks]
 
 
 def test_raw_tensors_are_handed_out_as_they_are_on_disk(tiny):

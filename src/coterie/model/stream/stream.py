@@ -38,7 +38,7 @@ from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion, put
 from coterie.model.arch.load import checkpoint_meta_model
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint, TensorReader
-from coterie.model.nested import mapped
+from coterie.model.nested import mapped, tensors_in
 from coterie.model.stream.backward import Backward
 from coterie.model.stream.graph import call_unit
 from coterie.model.stream.jobs import Job
@@ -302,6 +302,8 @@ class Stream(AbstractContextManager["Stream"]):
         """Stand in for a unit's forward: a job waits for its turn, anybody else computes at once."""
         worker = threading.current_thread()
         if isinstance(worker, Job):
+            for tensor in tensors_in((args, kwargs)):
+                self._spill.settle(tensor)
             return call_unit(worker, unit, args, kwargs) if worker.gradients else worker.wait(unit, args, kwargs)
         args, kwargs = mapped((args, kwargs), lambda tensor: tensor.to(self.device))
         return self._originals[unit.name](*args, **kwargs)
@@ -432,6 +434,7 @@ class StreamRun:
                     stream._empty(unit)
                 for worker in here:
                     worker.go(outputs.pop(worker.number))
+                    stream._spill.release()
             self.results = [worker.result for worker in workers]
         finally:
             for worker in workers:
