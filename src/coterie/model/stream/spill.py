@@ -27,6 +27,8 @@ SMALL_BYTES = 64 * 2**10
 #: Bytes of a file. Many tensors share one, since every mapped file takes one of the few that a process may have open.
 FILE_BYTES = 64 * 2**20
 
+_M_ARENA_MAX = -8  # from glibc's malloc.h
+
 
 class Spill:
     """Keeps tensors in files that have no name, mapped into memory only while they are used.
@@ -114,6 +116,16 @@ def _claim(descriptor: int, length: int) -> None:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
+
+
+@functools.cache
+def share_heaps() -> None:
+    """Let all threads share two of the C library's heaps, where each would get its own.
+
+    What a heap keeps for later counts as memory in use, and there may be eight heaps for every core of the machine.
+    """
+    if (library := _c_library()) is not None and hasattr(library, "mallopt"):
+        library.mallopt(_M_ARENA_MAX, 2)
 
 
 @functools.cache

@@ -43,7 +43,7 @@ from coterie.model.stream.backward import Backward
 from coterie.model.stream.graph import call_unit
 from coterie.model.stream.jobs import Job
 from coterie.model.stream.loss import loss_and_gradient
-from coterie.model.stream.spill import Spill, trim_memory
+from coterie.model.stream.spill import Spill, share_heaps, trim_memory
 from coterie.model.stream.unit import Unit
 
 
@@ -121,6 +121,7 @@ class Stream(AbstractContextManager["Stream"]):
             NotACheckpoint, CorruptCheckpoint: the model cannot be built, or tensors are missing.
             InputError: no such device.
         """
+        share_heaps()
         self.checkpoint = checkpoint
         self.device = check_device(device)
         self.dtype = dtype or working_dtype(checkpoint, self.device)
@@ -172,7 +173,6 @@ class Stream(AbstractContextManager["Stream"]):
         jobs: Sequence[Callable[[], Any]],
         *,
         keep: Callable[[str], bool] = lambda name: False,
-        heads_apart: bool = False,
         gradients: bool = False,
     ) -> StreamRun:
         """Run jobs; iterate over what is returned to go through the stages.
@@ -180,12 +180,10 @@ class Stream(AbstractContextManager["Stream"]):
         Args:
             jobs: functions that call `model`, each run in a thread of its own.
             keep: which raw tensors (by name on disk) a stage hands out in `Stage.kept`.
-            heads_apart: whether the units outside the base model, as a rule the head, answer one job after another and
-                make no stage, so that the logits of one job only are in memory.
             gradients: whether jobs may call ``backward`` on what they computed: the units then come by once more, in
-                reverse order (`Stage.backward`). What every unit received is kept in files meanwhile. Heads are apart.
+                reverse order (`Stage.backward`). What every unit received is kept in files meanwhile.
         """
-        return StreamRun(self, jobs, keep, heads_apart or gradients, gradients)
+        return StreamRun(self, jobs, keep, gradients)
 
     def logits_job(self, ids_BS: Tensor) -> Callable[[], Tensor]:
         """Return a job that computes logits (B, S, V) from token ids."""
@@ -387,20 +385,17 @@ class StreamRun:
         stream: Stream,
         jobs: Sequence[Callable[[], Any]],
         keep: Callable[[str], bool],
-        heads_apart: bool,
         gradients: bool,
     ) -> None:
         self.results: list[Any] = []
         self._stream = stream
         self._jobs = jobs
         self._keep = keep
-        self._heads_apart = heads_apart
         self._gradients = gradients
 
     def __iter__(self) -> Iterator[Stage]:
         stream = self._stream
         workers = [Job(number, job, gradients=self._gradients) for number, job in enumerate(self._jobs)]
-        outside = stream._outside() if self._heads_apart else []
         ahead = ThreadPoolExecutor(1) if stream.reads_ahead else None
         next_up: tuple[Unit, Future[Loaded]] | None = None
         try:
@@ -422,11 +417,7 @@ class StreamRun:
                     next_up = (following, ahead.submit(stream._load_unit, following, self._keep))
                 outputs: dict[int, Any] = {}
                 try:
-                    if unit in outside:
-                        self._there_and_back(unit, here)
-                        here = []
-                    else:
-                        yield from self._stage(loaded, here, backward, outputs)
+                    yield from self._stage(loaded, here, backward, outputs)
                 finally:
                     kept = loaded.kept
                     del loaded
@@ -441,14 +432,6 @@ class StreamRun:
                 worker.abort()
             if ahead is not None:
                 ahead.shutdown(wait=True, cancel_futures=True)
-
-    def _there_and_back(self, unit: Unit, here: list[Job]) -> None:
-        """Answer jobs one after another as long as they ask for this unit, so that logits of one job only are held."""
-        for worker in here:
-            while worker.unit is unit:
-                output = self._stream._compute(unit, *worker.request)
-                worker.go(mapped(output, lambda tensor: tensor.to("cpu")))
-                del output
 
     def _losses(self, here: list[Job]) -> None:
         """Answer jobs one after another with their loss and its gradient at what the base model returned."""
