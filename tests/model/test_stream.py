@@ -7,10 +7,10 @@ import pytest
 import torch
 import transformers
 
-from coterie.errors import CorruptCheckpoint, Infeasible
+from coterie.errors import CorruptCheckpoint
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.stream import spill as spill_module
-from coterie.model.stream.memory import Forecast, fitting_batch, forecast, peak_bytes
+from coterie.model.stream.memory import fitting_batch, peak_bytes
 from coterie.model.stream.stream import Stream, working_dtype
 from coterie.testing import tiny_checkpoint
 
@@ -232,23 +232,6 @@ def test_bfloat16_is_worked_in_float32_on_the_cpu_and_as_it_is_elsewhere(tmp_pat
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     with torch.no_grad():
         assert torch.equal(run.results[0], model(input_ids=IDS, use_cache=False).logits)
-
-
-def test_the_forecast_names_its_parts_and_refuses_with_numbers(tiny):
-    said = forecast(Stream(Checkpoint.open(tiny())), sample_tokens=100, hidden_size=32, num_experts=8)
-    # A decoder layer: experts of 18,432 numbers, a router of 256, attention of 3,072, norms of 112; four bytes each.
-    assert (said.unit, said.unit_bytes) == ("model.layers.0", 87_488)
-    assert said.sample_bytes == 54_400  # for a token two vectors of 32, the scores of 8 experts, 64 numbers beside
-    assert said.num_bytes == 1_074_014_944  # 2.5 layers, the sample, 1 GiB
-    said.check(None)
-    said.check(said.num_bytes)
-    with pytest.raises(
-        Infeasible, match=r"may take 1\.00 GiB.*--max-memory allows 512 MiB; no setting makes it smaller"
-    ):
-        said.check(2**29)
-    wide = Forecast(unit="model.layers.0", unit_bytes=2**20, sample_bytes=2**30)
-    with pytest.raises(Infeasible, match=r"with a small sample \(--sample-tokens\) 1\.00 GiB and a little would do"):
-        wide.check(2**30 + 2**24)
 
 
 def test_the_measured_peak_grows_with_what_is_held():

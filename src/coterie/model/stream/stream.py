@@ -246,7 +246,7 @@ class Stream(AbstractContextManager["Stream"]):
         returned wants gradients, the logits have a graph.
         """
         base: Any = self.model.base_model
-        outside = self._outside()
+        outside = self.outside()
         for unit in outside:
             self._fill(self._load_unit(unit, lambda name: False))
 
@@ -265,7 +265,7 @@ class Stream(AbstractContextManager["Stream"]):
             for unit in outside:
                 self._empty(unit)
 
-    def _outside(self) -> list[Unit]:
+    def outside(self) -> list[Unit]:
         """Return the units outside the base model, as a rule the head alone."""
         base = self.model.base_model
         assert base is not self.model, f"{type(self.model).__name__} has no head"
