@@ -183,7 +183,7 @@ def test_evaluate_measures_speed_and_memory_on_request(tiny, text, monkeypatch):
 def test_evaluate_refuses_what_does_not_fit(tiny, text):
     result = CliRunner().invoke(app, ["evaluate", str(tiny()), "--text", str(text), "--max-memory", "64MiB"])
     assert result.exit_code == 1
-    assert "this run may take 1.00 GiB of memory" in result.stderr
+    assert "judging predictions takes at most 790 MiB of memory" in result.stderr
 
 
 def test_evaluate_as_json_is_the_scorecards(tiny, text, tmp_path):

@@ -138,7 +138,7 @@ def test_a_command_that_fails_is_told(memory, large, tmp_path):
 def kept(memory):
     """Measurements that keep all promises."""
     common = {
-        "seconds": 1.0, "forecast": 3 * 2**30, "written": 10, "stored": 10, "returncode": 0, "message": "",
+        "seconds": 1.0, "forecast": 3 * 2**29, "written": 10, "stored": 10, "returncode": 0, "message": "",
         "result_bytes": 0, "peak": 2**30,
     }  # fmt: skip
     rows = []
@@ -155,6 +155,10 @@ def kept(memory):
     [
         ({"peak": 5 * 2**30, "forecast": 6 * 2**30}, "took 5.00 GiB of memory, more than 4.00 GiB"),
         ({"peak": 2**30 + 2**27}, "the peak of compress grows with the model: 1.00 GiB for 4GB, 1.12 GiB for 8GB"),
+        (
+            {"peak": 2**30 + 2**20, "forecast": 2 * 2**30},
+            "announced 2.00 GiB, more than 1.6 times the 1.00 GiB that it",
+        ),
         ({"forecast": 2**29}, "compress of 8GB took 1.00 GiB, but announced 512 MiB"),
         ({"forecast": None}, "compress of 8GB did not say how much memory"),
         ({"written": 5 * 10**9}, "wrote 4.66 GiB for a result of 3.73 GiB"),
@@ -183,7 +187,15 @@ def test_the_table_has_a_row_for_each_measurement(memory, kept):
     lines = memory.table(kept).splitlines()
     assert len(lines) == 2 + len(kept)
     assert len({line.count("|") for line in lines}) == 1
-    assert "| 4GB | 3.73 GiB | profile | 1.00 GiB | 3.00 GiB | 1.00 | 2.00 | 0.00 | 1 | 0.2 |" in lines
+    assert "| 4GB | 3.73 GiB | profile | 1.00 GiB | 1.50 GiB | 1.50 | 1.00 | 2.00 | 0.00 | 1 | 0.2 |" in lines
+
+
+def test_the_peaks_of_a_compression_s_stages_are_shown(memory, kept):
+    assert memory.stages_table(kept) == ""
+    rows = [dataclasses.replace(kept[2], stages={"profile": 2**30, "train": 2**29})]
+    assert memory.stages_table(rows).splitlines()[2:] == [
+        "| 4GB | compress | profile | 1.00 GiB |", "| 4GB | compress | train | 512 MiB |"
+    ]  # fmt: skip
 
 
 def test_what_a_command_announces_is_found(memory, tmp_path):

@@ -60,7 +60,9 @@ def test_what_does_not_fit_together_is_refused(base_path, arguments, message, mo
 def test_a_model_that_does_not_fit_as_a_whole_is_refused(base_path, monkeypatch):
     monkeypatch.setattr(run, "find_tasks", lambda *arguments, **options: None)
     monkeypatch.setattr(speed.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**29}))
-    with pytest.raises(Infeasible, match=r"--tasks loads models as a whole.*512 MiB are free: leave --tasks out"):
+    with pytest.raises(
+        Infeasible, match=r"--tasks with models in memory as a whole takes.*512 MiB are free: leave --tasks out"
+    ):
         evaluate(base_path, **OWN)
 
 

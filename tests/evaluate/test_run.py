@@ -14,7 +14,6 @@ from coterie.model.arch.load import load_model
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.stream import likelihood, spill, stream
-from coterie.model.stream.memory import forecast
 from coterie.profile.calibration import tokenize
 from coterie.testing import tiny_checkpoint, tiny_text
 
@@ -121,11 +120,14 @@ def test_speed_and_memory_are_measured_on_request(base_path, small_path, text_pa
 def test_models_that_do_not_fit_as_a_whole_are_refused_beforehand(base_path, small_path, text_path, monkeypatch):
     monkeypatch.setattr(run, "read", None)
     arguments = {"against": base_path, "text": text_path, "speed_seconds": 0} | TEXT
-    enough = forecast(stream.Stream(Checkpoint.open(base_path))).num_bytes  # for one unit at a time
-    with pytest.raises(Infeasible, match=r"loads models as a whole.*1\.00 GiB\); --max-memory allows 1\.00 GiB: leave"):
-        evaluate(small_path, max_memory=enough, **arguments)
+    stage = speed.whole_stage({"small": stream.Stream(Checkpoint.open(small_path))})
+    stage.check(stage.num_bytes)
+    says = r"--speed with models in memory as a whole takes .* \(the rest\); --max-memory allows 768 MiB: leave --speed"
+    with pytest.raises(Infeasible, match=says):
+        stage.check(stage.num_bytes - 1)
     monkeypatch.setattr(speed.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**29}))
-    with pytest.raises(Infeasible, match=r"takes 1\.00 GiB \(\d+ KiB \+ \d+ KiB \+ 1\.00 GiB\); 512 MiB are free"):
+    says = r"\d+ KiB \(weights of the base\) \+ 768 MiB \(the rest\); 512 MiB are free: leave --speed"
+    with pytest.raises(Infeasible, match=says):
         evaluate(small_path, **arguments)
 
 

@@ -1,15 +1,16 @@
 """A stream computes what the model in memory computes, and holds one unit's weights at a time."""
 
+import gc
 import threading
 
 import pytest
 import torch
 import transformers
 
-from coterie.errors import CorruptCheckpoint, Infeasible
+from coterie.errors import CorruptCheckpoint
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.stream import spill as spill_module
-from coterie.model.stream.memory import Forecast, fitting_batch, forecast, peak_bytes
+from coterie.model.stream.memory import fitting_batch, peak_bytes
 from coterie.model.stream.stream import Stream, working_dtype
 from coterie.testing import tiny_checkpoint
 
@@ -80,7 +81,7 @@ def test_only_the_present_unit_has_weights(tiny):
         assert stream.bytes_read == stream.checkpoint.num_bytes
 
 
-@pytest.mark.parametrize(("file_bytes", "expected_files"), [(0, 5 * 3), (2**20, 1)])
+@pytest.mark.parametrize(("file_bytes", "expected_files"), [(0, 8 * 3), (2**20, 1)])
 def test_outputs_beyond_the_bound_go_to_files_and_come_back_equal(
     tiny, tmp_path, monkeypatch, file_bytes, expected_files
 ):
@@ -95,9 +96,26 @@ def test_outputs_beyond_the_bound_go_to_files_and_come_back_equal(
     )
     found = streamed_logits(tiny(), IDS.split(2), scratch=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert len(files) == expected_files  # one for every unit and batch, or one for all
+    assert len(files) == expected_files  # for each batch of 5 units and 3 tensors of its job, or one
     assert all(options["dir"] == tmp_path for options in files)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_jobs_make_themselves_takes_no_memory_while_they_wait(tiny):
+    """A mask that is written out for every batch, as eager attention takes it, is in a file wherever it is known."""
+    ids_BS, size = torch.randint(256, (3, 160), generator=torch.Generator().manual_seed(1)), 3 * 160 * 160 * 4
+    with Stream(Checkpoint.open(tiny())) as stream:
+        stream.model.set_attn_implementation("eager")
+        run = stream.run([stream.logits_job(ids_BS)] * 4)
+        for stage in run:
+            if ".layers." in stage.unit.name:
+                masks = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.nbytes == size]
+                assert len(masks) >= 4
+                assert all(stream._spill._holds(mask) for mask in masks)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny(), dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected_BSV = model(input_ids=ids_BS, use_cache=False).logits
+    assert all(torch.equal(result, expected_BSV) for result in run.results)
 
 
 def test_raw_tensors_are_handed_out_as_they_are_on_disk(tiny):
@@ -214,23 +232,6 @@ def test_bfloat16_is_worked_in_float32_on_the_cpu_and_as_it_is_elsewhere(tmp_pat
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     with torch.no_grad():
         assert torch.equal(run.results[0], model(input_ids=IDS, use_cache=False).logits)
-
-
-def test_the_forecast_names_its_parts_and_refuses_with_numbers(tiny):
-    said = forecast(Stream(Checkpoint.open(tiny())), sample_tokens=100, hidden_size=32, num_experts=8)
-    # A decoder layer: experts of 18,432 numbers, a router of 256, attention of 3,072, norms of 112; four bytes each.
-    assert (said.unit, said.unit_bytes) == ("model.layers.0", 87_488)
-    assert said.sample_bytes == 54_400  # for a token two vectors of 32, the scores of 8 experts, 64 numbers beside
-    assert said.num_bytes == 1_074_014_944  # 2.5 layers, the sample, 1 GiB
-    said.check(None)
-    said.check(said.num_bytes)
-    with pytest.raises(
-        Infeasible, match=r"may take 1\.00 GiB.*--max-memory allows 512 MiB; no setting makes it smaller"
-    ):
-        said.check(2**29)
-    wide = Forecast(unit="model.layers.0", unit_bytes=2**20, sample_bytes=2**30)
-    with pytest.raises(Infeasible, match=r"with a small sample \(--sample-tokens\) 1\.00 GiB and a little would do"):
-        wide.check(2**30 + 2**24)
 
 
 def test_the_measured_peak_grows_with_what_is_held():

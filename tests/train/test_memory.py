@@ -11,7 +11,7 @@ import torch
 from coterie.model.arch.layers import Architecture
 from coterie.model.disk.open import open_checkpoint
 from coterie.testing import tiny_checkpoint
-from coterie.train.memory import may_distill, needed_bytes, training_bytes
+from coterie.train.memory import may_distill, training_bytes, training_stage
 
 CPU = torch.device("cpu")
 
@@ -65,7 +65,8 @@ def test_what_is_said_is_what_it_takes_at_most(large, tmp_path, workers, seq_len
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, env=environment)
     architecture = Architecture.of(open_checkpoint(large))
-    said = needed_bytes(architecture.model, architecture.layers, seq_len=seq_len, workers=workers)
+    lines = training_bytes(architecture.model, architecture.layers, seq_len=seq_len, workers=workers)
+    said = sum(size for _, size in lines)
     slack = 32 * 2**20  # code of torch and transformers that is loaded only then
     assert 0.6 * said < int(done.stdout) < said + slack
 
@@ -83,7 +84,6 @@ def test_lines_by_hand(large):
     assert {what: size for what, size in one.items() if 2 * size != lines[what]} == {
         what: lines[what] for what in ("weights", "moments of the gradients")
     } | {"gradients": one["gradients"]}
-    assert needed_bytes(model, layers, seq_len=16, workers=8) == sum(lines.values())
 
 
 def test_more_threads_than_parts_take_no_more(large):
@@ -98,16 +98,15 @@ def test_more_threads_than_parts_take_no_more(large):
 def test_what_does_not_fit_is_left_out_and_said(large, caplog, limit):
     architecture = Architecture.of(open_checkpoint(large))
     with caplog.at_level(logging.INFO, logger="coterie"):
-        may = may_distill(architecture.model, architecture.layers, seq_len=64, limit=limit, device=CPU)
+        may = may_distill(training_stage(architecture.model, architecture.layers, seq_len=64, device=CPU), limit=limit)
     assert may == (limit == 2**50)
-    assert "training the result as a whole takes" in caplog.text
+    assert ("training the result as a whole takes" in caplog.text) != may
     assert ("1.00 MiB may be used: it is left out" in caplog.text) != may
 
 
 def test_without_a_limit_free_memory_counts(large, monkeypatch):
     architecture = Architecture.of(open_checkpoint(large))
-    options = {"seq_len": 64, "limit": None, "device": CPU}
-    needed = needed_bytes(architecture.model, architecture.layers, seq_len=64, workers=torch.get_num_threads())
-    for free in (needed - 1, needed):
-        monkeypatch.setattr("coterie.train.memory.free_bytes", lambda device, free=free: free)
-        assert may_distill(architecture.model, architecture.layers, **options) == (free == needed)
+    stage = training_stage(architecture.model, architecture.layers, seq_len=64, device=CPU)
+    for free in (stage.num_bytes - 1, stage.num_bytes):
+        monkeypatch.setattr("coterie.model.stream.memory.free_bytes", lambda device, free=free: free)
+        assert may_distill(stage, limit=None) == (free == stage.num_bytes)

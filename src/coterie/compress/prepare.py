@@ -20,13 +20,13 @@ from coterie.compress.target import Target
 from coterie.errors import InputError
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
-from coterie.model.stream.memory import Forecast
+from coterie.model.stream.memory import COMPRESS_COPIES, Forecast, Stage, sample_lines, unit_lines
 from coterie.model.stream.stream import Stream
 from coterie.outputs import check_output, is_empty_folder
 from coterie.profile.calibration import TokenSet
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile
-from coterie.profile.run import Measure, ProfileSettings, forecast_with_sample
+from coterie.profile.run import Measure, ProfileSettings
 from coterie.profile.statistics import needs_gradients, wanted_statistics
 from coterie.profile.text import CalibrationText, TextSettings
 
@@ -95,7 +95,7 @@ class Job:
         outline: what each layer becomes; without a plan that was given, it names no experts yet.
         profile: what was measured already; None where that is still to be done.
         measure: what is to be measured; None where there is a profile.
-        forecast: the memory that layers take.
+        forecast: the memory that each stage takes.
         calibration: the text, tokenized once; None where none was given.
         result_steps: what each step on the whole result prepared; None for a step that is left out.
     """
@@ -185,12 +185,16 @@ def prepare(options: Options) -> Job:
         outline=outlined,
         profile=profile,
         measure=measure,
-        forecast=_forecast(stream, source, measure, profile),
+        forecast=_forecast(stream, source, measure, profile, options.inputs),
         calibration=calibration,
     )
-    job.forecast.check(options.limit)
+    for stage in job.forecast.stages:  # before text is drawn for more
+        stage.check(options.limit)
     for name, step_options in outlined.result_steps:
-        job.result_steps[name] = load_result_step(name).prepare(job, **step_options)
+        prepared = job.result_steps[name] = load_result_step(name).prepare(job, **step_options)
+        if prepared is not None:
+            job.forecast = Forecast(stages=(*job.forecast.stages, *prepared.stages))
+    job.forecast.check(options.limit)
     return job
 
 
@@ -230,11 +234,18 @@ def _measure(source: Source, options: Options, needs: tuple[str, ...], text: Cal
     return settings.measure(source.checkpoint, source.architecture, text)
 
 
-def _forecast(stream: Stream, source: Source, measure: Measure | None, profile: Profile | None) -> Forecast:
-    if measure is not None:
-        return measure.forecast(stream, source.architecture.layers)
-    assert profile is not None
-    return forecast_with_sample(stream, source.architecture.layers, len(profile.samples[0].domain_T))
+def _forecast(
+    stream: Stream, source: Source, measure: Measure | None, profile: Profile | None, inputs: Inputs
+) -> Forecast:
+    layers = source.architecture.layers
+    stages = () if measure is None else measure.forecast(stream, layers).stages
+    sample = () if profile is None else sample_lines(layers, len(profile.samples[0].domain_T))
+    measured = stages[0].lines if stages and (inputs == "compressed") else ()
+    unit = unit_lines(stream, copies=COMPRESS_COPIES)
+    kept = sample if measure is None else sample_lines(layers, measure.sample_tokens)
+    if measured:  # layers are measured while they are compressed
+        kept = tuple(line for line in measured if line not in unit_lines(stream))
+    return Forecast(stages=(*stages, Stage(name="compressing a layer", lines=(*unit, *kept))))
 
 
 def _present_profile(profile: Profile | str | Path | None, checkpoint: Checkpoint) -> Profile | None:

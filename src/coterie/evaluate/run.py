@@ -42,8 +42,9 @@ from coterie.evaluate.kept_predictions import (
     keep_predictions,
     open_predictions,
 )
+from coterie.evaluate.memory import forecast
 from coterie.evaluate.scorecard import Scorecard, Sums, environment
-from coterie.evaluate.speed import RunningCost, check_whole, measure_cost
+from coterie.evaluate.speed import RunningCost, measure_cost, whole_stage
 from coterie.evaluate.subjects import (
     Subject,
     TextReader,
@@ -61,7 +62,7 @@ from coterie.evaluate.subjects import (
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.stream.likelihood import token_nll
-from coterie.model.stream.memory import fitting_batch, forecast, peak_bytes
+from coterie.model.stream.memory import Forecast, fitting_batch, peak_bytes
 from coterie.model.stream.reading import Head, logits_at, predictions, read
 from coterie.model.stream.stream import Stream
 from coterie.progress import track
@@ -176,12 +177,10 @@ def _on_text(
     """Measure models on text; `whole` tells that they will be loaded as a whole after that."""
     with Evaluation(**settings) as evaluation:
         subjects = [evaluation.open(model) for model in models]
-        max(map(forecast, evaluation.streams()), key=lambda memory: memory.num_bytes).check(bound)
-        for subject in subjects:
-            if speed_seconds is not None:
-                check_whole(evaluation.streams(subject), limit=bound)
-            elif whole:
-                check_whole(evaluation.streams(subject)[:1], limit=bound, option="--tasks")
+        option = "--speed" if speed_seconds is not None else "--tasks" if whole else None
+        streams = [evaluation.streams(subject) for subject in subjects]
+        announced = forecast(subjects, streams, batch_size=evaluation.batch_size, option=option)
+        announced.check(bound)
         measured = evaluation.measure(subjects)
         log.info("memory: the peak was %s", format_bytes(peak_bytes()))
         costs: Sequence[RunningCost | None] = [None] * len(subjects)
@@ -202,7 +201,7 @@ def _without_text(
     """Return the scorecard of a model that reads no text, after a check that it fits into memory as a whole."""
     stored = Checkpoint.open(model, allow_pickle=pickle)
     stream = Stream(stored, dtype=dtype, device=device)
-    check_whole([stream], limit=limit, option="--tasks")
+    Forecast(stages=(whole_stage({model_name(model): stream}, option="--tasks"),)).check(limit)
     return Scorecard(
         model=model_name(model), model_digest=stored.digest, base=None, base_digest=None,
         text_digest=digest_of({}), seq_len=0, seed=0, domains={}, overall=Sums().scores(compared=False),

@@ -7,7 +7,7 @@ import gc
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from coterie.amounts import format_bytes
-from coterie.errors import Infeasible, InputError
+from coterie.errors import InputError
 from coterie.model.arch.load import load_model
 from coterie.model.stream.likelihood import logits_of
-from coterie.model.stream.memory import FIXED_BYTES, free_bytes
+from coterie.model.stream.memory import Stage, whole_lines
 from coterie.model.stream.stream import Stream
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -62,19 +61,17 @@ class Peak:
     num_bytes: int = 0
 
 
-def check_whole(streams: Sequence[Stream], *, limit: int | None, option: str = "--speed") -> None:
-    """Check beforehand that models can be loaded as a whole next to each other, and fit.
+def whole_stage(models: Mapping[str, Stream], *, option: str = "--speed") -> Stage:
+    """Say what models take that are loaded as a whole next to each other, which must be possible.
 
     Args:
-        streams: the models.
-        limit: bytes that may be taken; as many as are free when None.
+        models: the models by name.
         option: what it is for, on the command line.
 
     Raises:
         InputError: one is stored in a way that only reading it unit by unit understands.
-        Infeasible: they are too large.
     """
-    for stream in streams:
+    for stream in models.values():
         checkpoint = stream.checkpoint
         if checkpoint.pickled or any(info.packed is not None for info in checkpoint.tensors.values()):
             stored = "as pickles" if checkpoint.pickled else "quantised"
@@ -82,18 +79,13 @@ def check_whole(streams: Sequence[Stream], *, limit: int | None, option: str = "
                 f"{checkpoint.path} is stored {stored} and cannot be loaded as a whole; leave {option} out, or measure "
                 "a checkpoint of plain safetensors made from it"
             )
-    device = streams[0].device
-    allowed = free_bytes(device) if limit is None else limit
-    sizes = [sum(stream.unit_bytes(unit) for unit in stream.units) for stream in streams]
-    needed = sum(sizes) + FIXED_BYTES
-    if needed > allowed:
-        parts = " + ".join(format_bytes(size) for size in (*sizes, FIXED_BYTES))
-        room = format_bytes(allowed)
-        available = f"{room} are free" if limit is None else f"--max-memory allows {room}"
-        raise Infeasible(
-            f"{option} loads models as a whole, which takes {format_bytes(needed)} ({parts}); {available}: "
-            f"leave {option} out, which measures all else with one layer in memory"
-        )
+    sizes = {name: sum(stream.unit_bytes(unit) for unit in stream.units) for name, stream in models.items()}
+    return Stage(
+        name=f"{option} with models in memory as a whole",
+        lines=whole_lines(sizes.items()),
+        way_out=f"leave {option} out, which measures all else with one layer in memory",
+        device=next(iter(models.values())).device,
+    )
 
 
 def measure_cost(

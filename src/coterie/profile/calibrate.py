@@ -21,10 +21,10 @@ from coterie.amounts import parse_bytes
 from coterie.artifact import atomic_path, file_digest, write_artifact
 from coterie.model.device import check_device
 from coterie.model.disk.open import open_checkpoint
-from coterie.model.stream.memory import forecast
+from coterie.model.stream.memory import Stage, unit_lines
 from coterie.model.stream.stream import Stream
 from coterie.outputs import check_output
-from coterie.profile.information import Information, measure_information
+from coterie.profile.information import Information, forecast, measure_information
 from coterie.profile.mixing import choose_mix
 from coterie.profile.self_text import SELF, FirstToken, Writing, write_text
 from coterie.profile.text import CalibrationText, TextSettings
@@ -103,9 +103,11 @@ def calibrate(
     limit = None if max_memory is None else parse_bytes(max_memory)
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     stream = Stream(checkpoint, device=device, dtype=dtype)
-    forecast(stream).check(limit)
+    unit_stage = Stage(name="reading a layer", lines=unit_lines(stream))
+    unit_stage.check(limit)  # before text is read, or written
     settings = TextSettings(source=text, tokens=tokens, seq_len=seq_len, seed=seed, domains=domains)
     token_set = CalibrationText(checkpoint, settings, device=device, limit=limit).draw()
+    forecast(stream, token_set, batch_size=batch_size).check(limit)
     with stream:
         sources = measure_information(stream, token_set, batch_size=batch_size)
     weights, dropped = choose_mix(sources)

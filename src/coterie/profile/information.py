@@ -16,8 +16,17 @@ import torch
 from torch import Tensor
 
 from coterie.errors import InputError, TextError
-from coterie.model.stream.likelihood import perplexity, token_nll
-from coterie.model.stream.memory import fitting_batch
+from coterie.model.stream.likelihood import BATCH_ELEMENTS, perplexity, token_nll
+from coterie.model.stream.memory import (
+    LOGITS,
+    Forecast,
+    Stage,
+    batch_lines,
+    fitting_batch,
+    head_lines,
+    text_lines,
+    unit_lines,
+)
 from coterie.model.stream.reading import logits_at, predictions, read
 from coterie.model.stream.stream import Stream
 from coterie.profile.calibration import TokenSet
@@ -25,6 +34,9 @@ from coterie.progress import track
 
 #: Length of the n-grams whose aggregation is measured.
 NGRAM = 4
+
+#: Copies of the logits of a slice of positions: number formats, soft caps, and the softmax.
+LOGITS_COPIES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +107,24 @@ def measure_information(stream: Stream, token_set: TokenSet, *, batch_size: int 
     return tuple(found)
 
 
+def forecast(stream: Stream, token_set: TokenSet, *, batch_size: int) -> Forecast:
+    """Say how much memory `measure_information` takes at most."""
+    total, seq_len = sum(token_set.num_tokens.values()), token_set.seq_len
+    size = _fitting(stream, token_set, batch_size)
+    vocab_size = int(stream.model.config.get_text_config().vocab_size)
+    batch = batch_lines(stream, (), batch_size=size, seq_len=seq_len, tokens=total)
+    logits = 4 * LOGITS_COPIES * min(size * seq_len * vocab_size, BATCH_ELEMENTS)
+    counting = ("n-grams", 8 * 8 * max(ids_NS.numel() for ids_NS in token_set.sequences.values()))
+    text = text_lines(total)
+    return Forecast(
+        stages=(
+            Stage(name="reading a layer", lines=(*unit_lines(stream), *batch, *text)),
+            Stage(name="judging predictions", lines=(*head_lines(stream), (LOGITS, logits), *text)),
+            Stage(name="counting", lines=(counting, *text)),
+        )
+    )
+
+
 def distinct_share(ids_NS: Tensor, length: int) -> float:
     """Return how many different n-grams there are, as a share of all n-grams within sequences; 1 where there are none.
 
@@ -123,9 +153,7 @@ def token_entropy(ids_NS: Tensor) -> float:
 
 def _mean_losses(stream: Stream, token_set: TokenSet, batch_size: int) -> dict[str, float]:
     """Return the mean loss by domain, in nats; what the last layer returned is kept in files, not in memory."""
-    embedding: Any = stream.model.get_input_embeddings()
-    size = fitting_batch(batch_size, seq_len=token_set.seq_len, hidden_size=int(embedding.weight.shape[-1]))
-    batches = list(token_set.batches(size))
+    batches = list(token_set.batches(_fitting(stream, token_set, batch_size)))
     outputs = read(stream, [ids_BS for _, ids_BS in batches], description="reading")
     sums = dict.fromkeys(token_set.domains, 0.0)
     vocab_size = int(stream.model.config.get_text_config().vocab_size)
@@ -145,6 +173,11 @@ def _mean_losses(stream: Stream, token_set: TokenSet, batch_size: int) -> dict[s
                 "with more range"
             )
     return losses
+
+
+def _fitting(stream: Stream, token_set: TokenSet, batch_size: int) -> int:
+    embedding: Any = stream.model.get_input_embeddings()
+    return fitting_batch(batch_size, seq_len=token_set.seq_len, hidden_size=int(embedding.weight.shape[-1]))
 
 
 def _num_predicted(ids_NS: Tensor) -> int:

@@ -24,11 +24,22 @@ from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.open import open_checkpoint
 from coterie.model.stream.loss import logits_bytes
-from coterie.model.stream.memory import Forecast, fitting_batch, forecast, peak_bytes
+from coterie.model.stream.memory import (
+    LOGITS,
+    STATISTICS,
+    Forecast,
+    Stage,
+    batch_lines,
+    fitting_batch,
+    peak_bytes,
+    sample_lines,
+    text_lines,
+    unit_lines,
+)
 from coterie.model.stream.stream import Stream
 from coterie.outputs import check_output, is_empty_folder
 from coterie.profile.calibration import TokenSet
-from coterie.profile.collect import Collector
+from coterie.profile.collect import Collector, statistics_bytes
 from coterie.profile.observation import observed, prove_layers, proving, with_residual
 from coterie.profile.profile import FILE, Profile, Sample, write_layer
 from coterie.profile.statistics import fields_of, needs_gradients, wanted_statistics
@@ -323,12 +334,19 @@ class Measure:
 
     def forecast(self, stream: Stream, layers: tuple[MoELayer, ...]) -> Forecast:
         """Say how much memory measuring takes at most."""
-        found = forecast_with_sample(stream, layers, min(self.sample_tokens, sum(self.token_set.num_tokens.values())))
-        if not self.gradients:
-            return found
-        vocabulary = int(stream.model.config.get_text_config().vocab_size)
-        held = logits_bytes(batch_size=self.batch_size, seq_len=self.token_set.seq_len, vocab_size=vocabulary)
-        return replace(found, logits_bytes=held)
+        total, seq_len = sum(self.token_set.num_tokens.values()), self.token_set.seq_len
+        unit, text = unit_lines(stream), text_lines(total)
+        sums = max(statistics_bytes(layer, self.statistics, len(self.token_set.domains)) for layer in layers)
+        batch = batch_lines(
+            stream, layers, batch_size=self.batch_size, seq_len=seq_len, tokens=total, gradients=self.gradients
+        )
+        sample = sample_lines(layers, min(self.sample_tokens, total))
+        stages = [Stage(name="measuring a layer", lines=(*unit, *batch, *sample, (STATISTICS, sums), *text))]
+        if self.gradients:
+            vocab_size = int(stream.model.config.get_text_config().vocab_size)
+            size = logits_bytes(batch_size=self.batch_size, seq_len=seq_len, vocab_size=vocab_size)
+            stages.append(Stage(name="the loss and its gradient", lines=(*unit, (LOGITS, size), *text)))
+        return Forecast(stages=tuple(stages))
 
     def collector(self) -> Collector:
         """Return a collector for one layer."""
@@ -415,9 +433,3 @@ def check_predicts(architecture: Architecture) -> None:
             f"{type(model).__name__} predicts no next token, so the gradient of that loss cannot be measured; leave "
             "--gradients out, and use a recipe that needs none, such as easy-slim"
         )
-
-
-def forecast_with_sample(stream: Stream, layers: tuple[MoELayer, ...], sample_tokens: int) -> Forecast:
-    """Say how much memory a run takes at most that holds one layer's sample of so many tokens."""
-    widest = max(layers, key=lambda layer: layer.num_experts)
-    return forecast(stream, sample_tokens=sample_tokens, hidden_size=widest.hidden_size, num_experts=widest.num_experts)

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from coterie.amounts import format_bytes
-from coterie.errors import Infeasible, InputError, TextError
+from coterie.errors import InputError, TextError
 from coterie.model.arch.load import checkpoint_meta_model, load_model
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
-from coterie.model.stream.memory import FIXED_BYTES, free_bytes
+from coterie.model.stream.memory import CACHE, WEIGHTS, Forecast, Stage
 from coterie.model.stream.spill import trim_memory
 from coterie.model.stream.stream import working_dtype
 from coterie.profile.token_file import encoded, start_ids
@@ -118,22 +117,13 @@ def check_fits(checkpoint: Checkpoint, writing: Writing, *, limit: int | None) -
         )
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     cache = _batch_size(model, writing) * _cache_bytes(model, writing)
-    needed = weights + cache + FIXED_BYTES
-    parts = " + ".join(
-        f"{format_bytes(size)} ({name})"
-        for name, size in (("weights", weights), ("keys and values", cache), ("the rest", FIXED_BYTES))
+    stage = Stage(
+        name="writing text with the model in memory as a whole",
+        lines=((WEIGHTS, weights), (CACHE, cache)),
+        way_out="let it write where it fits (coterie calibrate MODEL --generate DIR), and give --text DIR here",
+        device=device,
     )
-    if limit is not None:
-        allowed, found = limit, f"--max-memory allows {format_bytes(limit)}"
-    else:
-        allowed = free_bytes(device)
-        found = f"{format_bytes(allowed)} are free"
-    if needed > allowed:
-        raise Infeasible(
-            f"to write text the model must be in memory as a whole, which takes {format_bytes(needed)} ({parts}); "
-            f"{found}: let it write where it fits (coterie calibrate MODEL --generate DIR), and give --text DIR here"
-        )
-    log.info("memory: writing text takes about %s (%s)", format_bytes(needed), parts)
+    Forecast(stages=(stage,)).check(limit)
 
 
 def _cache_bytes(model: Any, writing: Writing) -> int:

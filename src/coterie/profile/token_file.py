@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from coterie.errors import InputError
+from coterie.model.stream.spill import share_heaps
 from coterie.profile.documents import Piece, no_text
 
 #: Characters that are tokenized at a time; some 200 bytes of memory are needed for a token, which may be one character.
@@ -53,6 +54,7 @@ class TokenFile:
         Raises:
             InputError: see `start_ids`.
         """
+        share_heaps()  # a tokenizer's threads would each leave theirs behind
         self.start = start_ids(tokenizer)
         self._tokenizer = tokenizer
         self._file: Any = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - closed when this goes

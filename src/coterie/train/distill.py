@@ -12,7 +12,6 @@ Legend: B sequences, S tokens of a sequence.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,9 @@ from coterie.artifact import atomic_path, digest_of
 from coterie.errors import CorruptArtifact
 from coterie.journal import Run
 from coterie.model.arch.layers import MoELayer
+from coterie.model.stream.likelihood import position_slices
+from coterie.model.stream.loss import LOSS_ELEMENTS
+from coterie.model.stream.reading import logits_at, read
 from coterie.model.stream.stream import Stream
 from coterie.progress import track
 from coterie.train.loop import Loop, Loss, mean_loss
@@ -108,17 +110,20 @@ def make_predictions(
 
 
 def _predict(stream: Stream, batches: Sequence[Tensor], path: Path) -> None:
-    with writing_predictions(path, sum(map(len, batches))) as writer:
-
-        def predict(first: int, ids_BS: Tensor) -> None:
-            logits_BSV = stream.model(input_ids=ids_BS, use_cache=False).logits
-            writer.put(first, Predictions.of(logits_BSV, KEPT))
-
-        jobs, first = [], 0
-        for ids_BS in batches:
-            jobs.append(functools.partial(predict, first, ids_BS))
+    outputs = read(stream, batches, description="predicting")
+    vocab_size = int(stream.model.config.get_text_config().vocab_size)
+    first = 0
+    with writing_predictions(path, sum(map(len, batches))) as writer, stream.head() as head:
+        for ids_BS, output in track(zip(batches, outputs, strict=True), "most probable", total=len(batches)):
+            last = ids_BS.shape[1] - 1
+            parts = [
+                Predictions.of(
+                    logits_at(head, ids_BS, output, slice(piece.start, piece.stop + (piece.stop == last))), KEPT
+                )
+                for piece in position_slices(last, len(ids_BS), vocab_size, elements=LOSS_ELEMENTS)
+            ]
+            writer.put(first, Predictions.joined(parts))
             first += len(ids_BS)
-        for _ in track(stream.run(jobs, heads_apart=True), "predicting", total=len(stream.units)):
             stream.release()
 
 

@@ -16,7 +16,10 @@ from transformers import PreTrainedModel
 
 from coterie.amounts import format_bytes
 from coterie.model.arch.layers import MoELayer
-from coterie.model.stream.memory import free_bytes
+from coterie.model.stream.loss import logits_bytes
+from coterie.model.stream.memory import LOGITS, Stage, batch_lines, text_lines, unit_lines
+from coterie.model.stream.stream import Stream
+from coterie.profile.calibration import TokenSet
 from coterie.train.distill import KEPT, MICRO, SEQUENCES
 from coterie.train.model import trainable
 
@@ -67,29 +70,33 @@ def training_bytes(
     )
 
 
-def needed_bytes(model: PreTrainedModel, layers: Sequence[MoELayer], *, seq_len: int, workers: int) -> int:
-    """Say how much memory training takes at most, see `training_bytes`."""
-    return sum(size for _, size in training_bytes(model, layers, seq_len=seq_len, workers=workers))
+def training_stage(model: PreTrainedModel, layers: Sequence[MoELayer], *, seq_len: int, device: torch.device) -> Stage:
+    """Say how much memory training takes at most on a device, see `training_bytes`."""
+    workers = torch.get_num_threads() if device.type == "cpu" else 1
+    lines = training_bytes(model, layers, seq_len=seq_len, workers=workers)
+    return Stage(name="training the result as a whole", lines=lines, device=device)
 
 
-def may_distill(
-    model: PreTrainedModel, layers: Sequence[MoELayer], *, seq_len: int, limit: int | None, device: torch.device
-) -> bool:
-    """Tell whether a result can be trained in the memory that is allowed or, without a limit, free; log which.
+def predicting_stage(stream: Stream, layers: Sequence[MoELayer], token_set: TokenSet, *, batch_size: int) -> Stage:
+    """Say how much memory the original's predictions of a text take at most."""
+    vocab_size = int(stream.model.config.get_text_config().vocab_size)
+    total, seq_len = sum(token_set.num_tokens.values()), token_set.seq_len
+    logits = logits_bytes(batch_size=batch_size, seq_len=seq_len, vocab_size=vocab_size)
+    batch = batch_lines(stream, layers, batch_size=batch_size, seq_len=seq_len, tokens=total)
+    larger = max((*batch, (LOGITS, logits)), key=lambda line: line[1])  # one after the other
+    lines = (*unit_lines(stream), larger, *text_lines(2 * total))
+    return Stage(name="the original's predictions", lines=lines)
+
+
+def may_distill(stage: Stage, *, limit: int | None) -> bool:
+    """Tell whether a result can be trained in the memory that is allowed or, without a limit, free; log where not.
 
     Args:
-        model: the result; a meta model will do.
-        layers: its MoE layers, or those of the original, which have the same names.
-        seq_len: tokens of a sequence.
+        stage: see `training_stage`.
         limit: bytes that may be used, or None.
-        device: where it is trained.
     """
-    workers = torch.get_num_threads() if device.type == "cpu" else 1
-    needed = needed_bytes(model, layers, seq_len=seq_len, workers=workers)
-    allowed = free_bytes(device) if limit is None else limit
-    says = f"training the result as a whole takes {format_bytes(needed)} of memory"
-    if needed > allowed:
-        log.warning("%s, %s may be used: it is left out", says, format_bytes(allowed))
+    allowed = stage.allowed(limit)
+    if allowed is not None and stage.num_bytes > allowed:
+        log.warning("%s; %s may be used: it is left out", stage, format_bytes(allowed))
         return False
-    log.info("memory: %s", says)
     return True

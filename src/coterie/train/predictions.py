@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,14 @@ class Predictions:
         """Keep the `count` most probable tokens of logits."""
         best = logits_BSV.float().log_softmax(-1).topk(min(count, logits_BSV.shape[-1]), dim=-1)
         return cls(token_BSK=best.indices.int().cpu(), log_probability_BSK=best.values.cpu())
+
+    @classmethod
+    def joined(cls, parts: Sequence[Predictions]) -> Predictions:
+        """Put the predictions of some sequences together, of which each part has the next positions."""
+        return cls(
+            token_BSK=torch.cat([part.token_BSK for part in parts], dim=1),
+            log_probability_BSK=torch.cat([part.log_probability_BSK for part in parts], dim=1),
+        )
 
     def select(self, rows_N: Tensor) -> Predictions:
         """Return the predictions of some of the sequences, by their numbers."""

@@ -15,13 +15,17 @@ from coterie.compress.shards import write_shard
 from coterie.compress.work import Work
 from coterie.errors import InputError
 from coterie.model.arch.load import load_model, result_meta_model
+from coterie.model.stream.memory import Stage, fitting_batch
 from coterie.profile.calibration import TokenSet
 from coterie.profile.self_text import SELF
 from coterie.train.cost import say_cost
 from coterie.train.distill import distill, make_predictions
-from coterie.train.memory import may_distill
+from coterie.train.memory import may_distill, predicting_stage, training_stage
 
 log = logging.getLogger(__name__)
+
+#: Sequences of a batch that the original predicts, at most.
+BATCH_SIZE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,10 +35,14 @@ class Prepared:
     Attributes:
         token_set: the text.
         tokens: tokens to train on; where the text has fewer, it is seen again.
+        batch_size: sequences of a batch that the original predicts.
+        stages: the memory that it takes.
     """
 
     token_set: TokenSet
     tokens: int
+    batch_size: int
+    stages: tuple[Stage, ...]
 
     def header(self) -> list[Any]:
         """Return what training hangs on."""
@@ -61,7 +69,8 @@ def prepare(job: Job) -> Prepared | None:
     result_model = result_meta_model(
         architecture, shape.num_experts, maps=None, dtype=torch.float32, width=shape.width, top_k=shape.top_k
     )
-    if not may_distill(result_model, layers, seq_len=options.seq_len, limit=options.limit, device=device):
+    training = training_stage(result_model, layers, seq_len=options.seq_len, device=device)
+    if not may_distill(training, limit=options.limit):
         return None
     own = str(options.text) == SELF  # what the model wrote to be measured has to do: writing takes long
     token_set = job.text(min(num_tokens, options.tokens) if own else num_tokens, up_to=True)
@@ -72,13 +81,15 @@ def prepare(job: Job) -> Prepared | None:
         architecture.model, result_model, layers, text_tokens=sum(token_set.num_tokens.values()), tokens=num_tokens,
         top_k=shape.top_k or layers[0].top_k, device=device,
     )  # fmt: skip
-    return Prepared(token_set=token_set, tokens=tokens)
+    size = fitting_batch(BATCH_SIZE, seq_len=token_set.seq_len, hidden_size=layers[0].hidden_size)
+    predicting = predicting_stage(job.stream, layers, token_set, batch_size=size)
+    return Prepared(token_set=token_set, tokens=tokens, batch_size=size, stages=(predicting, training))
 
 
 def run(work: Work, prepared: Prepared) -> None:
     """Train the result, and write its layers anew where that helped."""
     job, run = work.job, work.run
-    batches = [ids_BS for _, ids_BS in prepared.token_set.batches(8)]
+    batches = [ids_BS for _, ids_BS in prepared.token_set.batches(prepared.batch_size)]
     predictions = make_predictions(run, job.stream, batches, cache=job.options.cache)
     model = load_model(run.folder, dtype=torch.float32, device=str(job.stream.device))
     outcome = distill(

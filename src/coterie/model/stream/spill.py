@@ -27,6 +27,8 @@ SMALL_BYTES = 64 * 2**10
 #: Bytes of a file. Many tensors share one, since every mapped file takes one of the few that a process may have open.
 FILE_BYTES = 64 * 2**20
 
+_M_ARENA_MAX = -8  # from glibc's malloc.h
+
 
 class Spill:
     """Keeps tensors in files that have no name, mapped into memory only while they are used.
@@ -36,7 +38,7 @@ class Spill:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
-        self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+        self._maps: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()  # and where they begin
         self._last: mmap.mmap | None = None
         self._used = 0
         self._held = 0
@@ -53,6 +55,24 @@ class Spill:
         if size < SMALL_BYTES or self._held + size <= SPILL_BYTES:
             self._held += size if size >= SMALL_BYTES else 0
             return tensor.to("cpu")
+        return self._in_file(tensor, size)
+
+    def settle(self, tensor: Tensor) -> None:
+        """Move what a tensor holds into a file, in place, where it is large and not in one yet.
+
+        For what a job made itself, such as its mask, and keeps while all others are at work.
+        """
+        size = tensor.numel() * tensor.element_size()
+        alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == size
+        if size >= SMALL_BYTES and alone and tensor.device.type == "cpu" and not self._holds(tensor):
+            self._since_trim += size
+            tensor.data = self._in_file(tensor.detach(), size)
+
+    def _holds(self, tensor: Tensor) -> bool:
+        place = tensor.data_ptr()
+        return any(begin <= place < begin + len(mapped) for mapped, begin in self._maps.items())
+
+    def _in_file(self, tensor: Tensor, size: int) -> Tensor:
         mapped, start = self._place(size)
         kept = torch.frombuffer(mapped, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
         kept.copy_(tensor)
@@ -67,7 +87,7 @@ class Spill:
                 file.truncate(length)
                 _claim(file.fileno(), length)
                 self._last, self._used = mmap.mmap(file.fileno(), length), 0
-            self._maps.add(self._last)
+            self._maps[self._last] = torch.frombuffer(self._last, dtype=torch.uint8).data_ptr()
         start = self._used
         self._used = -(-(start + size) // mmap.PAGESIZE) * mmap.PAGESIZE
         return self._last, start
@@ -96,6 +116,16 @@ def _claim(descriptor: int, length: int) -> None:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
+
+
+@functools.cache
+def share_heaps() -> None:
+    """Let all threads share two of the C library's heaps, where each would get its own.
+
+    What a heap keeps for later counts as memory in use, and there may be eight heaps for every core of the machine.
+    """
+    if (library := _c_library()) is not None and hasattr(library, "mallopt"):
+        library.mallopt(_M_ARENA_MAX, 2)
 
 
 @functools.cache

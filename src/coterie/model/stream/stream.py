@@ -38,12 +38,12 @@ from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion, put
 from coterie.model.arch.load import checkpoint_meta_model
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint, TensorReader
-from coterie.model.nested import mapped
+from coterie.model.nested import mapped, tensors_in
 from coterie.model.stream.backward import Backward
 from coterie.model.stream.graph import call_unit
 from coterie.model.stream.jobs import JobThread
 from coterie.model.stream.loss import loss_and_gradient
-from coterie.model.stream.spill import Spill, trim_memory
+from coterie.model.stream.spill import Spill, share_heaps, trim_memory
 from coterie.model.stream.unit import Unit
 
 
@@ -121,6 +121,7 @@ class Stream(AbstractContextManager["Stream"]):
             NotACheckpoint, CorruptCheckpoint: the model cannot be built, or tensors are missing.
             InputError: no such device.
         """
+        share_heaps()
         self.checkpoint = checkpoint
         self.device = check_device(device)
         self.dtype = dtype or working_dtype(checkpoint, self.device)
@@ -172,7 +173,6 @@ class Stream(AbstractContextManager["Stream"]):
         jobs: Sequence[Callable[[], Any]],
         *,
         keep: Callable[[str], bool] = lambda name: False,
-        heads_apart: bool = False,
         gradients: bool = False,
     ) -> StreamRun:
         """Run jobs; iterate over what is returned to go through the stages.
@@ -180,12 +180,10 @@ class Stream(AbstractContextManager["Stream"]):
         Args:
             jobs: functions that call `model`, each run in a thread of its own.
             keep: which raw tensors (by name on disk) a stage hands out in `Stage.kept`.
-            heads_apart: whether the units outside the base model, as a rule the head, answer one job after another and
-                make no stage, so that the logits of one job only are in memory.
             gradients: whether jobs may call ``backward`` on what they computed: the units then come by once more, in
-                reverse order (`Stage.backward`). What every unit received is kept in files meanwhile. Heads are apart.
+                reverse order (`Stage.backward`). What every unit received is kept in files meanwhile.
         """
-        return StreamRun(self, jobs, keep, heads_apart or gradients, gradients)
+        return StreamRun(self, jobs, keep, gradients)
 
     def logits_job(self, ids_BS: Tensor) -> Callable[[], Tensor]:
         """Return a job that computes logits (B, S, V) from token ids."""
@@ -248,7 +246,7 @@ class Stream(AbstractContextManager["Stream"]):
         returned wants gradients, the logits have a graph.
         """
         base: Any = self.model.base_model
-        outside = self._outside()
+        outside = self.outside()
         for unit in outside:
             self._fill(self._load_unit(unit, lambda name: False))
 
@@ -267,7 +265,7 @@ class Stream(AbstractContextManager["Stream"]):
             for unit in outside:
                 self._empty(unit)
 
-    def _outside(self) -> list[Unit]:
+    def outside(self) -> list[Unit]:
         """Return the units outside the base model, as a rule the head alone."""
         base = self.model.base_model
         assert base is not self.model, f"{type(self.model).__name__} has no head"
@@ -302,6 +300,8 @@ class Stream(AbstractContextManager["Stream"]):
         """Stand in for a unit's forward: a job waits for its turn, anybody else computes at once."""
         worker = threading.current_thread()
         if isinstance(worker, JobThread):
+            for tensor in tensors_in((args, kwargs)):
+                self._spill.settle(tensor)
             return call_unit(worker, unit, args, kwargs) if worker.gradients else worker.wait(unit, args, kwargs)
         args, kwargs = mapped((args, kwargs), lambda tensor: tensor.to(self.device))
         return self._originals[unit.name](*args, **kwargs)
@@ -385,20 +385,17 @@ class StreamRun:
         stream: Stream,
         jobs: Sequence[Callable[[], Any]],
         keep: Callable[[str], bool],
-        heads_apart: bool,
         gradients: bool,
     ) -> None:
         self.results: list[Any] = []
         self._stream = stream
         self._jobs = jobs
         self._keep = keep
-        self._heads_apart = heads_apart
         self._gradients = gradients
 
     def __iter__(self) -> Iterator[Stage]:
         stream = self._stream
         workers = [JobThread(number, job, gradients=self._gradients) for number, job in enumerate(self._jobs)]
-        outside = stream._outside() if self._heads_apart else []
         ahead = ThreadPoolExecutor(1) if stream.reads_ahead else None
         next_up: tuple[Unit, Future[Loaded]] | None = None
         try:
@@ -420,11 +417,7 @@ class StreamRun:
                     next_up = (following, ahead.submit(stream._load_unit, following, self._keep))
                 outputs: dict[int, Any] = {}
                 try:
-                    if unit in outside:
-                        self._there_and_back(unit, here)
-                        here = []
-                    else:
-                        yield from self._stage(loaded, here, backward, outputs)
+                    yield from self._stage(loaded, here, backward, outputs)
                 finally:
                     kept = loaded.kept
                     del loaded
@@ -432,20 +425,13 @@ class StreamRun:
                     stream._empty(unit)
                 for worker in here:
                     worker.go(outputs.pop(worker.number))
+                    stream._spill.release()
             self.results = [worker.result for worker in workers]
         finally:
             for worker in workers:
                 worker.abort()
             if ahead is not None:
                 ahead.shutdown(wait=True, cancel_futures=True)
-
-    def _there_and_back(self, unit: Unit, here: list[JobThread]) -> None:
-        """Answer jobs one after another as long as they ask for this unit, so that logits of one job only are held."""
-        for worker in here:
-            while worker.unit is unit:
-                output = self._stream._compute(unit, *worker.request)
-                worker.go(mapped(output, lambda tensor: tensor.to("cpu")))
-                del output
 
     def _losses(self, here: list[JobThread]) -> None:
         """Answer jobs one after another with their loss and its gradient at what the base model returned."""
