@@ -132,7 +132,7 @@ def main() -> None:
         compress(
             options.model, out, keep=options.keep, recipe=recipe, router=router, profile=measured, text=CALIBRATION,
             tokens=options.tokens, seed=options.seed, device=options.device,
-            train_tokens=options.train_tokens if RECIPES[recipe].distills else None,
+            train_tokens=options.train_tokens if RECIPES[recipe].trains else None,
         )  # fmt: skip
         results[name] = (out, time.perf_counter() - begin)
     console.print(f"evaluating {len(results)} results on {options.test_tokens} tokens of {TEST.relative_to(HERE)}")

@@ -35,6 +35,7 @@ from coterie.profile.observation import TOLERANCE, observed, prove_layers
 from coterie.profile.profile import FILE, Profile
 from coterie.profile.run import profile, profile_model
 from coterie.profile.statistics import wanted_statistics
+from coterie.profile.text import CalibrationText, TextSettings
 from coterie.testing import CORE_FAMILIES
 from manifests import manifest_of
 
@@ -401,10 +402,11 @@ def test_unknown_statistics_are_refused_before_anything_is_computed(tiny, text, 
     monkeypatch.setattr(run_module.Measure, "stream", None)
     with pytest.raises(UnknownName, match="unknown statistic 'raep'; did you mean reap"):
         run(tiny, text, statistics=["raep"])
-    settings = run_module.ProfileSettings(text=text, tokens=64, seq_len=16, seed=0, statistics=("raep",))
+    settings = run_module.ProfileSettings(statistics=("raep",))
     checkpoint = Checkpoint.open(tiny())
+    calibration_text = CalibrationText(checkpoint, TextSettings(source=text, tokens=64, seq_len=16))
     with pytest.raises(UnknownName, match="unknown statistic 'raep'; did you mean reap"):
-        settings.measure(checkpoint, Architecture.of(checkpoint))
+        settings.measure(checkpoint, Architecture.of(checkpoint), calibration_text)
 
 
 def test_a_run_that_was_ended_early_does_not_go_on_with_other_statistics(tiny, text, tmp_path, monkeypatch):

@@ -194,3 +194,11 @@ def test_long_text_is_tokenized_in_little_memory(tmp_path, name):
         drawn = tokenize(tokenizer, tokenize_folder, seq_len=512, tokens=4096)
     assert drawn.num_tokens == {"a": 4096}
     assert peak.num_bytes < 120 * 2**20, f"{peak.num_bytes / 2**20:.0f} MiB"
+
+
+def test_tokens_go_beside_an_output_whose_folder_is_made_later(tmp_path):
+    made_later = tmp_path / "a" / "b"
+    file = token_file.TokenFile(tiny_tokenizer(), scratch=made_later)
+    file.add("prose", "here", [("some words", True)])
+    assert file.domains == ("prose",)
+    assert list(tmp_path.iterdir()) == [], "it has no name, and no folder was made for it"

@@ -176,7 +176,10 @@ def prepare(options: Options) -> Job:
         raise InputError("no profile yet: give calibration text with --text, or a profile with --profile")
     stream = Stream(source.checkpoint, device=options.device, scratch=output.parent)
     calibration = None if options.text is None else _calibration(source, options)
-    measure = None if profile is not None else _measure(source, options, needs, calibration)
+    measure = None
+    if profile is None:
+        assert calibration is not None
+        measure = _measure(source, options, needs, calibration)
     job = Job(
         options=options,
         source=source,
@@ -223,14 +226,10 @@ def _calibration(source: Source, options: Options) -> CalibrationText:
     )
 
 
-def _measure(source: Source, options: Options, needs: tuple[str, ...], text: CalibrationText | None) -> Measure:
+def _measure(source: Source, options: Options, needs: tuple[str, ...], text: CalibrationText) -> Measure:
     # A profile that is kept is to serve other recipes as well.
     usual = () if options.profile is None else wanted_statistics(gradients=needs_gradients(needs))
-    settings = ProfileSettings(
-        text=str(options.text), weights=options.weights, tokens=options.tokens, seq_len=options.seq_len,
-        seed=options.seed, sample_tokens=options.sample_tokens, statistics=wanted_statistics({*usual, *needs}),
-        device=options.device, max_memory=options.max_memory,
-    )  # fmt: skip
+    settings = ProfileSettings(sample_tokens=options.sample_tokens, statistics=wanted_statistics({*usual, *needs}))
     return settings.measure(source.checkpoint, source.architecture, text)
 
 

@@ -118,22 +118,27 @@ def profile(
         check_output(target, kind="profile", reads=reads, accepts=is_empty_folder, folder=True)
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     architecture = Architecture.of(checkpoint)
+    limit = None if max_memory is None else parse_bytes(max_memory)
+    scratch = None if target is None else target.parent
+    text_settings = TextSettings(
+        source=text, tokens=tokens, seq_len=seq_len, seed=seed, domains=domains, weights=weights
+    )
     settings = ProfileSettings(
-        text=text, tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, domains=domains,
-        weights=weights, batch_size=batch_size, statistics=wanted_statistics(statistics, gradients=gradients),
-        thin=thin, device=device, max_memory=max_memory,
+        sample_tokens=sample_tokens, batch_size=batch_size, thin=thin,
+        statistics=wanted_statistics(statistics, gradients=gradients),
     )  # fmt: skip
-    measure = settings.measure(checkpoint, architecture)
-    stream = Stream(checkpoint, device=device, dtype=dtype, scratch=None if target is None else target.parent)
-    measure.forecast(stream, architecture.layers).check(None if max_memory is None else parse_bytes(max_memory))
+    calibration_text = CalibrationText(checkpoint, text_settings, device=device, limit=limit, scratch=scratch)
+    measure = settings.measure(checkpoint, architecture, calibration_text)
+    stream = Stream(checkpoint, device=device, dtype=dtype, scratch=scratch)
+    measure.forecast(stream, architecture.layers).check(limit)
     if target is None:
         with stream:
             measured = {layer: entry for layer, *entry in measure.stream(stream, architecture.layers)}
         statistics, samples = zip(*(measured[layer.index] for layer in architecture.layers), strict=True)
         return measure.profile(checkpoint.digest, architecture.layers, statistics, samples)
-    made = profile_in_folder(target, stream, architecture.layers, measure)
+    written = profile_in_folder(target, stream, architecture.layers, measure)
     log.info("memory: the peak was %s", format_bytes(peak_bytes()))
-    return made
+    return written
 
 
 def profile_in_folder(folder: Path, stream: Stream, layers: tuple[MoELayer, ...], measure: Measure) -> Profile:
@@ -187,39 +192,20 @@ def _step(index: int) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProfileSettings:
-    """What text is measured, and how; see `profile`."""
+    """What of a text is measured; see `profile`."""
 
-    text: str | Path
-    tokens: int
-    seq_len: int
-    seed: int
     sample_tokens: int = 8_192
-    domains: tuple[str, ...] | None = None
-    weights: Mapping[str, float] | None = None
     batch_size: int = 8
     statistics: tuple[str, ...] = field(default_factory=wanted_statistics)
     thin: int | None = None
-    device: str = "cpu"
-    max_memory: int | str | None = None
 
-    def calibration(self, checkpoint: Checkpoint, *, scratch: Path | None = None) -> CalibrationText:
-        """Return the text, see `CalibrationText`."""
-        settings = TextSettings(
-            source=self.text, tokens=self.tokens, seq_len=self.seq_len, seed=self.seed, domains=self.domains,
-            weights=self.weights,
-        )  # fmt: skip
-        limit = None if self.max_memory is None else parse_bytes(self.max_memory)
-        return CalibrationText(checkpoint, settings, device=self.device, limit=limit, scratch=scratch)
-
-    def measure(
-        self, checkpoint: Checkpoint, architecture: Architecture, text: CalibrationText | None = None
-    ) -> Measure:
-        """Cut the text into tokens with the checkpoint's own tokenizer.
+    def measure(self, checkpoint: Checkpoint, architecture: Architecture, text: CalibrationText) -> Measure:
+        """Draw the text.
 
         Args:
             checkpoint: the model.
             architecture: what it computes.
-            text: the text, where it is there already.
+            text: the text.
 
         Raises:
             InputError: nothing to measure, or a mapped checkpoint.
@@ -228,20 +214,21 @@ class ProfileSettings:
         """
         if self.thin is not None and self.thin < 1:
             raise InputError(f"every {self.thin}-th token cannot be taken; give a thin of 1 or more")
-        if self.tokens < 1 or self.sample_tokens < 1:
+        tokens = text.settings.tokens
+        if tokens < 1 or self.sample_tokens < 1:
             raise InputError(
-                f"nothing can be measured on {self.tokens} tokens with a sample of {self.sample_tokens}; ask for more"
+                f"nothing can be measured on {tokens} tokens with a sample of {self.sample_tokens}; ask for more"
             )
         manifest = Manifest.read(checkpoint.path)
         if manifest is not None and manifest.form is ResultForm.MAPPED:
             raise InputError(f"{checkpoint.path} is a mapped result; profile the model that it was made from")
-        token_set = (self.calibration(checkpoint) if text is None else text).draw(self.tokens)
+        token_set = text.draw()
         if needs_gradients(self.statistics):
             check_predicts(architecture)
         hidden_size = architecture.layers[0].hidden_size
-        size = fitting_batch(self.batch_size, seq_len=self.seq_len, hidden_size=hidden_size)
+        size = fitting_batch(self.batch_size, seq_len=text.settings.seq_len, hidden_size=hidden_size)
         return Measure(
-            token_set=token_set, seed=self.seed, sample_tokens=self.sample_tokens, batch_size=size,
+            token_set=token_set, seed=text.settings.seed, sample_tokens=self.sample_tokens, batch_size=size,
             statistics=wanted_statistics(self.statistics), thin=self.thin or usual_thin(token_set),
         )  # fmt: skip
 

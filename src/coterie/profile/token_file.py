@@ -57,7 +57,9 @@ class TokenFile:
         share_heaps()  # a tokenizer's threads would each leave theirs behind
         self.start = start_ids(tokenizer)
         self._tokenizer = tokenizer
-        self._file: Any = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - closed when this goes
+        # The folder of an output that is made later: its nearest parent that exists is on the same disk.
+        place = None if scratch is None else next(place for place in (scratch, *scratch.parents) if place.is_dir())
+        self._file: Any = tempfile.TemporaryFile(dir=place)  # noqa: SIM115 - closed when this goes
         weakref.finalize(self, self._file.close)
         self._begin = 0
         self._domains: dict[str, tuple[str, int, int]] = {}
