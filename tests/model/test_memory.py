@@ -44,8 +44,8 @@ def test_lines_by_hand(olmoe):
     assert whole_lines([("a", 3), ("b", 4)]) == (("weights of a", 3), ("weights of b", 4))
     # 12 sequences of 7 tokens; two experts of width 24 are 208 numbers of each token.
     options = {"batch_size": 12, "seq_len": 7, "tokens": 1000}
-    assert batch_lines(olmoe, layers, **options) == (("activations of a batch", 4 * 84 * (18 * 32 + 3 * 208)),)
-    backward = (("activations of a batch", 4 * 84 * (36 * 32 + 5 * 208)),)
+    assert batch_lines(olmoe, layers, **options) == (("activations of a batch", 4 * 84 * (12 * 32 + 2 * 208)),)
+    backward = (("activations of a batch", 4 * 84 * (24 * 32 + 3 * 208)),)
     assert batch_lines(olmoe, layers, **options, gradients=True) == backward
 
 
