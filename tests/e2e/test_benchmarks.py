@@ -157,7 +157,7 @@ def kept(memory):
         ({"peak": 2**30 + 2**27}, "the peak of compress grows with the model: 1.00 GiB for 4GB, 1.12 GiB for 8GB"),
         (
             {"peak": 2**30 + 2**20, "forecast": 2 * 2**30},
-            "announced 2.00 GiB, more than 1.6 times the 1.00 GiB that it",
+            "announced 2.00 GiB, more than 1.6 times the 1.00",
         ),
         ({"forecast": 2**29}, "compress of 8GB took 1.00 GiB, but announced 512 MiB"),
         ({"forecast": None}, "compress of 8GB did not say how much memory"),

@@ -35,17 +35,24 @@ def olmoe(tmp_path_factory):
 def test_lines_by_hand(olmoe):
     layers = Architecture.of(olmoe.checkpoint).layers
     # A decoder layer: experts of 18,432 numbers, a router of 256, attention of 3,072, norms of 112; four bytes each.
-    assert unit_lines(olmoe) == (("model.layers.0, 2 times", 2 * 87_488),)
-    assert unit_lines(olmoe, copies=2.5) == (("model.layers.0, 2.5 times", 218_720),)
-    assert head_lines(olmoe) == (("head, 2 times", 2 * 4 * 272 * 32),)
+    unit, reading = ("model.layers.0", 87_488), "reading and converting model.layers.0"
+    assert unit_lines(olmoe) == (unit, (reading, 87_488))
+    assert unit_lines(olmoe, copies=2.5) == (unit, (reading, 131_232))
+    assert unit_lines(olmoe, [("less", 87_000)]) == (unit, (reading, 87_488))
+    assert unit_lines(olmoe, [("more", 80_000), ("still more", 8_000)]) == (
+        unit,
+        ("more", 80_000),
+        ("still more", 8_000),
+    )
+    assert head_lines(olmoe) == (("head, read and converted", 2 * 4 * 272 * 32),)
     # For a token two vectors of 32, the scores of 8 experts, 64 numbers beside.
     assert sample_lines(layers, 100) == (("token sample", 54_400),)
     assert text_lines(100) == (("text", 800),)
     assert whole_lines([("a", 3), ("b", 4)]) == (("weights of a", 3), ("weights of b", 4))
     # 12 sequences of 7 tokens; two experts of width 24 are 208 numbers of each token.
     options = {"batch_size": 12, "seq_len": 7, "tokens": 1000}
-    assert batch_lines(olmoe, layers, **options) == (("activations of a batch", 4 * 84 * (18 * 32 + 3 * 208)),)
-    backward = (("activations of a batch", 4 * 84 * (36 * 32 + 5 * 208)),)
+    assert batch_lines(olmoe, layers, **options) == (("activations of a batch", 4 * 84 * (8 * 32 + 2 * 208)),)
+    backward = (("activations of a batch", 4 * 84 * (16 * 32 + 2 * 208)),)
     assert batch_lines(olmoe, layers, **options, gradients=True) == backward
 
 

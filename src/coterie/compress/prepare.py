@@ -238,13 +238,11 @@ def _forecast(
 ) -> Forecast:
     layers = source.architecture.layers
     stages = () if measure is None else measure.forecast(stream, layers).stages
-    sample = () if profile is None else sample_lines(layers, len(profile.samples[0].domain_T))
-    measured = stages[0].lines if stages and (inputs == "compressed") else ()
-    unit = unit_lines(stream, copies=COMPRESS_COPIES)
-    kept = sample if measure is None else sample_lines(layers, measure.sample_tokens)
-    if measured:  # layers are measured while they are compressed
-        kept = tuple(line for line in measured if line not in unit_lines(stream))
-    return Forecast(stages=(*stages, Stage(name="compressing a layer", lines=(*unit, *kept))))
+    sample_tokens = len(profile.samples[0].domain_T) if profile is not None else measure.sample_tokens if measure else 0
+    lines = (*unit_lines(stream, copies=COMPRESS_COPIES), *sample_lines(layers, sample_tokens))
+    if measure is not None and inputs == "compressed":  # layers are measured while they are compressed
+        lines = (*stages[0].lines, *lines[1:])
+    return Forecast(stages=(*stages, Stage(name="compressing a layer", lines=lines)))
 
 
 def _present_profile(profile: Profile | str | Path | None, checkpoint: Checkpoint) -> Profile | None:

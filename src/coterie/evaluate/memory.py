@@ -47,7 +47,7 @@ def _stages(subject: Subject, models: Sequence[Stream], *, batch_size: int) -> t
     total, text_bytes = sum(tokens.num_tokens.values()), text_lines(sum(tokens.num_tokens.values()))
     size = min(batch_size * tokens.seq_len * num_logits(models[0]), BATCH_ELEMENTS)
     reading: list[tuple[Line, ...]] = [
-        (*unit_lines(stream), *batch_lines(stream, (), batch_size=batch_size, seq_len=tokens.seq_len, tokens=total))
+        unit_lines(stream, batch_lines(stream, (), batch_size=batch_size, seq_len=tokens.seq_len, tokens=total))
         for stream in models
     ]
     largest = max(reading, key=lambda lines: sum(size for _, size in lines))

@@ -118,7 +118,7 @@ def forecast(stream: Stream, token_set: TokenSet, *, batch_size: int) -> Forecas
     text = text_lines(total)
     return Forecast(
         stages=(
-            Stage(name="reading a layer", lines=(*unit_lines(stream), *batch, *text)),
+            Stage(name="reading a layer", lines=(*unit_lines(stream, batch), *text)),
             Stage(name="judging predictions", lines=(*head_lines(stream), (LOGITS, logits), *text)),
             Stage(name="counting", lines=(counting, *text)),
         )

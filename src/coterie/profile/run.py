@@ -31,12 +31,13 @@ from coterie.model.stream.memory import (
     Stage,
     batch_lines,
     fitting_batch,
+    head_lines,
     peak_bytes,
     sample_lines,
     text_lines,
     unit_lines,
 )
-from coterie.model.stream.stream import Stream
+from coterie.model.stream.stream import Call, Stream
 from coterie.outputs import check_output, is_empty_folder
 from coterie.profile.calibration import TokenSet
 from coterie.profile.collect import Collector, statistics_bytes
@@ -322,17 +323,19 @@ class Measure:
     def forecast(self, stream: Stream, layers: tuple[MoELayer, ...]) -> Forecast:
         """Say how much memory measuring takes at most."""
         total, seq_len = sum(self.token_set.num_tokens.values()), self.token_set.seq_len
-        unit, text = unit_lines(stream), text_lines(total)
+        text = text_lines(total)
         sums = max(statistics_bytes(layer, self.statistics, len(self.token_set.domains)) for layer in layers)
         batch = batch_lines(
             stream, layers, batch_size=self.batch_size, seq_len=seq_len, tokens=total, gradients=self.gradients
         )
         sample = sample_lines(layers, min(self.sample_tokens, total))
-        stages = [Stage(name="measuring a layer", lines=(*unit, *batch, *sample, (STATISTICS, sums), *text))]
+        lines = (*unit_lines(stream, batch), *sample, (STATISTICS, sums), *text)
+        stages = [Stage(name="measuring a layer", lines=lines)]
         if self.gradients:
             vocab_size = int(stream.model.config.get_text_config().vocab_size)
             size = logits_bytes(batch_size=self.batch_size, seq_len=seq_len, vocab_size=vocab_size)
-            stages.append(Stage(name="the loss and its gradient", lines=(*unit, (LOGITS, size), *text)))
+            lines = (*head_lines(stream), (LOGITS, size), *text)
+            stages.append(Stage(name="the loss and its gradient", lines=lines))
         return Forecast(stages=tuple(stages))
 
     def collector(self) -> Collector:
@@ -351,7 +354,6 @@ class Measure:
             layers: its MoE layers.
             skip: indices of layers that are run but not measured.
         """
-        model: Any = stream.model
         domains, batches = zip(*self.batches(), strict=True)
         jobs = [stream.loss_job(ids_BS) if self.gradients else stream.base_job(ids_BS) for ids_BS in batches]
         left = {layer.index for layer in layers} - set(skip)
@@ -362,23 +364,12 @@ class Measure:
                 continue
             new = {layer.index for layer in here} & left
             if new and not stage.backward:
-                with proving(model, here):
+                with proving(stream.model, here):
                     stage.calls[0].compute()
             measuring = stage.backward == self.gradients
             collectors = {index: self.collector() for index in sorted(new) if measuring}
             for call in stage.calls:
-                # Layers that are not measured are observed too: they must hand on the same numbers as those that are.
-                gradients: dict[int, Tensor] = {}
-                outputs: list[Any] = []
-                watched = self.fields if measuring else ()
-                with observed(model, here, thin=self.thin, gradients=gradients, fields=watched) as observations:
-                    answer = call.compute(watch=outputs.append)
-                output = outputs[0] if stage.backward else answer
-                for observation in observations:
-                    if (index := observation.layer.index) in collectors:
-                        seen = replace(with_residual(observation, output), gradient_TD=gradients.get(index))
-                        collectors[index].add(domains[call.job], seen)
-                call.finish(answer)
+                self._pass(stream, call, here, stage.backward, domains[call.job], collectors)
             for index, collector in collectors.items():
                 yield index, collector.statistics, collector.sample()
             left -= collectors.keys()
@@ -386,6 +377,32 @@ class Measure:
                 return
         if left:
             raise ArchitectureMismatch(f"text ran through the model without passing its MoE layers {sorted(left)}")
+
+    def _pass(
+        self,
+        stream: Stream,
+        call: Call,
+        layers: tuple[MoELayer, ...],
+        backward: bool,
+        domain: int,
+        collectors: Mapping[int, Collector],
+    ) -> None:
+        """Compute one call of a unit, and measure the layers that have a collector.
+
+        A function of its own: what is observed holds the unit's weights, which must be gone when the next one is read.
+        """
+        # Layers that are not measured are observed too: they must hand on the same numbers as those that are.
+        gradients: dict[int, Tensor] = {}
+        outputs: list[Any] = []
+        watched = self.fields if backward == self.gradients else ()
+        with observed(stream.model, layers, thin=self.thin, gradients=gradients, fields=watched) as observations:
+            answer = call.compute(watch=outputs.append)
+        output = outputs[0] if backward else answer
+        for observation in observations:
+            if (index := observation.layer.index) in collectors:
+                seen = replace(with_residual(observation, output), gradient_TD=gradients.get(index))
+                collectors[index].add(domain, seen)
+        call.finish(answer)
 
     def profile(
         self,

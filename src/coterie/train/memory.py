@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from coterie.amounts import format_bytes
 from coterie.model.arch.layers import MoELayer
 from coterie.model.stream.loss import logits_bytes
-from coterie.model.stream.memory import LOGITS, Stage, batch_lines, text_lines, unit_lines
+from coterie.model.stream.memory import LOGITS, Stage, batch_lines, head_lines, text_lines, unit_lines
 from coterie.model.stream.stream import Stream
 from coterie.profile.calibration import TokenSet
 from coterie.train.distill import KEPT, MICRO, SEQUENCES
@@ -77,15 +77,19 @@ def training_stage(model: PreTrainedModel, layers: Sequence[MoELayer], *, seq_le
     return Stage(name="training the result as a whole", lines=lines, device=device)
 
 
-def predicting_stage(stream: Stream, layers: Sequence[MoELayer], token_set: TokenSet, *, batch_size: int) -> Stage:
+def predicting_stages(
+    stream: Stream, layers: Sequence[MoELayer], token_set: TokenSet, *, batch_size: int
+) -> tuple[Stage, ...]:
     """Say how much memory the original's predictions of a text take at most."""
     vocab_size = int(stream.model.config.get_text_config().vocab_size)
     total, seq_len = sum(token_set.num_tokens.values()), token_set.seq_len
     logits = logits_bytes(batch_size=batch_size, seq_len=seq_len, vocab_size=vocab_size)
     batch = batch_lines(stream, layers, batch_size=batch_size, seq_len=seq_len, tokens=total)
-    larger = max((*batch, (LOGITS, logits)), key=lambda line: line[1])  # one after the other
-    lines = (*unit_lines(stream), larger, *text_lines(2 * total))
-    return Stage(name="the original's predictions", lines=lines)
+    text = text_lines(2 * total)  # and its sequences one after another
+    return (
+        Stage(name="reading text to train on", lines=(*unit_lines(stream, batch), *text)),
+        Stage(name="the original's predictions", lines=(*head_lines(stream), (LOGITS, logits), *text)),
+    )
 
 
 def may_distill(stage: Stage, *, limit: int | None) -> bool:

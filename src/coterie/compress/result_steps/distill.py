@@ -20,7 +20,7 @@ from coterie.profile.calibration import TokenSet
 from coterie.profile.self_text import SELF
 from coterie.train.cost import say_cost
 from coterie.train.distill import distill, make_predictions
-from coterie.train.memory import may_distill, predicting_stage, training_stage
+from coterie.train.memory import may_distill, predicting_stages, training_stage
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +82,8 @@ def prepare(job: Job) -> Prepared | None:
         top_k=shape.top_k or layers[0].top_k, device=device,
     )  # fmt: skip
     size = fitting_batch(BATCH_SIZE, seq_len=token_set.seq_len, hidden_size=layers[0].hidden_size)
-    predicting = predicting_stage(job.stream, layers, token_set, batch_size=size)
-    return Prepared(token_set=token_set, tokens=tokens, batch_size=size, stages=(predicting, training))
+    predicting = predicting_stages(job.stream, layers, token_set, batch_size=size)
+    return Prepared(token_set=token_set, tokens=tokens, batch_size=size, stages=(*predicting, training))
 
 
 def run(work: Work, prepared: Prepared) -> None:

@@ -2,7 +2,8 @@
 
 A stage is a list of lines, each what takes memory and how many bytes; its lines exist at the same time, stages come one
 after another. Functions give the lines of each kind of stage: a unit that streams by (while it is read and converted,
-or compressed, parts of it exist twice), the activations of a batch, logits, a token sample, text, whole models.
+or compressed, parts of it exist twice; while it runs, it is there once), the activations of a batch, logits, a token
+sample, text, whole models.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Stage:
     @property
     def num_bytes(self) -> int:
         """Bytes in all."""
-        return sum(size for _, size in self.lines) + FIXED_BYTES
+        return _total(self.lines) + FIXED_BYTES
 
     def __str__(self) -> str:
         lines = (*self.lines, (REST, FIXED_BYTES))
@@ -125,10 +126,23 @@ class Forecast:
             log.info("memory: %s", stage)
 
 
-def unit_lines(stream: Stream, *, copies: float = READ_COPIES) -> tuple[Line, ...]:
-    """Return what the largest unit of a stream takes; only headers are looked at."""
+def unit_lines(stream: Stream, running: Sequence[Line] = (), *, copies: float = READ_COPIES) -> tuple[Line, ...]:
+    """Return what the largest unit of a stream takes; only headers are looked at.
+
+    Args:
+        stream: the model.
+        running: what is there while a unit runs, and not while one is read.
+        copies: how many times parts of the unit exist while it is read, or compressed.
+    """
     largest = max(stream.units, key=stream.unit_bytes)
-    return ((f"{largest.name}, {copies:g} times", int(copies * stream.unit_bytes(largest))),)
+    size = stream.unit_bytes(largest)
+    reading: Sequence[Line] = ((f"reading and converting {largest.name}", int((copies - 1) * size)),)
+    both = (*reading, *running) if stream.reads_ahead else max(reading, running, key=_total)
+    return ((largest.name, size), *both)
+
+
+def _total(lines: Iterable[Line]) -> int:
+    return sum(size for _, size in lines)
 
 
 def batch_lines(
@@ -154,8 +168,8 @@ def batch_lines(
     embedding: Any = stream.model.get_input_embeddings()
     hidden_size = int(embedding.weight.shape[-1])
     inner = max((layer.top_k * (3 * layer.width + layer.hidden_size) for layer in layers), default=4 * hidden_size)
-    # Numbers that a token leaves behind: measured, with what the heap keeps of them between batches.
-    numbers = (36 * hidden_size + 5 * inner) if gradients else (18 * hidden_size + 3 * inner)
+    # Numbers that a token leaves behind, as measured on the bundled models; what the heap keeps is in the rest.
+    numbers = (16 * hidden_size + 2 * inner) if gradients else (8 * hidden_size + 2 * inner)
     written_out = config._attn_implementation != "sdpa"
     if written_out:
         numbers += (6 if gradients else 3) * int(config.num_attention_heads) * seq_len
@@ -170,7 +184,7 @@ def batch_lines(
 def head_lines(stream: Stream) -> tuple[Line, ...]:
     """Return what the units outside the base model, as a rule the head, take together."""
     size = sum(stream.unit_bytes(unit) for unit in stream.outside())
-    return ((f"head, {READ_COPIES:g} times", int(READ_COPIES * size)),)
+    return (("head, read and converted", int(READ_COPIES * size)),)
 
 
 def sample_lines(layers: Iterable[MoELayer], sample_tokens: int) -> tuple[Line, ...]:
