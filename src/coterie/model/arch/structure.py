@@ -72,10 +72,7 @@ class Block:
 
     def number_place(self, name: str) -> int:
         """Return which component of a name of a single expert's tensor, between dots, is the number of the expert."""
-        depth = len(self.stack.split(".")) + 1  # the stack and the number of the layer
-        return next(
-            place for place, component in enumerate(name.split(".")) if place >= depth and component.isdecimal()
-        )
+        return _number_place(self.stack, name)
 
 
 def integer_entries(config: Mapping[str, Any], path: DottedName = ()) -> Iterator[tuple[DottedName, int]]:
@@ -215,6 +212,7 @@ def _find_block(
             for rest, info in experts
             if next(component for component in rest if component.isdecimal()) == "0"
         ]
+        check_experts(((info.name, _number_place(stack, info.name)) for _, info in experts), num_experts)
     rows = _router_rows(num_experts, counts)
     prefix, router = _find_router(others, modules, rows, spare)
     scored = {info.name: (info, _router_axis(rest, info, rows, spare)) for rest, info in router}
@@ -236,6 +234,45 @@ def _find_block(
         router_axes={name: info.shape.index(extent) for name, (info, extent) in scored.items() if extent is not None},
         shared=tuple(shared),
     )
+
+
+def _number_place(stack: str, name: str) -> int:
+    depth = len(stack.split(".")) + 1  # the stack and the number of the layer
+    return next(place for place, component in enumerate(name.split(".")) if place >= depth and component.isdecimal())
+
+
+def check_experts(placed: Iterable[tuple[str, int]], num_experts: int) -> None:
+    """Check that all experts of a layer are there, each with the matrices and biases that the others have.
+
+    Args:
+        placed: names of their tensors, each with the component between dots that is the number of the expert.
+        num_experts: E.
+
+    Raises:
+        CorruptCheckpoint: something is missing; names the expert.
+    """
+    parents: dict[DottedName, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name, place in placed:
+        components = name.split(".")
+        rest = components[place + 1 :]
+        # Storage formats give a matrix several tensors, and may give them to some experts only.
+        owner = rest if len(rest) == 1 or rest[-1] == "bias" else rest[:-1]
+        parents[tuple(components[:place])][int(components[place])].add(".".join(owner))
+    for parent, experts in parents.items():
+        where = ".".join(parent)
+        absent = sorted(set(range(num_experts)) - experts.keys())
+        if absent:
+            raise CorruptCheckpoint(
+                f"{where} holds {len(experts)} of the {num_experts} experts; expert {absent[0]} is missing: fetch the "
+                "checkpoint again"
+            )
+        every = set().union(*experts.values())
+        for expert, owners in sorted(experts.items()):
+            if owners < every:
+                raise CorruptCheckpoint(
+                    f"{where}.{expert} has no {min(every - owners)}, which other experts beside it have: fetch the "
+                    "checkpoint again"
+                )
 
 
 def _separate_experts(

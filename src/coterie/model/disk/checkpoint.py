@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import CorruptCheckpoint, NotACheckpoint, UnsupportedDtype
+from coterie.model.disk.damage import check_no_pointer
 from coterie.model.disk.header import HEADER_LIMIT, absence, parse_json, read_header
 from coterie.model.disk.tensors import TORCH_NAMES, TensorInfo
 
@@ -304,6 +305,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_text(file: Path, limit: int) -> bytes:
+    check_no_pointer(file)
     with file.open("rb") as stream:
         content = stream.read(limit + 1)
     if len(content) > limit:
