@@ -43,5 +43,7 @@ def result_config(architecture: Architecture, plan: Plan) -> dict[str, Any]:
 def carry_files(checkpoint: Checkpoint, folder: Path) -> None:
     """Copy the tokenizer and all other files that are neither weights nor config."""
     for file in checkpoint.other_files():
-        if file.name != MANIFEST:
-            shutil.copyfile(file, folder / file.name)
+        name = file.relative_to(checkpoint.path)
+        if name != Path(MANIFEST):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)
