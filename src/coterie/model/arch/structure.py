@@ -30,6 +30,10 @@ _TOP_K_RANKS = (
     re.compile(r"(moe|router).*(top_?k|per_tok)|moe_k$"),
     re.compile(r"^top_?k$|per_tok"),
 )
+# Names that mean nothing else, whatever the model.
+_SURELY_TOP_K = re.compile(
+    r"experts_per_tok(en)?$|top_?k_experts$|experts_top_?k$|moe_top_?k$|moe_k$|selected_experts$"
+)
 _NOT_TOP_K = re.compile(r"group|norm|method|index|scal")
 _ATTENTION = re.compile(r"attn|attention|mamba|conv|ssm")
 _ROUTER = re.compile(r"router|(^|_)gate$")
@@ -86,6 +90,14 @@ def integer_entries(config: Mapping[str, Any], path: DottedName = ()) -> Iterato
             )
         elif (number := _as_integer(value)) is not None:
             yield (*path, str(key)), number
+
+
+def _entries(config: Mapping[str, Any], path: DottedName = ()) -> Iterator[tuple[DottedName, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value
 
 
 def _as_integer(value: Any) -> int | None:
@@ -146,6 +158,25 @@ def chosen_experts(config: Mapping[str, Any], path: DottedName, num_experts: int
         f"config.json does not say how many of the {num_experts} experts a token chooses; "
         "expected an entry like num_experts_per_tok or moe_topk"
     )
+
+
+def check_chosen(config: Mapping[str, Any], where: str) -> None:
+    """Check what config.json says of the number of experts that a token chooses, before any model is built from it.
+
+    Raises:
+        CorruptCheckpoint: it is no number of experts that can be chosen.
+    """
+    most = max(expert_counts(config).values(), default=0)
+    for path, value in _entries(config):
+        if value is None or not most or not _SURELY_TOP_K.search(path[-1]):
+            continue
+        values = value if isinstance(value, list) else [value]
+        wrong = next((each for each in values if type(each) is not int or not 1 <= each <= most), None)
+        if wrong is not None:
+            raise CorruptCheckpoint(
+                f"{where}: config.json says {'.'.join(path)} = {wrong!r}, but a token can choose 1 to {most} experts; "
+                "fetch config.json again, or mend it in a copy of the folder"
+            )
 
 
 def split_name(name: str) -> Place | None:

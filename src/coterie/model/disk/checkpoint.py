@@ -89,6 +89,7 @@ class Checkpoint:
                 raise CorruptCheckpoint(
                     f"{folder / weights.index_name} places tensor {name!r} in {shard}, which does not hold it"
                 )
+        _check_depth(folder, config, tensors)
         digest = _digest(folder, config, tensors)
         return cls(path=folder, config=config, tensors=tensors, digest=digest, pickled=weights.pickled)
 
@@ -295,7 +296,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CorruptCheckpoint(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise NotACheckpoint(f"{file} names no model_type, so transformers cannot tell what model it is")
+    named = config.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise CorruptCheckpoint(
+            f"{file} says architectures = {str(named)[:80]}, expected a list with the name of a class; fetch it again"
+        )
     return config
+
+
+def _check_depth(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise CorruptCheckpoint for a number of layers that no model has, before one is built from it."""
+    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for key in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+            depth = part.get(key)
+            if isinstance(depth, int) and (depth > len(tensors) or (depth < 1 and key == "num_hidden_layers")):
+                raise CorruptCheckpoint(
+                    f"{folder / 'config.json'} says {key} = {depth}, but the weight files hold {len(tensors)} tensors, "
+                    "and every layer has some; config and weights are not of one model: fetch them again"
+                )
 
 
 def _read_text(file: Path, limit: int) -> bytes:

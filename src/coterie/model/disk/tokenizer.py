@@ -36,12 +36,12 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, LookupError) as error:
+        except Exception as error:  # every tokenizer class checks its files, and config.json, in its own way
             if "trust_remote_code=True" in str(error):  # which it asks for
                 raise InputError(_needs_own_code(path)) from error
-            first_line = str(error).strip().split("\n")[0]
+            reason = " ".join(str(error).split())[:300]
             raise InputError(
-                f"{path} has no tokenizer that loads ({first_line}); put its files beside the weights"
+                f"{path} has no tokenizer that loads ({reason}); put its files beside the weights"
             ) from error
     # Where a family has a tokenizer class of its own, transformers makes an empty one out of nothing.
     if set(tokenizer.get_vocab()) <= set(tokenizer.get_added_vocab()):
