@@ -180,7 +180,7 @@ def test_an_entry_with_another_meaning_is_noticed(
         return config if width is None else with_values(config, {("norm_topk_prob",): False}, architecture.model)
 
     monkeypatch.setattr("coterie.model.arch.load.resized_config", resized)
-    monkeypatch.setattr("coterie.compress.work.resized_config", resized)
+    monkeypatch.setattr("coterie.compress.output.resized_config", resized)
     with pytest.raises(ArchitectureMismatch, match="computes something else beside them"):
         compress(olmoe, tmp_path / "out", width=8, recipe="heapr", profile=gradient_profile)
     assert list(tmp_path.iterdir()) == []

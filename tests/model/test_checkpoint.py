@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from hypothesis import given, settings
@@ -535,16 +536,25 @@ def test_a_hub_id_that_cannot_be_fetched(name):
 def test_a_hub_id_is_fetched(sharded, monkeypatch):
     asked = []
 
-    def fetch(name, *, allow_patterns):
-        asked.append((name, allow_patterns))
+    def fetch(name, *, ignore_patterns):
+        asked.append((name, ignore_patterns))
         return str(sharded)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert Checkpoint.open("someone/some-model").path == sharded
     [(name, patterns)] = asked
     assert name == "someone/some-model"
-    assert not any(pattern in patterns for pattern in ("*", "*.py")), "no code is fetched"
-    assert not any("bin" in pattern for pattern in patterns), "no pickles are fetched"
+    belongs = {
+        "config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+        "tokenizer.json", "qwen.tiktoken", "LICENSE", "modeling.py", "additional_chat_templates/tool_use.jinja",
+    }  # fmt: skip
+    copies = {
+        "pytorch_model.bin", "original/consolidated.00.pth", "original/params.json", "consolidated.safetensors",
+        "metal/model.bin", "model.gguf", "onnx/model.onnx_data", "original/model.safetensors", ".gitattributes",
+        "consolidated.safetensors.index.json", "fp8/model-00001-of-00002.safetensors",
+    }  # fmt: skip
+    fetched = set(huggingface_hub.utils.filter_repo_objects(belongs | copies, ignore_patterns=patterns))
+    assert fetched == belongs, "all that is carried along, and the weights once"
     Checkpoint.open("someone/some-model", allow_pickle=True)
     assert len(asked) == 2, "safetensors are there: pickles are not fetched beside them"
 
@@ -552,7 +562,7 @@ def test_a_hub_id_is_fetched(sharded, monkeypatch):
 def test_pickles_are_fetched_when_allowed_and_nothing_else_is_there(tmp_path, monkeypatch):
     make(tmp_path, {})
 
-    def fetch(name, *, allow_patterns):
+    def fetch(name, *, allow_patterns=(), ignore_patterns=()):
         if "pytorch_model*.bin" in allow_patterns:
             torch.save({"x": torch.ones(2)}, tmp_path / PICKLE_NAME)
         return str(tmp_path)
@@ -650,13 +660,17 @@ def test_a_shard_that_is_no_regular_file(sharded):
         Checkpoint.open(sharded)
 
 
-def test_links_to_files_belong_to_the_model_and_links_to_folders_do_not(sharded, tmp_path):
+def test_links_to_files_and_folders_belong_to_the_model(sharded, tmp_path):
     (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.jinja").write_text("x")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "elsewhere")
+    (sharded / "round").symlink_to(sharded)
     (tmp_path / "merges.txt").write_text("x")
     (sharded / "merges.txt").symlink_to(tmp_path / "merges.txt")
     (sharded / "folder").symlink_to(tmp_path / "elsewhere")
     os.mkfifo(sharded / "pipe")
-    assert [file.name for file in Checkpoint.open(sharded).other_files()] == ["merges.txt"]
+    found = [str(file.relative_to(sharded)) for file in Checkpoint.open(sharded).other_files()]
+    assert found == ["folder/a.jinja", "merges.txt"]
 
 
 def test_stamps_follow_every_write(cached):
@@ -858,16 +872,22 @@ def test_the_digest_follows_names_and_shapes(tmp_path):
 
 
 def test_other_files_are_what_belongs_to_the_model_beside_weights_and_config(sharded):
-    belongs = {"tokenizer.json", "chat_template.jinja", "README.md", "generation_config.json", "merges.txt", "model.py"}
+    belongs = {
+        "tokenizer.json", "chat_template.jinja", "README.md", "generation_config.json", "merges.txt", "model.py",
+        "LICENSE", "qwen.tiktoken", "additional_chat_templates/tool_use.jinja", "code/parts/model.py", "params.txt",
+    }  # fmt: skip
     weights = {
         "pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", "model.onnx", "rust_model.ot", "tf_model.h5",
         "x.pt", "consolidated.pth", "flax_model.msgpack", "adapter.safetensors", "adapter.safetensors.index.json",
+        "original/params.json", "original/tokenizer.model", "metal/model.bin", "metal/config.json", "params.json",
+        "checkpoint-10/model.safetensors", "checkpoint-10/trainer_state.json", "onnx/model.onnx_data",
     }  # fmt: skip
-    for name in belongs | weights | {".gitattributes", ".DS_Store"}:
+    hidden = {".gitattributes", ".DS_Store", ".git/config", ".cache/huggingface/x.metadata", "__pycache__/model.pyc"}
+    for name in belongs | weights | hidden:
+        (sharded / name).parent.mkdir(parents=True, exist_ok=True)
         (sharded / name).write_text("x")
-    (sharded / "original").mkdir()
     found = Checkpoint.open(sharded).other_files()
-    assert {file.name for file in found} == belongs
+    assert {file.relative_to(sharded).as_posix() for file in found} == belongs
     assert list(found) == sorted(found)
 
 

@@ -15,6 +15,7 @@ from coterie.compress.allocators.problem import Problem, load_allocator
 from coterie.compress.check import check_layers
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods import load_decide, load_pass, needs_of
+from coterie.compress.output import result_config
 from coterie.compress.plan import Plan, Router
 from coterie.compress.recipes import Recipe, Step, get_recipe
 from coterie.compress.request import Request
@@ -194,7 +195,12 @@ def checked(source: Source, plan: Plan) -> Plan:
 
 
 def weighed(source: Source, plan: Plan) -> Plan:
-    """Return a plan with the bytes and the parameters of its result counted from the headers."""
+    """Return a plan with the bytes and the parameters of its result counted from the headers.
+
+    Raises:
+        Infeasible, ArchitectureMismatch: config.json cannot say what the plan does.
+    """
+    result_config(source.architecture, plan)
     sizing = source.sizing(keeps_rows=plan.mapped)
     return replace(
         plan,

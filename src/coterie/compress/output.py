@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import shutil
 from pathlib import Path
+from typing import Any
 
 from coterie.amounts import format_bytes
+from coterie.compress.plan import Plan
 from coterie.errors import OutOfSpace
+from coterie.model.arch.layers import Architecture
+from coterie.model.arch.resize import resized_config
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.manifest import MANIFEST
 
@@ -23,8 +27,23 @@ def check_space(folder: Path, num_bytes: int) -> None:
         )
 
 
+def result_config(architecture: Architecture, plan: Plan) -> dict[str, Any]:
+    """Return the content of a result's config.json.
+
+    Raises:
+        Infeasible, ArchitectureMismatch: config.json cannot say what the plan does.
+    """
+    if not plan.mapped and not plan.ragged:
+        return resized_config(architecture, plan.shape.num_experts, plan.shape.width, plan.shape.top_k)
+    # A mapped result keeps the router's E rows, a ragged one the full width, and the config says so, while the files
+    # hold less: stock loaders refuse them.
+    return dict(architecture.config)
+
+
 def carry_files(checkpoint: Checkpoint, folder: Path) -> None:
     """Copy the tokenizer and all other files that are neither weights nor config."""
     for file in checkpoint.other_files():
-        if file.name != MANIFEST:
-            shutil.copyfile(file, folder / file.name)
+        name = file.relative_to(checkpoint.path)
+        if name != Path(MANIFEST):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)

@@ -50,6 +50,7 @@ class Source:
             architecture=architecture,
             conversion=WeightConversion(checkpoint, architecture.model),
         )
+        source.conversion.check_whole(architecture.model)
         source.check_dtypes()
         return source
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from coterie.artifact import write_json
 from coterie.compress.layer import LayerSummary
-from coterie.compress.output import carry_files
+from coterie.compress.output import carry_files, result_config
 from coterie.compress.plan import Plan
 from coterie.compress.prepare import Job
 from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard, write_index
 from coterie.journal import Run
 from coterie.model.arch.layers import MoELayer
-from coterie.model.arch.resize import resized_config
 from coterie.model.disk.manifest import LayerEntry, Manifest, ResultForm
 from coterie.profile.profile import Profile
 
@@ -64,7 +62,7 @@ class Work:
         """Write all that makes weight files a checkpoint."""
         num_bytes = write_index(self.run.folder, self.shards)
         assert num_bytes == self.plan.predicted_bytes, f"planned {self.plan.predicted_bytes} bytes, wrote {num_bytes}"
-        write_json(self.run.folder / "config.json", self._config())
+        write_json(self.run.folder / "config.json", result_config(self.job.source.architecture, self.plan))
         carry_files(self.job.source.checkpoint, self.run.folder)
         self.write_manifest()
 
@@ -73,14 +71,6 @@ class Work:
         manifest = self._manifest()
         manifest.write(self.run.folder, {"model": self.job.source.checkpoint.digest, "text": self._text()[3]})
         return manifest
-
-    def _config(self) -> dict[str, Any]:
-        if not self.plan.mapped and not self.plan.ragged:
-            shape = self.plan.shape
-            return resized_config(self.job.source.architecture, shape.num_experts, shape.width, shape.top_k)
-        # A mapped result keeps the router's E rows, a ragged one the full width, and the config says so, while the
-        # files hold less: stock loaders refuse them.
-        return dict(self.job.source.checkpoint.config)
 
     def _text(self) -> tuple[Sequence[str], int, int, str]:
         """Return domains, number of tokens, tokens in a sequence and digest of the text that was measured."""

@@ -183,8 +183,9 @@ def check_result(model: str | Path, result: Result) -> None:
     manifest = Manifest.read(result.out)
     require(manifest is not None and manifest.content() == result.manifest.content(), "another manifest on disk")
     for file in source.other_files():
-        copy = result.out / file.name
-        require(copy.is_file() and copy.read_bytes() == file.read_bytes(), f"{file.name} was not carried along")
+        place = file.relative_to(source.path)
+        copy = result.out / place
+        require(copy.is_file() and copy.read_bytes() == file.read_bytes(), f"{place} was not carried along")
     if result.manifest.form is ResultForm.PLAIN:
         new_model, info = _load_stock(result.out)
         require(not any(info.values()), f"{result.out} does not load whole: {info}")

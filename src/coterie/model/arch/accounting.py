@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from coterie.errors import ArchitectureMismatch, Infeasible
-from coterie.model.arch.structure import Block
+from coterie.model.arch.structure import Block, check_experts
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.encodings.plain import Plain
 from coterie.model.disk.encodings.ragged import Ragged
@@ -46,6 +46,7 @@ def layer_tensors(
 
     Raises:
         ArchitectureMismatch: a layer has no expert or no router tensor in the checkpoint.
+        CorruptCheckpoint: an expert, or a matrix of one, is missing.
     """
     router_of = {name: layer.index for layer in layers for name, _ in layer.router_tensors}
     experts_of = {layer.experts: layer.index for layer in layers}
@@ -61,6 +62,14 @@ def layer_tensors(
         for kind, listed in (("experts", names), ("router", router_names)):
             if not listed:
                 raise ArchitectureMismatch(f"{checkpoint.path}: no tensor of the {kind} of {layer.block} was found")
+        # Within a layer, the first number that is not the same everywhere is that of the expert.
+        split = [name.split(".") for name in names]
+        places = range(min(map(len, split)))
+        at_place = [{components[place] for components in split} for place in places]
+        numbers = (place for place in places if len(at_place[place]) > 1 and all(map(str.isdecimal, at_place[place])))
+        place = next(numbers, None)
+        if place is not None:
+            check_experts(((name, place) for name in names), layer.num_experts)
     return tuple(
         LayerTensors(experts=tuple(names), router=tuple(others)) for names, others in zip(experts, routers, strict=True)
     )

@@ -75,6 +75,30 @@ class WeightConversion:
             if not dtypes and dtype is not None and state[name].is_floating_point():
                 put(self._model, name, state[name].to(dtype))
 
+    def all_sources(self, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+        """Return `sources`, of tied weights also under the name that is not on disk.
+
+        Args:
+            model: the model whose weights they become.
+        """
+        sources = dict(self.sources)
+        tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+        for target, source in tied.items():
+            for missing, there in ((target, source), (source, target)):
+                if missing not in sources and there in sources:
+                    sources[missing] = sources[there]
+        return sources
+
+    def check_whole(self, model: PreTrainedModel) -> None:
+        """Raise CorruptCheckpoint where a tensor that the model needs is made from nothing."""
+        state = model.state_dict()
+        missing = sorted(state.keys() - self.all_sources(model).keys())
+        if missing:
+            raise CorruptCheckpoint(
+                f"{self._checkpoint.path}: {missing[0]} is missing, and {len(missing) - 1} others of the "
+                f"{len(state)} tensors that the model needs; fetch the checkpoint again"
+            )
+
     def read(
         self, reader: TensorReader, names: Iterable[str], dtype: torch.dtype = torch.float32
     ) -> tuple[dict[str, Tensor], list[Any]]:

@@ -27,7 +27,19 @@ def whole_numbers(config: Mapping[str, Any]) -> Iterator[tuple[Entry, int]]:
             yield path, value
 
 
-def with_value(config: Mapping[str, Any], path: Entry, value: int) -> dict[str, Any]:
+def value_at(config: Mapping[str, Any], model: PreTrainedModel, path: Entry) -> int | None:
+    """Return the whole number at a path of config.json, else the default of the config class; None without either."""
+    inner: Any = config
+    for key in path:
+        inner = inner.get(key) if isinstance(inner, Mapping) else None
+    if inner is None:
+        inner = model.config
+        for key in path:
+            inner = getattr(inner, key, None)
+    return inner if type(inner) is int else None
+
+
+def with_value(config: Mapping[str, Any], path: Entry, value: Any) -> dict[str, Any]:
     """Return a copy with another value at a path."""
     changed = copy.deepcopy(dict(config))
     inner = changed
@@ -37,7 +49,7 @@ def with_value(config: Mapping[str, Any], path: Entry, value: int) -> dict[str, 
     return changed
 
 
-def with_values(config: Mapping[str, Any], values: Mapping[Entry, int], model: PreTrainedModel) -> dict[str, Any]:
+def with_values(config: Mapping[str, Any], values: Mapping[Entry, Any], model: PreTrainedModel) -> dict[str, Any]:
     """Return a copy with other values, under all names that each entry has there.
 
     Args:

@@ -23,6 +23,7 @@ from coterie.model.arch.structure import (
     Block,
     DottedName,
     Place,
+    check_chosen,
     chosen_experts,
     expert_counts,
     find_blocks,
@@ -189,6 +190,7 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
     limit = None if budget is None else parse_bytes(budget)
     checkpoint = Checkpoint.open(model)
     config, tensors = checkpoint.config, checkpoint.tensors
+    check_chosen(config, str(checkpoint.path))
     places, counts, storage = _places(checkpoint), expert_counts(config), _Storage(config)
     described = _find_layers(checkpoint, places, counts, storage)
     running, moe_layers = [block for block, _ in described], [layer for _, layer in described]

@@ -28,6 +28,7 @@ from coterie.model.arch.experts import canonical_experts, is_experts
 from coterie.model.arch.meta import meta_model
 from coterie.model.arch.probe import probe_top_k, run_on_nothing
 from coterie.model.arch.routing import routing_problem
+from coterie.model.arch.structure import check_chosen
 from coterie.model.disk.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class Architecture:
             NotAMoE: the model has no experts that go through the common interface.
             ArchitectureMismatch: router tensors or the expert count's config key are ambiguous.
         """
+        check_chosen(checkpoint.config, str(checkpoint.path))
         return cls.from_config(checkpoint.config, where=str(checkpoint.path))
 
     @classmethod

@@ -22,6 +22,7 @@ from coterie.model.arch.layers import Architecture
 from coterie.model.arch.mapped import attach_maps, maps_of, widen_routers
 from coterie.model.arch.meta import make_buffers, meta_model
 from coterie.model.arch.resize import resized_config
+from coterie.model.arch.structure import check_chosen
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.filled import filled_up
@@ -51,6 +52,7 @@ def load_model(
     chosen: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
     manifest = Manifest.read(stored.path)
     checkpoint = stored if manifest is None else filled_up(stored, manifest.ragged)
+    check_chosen(checkpoint.config, str(checkpoint.path))
     meta = meta_model(checkpoint.config, where=str(checkpoint.path))
     loaded: PreTrainedModel
     info: dict[str, Any]
@@ -96,6 +98,7 @@ def checkpoint_meta_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> PreT
         architecture = Architecture.of(checkpoint)
         maps = maps_of(manifest, architecture.layers)
         return result_meta_model(architecture, manifest.layers[0].num_experts_after, maps=maps, dtype=dtype)
+    check_chosen(checkpoint.config, str(checkpoint.path))
     model = meta_model(checkpoint.config, where=str(checkpoint.path), dtype=dtype)
     make_buffers(model)
     return model

@@ -11,9 +11,9 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from coterie.errors import CorruptCheckpoint, NotACheckpoint
+from coterie.errors import CorruptCheckpoint, InputError, NotACheckpoint
 from coterie.model.quiet import quiet
 
 
@@ -30,6 +30,7 @@ def meta_model(
     Raises:
         NotACheckpoint: transformers does not know the model type.
         CorruptCheckpoint: transformers knows it, but cannot build a model from the config.
+        InputError: the config names a class without a head, which predicts nothing.
     """
     model_type = config["model_type"]
     if model_type not in CONFIG_MAPPING:
@@ -51,12 +52,24 @@ def meta_model(
                 auto: Any = AutoModelForCausalLM if text else AutoModelForImageTextToText
                 model = auto.from_config(parsed, dtype=dtype or torch.float32, trust_remote_code=False)
         except Exception as error:  # every family checks its config in its own way
-            first_line = str(error).strip().split("\n")[0]
+            reason = " ".join(str(error).split())[:300]
             raise CorruptCheckpoint(
-                f"{where}: no {model_type} model can be built from its config.json "
-                f"({type(error).__name__}: {first_line})"
+                f"{where}: no {model_type} model can be built from its config.json ({type(error).__name__}: {reason})"
             ) from error
+    if model.base_model is model and model.get_output_embeddings() is None:
+        raise InputError(_without_head(where, type(model).__name__, type(parsed)))
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _without_head(where: str, name: str, config_class: type) -> str:
+    """Say that a class predicts nothing, and which class of the same family does."""
+    mappings: tuple[Any, ...] = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    whole = next((mapping[config_class].__name__ for mapping in mappings if config_class in mapping), "one that has it")
+    return (
+        f"{where}: config.json names {name}, a class without a head, which predicts no token, so that nothing can be "
+        f"measured or compared; if the checkpoint has the head (lm_head), name {whole} under architectures in a copy "
+        "of the folder, else pass the model that this one was made from"
+    )
 
 
 def make_buffers(model: PreTrainedModel) -> None:

@@ -30,6 +30,10 @@ _TOP_K_RANKS = (
     re.compile(r"(moe|router).*(top_?k|per_tok)|moe_k$"),
     re.compile(r"^top_?k$|per_tok"),
 )
+# Names that mean nothing else, whatever the model.
+_SURELY_TOP_K = re.compile(
+    r"experts_per_tok(en)?$|top_?k_experts$|experts_top_?k$|moe_top_?k$|moe_k$|selected_experts$"
+)
 _NOT_TOP_K = re.compile(r"group|norm|method|index|scal")
 _ATTENTION = re.compile(r"attn|attention|mamba|conv|ssm")
 _ROUTER = re.compile(r"router|(^|_)gate$")
@@ -72,10 +76,7 @@ class Block:
 
     def number_place(self, name: str) -> int:
         """Return which component of a name of a single expert's tensor, between dots, is the number of the expert."""
-        depth = len(self.stack.split(".")) + 1  # the stack and the number of the layer
-        return next(
-            place for place, component in enumerate(name.split(".")) if place >= depth and component.isdecimal()
-        )
+        return _number_place(self.stack, name)
 
 
 def integer_entries(config: Mapping[str, Any], path: DottedName = ()) -> Iterator[tuple[DottedName, int]]:
@@ -89,6 +90,14 @@ def integer_entries(config: Mapping[str, Any], path: DottedName = ()) -> Iterato
             )
         elif (number := _as_integer(value)) is not None:
             yield (*path, str(key)), number
+
+
+def _entries(config: Mapping[str, Any], path: DottedName = ()) -> Iterator[tuple[DottedName, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value
 
 
 def _as_integer(value: Any) -> int | None:
@@ -149,6 +158,25 @@ def chosen_experts(config: Mapping[str, Any], path: DottedName, num_experts: int
         f"config.json does not say how many of the {num_experts} experts a token chooses; "
         "expected an entry like num_experts_per_tok or moe_topk"
     )
+
+
+def check_chosen(config: Mapping[str, Any], where: str) -> None:
+    """Check what config.json says of the number of experts that a token chooses, before any model is built from it.
+
+    Raises:
+        CorruptCheckpoint: it is no number of experts that can be chosen.
+    """
+    most = max(expert_counts(config).values(), default=0)
+    for path, value in _entries(config):
+        if value is None or not most or not _SURELY_TOP_K.search(path[-1]):
+            continue
+        values = value if isinstance(value, list) else [value]
+        wrong = next((each for each in values if type(each) is not int or not 1 <= each <= most), None)
+        if wrong is not None:
+            raise CorruptCheckpoint(
+                f"{where}: config.json says {'.'.join(path)} = {wrong!r}, but a token can choose 1 to {most} experts; "
+                "fetch config.json again, or mend it in a copy of the folder"
+            )
 
 
 def split_name(name: str) -> Place | None:
@@ -215,6 +243,7 @@ def _find_block(
             for rest, info in experts
             if next(component for component in rest if component.isdecimal()) == "0"
         ]
+        check_experts(((info.name, _number_place(stack, info.name)) for _, info in experts), num_experts)
     rows = _router_rows(num_experts, counts)
     prefix, router = _find_router(others, modules, rows, spare)
     scored = {info.name: (info, _router_axis(rest, info, rows, spare)) for rest, info in router}
@@ -236,6 +265,45 @@ def _find_block(
         router_axes={name: info.shape.index(extent) for name, (info, extent) in scored.items() if extent is not None},
         shared=tuple(shared),
     )
+
+
+def _number_place(stack: str, name: str) -> int:
+    depth = len(stack.split(".")) + 1  # the stack and the number of the layer
+    return next(place for place, component in enumerate(name.split(".")) if place >= depth and component.isdecimal())
+
+
+def check_experts(placed: Iterable[tuple[str, int]], num_experts: int) -> None:
+    """Check that all experts of a layer are there, each with the matrices and biases that the others have.
+
+    Args:
+        placed: names of their tensors, each with the component between dots that is the number of the expert.
+        num_experts: E.
+
+    Raises:
+        CorruptCheckpoint: something is missing; names the expert.
+    """
+    parents: dict[DottedName, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name, place in placed:
+        components = name.split(".")
+        rest = components[place + 1 :]
+        # Storage formats give a matrix several tensors, and may give them to some experts only.
+        owner = rest if len(rest) == 1 or rest[-1] == "bias" else rest[:-1]
+        parents[tuple(components[:place])][int(components[place])].add(".".join(owner))
+    for parent, experts in parents.items():
+        where = ".".join(parent)
+        absent = sorted(set(range(num_experts)) - experts.keys())
+        if absent:
+            raise CorruptCheckpoint(
+                f"{where} holds {len(experts)} of the {num_experts} experts; expert {absent[0]} is missing: fetch the "
+                "checkpoint again"
+            )
+        every = set().union(*experts.values())
+        for expert, owners in sorted(experts.items()):
+            if owners < every:
+                raise CorruptCheckpoint(
+                    f"{where}.{expert} has no {min(every - owners)}, which other experts beside it have: fetch the "
+                    "checkpoint again"
+                )
 
 
 def _separate_experts(

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import CorruptCheckpoint, NotACheckpoint, UnsupportedDtype
+from coterie.model.disk.beside import WEIGHT_PATTERNS, files_beside
+from coterie.model.disk.damage import check_no_pointer
 from coterie.model.disk.header import HEADER_LIMIT, absence, parse_json, read_header
 from coterie.model.disk.tensors import TORCH_NAMES, TensorInfo
 
@@ -87,6 +89,7 @@ class Checkpoint:
                 raise CorruptCheckpoint(
                     f"{folder / weights.index_name} places tensor {name!r} in {shard}, which does not hold it"
                 )
+        _check_depth(folder, config, tensors)
         digest = _digest(folder, config, tensors)
         return cls(path=folder, config=config, tensors=tensors, digest=digest, pickled=weights.pickled)
 
@@ -127,24 +130,14 @@ class Checkpoint:
             reader.close()
 
     def other_files(self) -> tuple[Path, ...]:
-        """Files that belong to the model but are neither weights nor config: tokenizer, templates, model card.
+        """Files that belong to the model but are neither weights nor config: tokenizer, templates, licence, code.
 
-        Links to files count as the files they lead to; folders and links to folders do not count.
+        Folders are looked into, and links are followed; see `coterie.model.disk.beside.files_beside`.
 
         Raises:
             CorruptCheckpoint: a link leads nowhere.
         """
-        skipped = {"config.json", INDEX_NAME}
-        weights = re.compile(r"\.(safetensors|bin|pt|pth|gguf|onnx|h5|msgpack|ot)(\.index\.json)?$")
-        files: list[Path] = []
-        for file in self.path.iterdir():
-            if file.name in skipped or file.name.startswith(".") or weights.search(file.name):
-                continue
-            if file.is_symlink() and not file.exists():
-                raise CorruptCheckpoint(f"{file}: {absence(file)}; fetch it again or remove the link")
-            if file.is_file():
-                files.append(file)
-        return tuple(sorted(files))
+        return tuple(file for file in files_beside(self.path) if file != self.path / "config.json")
 
 
 class TensorReader:
@@ -269,11 +262,14 @@ def resolve(path: str | Path, *, allow_pickle: bool = False) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        # Patterns match below folders too, and of the many formats in which weights may lie there, one is enough.
+        kept = ("*.safetensors", "*.safetensors.index.json")
+        copies = [pattern for pattern in WEIGHT_PATTERNS if pattern not in kept]
+        copies += ["*/*.safetensors", "consolidated*", "original/*", ".*"]
         try:
-            folder = Path(snapshot_download(path, allow_patterns=patterns))
+            folder = Path(snapshot_download(path, ignore_patterns=copies))
             if allow_pickle and not list(folder.glob("*.safetensors")):
-                folder = Path(snapshot_download(path, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+                folder = Path(snapshot_download(path, allow_patterns=["pytorch_model*.bin", PICKLE_INDEX_NAME]))
             return folder
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             first_line = str(error).strip().split("\n")[0]
@@ -300,10 +296,28 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CorruptCheckpoint(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise NotACheckpoint(f"{file} names no model_type, so transformers cannot tell what model it is")
+    named = config.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise CorruptCheckpoint(
+            f"{file} says architectures = {str(named)[:80]}, expected a list with the name of a class; fetch it again"
+        )
     return config
 
 
+def _check_depth(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise CorruptCheckpoint for a number of layers that no model has, before one is built from it."""
+    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for key in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+            depth = part.get(key)
+            if isinstance(depth, int) and (depth > len(tensors) or (depth < 1 and key == "num_hidden_layers")):
+                raise CorruptCheckpoint(
+                    f"{folder / 'config.json'} says {key} = {depth}, but the weight files hold {len(tensors)} tensors, "
+                    "and every layer has some; config and weights are not of one model: fetch them again"
+                )
+
+
 def _read_text(file: Path, limit: int) -> bytes:
+    check_no_pointer(file)
     with file.open("rb") as stream:
         content = stream.read(limit + 1)
     if len(content) > limit:

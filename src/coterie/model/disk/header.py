@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.errors import CorruptCheckpoint
+from coterie.model.disk.damage import check_no_pointer
 from coterie.model.disk.tensors import DTYPE_BITS, TensorInfo
 
 HEADER_LIMIT = 100_000_000  # bytes; the limit that safetensors itself sets
@@ -21,7 +22,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
     Raises:
         CorruptCheckpoint: the header is cut off, is no JSON, is absurdly long, or its byte ranges overlap, leave
-            gaps, exceed the file or contradict the shapes.
+            gaps, exceed the file or contradict the shapes; or the file is a Git LFS pointer.
     """
 
     def corrupt(what: str) -> CorruptCheckpoint:
@@ -29,6 +30,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
     if not file.is_file():
         raise corrupt(f"the shard {absence(file)}")
+    check_no_pointer(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from coterie.errors import CorruptCheckpoint
+from coterie.model.disk.damage import check_no_pointer
 from coterie.model.disk.tensors import TORCH_NAMES, TensorInfo
 
 _NAMES = {getattr(torch, attribute): name for name, attribute in TORCH_NAMES.items() if hasattr(torch, attribute)}
@@ -48,6 +49,7 @@ def read_pickled(file: Path, info: TensorInfo) -> Tensor:
 def _load(file: Path) -> dict[Any, Any]:
     if not file.is_file():
         raise CorruptCheckpoint(f"{file}: the shard is missing; fetch this file again")
+    check_no_pointer(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged or hostile file makes torch raise nearly anything

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from coterie.errors import InputError
 from coterie.model.disk.checkpoint import read_config, resolve
+from coterie.model.disk.damage import check_no_pointer
 from coterie.model.quiet import quiet
 
 CONFIG = "tokenizer_config.json"
+
+#: Files that a tokenizer may be made from.
+_FILES = re.compile(r"token|vocab|merges|chat_template|\.(model|tiktoken|jinja)$")
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
@@ -19,20 +24,24 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
 
     Raises:
         InputError: the folder has none, or one that needs code which comes with it: that is never run.
+        CorruptCheckpoint: one of its files is a Git LFS pointer.
     """
     path = resolve(model)
     read_config(path)
+    for file in sorted(path.iterdir()):
+        if _FILES.search(file.name):
+            check_no_pointer(file)
     with quiet():
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, LookupError) as error:
+        except Exception as error:  # every tokenizer class checks its files, and config.json, in its own way
             if "trust_remote_code=True" in str(error):  # which it asks for
                 raise InputError(_needs_own_code(path)) from error
-            first_line = str(error).strip().split("\n")[0]
+            reason = " ".join(str(error).split())[:300]
             raise InputError(
-                f"{path} has no tokenizer that loads ({first_line}); put its files beside the weights"
+                f"{path} has no tokenizer that loads ({reason}); put its files beside the weights"
             ) from error
     # Where a family has a tokenizer class of its own, transformers makes an empty one out of nothing.
     if set(tokenizer.get_vocab()) <= set(tokenizer.get_added_vocab()):

@@ -38,6 +38,7 @@ from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion, put
 from coterie.model.arch.load import checkpoint_meta_model
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint, TensorReader
+from coterie.model.disk.damage import check_finite
 from coterie.model.nested import mapped, tensors_in
 from coterie.model.stream.backward import Backward
 from coterie.model.stream.graph import call_unit
@@ -135,11 +136,11 @@ class Stream(AbstractContextManager["Stream"]):
         self._modules = _unit_modules(self.model)
         self._precise = _kept_precise(self.model, self.dtype)
         self._load_lock = threading.Lock()
-        self._sources = _sources(self.model, self.conversion)
+        self._sources = self.conversion.all_sources(self.model)
         self.units = tuple(self._describe(name, order) for order, name in enumerate(self._modules))
         # What a job waits for that wants the gradient of its loss: all heads at once, after all units.
         self._loss = Unit(name="loss", order=len(self.units), names=(), disk_names=())
-        self._check_whole()
+        self.conversion.check_whole(self.model)
         self._originals: dict[str, Callable[..., Any]] = {}
 
     def __enter__(self) -> Self:
@@ -272,14 +273,6 @@ class Stream(AbstractContextManager["Stream"]):
         inside = {id(module) for module in base.modules()}
         return [unit for unit in self.units if id(self._modules[unit.name]) not in inside]
 
-    def _check_whole(self) -> None:
-        missing = sorted(self._state.keys() - self._sources.keys())
-        if missing:
-            raise CorruptCheckpoint(
-                f"{self.checkpoint.path}: {missing[0]} is missing, and {len(missing) - 1} others of the "
-                f"{len(self._state)} tensors that the model needs; fetch the checkpoint again"
-            )
-
     def _describe(self, name: str, order: int) -> Unit:
         prefix = f"{name}."
         names = tuple(sorted(key for key in self._state if key.startswith(prefix)))
@@ -291,6 +284,10 @@ class Stream(AbstractContextManager["Stream"]):
     @functools.cached_property
     def _state(self) -> dict[str, Tensor]:
         return dict(self.model.state_dict())
+
+    @functools.cached_property
+    def _parameters(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self.model.named_parameters(remove_duplicate=False))
 
     def _loose_names(self) -> tuple[str, ...]:
         held = {name for unit in self.units for name in unit.names}
@@ -332,6 +329,9 @@ class Stream(AbstractContextManager["Stream"]):
         assert self._reader is not None, "the stream is not open"
         with self._load_lock:
             raw = {name: self._reader.read(name) for name in self._disk_names(names)}
+            for name, tensor in raw.items():
+                path = self.checkpoint.path / self.checkpoint.tensors[name].shard
+                check_finite(path, name, tensor, infinity=self.conversion.memory_names[name] not in self._parameters)
             kept = {name: tensor for name, tensor in raw.items() if keep(name)}
             found, conversions = self.conversion.convert(raw, self._dtype_of)
         tied: Mapping[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
@@ -518,14 +518,3 @@ def _kept_precise(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str],
     """Return which names a stock loader keeps in float32 whatever the model's number format is."""
     patterns = [re.compile(pattern.replace("*", r"\d+")) for pattern in model._get_dtype_plan(dtype)]
     return lambda name: any(pattern.search(name) for pattern in patterns)
-
-
-def _sources(model: PreTrainedModel, conversion: WeightConversion) -> dict[str, tuple[str, ...]]:
-    """Return the names on disk of each name in memory; tied weights come from the one that is on disk."""
-    sources = dict(conversion.sources)
-    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    for target, source in tied.items():
-        for missing, there in ((target, source), (source, target)):
-            if missing not in sources and there in sources:
-                sources[missing] = sources[there]
-    return sources
