@@ -14,9 +14,10 @@ SCRIPT = "<script>alert(1)</script>"
 
 #: Values that have broken readers: of other types, numbers that are none or too large, text that is no plain text.
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 99, 2**63, 2**64, 10**400, 0.5, -0.0, float("nan"), float("inf"), -float("inf"),
-    "", "nan", "1", SCRIPT, "\x1b[31m\x07\n", "\u202eedit", "x" * 2**20, [], [[]], [None], [99], [-1], {}, {"a": 1},
-    {SCRIPT: None}, {"": {}}, [{}], [["a", {}]], [["a", 1]], json.loads("[" * 90 + "]" * 90),
+    None, True, False, 0, -1, 1, 99, 2**62, 2**63, 2**64, 10**400, 0.5, -0.0, 1e300, -1e300, 5e-324,
+    float("nan"), float("inf"), -float("inf"), "", "nan", "1", SCRIPT, "\x1b[31m\x07\n", "\u202eedit", "x" * 2**20,
+    [], [[]], [None], [99], [-1], {}, {"a": 1}, {SCRIPT: None}, {"": {}}, [{}], [["a", {}]], [["a", 1]],
+    json.loads("[" * 90 + "]" * 90),
 )  # fmt: skip
 
 values = st.sampled_from(VALUES) | st.recursive(
