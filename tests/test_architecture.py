@@ -24,7 +24,7 @@ ALLOWED = {
     "amounts": {"errors"},
     "fields": {"errors"},
     "progress": set(),
-    "artifact": {"errors"},
+    "artifact": {"errors", "fields"},
     "outputs": {"errors", "artifact"},
     "journal": {"errors", "artifact", "progress"},
     "model": FOUNDATION,

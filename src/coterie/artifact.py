@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import CorruptArtifact, OutOfSpace, StaleArtifact
+from coterie.fields import Fields, shown
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,13 @@ FORMAT = 2
 
 #: Longest line of an artefact's JSON, where what it holds can be cut.
 _LINE = 100
+
+#: Lists and objects within each other at most; ours have a few.
+_DEPTH = 100
+
+#: What an artefact's JSON must say, and what it may say as well.
+_PARTS = {"kind": str, "format": int, "inputs": dict, "body": dict}
+_OTHERS = ("coterie", "files", "tensors", "tensors_digest", "digest", "body_digest")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,23 +269,27 @@ def open_artifact(path: Path, *, kind: str, inputs: Mapping[str, str] | None = N
     """
     document = read_header(path, edited=edited)
     if document["kind"] != kind:
-        raise CorruptArtifact(f"{path} is a {document['kind']}, not a {kind}")
+        raise CorruptArtifact(f"{path} is a {shown(document['kind'])}, not a {kind}")
     for name, digest in (inputs or {}).items():
         recorded = document["inputs"].get(name)
         if recorded != digest:
             raise StaleArtifact(
-                f"{path} was made from another {name} (it has {str(recorded)[:12]}, this one is {digest[:12]}); "
+                f"{path} was made from another {name} (it has {shown(str(recorded)[:12])}, this one is {digest[:12]}); "
                 f"make the {kind} again, or pass the {name} that it was made from"
             )
     tensors: dict[str, torch.Tensor] = {}
     if "tensors" in document:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         name = document["tensors"]
         if not _is_plain_name(name) or Path(name).suffix != ".safetensors":
             raise CorruptArtifact(f"{path} names {name!r} as the file of its tensors, which cannot be")
         check_file(path.parent, name, str(document.get("tensors_digest")), owner=path.name)
-        tensors = load_file(path.with_name(name))
+        try:
+            tensors = load_file(path.with_name(name))
+        except SafetensorError as error:
+            raise CorruptArtifact(f"{path.with_name(name)} holds no tensors ({error}); make the {kind} again") from None
     files = document.get("files", {})
     if not isinstance(files, dict) or not all(
         _is_plain_name(name) and isinstance(digest, str) for name, digest in files.items()
@@ -324,20 +336,45 @@ def read_header(path: Path, *, edited: bool = False) -> dict[str, Any]:
         raise CorruptArtifact(f"{path} does not exist") from None
     except IsADirectoryError:
         raise CorruptArtifact(f"{path} is a folder, not an artefact's JSON file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # what is no UTF-8 too, and whole numbers of thousands of digits
         raise CorruptArtifact(f"{path} is not JSON: {error}") from None
-    parts = {"kind": str, "format": int, "inputs": dict, "body": dict}
-    if not isinstance(document, dict) or not all(isinstance(document.get(key), kind) for key, kind in parts.items()):
+    if not isinstance(document, dict) or not all(isinstance(document.get(key), kind) for key, kind in _PARTS.items()):
         raise CorruptArtifact(f"{path} is JSON, but no artefact of coterie")
+    if _is_deeper(document, _DEPTH):
+        raise CorruptArtifact(f"{path}: lists and objects lie more than {_DEPTH} deep in each other")
     if type(document["format"]) is not int or document["format"] < 1:
         raise CorruptArtifact(f"{path} has format {document['format']!r}, expected a whole number from 1 on")
     if document["format"] > FORMAT:
         raise StaleArtifact(
             f"{path} has format {document['format']}; this version reads up to {FORMAT}: upgrade coterie"
         )
-    if not edited and not _is_whole(document):
+    try:
+        whole = _is_whole(document)
+    except UnicodeEncodeError:
+        raise CorruptArtifact(f"{path} holds half of a surrogate pair, which is no text") from None
+    if not edited and not whole:
         raise CorruptArtifact(f"{path}: the content does not match its digest; the file was changed or damaged")
+    fields = Fields(document, where=str(path))
+    with fields.all_read():
+        inputs = fields.nested("inputs")
+        for name in inputs.names():
+            inputs.text(name)
+        fields.text("coterie")
+        fields.ignore(*_PARTS, *_OTHERS)
     return document
+
+
+def _is_deeper(content: object, depth: int) -> bool:
+    """Tell whether lists and objects lie more than `depth` deep in each other, without going deep itself."""
+    level = [content]
+    for _ in range(depth):
+        level = [
+            inside
+            for value in level
+            if isinstance(value, dict | list)
+            for inside in (value.values() if isinstance(value, dict) else value)
+        ]
+    return any(isinstance(value, dict | list) for value in level)
 
 
 def _is_whole(document: Mapping[str, Any]) -> bool:

@@ -14,6 +14,15 @@ from coterie.errors import CorruptArtifact
 
 _SHOWN = 60  # characters of a wrong value in a message
 
+#: Whole numbers are below this on either side of zero: tensors and other libraries hold 64 bits.
+_BEYOND = 2**63
+
+
+def shown(value: object) -> str:
+    """Return a value for a message of one line: a plain text as it is, all else as code, and never long."""
+    text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
 
 class Fields:
     """One JSON object, read field by field within `all_read`."""
@@ -38,10 +47,18 @@ class Fields:
 
     def wrong(self, field: str, value: object, why: str) -> CorruptArtifact:
         """Return the error for one field of this object; an empty name means the object itself."""
-        path = f"{self._path}.{field}" if self._path and field else self._path or field or "the content"
+        path = self._inside(field) if field else self._path or "the content"
         text = repr(value)
-        shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
-        return CorruptArtifact(f"{self._where}: {path} is {shown}: {why}")
+        short = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+        return CorruptArtifact(f"{self._where}: {path} is {short}: {why}")
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all fields, for an object whose names say something."""
+        return tuple(self._content)
+
+    def ignore(self, *names: str) -> None:
+        """Count fields as read that are read elsewhere."""
+        self._read.update(names)
 
     def null(self, name: str) -> bool:
         """Tell whether a field says null."""
@@ -63,11 +80,32 @@ class Fields:
         """Return a whole number, `least` or more."""
         return self._whole(name, self._take(name), least)
 
-    def number(self, name: str) -> float:
-        """Return a finite number."""
+    def yes_or_no(self, name: str) -> bool:
+        """Return true or false."""
         value = self._take(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.wrong(name, value, "should be a finite number")
+        if not isinstance(value, bool):
+            raise self.wrong(name, value, "should be true or false")
+        return value
+
+    def text_or_whole(self, name: str) -> str | int:
+        """Return a text or a whole number."""
+        value = self._take(name)
+        if isinstance(value, str):
+            return value
+        if type(value) is not int:
+            raise self.wrong(name, value, "should be a text or a whole number")
+        return self._whole(name, value, None)
+
+    def number(self, name: str, *, least: float | None = None, infinite: bool = False) -> float:
+        """Return a finite number, `least` or more; or infinity where that can be."""
+        value = self._take(name)
+        proper = type(value) in (int, float) and (
+            abs(value) < math.inf if type(value) is float else abs(value) < _BEYOND
+        )
+        if not proper and not (infinite and value == math.inf):
+            raise self.wrong(name, value, "should be a number" if infinite else "should be a finite number")
+        if least is not None and value < least:
+            raise self.wrong(name, value, f"should be {least:g} or more")
         return float(value)
 
     def texts(self, name: str) -> tuple[str, ...]:
@@ -83,6 +121,27 @@ class Fields:
         return tuple(
             self._whole(f"{name}[{position}]", value, least) for position, value in enumerate(self._list(name))
         )
+
+    def rows(self, name: str, *, least: int = 0) -> tuple[tuple[int, ...], ...]:
+        """Return a list of lists of whole numbers, each `least` or more."""
+        rows = []
+        for position, value in enumerate(self._list(name)):
+            if not isinstance(value, list):
+                raise self.wrong(f"{name}[{position}]", value, "should be a list")
+            numbers = (self._whole(f"{name}[{position}][{place}]", number, least) for place, number in enumerate(value))
+            rows.append(tuple(numbers))
+        return tuple(rows)
+
+    def named_wholes(self, name: str) -> tuple[tuple[str, int], ...]:
+        """Return a list of names with a whole number from 0 on each: ``[["a", 0], ["b", 1]]``."""
+        pairs = []
+        for position, value in enumerate(self._list(name)):
+            match value:
+                case [str(key), int(number)] if type(number) is int and 0 <= number < _BEYOND:
+                    pairs.append((key, number))
+                case _:
+                    raise self.wrong(f"{name}[{position}]", value, "should be a name and a whole number from 0 on")
+        return tuple(pairs)
 
     def pairs(self, name: str) -> tuple[tuple[str, dict[str, Any]], ...]:
         """Return a list of names with an object of any content each: ``[["a", {}], ["b", {"x": 1}]]``."""
@@ -108,10 +167,15 @@ class Fields:
             for position, value in enumerate(self._list(name))
         ]
 
+    def each_by_name(self, name: str) -> dict[str, Fields]:
+        """Return an object of objects to be read on, by name."""
+        inside = self.nested(name)
+        return {key: inside.nested(key) for key in inside.names()}
+
     def wholes_by_name(self, name: str) -> dict[str, int]:
         """Return an object of whole numbers, each 0 or more."""
         inside = self.nested(name)
-        return {key: inside.whole(key) for key in inside._content}
+        return {key: inside.whole(key) for key in inside.names()}
 
     def content(self, name: str) -> dict[str, Any]:
         """Return an object of any content, but without numbers that are none, which JSON does not have."""
@@ -131,12 +195,13 @@ class Fields:
         try:
             yield
         except ValueError as error:
-            raise CorruptArtifact(f"{self._where}: {self._inside(str(error))}") from None
+            path = f"{self._path}." if self._path else ""
+            raise CorruptArtifact(f"{self._where}: {path}{error}") from None
         for name in sorted(self._content.keys() - self._read):
             raise self.wrong(name, self._content[name], "no such field is known")
 
     def _inside(self, field: str) -> str:
-        return f"{self._path}.{field}" if self._path else field
+        return f"{self._path}.{shown(field)}" if self._path else shown(field)
 
     def _take(self, name: str) -> Any:
         self._read.add(name)
@@ -153,11 +218,17 @@ class Fields:
     def _whole(self, field: str, value: object, least: int | None) -> int:
         if type(value) is not int or (least is not None and value < least):
             raise self.wrong(field, value, "should be a whole number" + ("" if least is None else f" from {least} on"))
+        self._check_bits(field, value)
         return value
+
+    def _check_bits(self, field: str, value: object) -> None:
+        if type(value) is int and abs(value) >= _BEYOND:
+            raise self.wrong(field, value, "should be a whole number of at most 64 bits")
 
     def _check_finite(self, field: str, value: object) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise self.wrong(field, value, "should be a finite number")
+        self._check_bits(field, value)
         entries = (
             ((f"{field}.{key}", entry) for key, entry in value.items())
             if isinstance(value, dict)

@@ -1,9 +1,11 @@
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 
+from coterie.artifact import open_artifact, write_artifact
 from coterie.errors import CorruptArtifact, StaleArtifact
 from coterie.evaluate.scorecard import Scorecard, Scores, environment
 
@@ -70,12 +72,38 @@ def test_a_missing_scorecard_is_refused(tmp_path):
         Scorecard.load(tmp_path / "none.json")
 
 
-def test_a_scorecard_with_other_entries_names_them(tmp_path):
-    from coterie.artifact import write_artifact
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flavour": 1}, "flavour is 1: no such field is known"),
+        ({"num_bytes": "many"}, "num_bytes is 'many': should be a whole number"),
+        ({"num_bytes": True}, "num_bytes is True: should be a whole number"),
+        ({"overall": None}, "overall is None: should be an object"),
+        ({"speed_ratio": float("nan")}, "speed_ratio is nan: should be a finite number"),
+        ({"speed_ratio": 10**400}, "should be a finite number"),
+        ({"base": None}, "base is None: it has a digest, but no name"),
+        ({"domains": {"code": {}}}, "domains.code.perplexity is missing"),
+        ({"domains": {"\x1b[31m": 1}}, r"domains.'\x1b[31m' is 1: should be an object"),
+        ({"tasks": {"arc": {"acc": "high"}}}, "tasks.arc.acc is 'high'"),
+        ({"environment": {"torch": 2.5}}, "environment.torch is 2.5"),
+    ],
+)
+def test_a_scorecard_that_says_what_cannot_be_names_file_and_field(tmp_path, changes, message):
+    path = make_card().save(tmp_path / "scorecard.json")
+    artifact = open_artifact(path, kind="scorecard")
+    write_artifact(path, kind="scorecard", body=artifact.body | changes, inputs=artifact.inputs)
+    with pytest.raises(CorruptArtifact, match=re.escape(message)) as caught:
+        Scorecard.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).isprintable()
 
-    path = tmp_path / "scorecard.json"
-    write_artifact(path, kind="scorecard", body={"model": "small", "flavour": 1}, inputs={})
-    with pytest.raises(CorruptArtifact, match="flavour"):
+
+def test_a_scorecard_without_an_entry_names_it(tmp_path):
+    path = make_card().save(tmp_path / "scorecard.json")
+    body = dict(open_artifact(path, kind="scorecard").body)
+    del body["seq_len"]
+    write_artifact(path, kind="scorecard", body=body, inputs={"model": "a", "text": "b", "base": "c"})
+    with pytest.raises(CorruptArtifact, match="seq_len is missing"):
         Scorecard.load(path)
 
 

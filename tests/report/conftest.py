@@ -206,7 +206,7 @@ class RunMaker:
             return {
                 "perplexity": 10 * scale * factor,
                 "kl": None if kl is None else kl * scale,
-                "agreement": None if kl is None else 1 - kl / 2,
+                "agreement": None if kl is None else max(0.0, 1 - kl / 2),
                 "accuracy": accuracy,
                 "tokens": 504,
                 "questions": 0 if accuracy is None else 20,

@@ -12,7 +12,6 @@ is new. What cells share is computed once: a profile for each model and draw, wh
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -40,7 +39,7 @@ from coterie.bench.cells import (
 )
 from coterie.bench.plot import draw_png, draw_svg
 from coterie.bench.pool import Died, Pool, open_pool
-from coterie.bench.store import Store
+from coterie.bench.store import Store, read_seconds
 from coterie.bench.summary import Original, summarize
 from coterie.bench.table import tables
 from coterie.errors import CoterieError, InputError, OutputBusy
@@ -228,7 +227,9 @@ class _BenchCall:
         finally:
             shutil.rmtree(self.folder / "work", ignore_errors=True)
         shutil.rmtree(self._cache, ignore_errors=True)
-        return self._write([store.cells[key] for key in keys], computed=len(open_ones))
+        # The key is what a cell is; its model's folder may have had another name when it was computed.
+        cells = [store.cells[key] | cell.identity() | {"method": cell.method} for key, cell in keys.items()]
+        return self._write(cells, computed=len(open_ones))
 
     @property
     def _cache(self) -> Path:
@@ -278,7 +279,7 @@ class _BenchCall:
             tasks.append(
                 {
                     "name": "cell", "key": key, "cell": cell.to_json(), "profile": str(profile),
-                    "profile_seconds": json.loads(Path(f"{profile}.json").read_text())["seconds"],
+                    "profile_seconds": read_seconds(Path(f"{profile}.json")),
                     "out": str(work / key[:32]), "cache": str(self._cache),
                 }
             )  # fmt: skip

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any
 
 from coterie.evaluate.scorecard import Scorecard
@@ -153,7 +154,10 @@ def _row(cells: Sequence[Mapping[str, Any]], original: Scorecard) -> Row:
 def _by_domain(
     cells: Sequence[Mapping[str, Any]], domains: Sequence[str] | Mapping[str, Any], measure: str
 ) -> dict[str, Spread]:
-    spreads = {domain: spread(cells, lambda cell, name=domain: cell["domains"][name][measure]) for domain in domains}  # type: ignore[misc]
+    spreads = {
+        domain: spread([cell["domains"][domain] for cell in cells if domain in cell["domains"]], itemgetter(measure))
+        for domain in domains
+    }
     return {domain: value for domain, value in spreads.items() if value is not None}
 
 

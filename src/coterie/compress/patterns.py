@@ -16,6 +16,7 @@ from coterie.compress.decide import check_statistics
 from coterie.compress.methods.scores import score_needs
 from coterie.compress.methods.select import score_by_domain, top_experts
 from coterie.errors import Infeasible
+from coterie.fields import Fields
 from coterie.outputs import claim_output
 from coterie.profile.profile import Profile
 
@@ -46,12 +47,30 @@ class Patterns:
 
     @classmethod
     def load(cls, path: str | Path, *, inputs: Mapping[str, str] | None = None) -> Patterns:
-        """Read them; raises CorruptArtifact or, when made from other inputs, StaleArtifact."""
+        """Read them.
+
+        Raises:
+            CorruptArtifact: missing or damaged, a field is missing, unknown or of another type, or the experts of a
+                layer are not M different ones in order.
+            StaleArtifact: made from other inputs.
+        """
         artifact = open_artifact(Path(path), kind="patterns", inputs=inputs)
-        kept = {domain: tuple(tuple(layer) for layer in layers) for domain, layers in artifact.body["kept"].items()}
-        return cls(
-            score=artifact.body["score"], num_experts=artifact.body["num_experts"], kept=kept, inputs=artifact.inputs
-        )
+        body = Fields(artifact.body, where=str(path))
+        with body.all_read():
+            score = body.text("score")
+            num_experts = body.whole("num_experts", least=1)
+            by_domain = body.nested("kept")
+            kept = {domain: by_domain.rows(domain) for domain in by_domain.names()}
+            num_layers = max(map(len, kept.values()), default=0)
+            for domain, layers in kept.items():
+                if len(layers) != num_layers:
+                    raise by_domain.wrong(domain, [], f"has {len(layers)} layers, another domain has {num_layers}")
+                for index, experts in enumerate(layers):
+                    if len(experts) != num_experts or sorted(set(experts)) != list(experts):
+                        raise by_domain.wrong(
+                            f"{domain}[{index}]", list(experts), f"should be {num_experts} experts, ascending"
+                        )
+        return cls(score=score, num_experts=num_experts, kept=kept, inputs=artifact.inputs)
 
 
 def patterns(profile: Profile, num_experts: int, *, score: str = "tcess") -> Patterns:

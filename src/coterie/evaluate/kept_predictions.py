@@ -23,6 +23,7 @@ from torch import Tensor
 from coterie.amounts import format_bytes
 from coterie.artifact import atomic_path, check_file, digest_of, file_digest, open_artifact, write_artifact
 from coterie.errors import CorruptArtifact
+from coterie.fields import Fields
 from coterie.model.stream.likelihood import row_slices, widened
 
 log = logging.getLogger(__name__)
@@ -141,12 +142,19 @@ def open_predictions(folder: Path, inputs: Mapping[str, str], shape: PredictionS
     values = path.with_suffix(".bin")
     try:
         artifact = open_artifact(path, kind=_KIND, inputs=inputs)
+        body = Fields(artifact.body, where=str(path))
+        with body.all_read():
+            masked = body.yes_or_no("masked")
+        if values.name not in artifact.files:
+            raise CorruptArtifact(f"{path} does not name {values.name}")
         check_file(folder, values.name, artifact.files[values.name], owner=path.name)
+        if values.stat().st_size != shape.num_bytes:
+            raise CorruptArtifact(f"{values} has {values.stat().st_size} bytes, predictions take {shape.num_bytes}")
     except CorruptArtifact as error:
         log.warning("%s; it is made again", error)
         return None
     log.info("what the base predicts is read from %s", values)
-    return KeptPredictions(values, shape, masked=artifact.body["masked"])
+    return KeptPredictions(values, shape, masked=masked)
 
 
 @contextmanager

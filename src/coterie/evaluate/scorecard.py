@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 
 from coterie import __version__
 from coterie.artifact import open_artifact, write_artifact
-from coterie.errors import CorruptArtifact
+from coterie.fields import Fields
 from coterie.model.stream.likelihood import perplexity
 from coterie.outputs import claim_output
 
@@ -131,28 +131,71 @@ class Scorecard:
             inputs: digests ("model", "base", "text") that it must carry; names that are not given are not checked.
 
         Raises:
-            CorruptArtifact: missing, damaged or of another kind.
+            CorruptArtifact: missing, damaged or of another kind, or a field is missing, unknown or of another type.
             StaleArtifact: made from other inputs.
         """
         source = Path(path)
         artifact = open_artifact(source, kind="scorecard", inputs=inputs)
-        digests = artifact.inputs
+        digests = Fields(dict(artifact.inputs), where=str(source), path="inputs")
         # Scorecards from before there were tasks have none.
-        content: dict[str, Any] = (
-            {"tasks": {}}
-            | artifact.body
-            | {
-                "model_digest": digests.get("model"),
-                "base_digest": digests.get("base"),
-                "text_digest": digests.get("text"),
-            }
-        )
-        expected = {field.name for field in fields(cls)}
-        if content.keys() != expected:
-            raise CorruptArtifact(
-                f"{source}: these entries are missing or unknown: {sorted(content.keys() ^ expected)}"
+        body = Fields({"tasks": {}} | artifact.body, where=str(source))
+        with digests.all_read(), body.all_read():
+            base = None if body.null("base") else body.text("base")
+            if base is None and digests.said("base"):
+                raise body.wrong("base", base, "it has a digest, but no name")
+            return cls(
+                model=body.text("model"),
+                model_digest=digests.text("model"),
+                base=base,
+                base_digest=None if base is None else digests.text("base"),
+                text_digest=digests.text("text"),
+                seq_len=body.whole("seq_len"),
+                seed=body.whole("seed", least=None),
+                domains={name: _scores_of(entry) for name, entry in body.each_by_name("domains").items()},
+                overall=_scores_of(body.nested("overall")),
+                num_bytes=body.whole("num_bytes"),
+                bytes_ratio=_number_or_none(body, "bytes_ratio"),
+                memory_bytes=None if body.null("memory_bytes") else body.whole("memory_bytes"),
+                peak_memory_bytes=None if body.null("peak_memory_bytes") else body.whole("peak_memory_bytes"),
+                tokens_per_second=_number_or_none(body, "tokens_per_second"),
+                speed_ratio=_number_or_none(body, "speed_ratio"),
+                environment=_environment_of(body.nested("environment")),
+                tasks={
+                    task: {name: _number_or_none(metrics, name, least=None) for name in metrics.names()}
+                    for task, metrics in body.each_by_name("tasks").items()
+                },
             )
-        return cls(**content)
+
+
+def _scores_of(entry: Fields) -> Scores:
+    with entry.all_read():
+        return read_scores(entry)
+
+
+def read_scores(entry: Fields) -> Scores:
+    """Read scores from an object that may say more; raises CorruptArtifact with the path of the field."""
+    scores = Scores(
+        # These two are infinite where a model rules out what the text or the base says.
+        perplexity=_number_or_none(entry, "perplexity", infinite=True),
+        # A sum of tiny differences is below zero by rounding.
+        kl=_number_or_none(entry, "kl", least=None, infinite=True),
+        agreement=_number_or_none(entry, "agreement"),
+        accuracy=_number_or_none(entry, "accuracy"),
+        tokens=entry.whole("tokens"),
+        questions=entry.whole("questions"),
+    )
+    for name in ("agreement", "accuracy"):
+        if (scores[name] or 0) > 1:
+            raise entry.wrong(name, scores[name], "is a share, 1 at most")
+    return scores
+
+
+def _number_or_none(entry: Fields, name: str, *, least: float | None = 0.0, infinite: bool = False) -> float | None:
+    return None if entry.null(name) else entry.number(name, least=least, infinite=infinite)
+
+
+def _environment_of(entry: Fields) -> dict[str, str | int]:
+    return {name: entry.text_or_whole(name) for name in entry.names()}
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from coterie.artifact import atomic_path, check_file, digest_of, file_digest, open_artifact, write_artifact
 from coterie.errors import CorruptArtifact, InputError, StaleArtifact, UnknownName
+from coterie.fields import Fields
 from coterie.model.arch.layers import MoELayer
 from coterie.outputs import claim_output
+from coterie.profile.checks import check_layer_header, check_names, check_sample, check_statistic, layer_of
 from coterie.profile.places import lowest
 from coterie.profile.statistics import MATRICES, MAXIMA, merged, over_domains
 from coterie.profile.sums import BinnedSum, Totals
@@ -231,30 +233,47 @@ class Profile:
         """Open a profile in the folder that `save` wrote; layers are read when asked for.
 
         Raises:
-            CorruptArtifact: missing or damaged; a layer's file that is damaged is noticed when it is first read.
+            CorruptArtifact: missing or damaged, or a field is missing, unknown, of another type or contradicts another
+                one; a layer's file that is damaged or does not fit the layer is noticed when it is first read.
             StaleArtifact: made from another model or text than the digests that are given.
         """
         path = Path(folder) / FILE
         expected = {"model": model_digest, "text": text_digest}
-        found = open_artifact(
+        artifact = open_artifact(
             path, kind="profile", inputs={name: digest for name, digest in expected.items() if digest is not None}
         )
-        body = found.body
-        layers = tuple(_layer_from(entry) for entry in body["layers"])
-        files = _LayerFiles(path.parent, found.files, len(layers))
+        inputs = Fields(dict(artifact.inputs), where=str(path), path="inputs")
+        body = Fields(artifact.body, where=str(path))
+        with inputs.all_read(), body.all_read():
+            model, text = inputs.text("model"), inputs.text("text")
+            domains = body.texts("domains")
+            counts = body.wholes("num_tokens")
+            # Profiles of early versions say neither of the next three.
+            sample_counts = body.wholes("sample_counts") if body.said("sample_counts") else ()
+            thin = body.whole("thin", least=1) if body.said("thin") else 1
+            asked = body.texts("statistics") if body.said("statistics") else ()
+            seq_len, seed = body.whole("seq_len", least=1), body.whole("seed", least=None)
+            layers = tuple(layer_of(entry, position) for position, entry in enumerate(body.each("layers")))
+            if len(set(domains)) < len(domains) or not domains:
+                raise body.wrong("domains", list(domains), "should be one name or more, each once")
+            for name, listed in (("num_tokens", counts), ("sample_counts", sample_counts)):
+                if len(listed) != len(domains) and (listed or name == "num_tokens"):
+                    raise body.wrong(name, list(listed), f"should have {len(domains)} entries, one for each domain")
+            check_names(body, "statistics", asked)
+        files = _LayerFiles(path.parent, artifact.files, layers, len(domains))
         return cls(
-            model_digest=found.inputs["model"],
-            text_digest=found.inputs["text"],
-            domains=tuple(body["domains"]),
-            num_tokens=tuple(body["num_tokens"]),
-            seq_len=body["seq_len"],
-            seed=body["seed"],
+            model_digest=model,
+            text_digest=text,
+            domains=domains,
+            num_tokens=counts,
+            seq_len=seq_len,
+            seed=seed,
             layers=layers,
             statistics=_Stored(files),
             samples=_ByLayer(len(layers), files.sample),
-            sample_counts=tuple(body.get("sample_counts", ())),
-            thin=body.get("thin", 1),
-            asked=tuple(body.get("statistics", ())),
+            sample_counts=sample_counts,
+            thin=thin,
+            asked=asked,
         )
 
 
@@ -317,17 +336,22 @@ class _Stored(_ByLayer[Mapping[str, Tensor]]):
 
 
 class _LayerFiles:
-    """The files of a profile's layers; each is checked against its digest when it is first read."""
+    """The files of a profile's layers; each is checked against digest and layer when it is first read."""
 
-    def __init__(self, folder: Path, digests: Mapping[str, str], count: int) -> None:
-        for index in range(count):
-            if layer_file(index) not in digests:
+    def __init__(self, folder: Path, digests: Mapping[str, str], layers: Sequence[MoELayer], num_domains: int) -> None:
+        names = [layer_file(index) for index in range(len(layers))]
+        for index, name in enumerate(names):
+            if name not in digests:
                 raise CorruptArtifact(f"{folder / FILE} names no file for layer {index}; make the profile again")
-            if not (folder / layer_file(index)).is_file():
-                raise CorruptArtifact(f"{folder / layer_file(index)} is missing; {FILE} needs it")
-        self.count = count
-        self._folder = folder
+            if not (folder / name).is_file():
+                raise CorruptArtifact(f"{folder / name} is missing; {FILE} needs it")
+        for name in sorted(digests.keys() - set(names)):
+            raise CorruptArtifact(f"{folder / FILE} names {name!r}, which is the file of no layer")
+        self.count = len(layers)
         self.digests = digests
+        self._folder = folder
+        self._layers = layers
+        self._num_domains = num_domains
         self._checked: set[int] = set()
 
     def statistics(self, index: int) -> Totals:
@@ -339,14 +363,19 @@ class _LayerFiles:
         """Return the token sample of one layer."""
         with self._open(index) as file:
             tensors = {name: file.get_tensor(f"sample.{name}") for name in sorted(self._names(index, "sample."))}
+        check_sample(self._folder / layer_file(index), tensors, self._layers[index], self._num_domains)
         return Sample.of(tensors)
 
     def _statistic(self, index: int, name: str) -> BinnedSum | Tensor:
+        if name in self._names(index, "statistics."):
+            return self._read(index, f"statistics.{name}")
+        return BinnedSum(digits_K=self._read(index, f"digits.{name}"), place=self._read(index, f"place.{name}"))
+
+    def _read(self, index: int, name: str) -> Tensor:
         with self._open(index) as file:
-            if f"digits.{name}" not in file.keys():  # noqa: SIM118  # not a dict
-                held: Tensor = file.get_tensor(f"statistics.{name}")
-                return held
-            return BinnedSum(digits_K=file.get_tensor(f"digits.{name}"), place=file.get_tensor(f"place.{name}"))
+            tensor: Tensor = file.get_tensor(name)
+        check_statistic(self._folder / layer_file(index), name, tensor)
+        return tensor
 
     def _names(self, index: int, group: str) -> set[str]:
         with self._open(index) as file:
@@ -354,15 +383,24 @@ class _LayerFiles:
 
     def _open(self, index: int) -> Any:
         name = layer_file(index)
+        path = self._folder / name
         if index not in self._checked:
             check_file(self._folder, name, self.digests[name])
+        try:
+            opened = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise CorruptArtifact(f"{path} holds no tensors ({error}); make the profile again") from None
+        if index not in self._checked:
+            header = _header_of(opened)
+            check_layer_header(path, header, self._layers[index], self._num_domains)
             self._checked.add(index)
-        return safe_open(self._folder / name, framework="pt")
+        return opened
 
 
-def _layer_from(entry: Mapping[str, Any]) -> MoELayer:
-    router_tensors = tuple((str(name), int(axis)) for name, axis in entry["router_tensors"])
-    return MoELayer(**{**entry, "router_tensors": router_tensors})
+def _header_of(opened: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of every tensor in an opened file, by name."""
+    slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
+    return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
 def summed(by_domain: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

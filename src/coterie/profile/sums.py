@@ -27,7 +27,10 @@ BITS, DIGITS = 32, 3
 ELEMENT_BYTES = 8 * DIGITS + 1
 
 _BASE = 2.0**BITS
-_PLACES = range(2048 // BITS)
+#: How many places there are; the highest of a float64 number is below this.
+NUM_PLACES = 2048 // BITS
+
+_PLACES = range(NUM_PLACES)
 _UP = torch.tensor([2.0 ** (1023 - BITS * place) for place in _PLACES], dtype=torch.float64)
 _DOWN = torch.tensor([2.0 ** (BITS * (place - 1) - 1023) for place in _PLACES], dtype=torch.float64)
 

@@ -406,18 +406,25 @@ def _notes(result: ReportedResult) -> tuple[list[tuple[str, str]], list[list[str
     return columns, [[cells.get(column, MISSING) for column in columns] for cells in flat]
 
 
+def _number(value: object) -> float | None:
+    """Return what a note says if it is a number: notes are any content, and a pass of the user's own has its own."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def _refit_sentences(result: ReportedResult) -> list[str]:
     """Return what the re-fit of down projections achieved over all layers, from the pass's own notes."""
     layers = result.manifest.layers
     noted = [layer.notes["refit-down"] for layer in layers if isinstance(layer.notes.get("refit-down"), dict)]
-    pairs = [(note.get("heldout_error_average"), note.get("heldout_error_refit")) for note in noted]
+    pairs = [
+        tuple(map(_number, (note.get("heldout_error_average"), note.get("heldout_error_refit")))) for note in noted
+    ]
     measured = [(before, after) for before, after in pairs if before is not None and after is not None]
     if not measured:
         return []
     before, after = (sum(values) / len(measured) for values in zip(*measured, strict=True))
-    merged = sum(int(note.get("merged") or 0) for note in noted)
-    fell_back = sum(int(note.get("kept_average") or 0) for note in noted)
-    ridges = sorted(ridge for note in noted for ridge in note.get("ridge") or [] if ridge is not None)
+    merged, fell_back = (int(sum(_number(note.get(key)) or 0 for note in noted)) for key in ("merged", "kept_average"))
+    lists = [note["ridge"] for note in noted if isinstance(note.get("ridge"), list)]
+    ridges = sorted(ridge for values in lists for ridge in map(_number, values) if ridge is not None)
     sentences = [
         f"Held-out error of the merged experts: {number_text(before)} with the average, {number_text(after)} with "
         f"re-fitted down projections "

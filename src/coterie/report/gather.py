@@ -14,6 +14,7 @@ from coterie.artifact import read_header
 from coterie.compress.plan import Plan
 from coterie.errors import CorruptArtifact, CoterieError, InputError
 from coterie.evaluate.scorecard import Scorecard
+from coterie.fields import Fields, shown
 from coterie.model.arch.inspect import Inspection, inspect
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.manifest import MANIFEST, LayerEntry, Manifest, ResultForm
@@ -269,8 +270,8 @@ def _read(run: ReportedRun, path: Path, relative: str) -> None:
     elif kind == "plan":
         run.plans.append((relative, Plan.load(path)))
     else:
-        log.warning("%s is of the kind %s, which the report does not show", path, kind)
-        run.left_out.append(f"{relative} is of the kind {kind}, which the report does not show.")
+        log.warning("%s is of the kind %s, which the report does not show", path, shown(kind))
+        run.left_out.append(f"{relative} is of the kind {shown(kind)}, which the report does not show.")
 
 
 def _read_result(path: Path, relative: str, inputs: Mapping[str, str]) -> ReportedResult:
@@ -302,15 +303,21 @@ def _took(path: Path) -> tuple[dict[str, float], int | None]:
     """Return what a compression took, seconds by stage and peak memory, as far as it is known."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        seconds = {str(stage): float(spent) for stage, spent in content["seconds"].items()}
-        return seconds, int(content["peak_bytes"])
     except FileNotFoundError:
         return {}, None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptArtifact(
-            f"{path} does not say what the compression took ({type(error).__name__}: {error}); remove it, the report "
-            "does without"
-        ) from None
+    except (ValueError, RecursionError) as error:
+        raise _says_nothing(path, f"it is not JSON: {error}") from None
+    try:
+        took = Fields(content, where=path.name)
+        seconds = took.nested("seconds")
+        by_stage = {stage: seconds.number(stage, least=0) for stage in seconds.names()}
+        return by_stage, took.whole("peak_bytes")
+    except CorruptArtifact as error:
+        raise _says_nothing(path, str(error)) from None
+
+
+def _says_nothing(path: Path, why: str) -> CorruptArtifact:
+    return CorruptArtifact(f"{path} does not say what the compression took ({why}); remove it, the report does without")
 
 
 def _weights(folder: Path) -> tuple[str | None, Inspection | None]:

@@ -441,9 +441,12 @@ def _carries_out(executed: Mapping[str, Any], plan: Mapping[str, Any]) -> bool:
     settings = {key: value for key, value in executed.items() if key != "layers"}
     if settings != {key: value for key, value in plan.items() if key != "layers"}:
         return False
-    layers, planned = executed["layers"], plan["layers"]
-    return len(layers) == len(planned) and all(
-        {key: value for key, value in layer.items() if key in planned_layer or key != "experts"} == planned_layer
+    layers, planned = executed.get("layers"), plan["layers"]
+    if not isinstance(layers, list) or len(layers) != len(planned):
+        return False
+    return all(
+        isinstance(layer, dict)
+        and {key: value for key, value in layer.items() if key in planned_layer or key != "experts"} == planned_layer
         for layer, planned_layer in zip(layers, planned, strict=True)
     )
 
