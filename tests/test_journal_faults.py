@@ -32,12 +32,6 @@ def target(tmp_path):
 # Damage.
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Without waiting for the disk, where nothing depends on it."""
-    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
-
-
 def flip(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place % len(content)] ^= 1
@@ -73,7 +67,7 @@ def test_a_damaged_file_costs_its_step_alone(target, damage, place, caplog):
     assert tree(target)["two.bin"] == b"weights of two" * 10
 
 
-def test_a_line_that_was_cut_off_anywhere_is_no_step(target, quick):
+def test_a_line_that_was_cut_off_anywhere_is_no_step(target):
     interrupted(target, "one", "two")
     before = (partial(target) / JOURNAL).read_bytes()
     ends = list(itertools.accumulate(len(line) for line in before.splitlines(keepends=True)))
@@ -96,7 +90,7 @@ def test_a_line_that_was_cut_off_anywhere_is_no_step(target, quick):
         shutil.rmtree(partial(target))
 
 
-def test_a_changed_byte_of_the_journal_never_passes(target, quick, caplog):
+def test_a_changed_byte_of_the_journal_never_passes(target, caplog):
     interrupted(target, "one", "two", private=True)
     before = (partial(target) / JOURNAL).read_bytes()
     first = before.index(b"\n")
@@ -473,7 +467,6 @@ class Machine(RuleBasedStateMachine):
         shutil.rmtree(self.base)
 
 
-@pytest.mark.usefixtures("quick")
 def test_anything_in_any_order():
     logging.disable(logging.WARNING)
     try:

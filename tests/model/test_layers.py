@@ -85,7 +85,13 @@ def test_architecture_of_every_core_family(tiny, model_type):
     assert all(tensor.is_meta for tensor in architecture.model.state_dict().values()), "nothing takes memory"
 
 
-@pytest.mark.parametrize("model_type", tiny_families())
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        name if name in CORE_FAMILIES or name in SPARE_ROWS else pytest.param(name, marks=pytest.mark.families)
+        for name in tiny_families()
+    ],
+)
 def test_resizing_reaches_the_experts_and_the_router_tensors_and_nothing_else(tiny, model_type):
     architecture = Architecture.of(Checkpoint.open(tiny(model_type)))
     config = resized_config(architecture, 6)

@@ -58,7 +58,12 @@ def large(tmp_path_factory):
     return tiny_checkpoint(tmp_path_factory.mktemp("large") / "model", "olmoe", dtype=torch.bfloat16, **sizes)
 
 
-@pytest.mark.parametrize(("workers", "seq_len"), [(1, 32), (2, 32), (1, 512)])
+SLOW = pytest.mark.slow  # each starts an interpreter
+
+
+@pytest.mark.parametrize(
+    ("workers", "seq_len"), [pytest.param(1, 32, marks=SLOW), (2, 32), pytest.param(1, 512, marks=SLOW)]
+)
 def test_what_is_said_is_what_it_takes_at_most(large, tmp_path, workers, seq_len):
     command = [sys.executable, "-c", MEASURE, large, tmp_path / "p", str(workers), str(seq_len)]
     # Tensors of real models are so large that the C library gives them back at once; these are not, unless it is told.
