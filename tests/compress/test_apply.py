@@ -239,8 +239,9 @@ def test_tensors_that_the_class_has_no_place_for_are_carried_and_named(
     result = compress(
         tmp_path / "model", tmp_path / "out", keep=0.5, recipe="mergemoe", text=text_folder, tokens=512, seq_len=32
     )
-    assert result.plan.untouched == ("model.layers.3",)
+    assert (result.plan.untouched, result.plan.mtp) == (("model.layers.3",), "keep")
     assert result.logits_error == 0.0
     written = tensors_of(tmp_path / "out")
-    assert extra
-    assert all(torch.equal(written[name], tensor) for name, tensor in extra.items())
+    others = {name: tensor for name, tensor in extra.items() if ".experts." not in name and ".mlp.gate." not in name}
+    assert others
+    assert all(torch.equal(written[name], tensor) for name, tensor in others.items())

@@ -67,6 +67,7 @@ def compress(
     ] = "bfloat16",
     max_memory: options.MaxMemory = None,
     allow_pickle: options.AllowPickle = False,
+    mtp: options.Mtp = None,
     json: options.Json = False,
 ) -> None:
     """Write a smaller checkpoint, one layer in memory at a time.
@@ -111,6 +112,7 @@ def compress(
         output_dtype=output_dtype,
         max_memory=max_memory,
         allow_pickle=allow_pickle,
+        mtp=mtp,
     )
     if json:
         memory = {"forecast_bytes": result.forecast, "peak_bytes": result.peak_bytes}

@@ -54,3 +54,12 @@ def check_one_target(keep: float | None, experts: int | None, width: int | None,
             f"say how small with exactly one of them; got {' and '.join(options) or 'none'}",
             param_hint=", ".join(targets),
         )
+
+
+Mtp = Annotated[
+    Literal["keep", "drop"] | None,
+    typer.Option(
+        help="Prediction layers (MTP), run by other programs: keep, with experts as in the last layer, or drop.",
+        show_default="keep",
+    ),
+]

@@ -26,6 +26,7 @@ def plan(
     recipe: options.Recipe = "coterie",
     router: options.Router = "plain",
     seed: options.Seed = 0,
+    mtp: options.Mtp = None,
     out: Annotated[Path | None, typer.Option(help="File for the plan, like plan.json.")] = None,
     json: options.Json = False,
 ) -> None:
@@ -52,6 +53,7 @@ def plan(
         recipe=recipe,
         router=router,
         seed=seed,
+        mtp=mtp or "keep",
     )
     if out is not None:
         decided_plan.save(out)
@@ -108,7 +110,10 @@ def print_plan(plan: "Plan") -> None:
         print_text(f"{where}: {text}")
         start += count
     for name in plan.untouched:
-        print_text(f"{name}: copied as it is; the model does not run it")
+        print_text(f"{name}: copied; the model does not run it")
+    if plan.mtp is not None:
+        said = {"keep": "kept; their experts follow those of the last layer", "drop": "left out"}
+        print_text(f"prediction layers (MTP): {said[plan.mtp]}")
     print_text()
     print_table(
         ("", "before", "after", "ratio"),

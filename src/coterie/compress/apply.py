@@ -20,7 +20,7 @@ from coterie.compress.decide import completed
 from coterie.compress.lanes import Lanes
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.layers import LayerWriter
-from coterie.compress.plan import Plan, Router
+from coterie.compress.plan import Mtp, Plan, Router
 from coterie.compress.prepare import Inputs, Job, Options, prepare
 from coterie.compress.recipes import Recipe
 from coterie.compress.reload import check_reload
@@ -93,6 +93,7 @@ def compress(
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
     cache: str | Path | None = None,
+    mtp: Mtp | None = None,
 ) -> Result:
     """Write a smaller checkpoint. Exactly one of `keep`, `experts`, `width`, `budget` and `plan` says how small.
 
@@ -130,6 +131,8 @@ def compress(
         max_memory: bytes, or an amount like "8GiB", that the run may take.
         allow_pickle: read weights that are stored as pickles.
         cache: folder where the original's predictions on the text that results are trained on are kept for other runs.
+        mtp: what becomes of prediction layers (MTP), which transformers does not run: "keep" (when None) with the
+            experts that the last layer keeps, or "drop". A plan says it already.
 
     Raises:
         OutputExists: `out` exists.
@@ -148,7 +151,7 @@ def compress(
         effort=effort, train_tokens=train_tokens, router=router, profile=profile, text=text, weights=weights,
         tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, device=device, inputs=inputs,
         output_dtype=output_dtype, max_memory=max_memory, allow_pickle=allow_pickle,
-        cache=None if cache is None else Path(cache),
+        cache=None if cache is None else Path(cache), mtp=mtp,
     )  # fmt: skip
     job = prepare(options)
     clock.lap("plan")
@@ -227,7 +230,7 @@ def _write_rest(work: Work) -> None:
     """Copy what no layer wrote: shared files, and parts of the model that text does not pass; then the small files."""
     for shard in work.shards:
         if shard.file not in work.run.finished:
-            write_shard(work.run.folder, shard, {name: work.job.stream.read(name) for name in shard.names})
+            write_shard(work.run.folder, shard, work.rest_of(shard))
             work.run.finish(shard.file, files=[shard.file])
     work.write_small_files()
 

@@ -33,6 +33,33 @@ def check_layers(source: Source, plan: Plan) -> None:
     common_shape(plan.layers)
 
 
+def check_prediction(source: Source, plan: Plan) -> None:
+    """Check that prediction layers, which config.json sizes too, can follow what becomes of the others.
+
+    Raises:
+        Infeasible: they cannot; names one, and the way out.
+    """
+    prediction, shape = source.prediction, plan.shape
+    if plan.mapped or plan.ragged or not (prediction.twins or prediction.unclear):
+        return
+    last = source.architecture.layers[-1]
+    same_width, same_top_k = shape.width in (None, last.width), shape.top_k in (None, last.top_k)
+    if same_width and same_top_k and shape.num_experts == last.num_experts:
+        return
+    way_out = "leave prediction layers out with --mtp drop"
+    if prediction.unclear is not None:
+        raise Infeasible(
+            f"{source.checkpoint.path}: {prediction.unclear} is in a prediction layer, which config.json sizes like "
+            f"the others, but it does not lie like a tensor of {prediction.base}, so it cannot be compressed: {way_out}"
+        )
+    if not (same_width and same_top_k):
+        raise Infeasible(
+            f"{source.checkpoint.path}: prediction layer {prediction.twins[0]} is sized by config.json like the "
+            "others, and which hidden neurons matter there is not measured: use a recipe that only lowers the "
+            f"number of experts, or {way_out}"
+        )
+
+
 def _check_ragged(source: Source, plan: Plan, ragged: list[int]) -> None:
     if len(ragged) < len(plan.layers):
         other = next(index for index in range(len(plan.layers)) if index not in ragged)

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from coterie.compress.allocators.problem import Problem, load_allocator
-from coterie.compress.check import check_layers
+from coterie.compress.check import check_layers, check_prediction
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods import load_decide, load_pass, needs_of
 from coterie.compress.output import result_config
-from coterie.compress.plan import Plan, Router
+from coterie.compress.plan import Mtp, Plan, Router
 from coterie.compress.recipes import Recipe, Step, get_recipe
 from coterie.compress.request import Request
 from coterie.compress.source import Source
@@ -41,6 +41,7 @@ def plan(
     recipe: str | Recipe = "coterie",
     router: Router = "plain",
     seed: int = 0,
+    mtp: Mtp = "keep",
 ) -> Plan:
     """Decide what every layer becomes. Exactly one of `keep`, `experts`, `width` and `budget` says how small.
 
@@ -55,6 +56,7 @@ def plan(
         recipe: name of a recipe, ``"module:attribute"`` of your own, or the recipe itself.
         router: form of the router: "plain", "mean", "refit" or "map", see `Plan`.
         seed: seed of everything random in the passes.
+        mtp: what becomes of prediction layers (MTP): "keep" with the experts that the last layer keeps, or "drop".
 
     Raises:
         InputError: not exactly one target, one out of range or not for this recipe, or no profile for a ragged one.
@@ -66,7 +68,7 @@ def plan(
     target = Target(keep=keep, experts=experts, width=width, budget=budget)
     request = Request(recipe=get_recipe(recipe), target=target, router=router, seed=seed)
     request.check()
-    source = Source.open(model)
+    source = Source.open(model, mtp=mtp)
     if isinstance(profile, str | Path):
         profile = Profile.load(profile, model_digest=source.checkpoint.digest)
     if profile is None and request.recipe.allocator == "ragged":
@@ -111,9 +113,10 @@ def outline(source: Source, request: Request, profile: Profile | None = None) ->
         result_steps=recipe.result_steps,
         layers=allocate(source, request, profile),
         untouched=source.untouched_prefixes(),
-        original_bytes=source.checkpoint.num_bytes,
+        mtp=source.mtp,
+        original_bytes=source.original.num_bytes,
         predicted_bytes=0,
-        original_parameters=sum(info.num_elements for info in source.checkpoint.tensors.values()),
+        original_parameters=sum(info.num_elements for info in source.original.tensors.values()),
         predicted_parameters=0,
         seed=request.seed,
         inputs=inputs,
@@ -201,12 +204,14 @@ def weighed(source: Source, plan: Plan) -> Plan:
         Infeasible, ArchitectureMismatch: config.json cannot say what the plan does.
     """
     result_config(source.architecture, plan)
+    check_prediction(source, plan)
     sizing = source.sizing(keeps_rows=plan.mapped)
     return replace(
         plan,
         predicted_bytes=sizing.num_bytes(plan.layers),
         predicted_parameters=sizing.num_parameters(plan.layers),
-        original_bytes=source.checkpoint.num_bytes,
+        original_bytes=source.original.num_bytes,
+        mtp=source.mtp,
         untouched=source.untouched_prefixes(),
     )
 

@@ -21,6 +21,7 @@ from coterie.outputs import claim_output
 
 log = logging.getLogger(__name__)
 
+Mtp = Literal["keep", "drop"]
 Router = Literal["plain", "mean", "refit", "map"]
 
 _COUNTS = ("original_bytes", "predicted_bytes", "original_parameters", "predicted_parameters", "seed")
@@ -53,7 +54,9 @@ class Plan:
         result_steps: (name, options) of what is done to the whole result at the end.
         layers: what each MoE layer becomes, in order.
         untouched: parts of the checkpoint that the model class has no place for, such as heads for multi-token
-            prediction; they are copied as they are, their experts too.
+            prediction; they are copied as they are, but for the experts of prediction layers (`mtp`).
+        mtp: what becomes of prediction layers: "keep", with the experts that the last MoE layer keeps, or "drop"; None
+            where there are none.
         original_bytes: bytes of all tensors of the checkpoint; of a quantised one, as it is read.
         predicted_bytes: bytes of all tensors of the result.
         original_parameters: number of elements of all tensors of the checkpoint.
@@ -74,6 +77,7 @@ class Plan:
     predicted_parameters: int
     seed: int
     inputs: Mapping[str, str]
+    mtp: Mtp | None = None
 
     def body(self) -> dict[str, Any]:
         """Return the plan as JSON content (without the input digests)."""
@@ -84,6 +88,7 @@ class Plan:
             "result_steps": [[name, dict(options)] for name, options in self.result_steps],
             "layers": [layer.content() for layer in self.layers],
             "untouched": list(self.untouched),
+            **({} if self.mtp is None else {"mtp": self.mtp}),
             **{name: getattr(self, name) for name in _COUNTS},
         }
 
@@ -136,6 +141,7 @@ class Plan:
                 result_steps=content.pairs("result_steps"),
                 layers=tuple(map(LayerPlan.from_fields, content.each("layers"))),
                 untouched=content.texts("untouched"),
+                mtp=cast(Mtp, content.text("mtp", choices=("keep", "drop"))) if content.said("mtp") else None,
                 **{name: content.whole(name, least=None if name == "seed" else 0) for name in _COUNTS},
                 inputs=dict(inputs),
             )

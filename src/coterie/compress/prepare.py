@@ -11,7 +11,7 @@ from typing import Any, Literal
 from coterie.amounts import parse_bytes
 from coterie.compress.decide import check_profile, check_sequential, checked, needs_of_plan, outline
 from coterie.compress.output import check_space
-from coterie.compress.plan import Plan, Router
+from coterie.compress.plan import Mtp, Plan, Router
 from coterie.compress.recipes import Recipe, get_recipe, training_tokens
 from coterie.compress.request import Request
 from coterie.compress.result_steps import load_result_step
@@ -58,6 +58,7 @@ class Options:
     max_memory: int | str | None
     allow_pickle: bool
     cache: Path | None
+    mtp: Mtp | None
 
     @property
     def limit(self) -> int | None:
@@ -73,7 +74,7 @@ class Options:
         if self.plan is not None:
             target = self.target
             settings: dict[str, object] = {"--keep": target.keep, "--experts": target.experts, "--width": target.width}
-            settings |= {"--budget": target.budget, "--recipe": self.recipe, "--router": self.router}
+            settings |= {"--budget": target.budget, "--recipe": self.recipe, "--router": self.router, "--mtp": self.mtp}
             if given := [name for name, value in settings.items() if value is not None]:
                 raise InputError(f"the plan says how small and how; leave {', '.join(given)} out, or --plan")
             return None
@@ -137,6 +138,7 @@ class Job:
         return {
             "wanted": self.outline.body() if self.request is None else self.request.content(),
             "inputs": self.options.inputs,
+            "mtp": self.outline.mtp,
             "result_steps": {
                 name: None if prepared is None else prepared.header() for name, prepared in self.result_steps.items()
             },
@@ -159,8 +161,16 @@ def prepare(options: Options) -> Job:
     request = options.request()
     output = options.out
     _check_places(options)
-    source = Source.open(options.model, output_dtype=options.output_dtype, allow_pickle=options.allow_pickle)
-    outlined = _given(source, options) if request is None else outline(source, request)
+    given = _given(options)
+    mtp = options.mtp if given is None else given.mtp
+    source = Source.open(
+        options.model, output_dtype=options.output_dtype, allow_pickle=options.allow_pickle, mtp=mtp or "keep"
+    )
+    if request is not None:
+        outlined = outline(source, request)
+    else:
+        assert given is not None
+        outlined = checked(source, given)
     trains = any(name == "distill" for name, _ in outlined.result_steps)
     training_tokens(outlined.recipe, options.effort, options.train_tokens, trains=trains)
     needs = needs_of_plan(outlined)
@@ -211,9 +221,9 @@ def _check_places(options: Options) -> None:
     check_output(options.out, kind="checkpoint", reads=reads, accepts=lambda place: False, folder=True)
 
 
-def _given(source: Source, options: Options) -> Plan:
+def _given(options: Options) -> Plan | None:
     plan = options.plan
-    return checked(source, plan if isinstance(plan, Plan) else Plan.load(Path(str(plan)).expanduser()))
+    return plan if plan is None or isinstance(plan, Plan) else Plan.load(Path(plan).expanduser())
 
 
 def _calibration(source: Source, options: Options) -> CalibrationText:

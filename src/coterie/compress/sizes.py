@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from coterie.compress.layer_plan import LayerPlan
 from coterie.model.arch.accounting import Accounting, LayerShape
@@ -11,13 +11,15 @@ from coterie.model.arch.accounting import Accounting, LayerShape
 class Sizing:
     """Predicts the size of a result from the plans of its layers."""
 
-    def __init__(self, accounting: Accounting, *, keeps_rows: bool) -> None:
+    def __init__(self, accounting: Accounting, *, keeps_rows: bool, twins: int = 0) -> None:
         """Take an accounting.
 
         Args:
             accounting: of the original.
             keeps_rows: whether the router keeps its rows, however many experts go.
+            twins: prediction layers that lose the experts that the last layer loses.
         """
+        self._twins = twins
         self._accounting = accounting
         self._keeps_rows = keeps_rows
 
@@ -35,11 +37,20 @@ class Sizing:
 
     def num_bytes(self, layers: Sequence[LayerPlan]) -> int:
         """Return the bytes of all tensors when every layer becomes what its plan says."""
-        return self._accounting.num_bytes(self.shapes(layers))
+        return self._total(layers, self._accounting.num_bytes)
 
     def num_parameters(self, layers: Sequence[LayerPlan]) -> int:
         """Return the elements of all tensors when every layer becomes what its plan says."""
-        return self._accounting.num_elements(self.shapes(layers))
+        return self._total(layers, self._accounting.num_elements)
+
+    def _total(self, layers: Sequence[LayerPlan], count: Callable[[Sequence[LayerShape]], int]) -> int:
+        shapes = self.shapes(layers)
+        total = count(shapes)
+        # Where config.json stays as it is, prediction layers do as well.
+        if self._twins and not self._keeps_rows and shapes[-1].widths is None:
+            whole = LayerShape(num_experts=self._accounting.layers[-1].num_experts)
+            total += self._twins * (total - count([*shapes[:-1], whole]))
+        return total
 
     def neuron_bytes(self, layer: int) -> int:
         """Return the bytes that one hidden neuron of one expert of a layer takes."""

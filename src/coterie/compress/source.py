@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from coterie.compress.plan import Mtp
 from coterie.compress.sizes import Sizing
 from coterie.errors import InputError, UnsupportedDtype
 from coterie.model.arch.accounting import Accounting, LayerTensors, layer_tensors
 from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion
 from coterie.model.arch.layers import Architecture
+from coterie.model.arch.prediction import Prediction, without_prediction
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.open import open_checkpoint
@@ -22,18 +24,32 @@ class Source:
     """The model that is compressed.
 
     Attributes:
-        checkpoint: its files, as plain numbers.
+        original: its files, as plain numbers.
+        checkpoint: the same, without prediction layers where they are left out.
+        mtp: what becomes of prediction layers; None where there are none.
+        prediction: the prediction layers of `checkpoint`.
         architecture: what it computes.
         conversion: between its names on disk and in memory.
     """
 
+    original: Checkpoint
     checkpoint: Checkpoint
+    mtp: Mtp | None
+    prediction: Prediction
     architecture: Architecture
     conversion: WeightConversion
 
     @classmethod
-    def open(cls, model: str | Path, *, output_dtype: str = "bfloat16", allow_pickle: bool = False) -> Source:
+    def open(
+        cls, model: str | Path, *, output_dtype: str = "bfloat16", allow_pickle: bool = False, mtp: Mtp = "keep"
+    ) -> Source:
         """Open a model folder or a hub id by its headers.
+
+        Args:
+            model: the model folder or the hub id.
+            output_dtype: number format of what is stored quantised.
+            allow_pickle: read weights that are stored as pickles.
+            mtp: what becomes of prediction layers, if there are any.
 
         Raises:
             NotACheckpoint, NotAMoE, CorruptCheckpoint, ArchitectureMismatch: the model cannot be used.
@@ -44,11 +60,24 @@ class Source:
         manifest = Manifest.read(checkpoint.path)
         if manifest is not None and manifest.form is not ResultForm.PLAIN:
             raise InputError(f"{checkpoint.path} is a {manifest.form} result; compress the model that it was made from")
-        architecture = Architecture.of(checkpoint)
+        original, architecture = checkpoint, Architecture.of(checkpoint)
+        conversion = WeightConversion(checkpoint, architecture.model)
+        prediction = Prediction.of(checkpoint, architecture, conversion)
+        if prediction.names and mtp == "drop":
+            checkpoint = replace(
+                checkpoint,
+                tensors={name: info for name, info in original.tensors.items() if name not in prediction.names},
+                config=without_prediction(original.config, prediction.counts),
+            )
+            architecture = Architecture.of(checkpoint)
+            conversion = WeightConversion(checkpoint, architecture.model)
         source = cls(
+            original=original,
             checkpoint=checkpoint,
+            mtp=mtp if prediction.names else None,
+            prediction=prediction if mtp == "keep" else Prediction.of(checkpoint, architecture, conversion),
             architecture=architecture,
-            conversion=WeightConversion(checkpoint, architecture.model),
+            conversion=conversion,
         )
         source.conversion.check_whole(architecture.model)
         source.check_dtypes()
@@ -61,7 +90,7 @@ class Source:
 
     def sizing(self, *, keeps_rows: bool) -> Sizing:
         """Return what says how many bytes a result takes; `keeps_rows` for a mapped one."""
-        return Sizing(self.accounting, keeps_rows=keeps_rows)
+        return Sizing(self.accounting, keeps_rows=keeps_rows, twins=len(self.prediction.twins))
 
     @cached_property
     def accounting(self) -> Accounting:

@@ -18,6 +18,7 @@ from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard, write_index
 from coterie.journal import Run
 from coterie.model.arch.layers import MoELayer
+from coterie.model.arch.prediction import Thinning
 from coterie.model.disk.manifest import LayerEntry, Manifest, ResultForm
 from coterie.profile.profile import Profile
 
@@ -57,6 +58,31 @@ class Work:
         """Return the seeded random tokens (B, S) that the result is checked with."""
         vocabulary = int(self.job.stream.model.config.get_text_config().vocab_size)
         return torch.randint(vocabulary, (2, 64), generator=torch.Generator().manual_seed(self.plan.seed))
+
+    def rest_of(self, shard: Shard) -> dict[str, Tensor]:
+        """Return the tensors of a file that no layer wrote, by name on disk; prediction layers follow the last layer.
+
+        A prediction layer keeps the experts that the last layer keeps or, where that merges them, its centres.
+        """
+        read, source = self.job.stream.read, self.job.source
+        if self.plan.mapped or self.plan.ragged or not source.prediction.twins:
+            return {name: read(name) for name in shard.names}
+        thinning = self._thinning
+        tensors: dict[str, Tensor] = {}
+        for name in shard.names:
+            like = source.prediction.twin_of(name) or ""
+            origin = thinning.source(name, like)
+            if origin is not None:
+                tensors[name] = thinning.cut(read(origin), like)
+        return tensors
+
+    @cached_property
+    def _thinning(self) -> Thinning:
+        source, summary = self.job.source, self.summaries[self.job.source.architecture.layers[-1].index]
+        kept = summary.centres
+        if kept is None:
+            kept = [summary.expert_map.index(expert) for expert in range(summary.num_experts)]
+        return Thinning.of(source.checkpoint, source.architecture, source.conversion, kept)
 
     def write_small_files(self) -> None:
         """Write all that makes weight files a checkpoint."""
