@@ -68,6 +68,7 @@ def compress(
     max_memory: options.MaxMemory = None,
     allow_pickle: options.AllowPickle = False,
     mtp: options.Mtp = None,
+    multiple_of: options.MultipleOf = None,
     json: options.Json = False,
 ) -> None:
     """Write a smaller checkpoint, one layer in memory at a time.
@@ -113,6 +114,7 @@ def compress(
         max_memory=max_memory,
         allow_pickle=allow_pickle,
         mtp=mtp,
+        multiple_of=multiple_of,
     )
     if json:
         memory = {"forecast_bytes": result.forecast, "peak_bytes": result.peak_bytes}

@@ -56,6 +56,13 @@ def check_one_target(keep: float | None, experts: int | None, width: int | None,
         )
 
 
+MultipleOf = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="The number of experts or their width, whichever is lowered, is the nearest multiple of this.",
+    ),
+]
 Mtp = Annotated[
     Literal["keep", "drop"] | None,
     typer.Option(

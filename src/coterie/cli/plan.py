@@ -27,6 +27,7 @@ def plan(
     router: options.Router = "plain",
     seed: options.Seed = 0,
     mtp: options.Mtp = None,
+    multiple_of: options.MultipleOf = None,
     out: Annotated[Path | None, typer.Option(help="File for the plan, like plan.json.")] = None,
     json: options.Json = False,
 ) -> None:
@@ -54,6 +55,7 @@ def plan(
         router=router,
         seed=seed,
         mtp=mtp or "keep",
+        multiple_of=multiple_of,
     )
     if out is not None:
         decided_plan.save(out)
@@ -114,6 +116,8 @@ def print_plan(plan: "Plan") -> None:
     if plan.mtp is not None:
         said = {"keep": "kept; their experts follow those of the last layer", "drop": "left out"}
         print_text(f"prediction layers (MTP): {said[plan.mtp]}")
+    for note in plan.awkward:
+        print_text(f"note: {note}; --multiple-of chooses others")
     print_text()
     print_table(
         ("", "before", "after", "ratio"),

@@ -94,6 +94,7 @@ def compress(
     allow_pickle: bool = False,
     cache: str | Path | None = None,
     mtp: Mtp | None = None,
+    multiple_of: int | None = None,
 ) -> Result:
     """Write a smaller checkpoint. Exactly one of `keep`, `experts`, `width`, `budget` and `plan` says how small.
 
@@ -133,6 +134,8 @@ def compress(
         cache: folder where the original's predictions on the text that results are trained on are kept for other runs.
         mtp: what becomes of prediction layers (MTP), which transformers does not run: "keep" (when None) with the
             experts that the last layer keeps, or "drop". A plan says it already.
+        multiple_of: the number of experts or their width, whichever the recipe lowers, is the nearest multiple of this,
+            such as 8 for expert parallelism or 256 for K-quants.
 
     Raises:
         OutputExists: `out` exists.
@@ -147,7 +150,8 @@ def compress(
     clock = _Clock()
     options = Options(
         model=model, out=Path(out).expanduser(),
-        target=Target(keep=keep, experts=experts, width=width, budget=budget), plan=plan, recipe=recipe,
+        target=Target(keep=keep, experts=experts, width=width, budget=budget, multiple_of=multiple_of),
+        plan=plan, recipe=recipe,
         effort=effort, train_tokens=train_tokens, router=router, profile=profile, text=text, weights=weights,
         tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, device=device, inputs=inputs,
         output_dtype=output_dtype, max_memory=max_memory, allow_pickle=allow_pickle,

@@ -42,6 +42,7 @@ def plan(
     router: Router = "plain",
     seed: int = 0,
     mtp: Mtp = "keep",
+    multiple_of: int | None = None,
 ) -> Plan:
     """Decide what every layer becomes. Exactly one of `keep`, `experts`, `width` and `budget` says how small.
 
@@ -57,6 +58,7 @@ def plan(
         router: form of the router: "plain", "mean", "refit" or "map", see `Plan`.
         seed: seed of everything random in the passes.
         mtp: what becomes of prediction layers (MTP): "keep" with the experts that the last layer keeps, or "drop".
+        multiple_of: the number of experts or their width, whichever the recipe lowers, is the nearest multiple of this.
 
     Raises:
         InputError: not exactly one target, one out of range or not for this recipe, or no profile for a ragged one.
@@ -65,7 +67,7 @@ def plan(
         UnknownName: no such recipe.
         StaleArtifact: the profile is of another model.
     """
-    target = Target(keep=keep, experts=experts, width=width, budget=budget)
+    target = Target(keep=keep, experts=experts, width=width, budget=budget, multiple_of=multiple_of)
     request = Request(recipe=get_recipe(recipe), target=target, router=router, seed=seed)
     request.check()
     source = Source.open(model, mtp=mtp)

@@ -103,6 +103,20 @@ class Plan:
         return self.router == "map"
 
     @property
+    def awkward(self) -> tuple[str, ...]:
+        """What other programs will not like about the shapes of the result, a sentence each."""
+        shape, notes = self.shape, []
+        if shape.width is not None and shape.width % 256:
+            groups = [size for size in (32, 128) if shape.width % size]
+            also = f", nor of {' and '.join(map(str, groups))} as groups of 4-bit weights are" if groups else ""
+            notes.append(f"width {shape.width} is no multiple of 256, as K-quants want it{also}")
+        undivided = [ways for ways in (2, 4, 8) if shape.num_experts % ways]
+        if undivided:
+            ways = " or ".join(map(str, undivided))
+            notes.append(f"{shape.num_experts} experts cannot be shared out evenly among {ways} devices")
+        return tuple(notes)
+
+    @property
     def shape(self) -> CommonShape:
         """What all layers have in common; see `common_shape`."""
         return common_shape(self.layers)

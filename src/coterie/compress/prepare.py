@@ -74,7 +74,13 @@ class Options:
         if self.plan is not None:
             target = self.target
             settings: dict[str, object] = {"--keep": target.keep, "--experts": target.experts, "--width": target.width}
-            settings |= {"--budget": target.budget, "--recipe": self.recipe, "--router": self.router, "--mtp": self.mtp}
+            settings |= {
+                "--budget": target.budget,
+                "--recipe": self.recipe,
+                "--router": self.router,
+                "--mtp": self.mtp,
+                "--multiple-of": self.target.multiple_of,
+            }
             if given := [name for name, value in settings.items() if value is not None]:
                 raise InputError(f"the plan says how small and how; leave {', '.join(given)} out, or --plan")
             return None

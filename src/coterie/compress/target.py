@@ -12,7 +12,7 @@ from coterie.errors import InputError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """How small the result is to be; exactly one of these.
+    """How small the result is to be; exactly one of these, and what its counts or widths are to be multiples of.
 
     Attributes:
         keep: share of the experts of each layer, or of the width of each expert, above 0 and up to 1. A recipe that
@@ -20,16 +20,23 @@ class Target:
         experts: experts in each layer.
         width: hidden neurons of each expert; for a ragged result, on average.
         budget: bytes of all tensors, as a number or like "12GiB".
+        multiple_of: the number of experts, or their width, whichever the recipe lowers, is the nearest multiple of this
+            that can be; None for any.
     """
 
     keep: float | None = None
     experts: int | None = None
     width: int | None = None
     budget: str | int | None = None
+    multiple_of: int | None = None
 
     def check(self, recipe: Recipe) -> None:
         """Raise InputError unless this is one target, in range, that the recipe can fulfil."""
-        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        given = [
+            field.name
+            for field in fields(self)
+            if field.name != "multiple_of" and getattr(self, field.name) is not None
+        ]
         if len(given) != 1:
             raise InputError(
                 f"say how small with exactly one of --keep, --experts, --width and --budget; got {given or 'none'}"
@@ -39,6 +46,10 @@ class Target:
         if self.budget is not None:
             parse_bytes(self.budget)
         allocator = ALLOCATORS[recipe.allocator]
+        if self.multiple_of is not None and self.multiple_of < 1:
+            raise InputError(f"--multiple-of {self.multiple_of} is out of range: it must be 1 or more")
+        if self.multiple_of is not None and recipe.allocator == "ragged":
+            raise InputError(f"recipe {recipe.name} {allocator.does}; --multiple-of is for one width or number of all")
         if given[0] not in allocator.targets:
             *most, last = (f"--{name}" for name in allocator.targets)
             raise InputError(

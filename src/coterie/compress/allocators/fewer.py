@@ -20,11 +20,15 @@ def _count(problem: Problem) -> int:
     target, architecture = problem.target, problem.architecture
     total = architecture.layers[0].num_experts  # the same in all layers: `Architecture` refuses others
     if target.budget is not None:
-        options = {count: problem.same_count(count) for count in architecture.feasible_counts()}
+        counts = problem.multiples(architecture.feasible_counts(), "number of experts")
+        options = {count: problem.same_count(count) for count in counts}
         return problem.largest_within(options, target.budget, "keeping fewer experts", "that can be routed, {} a layer")
     count = target.experts if target.keep is None else max(1, round(target.keep * total))
     assert count is not None
     if not 1 <= count <= total:
         raise Infeasible(f"--experts {count} is out of range: every layer has {total}; choose 1 to {total}")
+    if target.multiple_of is not None:
+        counts = problem.multiples(architecture.feasible_counts(), "number of experts")
+        return min(counts, key=lambda each: (abs(each - count), each))
     architecture.check_feasible(count)
     return count

@@ -22,7 +22,7 @@ def allocate(problem: Problem) -> Allocation:
 def _width(problem: Problem) -> int:
     target, full = problem.target, problem.full_width()
     if target.budget is not None:
-        widths = width_rule(problem.architecture).feasible_widths()
+        widths = problem.multiples(width_rule(problem.architecture).feasible_widths(), "width")
         options = {width: problem.same_width(width) for width in widths}
         return problem.largest_within(options, target.budget, "slimming experts", "that can be written, width {}")
     width = target.width
@@ -32,6 +32,9 @@ def _width(problem: Problem) -> int:
         width = step * max(1, math.ceil(target.keep * full / step - 0.5))
     if not 1 <= width <= full:
         raise Infeasible(f"--width {width} is out of range: experts are {full} wide; choose 1 to {full}")
+    if target.multiple_of is not None:
+        widths = problem.multiples(width_rule(problem.architecture).feasible_widths(), "width")
+        return min(widths, key=lambda each: (abs(each - width), each))
     if width != full:
         width_rule(problem.architecture).check_feasible(width)
     return width

@@ -44,7 +44,7 @@ def _layers(problem: Problem, parts: int) -> tuple[LayerPlan, ...]:
         return _uncut(problem, limit)
     width = problem.full_width() // cut
     options: dict[int, tuple[LayerPlan, ...]] = {}
-    for count in range(1, total * cut):
+    for count in problem.multiples(range(1, total * cut), "number of parts"):
         chosen = min(count, first.top_k * cut, max(1, round(MORE * first.top_k * count / total)))
         if architecture.routing_problem(count, chosen) is None:
             layer = LayerPlan(num_experts=count, width=width, top_k=chosen)
@@ -57,10 +57,11 @@ def _uncut(problem: Problem, limit: int) -> tuple[LayerPlan, ...]:
     try:
         widths = width_rule(problem.architecture).feasible_widths()
     except Infeasible:
-        fewer = {count: problem.same_count(count) for count in problem.architecture.feasible_counts()}
+        counts = problem.multiples(problem.architecture.feasible_counts(), "number of experts")
+        fewer = {count: problem.same_count(count) for count in counts}
         way = "keeping fewer experts (experts can neither be cut nor made narrower here)"
         return fewer[problem.largest_within(fewer, limit, way, "that can be routed, {} a layer")]
-    narrower = {width: problem.same_width(width) for width in widths}
+    narrower = {width: problem.same_width(width) for width in problem.multiples(widths, "width")}
     return narrower[problem.largest_within(narrower, limit, "slimming experts", "that can be written, width {}")]
 
 

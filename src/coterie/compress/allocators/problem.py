@@ -59,6 +59,21 @@ class Problem:
             raise Infeasible(f"the layers have experts of different widths ({widths}); slimming them is not supported")
         return widths[0]
 
+    def multiples(self, values: Sequence[int], what: str) -> list[int]:
+        """Return those of the feasible values that are multiples of what the target asks for.
+
+        Raises:
+            Infeasible: none is.
+        """
+        step = self.target.multiple_of or 1
+        chosen = [value for value in values if value % step == 0]
+        if not chosen:
+            raise Infeasible(
+                f"--multiple-of {step}: no {what} that this model can have is a multiple; possible are "
+                f"{', '.join(map(str, values[-8:]))}"
+            )
+        return chosen
+
     def largest_within(
         self, options: Mapping[int, tuple[LayerPlan, ...]], budget: str | int, way: str, least: str
     ) -> int:
