@@ -17,15 +17,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 550
 
 #: Room -> the rooms that it may import from, beside itself. Rooms are the files and folders of src/coterie.
-FOUNDATION = {"_callable", "errors", "amounts", "fields", "artifact", "outputs", "journal", "progress"}
+FOUNDATION = {"_callable", "errors", "amounts", "fields", "paths", "artifact", "outputs", "journal", "progress"}
 ALLOWED = {
     "_callable": set(),
     "errors": set(),
     "amounts": {"errors"},
     "fields": {"errors"},
+    "paths": {"errors"},
     "progress": set(),
     "artifact": {"errors", "fields"},
-    "outputs": {"errors", "artifact"},
+    "outputs": {"errors", "artifact", "paths"},
     "journal": {"errors", "artifact", "progress"},
     "model": FOUNDATION,
     "profile": FOUNDATION | {"model"},

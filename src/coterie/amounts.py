@@ -9,6 +9,10 @@ from coterie.errors import InputError
 
 _BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | _BINARY
+
+#: Digits of an amount at most, and bytes below which one without a unit is a slip.
+_DIGITS, _FEW = 40, 1024
+
 _BY_LOWER = {name.lower(): size for name, size in _UNITS.items()}
 
 
@@ -32,10 +36,38 @@ def parse_bytes(text: str | int) -> int:
         raise InputError(f"{str(text)!r} has the unknown unit {unit!r}; {examples}")
     if not unit and "." in number:
         raise InputError(f"{str(text)!r} has no unit, and bytes come whole; did you mean {number}GiB? {examples}")
+    if len(number) > _DIGITS:
+        raise InputError(f"an amount of {len(number)} digits is more than there is; {examples}")
     size = int(Fraction(number) * _BY_LOWER.get(unit.lower(), 1))
     if size <= 0:
         raise InputError(f"{str(text)!r} is {size} bytes, which holds nothing; {examples}")
+    if not unit and size < _FEW:
+        raise InputError(
+            f"{str(text)!r} has no unit, and {size} bytes hold no model; did you mean {number}GiB? {examples}"
+        )
     return size
+
+
+def parse_share(text: str | float) -> float:
+    """Read a share: ``0.5``, or ``50%``; whether it is in range is not asked.
+
+    Raises:
+        InputError: it is no number.
+    """
+    match = re.fullmatch(r"\s*(\S+?)\s*(%?)\s*", str(text))
+    try:
+        if match is None:
+            raise ValueError
+        share = float(match[1])
+    except ValueError:
+        raise InputError(f"{str(text)!r:.60} is no share; write 0.5 or 50%") from None
+    return share / 100 if match[2] else share
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError for a seed that random numbers cannot be drawn from: it has 63 bits, and no sign."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed {seed!s:.40} cannot be; give a whole number from 0 to {2**63 - 1}")
 
 
 def format_bytes(size: int) -> str:

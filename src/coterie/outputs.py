@@ -14,6 +14,7 @@ from pathlib import Path
 
 from coterie.artifact import read_header
 from coterie.errors import CorruptArtifact, InputError, OutputExists, StaleArtifact
+from coterie.paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def check_output(
         OutputExists: the place is taken.
         InputError: it lies inside a folder that is read, in no folder, or in one that cannot be written to.
     """
-    target = Path(place).expanduser()
+    target = user_path(place)
     if not folder and target.is_dir():
         raise OutputExists(f"{target} is a folder; name the file to write, such as {target / 'NAME'}")
     if os.path.lexists(target) and not (accepts or functools.partial(is_artifact, kind=kind))(target):
@@ -62,7 +63,7 @@ def check_output(
         raise OutputExists(f"{above} is not a folder; choose another place or remove it")
     for noun, sources in (reads or {}).items():
         for source in sources:
-            if source is not None and _is_inside(target, Path(source).expanduser()):
+            if source is not None and _is_inside(target, user_path(source)):
                 raise InputError(
                     f"{target} is inside the {noun} {source}, which is never written; choose another place"
                 )

@@ -49,9 +49,12 @@ from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.open import open_checkpoint
 from coterie.outputs import check_output
+from coterie.paths import user_path
 from coterie.profile.documents import text_files
 
 log = logging.getLogger(__name__)
+
+MAX_DRAWS = 1000
 
 LOCK = ".lock"
 CELLS = "cells.jsonl"
@@ -150,12 +153,14 @@ def bench(
         raise InputError(f"the models {', '.join(model.name for model in opened)} need distinct names")
     if jobs < 0:
         raise InputError(f"{jobs} workers cannot be; give --jobs 1 or more")
+    if isinstance(seeds, int) and seeds > MAX_DRAWS:
+        raise InputError(f"{seeds} draws of the text are too many; give --seeds {MAX_DRAWS} at most")
     draws = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     text_files(text)
     text_files(test)
     settings = BenchSettings(
-        text=str(Path(text).expanduser().resolve()), text_digest=folder_digest(Path(text).expanduser()),
-        test=str(Path(test).expanduser().resolve()), test_digest=folder_digest(Path(test).expanduser()),
+        text=str(user_path(text).resolve()), text_digest=folder_digest(user_path(text)),
+        test=str(user_path(test).resolve()), test_digest=folder_digest(user_path(test)),
         tokens=tokens, test_tokens=test_tokens, questions=questions, seq_len=seq_len, sample_tokens=sample_tokens,
         effort=effort, device=device, max_memory=None if max_memory is None else parse_bytes(max_memory),
         allow_pickle=allow_pickle,
@@ -189,7 +194,7 @@ def _open(model: str | Path, *, allow_pickle: bool) -> Model:
     stored = Checkpoint.open(model, allow_pickle=allow_pickle)
     checkpoint = open_checkpoint(stored.path, allow_pickle=allow_pickle)
     Architecture.of(checkpoint)
-    local = Path(model).expanduser()
+    local = user_path(model)
     name = local.resolve().name if local.is_dir() else str(model)
     return Model(name=name, path=str(stored.path.resolve()), digest=checkpoint.digest)
 

@@ -24,6 +24,8 @@ from coterie.cli.recipes import recipes
 from coterie.cli.report import report
 from coterie.errors import CoterieError
 
+_LONGEST = 2000  # characters of a message
+
 
 class Commands(TyperGroup):
     """Commands whose foreseen errors end in one message instead of a traceback."""
@@ -90,6 +92,13 @@ class _Words(logging.Formatter):
 
 
 def _message(error: Exception) -> str:
+    text = _message_text(error)
+    # What a person typed, or a file is named, may hold control characters and be of any length.
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
+
+
+def _message_text(error: Exception) -> str:
     # An OSError puts its number in front of its text, which helps nobody.
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror

@@ -4,13 +4,29 @@ from typing import Annotated, Literal
 
 import typer
 
+from coterie.amounts import parse_share
+from coterie.errors import InputError
 from coterie.model.device import check_device_name
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model folder with config.json and *.safetensors, or a hub id.")
 ]
+
+
+def _share(text: str) -> float:
+    try:
+        return parse_share(text)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 Keep = Annotated[
-    float | None, typer.Option(help="Share of the experts, or of the width of each, to keep in each layer, like 0.5.")
+    float | None,
+    typer.Option(
+        help="Share of the experts, or of the width of each, to keep in each layer, like 0.5 or 50%.",
+        parser=_share,
+        metavar="SHARE",
+    ),
 ]
 Experts = Annotated[int | None, typer.Option(help="Number of experts to keep in each layer.")]
 Width = Annotated[int | None, typer.Option(help="Hidden neurons to keep in each expert; for recipes that slim them.")]

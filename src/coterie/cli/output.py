@@ -15,12 +15,17 @@ _WIDTH = 200
 
 def print_json(content: Any) -> None:
     """Print anything that JSON can hold."""
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    typer.echo(_encodable(json.dumps(content, indent=2, ensure_ascii=False)))
+
+
+def _encodable(text: str) -> str:
+    """Return a text with bytes of file names that are no UTF-8 in escapes, which JSON reads as what they were."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def print_text(text: str = "") -> None:
     """Print a line."""
-    typer.echo(text)
+    typer.echo(_encodable(text))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, footer: Sequence[str] | None = None) -> None:
@@ -53,7 +58,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, footer
             overflow="fold",
         )
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(_encodable(cell)) for cell in row))
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False)
     console.print(table)
 

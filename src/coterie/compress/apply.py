@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from coterie.amounts import format_bytes
+from coterie.amounts import format_bytes, parse_share
 from coterie.artifact import write_json
 from coterie.compress.decide import completed
 from coterie.compress.lanes import Lanes
@@ -33,6 +33,7 @@ from coterie.fields import Fields
 from coterie.journal import Run, open_run
 from coterie.model.disk.manifest import Manifest
 from coterie.model.stream.memory import peak_bytes
+from coterie.paths import user_path
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile_in_folder, profile_in_run
 
@@ -71,7 +72,7 @@ def compress(
     model: str | Path,
     out: str | Path,
     *,
-    keep: float | None = None,
+    keep: float | str | None = None,
     experts: int | None = None,
     width: int | None = None,
     budget: str | int | None = None,
@@ -103,7 +104,8 @@ def compress(
     Args:
         model: a model folder or hub id; it is only read.
         out: folder for the result; must not exist.
-        keep: share of the experts to keep in each layer, or of the width of each expert, as the recipe has it.
+        keep: share of the experts to keep in each layer, or of the width of each expert, as the recipe has it;
+            0.5 or "50%".
         experts: experts to keep in each layer.
         width: hidden neurons to keep in each expert, for a recipe that slims them; on average, for a ragged one.
         budget: largest size of the weight files, such as "12GiB".
@@ -149,8 +151,11 @@ def compress(
     """
     clock = _Clock()
     options = Options(
-        model=model, out=Path(out).expanduser(),
-        target=Target(keep=keep, experts=experts, width=width, budget=budget, multiple_of=multiple_of),
+        model=model, out=user_path(out),
+        target=Target(
+            keep=None if keep is None else parse_share(keep), experts=experts, width=width, budget=budget,
+            multiple_of=multiple_of,
+        ),
         plan=plan, recipe=recipe,
         effort=effort, train_tokens=train_tokens, router=router, profile=profile, text=text, weights=weights,
         tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, device=device, inputs=inputs,

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from coterie.amounts import parse_share
 from coterie.compress.allocators.problem import Problem, load_allocator
 from coterie.compress.check import check_layers, check_prediction
 from coterie.compress.layer_plan import LayerPlan
@@ -34,7 +35,7 @@ def plan(
     model: str | Path,
     profile: Profile | str | Path | None = None,
     *,
-    keep: float | None = None,
+    keep: float | str | None = None,
     experts: int | None = None,
     width: int | None = None,
     budget: str | int | None = None,
@@ -50,7 +51,8 @@ def plan(
         model: a model folder or hub id; only headers are read.
         profile: a profile of the same model; with it the plan names the experts that stay, wherever statistics are
             enough to choose them. A ragged recipe cannot do without.
-        keep: share of the experts to keep in each layer, or of the width of each expert, above 0 and up to 1.
+        keep: share of the experts to keep in each layer, or of the width of each expert, above 0 and up to 1, or
+            like "50%".
         experts: experts to keep in each layer.
         width: hidden neurons to keep in each expert, for a recipe that slims them.
         budget: largest size of the weight files, such as "12GiB", "800MB" or a number of bytes.
@@ -67,7 +69,8 @@ def plan(
         UnknownName: no such recipe.
         StaleArtifact: the profile is of another model.
     """
-    target = Target(keep=keep, experts=experts, width=width, budget=budget, multiple_of=multiple_of)
+    share = None if keep is None else parse_share(keep)
+    target = Target(keep=share, experts=experts, width=width, budget=budget, multiple_of=multiple_of)
     request = Request(recipe=get_recipe(recipe), target=target, router=router, seed=seed)
     request.check()
     source = Source.open(model, mtp=mtp)

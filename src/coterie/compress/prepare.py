@@ -23,6 +23,7 @@ from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.stream.memory import COMPRESS_COPIES, Forecast, Stage, sample_lines, unit_lines
 from coterie.model.stream.stream import Stream
 from coterie.outputs import check_output, is_empty_folder
+from coterie.paths import user_path
 from coterie.profile.calibration import TokenSet
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile
@@ -127,7 +128,7 @@ class Job:
     def profile_folder(self) -> Path | None:
         """Where a profile that is made here is to be kept; None for nowhere."""
         profile = self.options.profile
-        return Path(profile).expanduser() if isinstance(profile, str | Path) else None
+        return user_path(profile) if isinstance(profile, str | Path) else None
 
     def text(self, tokens: int, *, up_to: bool = False) -> TokenSet:
         """Draw calibration text; see `coterie.profile.text.CalibrationText.draw`."""
@@ -221,7 +222,7 @@ def _check_places(options: Options) -> None:
     """Raise OutputExists or InputError where the result, or a profile that is made on the way, cannot go."""
     reads: dict[str, list[Any]] = {"model folder": [options.model], "text folder": [options.text]}
     if isinstance(options.profile, str | Path):
-        if not (Path(options.profile).expanduser() / PROFILE_FILE).exists():
+        if not (user_path(options.profile) / PROFILE_FILE).exists():
             check_output(options.profile, kind="profile", reads=reads, accepts=is_empty_folder, folder=True)
         reads["profile"] = [options.profile]
     check_output(options.out, kind="checkpoint", reads=reads, accepts=lambda place: False, folder=True)
@@ -229,7 +230,7 @@ def _check_places(options: Options) -> None:
 
 def _given(options: Options) -> Plan | None:
     plan = options.plan
-    return plan if plan is None or isinstance(plan, Plan) else Plan.load(Path(plan).expanduser())
+    return plan if plan is None or isinstance(plan, Plan) else Plan.load(user_path(plan))
 
 
 def _calibration(source: Source, options: Options) -> CalibrationText:
@@ -265,5 +266,5 @@ def _present_profile(profile: Profile | str | Path | None, checkpoint: Checkpoin
     """Return the profile that was given; None where a folder was named that holds none yet."""
     if profile is None or isinstance(profile, Profile):
         return profile
-    folder = Path(profile).expanduser()
+    folder = user_path(profile)
     return Profile.load(folder, model_digest=checkpoint.digest) if (folder / PROFILE_FILE).exists() else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from coterie.amounts import check_seed
 from coterie.compress.plan import Router
 from coterie.compress.recipes import Recipe, Step
 from coterie.compress.target import Target
@@ -33,6 +34,7 @@ class Request:
 
     def check(self) -> None:
         """Raise InputError, Infeasible or UnknownName for what no model could be given."""
+        check_seed(self.seed)
         self.target.check(self.recipe)
         self.recipe.with_router(self.router)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from coterie.errors import TextError
+from coterie.paths import user_path
 from coterie.progress import track
 
 SUFFIX = ".qa.jsonl"
@@ -61,7 +62,7 @@ def read_questions(folder: str | Path, *, limit: int | None = None, seed: int = 
     Raises:
         TextError: no such folder, a file without questions, or a line that is no question with a one-line answer.
     """
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     if not path.is_dir():
         raise TextError(f"{path} is not a folder; --text takes a folder with one *.txt or *.jsonl file a domain")
     if limit == 0:

@@ -32,6 +32,7 @@ from coterie.errors import InputError, UnknownName
 from coterie.model.arch.load import load_model
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.quiet import quiet
+from coterie.paths import user_path
 
 #: What is told to whoever has not installed the harness.
 INSTALL = "pip install 'coterie[eval]'"
@@ -68,7 +69,7 @@ def find_tasks(tasks: Sequence[str], *, include_path: str | Path | None = None, 
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; it must be at least 1")
     check_harness()
-    folder = None if include_path is None else Path(include_path).expanduser().resolve()
+    folder = None if include_path is None else user_path(include_path).resolve()
     if folder is not None and not folder.is_dir():
         raise InputError(f"{folder} is not a folder; --include-path takes one with task files (*.yaml)")
     from lm_eval.tasks import TaskManager

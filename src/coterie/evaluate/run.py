@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.amounts import format_bytes, parse_bytes
+from coterie.amounts import check_seed, format_bytes, parse_bytes
 from coterie.artifact import digest_of
 from coterie.errors import InputError
 from coterie.evaluate.answers import Attempt, attempt_batches, first_attempts, right_in_batch, second_attempts
@@ -65,6 +65,7 @@ from coterie.model.stream.likelihood import token_nll
 from coterie.model.stream.memory import Forecast, fitting_batch, peak_bytes
 from coterie.model.stream.reading import Head, logits_at, predictions, read
 from coterie.model.stream.stream import Stream
+from coterie.paths import user_path
 from coterie.progress import track
 
 log = logging.getLogger(__name__)
@@ -255,6 +256,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         self.device = _check_arguments(
             device=device, dtype=dtype, batch_size=batch_size, tokens=tokens, questions=questions
         )
+        check_seed(seed)
         by_domain = read_questions(text, limit=questions, seed=seed)
         self.batch_size = batch_size
         self.base: Subject | None = None
@@ -262,7 +264,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         self._seed = seed
         self._dtype = dtype
         self._allow_pickle = allow_pickle
-        self._cache = None if cache is None else Path(cache).expanduser()
+        self._cache = None if cache is None else user_path(cache)
         self._streams: dict[Path, Stream] = {}
         self._stack = ExitStack()
         self._base_is_open = False

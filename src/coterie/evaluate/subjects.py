@@ -19,6 +19,7 @@ from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.open import open_checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.stream.stream import Stream
+from coterie.paths import user_path
 from coterie.profile.calibration import TokenSet, tokenize
 
 
@@ -109,7 +110,7 @@ def open_subject(model: str | Path, reader: TextReader, *, allow_pickle: bool) -
 
 def model_name(model: str | Path) -> str:
     """Return what a model is called: its folder's name, or its hub id."""
-    local = Path(model).expanduser()
+    local = user_path(model)
     return local.resolve().name if local.is_dir() else str(model)
 
 

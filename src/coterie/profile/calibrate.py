@@ -24,6 +24,7 @@ from coterie.model.disk.open import open_checkpoint
 from coterie.model.stream.memory import Stage, unit_lines
 from coterie.model.stream.stream import Stream
 from coterie.outputs import check_output
+from coterie.paths import user_path
 from coterie.profile.information import Information, forecast, measure_information
 from coterie.profile.mixing import choose_mix
 from coterie.profile.self_text import SELF, FirstToken, Writing, write_text
@@ -154,7 +155,7 @@ def generate(
         InputError, Infeasible, TextError: see `coterie.profile.self_text.write_text`.
     """
     check_device(device)
-    folder = Path(out).expanduser()
+    folder = user_path(out)
     file = folder / f"{SELF}.jsonl"
     for ending in (".jsonl", ".txt", ".json"):
         check_output(

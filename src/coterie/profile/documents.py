@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from coterie.errors import TextError, UnknownName
+from coterie.paths import user_path
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 _SEPARATOR_LINE = re.compile(rf"\n?^{re.escape(DOCUMENT_SEPARATOR)}$\n?", flags=re.MULTILINE)
@@ -32,7 +33,7 @@ def text_files(folder: str | Path, domains: tuple[str, ...] | None = None) -> di
         TextError: no such folder, no text in it, or two files for one domain.
         UnknownName: a domain was asked for that has no file.
     """
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     if not path.is_dir():
         raise TextError(f"{path} is not a folder; --text takes a folder with one *.txt or *.jsonl file a domain")
     files: dict[str, Path] = {}

@@ -39,6 +39,7 @@ from coterie.model.stream.memory import (
 )
 from coterie.model.stream.stream import Call, Stream
 from coterie.outputs import check_output, is_empty_folder
+from coterie.paths import user_path
 from coterie.profile.calibration import TokenSet
 from coterie.profile.collect import Collector, statistics_bytes
 from coterie.profile.observation import observed, prove_layers, proving, with_residual
@@ -113,7 +114,7 @@ def profile(
         ArchitectureMismatch: a layer does not compute what its canonical experts compute.
     """
     check_device(device)
-    target = None if out is None else Path(out).expanduser()
+    target = None if out is None else user_path(out)
     if target is not None:
         reads = {"model folder": [model], "text folder": [text]}
         check_output(target, kind="profile", reads=reads, accepts=is_empty_folder, folder=True)

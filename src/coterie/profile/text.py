@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from coterie.amounts import check_seed
 from coterie.errors import InputError
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
@@ -48,7 +49,8 @@ class TextSettings:
         return str(self.source) == SELF
 
     def check(self) -> None:
-        """Raise InputError for domains or weights of text that has no domains."""
+        """Raise InputError for a seed that cannot be, and for domains or weights of text that has no domains."""
+        check_seed(self.seed)
         if self.own and (self.domains is not None or self.weights is not None):
             raise InputError(
                 "text that the model writes has no domains: leave them out, or let it write a file into a text folder "

@@ -18,6 +18,7 @@ from coterie.fields import Fields, shown
 from coterie.model.arch.inspect import Inspection, inspect
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.manifest import MANIFEST, LayerEntry, Manifest, ResultForm
+from coterie.paths import user_path
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile
 from coterie.report.layers import share_left, size_mark, size_text
@@ -139,7 +140,7 @@ def gather(run: str | Path) -> ReportedRun:
         CorruptArtifact: an artefact is damaged.
         StaleArtifact: an artefact is newer than this version reads.
     """
-    root = Path(run).expanduser()
+    root = user_path(run)
     if not root.is_dir():
         raise InputError(f"{root} is not a folder; a report is made from the folder that holds a run's results")
     artefacts = ReportedRun(name=root.resolve().name)

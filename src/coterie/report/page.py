@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from coterie import __version__
 from coterie.artifact import atomic_path
 from coterie.outputs import PAGE_MARK, check_output, claim_output, is_page
+from coterie.paths import user_path
 from coterie.report.experts import changes, experts
 from coterie.report.gather import ReportedRun, entries_of, folders_read, gather
 from coterie.report.sections import costs, headline, provenance, results_table, sizes
@@ -46,7 +47,7 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
         CorruptArtifact: an artefact is damaged.
         StaleArtifact: an artefact was written by a newer version.
     """
-    folder = Path(run).expanduser()
+    folder = user_path(run)
     target = folder / FILE if out is None else Path(out)
     if folder.is_dir():  # and else there is no run to report on
         target = check_output(target, kind="page", reads=folders_read(folder), accepts=is_page)

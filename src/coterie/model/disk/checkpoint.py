@@ -23,6 +23,7 @@ from coterie.model.disk.beside import WEIGHT_PATTERNS, files_beside
 from coterie.model.disk.damage import check_no_pointer
 from coterie.model.disk.header import HEADER_LIMIT, absence, parse_json, read_header
 from coterie.model.disk.tensors import TORCH_NAMES, TensorInfo
+from coterie.paths import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -253,7 +254,7 @@ def resolve(path: str | Path, *, allow_pickle: bool = False) -> Path:
     Raises:
         NotACheckpoint: there is neither.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if folder.is_dir():
         return folder
     if folder.is_file():
