@@ -46,12 +46,11 @@ from coterie.compress.target import Target
 from coterie.errors import CoterieError, Infeasible
 from coterie.evaluate.divergence import token_divergence
 from coterie.evaluate.generation import count_correct, read_questions
-from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion, put
+from coterie.model.arch.conversion import TORCH_DTYPES, put
 from coterie.model.arch.experts import canonical_experts
-from coterie.model.arch.layers import Architecture, MoELayer
+from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.load import load_model, result_meta_model
 from coterie.model.arch.reroute import Reroute
-from coterie.model.disk.open import open_checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.profile.calibration import tokenize
 from coterie.profile.documents import text_files
@@ -307,9 +306,10 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         """Open the model and read it, and see to it that its profile is there."""
         self._options = options
-        self._checkpoint = open_checkpoint(options.model)
-        self._architecture = Architecture.of(self._checkpoint)
-        self._conversion = WeightConversion(self._checkpoint, self._architecture.model)
+        self._source = Source.open(options.model)
+        self._checkpoint = self._source.checkpoint
+        self._architecture = self._source.architecture
+        self._conversion = self._source.conversion
         self._tokenizer = load_tokenizer(options.model)
         self._original = load_model(options.model, dtype=torch.float32).requires_grad_(False)
         self._questions = read_questions(options.test)
@@ -444,9 +444,8 @@ class Study:
             Infeasible: this model cannot have that form.
         """
         layers, architecture = self._architecture.layers, self._architecture
-        source = Source(checkpoint=self._checkpoint, architecture=architecture, conversion=self._conversion)
         request = Request(recipe=form.recipe, target=Target(keep=self._options.keep))
-        plans = allocate(source, request, measured)
+        plans = allocate(self._source, request, measured)
         if form.shrinks == "ragged-layers":
             return tuple(
                 self._ragged(form.score, measured, layer, size) for layer, size in zip(layers, plans, strict=True)
