@@ -333,7 +333,7 @@ class _Shop:
         layers = Architecture.of(Checkpoint.open(model)).layers
         target: dict[str, Any] = {"experts": max(layer.top_k for layer in layers) - 1}  # too few for the router
         if "experts" not in _targets(recipe):
-            target = {"width": layers[0].width + 1} if "width" in _targets(recipe) else {"budget": 1}
+            target = {"width": layers[0].width + 1} if "width" in _targets(recipe) else {"budget": "1KiB"}
         before = set(self.folder.iterdir())
         try:
             self.compress(model, recipe, router, **target)
