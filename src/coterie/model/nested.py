@@ -11,14 +11,14 @@ from transformers.utils.generic import ModelOutput
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Return all tensors in nested tuples, lists, dicts and dataclass-like outputs, in order."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+        tensors.append(tensor)
         return tensor
 
     mapped(value, note)
-    return found
+    return tensors
 
 
 def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:

@@ -3,8 +3,8 @@
 from coterie.profile.calibrate import calibrate, generate
 
 generate("model", "text/own", tokens=65536)
-found = calibrate("model", text="text/calibration")
-found.weights, found.dropped
+choice = calibrate("model", text="text/calibration")
+choice.weights, choice.dropped
 """
 
 from __future__ import annotations

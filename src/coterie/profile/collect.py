@@ -80,8 +80,8 @@ class Collector:
             if name in MAXIMA:
                 if name not in self._tensors:
                     self._tensors[name] = value.new_zeros(self._num_domains, *value.shape)
-                held = self._tensors[name]
-                held[domain] = held[domain].maximum(value)
+                largest = self._tensors[name]
+                largest[domain] = largest[domain].maximum(value)
             else:
                 if name not in self._sums:
                     self._sums[name] = BinnedSum.zeros(self._num_domains, *value.shape)
@@ -98,8 +98,8 @@ class Collector:
     @property
     def statistics(self) -> Totals:
         """Sums so far, on the CPU. A value that one batch could not show is left out."""
-        held = self._sums | {name: tensor.cpu() for name, tensor in self._tensors.items()}
-        return Totals(held, held.__getitem__)
+        totals = self._sums | {name: tensor.cpu() for name, tensor in self._tensors.items()}
+        return Totals(totals, totals.__getitem__)
 
     def _keep_sample(self, domain: int, observation: Observation, target_TD: Tensor) -> None:
         start = self._seen[domain]

@@ -91,10 +91,10 @@ def measure_information(stream: Stream, token_set: TokenSet, *, batch_size: int 
         )
     losses = _mean_losses(stream, token_set, batch_size)
     common = min(len(ids_NS) for ids_NS in token_set.sequences.values())
-    found = []
+    sources = []
     for domain, ids_NS in token_set.sequences.items():
         counted_NS = ids_NS[:common, token_set.num_start :]
-        found.append(
+        sources.append(
             Information(
                 domain=domain,
                 tokens=ids_NS.numel(),
@@ -104,7 +104,7 @@ def measure_information(stream: Stream, token_set: TokenSet, *, batch_size: int 
                 entropy=token_entropy(counted_NS),
             )
         )
-    return tuple(found)
+    return tuple(sources)
 
 
 def forecast(stream: Stream, token_set: TokenSet, *, batch_size: int) -> Forecast:

@@ -270,10 +270,10 @@ def proving(model: PreTrainedModel, layers: tuple[MoELayer, ...]) -> Iterator[di
         yield errors
 
 
-def _relative_error(found: Tensor, expected: Tensor) -> float:
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return the largest absolute difference over the largest absolute expected value."""
     wide = torch.promote_types(expected.dtype, torch.float32)
-    difference = (found.to(wide) - expected.to(wide)).abs().max().item()
+    difference = (actual.to(wide) - expected.to(wide)).abs().max().item()
     return difference / (expected.abs().max().item() or 1.0)
 
 
@@ -318,7 +318,7 @@ def _add_output(observations: list[Observation], index: int, field: str) -> Call
 
     def hook(module: nn.Module, inputs: object, output: object) -> None:
         if observations and (seen := observations[-1]).layer.index == index:
-            found: dict[str, Any] = {field: _first_tensor(output, len(seen.hidden_TD))}
-            observations[-1] = replace(seen, **found)
+            returned: dict[str, Any] = {field: _first_tensor(output, len(seen.hidden_TD))}
+            observations[-1] = replace(seen, **returned)
 
     return hook

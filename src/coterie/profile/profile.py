@@ -121,7 +121,7 @@ class Profile:
         content = [self.model_digest, self.text_digest, self.domains, self.num_tokens, self.seq_len, self.seed]
         if isinstance(self.statistics, _Stored):
             return digest_of([*content, self.statistics.digests])
-        layers = (_tensors(held, sample) for held, sample in zip(self.statistics, self.samples, strict=True))
+        layers = (_tensors(*layer) for layer in zip(self.statistics, self.samples, strict=True))
         return digest_of([*content, [_hash(tensor) for tensors in layers for tensor in tensors.values()]])
 
     def sum(self, layer: int, name: str) -> Tensor:
@@ -153,10 +153,10 @@ class Profile:
         return self._statistic(layer, name)
 
     def _statistic(self, layer: int, name: str) -> Tensor:
-        held = self.statistics[layer]
-        if name not in held:
-            raise UnknownName("statistic", name, held)
-        return held[name]
+        statistics = self.statistics[layer]
+        if name not in statistics:
+            raise UnknownName("statistic", name, statistics)
+        return statistics[name]
 
     def merge(self, other: Profile) -> Profile:
         """Add the profile of other text through the same model; layers are added when they are asked for.
@@ -290,11 +290,11 @@ def _tensors(statistics: Mapping[str, Tensor], sample: Sample) -> dict[str, Tens
     """Return what a layer's file holds, by name in it."""
     tensors = {f"sample.{key}": tensor for key, tensor in sample.tensors().items()}
     for key in statistics:
-        held = _exact(statistics, key)
-        if isinstance(held, BinnedSum):
-            tensors |= {f"digits.{key}": held.digits_K, f"place.{key}": held.place}
+        total = _exact(statistics, key)
+        if isinstance(total, BinnedSum):
+            tensors |= {f"digits.{key}": total.digits_K, f"place.{key}": total.place}
         else:
-            tensors[f"statistics.{key}"] = held
+            tensors[f"statistics.{key}"] = total
     return tensors
 
 

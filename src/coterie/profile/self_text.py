@@ -177,9 +177,9 @@ class _Voice:
         self._model, self._tokenizer, self._writing = model, tokenizer, writing
         config: GenerationConfig = model.generation_config
         ends = config.eos_token_id
-        found = {*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.eos_token_id}
+        last = {*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.eos_token_id}
         vocab_size = int(model.config.get_text_config().vocab_size)
-        self._ends = sorted(int(end) for end in found if end is not None and int(end) < vocab_size)
+        self._ends = sorted(int(end) for end in last if end is not None and int(end) < vocab_size)
         starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self._start = start_ids(tokenizer) or [int(start) for start in starts if start is not None][:1]
         # What a model's own settings do to its distribution (top-k, penalties) is not asked for here.

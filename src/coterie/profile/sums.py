@@ -114,8 +114,8 @@ class Totals(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        held = self.exact(name)
-        return held.value() if isinstance(held, BinnedSum) else held
+        total = self.exact(name)
+        return total.value() if isinstance(total, BinnedSum) else total
 
     def __contains__(self, name: object) -> bool:
         return name in self._names

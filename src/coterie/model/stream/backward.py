@@ -69,5 +69,5 @@ class Backward:
         ]
         if not pairs:
             return [None for _ in self.needed]
-        found = iter(torch.autograd.grad([t for t, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
-        return [next(found) if wants else None for wants in self.needed]
+        gradients = iter(torch.autograd.grad([t for t, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+        return [next(gradients) if wants else None for wants in self.needed]

@@ -20,9 +20,9 @@ def call_unit(worker: JobThread, unit: Unit, args: tuple[Any, ...], kwargs: Mapp
     node = _Node(worker, unit, *mapped((args, kwargs), lambda tensor: tensor.detach()))
     anchor = torch.zeros((), requires_grad=True)
     flat = _UnitCall.apply(node, anchor, *tensors_in((args, kwargs)))  # type: ignore[no-untyped-call]
-    found, output = iter(flat), node.output
+    tensors, output = iter(flat), node.output
     node.output = None
-    return mapped(output, lambda tensor: next(found))
+    return mapped(output, lambda tensor: next(tensors))
 
 
 @dataclasses.dataclass(slots=True)

@@ -290,8 +290,8 @@ class Stream(AbstractContextManager["Stream"]):
         return frozenset(name for name, _ in self.model.named_parameters(remove_duplicate=False))
 
     def _loose_names(self) -> tuple[str, ...]:
-        held = {name for unit in self.units for name in unit.names}
-        return tuple(sorted(self._state.keys() - held))
+        in_units = {name for unit in self.units for name in unit.names}
+        return tuple(sorted(self._state.keys() - in_units))
 
     def _called(self, unit: Unit, *args: Any, **kwargs: Any) -> Any:
         """Stand in for a unit's forward: a job waits for its turn, anybody else computes at once."""
@@ -333,15 +333,16 @@ class Stream(AbstractContextManager["Stream"]):
                 path = self.checkpoint.path / self.checkpoint.tensors[name].shard
                 check_finite(path, name, tensor, infinity=self.conversion.memory_names[name] not in self._parameters)
             kept = {name: tensor for name, tensor in raw.items() if keep(name)}
-            found, conversions = self.conversion.convert(raw, self._dtype_of)
+            converted, conversions = self.conversion.convert(raw, self._dtype_of)
         tied: Mapping[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
         tensors = {}
         for name in names:
-            source = name if name in found else tied.get(name, name)
-            source = source if source in found else next((other for other in found if tied.get(other) == name), source)
-            if source not in found:
+            source = name if name in converted else tied.get(name, name)
+            if source not in converted:
+                source = next((other for other in converted if tied.get(other) == name), source)
+            if source not in converted:
                 raise CorruptCheckpoint(f"{self.checkpoint.path}: {name} was not made from {self._sources.get(name)}")
-            tensors[name] = found[source]
+            tensors[name] = converted[source]
         return tensors, kept, conversions
 
     def _dtype_of(self, name: str) -> torch.dtype:
