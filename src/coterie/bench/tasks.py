@@ -17,10 +17,10 @@ import torch
 from coterie.artifact import write_json
 from coterie.bench.cells import BenchSettings, Cell, Model, original_key
 from coterie.compress.apply import Result, compress
-from coterie.compress.plan import Router
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError, OutputBusy, OutputExists
 from coterie.evaluate.run import Evaluation
 from coterie.evaluate.speed import reset_peak
+from coterie.model.disk.manifest import RouterForm
 from coterie.model.stream.memory import peak_bytes
 from coterie.profile.run import profile
 
@@ -100,7 +100,7 @@ class Worker:
         def make() -> Result:
             return compress(
                 cell.model.path, target, keep=1 - cell.removed, recipe=cell.recipe,
-                router=cast(Router, cell.router), profile=profile, effort=settings.effort, text=settings.text,
+                router=cast(RouterForm, cell.router), profile=profile, effort=settings.effort, text=settings.text,
                 tokens=settings.tokens, cache=cache, seq_len=settings.seq_len, seed=cell.seed,
                 sample_tokens=settings.sample_tokens, device=settings.device,
                 max_memory=settings.max_memory, allow_pickle=settings.allow_pickle,

@@ -8,6 +8,7 @@ import typer
 from coterie.cli import options
 from coterie.cli.output import print_json, print_text
 from coterie.cli.plan import check_request, print_plan
+from coterie.model.disk.manifest import RouterForm
 
 
 def compress(
@@ -36,7 +37,7 @@ def compress(
     train_tokens: Annotated[
         int | None, typer.Option(help="Tokens to train on, in place of what --effort says; 0 for none.")
     ] = None,
-    router: Annotated[options.RouterForm | None, typer.Option(help=options.ROUTER_HELP, show_default="plain")] = None,
+    router: Annotated[RouterForm | None, typer.Option(help=options.ROUTER_HELP, show_default="plain")] = None,
     profile: Annotated[
         Path | None, typer.Option(help="Folder of a profile; one that holds none yet gets the profile made here.")
     ] = None,

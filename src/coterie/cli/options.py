@@ -7,6 +7,7 @@ import typer
 from coterie.amounts import parse_share
 from coterie.errors import InputError
 from coterie.model.device import check_device_name
+from coterie.model.disk.manifest import RouterForm
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model folder with config.json and *.safetensors, or a hub id.")
@@ -34,7 +35,6 @@ Budget = Annotated[str | None, typer.Option(help="Size of all weights at most, l
 Recipe = Annotated[
     str, typer.Option(help="How experts are chosen or merged; see `coterie recipes`. Or module:attribute of your own.")
 ]
-RouterForm = Literal["plain", "mean", "refit", "map"]
 ROUTER_HELP = (
     "plain: rows of the experts that stay. mean: the mean of the rows of merged ones. refit: rows fitted to the "
     "output. map: the router stays whole; only Coterie loads that result, stock loaders read the others."

@@ -8,6 +8,7 @@ import typer
 
 from coterie.cli import options
 from coterie.cli.output import percent, print_json, print_table, print_text
+from coterie.model.disk.manifest import RouterForm
 
 if TYPE_CHECKING:
     from coterie.compress.layer_plan import LayerPlan
@@ -74,7 +75,7 @@ def check_request(
     width: int | None,
     budget: str | None,
     recipe: str,
-    router: options.RouterForm,
+    router: RouterForm,
     seed: int,
 ) -> None:
     """Refuse, before anything heavy is imported, what no model could be given, and what is no model."""

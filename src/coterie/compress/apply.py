@@ -20,7 +20,7 @@ from coterie.compress.decide import completed
 from coterie.compress.lanes import Lanes
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.layers import LayerWriter
-from coterie.compress.plan import Mtp, Plan, Router
+from coterie.compress.plan import Mtp, Plan
 from coterie.compress.prepare import Inputs, Job, Options, prepare
 from coterie.compress.recipes import Recipe
 from coterie.compress.reload import check_reload
@@ -31,7 +31,7 @@ from coterie.compress.work import Work
 from coterie.errors import CoterieError, OutOfSpace
 from coterie.fields import Fields
 from coterie.journal import Run, open_run
-from coterie.model.disk.manifest import Manifest
+from coterie.model.disk.manifest import Manifest, RouterForm
 from coterie.model.stream.memory import peak_bytes
 from coterie.paths import user_path
 from coterie.profile.profile import Profile
@@ -80,7 +80,7 @@ def compress(
     recipe: str | Recipe | None = None,
     effort: str = "balanced",
     train_tokens: int | None = None,
-    router: Router | None = None,
+    router: RouterForm | None = None,
     profile: Profile | str | Path | None = None,
     text: str | Path | None = None,
     weights: Mapping[str, float] | None = None,

@@ -17,7 +17,7 @@ from coterie.compress.check import check_layers, check_prediction
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods import load_decide, load_pass, needs_of
 from coterie.compress.output import result_config
-from coterie.compress.plan import Mtp, Plan, Router
+from coterie.compress.plan import Mtp, Plan
 from coterie.compress.recipes import Recipe, Step, get_recipe
 from coterie.compress.request import Request
 from coterie.compress.source import Source
@@ -26,6 +26,7 @@ from coterie.compress.target import Target
 from coterie.errors import ArchitectureMismatch, InputError, StaleArtifact
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.ragged import places_of
+from coterie.model.disk.manifest import RouterForm
 from coterie.profile.profile import Profile, summed
 from coterie.profile.run import check_predicts
 from coterie.profile.statistics import needs_gradients
@@ -40,7 +41,7 @@ def plan(
     width: int | None = None,
     budget: str | int | None = None,
     recipe: str | Recipe = "coterie",
-    router: Router = "plain",
+    router: RouterForm = "plain",
     seed: int = 0,
     mtp: Mtp = "keep",
     multiple_of: int | None = None,

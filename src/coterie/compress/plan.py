@@ -17,12 +17,12 @@ from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.recipes import ROUTERS, Step
 from coterie.errors import Infeasible
 from coterie.fields import Fields
+from coterie.model.disk.manifest import RouterForm
 from coterie.outputs import claim_output
 
 log = logging.getLogger(__name__)
 
 Mtp = Literal["keep", "drop"]
-Router = Literal["plain", "mean", "refit", "map"]
 
 _COUNTS = ("original_bytes", "predicted_bytes", "original_parameters", "predicted_parameters", "seed")
 
@@ -66,7 +66,7 @@ class Plan:
     """
 
     recipe: str
-    router: Router
+    router: RouterForm
     passes: tuple[Step, ...]
     result_steps: tuple[Step, ...]
     layers: tuple[LayerPlan, ...]
@@ -150,7 +150,7 @@ class Plan:
         with content.all_read():
             return cls(
                 recipe=content.text("recipe"),
-                router=cast(Router, content.text("router", choices=tuple(ROUTERS))),
+                router=cast(RouterForm, content.text("router", choices=tuple(ROUTERS))),
                 passes=content.pairs("passes"),
                 result_steps=content.pairs("result_steps"),
                 layers=tuple(map(LayerPlan.from_fields, content.each("layers"))),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from coterie.amounts import parse_bytes
 from coterie.compress.decide import check_profile, check_sequential, checked, needs_of_plan, outline
 from coterie.compress.output import check_space
-from coterie.compress.plan import Mtp, Plan, Router
+from coterie.compress.plan import Mtp, Plan
 from coterie.compress.recipes import Recipe, get_recipe, training_tokens
 from coterie.compress.request import Request
 from coterie.compress.result_steps import load_result_step
@@ -20,6 +20,7 @@ from coterie.compress.target import Target
 from coterie.errors import InputError
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.manifest import RouterForm
 from coterie.model.stream.memory import COMPRESS_COPIES, Forecast, Stage, sample_lines, unit_lines
 from coterie.model.stream.stream import Stream
 from coterie.outputs import check_output, is_empty_folder
@@ -45,7 +46,7 @@ class Options:
     recipe: str | Recipe | None
     effort: str
     train_tokens: int | None
-    router: Router | None
+    router: RouterForm | None
     profile: Profile | str | Path | None
     text: str | Path | None
     weights: Mapping[str, float] | None

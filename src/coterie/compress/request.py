@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from coterie.amounts import check_seed
-from coterie.compress.plan import Router
 from coterie.compress.recipes import Recipe, Step
 from coterie.compress.target import Target
+from coterie.model.disk.manifest import RouterForm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +24,7 @@ class Request:
 
     recipe: Recipe
     target: Target
-    router: Router = "plain"
+    router: RouterForm = "plain"
     seed: int = 0
 
     @property
