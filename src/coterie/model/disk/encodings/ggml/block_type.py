@@ -1,0 +1,106 @@
+"""What all block types share: their scales and codes, and the choice of the number that they are multiples of.
+
+Legend: N matrices, R rows, B columns of a block, S sub-blocks of it, s columns of one, v columns that are coded
+together, K bytes of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scales:
+    """What the columns of one block share, for every row.
+
+    Attributes:
+        scale_NR: the number that steps are multiples of; float32 that float16 holds.
+        factor_NRS: which multiple, by sub-block; whole numbers, as they are stored.
+        minimum_NR: the number that minima are multiples of, None where a type has none.
+        minimum_factor_NRS: which multiple.
+    """
+
+    scale_NR: Tensor
+    factor_NRS: Tensor
+    minimum_NR: Tensor | None = None
+    minimum_factor_NRS: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Codes:
+    """The numbers of some columns, as they are stored.
+
+    Attributes:
+        code_NRc: which level of each column, or which entry of the grid of each group of columns; int16.
+        negative_NRv: whether each column is negative, None where codes say so themselves.
+    """
+
+    code_NRc: Tensor
+    negative_NRv: Tensor | None = None
+
+
+class BlockType(Protocol):
+    """A type of blocks: its extents, and what is done with them.
+
+    Attributes:
+        name: as GGML calls it.
+        block: columns of a block.
+        sub_block: columns that share a step.
+        together: columns that are coded together.
+    """
+
+    name: str
+    block: int
+    sub_block: int
+    together: int
+
+    def fit(self, weight_NRB: Tensor, importance_NRB: Tensor) -> Scales:
+        """Choose scales so that the error of nearest codes, weighted by importance, is small; all float32."""
+
+    def choose(self, weight_NRv: Tensor, scales: Scales, column: int, metric_Nvv: Tensor) -> tuple[Codes, Tensor]:
+        """Choose codes of the columns from `column` of a block on; return them and their values.
+
+        The error of a row e is |e M|^2, with M the metric; for columns that are coded one by one M does not matter.
+        """
+
+    def pack(self, scales: Scales, codes: Codes) -> Tensor:
+        """Return the bytes (N, R, K) of a block, from scales and the codes of all its columns; uint8."""
+
+    def unpack(self, byte_NRK: Tensor) -> Tensor:
+        """Return the values (N, R, B) of blocks, float32."""
+
+
+def as_half(value: Tensor) -> Tensor:
+    """Return numbers rounded to float16, in float32; those beyond its range are its largest."""
+    largest = torch.finfo(torch.float16).max
+    return value.clamp(-largest, largest).to(torch.float16).to(torch.float32)
+
+
+def half_bytes(value_NR: Tensor) -> Tensor:
+    """Return the two bytes (N, R, 2) of numbers as float16."""
+    return value_NR.to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8)
+
+
+def halves(byte_NR2: Tensor) -> Tensor:
+    """Return the numbers (N, R) whose float16 bytes these are, float32."""
+    return byte_NR2.contiguous().view(torch.float16).squeeze(-1).to(torch.float32)
+
+
+def ratio(above: Tensor, below: Tensor) -> Tensor:
+    """Return the quotient, 0 where there is nothing to divide by."""
+    return torch.where(below == 0, 0.0, above / torch.where(below == 0, 1.0, below))
+
+
+def join_codes(parts: list[Codes]) -> Codes:
+    """Return the codes of columns side by side."""
+    signs = [part.negative_NRv for part in parts if part.negative_NRv is not None]
+    return Codes(
+        code_NRc=torch.cat([part.code_NRc for part in parts], dim=-1),
+        negative_NRv=torch.cat(signs, dim=-1) if signs else None,
+    )

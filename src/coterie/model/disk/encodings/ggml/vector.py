@@ -1,0 +1,301 @@
+"""Types whose columns are coded together, as an entry of a grid of vectors with signs: IQ3_S, IQ3_XXS, IQ2_S, IQ2_XS,
+IQ2_XXS.
+
+A grid holds magnitudes. Where signs have seven bits for eight columns, the number of negative ones is even. The grids
+are read from the package gguf. Legend: as in `block_type`; G entries of a grid, V columns of one, g groups of columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from coterie.errors import InputError
+from coterie.model.disk.encodings.ggml.bits import pack_bits, pack_words, unpack_bits, unpack_words
+from coterie.model.disk.encodings.ggml.block_type import Codes, Scales, as_half, half_bytes, halves, ratio
+
+#: Steps that are tried for a sub-block, as shares of the one at which its largest weight is the grid's largest number.
+_SHARES = (0.55, 0.65, 0.74, 0.82, 0.9, 0.98, 1.06, 1.15, 1.26, 1.4, 1.6)
+_FACTOR_SHARES = (0.8, 0.87, 0.94, 1.0)
+
+#: Entries that are compared by the whole metric, after the diagonal has chosen them.
+_CANDIDATES = 16
+
+#: Groups whose distances to all entries are computed at a time.
+_AT_A_TIME = 2**14
+
+_LARGEST_FACTOR = 15
+
+
+@dataclass(frozen=True, kw_only=True, slots=False)
+class Vector:
+    """A type of this kind; see `block_type.BlockType` for what it does.
+
+    Attributes:
+        group: columns of an entry of the grid.
+        even: whether the number of negative columns of eight is even.
+        step_first, step_each: the step is the scale times (step_first + step_each * factor).
+        to_bytes: (factors, codes, signs) as bytes, the scale left out; signs are bytes, a bit for each of 8 columns.
+        from_bytes: those bytes as the three.
+    """
+
+    name: str
+    block: int = 256
+    sub_block: int
+    group: int
+    together: int
+    even: bool
+    step_first: float
+    step_each: float
+    to_bytes: Callable[[Tensor, Tensor, Tensor], Tensor]
+    from_bytes: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+    @cached_property
+    def grid(self) -> Tensor:
+        """The entries (G, V), float32.
+
+        Raises:
+            InputError: the package gguf is not installed.
+        """
+        try:
+            from gguf import quants
+        except ImportError:
+            raise InputError(
+                f"{self.name} has a grid that the package gguf holds, which is not installed: pip install 'coterie[gguf]'"
+            ) from None
+        holder = getattr(quants, self.name)
+        holder.init_grid()
+        return torch.from_numpy(holder.grid.copy()).view(-1, self.group)
+
+    def signs(self, weight_v: Tensor, importance_v: Tensor) -> Tensor:
+        """Return which columns (..., v) become negative; where that must be an even number, the cheapest one turns."""
+        negative_v = weight_v < 0
+        if not self.even:
+            return negative_v
+        negative_g8 = negative_v.unflatten(-1, (-1, 8))
+        cost_g8 = (importance_v * weight_v.square()).expand_as(weight_v).unflatten(-1, (-1, 8))
+        turned_g8 = torch.zeros_like(negative_g8).scatter(-1, cost_g8.argmin(dim=-1, keepdim=True), True)
+        odd_g1 = negative_g8.sum(dim=-1, keepdim=True) % 2 == 1
+        return (negative_g8 ^ (turned_g8 & odd_g1)).flatten(-2)
+
+    def nearest(self, magnitude_C: Tensor, importance_C: Tensor, count: int) -> Tensor:
+        """Return the `count` nearest entries (..., g, count) to magnitudes in units of steps, some of them negative."""
+        value_gV = magnitude_C.unflatten(-1, (-1, self.group))
+        importance_gV = importance_C.expand_as(magnitude_C).unflatten(-1, (-1, self.group))
+        grid_GV = self.grid.to(value_gV.device)
+        shape, places = value_gV.shape[:-1], []
+        flat_gV, flat_importance_gV = value_gV.reshape(-1, self.group), importance_gV.reshape(-1, self.group)
+        for start in range(0, len(flat_gV), _AT_A_TIME):
+            part_gV, weights_gV = (flat[start : start + _AT_A_TIME] for flat in (flat_gV, flat_importance_gV))
+            distance_gG = weights_gV @ grid_GV.square().T - 2 * ((weights_gV * part_gV) @ grid_GV.T)
+            if count == 1:
+                places.append(distance_gG.argmin(dim=-1, keepdim=True))
+            else:
+                places.append(distance_gG.topk(count, dim=-1, largest=False).indices)
+        return torch.cat(places).view(*shape, count)
+
+    def _magnitudes(self, weight_NRC: Tensor, importance_NRC: Tensor) -> Tensor:
+        """Return weights with the signs that are stored taken off."""
+        return torch.where(self.signs(weight_NRC, importance_NRC), -weight_NRC, weight_NRC)
+
+    def _units(self, magnitude_NRC: Tensor, importance_NRC: Tensor, step_NRC: Tensor) -> Tensor:
+        """Return the numbers of the nearest entries, in units of steps."""
+        place_NRg = self.nearest(ratio(magnitude_NRC, step_NRC), importance_NRC, 1).squeeze(-1)
+        return self.grid.to(magnitude_NRC.device)[place_NRg].flatten(-2)
+
+    def fit(self, weight_NRB: Tensor, importance_NRB: Tensor) -> Scales:
+        """Search the steps of sub-blocks, then the scale that they are multiples of."""
+        importance_NRB = importance_NRB.expand_as(weight_NRB)
+        magnitude_NRB = self._magnitudes(weight_NRB, importance_NRB)
+        step_NRS = self._search_steps(magnitude_NRB, importance_NRB)
+        best: Scales | None = None
+        least_NR = torch.full_like(step_NRS[..., 0], torch.inf)
+        top = self.step_first + self.step_each * _LARGEST_FACTOR
+        for share in _FACTOR_SHARES:
+            scale_NR = as_half(step_NRS.amax(dim=-1) / (top * share))
+            factor_NRS = (ratio(step_NRS, scale_NR[..., None]) - self.step_first) / self.step_each
+            factor_NRS = factor_NRS.round().clamp(0, _LARGEST_FACTOR)
+            first = Scales(scale_NR=scale_NR, factor_NRS=factor_NRS)
+            multiple_NRB = self._multiples(first).repeat_interleave(self.sub_block, dim=-1)
+            unit_NRB = self._units(magnitude_NRB, importance_NRB, scale_NR[..., None] * multiple_NRB) * multiple_NRB
+            weighted_NRB = importance_NRB * unit_NRB
+            refit_NR = ratio((weighted_NRB * magnitude_NRB).sum(-1), (weighted_NRB * unit_NRB).sum(-1))
+            refit = Scales(scale_NR=as_half(refit_NR), factor_NRS=factor_NRS)
+            error_NR = (importance_NRB * (magnitude_NRB - unit_NRB * refit.scale_NR[..., None]).square()).sum(-1)
+            better_NR = error_NR < least_NR
+            least_NR = torch.where(better_NR, error_NR, least_NR)
+            best = refit if best is None else _where(better_NR, refit, best)
+        assert best is not None
+        return best
+
+    def _search_steps(self, magnitude_NRB: Tensor, importance_NRB: Tensor) -> Tensor:
+        magnitude_NRSs = magnitude_NRB.unflatten(-1, (-1, self.sub_block))
+        importance_NRSs = importance_NRB.unflatten(-1, (-1, self.sub_block))
+        start_NRS = magnitude_NRSs.abs().amax(dim=-1) / float(self.grid.max())
+        least_NRS, best_NRS = torch.full_like(start_NRS, torch.inf), torch.zeros_like(start_NRS)
+        for share in _SHARES:
+            step_NRB = (start_NRS * share).repeat_interleave(self.sub_block, dim=-1)
+            unit_NRSs = self._units(magnitude_NRB, importance_NRB, step_NRB).unflatten(-1, (-1, self.sub_block))
+            weighted_NRSs = importance_NRSs * unit_NRSs
+            step_NRS = ratio((weighted_NRSs * magnitude_NRSs).sum(-1), (weighted_NRSs * unit_NRSs).sum(-1))
+            step_NRS = step_NRS.clamp(min=0)
+            error_NRS = (importance_NRSs * (magnitude_NRSs - unit_NRSs * step_NRS[..., None]).square()).sum(-1)
+            better_NRS = error_NRS < least_NRS
+            least_NRS = torch.where(better_NRS, error_NRS, least_NRS)
+            best_NRS = torch.where(better_NRS, step_NRS, best_NRS)
+        return best_NRS
+
+    def _multiples(self, scales: Scales) -> Tensor:
+        return self.step_first + self.step_each * scales.factor_NRS
+
+    def steps(self, scales: Scales) -> Tensor:
+        """Return the steps (N, R, S) of sub-blocks."""
+        return scales.scale_NR[..., None] * self._multiples(scales)
+
+    def choose(self, weight_NRv: Tensor, scales: Scales, column: int, metric_Nvv: Tensor) -> tuple[Codes, Tensor]:
+        """Choose entries by the diagonal of the metric, and among the best of them by the whole of it."""
+        step_NR1 = self.steps(scales)[..., column // self.sub_block, None]
+        importance_N1v = metric_Nvv.square().sum(dim=-1)[:, None, :]
+        negative_NRv = self.signs(weight_NRv, importance_N1v)
+        magnitude_NRv = torch.where(negative_NRv, -weight_NRv, weight_NRv)
+        groups = self.together // self.group
+        count = min(_CANDIDATES if groups == 1 else round(_CANDIDATES ** (1 / groups)), len(self.grid))
+        place_NRgc = self.nearest(ratio(magnitude_NRv, step_NR1), importance_N1v, count)
+        # All combinations of one candidate for each group, (N, R, combinations, g).
+        choices = torch.cartesian_prod(*[torch.arange(count, device=weight_NRv.device)] * groups).view(-1, groups)
+        place_NRkg = torch.stack([place_NRgc[..., g, choices[:, g]] for g in range(groups)], dim=-1)
+        sign_NR1v = torch.where(negative_NRv, -1.0, 1.0)[..., None, :]
+        value_NRkv = self.grid.to(weight_NRv.device)[place_NRkg].flatten(-2) * sign_NR1v * step_NR1[..., None]
+        wrong_NRkv = torch.einsum("nrkv,nvw->nrkw", weight_NRv[..., None, :] - value_NRkv, metric_Nvv)
+        best_NR1 = wrong_NRkv.square().sum(dim=-1).argmin(dim=-1, keepdim=True)
+        code_NRg = place_NRkg.gather(-2, best_NR1[..., None].expand(*best_NR1.shape, groups)).squeeze(-2)
+        value_NRv = value_NRkv.gather(-2, best_NR1[..., None].expand(*best_NR1.shape, self.together)).squeeze(-2)
+        return Codes(code_NRc=code_NRg.to(torch.int16), negative_NRv=negative_NRv), value_NRv
+
+    def pack(self, scales: Scales, codes: Codes) -> Tensor:
+        """Return the bytes of a block."""
+        assert codes.negative_NRv is not None
+        sign_NRk = pack_bits(codes.negative_NRv.to(torch.uint8), 1, 1)
+        rest = self.to_bytes(scales.factor_NRS.to(torch.int64), codes.code_NRc.to(torch.int64), sign_NRk)
+        return torch.cat((half_bytes(scales.scale_NR), rest), dim=-1)
+
+    def unpack(self, byte_NRK: Tensor) -> Tensor:
+        """Return the values of blocks."""
+        factor_NRS, code_NRg, sign_NRk = self.from_bytes(byte_NRK[..., 2:])
+        scales = Scales(scale_NR=halves(byte_NRK[..., :2]), factor_NRS=factor_NRS.to(torch.float32))
+        sign_NRB = 1.0 - 2.0 * unpack_bits(sign_NRk, 1, 1).to(torch.float32)
+        unit_NRB = self.grid.to(byte_NRK.device)[code_NRg.long()].flatten(-2)
+        return unit_NRB * sign_NRB * self.steps(scales).repeat_interleave(self.sub_block, dim=-1)
+
+
+def _where(better_NR: Tensor, new: Scales, old: Scales) -> Scales:
+    return Scales(
+        scale_NR=torch.where(better_NR, new.scale_NR, old.scale_NR),
+        factor_NRS=torch.where(better_NR[..., None], new.factor_NRS, old.factor_NRS),
+    )
+
+
+def _even_byte(low_NRk: Tensor) -> Tensor:
+    """Return signs as bytes from their lower seven bits; the eighth makes the number of negative ones even."""
+    bit_NRk7 = (low_NRk[..., None] >> torch.arange(7, device=low_NRk.device)) & 1
+    return (low_NRk | (bit_NRk7.sum(dim=-1) & 1) << 7).to(torch.uint8)
+
+
+def _signs_and_factor(factor_NRS: Tensor, sign_NRk: Tensor) -> Tensor:
+    """Return words of four times seven bits of signs and four bits of a factor, as bytes (N, R, S, 4)."""
+    shift_4 = torch.arange(0, 28, 7, device=sign_NRk.device)
+    signs_NRS = ((sign_NRk.to(torch.int64) & 127).unflatten(-1, (-1, 4)) << shift_4).sum(dim=-1)
+    return pack_words(signs_NRS | factor_NRS << 28, 4).unflatten(-1, (-1, 4))
+
+
+def _signs_and_factor_of(byte_NRS4: Tensor) -> tuple[Tensor, Tensor]:
+    word_NRS = unpack_words(byte_NRS4, 4).squeeze(-1)
+    shift_4 = torch.arange(0, 28, 7, device=byte_NRS4.device)
+    return word_NRS >> 28, _even_byte(((word_NRS[..., None] >> shift_4) & 127).flatten(-2))
+
+
+def _iq2_xxs_to(factor_NRS: Tensor, code_NRg: Tensor, sign_NRk: Tensor) -> Tensor:
+    codes = code_NRg.to(torch.uint8).unflatten(-1, (-1, 4))
+    return torch.cat((codes, _signs_and_factor(factor_NRS, sign_NRk)), dim=-1).flatten(-2)
+
+
+def _iq2_xxs_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    codes, words = byte_NRK.unflatten(-1, (-1, 8)).split((4, 4), dim=-1)
+    factor, signs = _signs_and_factor_of(words)
+    return factor, codes.flatten(-2), signs
+
+
+def _iq3_xxs_to(factor_NRS: Tensor, code_NRg: Tensor, sign_NRk: Tensor) -> Tensor:
+    return torch.cat((code_NRg.to(torch.uint8), _signs_and_factor(factor_NRS, sign_NRk).flatten(-2)), dim=-1)
+
+
+def _iq3_xxs_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    codes, words = byte_NRK.split((64, 32), dim=-1)
+    factor, signs = _signs_and_factor_of(words.unflatten(-1, (-1, 4)))
+    return factor, codes, signs
+
+
+def _iq2_xs_to(factor_NRS: Tensor, code_NRg: Tensor, sign_NRk: Tensor) -> Tensor:
+    words = pack_words(code_NRg | (sign_NRk.to(torch.int64) & 127) << 9, 2)
+    return torch.cat((words, pack_bits(factor_NRS, 4, 1)), dim=-1)
+
+
+def _iq2_xs_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    words, factors = byte_NRK.split((64, 8), dim=-1)
+    word_NRg = unpack_words(words, 2)
+    return unpack_bits(factors, 4, 1), word_NRg & 511, _even_byte(word_NRg >> 9)
+
+
+def _iq2_s_to(factor_NRS: Tensor, code_NRg: Tensor, sign_NRk: Tensor) -> Tensor:
+    low, high = (code_NRg & 255).to(torch.uint8), pack_bits(code_NRg >> 8, 2, 1)
+    return torch.cat((low, sign_NRk, high, pack_bits(factor_NRS, 4, 1)), dim=-1)
+
+
+def _iq2_s_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    low, signs, high, factors = byte_NRK.split((32, 32, 8, 8), dim=-1)
+    return unpack_bits(factors, 4, 1), low.long() | unpack_bits(high, 2, 1).long() << 8, signs
+
+
+def _iq3_s_to(factor_NRS: Tensor, code_NRg: Tensor, sign_NRk: Tensor) -> Tensor:
+    low, high = (code_NRg & 255).to(torch.uint8), pack_bits(code_NRg >> 8, 1, 1)
+    return torch.cat((low, high, sign_NRk, pack_bits(factor_NRS, 4, 1)), dim=-1)
+
+
+def _iq3_s_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    low, high, signs, factors = byte_NRK.split((64, 8, 32, 4), dim=-1)
+    return unpack_bits(factors, 4, 1), low.long() | unpack_bits(high, 1, 1).long() << 8, signs
+
+
+_KINDS = {
+    "IQ3_S": Vector(
+        name="IQ3_S", sub_block=32, group=4, together=4, even=False, step_first=1.0, step_each=2.0,
+        to_bytes=_iq3_s_to, from_bytes=_iq3_s_from,
+    ),
+    "IQ3_XXS": Vector(
+        name="IQ3_XXS", sub_block=32, group=4, together=8, even=True, step_first=0.25, step_each=0.5,
+        to_bytes=_iq3_xxs_to, from_bytes=_iq3_xxs_from,
+    ),
+    "IQ2_S": Vector(
+        name="IQ2_S", sub_block=16, group=8, together=8, even=False, step_first=0.125, step_each=0.25,
+        to_bytes=_iq2_s_to, from_bytes=_iq2_s_from,
+    ),
+    "IQ2_XS": Vector(
+        name="IQ2_XS", sub_block=16, group=8, together=8, even=True, step_first=0.125, step_each=0.25,
+        to_bytes=_iq2_xs_to, from_bytes=_iq2_xs_from,
+    ),
+    "IQ2_XXS": Vector(
+        name="IQ2_XXS", sub_block=32, group=8, together=8, even=True, step_first=0.125, step_each=0.25,
+        to_bytes=_iq2_xxs_to, from_bytes=_iq2_xxs_from,
+    ),
+}  # fmt: skip
+
+NAMES = tuple(_KINDS)
+
+
+def make(name: str) -> Vector:
+    """Return the type of this name, one of `NAMES`."""
+    return _KINDS[name]
