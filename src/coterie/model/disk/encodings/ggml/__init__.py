@@ -26,16 +26,18 @@ SIZES = {
 
 
 @cache
-def block_type(name: str) -> BlockType:
+def get_type(name: str) -> BlockType:
     """Return a type by its name in GGML, like Q4_K.
 
     Raises:
         UnknownName: no such type can be written.
-        MissingExtra: the type has a grid of vectors, which the package gguf holds, and that is not installed.
     """
     from coterie.model.disk.encodings.ggml import affine, scaled, vector
 
-    for kind in (affine, scaled, vector):
-        if name in kind.NAMES:
-            return kind.make(name)
-    raise UnknownName("GGML type", name, SIZES)
+    types: dict[str, BlockType] = {}
+    types.update(scaled.TYPES)
+    types.update(affine.TYPES)
+    types.update(vector.TYPES)
+    if name not in types:
+        raise UnknownName("GGML type", name, SIZES)
+    return types[name]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.model.disk.encodings.ggml.bits import pack_bits, unpack_bits
+from coterie.model.disk.encodings.ggml.bits import in_groups, pack_bits, unpack_bits
 from coterie.model.disk.encodings.ggml.block_type import Codes, Scales, as_half, half_bytes, halves, ratio
 
 #: How many steps more than there are between the first and the last code the range of weights is tried at.
@@ -53,8 +53,8 @@ class Affine:
 
     def fit(self, weight_NRB: Tensor, importance_NRB: Tensor) -> Scales:
         """Search steps and minima of sub-blocks, then the two scales that they are multiples of."""
-        weight_NRSs = weight_NRB.unflatten(-1, (-1, self.sub_block))
-        importance_NRSs = importance_NRB.expand_as(weight_NRB).unflatten(-1, (-1, self.sub_block))
+        weight_NRSs = in_groups(weight_NRB, self.sub_block)
+        importance_NRSs = in_groups(importance_NRB.expand_as(weight_NRB), self.sub_block)
         step_NRS, minimum_NRS = self._search(weight_NRSs, importance_NRSs)
         if self._free:
             one_NRS = torch.ones_like(step_NRS)
@@ -98,12 +98,16 @@ class Affine:
                 second_NRS = (importance_NRSs * code_NRSs.square()).sum(-1)
                 mixed_NRS = (importance_NRSs * code_NRSs * weight_NRSs).sum(-1)
                 below_NRS = total_NRS * second_NRS - first_NRS.square()
-                step_NRS = ratio(total_NRS * mixed_NRS - first_NRS * weighted_NRS, below_NRS)
-                minimum_NRS = ratio(first_NRS * mixed_NRS - second_NRS * weighted_NRS, below_NRS)
+                new_NRS = ratio(total_NRS * mixed_NRS - first_NRS * weighted_NRS, below_NRS)
+                new_minimum_NRS = ratio(first_NRS * mixed_NRS - second_NRS * weighted_NRS, below_NRS)
                 if not self._free:
-                    outside_NRS = minimum_NRS < 0
-                    step_NRS = torch.where(outside_NRS, ratio(mixed_NRS, second_NRS), step_NRS).clamp(min=0)
-                    minimum_NRS = torch.where(outside_NRS, 0.0, minimum_NRS)
+                    outside_NRS = new_minimum_NRS < 0
+                    new_NRS = torch.where(outside_NRS, ratio(mixed_NRS, second_NRS), new_NRS).clamp(min=0)
+                    new_minimum_NRS = torch.where(outside_NRS, 0.0, new_minimum_NRS)
+                # Where all codes are one, there is no line through them.
+                solvable_NRS = below_NRS > 1e-6 * total_NRS * second_NRS
+                step_NRS = torch.where(solvable_NRS, new_NRS, step_NRS)
+                minimum_NRS = torch.where(solvable_NRS, new_minimum_NRS, minimum_NRS)
             code_NRSs = self.nearest(weight_NRSs, step_NRS[..., None], minimum_NRS[..., None])
             wrong_NRSs = weight_NRSs - code_NRSs * step_NRS[..., None] + minimum_NRS[..., None]
             error_NRS = (importance_NRSs * wrong_NRSs.square()).sum(-1)
@@ -182,7 +186,7 @@ class Affine:
         factor_NRS, minimum_factor_NRS, code_NRB = self.from_bytes(rest)
         step_NRS = halves(numbers[..., :2])[..., None] * factor_NRS
         minimum_NRS = halves(numbers[..., 2:])[..., None] * minimum_factor_NRS * (-1 if self._free else 1)
-        code_NRSs = code_NRB.to(torch.float32).unflatten(-1, (-1, self.sub_block))
+        code_NRSs = in_groups(code_NRB.to(torch.float32), self.sub_block)
         return (code_NRSs * step_NRS[..., None] - minimum_NRS[..., None]).flatten(-2)
 
 
@@ -226,7 +230,7 @@ def _q2_k_to(factor_NRS: Tensor, minimum_factor_NRS: Tensor, code_NRB: Tensor) -
 
 
 def _q2_k_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    factors, codes = byte_NRK.split((16, 64), dim=-1)
+    factors, codes = torch.split(byte_NRK, [16, 64], dim=-1)
     return (factors & 15).to(torch.float32), (factors >> 4).to(torch.float32), unpack_bits(codes, 2, 32)
 
 
@@ -243,7 +247,7 @@ def _factor_bytes(factor_NRS: Tensor, minimum_factor_NRS: Tensor) -> Tensor:
 
 
 def _factors_of(byte_NRK: Tensor) -> tuple[Tensor, Tensor]:
-    first, second, low = byte_NRK.split((4, 4, 4), dim=-1)
+    first, second, low = torch.split(byte_NRK, [4, 4, 4], dim=-1)
     factor = torch.cat((first & 63, low & 15 | first >> 6 << 4), dim=-1)
     minimum = torch.cat((second & 63, low >> 4 | second >> 6 << 4), dim=-1)
     return factor.to(torch.float32), minimum.to(torch.float32)
@@ -263,11 +267,11 @@ def _q5_k_to(factor_NRS: Tensor, minimum_factor_NRS: Tensor, code_NRB: Tensor) -
 
 
 def _q5_k_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    factors, high, low = byte_NRK.split((12, 32, 128), dim=-1)
+    factors, high, low = torch.split(byte_NRK, [12, 32, 128], dim=-1)
     return *_factors_of(factors), unpack_bits(low, 4, 32) | unpack_bits(high, 1, 32) << 4
 
 
-_KINDS = {
+TYPES = {
     "Q5_K": Affine(
         name="Q5_K", block=256, sub_block=32, bits=5, largest_factor=63, to_bytes=_q5_k_to, from_bytes=_q5_k_from
     ),
@@ -285,10 +289,3 @@ _KINDS = {
         name="Q4_1", block=32, sub_block=32, bits=4, largest_factor=1, to_bytes=_q4_1_to, from_bytes=_q4_1_from
     ),
 }  # fmt: skip
-
-NAMES = tuple(_KINDS)
-
-
-def make(name: str) -> Affine:
-    """Return the type of this name, one of `NAMES`."""
-    return _KINDS[name]

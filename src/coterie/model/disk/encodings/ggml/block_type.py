@@ -46,19 +46,23 @@ class Codes:
 
 
 class BlockType(Protocol):
-    """A type of blocks: its extents, and what is done with them.
+    """A type of blocks: its extents, and what is done with them."""
 
-    Attributes:
-        name: as GGML calls it.
-        block: columns of a block.
-        sub_block: columns that share a step.
-        together: columns that are coded together.
-    """
+    @property
+    def name(self) -> str:
+        """As GGML calls it."""
 
-    name: str
-    block: int
-    sub_block: int
-    together: int
+    @property
+    def block(self) -> int:
+        """Columns of a block."""
+
+    @property
+    def sub_block(self) -> int:
+        """Columns that share a step."""
+
+    @property
+    def together(self) -> int:
+        """Columns that are coded together."""
 
     def fit(self, weight_NRB: Tensor, importance_NRB: Tensor) -> Scales:
         """Choose scales so that the error of nearest codes, weighted by importance, is small; all float32."""

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from coterie.model.disk.encodings.ggml.bits import pack_bits, pack_words, unpack_bits, unpack_words
+from coterie.model.disk.encodings.ggml.bits import in_groups, pack_bits, pack_words, unpack_bits, unpack_words
 from coterie.model.disk.encodings.ggml.block_type import Codes, Scales, as_half, half_bytes, halves, ratio
 
 #: Levels of the types that have 16 uneven ones (llama.cpp, ggml-common.h); of MXFP4 twice the E2M1 numbers.
@@ -63,8 +63,8 @@ class Scaled:
 
     def fit(self, weight_NRB: Tensor, importance_NRB: Tensor) -> Scales:
         """Search the steps of sub-blocks, then the scale that they are multiples of."""
-        weight_NRSs = weight_NRB.unflatten(-1, (-1, self.sub_block))
-        importance_NRSs = importance_NRB.expand_as(weight_NRB).unflatten(-1, (-1, self.sub_block))
+        weight_NRSs = in_groups(weight_NRB, self.sub_block)
+        importance_NRSs = in_groups(importance_NRB.expand_as(weight_NRB), self.sub_block)
         step_NRS = self._search_steps(weight_NRSs, importance_NRSs)
         best: Scales | None = None
         least_NR = torch.full_like(step_NRS[..., 0], torch.inf)
@@ -142,7 +142,7 @@ class Scaled:
         factor_NRS, code_NRB = self.from_bytes(rest)
         level_L = torch.tensor(self.levels, dtype=torch.float32, device=byte_NRK.device)
         step_NRS = halves(scale)[..., None] * factor_NRS
-        return (level_L[code_NRB.long()].unflatten(-1, (-1, self.sub_block)) * step_NRS[..., None]).flatten(-2)
+        return (in_groups(level_L[code_NRB.long()], self.sub_block) * step_NRS[..., None]).flatten(-2)
 
 
 class PowerOfTwo(Scaled):
@@ -211,7 +211,7 @@ def _q6_k_to(factor_NRS: Tensor, code_NRB: Tensor) -> Tensor:
 
 
 def _q6_k_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor]:
-    low, high, factor = byte_NRK.split((128, 64, 16), dim=-1)
+    low, high, factor = torch.split(byte_NRK, [128, 64, 16], dim=-1)
     code = unpack_bits(low, 4, 64) | unpack_bits(high, 2, 32) << 4
     return factor.contiguous().view(torch.int8).to(torch.float32), code
 
@@ -223,7 +223,7 @@ def _q3_k_to(factor_NRS: Tensor, code_NRB: Tensor) -> Tensor:
 
 
 def _q3_k_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor]:
-    high, low, scales = byte_NRK.split((32, 64, 12), dim=-1)
+    high, low, scales = torch.split(byte_NRK, [32, 64, 12], dim=-1)
     factor = unpack_bits(scales[..., :8], 4, 8) | unpack_bits(scales[..., 8:], 2, 4) << 4
     return factor.to(torch.float32) - 32, unpack_bits(low, 2, 32) | unpack_bits(high, 1, 32) << 2
 
@@ -236,13 +236,13 @@ def _iq4_xs_to(factor_NRS: Tensor, code_NRB: Tensor) -> Tensor:
 
 
 def _iq4_xs_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor]:
-    high, low, codes = byte_NRK.split((2, 4, 128), dim=-1)
+    high, low, codes = torch.split(byte_NRK, [2, 4, 128], dim=-1)
     shift = torch.arange(0, 16, 2, device=byte_NRK.device)
     factor = unpack_bits(low, 4, 1) | ((unpack_words(high, 2) >> shift) & 3) << 4
     return factor.to(torch.float32) - 32, unpack_bits(codes, 4, 16)
 
 
-_KINDS = {
+TYPES = {
     "Q8_0": Scaled(
         name="Q8_0", block=32, sub_block=32, levels=tuple(range(-128, 128)), factors=(1, 1), to_bytes=_q8_0_to,
         from_bytes=_q8_0_from,
@@ -276,10 +276,3 @@ _KINDS = {
         from_bytes=_four_bits_from,
     ),
 }  # fmt: skip
-
-NAMES = tuple(_KINDS)
-
-
-def make(name: str) -> Scaled:
-    """Return the type of this name, one of `NAMES`."""
-    return _KINDS[name]

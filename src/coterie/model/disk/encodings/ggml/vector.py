@@ -1,8 +1,8 @@
-"""Types whose columns are coded together, as an entry of a grid of vectors with signs: IQ3_S, IQ3_XXS, IQ2_S, IQ2_XS,
-IQ2_XXS.
+"""Types whose columns are coded together, as an entry of a grid of vectors with signs.
 
-A grid holds magnitudes. Where signs have seven bits for eight columns, the number of negative ones is even. The grids
-are read from the package gguf. Legend: as in `block_type`; G entries of a grid, V columns of one, g groups of columns.
+They are IQ3_S, IQ3_XXS, IQ2_S, IQ2_XS and IQ2_XXS. A grid holds magnitudes. Where signs have seven bits for eight
+columns, the number of negative ones is even. The grids are read from the package gguf. Legend: as in `block_type`; G
+entries of a grid, V columns of one, g groups of columns.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from coterie.errors import InputError
-from coterie.model.disk.encodings.ggml.bits import pack_bits, pack_words, unpack_bits, unpack_words
+from coterie.model.disk.encodings.ggml.bits import in_groups, pack_bits, pack_words, unpack_bits, unpack_words
 from coterie.model.disk.encodings.ggml.block_type import Codes, Scales, as_half, half_bytes, halves, ratio
 
 #: Steps that are tried for a sub-block, as shares of the one at which its largest weight is the grid's largest number.
-_SHARES = (0.55, 0.65, 0.74, 0.82, 0.9, 0.98, 1.06, 1.15, 1.26, 1.4, 1.6)
+_SHARES = (0.55, 0.65, 0.74, 0.82, 0.9, 0.98, 1.06, 1.15, 1.26, 1.4, 1.6, 2.4, 5.0)
 _FACTOR_SHARES = (0.8, 0.87, 0.94, 1.0)
 
 #: Entries that are compared by the whole metric, after the diagonal has chosen them.
@@ -65,7 +65,8 @@ class Vector:
             from gguf import quants
         except ImportError:
             raise InputError(
-                f"{self.name} has a grid that the package gguf holds, which is not installed: pip install 'coterie[gguf]'"
+                f"{self.name} has a grid that the package gguf holds, which is not installed: "
+                "pip install 'coterie[gguf]'"
             ) from None
         holder = getattr(quants, self.name)
         holder.init_grid()
@@ -76,16 +77,16 @@ class Vector:
         negative_v = weight_v < 0
         if not self.even:
             return negative_v
-        negative_g8 = negative_v.unflatten(-1, (-1, 8))
-        cost_g8 = (importance_v * weight_v.square()).expand_as(weight_v).unflatten(-1, (-1, 8))
+        negative_g8 = in_groups(negative_v, 8)
+        cost_g8 = in_groups((importance_v * weight_v.square()).expand_as(weight_v), 8)
         turned_g8 = torch.zeros_like(negative_g8).scatter(-1, cost_g8.argmin(dim=-1, keepdim=True), True)
         odd_g1 = negative_g8.sum(dim=-1, keepdim=True) % 2 == 1
         return (negative_g8 ^ (turned_g8 & odd_g1)).flatten(-2)
 
     def nearest(self, magnitude_C: Tensor, importance_C: Tensor, count: int) -> Tensor:
         """Return the `count` nearest entries (..., g, count) to magnitudes in units of steps, some of them negative."""
-        value_gV = magnitude_C.unflatten(-1, (-1, self.group))
-        importance_gV = importance_C.expand_as(magnitude_C).unflatten(-1, (-1, self.group))
+        value_gV = in_groups(magnitude_C, self.group)
+        importance_gV = in_groups(importance_C.expand_as(magnitude_C), self.group)
         grid_GV = self.grid.to(value_gV.device)
         shape, places = value_gV.shape[:-1], []
         flat_gV, flat_importance_gV = value_gV.reshape(-1, self.group), importance_gV.reshape(-1, self.group)
@@ -133,13 +134,13 @@ class Vector:
         return best
 
     def _search_steps(self, magnitude_NRB: Tensor, importance_NRB: Tensor) -> Tensor:
-        magnitude_NRSs = magnitude_NRB.unflatten(-1, (-1, self.sub_block))
-        importance_NRSs = importance_NRB.unflatten(-1, (-1, self.sub_block))
+        magnitude_NRSs = in_groups(magnitude_NRB, self.sub_block)
+        importance_NRSs = in_groups(importance_NRB, self.sub_block)
         start_NRS = magnitude_NRSs.abs().amax(dim=-1) / float(self.grid.max())
         least_NRS, best_NRS = torch.full_like(start_NRS, torch.inf), torch.zeros_like(start_NRS)
         for share in _SHARES:
             step_NRB = (start_NRS * share).repeat_interleave(self.sub_block, dim=-1)
-            unit_NRSs = self._units(magnitude_NRB, importance_NRB, step_NRB).unflatten(-1, (-1, self.sub_block))
+            unit_NRSs = in_groups(self._units(magnitude_NRB, importance_NRB, step_NRB), self.sub_block)
             weighted_NRSs = importance_NRSs * unit_NRSs
             step_NRS = ratio((weighted_NRSs * magnitude_NRSs).sum(-1), (weighted_NRSs * unit_NRSs).sum(-1))
             step_NRS = step_NRS.clamp(min=0)
@@ -208,8 +209,8 @@ def _even_byte(low_NRk: Tensor) -> Tensor:
 def _signs_and_factor(factor_NRS: Tensor, sign_NRk: Tensor) -> Tensor:
     """Return words of four times seven bits of signs and four bits of a factor, as bytes (N, R, S, 4)."""
     shift_4 = torch.arange(0, 28, 7, device=sign_NRk.device)
-    signs_NRS = ((sign_NRk.to(torch.int64) & 127).unflatten(-1, (-1, 4)) << shift_4).sum(dim=-1)
-    return pack_words(signs_NRS | factor_NRS << 28, 4).unflatten(-1, (-1, 4))
+    signs_NRS = (in_groups(sign_NRk.to(torch.int64) & 127, 4) << shift_4).sum(dim=-1)
+    return in_groups(pack_words(signs_NRS | factor_NRS << 28, 4), 4)
 
 
 def _signs_and_factor_of(byte_NRS4: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,12 +220,12 @@ def _signs_and_factor_of(byte_NRS4: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _iq2_xxs_to(factor_NRS: Tensor, code_NRg: Tensor, sign_NRk: Tensor) -> Tensor:
-    codes = code_NRg.to(torch.uint8).unflatten(-1, (-1, 4))
+    codes = in_groups(code_NRg.to(torch.uint8), 4)
     return torch.cat((codes, _signs_and_factor(factor_NRS, sign_NRk)), dim=-1).flatten(-2)
 
 
 def _iq2_xxs_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    codes, words = byte_NRK.unflatten(-1, (-1, 8)).split((4, 4), dim=-1)
+    codes, words = torch.split(in_groups(byte_NRK, 8), [4, 4], dim=-1)
     factor, signs = _signs_and_factor_of(words)
     return factor, codes.flatten(-2), signs
 
@@ -234,8 +235,8 @@ def _iq3_xxs_to(factor_NRS: Tensor, code_NRg: Tensor, sign_NRk: Tensor) -> Tenso
 
 
 def _iq3_xxs_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    codes, words = byte_NRK.split((64, 32), dim=-1)
-    factor, signs = _signs_and_factor_of(words.unflatten(-1, (-1, 4)))
+    codes, words = torch.split(byte_NRK, [64, 32], dim=-1)
+    factor, signs = _signs_and_factor_of(in_groups(words, 4))
     return factor, codes, signs
 
 
@@ -245,7 +246,7 @@ def _iq2_xs_to(factor_NRS: Tensor, code_NRg: Tensor, sign_NRk: Tensor) -> Tensor
 
 
 def _iq2_xs_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    words, factors = byte_NRK.split((64, 8), dim=-1)
+    words, factors = torch.split(byte_NRK, [64, 8], dim=-1)
     word_NRg = unpack_words(words, 2)
     return unpack_bits(factors, 4, 1), word_NRg & 511, _even_byte(word_NRg >> 9)
 
@@ -256,7 +257,7 @@ def _iq2_s_to(factor_NRS: Tensor, code_NRg: Tensor, sign_NRk: Tensor) -> Tensor:
 
 
 def _iq2_s_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    low, signs, high, factors = byte_NRK.split((32, 32, 8, 8), dim=-1)
+    low, signs, high, factors = torch.split(byte_NRK, [32, 32, 8, 8], dim=-1)
     return unpack_bits(factors, 4, 1), low.long() | unpack_bits(high, 2, 1).long() << 8, signs
 
 
@@ -266,11 +267,11 @@ def _iq3_s_to(factor_NRS: Tensor, code_NRg: Tensor, sign_NRk: Tensor) -> Tensor:
 
 
 def _iq3_s_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    low, high, signs, factors = byte_NRK.split((64, 8, 32, 4), dim=-1)
+    low, high, signs, factors = torch.split(byte_NRK, [64, 8, 32, 4], dim=-1)
     return unpack_bits(factors, 4, 1), low.long() | unpack_bits(high, 1, 1).long() << 8, signs
 
 
-_KINDS = {
+TYPES = {
     "IQ3_S": Vector(
         name="IQ3_S", sub_block=32, group=4, together=4, even=False, step_first=1.0, step_each=2.0,
         to_bytes=_iq3_s_to, from_bytes=_iq3_s_from,
@@ -292,10 +293,3 @@ _KINDS = {
         to_bytes=_iq2_xxs_to, from_bytes=_iq2_xxs_from,
     ),
 }  # fmt: skip
-
-NAMES = tuple(_KINDS)
-
-
-def make(name: str) -> Vector:
-    """Return the type of this name, one of `NAMES`."""
-    return _KINDS[name]

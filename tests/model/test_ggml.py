@@ -1,0 +1,193 @@
+"""Block formats of GGML: bytes against the package gguf, codes and scales against searches through all there are."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coterie.errors import UnknownName
+from coterie.model.disk.encodings.ggml import SIZES, affine, get_type, scaled, vector
+from coterie.model.disk.encodings.ggml.bits import pack_bits, pack_words, unpack_bits, unpack_words
+from coterie.model.disk.encodings.ggml.block_type import join_codes
+
+#: Where the float16 numbers of a block lie; of MXFP4 the exponent.
+HALVES = {
+    "Q6_K": (208,), "Q3_K": (108,), "Q2_K": (80, 82), "Q5_K": (0, 2), "Q4_K": (0, 2), "Q5_1": (0, 2), "Q4_1": (0, 2),
+    "MXFP4": (),
+}  # fmt: skip
+
+
+def random_blocks(name, rows, seed=0):
+    """Return blocks of random bits whose scales are numbers."""
+    size = SIZES[name][1]
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(256, (1, rows, size), generator=generator, dtype=torch.uint8)
+    for place in HALVES.get(name, (0,)):
+        number = torch.randn(1, rows, 1, generator=generator).to(torch.float16)
+        blocks[..., place : place + 2] = number.view(torch.uint8)
+    if name == "MXFP4":
+        blocks[..., 0] = blocks[..., 0].clamp(100, 150)
+    return blocks
+
+
+def random_weights(name, rows=6, blocks=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    columns = SIZES[name][0] * blocks
+    weight = torch.randn(1, rows, columns, generator=generator) * torch.rand(1, rows, 1, generator=generator)
+    return weight, torch.rand(1, 1, columns, generator=generator).square() + 0.01
+
+
+def rounded(kind, weight_NRB, importance_N1B):
+    """Return scales, codes and values of one block, rounded to the nearest."""
+    scales, codes, values = kind.fit(weight_NRB, importance_N1B), [], []
+    for column in range(0, kind.block, kind.together):
+        metric = torch.diag_embed(importance_N1B[:, 0, column : column + kind.together].sqrt())
+        chosen, value = kind.choose(weight_NRB[..., column : column + kind.together], scales, column, metric)
+        codes.append(chosen)
+        values.append(value)
+    return scales, join_codes(codes), torch.cat(values, dim=-1)
+
+
+def test_sizes_are_those_of_gguf():
+    assert {name: tuple(GGML_QUANT_SIZES[GGMLQuantizationType[name]]) for name in SIZES} == SIZES
+    assert {*affine.TYPES, *scaled.TYPES, *vector.TYPES} == set(SIZES)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_any_bits_are_the_numbers_that_gguf_reads(name):
+    blocks = random_blocks(name, rows=40)
+    values = get_type(name).unpack(blocks)
+    expected = quants.dequantize(blocks[0].numpy(), GGMLQuantizationType[name])
+    np.testing.assert_allclose(values[0].numpy(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_what_is_packed_is_what_was_chosen(name):
+    kind = get_type(name)
+    weight, importance = random_weights(name, blocks=1)
+    scales, codes, values = rounded(kind, weight, importance)
+    blocks = kind.pack(scales, codes)
+    assert blocks.dtype == torch.uint8
+    assert blocks.shape == (1, 6, SIZES[name][1])
+    torch.testing.assert_close(kind.unpack(blocks), values, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("weight", ["zeros", "one", "outlier", "large", "tiny", "negative"])
+def test_odd_blocks_stay_numbers(name, weight):
+    kind = get_type(name)
+    weights = {
+        "zeros": torch.zeros(1, 2, kind.block), "one": torch.ones(1, 2, kind.block),
+        "outlier": torch.full((1, 2, kind.block), 1e-3).index_fill(-1, torch.tensor([5]), 30.0),
+        "large": torch.linspace(-3e4, 3e4, 2 * kind.block).view(1, 2, -1),
+        "tiny": torch.linspace(-1e-7, 1e-7, 2 * kind.block).view(1, 2, -1),
+        "negative": torch.linspace(-2.0, -1.0, 2 * kind.block).view(1, 2, -1),
+    }  # fmt: skip
+    tensor = weights[weight]
+    _, _, values = rounded(kind, tensor, torch.ones(1, 1, kind.block))
+    assert torch.isfinite(values).all()
+    # Nothing is worse than twice the error of storing zeros, and what can be stored exactly nearly is.
+    assert (values - tensor).square().sum() <= 2 * tensor.square().sum()
+    if weight == "zeros":
+        assert not values.any()
+    if weight == "one":
+        assert (values - 1).abs().max() < (0.35 if name in vector.TYPES else 0.15)  # grids hold few even vectors
+
+
+@pytest.mark.parametrize("name", [*affine.TYPES, *scaled.TYPES])
+def test_codes_are_the_nearest_of_all(name):
+    kind = get_type(name)
+    weight, importance = random_weights(name, rows=2, blocks=1, seed=3)
+    scales, codes, values = rounded(kind, weight, importance)
+    every = range(2**kind.bits) if name in affine.TYPES else range(len(kind.levels))
+    for row, column in itertools.product(range(2), range(kind.block)):
+        sub = column // kind.sub_block
+        scale = scales.scale_NR[0, row].item()
+        if name in affine.TYPES:
+            step, low = (part[0, row, sub].item() for part in kind.steps(scales))
+            numbers = [code * step - low for code in every]
+        else:
+            numbers = [kind.levels[code] * scale * scales.factor_NRS[0, row, sub].item() for code in every]
+        target = weight[0, row, column].item()
+        least = min(abs(number - target) for number in numbers)
+        assert abs(values[0, row, column].item() - target) <= least + 1e-6 * abs(target)
+        assert values[0, row, column].item() == pytest.approx(numbers[codes.code_NRc[0, row, column]], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", vector.TYPES)
+def test_entries_are_the_best_of_all(name):
+    kind = get_type(name)
+    weight, importance = random_weights(name, rows=2, blocks=1, seed=4)
+    scales = kind.fit(weight, importance)
+    together = kind.together
+    generator = torch.Generator().manual_seed(5)
+    metric = torch.randn(1, together, together, generator=generator).triu() * 0.2 + torch.eye(together)
+    codes, values = kind.choose(weight[..., :together], scales, 0, metric)
+    grid, step = kind.grid.double(), kind.steps(scales)[0, :, 0].double()
+    groups = together // kind.group
+    entries = torch.cartesian_prod(*[torch.arange(len(grid))] * groups).view(-1, groups)
+    for row in range(2):
+        # Signs as they were chosen: then the entry is the best of all, but for the few that the diagonal left.
+        sign = torch.where(codes.negative_NRv[0, row], -1.0, 1.0).double()
+        every = grid[entries].flatten(1) * sign * step[row]
+        errors = ((weight[0, row, :together].double() - every) @ metric[0].double()).square().sum(dim=1)
+        mine = ((weight[0, row, :together] - values[0, row]).double() @ metric[0].double()).square().sum()
+        assert mine <= errors.kthvalue(3).values
+        if kind.even:
+            assert codes.negative_NRv[0, row].sum() % 2 == 0
+        else:
+            assert torch.equal(codes.negative_NRv[0, row], weight[0, row, :together] < 0)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_scales_beat_the_plain_choice(name):
+    """The largest weight on the largest level, in every sub-block, is what anybody would write."""
+    kind = get_type(name)
+    weight, importance = random_weights(name, rows=8, blocks=1, seed=6)
+    _, _, values = rounded(kind, weight, importance)
+    error = (importance * (values - weight).square()).sum()
+    sub = weight.unflatten(-1, (-1, kind.sub_block))
+    if name in affine.TYPES:
+        low, high = sub.amin(-1, keepdim=True).clamp(max=0), sub.amax(-1, keepdim=True)
+        step = (high - low) / (2**kind.bits - 1)
+        plain = ((sub - low) / step).round() * step + low
+    elif name in scaled.TYPES:
+        step = sub.abs().amax(-1, keepdim=True) / max(kind.levels)
+        if name == "MXFP4":  # a power of two, at which nothing is cut off
+            step = torch.exp2(torch.log2(step).ceil())
+        plain = kind.nearest(sub, step)[1] * step
+    else:
+        step = sub.abs().amax(-1, keepdim=True) / kind.grid.max()
+        groups = (sub.abs() / step).unflatten(-1, (-1, kind.group))
+        nearest = kind.grid[torch.cdist(groups.flatten(0, -2), kind.grid).argmin(dim=-1)]
+        plain = nearest.view(sub.shape) * step * sub.sign()
+    assert error < (importance * (plain.flatten(-2) - weight).square()).sum()
+
+
+def test_an_unknown_type_is_named():
+    with pytest.raises(UnknownName, match="Q4_K"):
+        get_type("Q4K")
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data(), bits=st.sampled_from([1, 2, 4]), run=st.sampled_from([1, 2, 16]))
+def test_bits_come_back(data, bits, run):
+    count = run * 8 // bits * data.draw(st.integers(1, 3))
+    numbers = torch.tensor(data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=count, max_size=count)))
+    packed = pack_bits(numbers, bits, run)
+    assert packed.numel() == count * bits // 8
+    assert torch.equal(unpack_bits(packed, bits, run).long(), numbers)
+    # The first run of numbers lies in the lowest bits.
+    assert [int(byte) & (2**bits - 1) for byte in packed[:run]] == numbers[:run].tolist()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5))
+def test_words_come_back(words):
+    packed = pack_words(torch.tensor(words), 4)
+    assert packed.numpy().view("<u4").tolist() == words
+    assert unpack_words(packed, 4).tolist() == words
