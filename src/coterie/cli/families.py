@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coterie.cli import options
+from coterie.cli.complete import complete_family
 from coterie.cli.output import print_json, print_table, print_text
 
 if TYPE_CHECKING:
@@ -12,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def families(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[FAMILY]...", help="Only these; all if none.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FAMILY]...", help="Only these; all if none.", autocompletion=complete_family),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Read them off the installed transformers anew, and say what differs.")
     ] = False,
