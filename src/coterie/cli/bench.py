@@ -7,7 +7,7 @@ import typer
 
 from coterie.cli import options
 from coterie.cli.complete import complete_recipes, complete_routers
-from coterie.cli.output import print_json, print_text
+from coterie.cli.output import print_json, print_markdown, print_text
 
 
 def bench(
@@ -85,7 +85,7 @@ def bench(
     if json:
         print_json({"out": str(out), "computed": results.computed, "cells": list(results.cells)})
     else:
-        print_text(results.summary)
+        print_markdown(results.summary)
         print_text(f"tables, also by domain, results and plot written to {out}")
     if results.failed:
         for cell in results.failed:

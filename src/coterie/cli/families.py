@@ -46,7 +46,7 @@ def families(
 def _print(table: "FamilyTable") -> None:
     listed = table.families
     print_table(
-        ("family", "class:", "MoE layers:", "token mixing:", "router:", "experts:", "shared:", "status:"),
+        ("family", "class:", "MoE layers:", "token mixing:", "router:", "experts:", "status:"),
         [
             (
                 family.model_type,
@@ -54,8 +54,7 @@ def _print(table: "FamilyTable") -> None:
                 f"{family.layers.count('moe')} of {len(family.layers)}" if family.layers else "-",
                 ", ".join(family.token_mixing) or "-",
                 ", ".join(family.router) or "-",
-                ", ".join(family.experts) or "-",
-                "yes" if family.shared_experts else "-",
+                ", ".join((*family.experts, *(("with shared",) if family.shared_experts else ()))) or "-",
                 "works" if family.problem is None else "does not work",
             )
             for family in listed
