@@ -14,6 +14,9 @@ import pytest
 # Before anything imports the hub's client: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Tables are as wide as what they say, whatever the terminal that the tests run in.
+os.environ.pop("COLUMNS", None)
+
 # The same examples on every machine, no time limit for a busy one, and no database on the disk.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
 hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("repeatable"), max_examples=400)

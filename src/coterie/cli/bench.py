@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from coterie.cli import options
-from coterie.cli.output import print_json, print_text
+from coterie.cli.complete import complete_recipes, complete_routers
+from coterie.cli.output import print_json, print_markdown, print_text
 
 
 def bench(
@@ -14,9 +15,18 @@ def bench(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for what is found; one that is there goes on.")],
     text: Annotated[Path, typer.Option(help="Folder with calibration text, one *.txt or *.jsonl file a domain.")],
     test: Annotated[Path, typer.Option(help="Folder with test text, and *.qa.jsonl files of questions.")],
-    recipes: Annotated[str, typer.Option(help="Recipes separated by commas, or all; see `coterie recipes`.")] = "all",
+    recipes: Annotated[
+        str,
+        typer.Option(
+            help="Recipes separated by commas, or all; see `coterie recipes`.", autocompletion=complete_recipes
+        ),
+    ] = "all",
     routers: Annotated[
-        str, typer.Option(help="Router forms separated by commas; each goes with the recipes that have a use for it.")
+        str,
+        typer.Option(
+            help="Router forms separated by commas; each goes with the recipes that have a use for it.",
+            autocompletion=complete_routers,
+        ),
     ] = "plain,map",
     removed: Annotated[
         str, typer.Option(help="Shares of the expert parameters to remove, separated by commas.")
@@ -75,7 +85,7 @@ def bench(
     if json:
         print_json({"out": str(out), "computed": results.computed, "cells": list(results.cells)})
     else:
-        print_text(results.summary)
+        print_markdown(results.summary)
         print_text(f"tables, also by domain, results and plot written to {out}")
     if results.failed:
         for cell in results.failed:

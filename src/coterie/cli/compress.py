@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from coterie.cli import options
+from coterie.cli.complete import complete_recipe
 from coterie.cli.output import print_json, print_text
 from coterie.cli.plan import check_request, print_plan
 from coterie.model.disk.manifest import RouterForm
@@ -25,7 +26,9 @@ def compress(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="How experts are chosen or merged; see `coterie recipes`. Or module:attribute.", show_default="coterie"
+            help="How experts are chosen or merged; see `coterie recipes`. Or module:attribute.",
+            show_default="coterie",
+            autocompletion=complete_recipe,
         ),
     ] = None,
     effort: Annotated[

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coterie.cli import options
+from coterie.cli.complete import complete_family
 from coterie.cli.output import print_json, print_table, print_text
 
 if TYPE_CHECKING:
@@ -12,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def families(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[FAMILY]...", help="Only these; all if none.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FAMILY]...", help="Only these; all if none.", autocompletion=complete_family),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Read them off the installed transformers anew, and say what differs.")
     ] = False,
@@ -42,7 +46,7 @@ def families(
 def _print(table: "FamilyTable") -> None:
     listed = table.families
     print_table(
-        ("family", "class:", "MoE layers:", "token mixing:", "router:", "experts:", "shared:", "status:"),
+        ("family", "class:", "MoE layers:", "token mixing:", "router:", "experts:", "status:"),
         [
             (
                 family.model_type,
@@ -50,8 +54,7 @@ def _print(table: "FamilyTable") -> None:
                 f"{family.layers.count('moe')} of {len(family.layers)}" if family.layers else "-",
                 ", ".join(family.token_mixing) or "-",
                 ", ".join(family.router) or "-",
-                ", ".join(family.experts) or "-",
-                "yes" if family.shared_experts else "-",
+                ", ".join((*family.experts, *(("with shared",) if family.shared_experts else ()))) or "-",
                 "works" if family.problem is None else "does not work",
             )
             for family in listed

@@ -12,6 +12,9 @@ from coterie.cli.output import percent, print_json, print_table, print_text
 if TYPE_CHECKING:
     from coterie.model.arch.inspect import BudgetFit, Inspection, MoEBlock
 
+#: Columns of what stands before a fact.
+_LABEL = 17
+
 
 def inspect(
     model: options.Model,
@@ -52,14 +55,16 @@ def _print(inspection: "Inspection") -> None:
     print_text()
     tied = "tied" if inspection.tied_embeddings else "not tied"
     active = format_count(inspection.active_parameters)
-    print_text(f"a token uses     {active} parameters (embeddings in whole; {tied})")
+    print_text(f"a token uses     {active} parameters (embeddings in whole; {tied})", indent=_LABEL)
     stored = ", ".join(f"{name} {format_bytes(size)}" for name, size in inspection.bytes_by_dtype.items())
-    print_text(f"stored as        {stored}")
-    print_text(f"files on disk    {format_bytes(inspection.file_bytes)}")
+    print_text(f"stored as        {stored}", indent=_LABEL)
+    print_text(f"files on disk    {format_bytes(inspection.file_bytes)}", indent=_LABEL)
     sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in inspection.estimates.items())
-    print_text(f"it would take    {sizes} (int8, int4: experts in groups of 128 with scale and zero; rest bf16)")
+    print_text(
+        f"it would take    {sizes} (int8, int4: experts in groups of 128 with scale and zero; rest bf16)", indent=_LABEL
+    )
     if inspection.budget is not None:
-        print_text(f"a budget of      {_budget_line(inspection.budget)}")
+        print_text(f"a budget of      {_budget_line(inspection.budget)}", indent=_LABEL)
 
 
 def _layer_lines(layers: "tuple[MoEBlock, ...]") -> Iterator[str]:

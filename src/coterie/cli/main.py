@@ -4,14 +4,13 @@ Exit codes: 0 done; 1 cannot be done, and the message says why; 2 the command li
 Run it as ``coterie`` or ``python -m coterie.cli.main``. Nothing heavy is imported here: commands import what they need.
 """
 
-import logging
 import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from coterie import __version__
+from coterie.cli import command
 from coterie.cli.bench import bench
 from coterie.cli.calibrate import calibrate
 from coterie.cli.compress import compress
@@ -27,7 +26,7 @@ from coterie.errors import CoterieError
 _LONGEST = 2000  # characters of a message
 
 
-class Commands(TyperGroup):
+class Program(command.Commands):
     """Commands whose foreseen errors end in one message instead of a traceback."""
 
     def invoke(self, ctx: Any) -> object:
@@ -37,7 +36,7 @@ class Commands(TyperGroup):
         except BrokenPipeError:
             raise  # the reader of our output has gone; typer ends quietly
         except (CoterieError, OSError) as error:
-            if ctx.params.get("debug"):
+            if ctx.meta.get("debug"):
                 raise
             _say(f"error: {_message(error)}")
             raise typer.Exit(1) from None
@@ -48,16 +47,15 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     name="coterie",
-    cls=Commands,
+    cls=Program,
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     # Plain help: typer's boxes cost twice the time that the rest of the program takes to start.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (inspect, calibrate, profile, plan, compress, evaluate, bench, report, recipes, families):
-    app.command()(command)
+for function in (inspect, calibrate, profile, plan, compress, evaluate, bench, report, recipes, families):
+    app.command(cls=command.Command)(function)
 
 
 def _print_version(show: bool) -> None:
@@ -68,27 +66,14 @@ def _print_version(show: bool) -> None:
 
 @app.callback()
 def options(
-    debug: Annotated[
-        bool, typer.Option("--debug", envvar="COTERIE_DEBUG", help="Show the traceback of an error.")
-    ] = False,
+    quiet: command.Quiet = False,
+    verbose: command.Verbose = False,
+    debug: command.Debug = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Make Mixture-of-Experts language models fit the machine you have."""
-    # Python prints what nobody handles through this handler, to stderr.
-    if logging.lastResort is not None:
-        logging.lastResort.setFormatter(_Words())
-        logging.lastResort.setLevel(logging.INFO)
-    logging.getLogger("coterie").setLevel(logging.INFO)
-
-
-class _Words(logging.Formatter):
-    """Messages as sentences: what is only told stands by itself, a warning says that it is one."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        return f"warning: {text}" if record.levelno >= logging.WARNING else text
 
 
 def _message(error: Exception) -> str:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from coterie.amounts import parse_share
+from coterie.cli.complete import complete_recipe
 from coterie.errors import InputError
 from coterie.model.device import check_device_name
 from coterie.model.disk.manifest import RouterForm
@@ -33,7 +34,11 @@ Experts = Annotated[int | None, typer.Option(help="Number of experts to keep in 
 Width = Annotated[int | None, typer.Option(help="Hidden neurons to keep in each expert; for recipes that slim them.")]
 Budget = Annotated[str | None, typer.Option(help="Size of all weights at most, like 12GiB or 800MB.")]
 Recipe = Annotated[
-    str, typer.Option(help="How experts are chosen or merged; see `coterie recipes`. Or module:attribute of your own.")
+    str,
+    typer.Option(
+        help="How experts are chosen or merged; see `coterie recipes`. Or module:attribute of your own.",
+        autocompletion=complete_recipe,
+    ),
 ]
 ROUTER_HELP = (
     "plain: rows of the experts that stay. mean: the mean of the rows of merged ones. refit: rows fitted to the "

@@ -1,16 +1,24 @@
-"""How commands print: tables for people, JSON for programs, both to standard output."""
+"""How commands print: tables for people, JSON for programs, both to standard output.
+
+Text is as wide as the terminal, or as COLUMNS says; in a pipe or a file without that, every row of a table is one line,
+as programs that read lines expect.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import typer
 
-#: Columns of a table where standard output is no terminal, so that nothing is cut.
-_WIDTH = 200
+from coterie.cli.layout import table_lines, wrap
+
+#: Columns that text is given at least; where there are fewer, it is the terminal that breaks lines.
+_NARROWEST = 20
 
 
 def print_json(content: Any) -> None:
@@ -23,9 +31,18 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def print_text(text: str = "") -> None:
-    """Print a line."""
-    typer.echo(_encodable(text))
+def width() -> int | None:
+    """Return the columns that text may take; None for no limit."""
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isascii() and asked.isdigit() and int(asked[:9]) > 0:
+        return max(int(asked[:9]), _NARROWEST)
+    return max(shutil.get_terminal_size().columns, _NARROWEST) if sys.stdout.isatty() else None
+
+
+def print_text(text: str = "", *, indent: int = 0) -> None:
+    """Print a line; where it is too long, it goes on in others, `indent` spaces to the right."""
+    for line in wrap(_encodable(text), width(), indent=indent):
+        typer.echo(line)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, footer: Sequence[str] | None = None) -> None:
@@ -36,31 +53,27 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, footer
         rows: cells.
         footer: a last row under a line.
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    cells = [[_encodable(cell) for cell in row] for row in rows]
+    rule = "─" if (sys.stdout.encoding or "").lower().startswith("utf") else "-"
+    for line in table_lines(columns, cells, width=width(), footer=footer, rule=rule):
+        # What is no terminal gets the text alone: echo leaves styles out there.
+        typer.echo(typer.style(line.text, bold=True) if line.is_strong and line.text else line.text)
 
-    table = Table(
-        box=box.SIMPLE,
-        show_edge=False,
-        show_footer=footer is not None,
-        pad_edge=False,
-        header_style="bold",
-        footer_style="bold",
-    )
-    for number, column in enumerate(columns):
-        is_text = number == 0 or column.endswith(":")
-        table.add_column(
-            column.removesuffix(":"),
-            Text(footer[number]) if footer is not None else "",
-            justify="left" if is_text else "right",
-            overflow="fold",
-        )
-    for row in rows:
-        table.add_row(*(Text(_encodable(cell)) for cell in row))
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False)
-    console.print(table)
+
+def print_markdown(text: str) -> None:
+    """Print Markdown with tables as it is where there is room without limit, else with its tables made to fit."""
+    if width() is None:
+        typer.echo(_encodable(text))
+        return
+    table: list[list[str]] = []
+    for line in [*text.split("\n"), ""]:
+        if line.startswith("| "):
+            table.append([cell.strip() for cell in line[2:].removesuffix(" |").split(" | ")])
+            continue
+        if table:
+            print_table(table[0], table[2:])
+            table = []
+        print_text(line)
 
 
 def number(value: float | None, digits: int) -> str:

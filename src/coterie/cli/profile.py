@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from coterie.cli import options
+from coterie.cli.complete import complete_recipes, complete_statistics
 from coterie.cli.output import print_json, print_table, print_text
 
 
@@ -28,10 +29,18 @@ def profile(
     ] = None,
     sample_tokens: options.SampleTokens = 8_192,
     statistics: Annotated[
-        str | None, typer.Option(help="Measure only these statistics, like usage,reap; see also --recipe.")
+        str | None,
+        typer.Option(
+            help="Measure only these statistics, like usage,reap; see also --recipe.",
+            autocompletion=complete_statistics,
+        ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Measure only what these recipes need, like reap,heapr; see `coterie recipes`.")
+        str | None,
+        typer.Option(
+            help="Measure only what these recipes need, like reap,heapr; see `coterie recipes`.",
+            autocompletion=complete_recipes,
+        ),
     ] = None,
     gradients: Annotated[
         bool, typer.Option("--gradients", help="Also measure gradients of the loss: three to four times as long.")

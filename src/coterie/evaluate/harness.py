@@ -16,7 +16,6 @@ import io
 import logging
 import math
 import random
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.util import find_spec
@@ -33,6 +32,7 @@ from coterie.model.arch.load import load_model
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.quiet import quiet
 from coterie.paths import user_path
+from coterie.progress import are_bars_drawn
 
 #: What is told to whoever has not installed the harness.
 INSTALL = "pip install 'coterie[eval]'"
@@ -179,7 +179,7 @@ def _quiet() -> Iterator[None]:
     before = chatty.level
     chatty.setLevel(logging.ERROR)
     try:
-        with quiet(), nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+        with quiet(), nullcontext() if are_bars_drawn() else redirect_stderr(io.StringIO()):
             yield
     finally:
         chatty.setLevel(before)
