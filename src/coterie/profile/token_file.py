@@ -247,6 +247,7 @@ def _tokens(tokenizer: Any, pieces: Iterable[Document], *, answers: bool) -> Ite
     """Tokenize documents, piece by piece; `answers` tells whether to mark them."""
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     short: list[_Text] = []
+    num_characters = 0  # in these
     parts: list[str] = []
     long: _LongDocument | None = None
     for piece in pieces:
@@ -263,6 +264,7 @@ def _tokens(tokenizer: Any, pieces: Iterable[Document], *, answers: bool) -> Ite
         if len(document) > WINDOW and tokenizer.is_fast and document.strip():
             yield from _tokens_of(tokenizer, short, answers=answers)
             short.clear()
+            num_characters = 0
             long = long or _LongDocument(tokenizer)
         if long is not None and (last or len(document) > WINDOW):
             for start in range(0, len(document), WINDOW):
@@ -274,10 +276,12 @@ def _tokens(tokenizer: Any, pieces: Iterable[Document], *, answers: bool) -> Ite
         elif last:
             if document.strip():
                 short.append(_Text(text=document, answers=spans, end=behind))
+                num_characters += len(document)
             document = ""
-            if sum(len(each.text) for each in short) > WINDOW:
+            if num_characters > WINDOW:
                 yield from _tokens_of(tokenizer, short, answers=answers)
                 short.clear()
+                num_characters = 0
         parts = [document]
     yield from _tokens_of(tokenizer, short, answers=answers)
 
