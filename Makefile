@@ -32,10 +32,10 @@ test: lint ## lint, types and the fast tests (5 minutes on two cores)
 test-families: $(VENV)/.stamp-dev ## every family and every recipe, each through the whole of the library
 	$(PYTEST) -m families
 
-test-slow: $(VENV)/.stamp-dev ## the tests that need minutes, and those of the extra [eval], which is installed for them
-	@$(PIP) -e '.[dev,eval]'
+test-slow: $(VENV)/.stamp-dev ## the tests that need minutes, and those of the extras, which are installed for them
+	@$(PIP) -e '.[dev,eval,data]'
 	$(PYTEST) -m 'slow or families or hypothesis' --hypothesis-profile=thorough
-	$(PYTEST) -m 'not slow' tests/evaluate/test_harness.py
+	$(PYTEST) -m 'not slow' tests/evaluate/test_harness.py tests/profile/test_formats.py
 
 lint: $(VENV)/.stamp-dev ## ruff: rules and format
 	$(BIN)/ruff check .

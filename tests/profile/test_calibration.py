@@ -63,7 +63,9 @@ def test_documents_stand_between_lines_that_are_the_separator(tmp_path, content,
     assert read_documents(file) == documents
 
 
-any_text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(str.strip)
+any_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20).filter(
+    str.strip
+)
 
 
 @given(documents=st.lists(any_text.filter(lambda text: "\r" not in text), min_size=1, max_size=4))

@@ -16,8 +16,7 @@ from coterie.evaluate.speed import memory_in_use, peak_memory
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.profile import documents as documents_module
-from coterie.profile import text as text_module
-from coterie.profile import token_file
+from coterie.profile import sources, token_file
 from coterie.profile.calibration import tokenize
 from coterie.profile.documents import DOCUMENT_SEPARATOR, document_pieces, documents, read_documents
 from coterie.profile.text import CalibrationText, TextSettings
@@ -148,8 +147,8 @@ def test_blank_documents_have_no_tokens_however_long(monkeypatch):
 
 def test_a_text_is_tokenized_once_and_drawn_from_as_if_each_time_anew(tiny, text, monkeypatch):
     read = []
-    real = text_module.document_pieces
-    monkeypatch.setattr(text_module, "document_pieces", lambda file: read.append(file.name) or real(file))
+    real = sources.document_pieces
+    monkeypatch.setattr(sources, "document_pieces", lambda file: read.append(file.name) or real(file))
     settings = TextSettings(source=text, tokens=640, seq_len=32, seed=3)
     calibration = CalibrationText(Checkpoint.open(tiny()), settings)
     assert read == []
@@ -170,7 +169,7 @@ def test_weights_share_out_every_draw(tiny, text):
 
 
 def test_what_cannot_be_is_refused_before_text_is_read(tiny, text, monkeypatch):
-    monkeypatch.setattr(text_module, "document_pieces", None)
+    monkeypatch.setattr(sources, "document_pieces", None)
     with pytest.raises(InputError, match="text that the model writes has no domains"):
         CalibrationText(Checkpoint.open(tiny()), TextSettings(source="self", tokens=1, seq_len=8, domains=("a",)))
     with pytest.raises(TextError, match="a sequence of 1 tokens predicts nothing"):

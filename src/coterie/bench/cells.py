@@ -12,7 +12,8 @@ from coterie import __version__
 from coterie.artifact import digest_of, file_digest
 from coterie.bench.code import code_digests
 from coterie.compress.recipes import EFFORTS, RECIPES, ROUTERS, Recipe, get_recipe
-from coterie.errors import Infeasible, InputError, TextError, UnknownName
+from coterie.errors import Infeasible, InputError, UnknownName
+from coterie.profile.documents import QUESTIONS, text_files
 from coterie.profile.statistics import STATISTICS, needs_gradients
 
 #: Raised when the bench itself comes to measure something else than before.
@@ -296,9 +297,9 @@ def _has_form(recipe: Recipe, router: str) -> bool:
 
 def folder_digest(folder: Path) -> str:
     """Return a digest of the texts and questions in a folder; raises TextError when it has none."""
-    if not folder.is_dir():
-        raise TextError(f"{folder} is not a folder; a text folder has one *.txt or *.jsonl file a domain")
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in (".txt", ".jsonl"))
-    if not files:
-        raise TextError(f"{folder} holds no *.txt and no *.jsonl file; put one file a domain there")
-    return digest_of({file.name: file_digest(file) for file in files})
+    questions = [file for end in QUESTIONS for file in folder.glob(f"*{end}")]
+    digests: dict[str, str] = {}
+    for file in (*text_files(folder).values(), *questions):
+        parts = sorted(part for part in file.rglob("*") if part.is_file()) if file.is_dir() else [file]
+        digests |= {part.relative_to(file.parent).as_posix(): file_digest(part) for part in parts}
+    return digest_of(digests)

@@ -16,7 +16,7 @@ def calibrate(
     model: options.Model,
     text: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Folder with calibration text to look at; or self: the model writes it."),
+        typer.Option(metavar="TEXT", help=options.TEXT_HELP),
     ] = None,
     generate: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Let the model write text into this folder, and look at that.")
@@ -33,6 +33,7 @@ def calibrate(
         Literal["sampled", "likeliest"],
         typer.Option(help="For --generate: document n starts with a drawn token, or with the n-th likeliest."),
     ] = "sampled",
+    on: options.On = "all",
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
     allow_pickle: options.AllowPickle = False,
@@ -48,6 +49,8 @@ def calibrate(
         raise typer.BadParameter(f"give exactly one of them; got {how_many}", param_hint="--text, --generate")
     if generate is not None and domains is not None:
         raise typer.BadParameter("text that the model writes has no domains; leave it out", param_hint="--domains")
+    if generate is not None and on != "all":
+        raise typer.BadParameter("text that the model writes holds no conversations; leave it out", param_hint="--on")
     from coterie.profile.calibrate import calibrate as run
     from coterie.profile.calibrate import generate as write
 
@@ -74,6 +77,7 @@ def calibrate(
         seq_len=seq_len,
         seed=seed,
         domains=chosen,
+        on=on,
         device=device,
         max_memory=max_memory,
         allow_pickle=allow_pickle,
@@ -87,7 +91,7 @@ def calibrate(
         print_text(f"text written to {written_file}; use it with --text {generate}")
     else:
         mix = f" --domains {calibration.domains}" if len(calibration.sources) > 1 else ""
-        print_text(f"use it with --text {text}{mix}")
+        print_text(f"use it with --text {text}{mix}{'' if on == 'all' else f' --on {on}'}")
 
 
 def _print(calibration: "Calibration") -> None:

@@ -47,8 +47,8 @@ def compress(
     text: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR",
-            help="Folder with calibration text, or self: the model writes it; needed where there is no profile yet.",
+            metavar="TEXT",
+            help=f"{options.TEXT_HELP} Needed where there is no profile yet.",
         ),
     ] = None,
     domains: Annotated[
@@ -69,6 +69,14 @@ def compress(
         Literal["bfloat16", "float16", "float32"],
         typer.Option(help="Number format for weights that are stored quantised (FP8, MXFP4); others keep theirs."),
     ] = "bfloat16",
+    on: Annotated[
+        Literal["all", "assistant"] | None,
+        typer.Option(
+            help="Tokens that count in statistics and losses: all, or answers (messages of the assistant) only; with a "
+            "profile that is there, its own.",
+            show_default="all",
+        ),
+    ] = None,
     max_memory: options.MaxMemory = None,
     allow_pickle: options.AllowPickle = False,
     mtp: options.Mtp = None,
@@ -119,6 +127,7 @@ def compress(
         allow_pickle=allow_pickle,
         mtp=mtp,
         multiple_of=multiple_of,
+        on=on,
     )
     if json:
         memory = {"forecast_bytes": result.forecast, "peak_bytes": result.peak_bytes}

@@ -20,7 +20,11 @@ _SPEED_SECONDS = 20.0
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model folders or hub ids.")],
     text: Annotated[
-        Path | None, typer.Option(help="Folder with test text: *.txt or *.jsonl a domain, and *.qa.jsonl.")
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help=f"Folder with test text: {options.FORMATS}, and *.qa.jsonl of questions; or hf:NAME, a data set.",
+        ),
     ] = None,
     against: Annotated[str | None, typer.Option(help="The model to compare with, usually the original.")] = None,
     tokens: Annotated[
@@ -49,6 +53,7 @@ def evaluate(
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with task files (YAML) of your own.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples of each task at most.")] = None,
+    on: options.On = "all",
     max_memory: options.MaxMemory = None,
     allow_pickle: options.AllowPickle = False,
     out: Annotated[
@@ -79,6 +84,7 @@ def evaluate(
         tasks=() if tasks is None else options.names(tasks),
         include_path=include_path,
         limit=limit,
+        on=on,
     )
     for card, file in zip(cards, files, strict=False):
         card.save(file)

@@ -84,6 +84,12 @@ MultipleOf = Annotated[
         help="The number of experts or their width, whichever is lowered, is the nearest multiple of this.",
     ),
 ]
+FORMATS = "*.txt, *.jsonl (text, messages, or prompt and completion), either as .gz, or *.parquet, one file a domain"
+TEXT_HELP = f"Folder with calibration text: {FORMATS}; hf:NAME, a data set; or self: the model writes it."
+On = Annotated[
+    Literal["all", "assistant"],
+    typer.Option(help="Tokens that count in statistics and losses: all, or answers (messages of the assistant) only."),
+]
 Mtp = Annotated[
     Literal["keep", "drop"] | None,
     typer.Option(

@@ -15,10 +15,7 @@ def profile(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the profile.")],
     text: Annotated[
         str,
-        typer.Option(
-            metavar="DIR",
-            help="Folder with calibration text, one *.txt or *.jsonl file a domain; or self: the model writes it.",
-        ),
+        typer.Option(metavar="TEXT", help=options.TEXT_HELP),
     ],
     tokens: options.Tokens = 131_072,
     seq_len: options.SequenceLength = 512,
@@ -45,6 +42,7 @@ def profile(
     gradients: Annotated[
         bool, typer.Option("--gradients", help="Also measure gradients of the loss: three to four times as long.")
     ] = False,
+    on: options.On = "all",
     max_memory: options.MaxMemory = None,
     allow_pickle: options.AllowPickle = False,
     json: options.Json = False,
@@ -72,6 +70,7 @@ def profile(
         weights=weights,
         statistics=statistic_names,
         gradients=gradients,
+        on=on,
         max_memory=max_memory,
         allow_pickle=allow_pickle,
     )
@@ -83,6 +82,7 @@ def profile(
                 "model_digest": measured.model_digest,
                 "text_digest": measured.text_digest,
                 "num_tokens": counts,
+                "on": measured.on,
                 "seq_len": measured.seq_len,
                 "seed": measured.seed,
                 "statistics": list(measured.asked),

@@ -36,6 +36,7 @@ from coterie.model.stream.memory import peak_bytes
 from coterie.paths import user_path
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile_in_folder, profile_in_run
+from coterie.profile.sources import On
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ def compress(
     cache: str | Path | None = None,
     mtp: Mtp | None = None,
     multiple_of: int | None = None,
+    on: On | None = None,
 ) -> Result:
     """Write a smaller checkpoint. Exactly one of `keep`, `experts`, `width`, `budget` and `plan` says how small.
 
@@ -138,6 +140,8 @@ def compress(
             experts that the last layer keeps, or "drop". A plan says it already.
         multiple_of: the number of experts or their width, whichever the recipe lowers, is the nearest multiple of this,
             such as 8 for expert parallelism or 256 for K-quants.
+        on: which tokens count where experts are measured and the result is trained: "all" (when None), or those of
+            answers in conversations and of completions, "assistant". With a profile that is there, its own.
 
     Raises:
         OutputExists: `out` exists.
@@ -160,7 +164,7 @@ def compress(
         effort=effort, train_tokens=train_tokens, router=router, profile=profile, text=text, weights=weights,
         tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, device=device, inputs=inputs,
         output_dtype=output_dtype, max_memory=max_memory, allow_pickle=allow_pickle,
-        cache=None if cache is None else Path(cache), mtp=mtp,
+        cache=None if cache is None else Path(cache), mtp=mtp, on=on,
     )  # fmt: skip
     job = prepare(options)
     clock.lap("plan")

@@ -181,7 +181,9 @@ class LayerWriter:
         if measuring:
             with proving(model, tuple(layers)):
                 calls[Lane.COMPRESSED, 0].compute()
-        for number, (domain, _) in enumerate(self.lanes.batches):
+        for number, ((domain, _), counts_T) in enumerate(
+            zip(self.lanes.batches, self.measure.batch_counts(), strict=True)
+        ):
             compressed, original = calls[Lane.COMPRESSED, number], calls[Lane.ORIGINAL, number]
             # A finished layer is observed too: it must hand on the very same numbers as in the first run.
             with observed(model, tuple(layers), fields=()) as targets:
@@ -189,11 +191,14 @@ class LayerWriter:
             if not measuring:
                 continue
             watched = self.measure.fields
-            with observed(model, tuple(layers), thin=self.measure.thin, fields=watched) as observations:
+            watching = observed(model, tuple(layers), thin=self.measure.thin, fields=watched, counts_T=counts_T)
+            with watching as observations:
                 output: Any = compressed.compute()
             for observation, target in zip(observations, targets, strict=True):
                 with_output = with_residual(observation, output)
-                collectors[observation.layer.index].add(domain, with_output, target_TD=target.output_TD)
+                collectors[observation.layer.index].add(
+                    domain, with_output, target_TD=target.output_TD, counts_T=counts_T
+                )
         if not measuring:
             return {}
         for each in collectors.values():

@@ -29,6 +29,7 @@ from coterie.profile.calibration import TokenSet
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile
 from coterie.profile.run import Measure, ProfileSettings
+from coterie.profile.sources import On, check_on
 from coterie.profile.statistics import needs_gradients, wanted_statistics
 from coterie.profile.text import CalibrationText, TextSettings
 
@@ -61,6 +62,7 @@ class Options:
     allow_pickle: bool
     cache: Path | None
     mtp: Mtp | None
+    on: On | None
 
     @property
     def limit(self) -> int | None:
@@ -166,6 +168,8 @@ def prepare(options: Options) -> Job:
         As `coterie.compress`, for everything that can be known beforehand.
     """
     check_device(options.device)
+    if options.on is not None:
+        check_on(options.on)
     request = options.request()
     output = options.out
     _check_places(options)
@@ -189,11 +193,12 @@ def prepare(options: Options) -> Job:
     profile = _present_profile(options.profile, source.checkpoint)
     if profile is not None:
         check_profile(profile, source, needs)
+    on = _on(options.on, profile)
     check_space(output.parent, outlined.predicted_bytes)
     if profile is None and options.text is None:
         raise InputError("no profile yet: give calibration text with --text, or a profile with --profile")
     stream = Stream(source.checkpoint, device=options.device, scratch=output.parent)
-    calibration = None if options.text is None else _calibration(source, options)
+    calibration = None if options.text is None else _calibration(source, options, on)
     measure = None
     if profile is None:
         assert calibration is not None
@@ -234,10 +239,10 @@ def _given(options: Options) -> Plan | None:
     return plan if plan is None or isinstance(plan, Plan) else Plan.load(user_path(plan))
 
 
-def _calibration(source: Source, options: Options) -> CalibrationText:
+def _calibration(source: Source, options: Options, on: On) -> CalibrationText:
     settings = TextSettings(
         source=str(options.text), weights=options.weights, tokens=options.tokens, seq_len=options.seq_len,
-        seed=options.seed,
+        seed=options.seed, on=on,
     )  # fmt: skip
     return CalibrationText(
         source.checkpoint, settings, device=options.device, limit=options.limit, scratch=options.out.parent
@@ -261,6 +266,16 @@ def _forecast(
     if measure is not None and inputs == "compressed":  # layers are measured while they are compressed
         lines = (*stages[0].lines, *lines[1:])
     return Forecast(stages=(*stages, Stage(name="compressing a layer", lines=lines)))
+
+
+def _on(on: On | None, profile: Profile | None) -> On:
+    """Return which tokens count: those that a profile was measured on, where there is one."""
+    if profile is not None and on not in (None, profile.on):
+        raise InputError(
+            f"the profile was measured on {profile.on}, and --on {on} is asked for: leave one of them out, or profile "
+            "again"
+        )
+    return on or ("all" if profile is None else profile.on)
 
 
 def _present_profile(profile: Profile | str | Path | None, checkpoint: Checkpoint) -> Profile | None:

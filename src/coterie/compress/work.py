@@ -105,7 +105,7 @@ class Work:
             return profile.domains, sum(profile.num_tokens), profile.seq_len, profile.text_digest
         assert self.job.measure is not None
         token_set = self.job.measure.token_set
-        return token_set.domains, sum(token_set.num_tokens.values()), token_set.seq_len, token_set.digest
+        return token_set.domains, sum(token_set.num_counted.values()), token_set.seq_len, token_set.digest
 
     def _manifest(self) -> Manifest:
         plan = self.plan

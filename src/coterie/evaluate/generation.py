@@ -7,7 +7,6 @@ question is the prompt as it stands; the model's answer is what it writes up to 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,12 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from coterie.errors import TextError
 from coterie.paths import user_path
+from coterie.profile.data_sets import is_data_set_name
+from coterie.profile.documents import QUESTIONS, json_rows, no_folder
+from coterie.profile.rows import check_characters
 from coterie.progress import track
 
-SUFFIX = ".qa.jsonl"
+_EXPECTED = 'expected a JSON object with texts "question" and "answer"'
 
 #: New tokens that are allowed beyond the longest expected answer; an answer is often split otherwise in its context.
 MARGIN = 4
@@ -62,18 +64,26 @@ def read_questions(folder: str | Path, *, limit: int | None = None, seed: int = 
     Raises:
         TextError: no such folder, a file without questions, or a line that is no question with a one-line answer.
     """
+    if is_data_set_name(folder):
+        return {}
     path = user_path(folder)
     if not path.is_dir():
-        raise TextError(f"{path} is not a folder; --text takes a folder with one *.txt or *.jsonl file a domain")
+        raise no_folder(path)
     if limit == 0:
         return {}
     by_domain: dict[str, list[Question]] = {}
-    for file in sorted(path.glob(f"*{SUFFIX}")):
+    for file in sorted(path.glob("*.qa.jsonl*")):
+        ending = next((end for end in QUESTIONS if file.name.endswith(end)), None)
+        if ending is None or file.name.startswith("."):
+            continue
+        domain = file.name.removesuffix(ending)
+        if domain in by_domain:
+            raise TextError(f"{path} has two files of questions for the domain {domain!r}; leave one out")
         questions = _read_file(file)
         if limit is not None:
             order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed))
             questions = [questions[index] for index in order[:limit].tolist()]
-        by_domain[file.name.removesuffix(SUFFIX)] = questions
+        by_domain[domain] = questions
     return by_domain
 
 
@@ -163,24 +173,16 @@ class _EndOfLine(StoppingCriteria):
 
 
 def _read_file(file: Path) -> list[Question]:
-    try:
-        content = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TextError(f"{file} is not UTF-8 text: {error}") from None
     questions = []
-    # Not splitlines: JSON strings may hold other line separators as they are.
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            question, answer = entry["question"], entry["answer"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            question = answer = None
+    for place, entry in json_rows(file, expected=_EXPECTED):
+        said = entry if isinstance(entry, dict) else {}
+        question, answer = said.get("question"), said.get("answer")
         if not isinstance(question, str) or not isinstance(answer, str):
-            raise TextError(f'{file}, line {number}: expected a JSON object with texts "question" and "answer"')
+            raise TextError(f"{place}: {_EXPECTED}")
+        for text in (question, answer):
+            check_characters(text, place)
         if not question or not answer.strip() or "\n" in answer.strip():
-            raise TextError(f"{file}, line {number}: a question needs text, and an answer of exactly one line")
+            raise TextError(f"{place}: a question needs text, and an answer of exactly one line")
         questions.append(Question(question=question, answer=answer))
     if not questions:
         raise TextError(f"{file} is empty; write one question a line or remove the file")

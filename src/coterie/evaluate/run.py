@@ -66,6 +66,7 @@ from coterie.model.stream.memory import Forecast, fitting_batch, peak_bytes
 from coterie.model.stream.reading import Head, logits_at, predictions, read
 from coterie.model.stream.stream import Stream
 from coterie.paths import user_path
+from coterie.profile.sources import On, check_on
 from coterie.progress import track
 
 log = logging.getLogger(__name__)
@@ -94,13 +95,15 @@ def evaluate(
     tasks: Sequence[str] = (),
     include_path: str | Path | None = None,
     limit: int | None = None,
+    on: On = "all",
 ) -> list[Scorecard]:
     """Measure models on a text folder: quality by domain and bytes and, when asked for, speed, memory and tasks.
 
     Args:
         models: one model or several, as folders or hub ids; the base itself may be among them.
         against: the base to compare with; without it `kl`, `agreement` and the ratios are None.
-        text: a text folder: a ``*.txt`` or ``*.jsonl`` file a domain, and ``<domain>.qa.jsonl`` files of questions.
+        text: a text folder, see `coterie.profile.documents`, with ``<domain>.qa.jsonl`` files of questions; or ``hf:``
+            and the name of a data set, see `coterie.profile.data_sets`.
             None with tasks alone, which then are all that is measured, and take no base.
         tokens: tokens in all, shared equally by the domains; the whole text when None.
         seq_len: tokens in a sequence.
@@ -118,6 +121,8 @@ def evaluate(
         tasks: names of tasks of the lm-evaluation-harness; each model is loaded into memory as a whole for them.
         include_path: folder with task files (YAML) beside those that came with the harness.
         limit: examples of each task at most; all when None.
+        on: predictions of which tokens are scored: "all", or those of answers in conversations and of completions,
+            "assistant".
 
     Returns:
         One scorecard for each of `models`, in their order.
@@ -151,7 +156,7 @@ def evaluate(
         cards = _on_text(
             chosen, against=against, text=text, tokens=tokens, seq_len=seq_len, seed=seed, device=target,
             batch_size=batch_size, questions=questions, dtype=dtype, speed_seconds=speed_seconds, bound=bound,
-            allow_pickle=allow_pickle, cache=cache, whole=bool(tasks),
+            allow_pickle=allow_pickle, cache=cache, whole=bool(tasks), on=on,
         )  # fmt: skip
     if not tasks:
         return cards
@@ -251,16 +256,18 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         dtype: torch.dtype | None = None,
         allow_pickle: bool = False,
         cache: str | Path | None = None,
+        on: On = "all",
     ) -> None:
         """Read the questions and open the base; see `evaluate` for the arguments and what is raised."""
         self.device = _check_arguments(
             device=device, dtype=dtype, batch_size=batch_size, tokens=tokens, questions=questions
         )
         check_seed(seed)
+        check_on(on)
         by_domain = read_questions(text, limit=questions, seed=seed)
         self.batch_size = batch_size
         self.base: Subject | None = None
-        self._reader = TextReader(text, by_domain, seq_len=seq_len, tokens=tokens, seed=seed)
+        self._reader = TextReader(text, by_domain, seq_len=seq_len, tokens=tokens, seed=seed, on=on)
         self._seed = seed
         self._dtype = dtype
         self._allow_pickle = allow_pickle
@@ -423,11 +430,13 @@ class Evaluation(AbstractContextManager["Evaluation"]):
 
     def _sums(self, subject: Subject, outputs: _ModelOutputs, head: Head, base_head: Head | None) -> dict[str, Sums]:
         sums = {domain: Sums() for domain in subject.tokens.domains}
+        counts = list(subject.tokens.batch_counts(self.batch_size))
         for number, (first, domain, ids_BS, output) in enumerate(self._texts(subject, outputs)):
             base_output = None
             if base_head is not None and self._base_outputs is not None:
                 base_output = self._base_outputs.texts[number]
-            self._add_text(sums[domain], domain, subject, (first, ids_BS, output, base_output), head, base_head)
+            batch = (first, ids_BS, output, base_output)
+            self._add_text(sums[domain], domain, subject, batch, counts[number], head, base_head)
         return sums
 
     def _add_text(
@@ -436,10 +445,11 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         domain: str,
         subject: Subject,
         batch: tuple[int, Tensor, Any, Any],
+        counts_BS: Tensor | None,
         head: Head,
         base_head: Head | None,
     ) -> None:
-        """Add one batch of text: its tokens, and what the model and the base made of it."""
+        """Add one batch of text: its tokens, what the model and the base made of it, and which of them count."""
         first, ids_BS, output, base_output = batch
         stream = self._streams[subject.path]
         for positions, ids_BP in predictions(ids_BS, num_logits(stream)):
@@ -457,7 +467,8 @@ class Evaluation(AbstractContextManager["Evaluation"]):
                 )
             else:
                 nll_T = token_nll(logits_BPV, ids_BP)
-            nll_T = nll_T.cpu().double()
+            counts_T = None if counts_BS is None else counts_BS[:, positions][:, 1:].flatten()
+            nll_T = _counted(nll_T.cpu(), counts_T).double()
             check_numbers(nll_T, subject, stream, domain)
             domain_sums.nll += float(nll_T.sum())
             domain_sums.tokens += len(nll_T)
@@ -467,10 +478,10 @@ class Evaluation(AbstractContextManager["Evaluation"]):
                     base_BPV = logits_at(base_head, ids_BS, base_output, positions)
                 kl_T, agreeing_T = token_divergence(base_BPV, logits_BPV)
             if self.base is not None and kl_T is not None and agreeing_T is not None:
-                kl_T = kl_T.cpu().double()
+                kl_T = _counted(kl_T.cpu(), counts_T).double()
                 check_numbers(kl_T, self.base, self._streams[self.base.path], domain)
                 domain_sums.kl += float(kl_T.sum())
-                domain_sums.agreeing += int(agreeing_T.sum())
+                domain_sums.agreeing += int(_counted(agreeing_T.cpu(), counts_T).sum())
 
     def _right(self, subject: Subject, outputs: _ModelOutputs, head: Head, begun: dict[int, int]) -> set[int]:
         """Return the numbers of the questions, of all domains, that are answered exactly in what was read."""
@@ -516,6 +527,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             text_digest=text_digest(subject.tokens, self._reader.questions_by_domain),
             seq_len=subject.tokens.seq_len,
             seed=self._seed,
+            on=subject.tokens.on,
             domains={domain: summed.scores(compared=base is not None) for domain, summed in sorted(sums.items())},
             overall=total.scores(compared=base is not None),
             num_bytes=subject.num_bytes,
@@ -526,6 +538,11 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             speed_ratio=None if cost is None else cost.speed_ratio,
             environment=environment(stream.device, stream.dtype),
         )
+
+
+def _counted(values_T: Tensor, counts_T: Tensor | None) -> Tensor:
+    """Return the values of the tokens that count."""
+    return values_T if counts_T is None else values_T[counts_T]
 
 
 def _check_arguments(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast, get_args
 
 import torch
 
@@ -16,6 +16,7 @@ from coterie.artifact import open_artifact, write_artifact
 from coterie.fields import Fields
 from coterie.model.stream.likelihood import perplexity
 from coterie.outputs import claim_output
+from coterie.profile.sources import On
 
 
 class Scores(TypedDict):
@@ -90,6 +91,7 @@ class Scorecard:
         tokens_per_second: tokens that the whole model read per second in forward passes over one batch.
         speed_ratio: that divided by the base's, measured in turns with it; None without a base.
         environment: versions, device and number format that all of this was measured with.
+        on: which tokens' predictions were scored: "all", or those of answers, "assistant".
         tasks: metrics by task of the lm-evaluation-harness, see `coterie.evaluate.harness`; empty when none was run.
     """
 
@@ -109,6 +111,7 @@ class Scorecard:
     tokens_per_second: float | None
     speed_ratio: float | None
     environment: Mapping[str, str | int]
+    on: On = "all"
     tasks: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
@@ -137,8 +140,8 @@ class Scorecard:
         source = Path(path)
         artifact = open_artifact(source, kind="scorecard", inputs=inputs)
         digests = Fields(dict(artifact.inputs), where=str(source), path="inputs")
-        # Scorecards from before there were tasks have none.
-        body = Fields({"tasks": {}} | artifact.body, where=str(source))
+        # Scorecards from before there were tasks, and answers, say nothing of them.
+        body = Fields({"tasks": {}, "on": "all"} | artifact.body, where=str(source))
         with digests.all_read(), body.all_read():
             base = None if body.null("base") else body.text("base")
             if base is None and digests.said("base"):
@@ -151,6 +154,7 @@ class Scorecard:
                 text_digest=digests.text("text"),
                 seq_len=body.whole("seq_len"),
                 seed=body.whole("seed", least=None),
+                on=cast(On, body.text("on", get_args(On))),
                 domains={name: _scores_of(entry) for name, entry in body.each_by_name("domains").items()},
                 overall=_scores_of(body.nested("overall")),
                 num_bytes=body.whole("num_bytes"),

@@ -21,6 +21,8 @@ from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.stream.stream import Stream
 from coterie.paths import user_path
 from coterie.profile.calibration import TokenSet, tokenize
+from coterie.profile.data_sets import is_data_set_name
+from coterie.profile.documents import log_unread
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +56,8 @@ class TextReader:
         self.questions_by_domain = by_domain
         self._text = text
         self._settings = settings
+        if not is_data_set_name(text):
+            log_unread(text)
         self._tokens: dict[object, TokenSet] = {}
         self._attempts: dict[object, list[Attempt]] = {}
 
@@ -80,7 +84,7 @@ def _identity(tokenizer: Any) -> object:
     """Return what makes a tokenizer equal to another one; for those that are not known so well, itself."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return tokenizer if backend is None else (backend.to_str(), *special)
+    return tokenizer if backend is None else (backend.to_str(), *special, repr(tokenizer.chat_template))
 
 
 def open_subject(model: str | Path, reader: TextReader, *, allow_pickle: bool) -> Subject:

@@ -28,6 +28,7 @@ from coterie.paths import user_path
 from coterie.profile.information import Information, forecast, measure_information
 from coterie.profile.mixing import choose_mix
 from coterie.profile.self_text import SELF, FirstToken, Writing, write_text
+from coterie.profile.sources import On
 from coterie.profile.text import CalibrationText, TextSettings
 
 
@@ -76,6 +77,7 @@ def calibrate(
     batch_size: int = 8,
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
+    on: On = "all",
 ) -> Calibration:
     """Measure what each source of a text is to a model and choose a mix, one decoder layer in memory at a time.
 
@@ -84,7 +86,8 @@ def calibrate(
 
     Args:
         model: a model folder or hub id.
-        text: folder with one text file a domain; "self" for text that the model writes.
+        text: folder with one text file a domain, or ``hf:`` and the name of a data set; "self" for text that the model
+            writes.
         tokens: tokens in all, shared equally by the domains.
         seq_len: tokens in a sequence, 4 or more.
         seed: seed of the draw of text, and of what the model writes.
@@ -94,6 +97,7 @@ def calibrate(
         batch_size: sequences in a batch at most.
         max_memory: bytes, or an amount like "8GiB", that the run may take.
         allow_pickle: read weights that are stored as pickles.
+        on: which tokens count: "all", or those of answers in conversations and of completions, "assistant".
 
     Raises:
         TextError: no text, empty or too short text, or none that is fit for calibration.
@@ -106,7 +110,7 @@ def calibrate(
     stream = Stream(checkpoint, device=device, dtype=dtype)
     unit_stage = Stage(name="reading a layer", lines=unit_lines(stream))
     unit_stage.check(limit)  # before text is read, or written
-    settings = TextSettings(source=text, tokens=tokens, seq_len=seq_len, seed=seed, domains=domains)
+    settings = TextSettings(source=text, tokens=tokens, seq_len=seq_len, seed=seed, domains=domains, on=on)
     token_set = CalibrationText(checkpoint, settings, device=device, limit=limit).draw()
     forecast(stream, token_set, batch_size=batch_size).check(limit)
     with stream:

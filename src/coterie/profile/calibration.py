@@ -1,4 +1,7 @@
-"""From a folder of text (`coterie.profile.documents`) to sequences of tokens, drawn by domain."""
+"""From a source of text (`coterie.profile.sources`) to sequences of tokens, drawn by domain.
+
+Legend: N sequences, S tokens of a sequence, B sequences of a batch.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.errors import InputError, TextError
-from coterie.profile.documents import document_pieces, text_files
-from coterie.profile.shares import checked_weights, shares
+from coterie.errors import TextError
+from coterie.profile.shares import shares
+from coterie.profile.sources import On, chosen_sources
 from coterie.profile.token_file import TokenFile
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,8 @@ class TokenSet:
         digest: SHA-256 of all token ids and domain names; equal text, seed and tokenizer give an equal digest.
         weights: the weight of each domain in the draw; None when all are equal.
         num_start: start tokens that each sequence begins with, which are part of its length.
+        counts: for each token in `sequences` whether it counts, bool; None where all do. A token counts in statistics
+            where it is read, and in losses where it is predicted.
     """
 
     sequences: dict[str, Tensor]
@@ -37,6 +42,12 @@ class TokenSet:
     digest: str
     weights: Mapping[str, float] | None = None
     num_start: int = 0
+    counts: Mapping[str, Tensor] | None = None
+
+    @property
+    def on(self) -> On:
+        """Which tokens count."""
+        return "all" if self.counts is None else "assistant"
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -45,8 +56,13 @@ class TokenSet:
 
     @property
     def num_tokens(self) -> dict[str, int]:
-        """Number of tokens in each domain."""
+        """Number of tokens in each domain, whether they count or not."""
         return {domain: ids.numel() for domain, ids in self.sequences.items()}
+
+    @property
+    def num_counted(self) -> dict[str, int]:
+        """Number of tokens that count in each domain."""
+        return self.num_tokens if self.counts is None else {name: int(rows.sum()) for name, rows in self.counts.items()}
 
     def share_out(self, total: int) -> list[int]:
         """Share out an amount, such as the tokens of a sample, among the domains by their weights; 1 at least."""
@@ -60,6 +76,12 @@ class TokenSet:
             for start in range(0, len(ids), batch_size):
                 yield index, ids[start : start + batch_size]
 
+    def batch_counts(self, batch_size: int) -> Iterator[Tensor | None]:
+        """Yield for each of the `batches` which of its tokens count (B, S), bool; None where all do."""
+        for domain, ids in self.sequences.items():
+            for start in range(0, len(ids), batch_size):
+                yield None if self.counts is None else self.counts[domain][start : start + batch_size]
+
 
 def tokenize(
     tokenizer: Any,
@@ -71,16 +93,18 @@ def tokenize(
     domains: tuple[str, ...] | None = None,
     weights: Mapping[str, float] | None = None,
     up_to: bool = False,
+    on: On = "all",
 ) -> TokenSet:
     """Cut the text of a folder into sequences and draw from each domain an equal share of them, or one by weight.
 
     Documents are tokenized one by one and joined with the tokenizer's end-of-text token. Every sequence begins with the
     start token that the tokenizer puts before a text, if it does, and goes on with text. The sequences are drawn
-    without replacement by `seed`, so a larger `tokens` contains a smaller one.
+    without replacement by `seed`, so a larger `tokens` contains a smaller one. Where only answers count, those that
+    predict none are left out.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        folder: the text, see the module.
+        folder: the text, see `coterie.profile.sources.text_sources`.
         seq_len: tokens in a sequence, its start token included.
         tokens: tokens in all, shared by the domains; everything when None. A domain that has less gives all that it
             has, and a warning is logged.
@@ -89,35 +113,19 @@ def tokenize(
         weights: share of the tokens by domain, in any unit; domains that are not named, or have weight 0, get
             nothing. Equal weights draw the same as no weights.
         up_to: whether `tokens` is the most that is wanted, so that less is nothing to warn of.
+        on: which tokens count: "all", or those of answers, "assistant".
 
     Raises:
-        TextError: a domain is empty or shorter than one sequence.
+        TextError: a domain is empty or shorter than one sequence, or has no answers where only these count.
         UnknownName: a domain that has no file.
         InputError: weights that share nothing out, weights beside `domains`, or weights without `tokens`.
     """
-    files, chosen = chosen_files(folder, tokens=tokens, domains=domains, weights=weights)
-    token_file = TokenFile(tokenizer)
+    sources, chosen = chosen_sources(folder, tokens=tokens, domains=domains, weights=weights, on=on)
+    token_file = TokenFile(tokenizer, answers=on == "assistant")
     text_length(seq_len, token_file)
-    for domain, file in files.items():
-        token_file.add(domain, str(file), document_pieces(file))
+    for domain, source in sources.items():
+        token_file.add(domain, source.origin, source.read(), limit=source.limit)
     return draw(token_file, seq_len=seq_len, tokens=tokens, seed=seed, weights=chosen, up_to=up_to)
-
-
-def chosen_files(
-    folder: str | Path,
-    *,
-    tokens: int | None,
-    domains: tuple[str, ...] | None,
-    weights: Mapping[str, float] | None,
-) -> tuple[dict[str, Path], Mapping[str, float]]:
-    """Return the text files that are wanted by domain, and the weight of each domain; see `tokenize`."""
-    if weights is None:
-        files = text_files(folder, domains)
-        return files, dict.fromkeys(files, 1)
-    if domains is not None or tokens is None:
-        raise InputError("weights share out a number of tokens, and name the domains: give tokens, and no domains")
-    chosen = checked_weights(weights)
-    return {name: file for name, file in text_files(folder, tuple(weights)).items() if name in chosen}, chosen
 
 
 def text_length(seq_len: int, token_file: TokenFile) -> int:
@@ -164,15 +172,20 @@ def draw(
     wanted = dict(zip(weights, counts, strict=True))
     digest = hashlib.sha256(f"{seq_len}".encode())
     sequences: dict[str, Tensor] = {}
+    counted: dict[str, Tensor] = {}
     for domain in token_file.domains:
         there = token_file.num_tokens(domain)
-        count = there // length
+        count = token_file.num_rows(domain, seq_len=seq_len)
         if count == 0:
             needed = f"one sequence of {seq_len}" if length == seq_len else f"the {length} of a sequence of {seq_len}"
             raise TextError(
                 f"{token_file.origin(domain)} has {there} tokens, fewer than {needed}; add text or lower --seq-len"
             )
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        if token_file.answers:
+            order = order[_predict_answers(token_file, domain, count, seq_len)[order]]
+            if (count := len(order)) == 0:
+                raise TextError(f"no sequence of {seq_len} tokens of {token_file.origin(domain)} predicts an answer")
         if tokens is not None:
             if wanted[domain] > count and not up_to:
                 log.warning(
@@ -182,8 +195,21 @@ def draw(
         sequences[domain] = token_file.rows(domain, order.tolist(), seq_len=seq_len)
         digest.update(domain.encode())
         digest.update(sequences[domain].numpy().data)
+        if token_file.answers:
+            counted[domain] = token_file.counts(domain, order.tolist(), seq_len=seq_len)
+            digest.update(b"answers" + counted[domain].numpy().tobytes())
     uneven = len(set(weights.values())) > 1
     return TokenSet(
         sequences=sequences, seq_len=seq_len, digest=digest.hexdigest(), weights=dict(weights) if uneven else None,
-        num_start=len(token_file.start),
+        num_start=len(token_file.start), counts=counted if token_file.answers else None,
     )  # fmt: skip
+
+
+def _predict_answers(token_file: TokenFile, domain: str, count: int, seq_len: int) -> Tensor:
+    """Tell of every sequence of a domain whether a token of it that is predicted counts, (N,), bool."""
+    step = max(1, 2**20 // seq_len)
+    parts = [
+        token_file.counts(domain, range(start, min(start + step, count)), seq_len=seq_len)[:, 1:].any(1)
+        for start in range(0, count, step)
+    ]
+    return torch.cat(parts)

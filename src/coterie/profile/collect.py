@@ -57,19 +57,36 @@ class Collector:
         self._counts = token_set.share_out(sample_tokens)
         # The same places in every layer.
         self._places = [
-            chosen_places(name, ids_NS, count=count, seed=seed)
+            chosen_places(
+                name,
+                ids_NS,
+                count=count,
+                seed=seed,
+                counts_NS=None if token_set.counts is None else token_set.counts[name],
+            )
             for (name, ids_NS), count in zip(token_set.sequences.items(), self._counts, strict=True)
         ]
         self._rows: list[dict[str, Tensor]] = []
 
-    def add(self, domain: int, observation: Observation, *, target_TD: Tensor | None = None) -> None:
+    def add(
+        self,
+        domain: int,
+        observation: Observation,
+        *,
+        target_TD: Tensor | None = None,
+        counts_T: Tensor | None = None,
+    ) -> None:
         """Add one batch of one domain.
 
         Args:
             domain: which one.
             observation: the batch.
             target_TD: what the sample keeps as the routed output, where that is not the observation's own.
+            counts_T: which of the tokens count, bool; None for all. The batch was observed with the same.
         """
+        if counts_T is not None:
+            observation = observation.select(counts_T)
+            target_TD = None if target_TD is None else target_TD[counts_T.to(target_TD.device)]
         for name, function in list(self._functions.items()):
             value = function(observation)
             if value is None:  # a sum over some of the batches would look like one over all

@@ -43,7 +43,8 @@ LOGITS_COPIES = 4
 class Information:
     """What is known of one source (a domain) of text.
 
-    N-grams lie within a sequence, and start tokens are not counted. `aggregation`, `diversity` and `entropy` depend on
+    N-grams lie within a sequence, and start tokens are not counted; where only answers count, n-grams and tokens are
+    those that lie in answers. `aggregation`, `diversity` and `entropy` depend on
     the amount of text, so sources that are to be compared are counted on equally many tokens.
 
     Attributes:
@@ -90,18 +91,21 @@ def measure_information(stream: Stream, token_set: TokenSet, *, batch_size: int 
             f"sequences of {token_set.seq_len} tokens hold no {NGRAM}-grams; use --seq-len {least} or more, such as 512"
         )
     losses = _mean_losses(stream, token_set, batch_size)
-    common = min(len(ids_NS) for ids_NS in token_set.sequences.values())
+    common, least_counted = len(next(iter(token_set.sequences.values()))), min(token_set.num_counted.values())
+    if token_set.counts is None:
+        common = min(len(ids_NS) for ids_NS in token_set.sequences.values())
     sources = []
     for domain, ids_NS in token_set.sequences.items():
-        counted_NS = ids_NS[:common, token_set.num_start :]
+        rows_NS = ids_NS[:common, token_set.num_start :]
+        counts_NS = _least_counts(token_set, domain, least_counted)
         sources.append(
             Information(
                 domain=domain,
-                tokens=ids_NS.numel(),
+                tokens=token_set.num_counted[domain],
                 loss=losses[domain],
-                aggregation=1 - distinct_share(counted_NS, NGRAM),
-                diversity=distinct_share(counted_NS, 2),
-                entropy=token_entropy(counted_NS),
+                aggregation=1 - distinct_share(rows_NS, NGRAM, counts_NS),
+                diversity=distinct_share(rows_NS, 2, counts_NS),
+                entropy=token_entropy(rows_NS if counts_NS is None else rows_NS[counts_NS]),
             )
         )
     return tuple(sources)
@@ -125,12 +129,13 @@ def forecast(stream: Stream, token_set: TokenSet, *, batch_size: int) -> Forecas
     )
 
 
-def distinct_share(ids_NS: Tensor, length: int) -> float:
+def distinct_share(ids_NS: Tensor, length: int, counts_NS: Tensor | None = None) -> float:
     """Return how many different n-grams there are, as a share of all n-grams within sequences; 1 where there are none.
 
     Args:
         ids_NS: token ids.
         length: n.
+        counts_NS: which tokens count, bool; an n-gram does where all of its tokens do. None for all.
     """
     num_places = ids_NS.shape[1] - length + 1
     if num_places < 1 or not len(ids_NS):
@@ -141,6 +146,11 @@ def distinct_share(ids_NS: Tensor, length: int) -> float:
     for offset in range(length):
         key_T = number_T * values + ids_NS[:, offset : offset + num_places].flatten()
         number_T = torch.unique(key_T, return_inverse=True)[1]
+    if counts_NS is not None:
+        inside_NP = torch.stack([counts_NS[:, offset : offset + num_places] for offset in range(length)]).all(0)
+        number_T = torch.unique(number_T[inside_NP.flatten()], return_inverse=True)[1]
+        if not len(number_T):
+            return 1.0
     return (int(number_T.max()) + 1) / len(number_T)
 
 
@@ -151,20 +161,33 @@ def token_entropy(ids_NS: Tensor) -> float:
     return max(0.0, -float((shares * shares.log()).sum()))
 
 
+def _least_counts(token_set: TokenSet, domain: str, least: int) -> Tensor | None:
+    """Return the first `least` tokens that count in a domain (N, S), bool, without start tokens; None where all do."""
+    if token_set.counts is None:
+        return None
+    counts_NS = token_set.counts[domain]
+    first_NS = counts_NS.flatten().cumsum(0).view(counts_NS.shape) <= least
+    return (counts_NS & first_NS)[:, token_set.num_start :]
+
+
 def _mean_losses(stream: Stream, token_set: TokenSet, batch_size: int) -> dict[str, float]:
     """Return the mean loss by domain, in nats; what the last layer returned is kept in files, not in memory."""
-    batches = list(token_set.batches(_fitting(stream, token_set, batch_size)))
+    size = _fitting(stream, token_set, batch_size)
+    batches = list(token_set.batches(size))
     outputs = read(stream, [ids_BS for _, ids_BS in batches], description="reading")
     sums = dict.fromkeys(token_set.domains, 0.0)
     vocab_size = int(stream.model.config.get_text_config().vocab_size)
     with stream.head() as head:
-        rows = zip(batches, outputs, strict=True)
-        for (domain, ids_BS), output in track(rows, "perplexity", total=len(batches)):
+        rows = zip(batches, outputs, token_set.batch_counts(size), strict=True)
+        for (domain, ids_BS), output, counts_BS in track(rows, "perplexity", total=len(batches)):
             name = token_set.domains[domain]
             for positions, ids_BP in predictions(ids_BS, vocab_size):
-                sums[name] += float(token_nll(logits_at(head, ids_BS, output, positions), ids_BP).double().sum())
+                nll_T = token_nll(logits_at(head, ids_BS, output, positions), ids_BP)
+                if counts_BS is not None:
+                    nll_T = nll_T[counts_BS[:, positions][:, 1:].flatten().to(nll_T.device)]
+                sums[name] += float(nll_T.double().sum())
             stream.release()
-    losses = {name: sums[name] / _num_predicted(ids_NS) for name, ids_NS in token_set.sequences.items()}
+    losses = {name: sums[name] / _num_predicted(token_set, name) for name in token_set.domains}
     for name, loss in losses.items():
         if not math.isfinite(loss):
             raise InputError(
@@ -180,5 +203,9 @@ def _fitting(stream: Stream, token_set: TokenSet, batch_size: int) -> int:
     return fitting_batch(batch_size, seq_len=token_set.seq_len, hidden_size=int(embedding.weight.shape[-1]))
 
 
-def _num_predicted(ids_NS: Tensor) -> int:
-    return len(ids_NS) * (ids_NS.shape[1] - 1)
+def _num_predicted(token_set: TokenSet, domain: str) -> int:
+    """Return how many tokens of a domain are predicted and count."""
+    if token_set.counts is not None:
+        return int(token_set.counts[domain][:, 1:].sum())
+    count, length = token_set.sequences[domain].shape
+    return count * (length - 1)

@@ -33,6 +33,13 @@ Visit = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 FIELDS = frozenset({"norm_TK", "peak_TK", "hidden_square_EF", "gated_hidden_square_EF"})
 
 
+#: Fields that have a row for each token.
+_BY_TOKEN = (
+    "hidden_TD", "index_TK", "weight_TK", "logits_TE", "output_TD", "norm_TK", "peak_TK", "block_TD", "residual_TD",
+    "block_output_TD", "after_TD", "gradient_TD",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
     """One layer, one batch of one domain.
@@ -77,6 +84,12 @@ class Observation:
     gradient_TD: Tensor | None = None
     thin: int = 1
 
+    def select(self, counts_T: Tensor) -> Observation:
+        """Return what there is of the tokens that count (bool); what is a sum already stays, see `observed`."""
+        rows_N = counts_T.to(self.hidden_TD.device).nonzero().flatten()
+        by_token = {name: value[rows_N] for name in _BY_TOKEN if (value := getattr(self, name)) is not None}
+        return replace(self, **by_token)
+
     def chosen(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (expert, token_N, weight_N) for every chosen expert: the rows that chose it, its weights there."""
         for expert in range(self.layer.num_experts):
@@ -99,6 +112,7 @@ def observed(
     thin: int = 1,
     gradients: dict[int, Tensor] | None = None,
     fields: Collection[str] = FIELDS,
+    counts_T: Tensor | None = None,
 ) -> Iterator[list[Observation]]:
     """Within the block, one forward pass of `model` appends one Observation a layer to the list that is yielded.
 
@@ -111,6 +125,8 @@ def observed(
         thin: see `Observation`.
         gradients: where gradients go.
         fields: which of `FIELDS` are filled.
+        counts_T: which tokens count in the fields that are sums over tokens, bool; None for all. The others have all
+            tokens, see `Observation.select`.
     """
     by_module = {id(model.get_submodule(layer.experts)): layer for layer in layers}
     received: dict[int, Tensor] = {}
@@ -133,7 +149,7 @@ def observed(
         # Some families hand over tokens without an expert as a choice of the first one with weight 0.
         index_TK = index_TK.masked_fill(weight_TK == 0, layer.num_experts)
         filled = {field: _nothing(field, index_TK, experts) for field in fields}
-        visit = _filler(filled, weight_TK) if filled else None
+        visit = _filler(filled, weight_TK, counts_T) if filled else None
         output_TD = routed_output(experts, hidden_TD, index_TK, weight_TK, visit=visit)
         observations.append(
             Observation(
@@ -175,8 +191,10 @@ def _nothing(field: str, index_TK: Tensor, experts: Experts) -> Tensor:
     return torch.zeros(experts.num_experts, experts.width, dtype=torch.float64)
 
 
-def _filler(filled: Mapping[str, Tensor], weight_TK: Tensor) -> Visit:
+def _filler(filled: Mapping[str, Tensor], weight_TK: Tensor, counts_T: Tensor | None) -> Visit:
     """Return what `routed_output` calls for every chosen expert: it fills the fields that are there."""
+    if counts_T is not None:
+        counts_T = counts_T.to(weight_TK.device)
 
     @torch.no_grad()
     def visit(expert: int, token_N: Tensor, slot_N: Tensor, hidden_NF: Tensor, output_ND: Tensor) -> None:
@@ -184,6 +202,9 @@ def _filler(filled: Mapping[str, Tensor], weight_TK: Tensor) -> Visit:
             filled["norm_TK"][token_N, slot_N] = output_ND.float().norm(dim=-1)
         if "peak_TK" in filled:
             filled["peak_TK"][token_N, slot_N] = output_ND.float().abs().amax(dim=-1)
+        if counts_T is not None:
+            counts_N = counts_T[token_N]
+            token_N, slot_N, hidden_NF = token_N[counts_N], slot_N[counts_N], hidden_NF[counts_N]
         if "hidden_square_EF" in filled:
             square_NF = hidden_NF.float().square()
             filled["hidden_square_EF"][expert] = square_NF.sum(0, dtype=torch.float64).cpu()

@@ -28,7 +28,7 @@ class Places:
     """Places in the tokens of one domain, sequence after sequence, ascending.
 
     Attributes:
-        position_N: number of the token.
+        position_N: number of the token, among those that count.
         priority_N: its priority, int64, not negative.
     """
 
@@ -36,7 +36,7 @@ class Places:
     priority_N: Tensor
 
 
-def chosen_places(domain: str, ids_NS: Tensor, *, count: int, seed: int) -> Places:
+def chosen_places(domain: str, ids_NS: Tensor, *, count: int, seed: int, counts_NS: Tensor | None = None) -> Places:
     """Return the `count` places with the lowest priorities, and those beside that share the highest of these.
 
     Args:
@@ -44,13 +44,19 @@ def chosen_places(domain: str, ids_NS: Tensor, *, count: int, seed: int) -> Plac
         ids_NS: its token ids, one sequence a row.
         count: how many; all when there are fewer.
         seed: seed of the draw.
+        counts_NS: which tokens there are to be chosen from, bool, and numbers are given to; None for all.
     """
-    width = ids_NS.shape[1]
+    begin = 0
     positions, priorities = (np.zeros(0, dtype=np.int64) for _ in range(2))
     for start in range(0, len(ids_NS), _BLOCK):
         rows = [_priorities(domain, ids_S, seed) for ids_S in ids_NS[start : start + _BLOCK]]
+        if counts_NS is not None:
+            counts = counts_NS[start : start + _BLOCK].numpy()
+            rows = [row[counts_S] for row, counts_S in zip(rows, counts, strict=True)]
+        stop = begin + sum(map(len, rows))
         priorities = np.concatenate((priorities, *rows))
-        positions = np.concatenate((positions, np.arange(start * width, (start + len(rows)) * width)))
+        positions = np.concatenate((positions, np.arange(begin, stop)))
+        begin = stop
         if len(priorities) > count:
             keep = priorities <= np.partition(priorities, count - 1)[count - 1]
             positions, priorities = positions[keep], priorities[keep]

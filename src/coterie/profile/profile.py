@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ from coterie.model.arch.layers import MoELayer
 from coterie.outputs import claim_output
 from coterie.profile.checks import check_layer_header, check_names, check_sample, check_statistic, layer_of
 from coterie.profile.places import lowest
+from coterie.profile.sources import On
 from coterie.profile.statistics import MATRICES, MAXIMA, merged, over_domains
 from coterie.profile.sums import BinnedSum, Totals
 
@@ -86,7 +87,7 @@ class Profile:
         model_digest: digest of the checkpoint.
         text_digest: digest of the tokens.
         domains: domain names.
-        num_tokens: tokens of each domain.
+        num_tokens: tokens of each domain that were measured.
         seq_len: tokens in a sequence.
         seed: seed of the draw of text and sample.
         layers: the MoE layers, in order.
@@ -98,6 +99,7 @@ class Profile:
         thin: every so many-th token was taken for the statistics of all experts on all tokens, see `Observation.thin`;
             the largest such number where profiles were added.
         asked: names of the statistics that were to be measured; what a model does not show is not in `statistics`.
+        on: which tokens of the text were measured: "all", or those of answers, "assistant".
 
     A profile that was loaded reads a layer's statistics or sample from its file each time it is asked for them, so one
     of any size takes the memory of one layer.
@@ -115,6 +117,7 @@ class Profile:
     sample_counts: tuple[int, ...] = ()
     thin: int = 1
     asked: tuple[str, ...] = ()
+    on: On = "all"
 
     def digest(self) -> str:
         """Return a digest of what was measured and of what it was made from."""
@@ -176,6 +179,10 @@ class Profile:
                 f"profiles with the seeds {self.seed} and {other.seed} cannot be added: their samples were drawn by "
                 "other priorities; profile again with one seed"
             )
+        if self.on != other.on:
+            raise StaleArtifact(
+                f"profiles on {self.on} and on {other.on} cannot be added: they measured other tokens; profile again"
+            )
         if not self.sample_counts or not other.sample_counts:
             raise StaleArtifact("a profile does not say how its sample was drawn, so it cannot be added; profile again")
         counts = tuple(map(min, self.sample_counts, other.sample_counts))
@@ -195,6 +202,7 @@ class Profile:
             sample_counts=counts,
             thin=max(self.thin, other.thin),
             asked=tuple(name for name in self.asked if name in other.asked),
+            on=self.on,
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -221,6 +229,7 @@ class Profile:
             "sample_counts": list(self.sample_counts),
             "thin": self.thin,
             "statistics": list(self.asked),
+            "on": self.on,
             "layers": [asdict(layer) for layer in self.layers],
         }
         path = folder / FILE
@@ -248,10 +257,11 @@ class Profile:
             model, text = inputs.text("model"), inputs.text("text")
             domains = body.texts("domains")
             counts = body.wholes("num_tokens")
-            # Profiles of early versions say neither of the next three.
+            # Profiles of early versions say none of the next four.
             sample_counts = body.wholes("sample_counts") if body.said("sample_counts") else ()
             thin = body.whole("thin", least=1) if body.said("thin") else 1
             asked = body.texts("statistics") if body.said("statistics") else ()
+            on = cast(On, body.text("on", get_args(On))) if body.said("on") else "all"
             seq_len, seed = body.whole("seq_len", least=1), body.whole("seed", least=None)
             layers = tuple(layer_of(entry, position) for position, entry in enumerate(body.each("layers")))
             if len(set(domains)) < len(domains) or not domains:
@@ -274,6 +284,7 @@ class Profile:
             sample_counts=sample_counts,
             thin=thin,
             asked=asked,
+            on=on,
         )
 
 

@@ -44,6 +44,7 @@ from coterie.profile.calibration import TokenSet
 from coterie.profile.collect import Collector, statistics_bytes
 from coterie.profile.observation import observed, prove_layers, proving, with_residual
 from coterie.profile.profile import FILE, Profile, Sample, write_layer
+from coterie.profile.sources import On
 from coterie.profile.statistics import fields_of, needs_gradients, wanted_statistics
 from coterie.profile.text import CalibrationText, TextSettings
 from coterie.progress import track
@@ -73,6 +74,7 @@ def profile(
     thin: int | None = None,
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
+    on: On = "all",
 ) -> Profile:
     """Measure what the experts of a model do on text, one decoder layer in memory at a time.
 
@@ -81,9 +83,10 @@ def profile(
     Args:
         model: a model folder or hub id.
         out: folder for the profile; when None the profile is held in memory.
-        text: folder with one text file a domain, see `coterie.profile.calibration`; "self" for text that the model
-            writes itself, for which it is loaded as a whole, see `coterie.profile.self_text`.
-        tokens: tokens in all, shared by the domains.
+        text: folder with one text file a domain, see `coterie.profile.documents`; ``hf:`` and the name of a data set,
+            see `coterie.profile.data_sets`; "self" for text that the model writes itself, for which it is loaded as a
+            whole, see `coterie.profile.self_text`.
+        tokens: tokens in all, shared by the domains, whether they count or not.
         seq_len: tokens in a sequence.
         seed: seed of the draw of text and of the token sample.
         device: where the layers are computed.
@@ -101,6 +104,8 @@ def profile(
             `THIN_TOKENS` tokens of the text. Parts of a text whose profiles are to be added take that of the whole.
         max_memory: bytes, or an amount like "8GiB", that the run may take.
         allow_pickle: read weights that are stored as pickles.
+        on: which tokens count: "all", or those of answers in conversations and of completions, "assistant". A token
+            counts in statistics and samples where it is read, and in the loss of gradients where it is predicted.
 
     Raises:
         OutputExists: `out` is taken.
@@ -123,7 +128,7 @@ def profile(
     limit = None if max_memory is None else parse_bytes(max_memory)
     scratch = None if target is None else target.parent
     text_settings = TextSettings(
-        source=text, tokens=tokens, seq_len=seq_len, seed=seed, domains=domains, weights=weights
+        source=text, tokens=tokens, seq_len=seq_len, seed=seed, domains=domains, weights=weights, on=on
     )
     settings = ProfileSettings(
         sample_tokens=sample_tokens, batch_size=batch_size, thin=thin,
@@ -256,11 +261,13 @@ def profile_model(
     prove_layers(model, layers, next(token_set.batches(1))[1].to(device))
     collectors = [measure.collector() for _ in layers]
     batches = list(token_set.batches(batch_size))
-    for domain, ids in track(batches, "profiling", total=len(batches)):
-        with observed(model, layers, thin=measure.thin, fields=measure.fields) as observations, torch.no_grad():
+    rows = zip(batches, measure.batch_counts(), strict=True)
+    for (domain, ids), counts_T in track(rows, "profiling", total=len(batches)):
+        watching = observed(model, layers, thin=measure.thin, fields=measure.fields, counts_T=counts_T)
+        with watching as observations, torch.no_grad():
             model.base_model(input_ids=ids.to(device), use_cache=False)
         for collector, observation in zip(collectors, observations, strict=True):
-            collector.add(domain, observation)
+            collector.add(domain, observation, counts_T=counts_T)
     return measure.profile(
         model_digest, layers, [each.statistics for each in collectors], [each.sample() for each in collectors]
     )
@@ -268,7 +275,7 @@ def profile_model(
 
 def usual_thin(token_set: TokenSet) -> int:
     """Return the `Observation.thin` that takes about `THIN_TOKENS` tokens of a text."""
-    return max(1, sum(token_set.num_tokens.values()) // THIN_TOKENS)
+    return max(1, sum(token_set.num_counted.values()) // THIN_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -305,12 +312,18 @@ class Measure:
         """Return the batches: index of the domain, token ids (B, S)."""
         return list(self.token_set.batches(self.batch_size))
 
+    def batch_counts(self) -> list[Tensor | None]:
+        """Return for each batch which of its tokens count (T,), bool; None where all do."""
+        each = self.token_set.batch_counts(self.batch_size)
+        return [None if counts_BS is None else counts_BS.flatten() for counts_BS in each]
+
     def header(self, stream: Stream) -> dict[str, Any]:
         """Return all that decides what will be measured, for the header of a run."""
         return {
             "model": stream.checkpoint.digest,
             "model files": stream.checkpoint.file_stamps(),
             "text": self.token_set.digest,
+            "on": self.token_set.on,
             "weights": self.token_set.weights,
             "seed": self.seed,
             "sample_tokens": self.sample_tokens,
@@ -356,7 +369,13 @@ class Measure:
             skip: indices of layers that are run but not measured.
         """
         domains, batches = zip(*self.batches(), strict=True)
-        jobs = [stream.loss_job(ids_BS) if self.gradients else stream.base_job(ids_BS) for ids_BS in batches]
+        counts = self.batch_counts()
+        jobs = [
+            stream.loss_job(ids_BS, None if counts_T is None else counts_T.view_as(ids_BS))
+            if self.gradients
+            else stream.base_job(ids_BS)
+            for ids_BS, counts_T in zip(batches, counts, strict=True)
+        ]
         left = {layer.index for layer in layers} - set(skip)
         total = len(stream.units) * (2 if self.gradients else 1)
         for stage in track(stream.run(jobs, gradients=self.gradients), "profiling", total=total):
@@ -370,7 +389,7 @@ class Measure:
             measuring = stage.backward == self.gradients
             collectors = {index: self.collector() for index in sorted(new) if measuring}
             for call in stage.calls:
-                self._pass(stream, call, here, stage.backward, domains[call.job], collectors)
+                self._pass(stream, call, here, stage.backward, domains[call.job], counts[call.job], collectors)
             for index, collector in collectors.items():
                 yield index, collector.statistics, collector.sample()
             left -= collectors.keys()
@@ -386,6 +405,7 @@ class Measure:
         layers: tuple[MoELayer, ...],
         backward: bool,
         domain: int,
+        counts_T: Tensor | None,
         collectors: Mapping[int, Collector],
     ) -> None:
         """Compute one call of a unit, and measure the layers that have a collector.
@@ -396,13 +416,16 @@ class Measure:
         gradients: dict[int, Tensor] = {}
         outputs: list[Any] = []
         watched = self.fields if backward == self.gradients else ()
-        with observed(stream.model, layers, thin=self.thin, gradients=gradients, fields=watched) as observations:
+        watching = observed(
+            stream.model, layers, thin=self.thin, gradients=gradients, fields=watched, counts_T=counts_T
+        )
+        with watching as observations:
             answer = call.compute(watch=outputs.append)
         output = outputs[0] if backward else answer
         for observation in observations:
             if (index := observation.layer.index) in collectors:
                 seen = replace(with_residual(observation, output), gradient_TD=gradients.get(index))
-                collectors[index].add(domain, seen)
+                collectors[index].add(domain, seen, counts_T=counts_T)
         call.finish(answer)
 
     def profile(
@@ -413,7 +436,7 @@ class Measure:
         samples: Sequence[Sample],
     ) -> Profile:
         """Put a profile together."""
-        num_tokens = self.token_set.num_tokens
+        num_tokens = self.token_set.num_counted
         return Profile(
             model_digest=model_digest,
             text_digest=self.token_set.digest,
@@ -425,6 +448,7 @@ class Measure:
             sample_counts=tuple(self.token_set.share_out(self.sample_tokens)),
             thin=self.thin,
             asked=self.statistics,
+            on=self.token_set.on,
             statistics=statistics,
             samples=samples,
         )

@@ -15,9 +15,11 @@ from coterie.amounts import check_seed
 from coterie.errors import InputError
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
-from coterie.profile.calibration import TokenSet, chosen_files, draw, text_length
-from coterie.profile.documents import document_pieces
+from coterie.profile.calibration import TokenSet, draw, text_length
+from coterie.profile.data_sets import is_data_set_name
+from coterie.profile.documents import log_unread
 from coterie.profile.self_text import SELF, Writing, write_text
+from coterie.profile.sources import On, check_on, chosen_sources
 from coterie.profile.token_file import TokenFile
 
 
@@ -26,14 +28,16 @@ class TextSettings:
     """What text a model reads, and how it is cut.
 
     Attributes:
-        source: a text folder, see `coterie.profile.documents`; or "self" for text that the model writes (a folder of
-            that name is "./self").
+        source: a text folder, see `coterie.profile.documents`; ``hf:`` and the name of a data set, see
+            `coterie.profile.data_sets`; or "self" for text that the model writes (a folder of that name is "./self").
         tokens: tokens in all, shared by the domains.
         seq_len: tokens in a sequence.
         seed: seed of the draw, and of what the model writes.
         domains: only these domains.
         weights: share of the tokens by domain, in any unit; domains that are not named get nothing. Equal shares when
             None.
+        on: which tokens count in statistics and losses: "all", or those of answers in conversations and of completions,
+            "assistant".
     """
 
     source: str | Path
@@ -42,6 +46,7 @@ class TextSettings:
     seed: int = 0
     domains: tuple[str, ...] | None = None
     weights: Mapping[str, float] | None = None
+    on: On = "all"
 
     @property
     def own(self) -> bool:
@@ -51,6 +56,9 @@ class TextSettings:
     def check(self) -> None:
         """Raise InputError for a seed that cannot be, and for domains or weights of text that has no domains."""
         check_seed(self.seed)
+        check_on(self.on)
+        if self.own and self.on != "all":
+            raise InputError("text that the model writes holds no conversations: leave --on assistant out")
         if self.own and (self.domains is not None or self.weights is not None):
             raise InputError(
                 "text that the model writes has no domains: leave them out, or let it write a file into a text folder "
@@ -113,18 +121,21 @@ class CalibrationText:
         )  # fmt: skip
 
     def _begun(self) -> TokenFile:
-        token_file = TokenFile(load_tokenizer(self._checkpoint.path), scratch=self._scratch)
+        answers = self.settings.on == "assistant"
+        token_file = TokenFile(load_tokenizer(self._checkpoint.path), scratch=self._scratch, answers=answers)
         text_length(self.settings.seq_len, token_file)
         return token_file
 
     def _read(self) -> TokenFile:
         settings = self.settings
-        files, self._weights = chosen_files(
-            settings.source, tokens=settings.tokens, domains=settings.domains, weights=settings.weights
+        sources, self._weights = chosen_sources(
+            settings.source, tokens=settings.tokens, domains=settings.domains, weights=settings.weights, on=settings.on
         )
+        if not is_data_set_name(settings.source):
+            log_unread(settings.source)
         token_file = self._begun()
-        for domain, file in files.items():
-            token_file.add(domain, str(file), document_pieces(file))
+        for domain, source in sources.items():
+            token_file.add(domain, source.origin, source.read(), limit=source.limit)
         return token_file
 
     def _written(self) -> TokenFile:

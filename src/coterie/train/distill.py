@@ -127,12 +127,35 @@ def _predict(stream: Stream, batches: Sequence[Tensor], path: Path) -> None:
             stream.release()
 
 
-def divergence_loss(model: PreTrainedModel, ids_BS: Tensor, predictions: Predictions | PredictionFile) -> Loss:
-    """Return a model's mean divergence from predictions on some of the sequences, nats per token, by their numbers."""
+def divergence_loss(
+    model: PreTrainedModel,
+    ids_BS: Tensor,
+    predictions: Predictions | PredictionFile,
+    counts_BS: Tensor | None = None,
+) -> Loss:
+    """Return a model's mean divergence from predictions on some of the sequences, nats per token, by their numbers.
+
+    Args:
+        model: the model.
+        ids_BS: token ids of all sequences.
+        predictions: what the original predicts there.
+        counts_BS: the predictions of which tokens count, bool; None for all. Sums over those of some sequences are then
+            divided by as many as so many sequences have on average, so that every token has the same weight.
+    """
+    weights_BS, mean_count = None, 1.0
+    if counts_BS is not None:
+        # What is predicted behind a token is the next one; behind the last one it is not known.
+        weights_BS = torch.cat((counts_BS[:, 1:], torch.zeros_like(counts_BS[:, :1])), dim=1)
+        mean_count = float(weights_BS.sum()) / len(weights_BS)
 
     def loss(rows_N: Tensor) -> Tensor:
         logits_BSV: Tensor = model(input_ids=ids_BS[rows_N].to(model.device), use_cache=False).logits
-        return predictions.select(rows_N).divergence(logits_BSV)
+        some = predictions.select(rows_N)
+        if weights_BS is None:
+            return some.divergence(logits_BSV)
+        divergence_BS = some.divergences(logits_BSV)
+        counted_T = divergence_BS[weights_BS[rows_N].to(divergence_BS.device)]
+        return counted_T.sum() / (len(rows_N) * mean_count)
 
     return loss
 
@@ -149,6 +172,7 @@ def distill(
     rounded: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
     optimiser: str = "adam",
     held_out: int = HELD_OUT,
+    counts_BS: Tensor | None = None,
 ) -> Outcome:
     """Train a model that is in memory as a whole; steps of the run.
 
@@ -163,6 +187,7 @@ def distill(
         rounded: gives tensors as they will be on disk.
         optimiser: which one, see `coterie.train.optimiser.load_optimiser`.
         held_out: every so many-th sequence is held out, and one at least.
+        counts_BS: the predictions of which tokens count, bool; None for all.
 
     Returns:
         The outcome; the model holds the trained weights, rounded.
@@ -177,7 +202,7 @@ def distill(
     workers = 1 if model.device.type != "cpu" else torch.get_num_threads()
     model.requires_grad_(False)
     weights = trainable(model, layers)
-    loss = divergence_loss(model, ids_BS, predictions)
+    loss = divergence_loss(model, ids_BS, predictions, counts_BS)
     with experts_apart(model):
 
         def heldout_divergence() -> float:

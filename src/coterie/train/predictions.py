@@ -63,6 +63,10 @@ class Predictions:
 
     def divergence(self, logits_BSV: Tensor) -> Tensor:
         """Return the mean divergence of a model with these logits from the original, nats per token."""
+        return self.divergences(logits_BSV).mean()
+
+    def divergences(self, logits_BSV: Tensor) -> Tensor:
+        """Return the divergence of a model with these logits from the original behind every token, nats (B, S)."""
         log_q_BSV = logits_BSV.float().log_softmax(-1)
         log_p_BSK = self.log_probability_BSK.to(log_q_BSV.device)
         log_q_BSK = log_q_BSV.gather(-1, self.token_BSK.to(log_q_BSV.device).long())
@@ -73,7 +77,7 @@ class Predictions:
             rest_p_BS = (1 - p_BSK.sum(-1)).clamp(min=tiny)
             rest_q_BS = (1 - log_q_BSK.exp().sum(-1)).clamp(min=1e-7)
             divergence_BS = divergence_BS + rest_p_BS * (rest_p_BS.log() - rest_q_BS.log())
-        return divergence_BS.mean()
+        return divergence_BS
 
 
 class PredictionFile:

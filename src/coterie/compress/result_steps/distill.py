@@ -92,9 +92,11 @@ def run(work: Work, prepared: Prepared) -> None:
     batches = [ids_BS for _, ids_BS in prepared.token_set.batches(prepared.batch_size)]
     predictions = make_predictions(run, job.stream, batches, cache=job.options.cache)
     model = load_model(run.folder, dtype=torch.float32, device=str(job.stream.device))
+    counts = prepared.token_set.counts
     outcome = distill(
         run, model, job.source.architecture.layers, torch.cat(batches), predictions,
         tokens=prepared.tokens, seed=work.plan.seed, rounded=work.result.rounded,
+        counts_BS=None if counts is None else torch.cat(list(counts.values())),
     )  # fmt: skip
     work.notes["distill"] = outcome.notes
     if outcome.weights is None:

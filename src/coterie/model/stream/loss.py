@@ -20,12 +20,20 @@ from coterie.model.stream.likelihood import position_slices, row_slices, widened
 #: Elements of the logits of a slice (128 MiB in float32).
 LOSS_ELEMENTS = 2**25
 
+#: Stands for a token whose loss does not count.
+_NO_LABEL = -100
+
 #: Copies of them that exist at a time: the logits, their gradient, and one that a head may make on its way.
 LOGITS_COPIES = 3
 
 
 def loss_and_gradient(
-    head: Callable[[Tensor, Any], Tensor], ids_BS: Tensor, output: Any, *, vocab_size: int
+    head: Callable[[Tensor, Any], Tensor],
+    ids_BS: Tensor,
+    output: Any,
+    *,
+    vocab_size: int,
+    counts_BS: Tensor | None = None,
 ) -> tuple[float, Tensor]:
     """Return the summed next-token loss of a batch, and its gradient.
 
@@ -34,11 +42,13 @@ def loss_and_gradient(
         ids_BS: the batch.
         output: what the base model returned for it.
         vocab_size: V.
+        counts_BS: the loss of which tokens counts, bool; None for all.
 
     Returns:
         Nats; and the gradient with respect to the last hidden states, (B, S, D).
     """
     hidden_BSD = output.last_hidden_state
+    labels_BS = ids_BS if counts_BS is None else ids_BS.masked_fill(~counts_BS, _NO_LABEL)
     gradient_BSD, total = None, 0.0
     for piece in position_slices(ids_BS.shape[1] - 1, len(ids_BS), vocab_size, elements=LOSS_ELEMENTS):
         # The last position of a slice is the first of the next: what is said there does not count here.
@@ -46,7 +56,7 @@ def loss_and_gradient(
         hidden_BPD = hidden_BSD[:, here].detach().requires_grad_()
         with torch.enable_grad():
             logits_BPV = head(ids_BS[:, here], type(output)(last_hidden_state=hidden_BPD))
-        loss, gradient_BPV = _at_logits(logits_BPV.detach(), ids_BS[:, here])
+        loss, gradient_BPV = _at_logits(logits_BPV.detach(), labels_BS[:, here])
         gradient_BPD = torch.autograd.grad(logits_BPV, hidden_BPD, gradient_BPV)[0]
         del logits_BPV, gradient_BPV
         total += loss
@@ -64,16 +74,16 @@ def logits_bytes(*, batch_size: int, seq_len: int, vocab_size: int) -> int:
     return 4 * LOGITS_COPIES * min(batch_size * seq_len * vocab_size, max(LOSS_ELEMENTS, 2 * batch_size * vocab_size))
 
 
-def _at_logits(logits_BPV: Tensor, ids_BP: Tensor) -> tuple[float, Tensor]:
+def _at_logits(logits_BPV: Tensor, labels_BP: Tensor) -> tuple[float, Tensor]:
     """Return the summed loss of all tokens but the first of each row, and its gradient at the logits (B, P, V)."""
-    ids_BP = ids_BP.to(logits_BPV.device)
+    labels_BP = labels_BP.to(logits_BPV.device)
     gradient_BPV = torch.zeros_like(logits_BPV)
     total = 0.0
-    for logits_PV, gradient_PV, ids_P in zip(logits_BPV, gradient_BPV, ids_BP, strict=True):
-        for rows in row_slices(len(ids_P) - 1, logits_PV.shape[-1]):
+    for logits_PV, gradient_PV, labels_P in zip(logits_BPV, gradient_BPV, labels_BP, strict=True):
+        for rows in row_slices(len(labels_P) - 1, logits_PV.shape[-1]):
             with torch.enable_grad():
                 logits_TV = widened(logits_PV[:-1][rows]).detach().requires_grad_()
-                loss = functional.cross_entropy(logits_TV, ids_P[1:][rows], reduction="sum")
+                loss = functional.cross_entropy(logits_TV, labels_P[1:][rows], ignore_index=_NO_LABEL, reduction="sum")
             gradient_PV[:-1][rows] = torch.autograd.grad(loss, logits_TV)[0]
             total += float(loss.detach())
     return total, gradient_BPV

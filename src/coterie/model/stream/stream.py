@@ -195,15 +195,22 @@ class Stream(AbstractContextManager["Stream"]):
 
         return job
 
-    def loss_job(self, ids_BS: Tensor) -> Callable[[], float]:
-        """Return a job that sends the gradient of the summed next-token loss (nats) back through all layers."""
+    def loss_job(self, ids_BS: Tensor, counts_BS: Tensor | None = None) -> Callable[[], float]:
+        """Return a job that sends the gradient of the summed next-token loss (nats) back through all layers.
+
+        Args:
+            ids_BS: the tokens.
+            counts_BS: the loss of which of them counts, bool; None for all.
+        """
 
         def job() -> float:
             output = self.model.base_model(input_ids=ids_BS, use_cache=False)
             hidden_BSD, kind = output.last_hidden_state, type(output)
             worker = threading.current_thread()
             assert isinstance(worker, JobThread), "a loss is sent back in a run of this stream only"
-            loss, gradient_BSD = worker.wait(self._loss, (ids_BS, kind(last_hidden_state=hidden_BSD.detach())), {})
+            request = (ids_BS, kind(last_hidden_state=hidden_BSD.detach()), counts_BS)
+            loss, gradient_BSD = worker.wait(self._loss, request, {})
+            del request
             hidden_BSD.backward(gradient_BSD)
             return float(loss)
 
@@ -440,8 +447,8 @@ class StreamRun:
         vocab_size = int(stream.model.config.get_text_config().vocab_size)
         with stream.head() as head:
             for worker in here:
-                (ids_BS, output), _ = worker.request
-                loss, gradient_BSD = loss_and_gradient(head, ids_BS, output, vocab_size=vocab_size)
+                (ids_BS, output, counts_BS), _ = worker.request
+                loss, gradient_BSD = loss_and_gradient(head, ids_BS, output, vocab_size=vocab_size, counts_BS=counts_BS)
                 worker.go((loss, stream._spill.keep(gradient_BSD)))
                 del gradient_BSD, output
                 stream._spill.release()
