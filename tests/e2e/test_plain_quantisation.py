@@ -50,7 +50,7 @@ def test_a_rounded_copy_differs_in_its_experts_alone_and_its_bytes_are_counted(s
 
 @pytest.mark.slow
 def test_the_benchmark_runs_and_rounding_to_eight_bits_costs_less_than_half_of_the_experts(
-    script, monkeypatch, capsys, tmp_path
+    bundled, script, monkeypatch, capsys, tmp_path
 ):
     line = ["plain_quantisation.py", "--tokens", "4096", "--recipes", "reap", "--test-tokens", "5120"]
     monkeypatch.setattr("sys.argv", [*line, "--questions", "10", "--markdown", str(tmp_path / "table.md")])
