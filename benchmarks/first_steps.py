@@ -33,7 +33,6 @@ def run_commands(folder: Path) -> list[str]:
         subprocess.CalledProcessError: one of them failed; what it said went to standard error.
     """
     (folder / "reference").symlink_to(HERE / "reference", target_is_directory=True)
-    (folder / "run").mkdir()
     environment = os.environ | {"COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}
     printed = []
     for command in COMMANDS:
