@@ -17,7 +17,7 @@ PYTEST      := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n $(
 	--dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-families test-slow lint bench clean
+.PHONY: help demo test test-families test-slow lint docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -33,9 +33,12 @@ test-families: $(VENV)/.stamp-dev ## every family and every recipe, each through
 	$(PYTEST) -m families
 
 test-slow: $(VENV)/.stamp-dev ## the tests that need minutes, and those of the extras, which are installed for them
-	@$(PIP) -e '.[dev,eval,data]'
+	@$(PIP) -e '.[dev,docs,eval,data]'
 	$(PYTEST) -m 'slow or families or hypothesis' --hypothesis-profile=thorough
 	$(PYTEST) -m 'not slow' tests/evaluate/test_harness.py tests/profile/test_formats.py
+
+docs: $(VENV)/.stamp-dev ## the documentation site, in site/ (`.venv/bin/mkdocs serve` shows it while you write)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(VENV)/.stamp-dev ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -43,6 +46,8 @@ lint: $(VENV)/.stamp-dev ## ruff: rules and format
 
 bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a day, 50 GB of disk)
 	$(BIN)/python benchmarks/demo.py --markdown benchmarks/demo.md
+	$(BIN)/python benchmarks/first_steps.py --markdown benchmarks/first_steps.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plain_quantisation.py --markdown benchmarks/plain_quantisation.md
 	$(BIN)/python benchmarks/inputs.py --markdown benchmarks/inputs.md
 	$(BIN)/python benchmarks/calibration.py --tokens 16384 --test-tokens 10240 --markdown benchmarks/calibration.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/overhead.py --tokens 131072 --repeats 3 --large-size 0 --recipes reap \
@@ -62,7 +67,7 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 		--keep benchmarks/fast
 
 clean: ## remove caches, builds and the demo's results; .venv stays
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist demo
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist demo site
 	find src tests benchmarks reference -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The runtime. Installed again only when one of these two files changes.
@@ -80,5 +85,5 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 
 # The development tools on top.
 $(VENV)/.stamp-dev: $(VENV)/.stamp
-	@$(PIP) -e '.[dev]'
+	@$(PIP) -e '.[dev,docs]'
 	@touch $@

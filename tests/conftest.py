@@ -88,6 +88,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert digests(folder) == before, "a test wrote into the shared text"
 
 
+@pytest.fixture(scope="session")
+def bundled() -> Path:
+    """Return the folder of the bundled models and their text, which the repository has."""
+    reference = Path(__file__).parents[1] / "reference"
+    if not (reference / "model" / "model.safetensors").exists():
+        pytest.skip("the bundled models are not part of the source distribution")
+    return reference
+
+
 @pytest.fixture(autouse=True)
 def quiet_library() -> Iterator[None]:
     """The program makes the library talk (its messages are what a user sees); no test inherits that from another."""

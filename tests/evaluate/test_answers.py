@@ -1,7 +1,6 @@
 import json
 import shutil
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +22,6 @@ from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.stream import likelihood
 from coterie.testing import END_OF_TEXT_ID, tiny_tokenizer
 
-REFERENCE = Path(__file__).parent.parent.parent / "reference"
 ENDS = {END_OF_TEXT_ID}
 
 
@@ -176,16 +174,16 @@ def test_only_second_attempts_that_can_succeed_are_made():
     assert right_of(written, questions, second) == {1}
 
 
-def test_answers_in_turns_are_those_at_once(text_path, tmp_path, monkeypatch):
-    questions = [asdict(entry) for entry in read_questions(REFERENCE / "text" / "test", limit=12)["math"]]
+def test_answers_in_turns_are_those_at_once(bundled, text_path, tmp_path, monkeypatch):
+    questions = [asdict(entry) for entry in read_questions(bundled / "text" / "test", limit=12)["math"]]
     for entry in questions[:6]:  # the bundled model writes a space after such a prompt
         entry["question"], entry["answer"] = entry["question"] + " ", entry["answer"].strip()
     text = tmp_path / "text"
     shutil.copytree(text_path, text)
     (text / "prose.qa.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    [in_turns] = evaluate(REFERENCE / "model", text=text, tokens=64, seq_len=32)
+    [in_turns] = evaluate(bundled / "model", text=text, tokens=64, seq_len=32)
     monkeypatch.setattr(evaluate_run, "READ_AGAIN_BYTES", 0)
-    [at_once] = evaluate(REFERENCE / "model", text=text, tokens=64, seq_len=32)
+    [at_once] = evaluate(bundled / "model", text=text, tokens=64, seq_len=32)
     assert in_turns.domains == at_once.domains
     assert at_once.domains["prose"]["accuracy"] > 0
 
@@ -198,12 +196,12 @@ def test_what_ends_a_text_is_in_the_generation_config_and_the_tokenizer(ids):
     assert end_ids(None, tokenizer) == {9}
 
 
-def test_reading_finds_what_writing_gets_right(text_path, tmp_path):
+def test_reading_finds_what_writing_gets_right(bundled, text_path, tmp_path):
     """The bundled model and its own questions; every fourth gets the answer of the one before, which is wrong."""
-    questions = read_questions(REFERENCE / "text" / "test", limit=24)["math"]
+    questions = read_questions(bundled / "text" / "test", limit=24)["math"]
     for number in range(4, 24, 4):
         questions[number] = replace(questions[number], answer=questions[number - 1].answer)
-    model, tokenizer = load_model(REFERENCE / "model"), load_tokenizer(REFERENCE / "model")
+    model, tokenizer = load_model(bundled / "model"), load_tokenizer(bundled / "model")
     lines = first_lines(model, tokenizer, [entry.question for entry in questions], max_new_tokens=8, batch_size=24)
     pairs = enumerate(zip(lines, questions, strict=True))
     written = {number for number, (line, entry) in pairs if line == entry.answer.strip()}
@@ -222,5 +220,5 @@ def test_reading_finds_what_writing_gets_right(text_path, tmp_path):
     text = tmp_path / "text"
     shutil.copytree(text_path, text)
     (text / "prose.qa.jsonl").write_text("\n".join(json.dumps(asdict(entry)) for entry in questions))
-    [card] = evaluate(REFERENCE / "model", text=text, tokens=64, seq_len=32)
+    [card] = evaluate(bundled / "model", text=text, tokens=64, seq_len=32)
     assert card.domains["prose"]["accuracy"] == len(written) / 24

@@ -72,7 +72,7 @@ def trained(model, trainer, *, normalizer=None, pre_tokenizer=None):
 
 
 @pytest.fixture(scope="module")
-def tokenizers():
+def tokenizers(bundled):
     """Kinds of tokenizers: words first or none, with a space put before a text, and the likeliest cut of all."""
     special = ["<unk>", "<end>"]
     bpe = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
