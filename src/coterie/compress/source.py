@@ -29,6 +29,7 @@ class Source:
         checkpoint: the same, without prediction layers where they are left out.
         mtp: what becomes of prediction layers; None where there are none.
         prediction: the prediction layers of `checkpoint`.
+        dropped: names of the prediction layers that are left out.
         architecture: what it computes.
         conversion: between its names on disk and in memory.
     """
@@ -37,6 +38,7 @@ class Source:
     checkpoint: Checkpoint
     mtp: Mtp | None
     prediction: Prediction
+    dropped: tuple[str, ...]
     architecture: Architecture
     conversion: WeightConversion
 
@@ -78,6 +80,7 @@ class Source:
             checkpoint=checkpoint,
             mtp=mtp if prediction.names else None,
             prediction=prediction if mtp == "keep" else Prediction.of(checkpoint, architecture, conversion),
+            dropped=prediction.layers if mtp == "drop" else (),
             architecture=architecture,
             conversion=conversion,
         )
