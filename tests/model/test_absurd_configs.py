@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from coterie.cli.main import app
@@ -79,6 +80,9 @@ def test_numbers_that_cannot_be_chosen(tiny, text, tmp_path, value):
 
 def test_a_model_without_a_head_is_refused_before_it_is_run(tiny, text, tmp_path):
     model = altered(tiny("qwen3_moe"), tmp_path, architectures=["Qwen3MoeModel"])
+    tensors = load_file(model / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
     for command, said in refusals(model, text, tmp_path / "out", "inspect").items():
         assert "names Qwen3MoeModel, a class without a head" in said, command
         assert "name Qwen3MoeForCausalLM under architectures" in said, command

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from coterie.compress.apply import compress
 from coterie.errors import CorruptArtifact, CorruptCheckpoint, InputError, NotACheckpoint
 from coterie.model.arch.load import load_model
 from coterie.model.disk.manifest import MANIFEST, ResultForm
@@ -150,3 +151,40 @@ def test_a_mapped_result_must_be_of_the_layers_that_its_config_says(copy):
     manifest_of(form=ResultForm.MAPPED, router="map").write(path, {})
     with pytest.raises(CorruptArtifact, match=r"layers with \[4, 4\] experts, config\.json of layers with \[8, 8\]"):
         load_model(path)
+
+
+def made_headless(path, *, bare, **tensors):
+    """Let a checkpoint name its base class, whose own names lack the first part (bare)."""
+    held = load_file(path / "model.safetensors") | tensors
+    renamed = {name.removeprefix("model.") if bare else name: tensor for name, tensor in held.items()}
+    save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    base = config["architectures"][0].replace("ForCausalLM", "Model")
+    (path / "config.json").write_text(json.dumps(config | {"architectures": [base]}))
+    return path
+
+
+@pytest.mark.parametrize("bare", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_base_class_is_read_as_the_one_with_a_head_where_all_tensors_are_there(tiny, text, tmp_path, tied, bare):
+    whole = tiny("glm4_moe", tie_word_embeddings=tied)
+    copy = made_headless(shutil.copytree(whole, tmp_path / "copy"), bare=bare)
+    assert torch.equal(logits(load_model(copy)), logits(load_model(whole)))
+    settings = {"recipe": "reap", "keep": 0.5, "text": text, "tokens": 512, "seq_len": 64}
+    result, expected = compress(copy, tmp_path / "out", **settings), compress(whole, tmp_path / "whole", **settings)
+    assert json.loads((result.out / "config.json").read_text())["architectures"] == ["Glm4MoeForCausalLM"]
+    for file in expected.out.glob("*.safetensors"):
+        assert file.read_bytes() == (result.out / file.name).read_bytes()
+
+
+def test_a_base_class_without_a_head_or_with_another_one_is_refused(tiny, tmp_path):
+    whole = tiny("glm4_moe", tie_word_embeddings=True)
+    other = {"score.weight": torch.zeros(1, 32)}
+    for number, (source, bare, more) in enumerate(
+        [(tiny("glm4_moe"), True, {}), (whole, True, other), (whole, False, other)]
+    ):
+        copy = made_headless(shutil.copytree(source, tmp_path / str(number)), bare=bare, **more)
+        if not more:
+            change(copy, drop=["lm_head.weight"])
+        with pytest.raises(InputError, match="names Glm4MoeModel, a class without a head"):
+            load_model(copy)

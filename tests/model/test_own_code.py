@@ -6,12 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import transformers.modeling_utils
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from typer.testing import CliRunner
 
 import coterie
 from coterie.cli.main import app
 from coterie.errors import CoterieError, InputError
 from coterie.model.arch.layers import Architecture
+from coterie.model.arch.meta import OWN_IMPLEMENTATIONS, without_named_code
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.profile.calibrate import generate
@@ -142,3 +145,48 @@ def test_a_class_of_its_own_for_a_config_without_one_is_refused(model):
     (model / "config.json").write_text(json.dumps({"model_type": "vit", "auto_map": names}), encoding="utf-8")
     with pytest.raises(CoterieError, match="no vit model can be built"):
         Architecture.of(Checkpoint.open(model))
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """Fail where transformers would fetch a kernel from the hub."""
+
+    def fetch(*arguments: object, **options: object) -> None:
+        raise AssertionError(f"fetched {arguments}")
+
+    monkeypatch.setattr(transformers.modeling_utils, "lazy_import_flash_attention", fetch)
+    for name in set(ALL_EXPERTS_FUNCTIONS.valid_keys()) - OWN_IMPLEMENTATIONS:
+        if name in ("deepgemm", "sonicmoe"):
+            monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, name, fetch)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"attn_implementation": "someone/kernel"},
+        {"_attn_implementation": "someone/kernel@v1:function"},
+        {"_attn_implementation_internal": "kernels-community/flash-attn2"},
+        {"attn_implementation": "flash_attention_2"},
+        {"attn_implementation": {"": "someone/kernel"}},
+        {"experts_implementation": "sonicmoe"},
+        {"_experts_implementation": "deepgemm"},
+        {"experts_implementation": "someone/kernel"},
+    ],
+    ids=str,
+)
+def test_code_that_config_names_is_neither_fetched_nor_run(model, text, no_kernels, caplog, entries):
+    change(model / "config.json", **entries)
+    [(key, value)] = entries.items()
+    loaded = coterie.load_model(model)
+    assert f"config.json names {next(iter(value.values())) if isinstance(value, dict) else value!r}"[:20] in caplog.text
+    assert f"as {key}, which transformers would fetch from the hub and run" in caplog.text
+    assert {loaded.config._attn_implementation, loaded.config._experts_implementation} <= OWN_IMPLEMENTATIONS
+    [card] = coterie.evaluate(model, text=text, tokens=512, seq_len=64, questions=0, speed_seconds=0)
+    assert card.overall["tokens"] == 504
+
+
+def test_code_that_config_names_for_a_part_is_left_out_and_nothing_else():
+    plain = {"model_type": "x", "text_config": {"attn_implementation": "eager", "hidden_size": 3}, "other": [1]}
+    assert without_named_code(plain) == plain
+    named = {"text_config": {**plain["text_config"], "attn_implementation": "someone/kernel"}, "other": [1]}
+    assert without_named_code(named) == {"text_config": {"hidden_size": 3}, "other": [1]}

@@ -136,8 +136,8 @@ def compress(
         max_memory: bytes, or an amount like "8GiB", that the run may take.
         allow_pickle: read weights that are stored as pickles.
         cache: folder where the original's predictions on the text that results are trained on are kept for other runs.
-        mtp: what becomes of prediction layers (MTP), which transformers does not run: "keep" (when None) with the
-            experts that the last layer keeps, or "drop". A plan says it already.
+        mtp: what becomes of prediction layers (MTP), which transformers does not run: "keep" (when None), as many
+            experts of the same numbers and width as in the last layer, or "drop". A plan says it already.
         multiple_of: the number of experts or their width, whichever the recipe lowers, is the nearest multiple of this,
             such as 8 for expert parallelism or 256 for K-quants.
         on: which tokens count where experts are measured and the result is trained: "all" (when None), or those of
@@ -243,7 +243,8 @@ def _write_rest(work: Work) -> None:
     """Copy what no layer wrote: shared files, and parts of the model that text does not pass; then the small files."""
     for shard in work.shards:
         if shard.file not in work.run.finished:
-            write_shard(work.run.folder, shard, work.rest_of(shard))
+            # Experts of a prediction layer may lie in several files.
+            write_shard(work.run.folder, shard, work.rest_of(shard), known=work.job.source.checkpoint.tensors)
             work.run.finish(shard.file, files=[shard.file])
     work.write_small_files()
 

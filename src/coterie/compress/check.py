@@ -43,21 +43,14 @@ def check_prediction(source: Source, plan: Plan) -> None:
     if plan.mapped or plan.ragged or not (prediction.twins or prediction.unclear):
         return
     last = source.architecture.layers[-1]
-    same_width, same_top_k = shape.width in (None, last.width), shape.top_k in (None, last.top_k)
-    if same_width and same_top_k and shape.num_experts == last.num_experts:
+    same = shape.width in (None, last.width) and shape.top_k in (None, last.top_k)
+    if prediction.unclear is None or (same and shape.num_experts == last.num_experts):
         return
-    way_out = "leave prediction layers out with --mtp drop"
-    if prediction.unclear is not None:
-        raise Infeasible(
-            f"{source.checkpoint.path}: {prediction.unclear} is in a prediction layer, which config.json sizes like "
-            f"the others, but it does not lie like a tensor of {prediction.base}, so it cannot be compressed: {way_out}"
-        )
-    if not (same_width and same_top_k):
-        raise Infeasible(
-            f"{source.checkpoint.path}: prediction layer {prediction.twins[0]} is sized by config.json like the "
-            "others, and which hidden neurons matter there is not measured: use a recipe that only lowers the "
-            f"number of experts, or {way_out}"
-        )
+    raise Infeasible(
+        f"{source.checkpoint.path}: {prediction.unclear} is in a prediction layer, which config.json sizes like the "
+        f"others, but it does not lie like a tensor of {prediction.base}, so it cannot be compressed: leave prediction "
+        "layers out with --mtp drop"
+    )
 
 
 def _check_ragged(source: Source, plan: Plan, ragged: list[int]) -> None:

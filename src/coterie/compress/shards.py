@@ -7,7 +7,7 @@ for) share files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,9 +79,18 @@ def _groups(names: list[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
         yield group
 
 
-def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
-    """Write one weight file, atomically; a layer that lost experts, or has more, has other tensors than it had."""
-    strange = [name for name in tensors if sibling(name, shard.names) is None]
+def write_shard(
+    folder: Path, shard: Shard, tensors: Mapping[str, Tensor], *, known: Container[str] | None = None
+) -> None:
+    """Write one weight file, atomically; a layer that lost experts, or has more, has other tensors than it had.
+
+    Args:
+        folder: where to.
+        shard: the file.
+        tensors: what goes into it, by name on disk.
+        known: names beside which they may be; those of the shard when None.
+    """
+    strange = [name for name in tensors if sibling(name, known or shard.names) is None]
     assert not strange, f"{shard.file}: {strange}"
     with atomic_path(folder / shard.file) as temporary:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -12,6 +12,7 @@ from coterie.compress.sizes import Sizing
 from coterie.errors import InputError, UnsupportedDtype
 from coterie.model.arch.accounting import Accounting, LayerTensors, layer_tensors
 from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion
+from coterie.model.arch.head import with_head
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.prediction import Prediction, without_prediction
 from coterie.model.disk.checkpoint import Checkpoint
@@ -28,6 +29,7 @@ class Source:
         checkpoint: the same, without prediction layers where they are left out.
         mtp: what becomes of prediction layers; None where there are none.
         prediction: the prediction layers of `checkpoint`.
+        dropped: names of the prediction layers that are left out.
         architecture: what it computes.
         conversion: between its names on disk and in memory.
     """
@@ -36,6 +38,7 @@ class Source:
     checkpoint: Checkpoint
     mtp: Mtp | None
     prediction: Prediction
+    dropped: tuple[str, ...]
     architecture: Architecture
     conversion: WeightConversion
 
@@ -60,7 +63,8 @@ class Source:
         manifest = Manifest.read(checkpoint.path)
         if manifest is not None and manifest.form is not ResultForm.PLAIN:
             raise InputError(f"{checkpoint.path} is a {manifest.form} result; compress the model that it was made from")
-        original, architecture = checkpoint, Architecture.of(checkpoint)
+        original = checkpoint = with_head(checkpoint)
+        architecture = Architecture.of(checkpoint)
         conversion = WeightConversion(checkpoint, architecture.model)
         prediction = Prediction.of(checkpoint, architecture, conversion)
         if prediction.names and mtp == "drop":
@@ -76,6 +80,7 @@ class Source:
             checkpoint=checkpoint,
             mtp=mtp if prediction.names else None,
             prediction=prediction if mtp == "keep" else Prediction.of(checkpoint, architecture, conversion),
+            dropped=prediction.layers if mtp == "drop" else (),
             architecture=architecture,
             conversion=conversion,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard, write_index
 from coterie.journal import Run
 from coterie.model.arch.layers import MoELayer
-from coterie.model.arch.prediction import Thinning
+from coterie.model.arch.prediction import Follower
 from coterie.model.disk.manifest import LayerEntry, Manifest, ResultForm
 from coterie.profile.profile import Profile
 
@@ -62,27 +63,52 @@ class Work:
     def rest_of(self, shard: Shard) -> dict[str, Tensor]:
         """Return the tensors of a file that no layer wrote, by name on disk; prediction layers follow the last layer.
 
-        A prediction layer keeps the experts that the last layer keeps or, where that merges them, its centres.
+        Where config.json stays as it is, as for mapped and ragged results, they do as well.
         """
-        read, source = self.job.stream.read, self.job.source
-        if self.plan.mapped or self.plan.ragged or not source.prediction.twins:
+        read = self.job.stream.read
+        if self.plan.mapped or self.plan.ragged or not self.job.source.prediction.twins:
             return {name: read(name) for name in shard.names}
-        thinning = self._thinning
         tensors: dict[str, Tensor] = {}
         for name in shard.names:
-            like = source.prediction.twin_of(name) or ""
-            origin = thinning.source(name, like)
-            if origin is not None:
-                tensors[name] = thinning.cut(read(origin), like)
+            tensors |= self._follower.tensors(name, read)
         return tensors
 
     @cached_property
-    def _thinning(self) -> Thinning:
-        source, summary = self.job.source, self.summaries[self.job.source.architecture.layers[-1].index]
+    def _follower(self) -> Follower:
+        """How prediction layers follow the last MoE layer: its experts or, where it merges them, the centres."""
+        source = self.job.source
+        layer = source.architecture.layers[-1]
+        summary, plan = self.summaries[layer.index], self.plan.layers[layer.index]
         kept = summary.centres
         if kept is None:
             kept = [summary.expert_map.index(expert) for expert in range(summary.num_experts)]
-        return Thinning.of(source.checkpoint, source.architecture, source.conversion, kept)
+        # What parts weigh was asked from the last layer's router, and is taken to be no other here.
+        times = 1.0 if plan.top_k is None else plan.top_k / layer.top_k
+        cut: Any = summary.notes.get("segment") or {}
+        return Follower.of(
+            source.checkpoint, source.architecture, source.conversion, source.prediction,
+            kept=kept, width=summary.width, factor=float(cut.get("factor", times)),
+        )  # fmt: skip
+
+    def _prediction(self) -> dict[str, Any] | None:
+        """Return what became of prediction layers, for the manifest; None where there are none."""
+        source = self.job.source
+        if source.mtp is None:
+            return None
+        if source.mtp == "drop":
+            return {"kept": False, "layers": list(source.dropped)}
+        entry: dict[str, Any] = {"kept": True, "layers": list(source.prediction.layers)}
+        if self.plan.mapped or self.plan.ragged or not source.prediction.twins:
+            return entry
+        follower = self._follower
+        return entry | {
+            "compressed": list(source.prediction.twins),
+            "like": source.prediction.base,
+            "experts": list(follower.kept),
+            "width": follower.width,
+            "neurons": "all" if follower.width == follower.full_width else "largest weights",
+            "factor": follower.factor,
+        }
 
     def write_small_files(self) -> None:
         """Write all that makes weight files a checkpoint."""
@@ -126,6 +152,7 @@ class Work:
             logits_error=self.logits_error,
             ragged=self.result.ragged,
             distilled=self.notes.get("distill"),
+            prediction=self._prediction(),
             layers=tuple(self._entry(layer) for layer in self.job.source.architecture.layers),
             bytes_before=plan.original_bytes,
             bytes_after=plan.predicted_bytes,

@@ -90,6 +90,7 @@ def segment(state: LayerState, plan: LayerPlan, *, score: str, parts: int) -> La
         "share_of_score": float(sums_P[kept_M].sum()) / total if total else 1.0,
         "parts_by_expert": torch.bincount(owner_M, minlength=experts.num_experts).tolist(),
         "gap": gap,
+        "factor": float(factor_M.mean()),
     }
     return replace(
         state,

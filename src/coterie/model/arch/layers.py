@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from coterie.errors import ArchitectureMismatch, Infeasible, NotAMoE
 from coterie.model.arch.entries import whole_numbers, with_value
 from coterie.model.arch.experts import canonical_experts, is_experts
+from coterie.model.arch.head import model_config
 from coterie.model.arch.meta import meta_model
 from coterie.model.arch.probe import probe_top_k, run_on_nothing
 from coterie.model.arch.routing import routing_problem
@@ -92,7 +93,7 @@ class Architecture:
             ArchitectureMismatch: router tensors or the expert count's config key are ambiguous.
         """
         check_chosen(checkpoint.config, str(checkpoint.path))
-        return cls.from_config(checkpoint.config, where=str(checkpoint.path))
+        return cls.from_config(model_config(checkpoint), where=str(checkpoint.path))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, where: str = "the config") -> Architecture:

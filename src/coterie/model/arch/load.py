@@ -18,9 +18,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from coterie.errors import CorruptCheckpoint
+from coterie.model.arch.head import model_config
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.mapped import attach_maps, maps_of, widen_routers
-from coterie.model.arch.meta import make_buffers, meta_model
+from coterie.model.arch.meta import make_buffers, meta_model, parse_config
 from coterie.model.arch.resize import resized_config
 from coterie.model.arch.structure import check_chosen
 from coterie.model.device import check_device
@@ -53,7 +54,8 @@ def load_model(
     manifest = Manifest.read(stored.path)
     checkpoint = stored if manifest is None else filled_up(stored, manifest.ragged)
     check_chosen(checkpoint.config, str(checkpoint.path))
-    meta = meta_model(checkpoint.config, where=str(checkpoint.path))
+    config = model_config(checkpoint)
+    meta = meta_model(config, where=str(checkpoint.path))
     loaded: PreTrainedModel
     info: dict[str, Any]
     with quiet():
@@ -65,6 +67,7 @@ def load_model(
             else:
                 loaded, info = type(meta).from_pretrained(  # type: ignore[misc]
                     checkpoint.path,
+                    config=parse_config(config),
                     dtype=chosen,
                     output_loading_info=True,
                     local_files_only=True,
@@ -99,7 +102,7 @@ def checkpoint_meta_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> PreT
         maps = maps_of(manifest, architecture.layers)
         return result_meta_model(architecture, manifest.layers[0].num_experts_after, maps=maps, dtype=dtype)
     check_chosen(checkpoint.config, str(checkpoint.path))
-    model = meta_model(checkpoint.config, where=str(checkpoint.path), dtype=dtype)
+    model = meta_model(model_config(checkpoint), where=str(checkpoint.path), dtype=dtype)
     make_buffers(model)
     return model
 

@@ -153,6 +153,8 @@ class Manifest:
             until that was checked.
         ragged: how tensors are filled up, for a ragged result; else None.
         distilled: what training the result did; None where that was left out.
+        prediction: what became of prediction layers (MTP): whether they were kept, their names, and where they were
+            compressed like which layer, from which experts, to which width; None where there are none.
         layers: what became of every MoE layer, in order.
         bytes_before: bytes of all tensors of the original, as they are read.
         bytes_after: bytes of all tensors of the result.
@@ -179,6 +181,7 @@ class Manifest:
     layers: tuple[LayerEntry, ...]
     bytes_before: int
     bytes_after: int
+    prediction: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for form, holds in ((ResultForm.MAPPED, self.router == "map"), (ResultForm.RAGGED, self.ragged is not None)):
@@ -207,6 +210,8 @@ class Manifest:
         body: dict[str, Any] = {"version": VERSION}
         for name in self.__dataclass_fields__:
             body[name] = plain_content(getattr(self, name))
+        if self.prediction is None:
+            del body["prediction"]
         ragged = self.ragged
         body["ragged"] = None if ragged is None else {"width": ragged.width, "axes": dict(ragged.axes)}
         body["layers"] = [layer.content() for layer in self.layers]
@@ -292,6 +297,7 @@ def _manifest_of(fields: Fields) -> Manifest:
             layers=tuple(_layer_of(layer) for layer in fields.each("layers")),
             bytes_before=fields.whole("bytes_before"),
             bytes_after=fields.whole("bytes_after"),
+            prediction=fields.content("prediction") if fields.said("prediction") else None,
         )
 
 
