@@ -293,7 +293,8 @@ def _undecodable(file: Path) -> tuple[int, int]:
 
 def _between_separators(file: Path, handle: TextIO) -> Iterator[Piece]:
     """Split at lines that are the separator, each with the line breaks before and after it."""
-    left = ""  # begins where a line begins, with the break before one, or with a character within one
+    left = ""  # begins where a line begins, with the break before one, or within one that is longer than a separator
+    longer = len(DOCUMENT_SEPARATOR) + 1
     line = 1
     while chunk := handle.read(READ_CHARACTERS):
         if "\0" in chunk:
@@ -301,8 +302,8 @@ def _between_separators(file: Path, handle: TextIO) -> Iterator[Piece]:
         line += chunk.count("\n")
         text = left + chunk
         end = text.rfind("\n")
-        if len(text) - (end + 1) > len(DOCUMENT_SEPARATOR) + 1:  # the line that has not ended is no separator
-            ready, left = text[:-1], text[-1:]
+        if len(text) - (end + 1) > longer:  # the line that has not ended is no separator, nor is what stays of it
+            ready, left = text[:-longer], text[-longer:]
         else:
             ready, left = text[: max(end, 0)], text[max(end, 0) :]
             if end >= 0 and ready[ready.rfind("\n") + 1 :] == DOCUMENT_SEPARATOR:
