@@ -4,6 +4,7 @@ import datetime
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +159,16 @@ def test_what_a_table_leaves_empty_is_not_there():
     assert found.messages == [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]
     assert found.tools == [{"name": "f"}]
     assert document_of({"messages": [entry], "tools": tool}, "here").messages == [entry]
+
+
+def test_rows_of_the_page_on_text_are_read():
+    page = (Path(__file__).parents[2] / "docs" / "text.md").read_text(encoding="utf-8")
+    examples = re.findall(r'^    +(\{"(?:.|\n {6,})*\})$', page, flags=re.MULTILINE)
+    assert len(examples) == 5
+    for example in examples:
+        document = document_of(json.loads(example), "here")
+        if isinstance(document, Conversation):
+            assert len(answers_of(CHATML, document)) == sum(m["role"] == "assistant" for m in document.messages)
 
 
 def test_text_comes_before_messages():

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import coterie
 from coterie.errors import InputError, TextError, UnknownName
 from coterie.evaluate.generation import read_questions
 from coterie.evaluate.speed import memory_in_use, peak_memory
@@ -137,6 +138,17 @@ def test_names_of_data_sets():
             DataSet.parse(wrong)
     with pytest.raises(UnknownName, match="did you mean name"):
         text_sources("hf:org/name", ("names",))
+    with pytest.raises(TextError, match="the domain name was not asked for"):
+        text_sources("hf:org/name", ())
+    with pytest.raises(TextError, match=r"the name b'n\\xe9' is not UTF-8"):
+        text_sources("hf:org/n\udce9")
+
+
+def test_nothing_is_written_into_a_data_set(tiny, tmp_path):
+    with pytest.raises(InputError, match="is inside the text folder"):
+        coterie.profile(tiny(), tmp_path / "out", text=f"hf:{tmp_path}:config")
+    with pytest.raises(InputError, match="a bench reads folders; save the data set"):
+        coterie.bench(tiny(), tmp_path / "bench", text="hf:a/b", test="hf:a/b")
 
 
 def test_a_data_set_that_cannot_be_reached_is_one_line():

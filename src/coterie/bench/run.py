@@ -50,6 +50,7 @@ from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.open import open_checkpoint
 from coterie.outputs import check_output
 from coterie.paths import user_path
+from coterie.profile.data_sets import is_data_set_name
 from coterie.profile.documents import text_files
 
 log = logging.getLogger(__name__)
@@ -156,8 +157,10 @@ def bench(
     if isinstance(seeds, int) and seeds > MAX_DRAWS:
         raise InputError(f"{seeds} draws of the text are too many; give --seeds {MAX_DRAWS} at most")
     draws = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    text_files(text)
-    text_files(test)
+    for source in (text, test):
+        if is_data_set_name(source):
+            raise InputError(f"{source}: a bench reads folders; save the data set (save_to_disk) and give that one")
+        text_files(source)
     settings = BenchSettings(
         text=str(user_path(text).resolve()), text_digest=folder_digest(user_path(text)),
         test=str(user_path(test).resolve()), test_digest=folder_digest(user_path(test)),

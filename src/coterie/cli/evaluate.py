@@ -66,7 +66,10 @@ def evaluate(
     Perplexity, KL divergence, agreement and exact answers by domain, with one layer in memory at a time; bytes, and on
     request memory, speed and tasks of the lm-evaluation-harness.
     """
-    files = [] if out is None else _files(out, models, {"model folder": [*models, against], "text folder": [text]})
+    from coterie.profile.data_sets import local_place
+
+    texts = [] if text is None else [local_place(text)]
+    files = [] if out is None else _files(out, models, {"model folder": [*models, against], "text folder": texts})
     from coterie.evaluate.run import evaluate as run
 
     cards = run(

@@ -26,6 +26,7 @@ from coterie.model.stream.stream import Stream
 from coterie.outputs import check_output, is_empty_folder
 from coterie.paths import user_path
 from coterie.profile.calibration import TokenSet
+from coterie.profile.data_sets import local_place
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile
 from coterie.profile.run import Measure, ProfileSettings
@@ -226,7 +227,8 @@ def prepare(options: Options) -> Job:
 
 def _check_places(options: Options) -> None:
     """Raise OutputExists or InputError where the result, or a profile that is made on the way, cannot go."""
-    reads: dict[str, list[Any]] = {"model folder": [options.model], "text folder": [options.text]}
+    text = None if options.text is None else local_place(options.text)
+    reads: dict[str, list[Any]] = {"model folder": [options.model], "text folder": [text]}
     if isinstance(options.profile, str | Path):
         if not (user_path(options.profile) / PROFILE_FILE).exists():
             check_output(options.profile, kind="profile", reads=reads, accepts=is_empty_folder, folder=True)

@@ -81,6 +81,11 @@ def is_data_set_name(source: str | Path) -> bool:
     return str(source).startswith(PREFIX)
 
 
+def local_place(source: str | Path) -> str | Path:
+    """Return where a source of text is, if it is on the disk: without ``hf:`` and what follows the name."""
+    return DataSet.parse(str(source)).name if is_data_set_name(source) else source
+
+
 def is_saved(folder: Path) -> bool:
     """Tell whether a folder is one that ``save_to_disk`` made."""
     return any((folder / name).is_file() for name in _SAVED)

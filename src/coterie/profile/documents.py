@@ -73,10 +73,7 @@ def text_files(folder: str | Path, domains: tuple[str, ...] | None = None) -> di
         domain = _domain(file)
         if domain is None:
             continue
-        try:
-            domain.encode()
-        except UnicodeEncodeError:
-            raise TextError(f"{path}: the name {os.fsencode(file.name)!r} is not UTF-8; rename it") from None
+        check_name(file.name, path)
         if domain in files:
             raise TextError(f"domain {domain!r} has two files: {files[domain].name} and {file.name}")
         files[domain] = file
@@ -91,6 +88,14 @@ def text_files(folder: str | Path, domains: tuple[str, ...] | None = None) -> di
         if domain not in files:
             raise UnknownName("domain", domain, files)
     return {domain: files[domain] for domain in sorted(set(chosen))}
+
+
+def check_name(name: str, folder: str | Path) -> None:
+    """Raise TextError for a name that is not UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise TextError(f"{folder}: the name {os.fsencode(name)!r} is not UTF-8; rename it") from None
 
 
 def log_unread(folder: str | Path) -> None:

@@ -42,6 +42,7 @@ from coterie.outputs import check_output, is_empty_folder
 from coterie.paths import user_path
 from coterie.profile.calibration import TokenSet
 from coterie.profile.collect import Collector, statistics_bytes
+from coterie.profile.data_sets import local_place
 from coterie.profile.observation import observed, prove_layers, proving, with_residual
 from coterie.profile.profile import FILE, Profile, Sample, write_layer
 from coterie.profile.sources import On
@@ -121,7 +122,7 @@ def profile(
     check_device(device)
     target = None if out is None else user_path(out)
     if target is not None:
-        reads = {"model folder": [model], "text folder": [text]}
+        reads = {"model folder": [model], "text folder": [local_place(text)]}
         check_output(target, kind="profile", reads=reads, accepts=is_empty_folder, folder=True)
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     architecture = Architecture.of(checkpoint)

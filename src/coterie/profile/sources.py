@@ -10,7 +10,7 @@ from typing import Literal
 
 from coterie.errors import InputError, TextError, UnknownName
 from coterie.profile.data_sets import DataSet, is_data_set_name
-from coterie.profile.documents import document_pieces, text_files
+from coterie.profile.documents import check_name, document_pieces, text_files
 from coterie.profile.rows import Document, document_of
 from coterie.profile.shares import checked_weights
 
@@ -57,6 +57,9 @@ def text_sources(source: str | Path, domains: tuple[str, ...] | None = None, *, 
     check_on(on)
     if is_data_set_name(source):
         data_set = DataSet.parse(str(source))
+        check_name(data_set.domain, "a data set")
+        if domains is not None and not domains:
+            raise TextError(f"the domain {data_set.domain} was not asked for; name it or leave the choice out")
         for name in domains or ():
             if name != data_set.domain:
                 raise UnknownName("domain", name, (data_set.domain,))
