@@ -9,7 +9,7 @@ from coterie.errors import InputError
 from coterie.model.device import check_device_name
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Model folder with config.json and *.safetensors, or a hub id.")
+    str, typer.Argument(metavar="MODEL", help="Model folder, or a hub id: ORG/NAME or ORG/NAME@REVISION.")
 ]
 
 
