@@ -14,7 +14,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,9 +21,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from coterie.errors import CorruptCheckpoint, NotACheckpoint
-from coterie.model.disk.checkpoint import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, Checkpoint
+from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.header import read_header
 from coterie.model.disk.tensors import DTYPE_BITS, TORCH_NAMES
+from coterie.model.disk.weights import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME
 
 CONFIG = {"model_type": "olmoe", "hidden_size": 4}
 DTYPES = {
@@ -525,52 +525,6 @@ def test_places_that_hold_no_checkpoint(tmp_path, sharded):
     (tmp_path / "empty").mkdir()
     with pytest.raises(NotACheckpoint, match=r"has no config\.json"):
         Checkpoint.open(tmp_path / "empty")
-
-
-@pytest.mark.parametrize("name", ["someone/some-model", "a--b/c", "a/b..c", "someone/model-"])
-def test_a_hub_id_that_cannot_be_fetched(name):
-    with pytest.raises(NotACheckpoint, match=f"{name} is no local folder and could not be fetched"):
-        Checkpoint.open(name)
-
-
-def test_a_hub_id_is_fetched(sharded, monkeypatch):
-    asked = []
-
-    def fetch(name, *, ignore_patterns):
-        asked.append((name, ignore_patterns))
-        return str(sharded)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    assert Checkpoint.open("someone/some-model").path == sharded
-    [(name, patterns)] = asked
-    assert name == "someone/some-model"
-    belongs = {
-        "config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
-        "tokenizer.json", "qwen.tiktoken", "LICENSE", "modeling.py", "additional_chat_templates/tool_use.jinja",
-    }  # fmt: skip
-    copies = {
-        "pytorch_model.bin", "original/consolidated.00.pth", "original/params.json", "consolidated.safetensors",
-        "metal/model.bin", "model.gguf", "onnx/model.onnx_data", "original/model.safetensors", ".gitattributes",
-        "consolidated.safetensors.index.json", "fp8/model-00001-of-00002.safetensors",
-    }  # fmt: skip
-    fetched = set(huggingface_hub.utils.filter_repo_objects(belongs | copies, ignore_patterns=patterns))
-    assert fetched == belongs, "all that is carried along, and the weights once"
-    Checkpoint.open("someone/some-model", allow_pickle=True)
-    assert len(asked) == 2, "safetensors are there: pickles are not fetched beside them"
-
-
-def test_pickles_are_fetched_when_allowed_and_nothing_else_is_there(tmp_path, monkeypatch):
-    make(tmp_path, {})
-
-    def fetch(name, *, allow_patterns=(), ignore_patterns=()):
-        if "pytorch_model*.bin" in allow_patterns:
-            torch.save({"x": torch.ones(2)}, tmp_path / PICKLE_NAME)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    with pytest.raises(NotACheckpoint, match=r"has no \*\.safetensors weights"):
-        Checkpoint.open("someone/some-model")
-    assert list(Checkpoint.open("someone/some-model", allow_pickle=True).tensors) == ["x"]
 
 
 @pytest.mark.parametrize(

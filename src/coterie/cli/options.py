@@ -11,7 +11,7 @@ from coterie.model.device import check_device_name
 from coterie.model.disk.manifest import RouterForm
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Model folder with config.json and *.safetensors, or a hub id.")
+    str, typer.Argument(metavar="MODEL", help="Model folder, or a hub id: ORG/NAME or ORG/NAME@REVISION.")
 ]
 
 

@@ -86,7 +86,7 @@ def check_request(
 
     target = Target(keep=keep, experts=experts, width=width, budget=budget)
     Request(recipe=get_recipe(recipe), target=target, router=router, seed=seed).check()
-    read_config(resolve(model))
+    read_config(resolve(model, weights=False))
 
 
 def _width_text(layer: "LayerPlan") -> str:

@@ -74,7 +74,7 @@ def plan(
     target = Target(keep=share, experts=experts, width=width, budget=budget, multiple_of=multiple_of)
     request = Request(recipe=get_recipe(recipe), target=target, router=router, seed=seed)
     request.check()
-    source = Source.open(model, mtp=mtp)
+    source = Source.open(model, mtp=mtp, fetch="samples")
     if isinstance(profile, str | Path):
         profile = Profile.load(profile, model_digest=source.checkpoint.digest)
     if profile is None and request.recipe.allocator == "ragged":

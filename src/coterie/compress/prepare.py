@@ -19,7 +19,7 @@ from coterie.compress.source import Source
 from coterie.compress.target import Target
 from coterie.errors import InputError
 from coterie.model.device import check_device
-from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.checkpoint import Checkpoint, Fetch
 from coterie.model.disk.manifest import RouterForm
 from coterie.model.stream.memory import COMPRESS_COPIES, Forecast, Stage, sample_lines, unit_lines
 from coterie.model.stream.stream import Stream
@@ -175,15 +175,9 @@ def prepare(options: Options) -> Job:
     output = options.out
     _check_places(options)
     given = _given(options)
-    mtp = options.mtp if given is None else given.mtp
-    source = Source.open(
-        options.model, output_dtype=options.output_dtype, allow_pickle=options.allow_pickle, mtp=mtp or "keep"
-    )
-    if request is not None:
-        outlined = outline(source, request)
-    else:
-        assert given is not None
-        outlined = checked(source, given)
+    if not user_path(options.model).exists():
+        _outlined(options, request, given, fetch="samples")  # what cannot be is said before weights are fetched
+    source, outlined = _outlined(options, request, given)
     trains = any(name == "distill" for name, _ in outlined.result_steps)
     training_tokens(outlined.recipe, options.effort, options.train_tokens, trains=trains)
     needs = needs_of_plan(outlined)
@@ -223,6 +217,21 @@ def prepare(options: Options) -> Job:
             job.forecast = Forecast(stages=(*job.forecast.stages, *prepared.stages))
     job.forecast.check(options.limit)
     return job
+
+
+def _outlined(
+    options: Options, request: Request | None, given: Plan | None, fetch: Fetch = "weights"
+) -> tuple[Source, Plan]:
+    """Open the model, and say how large each layer becomes."""
+    mtp = options.mtp if given is None else given.mtp
+    source = Source.open(
+        options.model, output_dtype=options.output_dtype, allow_pickle=options.allow_pickle, mtp=mtp or "keep",
+        fetch=fetch,
+    )  # fmt: skip
+    if request is not None:
+        return source, outline(source, request)
+    assert given is not None
+    return source, checked(source, given)
 
 
 def _check_places(options: Options) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from coterie.artifact import atomic_path, write_json
 from coterie.model.arch.conversion import WeightConversion, sibling
-from coterie.model.disk.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.header import read_header
+from coterie.model.disk.weights import INDEX_NAME, SINGLE_NAME
 from coterie.model.stream.unit import Unit
 
 #: Units beside the list of layers have a file of their own from this size on.

@@ -15,7 +15,7 @@ from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion
 from coterie.model.arch.head import with_head
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.prediction import Prediction, without_prediction
-from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.checkpoint import Checkpoint, Fetch
 from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.open import open_checkpoint
 
@@ -44,7 +44,13 @@ class Source:
 
     @classmethod
     def open(
-        cls, model: str | Path, *, output_dtype: str = "bfloat16", allow_pickle: bool = False, mtp: Mtp = "keep"
+        cls,
+        model: str | Path,
+        *,
+        output_dtype: str = "bfloat16",
+        allow_pickle: bool = False,
+        mtp: Mtp = "keep",
+        fetch: Fetch = "weights",
     ) -> Source:
         """Open a model folder or a hub id by its headers.
 
@@ -53,13 +59,14 @@ class Source:
             output_dtype: number format of what is stored quantised.
             allow_pickle: read weights that are stored as pickles.
             mtp: what becomes of prediction layers, if there are any.
+            fetch: what of the weights of a hub id is fetched; "samples" is enough to plan.
 
         Raises:
             NotACheckpoint, NotAMoE, CorruptCheckpoint, ArchitectureMismatch: the model cannot be used.
             InputError: it is a mapped or ragged result.
             UnsupportedDtype: its experts are stored in a format that cannot be compressed.
         """
-        checkpoint = open_checkpoint(model, output_dtype=output_dtype, allow_pickle=allow_pickle)
+        checkpoint = open_checkpoint(model, output_dtype=output_dtype, allow_pickle=allow_pickle, fetch=fetch)
         manifest = Manifest.read(checkpoint.path)
         if manifest is not None and manifest.form is not ResultForm.PLAIN:
             raise InputError(f"{checkpoint.path} is a {manifest.form} result; compress the model that it was made from")

@@ -20,6 +20,7 @@ from coterie.compress.shards import Shard, write_index
 from coterie.journal import Run
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.prediction import Follower
+from coterie.model.disk.files import name_of_folder
 from coterie.model.disk.manifest import LayerEntry, Manifest, ResultForm
 from coterie.profile.profile import Profile
 
@@ -143,7 +144,7 @@ class Work:
             passes=plan.passes,
             router=plan.router,
             plan=plan.body(),
-            model=self.job.source.checkpoint.path.resolve().name,
+            model=name_of_folder(self.job.source.checkpoint.path),
             domains=tuple(domains),
             calibration_tokens=num_tokens,
             calibration_inputs=self.job.options.inputs,

@@ -188,7 +188,7 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
         InputError: the budget is no amount of bytes.
     """
     limit = None if budget is None else parse_bytes(budget)
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model, fetch="headers")
     config, tensors = checkpoint.config, checkpoint.tensors
     check_chosen(config, str(checkpoint.path))
     places, counts, storage = _places(checkpoint), expert_counts(config), _Storage(config)
@@ -219,10 +219,21 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
         active_parameters=active + used - routed,
         tied_embeddings=not any(part == "embeddings" and not _INPUT.search(name) for name, part in part_of.items()),
         bytes_by_dtype=dict(dtypes.most_common()),
-        file_bytes=sum((checkpoint.path / shard).stat().st_size for shard in {info.shard for info in tensors.values()}),
+        # Tensors follow each other to the end of a file.
+        file_bytes=sum(
+            max(info.end for info in tensors.values() if info.shard == shard) for shard in checkpoint.shards
+        ),
         estimates=_estimates(used, routed),
         budget=None if limit is None else _fit(limit, moe_layers, _accounting(checkpoint, described), config),
     )
+
+
+def _file_bytes(infos: Iterable[TensorInfo]) -> int:
+    """Return the size of all weight files, in which tensors follow each other to the end."""
+    ends: dict[str, int] = {}
+    for info in infos:
+        ends[info.shard] = max(info.end, ends.get(info.shard, 0))
+    return sum(ends.values())
 
 
 def accounting_of(checkpoint: Checkpoint) -> Accounting:

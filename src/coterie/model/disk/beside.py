@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from coterie.errors import CorruptCheckpoint
@@ -18,6 +18,40 @@ WEIGHT_PATTERNS = (
 
 #: Folders with the weights once more, in the format of another program; and what programs leave behind.
 _NOT_OURS = frozenset(("original", "__pycache__"))
+_CONSOLIDATED = re.compile(r"consolidated.*\.(safetensors|pth)$")
+
+
+#: Files that a tokenizer may be made from.
+TOKENIZER_FILES = re.compile(r"token|vocab|merges|chat_template|\.(model|tiktoken|jinja)$")
+
+#: What looking at a model and planning its compression reads beside that.
+_SMALL = frozenset(
+    ("config.json", "generation_config.json", "coterie.json", "model.safetensors.index.json",
+     "pytorch_model.bin.index.json")
+)  # fmt: skip
+
+
+def is_small(name: str) -> bool:
+    """Tell by its name whether a file is config, tokenizer or index: all that a model is looked at with but headers."""
+    if "/" in name or name.startswith("."):
+        return False
+    return name in _SMALL or (TOKENIZER_FILES.search(name) is not None and not is_weights(name))
+
+
+def belongs(names: Iterable[str]) -> list[str]:
+    """Return of the names of a model's files, with folders, those that `files_beside` takes, sorted."""
+    parts = {name: name.split("/") for name in names}
+    # Folders with weights in them; the model's own is named by no part.
+    copies = {"/".join(path[:-1]) for path in parts.values() if len(path) > 1 and is_weights(path[-1])}
+    consolidated = {path[0] for path in parts.values() if len(path) == 1 and _CONSOLIDATED.match(path[0])}
+    return sorted(
+        name
+        for name, path in parts.items()
+        if not any(component.startswith(".") or component in _NOT_OURS for component in path)
+        and not is_weights(path[-1])
+        and not any("/".join(path[:depth]) in copies for depth in range(1, len(path)))
+        and not (consolidated and name == "params.json")
+    )
 
 
 def is_weights(name: str) -> bool:
@@ -44,7 +78,7 @@ def _files(folder: Path, on_the_way: set[Path], *, top: bool) -> Iterator[Path]:
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     if not top and any(is_weights(entry.name) for entry in entries):
         return
-    consolidated = any(re.match(r"consolidated.*\.(safetensors|pth)$", entry.name) for entry in entries)
+    consolidated = any(_CONSOLIDATED.match(entry.name) for entry in entries)
     for entry in entries:
         if is_weights(entry.name) or entry.name in _NOT_OURS or (consolidated and entry.name == "params.json"):
             continue

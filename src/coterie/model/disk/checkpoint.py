@@ -9,29 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from coterie.errors import CorruptCheckpoint, NotACheckpoint, UnsupportedDtype
-from coterie.model.disk.beside import WEIGHT_PATTERNS, files_beside
-from coterie.model.disk.damage import check_no_pointer
-from coterie.model.disk.header import HEADER_LIMIT, absence, parse_json, read_header
+from coterie.model.disk.beside import files_beside
+from coterie.model.disk.files import Files, HubId, LocalFiles
+from coterie.model.disk.header import absence
 from coterie.model.disk.tensors import TORCH_NAMES, TensorInfo
+from coterie.model.disk.weights import find_weights, read_text
 from coterie.paths import user_path
 
 if TYPE_CHECKING:
     import torch
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-PICKLE_NAME = "pytorch_model.bin"
-PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
+#: What of the weights of a hub id is fetched, see `Checkpoint.open`.
+Fetch = Literal["weights", "samples", "headers"]
+
 _CONFIG_LIMIT = 16 * 2**20  # bytes; configs have some kilobytes
 
 
@@ -60,28 +59,42 @@ class Checkpoint:
     pickled: bool = False
 
     @classmethod
-    def open(cls, path: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
-        """Open a local model folder, or a hub id (``org/name``), which is fetched through huggingface_hub.
+    def open(cls, path: str | Path, *, allow_pickle: bool = False, fetch: Fetch = "weights") -> Checkpoint:
+        """Open a local model folder, or a hub id (``org/name`` or ``org/name@revision``).
 
         Args:
             path: the folder or the hub id.
             allow_pickle: read ``pytorch_model*.bin`` where there are no safetensors files. torch's reader for
                 tensors only is used, yet a pickle stays a program: allow it for sources that you trust.
+            fetch: what of a hub id's weights is fetched: "weights", all; "samples", only headers and what the digest is
+                made from, a quarter of a MiB of each file; "headers", those alone, and the digest is empty. Tensors
+                can be read of the first only. Weights that the local cache has are read there.
 
         Raises:
-            NotACheckpoint: there is no such folder, or it has no config or no weights that may be read.
+            NotACheckpoint: there is no such folder or hub id, or it has no config or no weights that may be read.
             CorruptCheckpoint: a shard is missing, truncated, or its header contradicts the file.
+            OutOfSpace: the disk cannot hold what is to be fetched.
         """
-        folder = resolve(path, allow_pickle=allow_pickle)
+        files: Files
+        hub_id = None if user_path(path).exists() else HubId.of(path)
+        if hub_id is None or fetch == "weights":
+            files = LocalFiles(resolve(path, allow_pickle=allow_pickle))
+        else:
+            from coterie.model.disk.hub import fetch_model
+
+            files = fetch_model(hub_id, weights=False, allow_pickle=allow_pickle)
+        folder = files.folder
         config = read_config(folder)
         tensors: dict[str, TensorInfo] = {}
-        weights = _find_weights(folder, allow_pickle=allow_pickle)
+        weights = find_weights(folder, allow_pickle=allow_pickle, elsewhere=files.elsewhere)
         if weights.pickled:
-            from coterie.model.disk.pickled import read_pickle_header as read
+            from coterie.model.disk.pickled import read_pickle_header
+
+            headers = [read_pickle_header(folder / shard) for shard in weights.shards]
         else:
-            read = read_header
-        for shard in weights.shards:
-            for name, info in read(folder / shard).items():
+            headers = files.headers(weights.shards)
+        for shard, header in zip(weights.shards, headers, strict=True):
+            for name, info in header.items():
                 if name in tensors:
                     raise CorruptCheckpoint(f"{folder}: tensor {name!r} is in both {tensors[name].shard} and {shard}")
                 tensors[name] = info
@@ -91,7 +104,7 @@ class Checkpoint:
                     f"{folder / weights.index_name} places tensor {name!r} in {shard}, which does not hold it"
                 )
         _check_depth(folder, config, tensors)
-        digest = _digest(folder, config, tensors)
+        digest = "" if fetch == "headers" else _digest(files, config, tensors)
         return cls(path=folder, config=config, tensors=tensors, digest=digest, pickled=weights.pickled)
 
     @property
@@ -248,35 +261,28 @@ class TensorReader:
         self._files.clear()
 
 
-def resolve(path: str | Path, *, allow_pickle: bool = False) -> Path:
+def resolve(path: str | Path, *, weights: bool = True, allow_pickle: bool = False) -> Path:
     """Return the folder of a model: a local one as it is, or the one that a hub id is fetched into.
+
+    Args:
+        path: the folder, or a hub id like ``org/name``, or with a branch, tag or commit ``org/name@revision``.
+        weights: fetch all that belongs to a model; else only config, tokenizer and the index of the weights.
+        allow_pickle: fetch pickles where there are no safetensors files.
 
     Raises:
         NotACheckpoint: there is neither.
+        OutOfSpace: the disk cannot hold the weights.
     """
     folder = user_path(path)
     if folder.is_dir():
         return folder
     if folder.is_file():
         raise NotACheckpoint(f"{folder} is a file; pass the folder that holds config.json and *.safetensors")
-    if isinstance(path, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith((".", "/")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    hub_id = HubId.of(path)
+    if hub_id is not None:
+        from coterie.model.disk.hub import fetch_model
 
-        # Patterns match below folders too, and of the many formats in which weights may lie there, one is enough.
-        kept = ("*.safetensors", "*.safetensors.index.json")
-        copies = [pattern for pattern in WEIGHT_PATTERNS if pattern not in kept]
-        copies += ["*/*.safetensors", "consolidated*", "original/*", ".*"]
-        try:
-            folder = Path(snapshot_download(path, ignore_patterns=copies))
-            if allow_pickle and not list(folder.glob("*.safetensors")):
-                folder = Path(snapshot_download(path, allow_patterns=["pytorch_model*.bin", PICKLE_INDEX_NAME]))
-            return folder
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            first_line = str(error).strip().split("\n")[0]
-            raise NotACheckpoint(
-                f"{path} is no local folder and could not be fetched as a hub id ({type(error).__name__}: {first_line})"
-            ) from None
+        return fetch_model(hub_id, weights=weights, allow_pickle=allow_pickle).folder
     if folder.is_symlink():
         raise NotACheckpoint(f"{folder} {absence(folder)}; pass a folder with config.json and *.safetensors")
     raise NotACheckpoint(f"{folder} does not exist; pass a folder with config.json and *.safetensors, or a hub id")
@@ -292,7 +298,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         hint = f"; it is a download cache: pass {folder / 'snapshots' / snapshots[0]}" if snapshots else ""
         raise NotACheckpoint(f"{folder} has no config.json, so it is not a Hugging Face model folder{hint}")
     try:
-        config = json.loads(_read_text(file, _CONFIG_LIMIT))
+        config = json.loads(read_text(file, _CONFIG_LIMIT))
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -317,88 +323,13 @@ def _check_depth(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
                 )
 
 
-def _read_text(file: Path, limit: int) -> bytes:
-    check_no_pointer(file)
-    with file.open("rb") as stream:
-        content = stream.read(limit + 1)
-    if len(content) > limit:
-        raise CorruptCheckpoint(f"{file} has {file.stat().st_size} bytes, at most {limit} are believed; fetch it again")
-    return content
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Weights:
-    """The weight files of a folder, and the index that assigns tensors to them, if there is one."""
-
-    shards: list[str]
-    index: Mapping[str, str]
-    index_name: str = ""
-    pickled: bool = False
-
-
-def _find_weights(folder: Path, *, allow_pickle: bool) -> _Weights:
-    """Find the weight files as stock loaders do: a single file before an index, safetensors before pickles."""
-    kinds = [(SINGLE_NAME, INDEX_NAME, False)]
-    if allow_pickle:
-        kinds.append((PICKLE_NAME, PICKLE_INDEX_NAME, True))
-    for single, index_name, pickled in kinds:
-        if _is_there(folder / single):
-            return _Weights(shards=[single], index={}, pickled=pickled)
-        if _is_there(folder / index_name):
-            index = _weight_map(folder / index_name)
-            return _Weights(shards=sorted(set(index.values())), index=index, index_name=index_name, pickled=pickled)
-    names = sorted(file.name for file in folder.glob("*.safetensors"))
-    if names:
-        raise NotACheckpoint(
-            f"{folder} has {names[0]}, but neither {SINGLE_NAME} nor {INDEX_NAME}: fetch the index as well"
-        )
-    pickles = sorted(file.name for file in folder.glob("*.bin"))
-    hint = ""
-    if pickles and allow_pickle:
-        hint = f"; it has {pickles[0]}, but neither {PICKLE_NAME} nor {PICKLE_INDEX_NAME}"
-    elif pickles:
-        hint = (
-            f"; it has {pickles[0]}, a pickle, and reading a pickle can run code: convert it with transformers' "
-            "save_pretrained, or pass --allow-pickle (allow_pickle=True) if you trust where it comes from"
-        )
-    raise NotACheckpoint(f"{folder} has no *.safetensors weights{hint}")
-
-
-def _is_there(file: Path) -> bool:
-    if file.is_symlink() and not file.exists():
-        raise CorruptCheckpoint(f"{file}: {absence(file)}; fetch this file again")
-    return file.is_file()
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = parse_json(_read_text(index, HEADER_LIMIT))["weight_map"]
-    except CorruptCheckpoint:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{index} is not a weight index: {type(error).__name__}: {error}") from None
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(name, str) for name in weight_map.values())
-    ):
-        raise CorruptCheckpoint(f"{index} is not a weight index: weight_map must map names to files")
-    for name in weight_map.values():
-        if Path(name).name != name or not name.isprintable():
-            raise CorruptCheckpoint(f"{index} points outside its folder: {name!r}")
-    return weight_map
-
-
-def _digest(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
+def _digest(files: Files, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name in sorted(tensors):
         info = tensors[name]
         digest.update(f"{name} {info.dtype} {info.shape} {info.shard} {info.begin}\n".encode())
-    for shard in sorted({info.shard for info in tensors.values()}):
-        size = (folder / shard).stat().st_size
+    shards = sorted({info.shard for info in tensors.values()})
+    for shard, (size, samples) in zip(shards, files.samples(shards), strict=True):
         digest.update(f"{shard} {size}\n".encode())
-        with (folder / shard).open("rb") as file:
-            for step in range(64):
-                file.seek(size * step // 64)
-                digest.update(file.read(4096))
+        digest.update(samples)
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,45 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         CorruptCheckpoint: the header is cut off, is no JSON, is absurdly long, or its byte ranges overlap, leave
             gaps, exceed the file or contradict the shapes; or the file is a Git LFS pointer.
     """
+    if not file.is_file():
+        raise CorruptCheckpoint(f"{file}: the shard {absence(file)}; fetch this file again")
+    check_no_pointer(file)
+    with file.open("rb") as stream:
+
+        def read(begin: int, length: int) -> bytes:
+            stream.seek(begin)
+            return stream.read(length)
+
+        return parse_header(str(file), file.name, file.stat().st_size, read)
+
+
+def parse_header(where: str, shard: str, size: int, read: Callable[[int, int], bytes]) -> dict[str, TensorInfo]:
+    """Read and check the header of one safetensors file, wherever it is.
+
+    Args:
+        where: what to name in an error.
+        shard: the file's name.
+        size: its bytes.
+        read: returns bytes of it, from a position on.
+
+    Raises:
+        CorruptCheckpoint: see `read_header`.
+    """
 
     def corrupt(what: str) -> CorruptCheckpoint:
-        return CorruptCheckpoint(f"{file}: {what}; fetch this file again")
+        return CorruptCheckpoint(f"{where}: {what}; fetch this file again")
 
-    if not file.is_file():
-        raise corrupt(f"the shard {absence(file)}")
-    check_no_pointer(file)
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        if len(prefix) < 8:
-            raise corrupt(f"only {size} bytes, too short for a safetensors file")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > min(size - 8, HEADER_LIMIT):
-            raise corrupt(f"the header claims {length} bytes, the file has {size}")
-        raw = stream.read(length)
+    prefix = read(0, min(8, size))
+    if len(prefix) < 8:
+        raise corrupt(f"only {size} bytes, too short for a safetensors file")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > min(size - 8, HEADER_LIMIT):
+        raise corrupt(f"the header claims {length} bytes, the file has {size}")
+    raw = read(8, length)
     try:
         header = parse_json(raw)
         infos = [
-            _tensor_info(name, entry, file.name, data=8 + length)
+            _tensor_info(name, entry, shard, data=8 + length)
             for name, entry in header.items()
             if name != "__metadata__"
         ]

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from coterie.errors import InputError
+from coterie.model.disk.beside import TOKENIZER_FILES
 from coterie.model.disk.checkpoint import read_config, resolve
 from coterie.model.disk.damage import check_no_pointer
 from coterie.model.quiet import quiet
 
 CONFIG = "tokenizer_config.json"
-
-#: Files that a tokenizer may be made from.
-_FILES = re.compile(r"token|vocab|merges|chat_template|\.(model|tiktoken|jinja)$")
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
@@ -26,10 +23,10 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         InputError: the folder has none, or one that needs code which comes with it: that is never run.
         CorruptCheckpoint: one of its files is a Git LFS pointer.
     """
-    path = resolve(model)
+    path = resolve(model, weights=False)
     read_config(path)
     for file in sorted(path.iterdir()):
-        if _FILES.search(file.name):
+        if TOKENIZER_FILES.search(file.name):
             check_no_pointer(file)
     with quiet():
         try:
