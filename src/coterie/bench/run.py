@@ -42,7 +42,7 @@ from coterie.bench.pool import Died, Pool, open_pool
 from coterie.bench.store import Store, read_seconds
 from coterie.bench.summary import Original, summarize
 from coterie.bench.table import tables
-from coterie.errors import CoterieError, InputError, OutputBusy
+from coterie.errors import CoterieError, InputError, NotEnoughMemory, OutputBusy
 from coterie.evaluate.scorecard import Scorecard, environment
 from coterie.model.arch.layers import Architecture
 from coterie.model.device import check_device
@@ -213,9 +213,7 @@ class _BenchCall:
         """Compute what is missing, and write down what was found."""
         store = Store(self.folder / CELLS)
         keys = {cell.key: cell for cell in self.cells}
-        open_ones = {
-            key: cell for key, cell in keys.items() if store.cells.get(key, {}).get("status", "failed") == "failed"
-        }
+        open_ones = {key: cell for key, cell in keys.items() if _is_open(store.cells.get(key))}
         # What a killed bench left; one that is not quite dead yet cannot write into the new folder.
         shutil.rmtree(self.folder / "work", ignore_errors=True)
         work = self.folder / "work" / f"{os.getpid()}-{time.time_ns()}"
@@ -339,6 +337,13 @@ class _BenchCall:
         draw_png(originals, rows, self.folder / PLOT.replace(".svg", ".png"))
         return Bench(out=self.folder, cells=tuple(cells), originals=cards, table=table, computed=computed,
             summary=tables(originals, rows, cells, domains=False))  # fmt: skip
+
+
+def _is_open(entry: Mapping[str, Any] | None) -> bool:
+    """Tell whether a cell is to be computed: it was not, it failed, or memory was short, which it need not be now."""
+    if entry is None or entry["status"] == "failed":
+        return True
+    return bool(entry["status"] == "infeasible" and entry["error"] == NotEnoughMemory.__name__)
 
 
 def _say(entry: Mapping[str, Any]) -> str:

@@ -121,5 +121,7 @@ def compress(
         print_json({"out": str(result.out), **result.manifest.content(), "seconds": result.seconds, **memory})
         return
     print_plan(result.plan)
+    for name, reason in result.manifest.left_out.items():
+        print_text(f"{name} was left out: {reason}")
     print_text(f"written to {result.out}; loaded again, its logits differ by {result.logits_error:.1e} of the largest")
     print_text(f"load it with {result.manifest.how_to_load(result.out)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,6 +97,8 @@ class Profile:
         sample_counts: tokens of the sample of each domain, at most.
         thin: every so many-th token was taken for the statistics of all experts on all tokens, see `Observation.thin`;
             the largest such number where profiles were added.
+        numerics: what it was measured with, see `coterie.model.numerics`: the last bits hang on it. Empty where an
+            early version wrote it, and where profiles of different ones were added.
         asked: names of the statistics that were to be measured; what a model does not show is not in `statistics`.
 
     A profile that was loaded reads a layer's statistics or sample from its file each time it is asked for them, so one
@@ -115,6 +117,7 @@ class Profile:
     sample_counts: tuple[int, ...] = ()
     thin: int = 1
     asked: tuple[str, ...] = ()
+    numerics: Mapping[str, str | int] = field(default_factory=dict)
 
     def digest(self) -> str:
         """Return a digest of what was measured and of what it was made from."""
@@ -195,6 +198,7 @@ class Profile:
             sample_counts=counts,
             thin=max(self.thin, other.thin),
             asked=tuple(name for name in self.asked if name in other.asked),
+            numerics=self.numerics if self.numerics == other.numerics else {},
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -221,6 +225,7 @@ class Profile:
             "sample_counts": list(self.sample_counts),
             "thin": self.thin,
             "statistics": list(self.asked),
+            "numerics": dict(self.numerics),
             "layers": [asdict(layer) for layer in self.layers],
         }
         path = folder / FILE
@@ -248,7 +253,8 @@ class Profile:
             model, text = inputs.text("model"), inputs.text("text")
             domains = body.texts("domains")
             counts = body.wholes("num_tokens")
-            # Profiles of early versions say neither of the next three.
+            # Profiles of early versions say neither of the next four.
+            numerics = _numerics_of(body.nested("numerics")) if body.said("numerics") else {}
             sample_counts = body.wholes("sample_counts") if body.said("sample_counts") else ()
             thin = body.whole("thin", least=1) if body.said("thin") else 1
             asked = body.texts("statistics") if body.said("statistics") else ()
@@ -274,7 +280,13 @@ class Profile:
             sample_counts=sample_counts,
             thin=thin,
             asked=asked,
+            numerics=numerics,
         )
+
+
+def _numerics_of(fields: Fields) -> dict[str, str | int]:
+    with fields.all_read():
+        return {name: fields.text_or_whole(name) for name in fields.names()}
 
 
 def write_layer(folder: Path, index: int, statistics: Mapping[str, Tensor], sample: Sample) -> str:

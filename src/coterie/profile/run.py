@@ -18,11 +18,13 @@ from transformers import PreTrainedModel
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.errors import ArchitectureMismatch, InputError
 from coterie.journal import Run, open_run
+from coterie.journal_lines import begun
 from coterie.model.arch.layers import Architecture, MoELayer
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.open import open_checkpoint
+from coterie.model.numerics import as_begun, numerics
 from coterie.model.stream.loss import logits_bytes
 from coterie.model.stream.memory import (
     LOGITS,
@@ -38,6 +40,7 @@ from coterie.model.stream.memory import (
     unit_lines,
 )
 from coterie.model.stream.stream import Call, Stream
+from coterie.model.stream.work import FORWARD, WITH_GRADIENTS, UnitWork, unit_work
 from coterie.outputs import check_output, is_empty_folder
 from coterie.paths import user_path
 from coterie.profile.calibration import TokenSet
@@ -46,9 +49,12 @@ from coterie.profile.observation import observed, prove_layers, proving, with_re
 from coterie.profile.profile import FILE, Profile, Sample, write_layer
 from coterie.profile.statistics import fields_of, needs_gradients, wanted_statistics
 from coterie.profile.text import CalibrationText, TextSettings
-from coterie.progress import track
+from coterie.progress import StageTime, track, waiting
 
 log = logging.getLogger(__name__)
+
+#: What is waited for, as the stage of a run is called.
+MEASURING = "measuring"
 
 #: Tokens, of the whole text, that statistics of all experts on all tokens are estimated from.
 THIN_TOKENS = 4_096
@@ -133,11 +139,16 @@ def profile(
     measure = settings.measure(checkpoint, architecture, calibration_text)
     stream = Stream(checkpoint, device=device, dtype=dtype, scratch=scratch)
     measure.forecast(stream, architecture.layers).check(limit)
+    with waiting([measure.time(stream, architecture.layers)]):
+        return _run(target, stream, architecture, measure)
+
+
+def _run(target: Path | None, stream: Stream, architecture: Architecture, measure: Measure) -> Profile:
     if target is None:
         with stream:
             measured = {layer: entry for layer, *entry in measure.stream(stream, architecture.layers)}
         statistics, samples = zip(*(measured[layer.index] for layer in architecture.layers), strict=True)
-        return measure.profile(checkpoint.digest, architecture.layers, statistics, samples)
+        return measure.profile(stream.checkpoint.digest, architecture.layers, statistics, samples)
     written = profile_in_folder(target, stream, architecture.layers, measure)
     log.info("memory: the peak was %s", format_bytes(peak_bytes()))
     return written
@@ -158,7 +169,13 @@ def profile_in_folder(folder: Path, stream: Stream, layers: tuple[MoELayer, ...]
     check_output(folder, kind="profile", accepts=is_empty_folder, folder=True)
     if is_empty_folder(folder):
         folder.rmdir()
-    with open_run(folder, measure.header(stream), what="profile") as run, stream:
+    document = begun(folder)
+    notes = None if document is None else document["notes"].get("numerics")
+    with (
+        as_begun(notes, str(stream.device), what=f"the profile {folder}") as computed_with,
+        open_run(folder, measure.header(stream), what="profile", notes={"numerics": computed_with}) as run,
+        stream,
+    ):
         profile_in_run(run, stream, layers, measure, private=False)
         run.publish()
     return Profile.load(folder)
@@ -232,6 +249,7 @@ class ProfileSettings:
         return Measure(
             token_set=token_set, seed=text.settings.seed, sample_tokens=self.sample_tokens, batch_size=size,
             statistics=wanted_statistics(self.statistics), thin=self.thin or usual_thin(token_set),
+            device=text.device,
         )  # fmt: skip
 
 
@@ -256,7 +274,7 @@ def profile_model(
     prove_layers(model, layers, next(token_set.batches(1))[1].to(device))
     collectors = [measure.collector() for _ in layers]
     batches = list(token_set.batches(batch_size))
-    for domain, ids in track(batches, "profiling", total=len(batches)):
+    for domain, ids in track(batches, MEASURING, total=len(batches)):
         with observed(model, layers, thin=measure.thin, fields=measure.fields) as observations, torch.no_grad():
             model.base_model(input_ids=ids.to(device), use_cache=False)
         for collector, observation in zip(collectors, observations, strict=True):
@@ -282,6 +300,7 @@ class Measure:
         batch_size: sequences in a batch.
         statistics: names of the statistics, see `wanted_statistics`.
         thin: see `Observation.thin`.
+        device: where it is measured.
     """
 
     token_set: TokenSet
@@ -290,6 +309,7 @@ class Measure:
     batch_size: int
     statistics: tuple[str, ...] = field(default_factory=wanted_statistics)
     thin: int = 1
+    device: str = "cpu"
 
     @property
     def gradients(self) -> bool:
@@ -339,6 +359,17 @@ class Measure:
             stages.append(Stage(name="the loss and its gradient", lines=lines))
         return Forecast(stages=tuple(stages))
 
+    def work(self, stream: Stream, layers: Sequence[MoELayer]) -> UnitWork:
+        """Reckon how long each unit takes."""
+        factor = WITH_GRADIENTS if self.gradients else FORWARD
+        tokens = sum(self.token_set.num_tokens.values())
+        return unit_work(stream, layers, tokens=tokens, factor=factor, base=True)
+
+    def time(self, stream: Stream, layers: Sequence[MoELayer]) -> StageTime:
+        """Reckon how long measuring takes."""
+        tokens = sum(self.token_set.num_tokens.values())
+        return StageTime(name=MEASURING, seconds=self.work(stream, layers).total, tokens=tokens)
+
     def collector(self) -> Collector:
         """Return a collector for one layer."""
         return Collector(self.token_set, self.statistics, seed=self.seed, sample_tokens=self.sample_tokens)
@@ -358,8 +389,9 @@ class Measure:
         domains, batches = zip(*self.batches(), strict=True)
         jobs = [stream.loss_job(ids_BS) if self.gradients else stream.base_job(ids_BS) for ids_BS in batches]
         left = {layer.index for layer in layers} - set(skip)
-        total = len(stream.units) * (2 if self.gradients else 1)
-        for stage in track(stream.run(jobs, gradients=self.gradients), "profiling", total=total):
+        work = self.work(stream, layers)
+        run = stream.run(jobs, gradients=self.gradients)
+        for stage in track(run, MEASURING, work.total, weight=work.of, largest=work.largest / work.factor):
             here = tuple(layer for layer in layers if stage.unit.holds(layer.experts))
             if not here:
                 continue
@@ -425,6 +457,7 @@ class Measure:
             sample_counts=tuple(self.token_set.share_out(self.sample_tokens)),
             thin=self.thin,
             asked=self.statistics,
+            numerics=numerics(self.device),
             statistics=statistics,
             samples=samples,
         )

@@ -84,8 +84,8 @@ class CalibrationText:
         """
         settings.check()
         self.settings = settings
+        self.device = device
         self._checkpoint = checkpoint
-        self._device = device
         self._limit = limit
         self._scratch = scratch
         self._token_file: TokenFile | None = None
@@ -130,7 +130,7 @@ class CalibrationText:
     def _written(self) -> TokenFile:
         settings = self.settings
         writing = Writing(
-            tokens=settings.tokens, max_length=settings.seq_len, seed=settings.seed, device=self._device
+            tokens=settings.tokens, max_length=settings.seq_len, seed=settings.seed, device=self.device
         )  # fmt: skip
         written = write_text(self._checkpoint, writing, limit=self._limit)
         self._weights = {SELF: 1}
