@@ -52,11 +52,13 @@ class StageTime:
         name: what is done; `track` is called with the same name.
         seconds: how long it was reckoned to take; 0 where nobody knows.
         tokens: tokens that go through the whole model in it; 0 where none do.
+        reading: seconds of these that go into reading and writing weights.
     """
 
     name: str
     seconds: float = 0.0
     tokens: int = 0
+    reading: float = 0.0
 
 
 class Timetable:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from coterie.amounts import format_bytes, parse_share
+from coterie.amounts import format_bytes
 from coterie.artifact import write_json
 from coterie.compress.decide import completed
 from coterie.compress.lanes import Lanes
@@ -26,7 +26,6 @@ from coterie.compress.recipes import Recipe
 from coterie.compress.reload import check_reload
 from coterie.compress.result_steps import LeftOut, load_result_step
 from coterie.compress.shards import lay_out, write_shard
-from coterie.compress.target import Target
 from coterie.compress.times import CHECKING
 from coterie.compress.work import Work
 from coterie.errors import CoterieError, OutOfSpace
@@ -37,7 +36,6 @@ from coterie.model.device import check_device
 from coterie.model.disk.manifest import Manifest
 from coterie.model.numerics import as_begun
 from coterie.model.stream.memory import peak_bytes
-from coterie.paths import user_path
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile_in_folder, profile_in_run
 from coterie.progress import stage, waiting
@@ -154,27 +152,28 @@ def compress(
         OutOfSpace: the disk cannot hold the result.
         ReloadMismatch: the result does not load as what was computed; nothing is left at `out`.
     """
-    options = Options(
-        model=model, out=user_path(out),
-        target=Target(
-            keep=None if keep is None else parse_share(keep), experts=experts, width=width, budget=budget,
-            multiple_of=multiple_of,
-        ),
-        plan=plan, recipe=recipe,
-        effort=effort, train_tokens=train_tokens, router=router, profile=profile, text=text, weights=weights,
-        tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, device=device, inputs=inputs,
-        output_dtype=output_dtype, max_memory=max_memory, allow_pickle=allow_pickle,
-        cache=None if cache is None else Path(cache), mtp=mtp,
+    options = Options.of(
+        model=model, out=out, keep=keep, experts=experts, width=width, budget=budget, multiple_of=multiple_of,
+        plan=plan, recipe=recipe, effort=effort, train_tokens=train_tokens, router=router, profile=profile, text=text,
+        weights=weights, tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, device=device,
+        inputs=inputs, output_dtype=output_dtype, max_memory=max_memory, allow_pickle=allow_pickle, cache=cache,
+        mtp=mtp,
     )  # fmt: skip
-    check_device(device)
-    record = begun(options.out) or {"header": {}, "notes": {}}
-    what = f"the compression {options.out}"
-    with as_begun(record["notes"].get("numerics"), device, what=what) as computed_with:
-        clock = _Clock()
-        job = prepare(options, recorded=record["header"], numerics=computed_with)
+    clock = _Clock()
+    with prepared(options) as job:
         clock.lap("plan")
         with waiting(job.times):
             return _execute(job, clock)
+
+
+@contextmanager
+def prepared(options: Options) -> Iterator[Job]:
+    """Within the block, a compression can begin; a run that goes on has the threads that it began with."""
+    check_device(options.device)
+    record = begun(options.out) or {"header": {}, "notes": {}}
+    what = f"the compression {options.out}"
+    with as_begun(record["notes"].get("numerics"), options.device, what=what) as computed_with:
+        yield prepare(options, recorded=record["header"], numerics=computed_with)
 
 
 def _execute(job: Job, clock: _Clock) -> Result:

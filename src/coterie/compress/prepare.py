@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from coterie.amounts import parse_bytes
-from coterie.compress.decide import check_profile, check_sequential, checked, needs_of_plan, outline
+from coterie.amounts import parse_bytes, parse_share
+from coterie.compress.decide import check_profile, check_sequential, checked, completed, needs_of_plan, outline
 from coterie.compress.output import check_space
 from coterie.compress.plan import Mtp, Plan, Router
 from coterie.compress.recipes import Recipe, get_recipe, training_tokens
@@ -30,7 +30,7 @@ from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile
 from coterie.profile.run import Measure, ProfileSettings
 from coterie.profile.statistics import needs_gradients, wanted_statistics
-from coterie.profile.text import CalibrationText, TextSettings
+from coterie.profile.text import CalibrationText, TextSettings, UnwrittenText
 from coterie.progress import StageTime
 
 Inputs = Literal["original", "compressed"]
@@ -38,7 +38,7 @@ Inputs = Literal["original", "compressed"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """All that `coterie.compress` can be told; see there."""
+    """All that `coterie.compress` can be told; see there. `dry` for a run that is only to be foretold."""
 
     model: str | Path
     out: Path
@@ -62,6 +62,25 @@ class Options:
     allow_pickle: bool
     cache: Path | None
     mtp: Mtp | None
+    dry: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        out: str | Path,
+        keep: float | str | None,
+        experts: int | None,
+        width: int | None,
+        budget: str | int | None,
+        multiple_of: int | None,
+        cache: str | Path | None,
+        **others: Any,
+    ) -> Options:
+        """Return the arguments of `coterie.compress` in one."""
+        share = None if keep is None else parse_share(keep)
+        target = Target(keep=share, experts=experts, width=width, budget=budget, multiple_of=multiple_of)
+        return cls(out=user_path(out), target=target, cache=None if cache is None else Path(cache), **others)
 
     @property
     def limit(self) -> int | None:
@@ -134,6 +153,12 @@ class Job:
         return needs_of_plan(self.outline)
 
     @property
+    def planned(self) -> Plan:
+        """What each layer becomes; with the experts named where a profile is there."""
+        profile = self.profile
+        return self.outline if profile is None else completed(self.source, self.outline, self.request, profile)
+
+    @property
     def left_out(self) -> dict[str, str]:
         """Why steps of the recipe on the whole result are left out, by step."""
         return {name: step.reason for name, step in self.result_steps.items() if isinstance(step, LeftOut)}
@@ -144,7 +169,7 @@ class Job:
         layers, here = self.source.architecture.layers, self.options.inputs == "compressed"
         measuring = () if self.measure is None or here else (self.measure.time(self.stream, layers),)
         steps = (stage for prepared in self.result_steps.values() if prepared is not None for stage in prepared.times)
-        compressing = compressing_time(self.seconds, self.measure if here else None)
+        compressing = compressing_time(self.stream, self.outline, self.seconds, self.measure if here else None)
         return (*measuring, compressing, *steps, checking_time(self.outline))
 
     @property
@@ -274,9 +299,8 @@ def _calibration(source: Source, options: Options) -> CalibrationText:
         source=str(options.text), weights=options.weights, tokens=options.tokens, seq_len=options.seq_len,
         seed=options.seed,
     )  # fmt: skip
-    return CalibrationText(
-        source.checkpoint, settings, device=options.device, limit=options.limit, scratch=options.out.parent
-    )
+    kind = UnwrittenText if options.dry and settings.own else CalibrationText
+    return kind(source.checkpoint, settings, device=options.device, limit=options.limit, scratch=options.out.parent)
 
 
 def _measure(source: Source, options: Options, needs: tuple[str, ...], text: CalibrationText) -> Measure:

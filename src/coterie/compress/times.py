@@ -48,12 +48,16 @@ def unit_seconds(
     return seconds
 
 
-def compressing_time(seconds: Mapping[str, float], measure: Measure | None) -> StageTime:
+def compressing_time(stream: Stream, plan: Plan, seconds: Mapping[str, float], measure: Measure | None) -> StageTime:
     """Return the stage of compressing; with compressed inputs text runs through the model in it."""
     tokens = 0 if measure is None else sum(measure.token_set.num_tokens.values())
-    return StageTime(name=COMPRESSING, seconds=max(1e-6, sum(seconds.values())), tokens=tokens)
+    share = plan.predicted_bytes / max(1, plan.original_bytes)
+    reading = (1 + share) * sum(stream.unit_bytes(unit) for unit in stream.units) / BYTES_A_SECOND
+    total = max(1e-6, sum(seconds.values()))
+    return StageTime(name=COMPRESSING, seconds=total, tokens=tokens, reading=min(reading, total))
 
 
 def checking_time(plan: Plan) -> StageTime:
     """Return the stage of writing what no layer wrote, loading all again and comparing it."""
-    return StageTime(name=CHECKING, seconds=max(1e-6, 2 * plan.predicted_bytes / BYTES_A_SECOND))
+    seconds = max(1e-6, 2 * plan.predicted_bytes / BYTES_A_SECOND)
+    return StageTime(name=CHECKING, seconds=seconds, reading=seconds)

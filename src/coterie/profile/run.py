@@ -48,7 +48,7 @@ from coterie.profile.collect import Collector, statistics_bytes
 from coterie.profile.observation import observed, prove_layers, proving, with_residual
 from coterie.profile.profile import FILE, Profile, Sample, write_layer
 from coterie.profile.statistics import fields_of, needs_gradients, wanted_statistics
-from coterie.profile.text import CalibrationText, TextSettings
+from coterie.profile.text import CalibrationText, TextSettings, UnwrittenText
 from coterie.progress import StageTime, track, waiting
 
 log = logging.getLogger(__name__)
@@ -119,6 +119,66 @@ def profile(
         NotACheckpoint, NotAMoE, CorruptCheckpoint: the model cannot be used.
         ArchitectureMismatch: a layer does not compute what its canonical experts compute.
     """
+    prepared = prepare(
+        model, out, text=text, tokens=tokens, seq_len=seq_len, seed=seed, device=device, dtype=dtype,
+        sample_tokens=sample_tokens, domains=domains, weights=weights, batch_size=batch_size, statistics=statistics,
+        gradients=gradients, thin=thin, max_memory=max_memory, allow_pickle=allow_pickle,
+    )  # fmt: skip
+    with waiting([prepared.time]):
+        return _run(prepared)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A measurement that can begin.
+
+    Attributes:
+        target: folder of the profile, or None.
+        stream: the model, not open.
+        layers: its MoE layers.
+        measure: what is measured.
+        forecast: the memory that it takes.
+        limit: bytes of memory that it may take, or None.
+    """
+
+    target: Path | None
+    stream: Stream
+    layers: tuple[MoELayer, ...]
+    measure: Measure
+    forecast: Forecast
+    limit: int | None
+
+    @property
+    def time(self) -> StageTime:
+        """How long it is reckoned to take."""
+        return self.measure.time(self.stream, self.layers)
+
+
+def prepare(
+    model: str | Path,
+    out: str | Path | None,
+    *,
+    text: str | Path,
+    tokens: int,
+    seq_len: int,
+    seed: int,
+    device: str,
+    dtype: torch.dtype | None,
+    sample_tokens: int,
+    domains: tuple[str, ...] | None,
+    weights: Mapping[str, float] | None,
+    batch_size: int,
+    statistics: Collection[str] | None,
+    gradients: bool,
+    thin: int | None,
+    max_memory: int | str | None,
+    allow_pickle: bool,
+    dry: bool = False,
+) -> Prepared:
+    """Open the model, check all that is asked for, and announce what it takes; see `profile`.
+
+    `dry` for a run that is only to be foretold.
+    """
     check_device(device)
     target = None if out is None else user_path(out)
     if target is not None:
@@ -135,21 +195,25 @@ def profile(
         sample_tokens=sample_tokens, batch_size=batch_size, thin=thin,
         statistics=wanted_statistics(statistics, gradients=gradients),
     )  # fmt: skip
-    calibration_text = CalibrationText(checkpoint, text_settings, device=device, limit=limit, scratch=scratch)
+    kind = UnwrittenText if dry and text_settings.own else CalibrationText
+    calibration_text = kind(checkpoint, text_settings, device=device, limit=limit, scratch=scratch)
     measure = settings.measure(checkpoint, architecture, calibration_text)
     stream = Stream(checkpoint, device=device, dtype=dtype, scratch=scratch)
-    measure.forecast(stream, architecture.layers).check(limit)
-    with waiting([measure.time(stream, architecture.layers)]):
-        return _run(target, stream, architecture, measure)
+    forecast = measure.forecast(stream, architecture.layers)
+    forecast.check(limit)
+    return Prepared(
+        target=target, stream=stream, layers=architecture.layers, measure=measure, forecast=forecast, limit=limit
+    )
 
 
-def _run(target: Path | None, stream: Stream, architecture: Architecture, measure: Measure) -> Profile:
+def _run(prepared: Prepared) -> Profile:
+    target, stream, layers, measure = prepared.target, prepared.stream, prepared.layers, prepared.measure
     if target is None:
         with stream:
-            measured = {layer: entry for layer, *entry in measure.stream(stream, architecture.layers)}
-        statistics, samples = zip(*(measured[layer.index] for layer in architecture.layers), strict=True)
-        return measure.profile(stream.checkpoint.digest, architecture.layers, statistics, samples)
-    written = profile_in_folder(target, stream, architecture.layers, measure)
+            measured = {layer: entry for layer, *entry in measure.stream(stream, layers)}
+        statistics, samples = zip(*(measured[layer.index] for layer in layers), strict=True)
+        return measure.profile(stream.checkpoint.digest, layers, statistics, samples)
+    written = profile_in_folder(target, stream, layers, measure)
     log.info("memory: the peak was %s", format_bytes(peak_bytes()))
     return written
 
@@ -368,7 +432,8 @@ class Measure:
     def time(self, stream: Stream, layers: Sequence[MoELayer]) -> StageTime:
         """Reckon how long measuring takes."""
         tokens = sum(self.token_set.num_tokens.values())
-        return StageTime(name=MEASURING, seconds=self.work(stream, layers).total, tokens=tokens)
+        work = self.work(stream, layers)
+        return StageTime(name=MEASURING, seconds=work.total, tokens=tokens, reading=work.reading)
 
     def collector(self) -> Collector:
         """Return a collector for one layer."""
@@ -402,7 +467,7 @@ class Measure:
             measuring = stage.backward == self.gradients
             collectors = {index: self.collector() for index in sorted(new) if measuring}
             for call in stage.calls:
-                self._pass(stream, call, here, stage.backward, domains[call.job], collectors)
+                self.measure_call(stream, call, here, stage.backward, domains[call.job], collectors)
             for index, collector in collectors.items():
                 yield index, collector.statistics, collector.sample()
             left -= collectors.keys()
@@ -411,7 +476,7 @@ class Measure:
         if left:
             raise ArchitectureMismatch(f"text ran through the model without passing its MoE layers {sorted(left)}")
 
-    def _pass(
+    def measure_call(
         self,
         stream: Stream,
         call: Call,

@@ -98,14 +98,12 @@ def prepare(job: Job) -> Prepared | LeftOut | None:
     )  # fmt: skip
     size = fitting_batch(BATCH_SIZE, seq_len=token_set.seq_len, hidden_size=layers[0].hidden_size)
     predicting = predicting_stages(job.stream, layers, token_set, batch_size=size)
+    work = unit_work(job.stream, layers, tokens=text_tokens, base=True)
     times = (
-        StageTime(
-            name=PREDICTING, tokens=text_tokens,
-            seconds=unit_work(job.stream, layers, tokens=text_tokens, base=True).total,
-        ),
+        StageTime(name=PREDICTING, seconds=work.total, tokens=text_tokens, reading=work.reading),
         StageTime(name=PREDICTING_HEAD, seconds=head_seconds(job.stream, tokens=text_tokens), tokens=text_tokens),
         StageTime(name=TRAINING, seconds=max(1e-6, cost.training_seconds), tokens=cost.tokens),
-    )  # fmt: skip
+    )
     return Prepared(
         token_set=token_set, tokens=cost.tokens, batch_size=size, stages=(*predicting, decided), times=times
     )

@@ -55,6 +55,11 @@ class UnitWork:
         return seconds * (1 - FORWARD / self.factor if stage.backward else FORWARD / self.factor)
 
     @property
+    def reading(self) -> float:
+        """Seconds of these that go into reading."""
+        return self.read_bytes / BYTES_A_SECOND
+
+    @property
     def total(self) -> float:
         """Seconds of all units together."""
         return max(1e-9, sum(self.seconds.values()))
