@@ -133,7 +133,7 @@ def test_a_forged_line_reaches_nothing_outside(target, change, caplog):
     interrupted(target, "one")
     line = {"step": "two", "files": {}, "drop": [], "content": {}} | change
     with (partial(target) / JOURNAL).open("ab") as file:
-        file.write(journal._line_text(line))
+        file.write(journal.line_text(line))
     assert finished(target) == ["one"]
     assert "line 3 is damaged" in caplog.text
     assert precious.read_text() == "x"

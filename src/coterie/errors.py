@@ -13,6 +13,7 @@ The tree; catch the root to catch them all::
     │   ├── OutputExists              the place for the result is taken
     │   └── OutputBusy                another process makes the result at this moment
     ├── Infeasible (ValueError)       a target that no plan can meet; names the nearest one that can be met
+    │   └── NotEnoughMemory           more memory than is allowed or free; another time it may do
     ├── ArchitectureMismatch          a layer does not compute what Coterie believes it computes
     ├── ReloadMismatch                what was written does not load as what was computed
     ├── CorruptArtifact               an artefact of ours that is damaged
@@ -73,6 +74,10 @@ class OutputBusy(InputError):
 
 class Infeasible(CoterieError, ValueError):
     """A target that no plan can meet."""
+
+
+class NotEnoughMemory(Infeasible):
+    """It takes more memory than is allowed or free; another time, or with another limit, it may do."""
 
 
 class ArchitectureMismatch(CoterieError):

@@ -37,47 +37,24 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from coterie.artifact import atomic_path, differences, digest_of, file_digest, full_disk, sync
+from coterie.artifact import atomic_path, differences, file_digest, full_disk, sync
 from coterie.errors import CorruptArtifact, CoterieError, InputError, OutputBusy, OutputExists, StaleArtifact
+from coterie.journal_lines import (
+    JOURNAL,
+    PRIVATE,
+    RESULT,
+    Line,
+    Step,
+    is_inside,
+    line_text,
+    read_journal,
+    step_text,
+)  # fmt: skip
 from coterie.progress import track
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-JOURNAL = "journal.jsonl"
-RESULT = "result"
-PRIVATE = "private"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """A finished step.
-
-    Attributes:
-        files: files in `Run.folder` that it made: name -> SHA-256 of the whole file.
-        private: the same for files in `Run.private`; those that a later step dropped are still named here.
-        content: what the caller wanted to remember; anything that JSON can hold.
-    """
-
-    files: Mapping[str, str]
-    private: Mapping[str, str]
-    content: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """A step as the journal holds it; files are named from the run's root: name -> (size in bytes, SHA-256)."""
-
-    files: Mapping[str, tuple[int, str]]
-    drop: tuple[str, ...]
-    content: Mapping[str, Any]
-
-    def step(self) -> Step:
-        def below(place: str) -> dict[str, str]:
-            start = place + "/"
-            return {name.removeprefix(start): entry[1] for name, entry in self.files.items() if name.startswith(start)}
-
-        return Step(files=below(RESULT), private=below(PRIVATE), content=self.content)
 
 
 @dataclass(eq=False)
@@ -92,7 +69,7 @@ class Run:
     target: Path
     root: Path
     _header: Mapping[str, Any]
-    _lines: dict[str, _Line] = field(default_factory=dict)
+    _lines: dict[str, Line] = field(default_factory=dict)
     _worthless: bool = False
     _published: bool = False
 
@@ -144,8 +121,8 @@ class Run:
                 sync(folder)
             sizes = {name: ((self.root / name).stat().st_size, file_digest(self.root / name)) for name in names}
             # Through JSON, so that a step looks the same in this run and in the one that goes on from it.
-            line = _Line(sizes, dropped, json.loads(json.dumps(dict(content or {}))))
-            self._append(_step_text(step, line))
+            line = Line(sizes, dropped, json.loads(json.dumps(dict(content or {}))))
+            self._append(step_text(step, line))
         self._lines[step] = line
         for name in dropped:
             (self.root / name).unlink(missing_ok=True)
@@ -197,7 +174,7 @@ class Run:
             raise ValueError(f"step {step!r} is finished already")
         recorded = self._recorded_files()
         for name in names:
-            if not _is_inside(name):
+            if not is_inside(name):
                 raise ValueError(f"step {step!r} names {name!r}, which is no file in the run's folders")
             if name in recorded or names.count(name) > 1:
                 raise ValueError(f"step {step!r} names {name!r}, which is recorded already")
@@ -236,13 +213,14 @@ class Run:
 
     def _write_journal(self) -> None:
         with atomic_path(self.root / JOURNAL) as temporary, temporary.open("wb") as file:
-            file.write(_line_text(self._header))
+            file.write(line_text(self._header))
             for step, line in self._lines.items():
-                file.write(_step_text(step, line))
+                file.write(step_text(step, line))
 
     def _continue(self, what: str) -> None:
-        header, lines, whole = _read_journal(self.root / JOURNAL)
+        header, lines, whole = read_journal(self.root / JOURNAL)
         _check_header(self.root, header, self._header, what)
+        self._header = header
         self._lines = _whole_steps(self.root, lines)
         for place in (self.folder, self.private):
             if place.is_symlink() or not place.is_dir():
@@ -281,7 +259,9 @@ class Run:
 
 
 @contextmanager
-def open_run(target: Path, header: Mapping[str, Any], *, what: str) -> Iterator[Run]:
+def open_run(
+    target: Path, header: Mapping[str, Any], *, what: str, notes: Mapping[str, Any] | None = None
+) -> Iterator[Run]:
     """Open the run that makes `target`: a new one, or the one that was interrupted.
 
     When the block is left without `Run.publish`, the finished steps are kept for the next call. Nothing is kept when no
@@ -292,6 +272,8 @@ def open_run(target: Path, header: Mapping[str, Any], *, what: str) -> Iterator[
         header: all that decides what the result is: digests of the inputs and the settings; anything that JSON can
             hold. An interrupted run goes on only with an equal header and the same version of Coterie.
         what: what is made, for messages ("compression", "profile").
+        notes: what a new run records beside its header, see `coterie.journal_lines.begun`; one that goes on keeps its
+            own.
 
     Raises:
         OutputExists: `target` exists, or the hidden folder beside it holds something that is no run.
@@ -310,6 +292,7 @@ def open_run(target: Path, header: Mapping[str, Any], *, what: str) -> Iterator[
         _clear_leftover(target, root, what)
     _check_free(target)
     document = {"coterie": __version__, "format": FORMAT, "what": what, "header": json.loads(json.dumps(dict(header)))}
+    document["notes"] = json.loads(json.dumps(dict(notes or {})))
     with _words_for(target, what):
         target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target, what):
@@ -418,69 +401,6 @@ def _is_run(folder: Path) -> bool:
     return not folder.is_symlink() and folder.is_dir() and journal.is_file() and not journal.is_symlink()
 
 
-def _read_journal(journal: Path) -> tuple[dict[str, Any], dict[str, _Line], bool]:
-    """Return the header, the steps, and whether every line could be read."""
-    first, *texts = journal.read_bytes().split(b"\n")
-    header = _parse(first)
-    if header is None or not texts:
-        raise CorruptArtifact(
-            f"{journal}: the first line is damaged, so nobody can tell what the folder belongs to; "
-            f"remove {journal.parent} to start anew"
-        )
-    lines: dict[str, _Line] = {}
-    whole = texts[-1] == b""  # else the run was killed while it wrote that line
-    for number, text in enumerate(texts[:-1], start=2):
-        document = _parse(text)
-        line = None if document is None else _line_from(document)
-        if document is None or line is None:
-            log.warning("%s: line %d is damaged; its step is done again", journal, number)
-            whole = False
-            continue
-        lines.pop(document["step"], None)
-        lines[document["step"]] = line
-    return header, lines, whole
-
-
-def _line_text(content: Mapping[str, Any]) -> bytes:
-    return json.dumps({**content, "digest": digest_of(content)}, ensure_ascii=False).encode() + b"\n"
-
-
-def _step_text(step: str, line: _Line) -> bytes:
-    files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in line.files.items()}
-    return _line_text({"step": step, "files": files, "drop": list(line.drop), "content": dict(line.content)})
-
-
-def _parse(text: bytes) -> dict[str, Any] | None:
-    """Return what a line says, None when it is not what was written."""
-    try:
-        document = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        return None
-    if not isinstance(document, dict):
-        return None
-    digest = document.pop("digest", None)
-    return document if digest == digest_of(document) else None
-
-
-def _line_from(document: Mapping[str, Any]) -> _Line | None:
-    try:
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in document["files"].items()}
-        line = _Line(files, tuple(document["drop"]), dict(document["content"]))
-    except (KeyError, TypeError, AttributeError, ValueError):
-        return None
-    if not isinstance(document.get("step"), str) or not all(map(_is_inside, (*line.files, *line.drop))):
-        return None
-    return line
-
-
-def _is_inside(name: object) -> bool:
-    """Tell whether a name is that of a file in the run's folders; a journal must not reach other places."""
-    if not isinstance(name, str) or "\\" in name or "\0" in name:
-        return False
-    parts = PurePosixPath(name).parts
-    return "/".join(parts) == name and len(parts) > 1 and parts[0] in (RESULT, PRIVATE) and ".." not in parts
-
-
 def _is_regular(root: Path, name: str) -> bool:
     place = root
     for part in PurePosixPath(name).parent.parts:
@@ -497,7 +417,7 @@ def _has_size(root: Path, name: str, size: int) -> bool:
     return _is_regular(root, name) and (root / name).stat().st_size == size
 
 
-def _whole_steps(root: Path, lines: Mapping[str, _Line]) -> dict[str, _Line]:
+def _whole_steps(root: Path, lines: Mapping[str, Line]) -> dict[str, Line]:
     """Return the steps whose files are all there and as they were."""
     entries = [(name, *entry) for line in lines.values() for name, entry in line.files.items()]
     checked = track(entries, "checking what was finished", total=len(entries))
@@ -508,7 +428,7 @@ def _whole_steps(root: Path, lines: Mapping[str, _Line]) -> dict[str, _Line]:
     return standing
 
 
-def _standing(lines: Mapping[str, _Line], whole: set[str]) -> dict[str, _Line]:
+def _standing(lines: Mapping[str, Line], whole: set[str]) -> dict[str, Line]:
     """Return the steps that stand: each of their files is whole, or was dropped by another step that stands."""
     standing = dict(lines)
     while True:
@@ -521,7 +441,8 @@ def _standing(lines: Mapping[str, _Line], whole: set[str]) -> dict[str, _Line]:
 
 
 def _check_header(root: Path, header: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    if changes := differences(header, expected):
+    begun_as, asked = ({name: each for name, each in one.items() if name != "notes"} for one in (header, expected))
+    if changes := differences(begun_as, asked):
         changed = "; ".join(change.removeprefix("header.") for change in changes)
         raise StaleArtifact(
             f"{root} holds an unfinished {header.get('what', what)} that was begun otherwise: {changed}. "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -106,6 +107,12 @@ def is_page(path: Path) -> bool:
 def is_empty_folder(path: Path) -> bool:
     """Tell whether a path is a folder, and no link to one, with nothing in it."""
     return path.is_dir() and not path.is_symlink() and next(path.iterdir(), None) is None
+
+
+def free_space(place: Path) -> tuple[Path, int]:
+    """Return the folder that is there already of those that a path is in, and the bytes that are free in it."""
+    existing = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
+    return existing, shutil.disk_usage(existing).free
 
 
 def _head(path: Path) -> bytes:

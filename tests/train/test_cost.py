@@ -63,11 +63,12 @@ def test_text_is_seen_a_few_times_at_most(
 ) -> None:
     architecture = Architecture.of(Checkpoint.open(olmoe))
     with caplog.at_level(logging.INFO, logger="coterie"):
-        tokens = say_cost(
+        cost = say_cost(
             architecture.model, architecture.model, architecture.layers, text_tokens=300, tokens=asked, top_k=1,
             device=torch.device("cpu"),
         )  # fmt: skip
-    assert tokens == trained
+    assert cost.tokens == trained
+    assert 0 < cost.training_seconds < cost.seconds
     assert f"cost: training the result on {trained:,} tokens" in caplog.text
 
 

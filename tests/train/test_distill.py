@@ -126,10 +126,11 @@ def test_a_held_profile_wants_its_text_beside_it(folder, few, text_folder, tmp_p
 
 def test_it_is_left_out_where_it_does_not_fit(folder, text_folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(memory, "training_bytes", lambda *arguments, **options: (("weights", 2**50),))
-    made = compress(folder, tmp_path / "out", text=text_folder, **FEW)
+    made = compress(folder, tmp_path / "out", text=text_folder, **FEW | {"train_tokens": None})
     assert made.manifest.distilled is None
-    assert "training the result as a whole takes at most 1024 TiB of memory: " in caplog.text
-    assert " may be used: it is left out" in caplog.text
+    reason = "training the result as a whole takes at most 1024 TiB of memory, more than was free"
+    assert f"{reason}: training is left out" in caplog.text
+    assert made.manifest.left_out == {"distill": reason}
 
 
 def test_an_unknown_effort_is_refused(folder, text_folder, tmp_path):

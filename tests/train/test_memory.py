@@ -1,6 +1,5 @@
 """How much memory training takes: said before, measured in a process of its own; it does not depend on the text."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import torch
 from coterie.model.arch.layers import Architecture
 from coterie.model.disk.open import open_checkpoint
 from coterie.testing import tiny_checkpoint
-from coterie.train.memory import may_distill, training_bytes, training_stage
+from coterie.train.memory import too_large, training_bytes, training_stage
 
 CPU = torch.device("cpu")
 
@@ -99,19 +98,15 @@ def test_more_threads_than_parts_take_no_more(large):
     assert two == many
 
 
-@pytest.mark.parametrize("limit", [2**20, 2**50])
-def test_what_does_not_fit_is_left_out_and_said(large, caplog, limit):
-    architecture = Architecture.of(open_checkpoint(large))
-    with caplog.at_level(logging.INFO, logger="coterie"):
-        may = may_distill(training_stage(architecture.model, architecture.layers, seq_len=64, device=CPU), limit=limit)
-    assert may == (limit == 2**50)
-    assert ("training the result as a whole takes" in caplog.text) != may
-    assert ("1.00 MiB may be used: it is left out" in caplog.text) != may
-
-
-def test_without_a_limit_free_memory_counts(large, monkeypatch):
+def test_what_does_not_fit_has_a_reason_that_does_not_hang_on_the_moment(large, monkeypatch):
     architecture = Architecture.of(open_checkpoint(large))
     stage = training_stage(architecture.model, architecture.layers, seq_len=64, device=CPU)
-    for free in (stage.num_bytes - 1, stage.num_bytes):
+    assert too_large(stage, limit=2**50) is None
+    reason = too_large(stage, limit=2**20)
+    assert reason.startswith("training the result as a whole takes at most")
+    assert reason.endswith("of memory, more than --max-memory allowed")
+    reasons = set()
+    for free in (stage.num_bytes, stage.num_bytes - 1, 1):
         monkeypatch.setattr("coterie.model.stream.memory.free_bytes", lambda device, free=free: free)
-        assert may_distill(stage, limit=None) == (free == stage.num_bytes)
+        reasons.add(too_large(stage, limit=None))
+    assert reasons == {None, reason.replace("--max-memory allowed", "was free")}

@@ -42,7 +42,8 @@ from coterie.bench.pool import Died, Pool, open_pool
 from coterie.bench.store import Store, read_seconds
 from coterie.bench.summary import Original, summarize
 from coterie.bench.table import tables
-from coterie.errors import CoterieError, InputError, OutputBusy
+from coterie.bench.times import CellTimes
+from coterie.errors import CoterieError, InputError, NotEnoughMemory, OutputBusy
 from coterie.evaluate.scorecard import Scorecard, environment
 from coterie.model.arch.layers import Architecture
 from coterie.model.device import check_device
@@ -52,6 +53,7 @@ from coterie.outputs import check_output
 from coterie.paths import user_path
 from coterie.profile.data_sets import is_data_set_name
 from coterie.profile.documents import text_files
+from coterie.progress import StageTime, duration, track, waiting
 
 log = logging.getLogger(__name__)
 
@@ -216,9 +218,7 @@ class _BenchCall:
         """Compute what is missing, and write down what was found."""
         store = Store(self.folder / CELLS)
         keys = {cell.key: cell for cell in self.cells}
-        open_ones = {
-            key: cell for key, cell in keys.items() if store.cells.get(key, {}).get("status", "failed") == "failed"
-        }
+        open_ones = {key: cell for key, cell in keys.items() if _is_open(store.cells.get(key))}
         # What a killed bench left; one that is not quite dead yet cannot write into the new folder.
         shutil.rmtree(self.folder / "work", ignore_errors=True)
         work = self.folder / "work" / f"{os.getpid()}-{time.time_ns()}"
@@ -229,7 +229,8 @@ class _BenchCall:
         try:
             if open_ones or not all(self._original_file(model).exists() for model in self.models):
                 work.mkdir(parents=True)
-                with open_pool(jobs) as pool:
+                stages = [StageTime(name=name) for name in ("profiles and originals", "cells")]
+                with open_pool(jobs) as pool, waiting(stages):
                     self._share(pool, list(open_ones.values()))
                     self._compute(pool, open_ones, store, work, jobs)
         finally:
@@ -274,7 +275,7 @@ class _BenchCall:
                     "gradients": cell.gradients, "settings": shared,
                 }  # fmt: skip
         names = list(tasks)
-        for number, answer in pool.run(list(tasks.values())):
+        for number, answer in track(pool.run(list(tasks.values())), "profiles and originals", len(tasks)):
             if isinstance(answer, Died):
                 raise CoterieError(f"{names[number]}: {answer.reason}")
             log.info("%s: done", names[number])
@@ -291,8 +292,14 @@ class _BenchCall:
                     "out": str(work / key[:32]), "cache": str(self._cache),
                 }
             )  # fmt: skip
-        started = time.perf_counter()
-        for num_finished, (number, answer) in enumerate(pool.run(tasks), start=1):
+        times, waiting_for = CellTimes(store.cells.values()), dict(enumerate(cells))
+        weights = [times.expected(cell) for cell in cells]
+        answers = track(
+            pool.run(tasks), "cells", sum(weights), weight=lambda item: weights[item[0]],
+            largest=max(weights, default=1.0),
+        )  # fmt: skip
+        for number, answer in answers:
+            del waiting_for[number]
             cell, target = cells[number], work / keys[number][:32]
             if isinstance(answer, Died):
                 answer = {
@@ -304,9 +311,10 @@ class _BenchCall:
                 self._keep(cell, target)
             shutil.rmtree(target, ignore_errors=True)
             shutil.rmtree(target.with_name(f".{target.name}.partial"), ignore_errors=True)
-            passed = time.perf_counter() - started
-            seconds_left = passed / num_finished * (len(cells) - num_finished)
-            log.info("[%d/%d] %s; about %s left", num_finished, len(cells), _say(answer), _duration(seconds_left))
+            times.add(answer)
+            left = times.left(list(waiting_for.values()), jobs=jobs)
+            finished = len(cells) - len(waiting_for)
+            log.info("[%d/%d] %s; about %s left", finished, len(cells), _say(answer), duration(left))
 
     def _keep(self, cell: Cell, result: Path) -> None:
         place = self.folder / "results" / cell.model.name.replace("/", "--")
@@ -344,6 +352,13 @@ class _BenchCall:
             summary=tables(originals, rows, cells, domains=False))  # fmt: skip
 
 
+def _is_open(entry: Mapping[str, Any] | None) -> bool:
+    """Tell whether a cell is to be computed: it was not, it failed, or memory was short, which it need not be now."""
+    if entry is None or entry["status"] == "failed":
+        return True
+    return bool(entry["status"] == "infeasible" and entry["error"] == NotEnoughMemory.__name__)
+
+
 def _say(entry: Mapping[str, Any]) -> str:
     """Return one line about a finished cell."""
     name = f"{entry['model']} {entry['method']} -{100 * entry['removed']:g} % seed {entry['seed']}"
@@ -353,8 +368,3 @@ def _say(entry: Mapping[str, Any]) -> str:
     damage = "-" if entry["kl"] is None else f"{entry['kl']:.4f}"
     took = f"{seconds['compress']:.1f} + {seconds['evaluate']:.1f} s"
     return f"{name}: KL {damage}, {format_bytes(entry['bytes'])}, {took}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"

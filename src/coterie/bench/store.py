@@ -112,6 +112,8 @@ def _check_numbers(cell: Fields, seconds: Fields) -> None:
         if not cell.null(name):
             cell.number(name, least=0)
     cell.wholes("num_experts")
+    if cell.said("trained") and not cell.null("trained"):  # early versions did not say it
+        cell.yes_or_no("trained")
     cell.text("loads_with", ("transformers", "coterie"))
     if not cell.null("peak_bytes"):
         cell.whole("peak_bytes")

@@ -17,6 +17,7 @@ import torch
 from coterie.artifact import write_json
 from coterie.bench.cells import BenchSettings, Cell, Model, original_key
 from coterie.compress.apply import Result, compress
+from coterie.compress.recipes import EFFORTS, get_recipe
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError, OutputBusy, OutputExists
 from coterie.evaluate.run import Evaluation
 from coterie.evaluate.speed import reset_peak
@@ -96,11 +97,14 @@ class Worker:
     def _numbers(self, cell: Cell, target: Path, profile: str, profile_seconds: float, cache: str) -> dict[str, Any]:
         settings = cell.settings
         evaluation = self._evaluation_of(cell.model, settings, cache)
+        trains = get_recipe(cell.recipe).trains
+        # Given as a number, so that a result that cannot be trained here is refused and not left untrained.
+        train_tokens = EFFORTS[settings.effort] if trains else None
 
         def make() -> Result:
             return compress(
                 cell.model.path, target, keep=1 - cell.removed, recipe=cell.recipe,
-                router=cast(RouterForm, cell.router), profile=profile, effort=settings.effort, text=settings.text,
+                router=cast(RouterForm, cell.router), profile=profile, train_tokens=train_tokens, text=settings.text,
                 tokens=settings.tokens, cache=cache, seq_len=settings.seq_len, seed=cell.seed,
                 sample_tokens=settings.sample_tokens, device=settings.device,
                 max_memory=settings.max_memory, allow_pickle=settings.allow_pickle,
@@ -118,6 +122,7 @@ class Worker:
             "num_experts": [layer.num_experts_after for layer in result.manifest.layers],
             "loads_with": result.manifest.loads_with,
             "logits_error": result.logits_error,
+            "trained": result.manifest.distilled is not None if trains else None,
             "domains": dict(card.domains),
             "seconds": {
                 "profile": profile_seconds,

@@ -1,7 +1,7 @@
 """``coterie compress``: write a smaller checkpoint."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -81,6 +81,7 @@ def compress(
     allow_pickle: options.AllowPickle = False,
     mtp: options.Mtp = None,
     multiple_of: options.MultipleOf = None,
+    dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
     """Write a smaller checkpoint, one layer in memory at a time.
@@ -101,38 +102,53 @@ def compress(
     weights = None if domains is None else parse_domains(domains)
     from coterie.compress.apply import compress as run
 
-    result = run(
-        model,
-        out,
-        keep=keep,
-        experts=experts,
-        width=width,
-        budget=budget,
-        plan=plan,
-        recipe=recipe,
-        effort=effort,
-        train_tokens=train_tokens,
-        router=router,
-        profile=profile,
-        text=text,
-        weights=weights,
-        tokens=tokens,
-        seq_len=seq_len,
-        seed=seed,
-        sample_tokens=sample_tokens,
-        device=device,
-        inputs=inputs,
-        output_dtype=output_dtype,
-        max_memory=max_memory,
-        allow_pickle=allow_pickle,
-        mtp=mtp,
-        multiple_of=multiple_of,
-        on=on,
-    )
+    settings: dict[str, Any] = {
+        "keep": keep,
+        "experts": experts,
+        "width": width,
+        "budget": budget,
+        "plan": plan,
+        "recipe": recipe,
+        "effort": effort,
+        "train_tokens": train_tokens,
+        "router": router,
+        "profile": profile,
+        "text": text,
+        "weights": weights,
+        "tokens": tokens,
+        "seq_len": seq_len,
+        "seed": seed,
+        "sample_tokens": sample_tokens,
+        "device": device,
+        "inputs": inputs,
+        "output_dtype": output_dtype,
+        "max_memory": max_memory,
+        "allow_pickle": allow_pickle,
+        "mtp": mtp,
+        "multiple_of": multiple_of,
+        "on": on,
+    }
+    if dry_run:
+        from coterie.compress.dry_run import dry_run as foretell
+
+        foretold = foretell(model, out, **settings)
+        if json:
+            print_json(foretold.content())
+            return
+        print_plan(foretold.plan)
+        for name, reason in foretold.left_out.items():
+            print_text(f"{name} would be left out: {reason}")
+        for sentence in foretold.outlook.sentences():
+            print_text(sentence)
+        print_text("dry run: nothing was written")
+        return
+    result = run(model, out, **settings)
     if json:
         memory = {"forecast_bytes": result.forecast, "peak_bytes": result.peak_bytes}
         print_json({"out": str(result.out), **result.manifest.content(), "seconds": result.seconds, **memory})
         return
     print_plan(result.plan)
+    for name, reason in result.manifest.left_out.items():
+        print_text(f"{name} was left out: {reason}")
     print_text(f"written to {result.out}; loaded again, its logits differ by {result.logits_error:.1e} of the largest")
     print_text(f"load it with {result.manifest.how_to_load(result.out)}")

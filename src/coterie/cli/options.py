@@ -58,6 +58,10 @@ AllowPickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Read weights stored as pickles (*.bin) too; only from a source you trust."),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say what would be written, and the memory, time and disk it takes; write nothing."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")]
 
 

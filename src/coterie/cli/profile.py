@@ -1,7 +1,7 @@
 """``coterie profile``: run text through a model once and keep what was measured."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,6 +45,7 @@ def profile(
     on: options.On = "all",
     max_memory: options.MaxMemory = None,
     allow_pickle: options.AllowPickle = False,
+    dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
     """Run text through a model and keep what was seen.
@@ -58,22 +59,31 @@ def profile(
     statistic_names = _named_statistics(statistics, recipe)
     from coterie.profile.run import profile as run
 
-    measured = run(
-        model,
-        out,
-        text=text,
-        tokens=tokens,
-        seq_len=seq_len,
-        seed=seed,
-        device=device,
-        sample_tokens=sample_tokens,
-        weights=weights,
-        statistics=statistic_names,
-        gradients=gradients,
-        on=on,
-        max_memory=max_memory,
-        allow_pickle=allow_pickle,
-    )
+    settings: dict[str, Any] = {
+        "text": text,
+        "tokens": tokens,
+        "seq_len": seq_len,
+        "seed": seed,
+        "device": device,
+        "sample_tokens": sample_tokens,
+        "weights": weights,
+        "statistics": statistic_names,
+        "gradients": gradients,
+        "on": on,
+        "max_memory": max_memory,
+        "allow_pickle": allow_pickle,
+    }
+    if dry_run:
+        from coterie.profile.dry_run import dry_run as foretell
+
+        outlook = foretell(model, out, **settings)
+        if json:
+            print_json(outlook.content())
+            return
+        for sentence in (*outlook.sentences(), "dry run: nothing was written"):
+            print_text(sentence)
+        return
+    measured = run(model, out, **settings)
     counts = dict(zip(measured.domains, measured.num_tokens, strict=True))
     if json:
         print_json(

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from coterie.amounts import format_bytes, parse_share
+from coterie.amounts import format_bytes
 from coterie.artifact import write_json
 from coterie.compress.decide import completed
 from coterie.compress.lanes import Lanes
@@ -24,19 +24,22 @@ from coterie.compress.plan import Mtp, Plan
 from coterie.compress.prepare import Inputs, Job, Options, prepare
 from coterie.compress.recipes import Recipe
 from coterie.compress.reload import check_reload
-from coterie.compress.result_steps import load_result_step
+from coterie.compress.result_steps import LeftOut, load_result_step
 from coterie.compress.shards import lay_out, write_shard
-from coterie.compress.target import Target
+from coterie.compress.times import CHECKING
 from coterie.compress.work import Work
 from coterie.errors import CoterieError, OutOfSpace
 from coterie.fields import Fields
 from coterie.journal import Run, open_run
+from coterie.journal_lines import begun
+from coterie.model.device import check_device
 from coterie.model.disk.manifest import Manifest, RouterForm
+from coterie.model.numerics import as_begun
 from coterie.model.stream.memory import peak_bytes
-from coterie.paths import user_path
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile_in_folder, profile_in_run
 from coterie.profile.sources import On
+from coterie.progress import stage, waiting
 
 log = logging.getLogger(__name__)
 
@@ -153,23 +156,39 @@ def compress(
         OutOfSpace: the disk cannot hold the result.
         ReloadMismatch: the result does not load as what was computed; nothing is left at `out`.
     """
-    clock = _Clock()
-    options = Options(
-        model=model, out=user_path(out),
-        target=Target(
-            keep=None if keep is None else parse_share(keep), experts=experts, width=width, budget=budget,
-            multiple_of=multiple_of,
-        ),
-        plan=plan, recipe=recipe,
-        effort=effort, train_tokens=train_tokens, router=router, profile=profile, text=text, weights=weights,
-        tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, device=device, inputs=inputs,
-        output_dtype=output_dtype, max_memory=max_memory, allow_pickle=allow_pickle,
-        cache=None if cache is None else Path(cache), mtp=mtp, on=on,
+    options = Options.of(
+        model=model, out=out, keep=keep, experts=experts, width=width, budget=budget, multiple_of=multiple_of,
+        plan=plan, recipe=recipe, effort=effort, train_tokens=train_tokens, router=router, profile=profile, text=text,
+        weights=weights, tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, device=device,
+        inputs=inputs, output_dtype=output_dtype, max_memory=max_memory, allow_pickle=allow_pickle, cache=cache,
+        mtp=mtp, on=on,
     )  # fmt: skip
-    job = prepare(options)
-    clock.lap("plan")
-    measured = _profile_for_others(job)
-    with open_run(options.out, job.header(measured), what="compression") as run, _worthless_on_error(run), job.stream:
+    clock = _Clock()
+    with prepared(options) as job:
+        clock.lap("plan")
+        with waiting(job.times):
+            return _execute(job, clock)
+
+
+@contextmanager
+def prepared(options: Options) -> Iterator[Job]:
+    """Within the block, a compression can begin; a run that goes on has the threads that it began with."""
+    check_device(options.device)
+    record = begun(options.out) or {"header": {}, "notes": {}}
+    what = f"the compression {options.out}"
+    with as_begun(record["notes"].get("numerics"), options.device, what=what) as computed_with:
+        yield prepare(options, recorded=record["header"], numerics=computed_with)
+
+
+def _execute(job: Job, clock: _Clock) -> Result:
+    """Do what was prepared."""
+    options, measured = job.options, _profile_for_others(job)
+    notes = {"numerics": dict(job.numerics)}
+    with (
+        open_run(options.out, job.header(measured), what="compression", notes=notes) as run,
+        _worthless_on_error(run),
+        job.stream,
+    ):
         work = Work(
             job=job,
             run=run,
@@ -187,7 +206,7 @@ def compress(
             "forecast_bytes": job.forecast.num_bytes,
             "peak_bytes": peak,
             "input_bytes_read": job.stream.bytes_read,
-            "device": device,
+            "device": options.device,
         }
         write_json(run.folder / RUN_FILE, took)
         run.publish()
@@ -228,6 +247,7 @@ def _compress_layers(work: Work) -> None:
         shards=work.shards,
         profile=work.profile,
         measure=measure,
+        seconds=work.job.seconds,
         lanes=Lanes(check_ids_BS=work.check_ids(), batches=() if measure is None else measure.batches()),
     )
     work.logits_BSV = writer.write()
@@ -253,7 +273,7 @@ def _finish(work: Work) -> None:
     """Do what is done to the whole result."""
     for name, options in work.plan.result_steps:
         prepared = work.job.result_steps[name]
-        if prepared is not None:
+        if prepared is not None and not isinstance(prepared, LeftOut):
             load_result_step(name).run(work, prepared, **options)
             work.write_small_files()
 
@@ -262,7 +282,8 @@ def _check(work: Work) -> None:
     """Load what was written, and compare it with what was computed."""
     assert work.logits_BSV is not None
     device = work.job.options.device
-    work.logits_error = check_reload(work.run.folder, work.check_ids(), work.logits_BSV, device=device)
+    with stage(CHECKING):
+        work.logits_error = check_reload(work.run.folder, work.check_ids(), work.logits_BSV, device=device)
 
 
 #: What a compression does, in order; the name is that of the stage whose seconds are counted.

@@ -15,11 +15,13 @@ from coterie.compress.layer_plan import ExpertPlan, LayerPlan
 from coterie.compress.methods import load_pass
 from coterie.compress.recipes import Step
 from coterie.compress.state import LayerState
+from coterie.compress.times import passes_share
 from coterie.errors import ArchitectureMismatch
 from coterie.model.arch.experts import canonical_experts, native_experts
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.reroute import Reroute
 from coterie.profile.profile import Sample, summed
+from coterie.progress import within
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,8 +95,9 @@ def compress_layer(
         seed=seed,
     )
     del experts, state_dict
-    for name, options in passes:
-        state = load_pass(name)(state, plan, **options)
+    for (name, options), share in zip(passes, passes_share(passes), strict=True):
+        with within(share):
+            state = load_pass(name)(state, plan, **options)
     _check_size(state, plan)
     summary = LayerSummary(
         expert_map=state.expert_map_E.tolist(),

@@ -21,6 +21,7 @@ from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard, write_shard
 from coterie.compress.source import Source
 from coterie.compress.state import Measured
+from coterie.compress.times import COMPRESSING
 from coterie.errors import ArchitectureMismatch
 from coterie.journal import Run
 from coterie.model.arch.layers import MoELayer
@@ -29,7 +30,7 @@ from coterie.model.stream.stream import Stage, Stream
 from coterie.profile.observation import observed, proving, with_residual
 from coterie.profile.profile import Profile, Sample, summed
 from coterie.profile.run import Measure
-from coterie.progress import track
+from coterie.progress import total_weight, track, within
 
 #: By index of the layer: its statistics, domains first, and its token sample.
 _Measurements = Mapping[int, tuple[Mapping[str, Tensor], Sample]]
@@ -49,6 +50,7 @@ class LayerWriter:
         profile: what was measured; None with compressed inputs.
         measure: what is measured on the way, with compressed inputs.
         lanes: who goes through the layers.
+        seconds: how long each unit is reckoned to take, by its name.
         summaries: what was done, by index of the layer.
     """
 
@@ -61,6 +63,7 @@ class LayerWriter:
     profile: Profile | None
     measure: Measure | None
     lanes: Lanes
+    seconds: Mapping[str, float]
     summaries: dict[int, LayerSummary] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,7 +79,10 @@ class LayerWriter:
         changed = {name for names in self.source.tensors for name in (*names.experts, *names.router)}
         passes = self.stream.run(self.lanes.jobs(self.stream), keep=lambda name: name not in changed)
         passed: set[str] = set()
-        for stage in track(passes, "compressing", total=len(self.stream.units)):
+        total, largest = total_weight(self.seconds)
+        for stage in track(
+            passes, COMPRESSING, total, weight=lambda stage: self.seconds.get(stage.unit.name, 0.0), largest=largest
+        ):
             shard = shard_of.get(stage.unit.name)
             unit_layers = [layer for layer in layers if stage.unit.holds(layer.experts)]
             if unit_layers and stage.unit.name in passed:
@@ -127,10 +133,11 @@ class LayerWriter:
         summaries: dict[int, LayerSummary] = {}
         for layer in layers:
             by_domain, sample = measurements.pop(layer.index)
-            tensors, summaries[layer.index] = compress_layer(
-                self.stream.model, layer, self._plan_of(layer, by_domain), self.plan.passes, by_domain, sample,
-                self._reroute, self.plan.seed,
-            )  # fmt: skip
+            with within(0.9 / len(layers)):
+                tensors, summaries[layer.index] = compress_layer(
+                    self.stream.model, layer, self._plan_of(layer, by_domain), self.plan.passes, by_domain, sample,
+                    self._reroute, self.plan.seed,
+                )  # fmt: skip
             disk |= self.result.on_disk(tensors, stage.conversions)
             memory |= self.result.rounded(tensors)
             del by_domain, sample, tensors

@@ -14,12 +14,12 @@ from coterie.model.arch.layers import Architecture
 from coterie.model.arch.resize import resized_config
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.manifest import MANIFEST
+from coterie.outputs import free_space
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
     """Raise OutOfSpace when the disk under `folder` has less than `num_bytes` (and some for the small files) free."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    existing, free = free_space(folder)
     needed = num_bytes + 16 * 2**20
     if free < needed:
         raise OutOfSpace(

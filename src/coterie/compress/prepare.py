@@ -8,15 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from coterie.amounts import parse_bytes
-from coterie.compress.decide import check_profile, check_sequential, checked, needs_of_plan, outline
+from coterie.amounts import parse_bytes, parse_share
+from coterie.compress.decide import check_profile, check_sequential, checked, completed, needs_of_plan, outline
 from coterie.compress.output import check_space
 from coterie.compress.plan import Mtp, Plan
 from coterie.compress.recipes import Recipe, get_recipe, training_tokens
 from coterie.compress.request import Request
-from coterie.compress.result_steps import load_result_step
+from coterie.compress.result_steps import LeftOut, load_result_step
 from coterie.compress.source import Source
 from coterie.compress.target import Target
+from coterie.compress.times import checking_time, compressing_time, unit_seconds
 from coterie.errors import InputError
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint, Fetch
@@ -32,14 +33,15 @@ from coterie.profile.profile import Profile
 from coterie.profile.run import Measure, ProfileSettings
 from coterie.profile.sources import On, check_on
 from coterie.profile.statistics import needs_gradients, wanted_statistics
-from coterie.profile.text import CalibrationText, TextSettings
+from coterie.profile.text import CalibrationText, TextSettings, UnwrittenText
+from coterie.progress import StageTime
 
 Inputs = Literal["original", "compressed"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """All that `coterie.compress` can be told; see there."""
+    """All that `coterie.compress` can be told; see there. `dry` for a run that is only to be foretold."""
 
     model: str | Path
     out: Path
@@ -64,6 +66,25 @@ class Options:
     cache: Path | None
     mtp: Mtp | None
     on: On | None
+    dry: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        out: str | Path,
+        keep: float | str | None,
+        experts: int | None,
+        width: int | None,
+        budget: str | int | None,
+        multiple_of: int | None,
+        cache: str | Path | None,
+        **others: Any,
+    ) -> Options:
+        """Return the arguments of `coterie.compress` in one."""
+        share = None if keep is None else parse_share(keep)
+        target = Target(keep=share, experts=experts, width=width, budget=budget, multiple_of=multiple_of)
+        return cls(out=user_path(out), target=target, cache=None if cache is None else Path(cache), **others)
 
     @property
     def limit(self) -> int | None:
@@ -108,8 +129,12 @@ class Job:
         profile: what was measured already; None where that is still to be done.
         measure: what is to be measured; None where there is a profile.
         forecast: the memory that each stage takes.
+        seconds: how long each unit is reckoned to take to be compressed, by its name.
         calibration: the text, tokenized once; None where none was given.
-        result_steps: what each step on the whole result prepared; None for a step that is left out.
+        result_steps: what each step on the whole result prepared; `LeftOut` for one that cannot be done, None for one
+            that was not asked for.
+        recorded: what the header of the run that goes on says of these steps; empty for a run that begins.
+        numerics: what is computed with, see `coterie.model.numerics`.
     """
 
     options: Options
@@ -122,11 +147,34 @@ class Job:
     forecast: Forecast
     calibration: CalibrationText | None
     result_steps: dict[str, Any] = field(default_factory=dict)
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+    numerics: Mapping[str, str | int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def needs(self) -> tuple[str, ...]:
         """Statistics that the passes read."""
         return needs_of_plan(self.outline)
+
+    @property
+    def planned(self) -> Plan:
+        """What each layer becomes; with the experts named where a profile is there."""
+        profile = self.profile
+        return self.outline if profile is None else completed(self.source, self.outline, self.request, profile)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Why steps of the recipe on the whole result are left out, by step."""
+        return {name: step.reason for name, step in self.result_steps.items() if isinstance(step, LeftOut)}
+
+    @property
+    def times(self) -> tuple[StageTime, ...]:
+        """The stages of the run, and how long each is reckoned to take."""
+        layers, here = self.source.architecture.layers, self.options.inputs == "compressed"
+        measuring = () if self.measure is None or here else (self.measure.time(self.stream, layers),)
+        steps = (stage for prepared in self.result_steps.values() if prepared is not None for stage in prepared.times)
+        compressing = compressing_time(self.stream, self.outline, self.seconds, self.measure if here else None)
+        return (*measuring, compressing, *steps, checking_time(self.outline))
 
     @property
     def profile_folder(self) -> Path | None:
@@ -162,8 +210,15 @@ class Job:
         }
 
 
-def prepare(options: Options) -> Job:
+def prepare(
+    options: Options, *, recorded: Mapping[str, Any] | None = None, numerics: Mapping[str, str | int] | None = None
+) -> Job:
     """Open the model, check all that is asked for, and announce what it takes.
+
+    Args:
+        options: what is asked for.
+        recorded: header of the interrupted run that goes on; None where one begins.
+        numerics: what is computed with.
 
     Raises:
         As `coterie.compress`, for everything that can be known beforehand.
@@ -208,6 +263,8 @@ def prepare(options: Options) -> Job:
         measure=measure,
         forecast=_forecast(stream, source, measure, profile, options.inputs),
         calibration=calibration,
+        recorded=(recorded or {}).get("result_steps", {}),
+        numerics=numerics or {},
     )
     for stage in job.forecast.stages:  # before text is drawn for more
         stage.check(options.limit)
@@ -216,6 +273,10 @@ def prepare(options: Options) -> Job:
         if prepared is not None:
             job.forecast = Forecast(stages=(*job.forecast.stages, *prepared.stages))
     job.forecast.check(options.limit)
+    job.seconds = unit_seconds(
+        stream, source.architecture.layers, outlined, sample_tokens=_sample_tokens(measure, profile),
+        measure=measure if options.inputs == "compressed" else None,
+    )  # fmt: skip
     return job
 
 
@@ -255,9 +316,8 @@ def _calibration(source: Source, options: Options, on: On) -> CalibrationText:
         source=str(options.text), weights=options.weights, tokens=options.tokens, seq_len=options.seq_len,
         seed=options.seed, on=on,
     )  # fmt: skip
-    return CalibrationText(
-        source.checkpoint, settings, device=options.device, limit=options.limit, scratch=options.out.parent
-    )
+    kind = UnwrittenText if options.dry and settings.own else CalibrationText
+    return kind(source.checkpoint, settings, device=options.device, limit=options.limit, scratch=options.out.parent)
 
 
 def _measure(source: Source, options: Options, needs: tuple[str, ...], text: CalibrationText) -> Measure:
@@ -272,8 +332,8 @@ def _forecast(
 ) -> Forecast:
     layers = source.architecture.layers
     stages = () if measure is None else measure.forecast(stream, layers).stages
-    sample_tokens = len(profile.samples[0].domain_T) if profile is not None else measure.sample_tokens if measure else 0
-    lines = (*unit_lines(stream, copies=COMPRESS_COPIES), *sample_lines(layers, sample_tokens))
+    sample = sample_lines(layers, _sample_tokens(measure, profile))
+    lines = (*unit_lines(stream, copies=COMPRESS_COPIES), *sample)
     if measure is not None and inputs == "compressed":  # layers are measured while they are compressed
         lines = (*stages[0].lines, *lines[1:])
     return Forecast(stages=(*stages, Stage(name="compressing a layer", lines=lines)))
@@ -287,6 +347,12 @@ def _on(on: On | None, profile: Profile | None) -> On:
             "again"
         )
     return on or ("all" if profile is None else profile.on)
+
+
+def _sample_tokens(measure: Measure | None, profile: Profile | None) -> int:
+    if profile is not None:
+        return len(profile.samples[0].domain_T)
+    return 0 if measure is None else min(measure.sample_tokens, sum(measure.token_set.num_tokens.values()))
 
 
 def _present_profile(profile: Profile | str | Path | None, checkpoint: Checkpoint) -> Profile | None:

@@ -157,6 +157,8 @@ class Work:
             layers=tuple(self._entry(layer) for layer in self.job.source.architecture.layers),
             bytes_before=plan.original_bytes,
             bytes_after=plan.predicted_bytes,
+            left_out=self.job.left_out,
+            numerics=self.job.numerics,
         )
 
     def _entry(self, layer: MoELayer) -> LayerEntry:

@@ -12,6 +12,7 @@ It needs ``pip install 'coterie[eval]'``.
 from __future__ import annotations
 
 import difflib
+import functools
 import io
 import logging
 import math
@@ -80,7 +81,7 @@ def find_tasks(tasks: Sequence[str], *, include_path: str | Path | None = None, 
             own = TaskManager(include_path=str(folder), include_defaults=False)
             if set(tasks) <= set(own.all_tasks):
                 return own
-        manager = TaskManager(include_path=None if folder is None else str(folder))
+        manager = _shipped_tasks() if folder is None else TaskManager(include_path=str(folder))
     for name in tasks:
         if name not in manager.all_tasks:
             # All of them would fill many pages.
@@ -91,6 +92,14 @@ def find_tasks(tasks: Sequence[str], *, include_path: str | Path | None = None, 
                 "names a folder with others"
             )
     return manager
+
+
+@functools.cache
+def _shipped_tasks() -> Any:
+    """Return the tasks that came with the harness: reading their list takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def run_tasks(

@@ -59,6 +59,7 @@ from coterie.evaluate.subjects import (
     open_subject,
     text_digest,
 )
+from coterie.evaluate.times import layers_of, stage_times, text_of
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.stream.likelihood import token_nll
@@ -67,7 +68,7 @@ from coterie.model.stream.reading import Head, logits_at, predictions, read
 from coterie.model.stream.stream import Stream
 from coterie.paths import user_path
 from coterie.profile.sources import On, check_on
-from coterie.progress import track
+from coterie.progress import track, waiting
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +188,8 @@ def _on_text(
         streams = [evaluation.streams(subject) for subject in subjects]
         announced = forecast(subjects, streams, batch_size=evaluation.batch_size, option=option)
         announced.check(bound)
-        measured = evaluation.measure(subjects)
+        with waiting(stage_times(evaluation.base, subjects, lambda subject: evaluation.streams(subject)[0])):
+            measured = evaluation.measure(subjects)
         log.info("memory: the peak was %s", format_bytes(peak_bytes()))
         costs: Sequence[RunningCost | None] = [None] * len(subjects)
         if speed_seconds is not None:
@@ -410,7 +412,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         texts = [ids_BS for _, ids_BS in subject.tokens.batches(self.batch_size)] if text else []
         grouped = attempt_batches(attempts or (), tokens=self.batch_size * subject.tokens.seq_len)
         batches = [*texts, *(ids_BS for _, ids_BS in grouped)]
-        outputs = read(self._streams[subject.path], batches, description=f"{subject.name}: layers")
+        outputs = read(self._streams[subject.path], batches, description=layers_of(subject))
         return _ModelOutputs(
             texts=outputs[: len(texts)],
             attempts=grouped,
@@ -422,7 +424,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         """Yield of each batch the number of its first sequence, its domain, its tokens and the base model's output."""
         batches, first = list(subject.tokens.batches(self.batch_size)), 0
         rows = zip(batches, outputs.texts, strict=True)
-        for (domain, ids_BS), output in track(rows, f"{subject.name}: text", total=len(batches)):
+        for (domain, ids_BS), output in track(rows, text_of(subject), total=len(batches)):
             yield first, subject.tokens.domains[domain], ids_BS, output
             first += len(ids_BS)
             for stream in self._streams.values():

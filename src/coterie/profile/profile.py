@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
@@ -98,6 +98,8 @@ class Profile:
         sample_counts: tokens of the sample of each domain, at most.
         thin: every so many-th token was taken for the statistics of all experts on all tokens, see `Observation.thin`;
             the largest such number where profiles were added.
+        numerics: what it was measured with, see `coterie.model.numerics`: the last bits hang on it. Empty where an
+            early version wrote it, and where profiles of different ones were added.
         asked: names of the statistics that were to be measured; what a model does not show is not in `statistics`.
         on: which tokens of the text were measured: "all", or those of answers, "assistant".
 
@@ -118,6 +120,7 @@ class Profile:
     thin: int = 1
     asked: tuple[str, ...] = ()
     on: On = "all"
+    numerics: Mapping[str, str | int] = field(default_factory=dict)
 
     def digest(self) -> str:
         """Return a digest of what was measured and of what it was made from."""
@@ -203,6 +206,7 @@ class Profile:
             thin=max(self.thin, other.thin),
             asked=tuple(name for name in self.asked if name in other.asked),
             on=self.on,
+            numerics=self.numerics if self.numerics == other.numerics else {},
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -230,6 +234,7 @@ class Profile:
             "thin": self.thin,
             "statistics": list(self.asked),
             "on": self.on,
+            "numerics": dict(self.numerics),
             "layers": [asdict(layer) for layer in self.layers],
         }
         path = folder / FILE
@@ -257,7 +262,8 @@ class Profile:
             model, text = inputs.text("model"), inputs.text("text")
             domains = body.texts("domains")
             counts = body.wholes("num_tokens")
-            # Profiles of early versions say none of the next four.
+            # Profiles of early versions say none of the next five.
+            numerics = _numerics_of(body.nested("numerics")) if body.said("numerics") else {}
             sample_counts = body.wholes("sample_counts") if body.said("sample_counts") else ()
             thin = body.whole("thin", least=1) if body.said("thin") else 1
             asked = body.texts("statistics") if body.said("statistics") else ()
@@ -285,7 +291,13 @@ class Profile:
             thin=thin,
             asked=asked,
             on=on,
+            numerics=numerics,
         )
+
+
+def _numerics_of(fields: Fields) -> dict[str, str | int]:
+    with fields.all_read():
+        return {name: fields.text_or_whole(name) for name in fields.names()}
 
 
 def write_layer(folder: Path, index: int, statistics: Mapping[str, Tensor], sample: Sample) -> str:

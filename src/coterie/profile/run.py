@@ -18,11 +18,13 @@ from transformers import PreTrainedModel
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.errors import ArchitectureMismatch, InputError
 from coterie.journal import Run, open_run
+from coterie.journal_lines import begun
 from coterie.model.arch.layers import Architecture, MoELayer
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.open import open_checkpoint
+from coterie.model.numerics import as_begun, numerics
 from coterie.model.stream.loss import logits_bytes
 from coterie.model.stream.memory import (
     LOGITS,
@@ -38,6 +40,7 @@ from coterie.model.stream.memory import (
     unit_lines,
 )
 from coterie.model.stream.stream import Call, Stream
+from coterie.model.stream.work import FORWARD, WITH_GRADIENTS, UnitWork, unit_work
 from coterie.outputs import check_output, is_empty_folder
 from coterie.paths import user_path
 from coterie.profile.calibration import TokenSet
@@ -47,10 +50,13 @@ from coterie.profile.observation import observed, prove_layers, proving, with_re
 from coterie.profile.profile import FILE, Profile, Sample, write_layer
 from coterie.profile.sources import On
 from coterie.profile.statistics import fields_of, needs_gradients, wanted_statistics
-from coterie.profile.text import CalibrationText, TextSettings
-from coterie.progress import track
+from coterie.profile.text import CalibrationText, TextSettings, UnwrittenText
+from coterie.progress import StageTime, track, waiting
 
 log = logging.getLogger(__name__)
+
+#: What is waited for, as the stage of a run is called.
+MEASURING = "measuring"
 
 #: Tokens, of the whole text, that statistics of all experts on all tokens are estimated from.
 THIN_TOKENS = 4_096
@@ -119,6 +125,67 @@ def profile(
         NotACheckpoint, NotAMoE, CorruptCheckpoint: the model cannot be used.
         ArchitectureMismatch: a layer does not compute what its canonical experts compute.
     """
+    prepared = prepare(
+        model, out, text=text, tokens=tokens, seq_len=seq_len, seed=seed, device=device, dtype=dtype,
+        sample_tokens=sample_tokens, domains=domains, weights=weights, batch_size=batch_size, statistics=statistics,
+        gradients=gradients, thin=thin, max_memory=max_memory, allow_pickle=allow_pickle, on=on,
+    )  # fmt: skip
+    with waiting([prepared.time]):
+        return _run(prepared)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A measurement that can begin.
+
+    Attributes:
+        target: folder of the profile, or None.
+        stream: the model, not open.
+        layers: its MoE layers.
+        measure: what is measured.
+        forecast: the memory that it takes.
+        limit: bytes of memory that it may take, or None.
+    """
+
+    target: Path | None
+    stream: Stream
+    layers: tuple[MoELayer, ...]
+    measure: Measure
+    forecast: Forecast
+    limit: int | None
+
+    @property
+    def time(self) -> StageTime:
+        """How long it is reckoned to take."""
+        return self.measure.time(self.stream, self.layers)
+
+
+def prepare(
+    model: str | Path,
+    out: str | Path | None,
+    *,
+    text: str | Path,
+    tokens: int,
+    seq_len: int,
+    seed: int,
+    device: str,
+    dtype: torch.dtype | None,
+    sample_tokens: int,
+    domains: tuple[str, ...] | None,
+    weights: Mapping[str, float] | None,
+    batch_size: int,
+    statistics: Collection[str] | None,
+    gradients: bool,
+    thin: int | None,
+    max_memory: int | str | None,
+    allow_pickle: bool,
+    on: On,
+    dry: bool = False,
+) -> Prepared:
+    """Open the model, check all that is asked for, and announce what it takes; see `profile`.
+
+    `dry` for a run that is only to be foretold.
+    """
     check_device(device)
     target = None if out is None else user_path(out)
     if target is not None:
@@ -135,16 +202,25 @@ def profile(
         sample_tokens=sample_tokens, batch_size=batch_size, thin=thin,
         statistics=wanted_statistics(statistics, gradients=gradients),
     )  # fmt: skip
-    calibration_text = CalibrationText(checkpoint, text_settings, device=device, limit=limit, scratch=scratch)
+    kind = UnwrittenText if dry and text_settings.own else CalibrationText
+    calibration_text = kind(checkpoint, text_settings, device=device, limit=limit, scratch=scratch)
     measure = settings.measure(checkpoint, architecture, calibration_text)
     stream = Stream(checkpoint, device=device, dtype=dtype, scratch=scratch)
-    measure.forecast(stream, architecture.layers).check(limit)
+    forecast = measure.forecast(stream, architecture.layers)
+    forecast.check(limit)
+    return Prepared(
+        target=target, stream=stream, layers=architecture.layers, measure=measure, forecast=forecast, limit=limit
+    )
+
+
+def _run(prepared: Prepared) -> Profile:
+    target, stream, layers, measure = prepared.target, prepared.stream, prepared.layers, prepared.measure
     if target is None:
         with stream:
-            measured = {layer: entry for layer, *entry in measure.stream(stream, architecture.layers)}
-        statistics, samples = zip(*(measured[layer.index] for layer in architecture.layers), strict=True)
-        return measure.profile(checkpoint.digest, architecture.layers, statistics, samples)
-    written = profile_in_folder(target, stream, architecture.layers, measure)
+            measured = {layer: entry for layer, *entry in measure.stream(stream, layers)}
+        statistics, samples = zip(*(measured[layer.index] for layer in layers), strict=True)
+        return measure.profile(stream.checkpoint.digest, layers, statistics, samples)
+    written = profile_in_folder(target, stream, layers, measure)
     log.info("memory: the peak was %s", format_bytes(peak_bytes()))
     return written
 
@@ -164,7 +240,13 @@ def profile_in_folder(folder: Path, stream: Stream, layers: tuple[MoELayer, ...]
     check_output(folder, kind="profile", accepts=is_empty_folder, folder=True)
     if is_empty_folder(folder):
         folder.rmdir()
-    with open_run(folder, measure.header(stream), what="profile") as run, stream:
+    document = begun(folder)
+    notes = None if document is None else document["notes"].get("numerics")
+    with (
+        as_begun(notes, str(stream.device), what=f"the profile {folder}") as computed_with,
+        open_run(folder, measure.header(stream), what="profile", notes={"numerics": computed_with}) as run,
+        stream,
+    ):
         profile_in_run(run, stream, layers, measure, private=False)
         run.publish()
     return Profile.load(folder)
@@ -238,6 +320,7 @@ class ProfileSettings:
         return Measure(
             token_set=token_set, seed=text.settings.seed, sample_tokens=self.sample_tokens, batch_size=size,
             statistics=wanted_statistics(self.statistics), thin=self.thin or usual_thin(token_set),
+            device=text.device,
         )  # fmt: skip
 
 
@@ -262,8 +345,8 @@ def profile_model(
     prove_layers(model, layers, next(token_set.batches(1))[1].to(device))
     collectors = [measure.collector() for _ in layers]
     batches = list(token_set.batches(batch_size))
-    rows = zip(batches, measure.batch_counts(), strict=True)
-    for (domain, ids), counts_T in track(rows, "profiling", total=len(batches)):
+    rows = list(zip(batches, measure.batch_counts(), strict=True))
+    for (domain, ids), counts_T in track(rows, MEASURING, total=len(batches)):
         watching = observed(model, layers, thin=measure.thin, fields=measure.fields, counts_T=counts_T)
         with watching as observations, torch.no_grad():
             model.base_model(input_ids=ids.to(device), use_cache=False)
@@ -290,6 +373,7 @@ class Measure:
         batch_size: sequences in a batch.
         statistics: names of the statistics, see `wanted_statistics`.
         thin: see `Observation.thin`.
+        device: where it is measured.
     """
 
     token_set: TokenSet
@@ -298,6 +382,7 @@ class Measure:
     batch_size: int
     statistics: tuple[str, ...] = field(default_factory=wanted_statistics)
     thin: int = 1
+    device: str = "cpu"
 
     @property
     def gradients(self) -> bool:
@@ -353,6 +438,18 @@ class Measure:
             stages.append(Stage(name="the loss and its gradient", lines=lines))
         return Forecast(stages=tuple(stages))
 
+    def work(self, stream: Stream, layers: Sequence[MoELayer]) -> UnitWork:
+        """Reckon how long each unit takes."""
+        factor = WITH_GRADIENTS if self.gradients else FORWARD
+        tokens = sum(self.token_set.num_tokens.values())
+        return unit_work(stream, layers, tokens=tokens, factor=factor, base=True)
+
+    def time(self, stream: Stream, layers: Sequence[MoELayer]) -> StageTime:
+        """Reckon how long measuring takes."""
+        tokens = sum(self.token_set.num_tokens.values())
+        work = self.work(stream, layers)
+        return StageTime(name=MEASURING, seconds=work.total, tokens=tokens, reading=work.reading)
+
     def collector(self) -> Collector:
         """Return a collector for one layer."""
         return Collector(self.token_set, self.statistics, seed=self.seed, sample_tokens=self.sample_tokens)
@@ -378,8 +475,9 @@ class Measure:
             for ids_BS, counts_T in zip(batches, counts, strict=True)
         ]
         left = {layer.index for layer in layers} - set(skip)
-        total = len(stream.units) * (2 if self.gradients else 1)
-        for stage in track(stream.run(jobs, gradients=self.gradients), "profiling", total=total):
+        work = self.work(stream, layers)
+        run = stream.run(jobs, gradients=self.gradients)
+        for stage in track(run, MEASURING, work.total, weight=work.of, largest=work.largest / work.factor):
             here = tuple(layer for layer in layers if stage.unit.holds(layer.experts))
             if not here:
                 continue
@@ -390,7 +488,7 @@ class Measure:
             measuring = stage.backward == self.gradients
             collectors = {index: self.collector() for index in sorted(new) if measuring}
             for call in stage.calls:
-                self._pass(stream, call, here, stage.backward, domains[call.job], counts[call.job], collectors)
+                self.measure_call(stream, call, here, stage.backward, domains[call.job], counts[call.job], collectors)
             for index, collector in collectors.items():
                 yield index, collector.statistics, collector.sample()
             left -= collectors.keys()
@@ -399,7 +497,7 @@ class Measure:
         if left:
             raise ArchitectureMismatch(f"text ran through the model without passing its MoE layers {sorted(left)}")
 
-    def _pass(
+    def measure_call(
         self,
         stream: Stream,
         call: Call,
@@ -450,6 +548,7 @@ class Measure:
             thin=self.thin,
             asked=self.statistics,
             on=self.token_set.on,
+            numerics=numerics(self.device),
             statistics=statistics,
             samples=samples,
         )

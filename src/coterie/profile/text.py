@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from coterie.amounts import check_seed
 from coterie.errors import InputError
 from coterie.model.disk.checkpoint import Checkpoint
@@ -92,8 +94,8 @@ class CalibrationText:
         """
         settings.check()
         self.settings = settings
+        self.device = device
         self._checkpoint = checkpoint
-        self._device = device
         self._limit = limit
         self._scratch = scratch
         self._token_file: TokenFile | None = None
@@ -141,10 +143,22 @@ class CalibrationText:
     def _written(self) -> TokenFile:
         settings = self.settings
         writing = Writing(
-            tokens=settings.tokens, max_length=settings.seq_len, seed=settings.seed, device=self._device
+            tokens=settings.tokens, max_length=settings.seq_len, seed=settings.seed, device=self.device
         )  # fmt: skip
         written = write_text(self._checkpoint, writing, limit=self._limit)
         self._weights = {SELF: 1}
         token_file = self._begun()
         token_file.add(SELF, "the text that the model wrote", ((document, True) for document in written))
         return token_file
+
+
+class UnwrittenText(CalibrationText):
+    """In place of text that the model would write itself, where a run is only foretold: random tokens, as many."""
+
+    def draw(self, tokens: int | None = None, *, up_to: bool = False) -> TokenSet:
+        """Draw sequences of random tokens."""
+        seq_len, seed = self.settings.seq_len, self.settings.seed
+        count = max(1, (self.settings.tokens if tokens is None else tokens) // max(1, seq_len))
+        vocab_size = len(load_tokenizer(self._checkpoint.path))
+        ids_NS = torch.randint(vocab_size, (count, seq_len), generator=torch.Generator().manual_seed(seed))
+        return TokenSet(sequences={SELF: ids_NS}, seq_len=seq_len, digest="unwritten", weights=None, num_start=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,15 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from coterie.model.arch.layers import MoELayer
+from coterie.model.stream.work import speed_of
 from coterie.train.distill import EPOCHS
 
 log = logging.getLogger(__name__)
-
-#: Share of the speed of one large matrix product that a model reaches: small products, attention, norms and the
-#: optimizer take the rest. On the bundled models it was 0.3 to 0.5 on CPU cores.
-REACHED = 0.4
-
-_SIDE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +25,13 @@ class TrainingCost:
         tokens: tokens that the result is trained on.
         operations: floating-point operations, the original's predictions included.
         seconds: about how long that is.
+        training_seconds: about how long training alone is.
     """
 
     tokens: int
     operations: float
     seconds: float
+    training_seconds: float
 
     def __str__(self) -> str:
         minutes = max(1, round(self.seconds / 60))
@@ -68,8 +64,10 @@ def training_cost(
     """
     before = active_weights(original, layers, [layer.top_k for layer in layers])
     after = active_weights(result, layers, [top_k] * len(layers))
-    operations = float(tokens) * (2 * before + 6 * after)
-    return TrainingCost(tokens=tokens, operations=operations, seconds=operations / (REACHED * _speed(device)))
+    operations, speed = float(tokens) * (2 * before + 6 * after), speed_of(device.type)
+    return TrainingCost(
+        tokens=tokens, operations=operations, seconds=operations / speed, training_seconds=6.0 * tokens * after / speed
+    )
 
 
 def say_cost(
@@ -81,7 +79,7 @@ def say_cost(
     tokens: int,
     top_k: int,
     device: torch.device,
-) -> int:
+) -> TrainingCost:
     """Log what training takes on `tokens`, or on as many as the text has when it is seen `EPOCHS` times.
 
     Args:
@@ -94,12 +92,12 @@ def say_cost(
         device: where.
 
     Returns:
-        On how many tokens it is trained.
+        What it takes, on as many tokens as it is trained on.
     """
     tokens = min(tokens, EPOCHS * text_tokens)
     cost = training_cost(original, result, layers, tokens=tokens, top_k=top_k, device=device)
     log.info("cost: %s", cost)
-    return tokens
+    return cost
 
 
 def active_weights(model: PreTrainedModel, layers: Sequence[MoELayer], top_k: Sequence[int]) -> float:
@@ -116,15 +114,3 @@ def active_weights(model: PreTrainedModel, layers: Sequence[MoELayer], top_k: Se
         chosen = next((count for prefix, count in share.items() if name.startswith(prefix)), None)
         total += parameter.numel() * (1.0 if chosen is None else min(1.0, chosen / parameter.shape[0]))
     return total
-
-
-def _speed(device: torch.device) -> float:
-    """Return operations a second of a large float32 matrix product, best of three."""
-    matrix = torch.ones(_SIDE, _SIDE, device=device)
-    best = 0.0
-    for _ in range(3):
-        started = time.perf_counter()
-        # Reading a value waits for the device.
-        float((matrix @ matrix)[0, 0])
-        best = max(best, 2 * _SIDE**3 / max(1e-9, time.perf_counter() - started))
-    return best

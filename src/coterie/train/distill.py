@@ -60,6 +60,9 @@ EPOCHS = 4
 #: the held-out divergence has at first. Divergence is quadratic in the error of the weights: its root is how far to go.
 RATE = 0.02
 
+#: What is waited for, as the stages of a run are called.
+PREDICTING, PREDICTING_HEAD, TRAINING = "predicting", "predicting: head", "training"
+
 _PREDICTIONS = "distill-predictions.safetensors"
 _STEP = "distilled to step "
 
@@ -110,11 +113,11 @@ def make_predictions(
 
 
 def _predict(stream: Stream, batches: Sequence[Tensor], path: Path) -> None:
-    outputs = read(stream, batches, description="predicting")
+    outputs = read(stream, batches, description=PREDICTING)
     vocab_size = int(stream.model.config.get_text_config().vocab_size)
     first = 0
     with writing_predictions(path, sum(map(len, batches))) as writer, stream.head() as head:
-        for ids_BS, output in track(zip(batches, outputs, strict=True), "most probable", total=len(batches)):
+        for ids_BS, output in track(zip(batches, outputs, strict=True), PREDICTING_HEAD, total=len(batches)):
             last = ids_BS.shape[1] - 1
             parts = [
                 Predictions.of(
@@ -228,7 +231,7 @@ def distill(
             run.finish(name, private=[_state_file(name)], drop=dropped, content={"before": before})
             saved.append(name)
 
-        loop.run(says="distilling", save=save, save_seconds=SAVE_SECONDS)
+        loop.run(says=TRAINING, save=save, save_seconds=SAVE_SECONDS)
         with torch.no_grad():
             for name, tensor in rounded(weights).items():
                 weights[name].copy_(tensor)

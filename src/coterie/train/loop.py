@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from coterie.progress import track
+from coterie.progress import advance, track
 from coterie.train.optimiser import Optimiser
 from coterie.train.schedule import Schedule
 
@@ -114,6 +114,8 @@ class Loop:
         at = time.monotonic()
         for _ in steps if says is None else track(steps, says, total=len(steps)):
             loss = self.advance()
+            if says is None:
+                advance(1 / len(steps))
             if after is not None:
                 after(self.step, loss)
             if save is not None and (self.step == self.schedule.steps or time.monotonic() - at >= save_seconds):

@@ -6,7 +6,6 @@ sequences of a step alone.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +21,6 @@ from coterie.model.stream.stream import Stream
 from coterie.profile.calibration import TokenSet
 from coterie.train.distill import KEPT, MICRO, SEQUENCES
 from coterie.train.model import trainable
-
-log = logging.getLogger(__name__)
 
 #: Numbers of the model's width that a token leaves behind in a layer for its gradients.
 _ACTIVATIONS = 24
@@ -92,15 +89,17 @@ def predicting_stages(
     )
 
 
-def may_distill(stage: Stage, *, limit: int | None) -> bool:
-    """Tell whether a result can be trained in the memory that is allowed or, without a limit, free; log where not.
+def too_large(stage: Stage, *, limit: int | None) -> str | None:
+    """Say why a result cannot be trained in the memory that is allowed or, without a limit, free; None where it can.
+
+    The reason is the same at any other moment at which the answer is the same: it does not say how much was free.
 
     Args:
         stage: see `training_stage`.
         limit: bytes that may be used, or None.
     """
     allowed = stage.allowed(limit)
-    if allowed is not None and stage.num_bytes > allowed:
-        log.warning("%s; %s may be used: it is left out", stage, format_bytes(allowed))
-        return False
-    return True
+    if allowed is None or stage.num_bytes <= allowed:
+        return None
+    bound = "was free" if limit is None else "--max-memory allowed"
+    return f"{stage.name} takes at most {format_bytes(stage.num_bytes)} of memory, more than {bound}"

@@ -2,7 +2,9 @@
 
 A pass module holds the pass and a function ``needs(**options) -> tuple[str, ...]`` that names the statistics it reads.
 One that chooses by statistics alone also holds ``decide(layer, plan, measured, **options) -> plan``, see
-`coterie.compress.state`. A pass of your own is named ``"module:attribute"`` in a recipe; nothing is registered.
+`coterie.compress.state`; one that does not take about as long as running the token sample through all experts holds
+`SAMPLE_RUNS`, how many times that long. A pass of your own is named ``"module:attribute"`` in a recipe; nothing is
+registered.
 A new pass is one file here and one line in the table; a method of a paper is a recipe of passes
 (`coterie.compress.recipes`).
 """
@@ -68,6 +70,12 @@ def needs_of(name: str, **options: Any) -> tuple[str, ...]:
     """Return the statistics that a pass reads with these options; raises like `load_pass`."""
     needs: tuple[str, ...] = _home(name)[0].needs(**options)
     return needs
+
+
+def sample_runs(name: str) -> float:
+    """Return how long a pass takes, in runs of the token sample through all experts; raises like `load_pass`."""
+    runs: float = getattr(_home(name)[0], "SAMPLE_RUNS", 1.0)
+    return runs
 
 
 def _home(name: str) -> tuple[ModuleType, str]:

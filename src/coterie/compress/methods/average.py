@@ -18,6 +18,9 @@ from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.state import LayerState
 from coterie.errors import UnknownName
 
+#: How long it takes, in times of running the token sample through all experts.
+SAMPLE_RUNS = 0.1
+
 #: What an expert can weigh, and the statistics that say so: nothing but itself, tokens that chose it, REAP's score.
 WEIGHTS: dict[str, tuple[str, ...]] = {"equal": (), "usage": ("usage",), "reap": ("reap", "usage")}
 

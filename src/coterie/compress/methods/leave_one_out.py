@@ -18,6 +18,7 @@ from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.select import best_experts, keep_experts, planned_experts, slice_router
 from coterie.compress.state import LayerState
 from coterie.errors import ArchitectureMismatch
+from coterie.progress import advance
 
 #: Largest number of elements of the changes (P, D) that are held at a time (128 MiB in float32).
 CHANGE_ELEMENTS = 2**25
@@ -74,6 +75,7 @@ def absence_errors(state: LayerState) -> Tensor:
         coefficient_PE.scatter_add_(1, index_PK[rows], weight_PK[rows])
         coefficient_PE.scatter_add_(1, index_TK[token_P[rows]], -weight_TK[token_P[rows]])
         squared_P[rows] = _squared_sums(state, coefficient_PE[:, :num_experts], token_P[rows], inputs_TD)
+        advance(len(rows) / len(token_P))
     total_E = torch.zeros(num_experts, dtype=torch.float64).index_add_(0, absent_P, squared_P)
     return total_E / max(1, inputs_TD.numel())
 

@@ -20,6 +20,9 @@ from coterie.compress.methods.select import slice_router
 from coterie.compress.state import LayerState
 from coterie.errors import UnknownName
 
+#: How long it takes, in times of running the token sample through all experts.
+SAMPLE_RUNS = 0.0
+
 ROWS = ("centre", "mean", "best")
 
 

@@ -20,6 +20,9 @@ from coterie.compress.state import LayerState, Measured
 from coterie.errors import Infeasible, InputError
 from coterie.model.arch.layers import MoELayer
 
+#: How long it takes, in times of running the token sample through all experts.
+SAMPLE_RUNS = 0.0
+
 QUANTILE = 0.995
 SHARE_OF_LARGEST = 0.1
 SHARE_OF_LAYERS = 0.75

@@ -23,6 +23,7 @@ from coterie.compress.methods.average import usage_shares
 from coterie.compress.state import LayerState
 from coterie.errors import ArchitectureMismatch
 from coterie.model.arch.experts import Experts
+from coterie.progress import advance
 from coterie.train.split import split
 
 #: Candidates for lambda, as multiples of the mean of the Gram matrix's diagonal.
@@ -77,6 +78,7 @@ def refit_down(state: LayerState, plan: LayerPlan, *, held_out: int = 4) -> Laye
     ridges: list[float | None] = []
     errors: list[tuple[float, float] | None] = []
     for merged, share_E in enumerate(share_ME):
+        advance(1 / len(share_ME))
         if len((state.clusters_E == merged).nonzero()) == 1:
             ridges.append(None)
             errors.append(None)

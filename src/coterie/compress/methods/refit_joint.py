@@ -28,7 +28,11 @@ from torch import Tensor
 
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.state import LayerState
+from coterie.progress import advance
 from coterie.train.split import split
+
+#: How long it takes, in times of running the token sample through all experts.
+SAMPLE_RUNS = 2.0
 
 #: Relative squared error on the held-out tokens that is rounding.
 ROUNDING = 1e-9
@@ -170,6 +174,7 @@ def _solve(
     before = least = float(heldout_TD.double().square().sum())
     at = 0
     for iteration in range(1, iterations + 1):
+        advance(1 / iterations)
         bent_MDF = normal(step_MDF) + ridge_M11 * step_MDF
         curvature = _dot(step_MDF, bent_MDF)
         if slope <= 0 or curvature <= 0:

@@ -35,6 +35,9 @@ from coterie.compress.state import LayerState, Measured
 from coterie.model.arch.experts import Experts
 from coterie.model.arch.layers import MoELayer
 
+#: How long it takes, in times of running the token sample through all experts.
+SAMPLE_RUNS = 0.0
+
 #: How far the logits of two parts of one expert are moved apart, in standard deviations of the layer's logits.
 GAP = 0.05
 

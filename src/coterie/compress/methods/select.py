@@ -18,6 +18,9 @@ from coterie.compress.methods.scores import score_experts, score_needs
 from coterie.compress.state import LayerState, Measured
 from coterie.model.arch.layers import MoELayer
 
+#: How long it takes, in times of running the token sample through all experts.
+SAMPLE_RUNS = 0.0
+
 
 def needs(score: str, *, patterns: bool = False) -> tuple[str, ...]:
     """Return the statistics that a score reads; raises UnknownName."""

@@ -23,6 +23,9 @@ from coterie.compress.state import LayerState
 from coterie.errors import Infeasible, UnknownName
 from coterie.model.arch.experts import Experts
 
+#: How long it takes, in times of running the token sample through all experts.
+SAMPLE_RUNS = 0.0
+
 Statistics = Mapping[str, Tensor]
 
 

@@ -26,6 +26,10 @@ from coterie.compress.methods.scores import score_experts
 from coterie.compress.methods.select import best_experts, keep_experts, planned_experts, slice_router
 from coterie.compress.quick_route import SubsetRoute, find_quick_route
 from coterie.compress.state import LayerState
+from coterie.progress import advance
+
+#: How long it takes, in times of running the token sample through all experts.
+SAMPLE_RUNS = 3.0
 
 #: Subsets that are judged at most: all where there are no more, else the search ends there.
 EVALUATIONS = 4096
@@ -65,9 +69,9 @@ def subset_search(state: LayerState, plan: LayerPlan, *, evaluations: int = EVAL
     if count == num_experts:
         return keep_experts(state, torch.arange(num_experts), "subset-search", {})
     start_M = best_experts(state, score_experts("reap", state.statistics, state.by_domain), count)
-    judge = Judge(state, start_M)
+    exhaustive = (subsets := num_subsets(state, count)) <= evaluations
+    judge = Judge(state, start_M, most=max(1, min(subsets, evaluations)))
     start_error = judge.error(start_M)
-    exhaustive = num_subsets(state, count) <= evaluations
     if exhaustive:
         error, kept_M = min(
             ((judge.error(rows_M), rows_M) for rows_M in all_subsets(state, count)), key=lambda judged: judged[0]
@@ -136,17 +140,18 @@ class Judge:
         evaluations: subsets judged so far.
     """
 
-    def __init__(self, state: LayerState, subset_M: Tensor) -> None:
+    def __init__(self, state: LayerState, subset_M: Tensor, *, most: int = EVALUATIONS) -> None:
         """Compute the inner products of all experts' outputs, and look for a quick stand-in for the router.
 
         Args:
             state: the layer.
             subset_M: a subset of the size that will be judged.
+            most: subsets that will be judged at most.
         """
         num_experts, sample = state.layer.num_experts, state.sample
-        most = max(1, min(OUTPUTS // num_experts, PRODUCTS // (num_experts + 1) ** 2))
-        self.tokens_T = torch.arange(0, len(sample.inputs_TD), math.ceil(len(sample.inputs_TD) / most))
-        self.evaluations = 0
+        tokens = max(1, min(OUTPUTS // num_experts, PRODUCTS // (num_experts + 1) ** 2))
+        self.tokens_T = torch.arange(0, len(sample.inputs_TD), math.ceil(len(sample.inputs_TD) / tokens))
+        self.evaluations, self._most = 0, most
         self._state = state
         self._gram_TVV = self._products()
         self.target = float(self._gram_TVV[:, -1, -1].double().sum())
@@ -155,6 +160,7 @@ class Judge:
     def error(self, rows_M: Tensor) -> float:
         """Return the sum over tokens of the squared distance between the output with these experts and the original."""
         self.evaluations += 1
+        advance(1 / self._most)
         vector_TC, weight_TC = self._combination(rows_M)
         num_vectors = self._gram_TVV.shape[1]
         pair_TCC = vector_TC[:, :, None] * num_vectors + vector_TC[:, None, :]

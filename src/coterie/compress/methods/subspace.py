@@ -21,6 +21,10 @@ from torch import Tensor
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.state import LayerState
 from coterie.errors import InputError
+from coterie.progress import advance
+
+#: How long it takes, in times of running the token sample through all experts.
+SAMPLE_RUNS = 3.0
 
 _CHUNK = 1024  # tokens
 
@@ -52,7 +56,9 @@ def subspace(
     matrices = {name: tensor for name, tensor in state.experts.tensors().items() if "bias" not in name}
     matrices = {name: tensor.clone() for name, tensor in matrices.items()}
     ranks: dict[str, list[int | None]] = {name: [] for name in matrices}
-    for cluster in range(int(state.clusters_E.max()) + 1):
+    num_clusters = int(state.clusters_E.max()) + 1
+    for cluster in range(num_clusters):
+        advance(1 / num_clusters)
         members = (state.clusters_E == cluster).nonzero().flatten()
         used = members[state.statistics["usage"][members] > 0].tolist()
         moments = _output_moments(state, used) if len(used) > 1 else {}

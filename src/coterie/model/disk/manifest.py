@@ -6,7 +6,7 @@ It lies beside the weights as ``coterie.json``. This file holds its one writer a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -158,6 +158,9 @@ class Manifest:
         layers: what became of every MoE layer, in order.
         bytes_before: bytes of all tensors of the original, as they are read.
         bytes_after: bytes of all tensors of the result.
+        left_out: why steps of the recipe on the whole result were left out, by step.
+        numerics: what it was computed with, see `coterie.model.numerics`: with another number of threads, device or
+            version of torch the last bits may differ. Empty where an earlier version wrote it, as for `left_out`.
 
     Raises:
         ValueError: the form contradicts the router or the widths, or layers are not in order; the message begins with
@@ -182,6 +185,8 @@ class Manifest:
     bytes_before: int
     bytes_after: int
     prediction: Mapping[str, Any] | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    numerics: Mapping[str, str | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for form, holds in ((ResultForm.MAPPED, self.router == "map"), (ResultForm.RAGGED, self.ragged is not None)):
@@ -298,7 +303,18 @@ def _manifest_of(fields: Fields) -> Manifest:
             bytes_before=fields.whole("bytes_before"),
             bytes_after=fields.whole("bytes_after"),
             prediction=fields.content("prediction") if fields.said("prediction") else None,
+            left_out={name: str(value) for name, value in _named(fields, "left_out").items()},
+            numerics=_named(fields, "numerics"),
         )
+
+
+def _named(fields: Fields, name: str) -> dict[str, str | int]:
+    """Return texts and numbers by name; none where an early version did not say them."""
+    if not fields.said(name):
+        return {}
+    inner = fields.nested(name)
+    with inner.all_read():
+        return {each: inner.text_or_whole(each) for each in inner.names()}
 
 
 def _ragged_of(fields: Fields) -> RaggedWidths:

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from coterie.amounts import format_bytes
-from coterie.errors import Infeasible
+from coterie.errors import NotEnoughMemory
 from coterie.model.arch.layers import MoELayer
 from coterie.model.stream.stream import Stream
 
@@ -82,7 +82,7 @@ class Stage:
         return free_bytes(self.device) if limit is None and self.device is not None else limit
 
     def check(self, limit: int | None) -> None:
-        """Raise Infeasible where it takes more than is allowed, with the numbers and the way out.
+        """Raise NotEnoughMemory where it takes more than is allowed, with the numbers and the way out.
 
         Args:
             limit: bytes that may be taken; None for no limit.
@@ -91,7 +91,7 @@ class Stage:
         if allowed is not None and self.num_bytes > allowed:
             room = format_bytes(allowed)
             says = f"{room} are free" if limit is None else f"--max-memory allows {room}"
-            raise Infeasible(f"{self}; {says}: {self._way_out(allowed)}")
+            raise NotEnoughMemory(f"{self}; {says}: {self._way_out(allowed)}")
 
     def _way_out(self, allowed: int) -> str:
         for what, size in sorted(self.lines, key=lambda line: -line[1]):
@@ -118,7 +118,7 @@ class Forecast:
         return self.largest.num_bytes
 
     def check(self, limit: int | None) -> None:
-        """Log what each stage takes; raise Infeasible where one takes more than is allowed, see `Stage.check`."""
+        """Log what each stage takes; raise NotEnoughMemory where one takes more than is allowed, see `Stage.check`."""
         for stage in sorted(self.stages, key=lambda stage: -stage.num_bytes):
             stage.check(limit)
         log.info("memory: at most %s", format_bytes(self.num_bytes))

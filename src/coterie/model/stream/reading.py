@@ -17,6 +17,7 @@ from torch import Tensor
 
 from coterie.model.stream.likelihood import position_slices
 from coterie.model.stream.stream import Stream
+from coterie.model.stream.work import unit_work
 from coterie.progress import track
 
 #: Gives logits (B, S, V) from token ids (B, S) and what the base model returned, as `Stream.head` does.
@@ -35,7 +36,8 @@ def read(stream: Stream, batches: Sequence[Tensor], *, description: str) -> list
         What the base model returned for each batch; its last hidden states are in files where they are large.
     """
     run = stream.run([functools.partial(_base_output, stream.model, ids_BS) for ids_BS in batches])
-    for _ in track(run, description, total=len(stream.units)):
+    work = unit_work(stream, (), tokens=sum(ids_BS.numel() for ids_BS in batches), base=True)
+    for _ in track(run, description, work.total, weight=work.of, largest=work.largest):
         pass
     stream.release()
     return run.results

@@ -46,6 +46,7 @@ from coterie.model.stream.jobs import JobThread
 from coterie.model.stream.loss import loss_and_gradient
 from coterie.model.stream.spill import Spill, share_heaps, trim_memory
 from coterie.model.stream.unit import Unit
+from coterie.progress import advance
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -460,6 +461,7 @@ class StreamRun:
         def finish(job: int, output: Any) -> None:
             outputs[job] = mapped(output, stream._spill.keep)
             stream._spill.release()
+            advance(1 / len(here))
 
         calls = tuple(
             Call(worker.number, functools.partial(stream._compute, loaded.unit, *worker.request), finish)
