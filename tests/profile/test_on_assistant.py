@@ -20,10 +20,10 @@ from coterie.model.arch.load import load_model
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.profile.calibration import TokenSet, tokenize
+from coterie.profile.measure import profile_model
 from coterie.profile.observation import observed
 from coterie.profile.places import chosen_places
 from coterie.profile.profile import Profile
-from coterie.profile.run import profile_model
 from coterie.profile.statistics import MATRICES, STATISTICS
 from coterie.profile.text import TextSettings
 from coterie.train.distill import divergence_loss

@@ -31,9 +31,10 @@ from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.profile import observation as observation_module
 from coterie.profile import run as run_module
 from coterie.profile.calibration import TokenSet, tokenize
+from coterie.profile.measure import profile_model
 from coterie.profile.observation import TOLERANCE, observed, prove_layers
 from coterie.profile.profile import FILE, Profile
-from coterie.profile.run import profile, profile_model
+from coterie.profile.run import profile
 from coterie.profile.statistics import wanted_statistics
 from coterie.profile.text import CalibrationText, TextSettings
 from coterie.testing import CORE_FAMILIES

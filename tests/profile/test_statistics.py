@@ -28,8 +28,8 @@ from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.profile import observation as observation_module
 from coterie.profile.calibration import TokenSet, tokenize
 from coterie.profile.collect import Collector
+from coterie.profile.measure import profile_model
 from coterie.profile.observation import observed
-from coterie.profile.run import profile_model
 from coterie.profile.statistics import (
     GRADIENTS,
     ON_REQUEST,

@@ -27,8 +27,8 @@ from coterie.errors import ArchitectureMismatch, InputError, StaleArtifact
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.ragged import places_of
 from coterie.model.disk.manifest import RouterForm
+from coterie.profile.measure import check_predicts
 from coterie.profile.profile import Profile, summed
-from coterie.profile.run import check_predicts
 from coterie.profile.statistics import needs_gradients
 
 

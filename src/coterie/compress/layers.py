@@ -27,9 +27,9 @@ from coterie.journal import Run
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.reroute import Reroute
 from coterie.model.stream.stream import Stage, Stream
+from coterie.profile.measure import Measure
 from coterie.profile.observation import observed, proving, with_residual
 from coterie.profile.profile import Profile, Sample, summed
-from coterie.profile.run import Measure
 from coterie.progress import total_weight, track, within
 
 #: By index of the layer: its statistics, domains first, and its token sample.

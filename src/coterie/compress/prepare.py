@@ -28,9 +28,9 @@ from coterie.outputs import check_output, is_empty_folder
 from coterie.paths import user_path
 from coterie.profile.calibration import TokenSet
 from coterie.profile.data_sets import local_place
+from coterie.profile.measure import Measure, ProfileSettings
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile
-from coterie.profile.run import Measure, ProfileSettings
 from coterie.profile.sources import On, check_on
 from coterie.profile.statistics import needs_gradients, wanted_statistics
 from coterie.profile.text import CalibrationText, TextSettings, UnwrittenText

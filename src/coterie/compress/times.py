@@ -10,7 +10,7 @@ from coterie.compress.recipes import Step
 from coterie.model.arch.layers import MoELayer
 from coterie.model.stream.stream import Stream
 from coterie.model.stream.work import BYTES_A_SECOND, speed_of
-from coterie.profile.run import Measure
+from coterie.profile.measure import Measure
 from coterie.progress import StageTime
 
 #: What is waited for, as the stages of a run are called.

@@ -19,7 +19,7 @@ from coterie.model.arch.layers import MoELayer
 from coterie.model.stream.memory import SAMPLE, STATISTICS, Forecast
 from coterie.model.stream.stream import Stream
 from coterie.model.stream.work import BYTES_A_SECOND, unit_work
-from coterie.profile.run import Measure
+from coterie.profile.measure import Measure
 from coterie.progress import StageTime, duration
 
 #: Bytes of the first layers up to which measuring them is cheap.
