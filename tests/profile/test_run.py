@@ -28,6 +28,7 @@ from coterie.model.arch.seam import installed
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.manifest import ResultForm
 from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.profile import measure as measure_module
 from coterie.profile import observation as observation_module
 from coterie.profile import run as run_module
 from coterie.profile.calibration import TokenSet, tokenize
@@ -400,10 +401,10 @@ def test_a_statistic_that_needs_gradients_gets_them(tiny, text):
 
 
 def test_unknown_statistics_are_refused_before_anything_is_computed(tiny, text, monkeypatch):
-    monkeypatch.setattr(run_module.Measure, "stream", None)
+    monkeypatch.setattr(measure_module.Measure, "stream", None)
     with pytest.raises(UnknownName, match="unknown statistic 'raep'; did you mean reap"):
         run(tiny, text, statistics=["raep"])
-    settings = run_module.ProfileSettings(statistics=("raep",))
+    settings = measure_module.ProfileSettings(statistics=("raep",))
     checkpoint = Checkpoint.open(tiny())
     calibration_text = CalibrationText(checkpoint, TextSettings(source=text, tokens=64, seq_len=16))
     with pytest.raises(UnknownName, match="unknown statistic 'raep'; did you mean reap"):
@@ -432,12 +433,12 @@ def test_a_run_that_was_ended_early_does_not_go_on_with_other_statistics(tiny, t
 def test_compress_without_a_profile_measures_only_what_its_recipe_needs(tiny, text, tmp_path, monkeypatch, recipe):
     measured = []
 
-    class Recorded(run_module.Collector):
+    class Recorded(measure_module.Collector):
         def __init__(self, token_set, names, **options):
             measured.append(set(names))
             super().__init__(token_set, names, **options)
 
-    monkeypatch.setattr(run_module, "Collector", Recorded)
+    monkeypatch.setattr(measure_module, "Collector", Recorded)
     compress(
         tiny(), tmp_path / "out", keep=0.5, recipe=recipe, text=text, tokens=128, seq_len=16, sample_tokens=32
     )  # fmt: skip
@@ -471,7 +472,7 @@ def test_only_some_domains(tiny, text):
 
 def test_a_profile_is_never_overwritten(tiny, text, tmp_path, monkeypatch):
     (tmp_path / FILE).write_text("kept")
-    monkeypatch.setattr(run_module.Measure, "stream", None)  # refused before anything is computed
+    monkeypatch.setattr(measure_module.Measure, "stream", None)  # refused before anything is computed
     with pytest.raises(OutputExists, match="exists; choose another place"):
         run(tiny, text, tmp_path)
     assert (tmp_path / FILE).read_text() == "kept"
@@ -484,7 +485,7 @@ def test_nothing_to_measure_is_refused(tiny, text, options):
 
 
 def test_text_problems_come_before_the_model_is_loaded(tiny, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module.Measure, "stream", None)
+    monkeypatch.setattr(measure_module.Measure, "stream", None)
     with pytest.raises(TextError, match="is not a folder"):
         run(tiny, tmp_path / "nowhere")
     with pytest.raises(TextError, match="fewer than one sequence of 100000"):
