@@ -146,15 +146,16 @@ def test_blank_documents_have_no_tokens_however_long(monkeypatch):
 
 
 def test_a_text_is_tokenized_once_and_drawn_from_as_if_each_time_anew(tiny, text, monkeypatch):
-    read = []
+    read, draws = [], (None, 1280, 320, 640)
+    tokenizer = load_tokenizer(tiny())
+    anew = [tokenize(tokenizer, text, seq_len=32, tokens=tokens or 640, seed=3) for tokens in draws]
     real = sources.document_pieces
     monkeypatch.setattr(sources, "document_pieces", lambda file: read.append(file.name) or real(file))
     settings = TextSettings(source=text, tokens=640, seq_len=32, seed=3)
     calibration = CalibrationText(Checkpoint.open(tiny()), settings)
     assert read == []
-    for tokens in (None, 1280, 320, 640):
+    for tokens, expected in zip(draws, anew, strict=True):
         drawn = calibration.draw(tokens)
-        expected = tokenize(load_tokenizer(tiny()), text, seq_len=32, tokens=tokens or 640, seed=3)
         assert drawn.digest == expected.digest
         assert drawn.domains == expected.domains
         assert all(torch.equal(drawn.sequences[name], rows) for name, rows in expected.sequences.items())
@@ -169,7 +170,7 @@ def test_weights_share_out_every_draw(tiny, text):
 
 
 def test_what_cannot_be_is_refused_before_text_is_read(tiny, text, monkeypatch):
-    monkeypatch.setattr(sources, "document_pieces", None)
+    monkeypatch.setattr(sources, "document_pieces", lambda file: pytest.fail(f"{file} is read"))
     with pytest.raises(InputError, match="text that the model writes has no domains"):
         CalibrationText(Checkpoint.open(tiny()), TextSettings(source="self", tokens=1, seq_len=8, domains=("a",)))
     with pytest.raises(TextError, match="a sequence of 1 tokens predicts nothing"):
