@@ -147,9 +147,9 @@ def test_blank_documents_have_no_tokens_however_long(monkeypatch):
 
 
 def test_a_text_is_tokenized_once_and_drawn_from_as_if_each_time_anew(tiny, text, monkeypatch):
-    draws = (None, 1280, 320, 640)
-    anew = [tokenize(load_tokenizer(tiny()), text, seq_len=32, tokens=tokens or 640, seed=3) for tokens in draws]
-    read = []
+    read, draws = [], (None, 1280, 320, 640)
+    tokenizer = load_tokenizer(tiny())
+    anew = [tokenize(tokenizer, text, seq_len=32, tokens=tokens or 640, seed=3) for tokens in draws]
     real = sources.document_pieces
     monkeypatch.setattr(sources, "document_pieces", lambda file: read.append(file.name) or real(file))
     settings = TextSettings(source=text, tokens=640, seq_len=32, seed=3)
@@ -171,10 +171,7 @@ def test_weights_share_out_every_draw(tiny, text):
 
 
 def test_what_cannot_be_is_refused_before_text_is_read(tiny, text, monkeypatch):
-    def never(file):
-        raise AssertionError(f"{file} was read")
-
-    monkeypatch.setattr(sources, "document_pieces", never)
+    monkeypatch.setattr(sources, "document_pieces", lambda file: pytest.fail(f"{file} is read"))
     with pytest.raises(InputError, match="text that the model writes has no domains"):
         CalibrationText(Checkpoint.open(tiny()), TextSettings(source="self", tokens=1, seq_len=8, domains=("a",)))
     with pytest.raises(TextError, match="a sequence of 1 tokens predicts nothing"):

@@ -48,6 +48,7 @@ from coterie.evaluate.speed import RunningCost, measure_cost, whole_stage
 from coterie.evaluate.subjects import (
     Subject,
     TextReader,
+    check_arguments,
     check_numbers,
     check_same_text,
     check_same_vocabulary,
@@ -62,7 +63,7 @@ from coterie.evaluate.subjects import (
 from coterie.evaluate.times import layers_of, stage_times, text_of
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
-from coterie.model.stream.likelihood import token_nll
+from coterie.model.stream.likelihood import counted, token_nll
 from coterie.model.stream.memory import Forecast, fitting_batch, peak_bytes
 from coterie.model.stream.reading import Head, logits_at, predictions, read
 from coterie.model.stream.stream import Stream
@@ -261,7 +262,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         on: On = "all",
     ) -> None:
         """Read the questions and open the base; see `evaluate` for the arguments and what is raised."""
-        self.device = _check_arguments(
+        self.device = check_arguments(
             device=device, dtype=dtype, batch_size=batch_size, tokens=tokens, questions=questions
         )
         check_seed(seed)
@@ -469,8 +470,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
                 )
             else:
                 nll_T = token_nll(logits_BPV, ids_BP)
-            counts_T = None if counts_BS is None else counts_BS[:, positions][:, 1:].flatten()
-            nll_T = _counted(nll_T.cpu(), counts_T).double()
+            nll_T = counted(nll_T, counts_BS, positions).cpu().double()
             check_numbers(nll_T, subject, stream, domain)
             domain_sums.nll += float(nll_T.sum())
             domain_sums.tokens += len(nll_T)
@@ -480,10 +480,10 @@ class Evaluation(AbstractContextManager["Evaluation"]):
                     base_BPV = logits_at(base_head, ids_BS, base_output, positions)
                 kl_T, agreeing_T = token_divergence(base_BPV, logits_BPV)
             if self.base is not None and kl_T is not None and agreeing_T is not None:
-                kl_T = _counted(kl_T.cpu(), counts_T).double()
+                kl_T = counted(kl_T, counts_BS, positions).cpu().double()
                 check_numbers(kl_T, self.base, self._streams[self.base.path], domain)
                 domain_sums.kl += float(kl_T.sum())
-                domain_sums.agreeing += int(_counted(agreeing_T.cpu(), counts_T).sum())
+                domain_sums.agreeing += int(counted(agreeing_T, counts_BS, positions).sum())
 
     def _right(self, subject: Subject, outputs: _ModelOutputs, head: Head, begun: dict[int, int]) -> set[int]:
         """Return the numbers of the questions, of all domains, that are answered exactly in what was read."""
@@ -540,24 +540,3 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             speed_ratio=None if cost is None else cost.speed_ratio,
             environment=environment(stream.device, stream.dtype),
         )
-
-
-def _counted(values_T: Tensor, counts_T: Tensor | None) -> Tensor:
-    """Return the values of the tokens that count."""
-    return values_T if counts_T is None else values_T[counts_T]
-
-
-def _check_arguments(
-    *,
-    device: str | torch.device,
-    dtype: torch.dtype | None,
-    batch_size: int,
-    tokens: int | None,
-    questions: int | None,
-) -> torch.device:
-    for name, value, least in (("batch size", batch_size, 1), ("tokens", tokens, 1), ("questions", questions, 0)):
-        if value is not None and value < least:
-            raise InputError(f"{name} is {value}; it must be at least {least}")
-    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise InputError(f"models do not run in {str(dtype).removeprefix('torch.')}; use float32, bfloat16 or float16")
-    return check_device(device)

@@ -15,6 +15,7 @@ from coterie.artifact import digest_of
 from coterie.errors import InputError
 from coterie.evaluate.answers import Attempt, attempts
 from coterie.evaluate.generation import Question
+from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.open import open_checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
@@ -185,3 +186,20 @@ def mixed_batch(tokens: TokenSet, size: int) -> Tensor:
     longest = max(len(ids) for ids in tokens.sequences.values())
     turns = [ids[row] for row in range(longest) for ids in tokens.sequences.values() if row < len(ids)]
     return torch.stack(turns[:size])
+
+
+def check_arguments(
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    batch_size: int,
+    tokens: int | None,
+    questions: int | None,
+) -> torch.device:
+    """Return the device that models run on; raise InputError for numbers, or a number format, that cannot be."""
+    for name, value, least in (("batch size", batch_size, 1), ("tokens", tokens, 1), ("questions", questions, 0)):
+        if value is not None and value < least:
+            raise InputError(f"{name} is {value}; it must be at least {least}")
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise InputError(f"models do not run in {str(dtype).removeprefix('torch.')}; use float32, bfloat16 or float16")
+    return check_device(device)

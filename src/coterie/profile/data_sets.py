@@ -176,4 +176,4 @@ def _one_line(origin: str, way_out: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise TextError(f"{origin} cannot be read as a table ({reason}); {way_out}") from error
+        raise TextError(f"{origin} cannot be read ({reason}); {way_out}") from error

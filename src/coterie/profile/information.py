@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from coterie.errors import InputError, TextError
-from coterie.model.stream.likelihood import BATCH_ELEMENTS, perplexity, token_nll
+from coterie.model.stream.likelihood import BATCH_ELEMENTS, counted, perplexity, token_nll
 from coterie.model.stream.memory import (
     LOGITS,
     Forecast,
@@ -183,9 +183,7 @@ def _mean_losses(stream: Stream, token_set: TokenSet, batch_size: int) -> dict[s
             name = token_set.domains[domain]
             for positions, ids_BP in predictions(ids_BS, vocab_size):
                 nll_T = token_nll(logits_at(head, ids_BS, output, positions), ids_BP)
-                if counts_BS is not None:
-                    nll_T = nll_T[counts_BS[:, positions][:, 1:].flatten().to(nll_T.device)]
-                sums[name] += float(nll_T.double().sum())
+                sums[name] += float(counted(nll_T, counts_BS, positions).double().sum())
             stream.release()
     losses = {name: sums[name] / _num_predicted(token_set, name) for name in token_set.domains}
     for name, loss in losses.items():

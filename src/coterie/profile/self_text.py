@@ -224,6 +224,7 @@ class _Voice:
     def _text(self, ids: list[int]) -> str:
         stop = next((place for place, token in enumerate(ids) if token in self._ends), None)
         text: str = self._tokenizer.decode(ids[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = text.replace("\0", "")  # which no file of text may hold, and a model of bytes may write
         # A document that was cut off may end within a character.
         return text if stop is not None else text.rstrip("\ufffd")
 

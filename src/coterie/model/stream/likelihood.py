@@ -61,6 +61,17 @@ def token_nll(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def counted(values_T: Tensor, counts_BS: Tensor | None, positions: slice) -> Tensor:
+    """Return the values of those predicted tokens that count.
+
+    Args:
+        values_T: of every token but the first at some positions of each sequence, as `token_nll` gives them.
+        counts_BS: which tokens of whole sequences count, bool; None for all.
+        positions: which positions.
+    """
+    return values_T if counts_BS is None else values_T[counts_BS[:, positions][:, 1:].flatten().to(values_T.device)]
+
+
 def perplexity(nll: float, tokens: int) -> float:
     """Return ``exp(nll / tokens)`` for a sum of negative log-likelihoods; infinite where that exceeds a float."""
     try:
