@@ -13,6 +13,7 @@ from coterie.bench.cells import (
     original_key,
     profile_key,
 )
+from coterie.bench.times import CellTimes
 from coterie.compress.recipes import RECIPES
 from coterie.errors import InputError, TextError, UnknownName
 
@@ -162,3 +163,17 @@ def test_the_digest_of_a_folder_is_that_of_its_texts(tmp_path):
     (tmp_path / "a.qa.jsonl").unlink()
     (tmp_path / "a.txt").write_text("two")
     assert folder_digest(tmp_path) != first
+
+
+def test_cells_take_as_long_as_those_like_them():
+    times = CellTimes([])
+    cells = [replace(CELL, recipe=recipe) for recipe in ("reap", "reap", "coterie")]
+    assert times.left(cells, jobs=1) == 3
+    done = {"status": "done", "model": "m", "seconds": {"compress": 8.0, "evaluate": 2.0}}
+    times.add(done | {"recipe": "reap"})
+    times.add({"status": "failed", "model": "m", "recipe": "coterie", "seconds": {}})
+    assert times.left(cells, jobs=1) == 30
+    times.add(done | {"recipe": "coterie", "model": "another", "seconds": {"compress": 90.0, "evaluate": 10.0}})
+    assert times.left(cells, jobs=1) == 120
+    assert times.left(cells, jobs=2) == 100  # no sooner than the longest
+    assert times.left([], jobs=2) == 0

@@ -9,6 +9,7 @@ import pytest
 import coterie
 from coterie.bench import run, tasks
 from coterie.bench.run import bench
+from coterie.compress.recipes import EFFORTS
 from coterie.errors import InputError, NotACheckpoint, OutputBusy, OutputExists, TextError, UnknownName
 from coterie.evaluate.scorecard import Scorecard
 
@@ -143,6 +144,25 @@ def test_what_cannot_be_done_is_said_and_not_tried_again(
     assert "every token chooses 2 experts" in cell["reason"]
     assert f"- reap, 87.5 % removed: infeasible: {cell['reason']}" in found.table
     assert again(removed=(0.5, 0.875), recipes="reap", seeds=1).computed == 0
+
+
+def test_what_memory_refused_is_tried_again_and_a_cell_says_whether_it_trained(tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setitem(EFFORTS, "balanced", 128)
+    arguments = {
+        "text": text, "test": text, "tokens": 128, "test_tokens": 64, "seq_len": 16, "sample_tokens": 64,
+        "questions": 0, "jobs": 0, "recipes": "coterie", "routers": ("plain",), "removed": (0.5,), "seeds": 1,
+    }  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr("coterie.model.stream.memory.free_bytes", lambda device: 2**20)
+        [cell] = bench(tiny(), tmp_path / "out", **arguments).cells
+    assert (cell["status"], cell["error"]) == ("infeasible", "NotEnoughMemory")
+    assert "more than was free" in cell["reason"]
+    [cell] = bench(tiny(), tmp_path / "out", max_memory="100GiB", **arguments).cells
+    assert cell["status"] == "done"
+    assert cell["trained"] is True
+    assert bench(tiny(), tmp_path / "out", **arguments).computed == 0
+    [cell] = bench(tiny(), tmp_path / "out", effort="fast", **arguments).cells
+    assert cell["trained"] is False
 
 
 def test_an_error_of_ours_is_one_failed_cell_that_is_tried_again(small, tiny, tmp_path, made, monkeypatch):
