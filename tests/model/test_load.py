@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from coterie.model.arch.load import load_model
 from coterie.model.disk.manifest import MANIFEST, ResultForm
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.quiet import quiet
-from coterie.testing import CORE_FAMILIES, END_OF_TEXT_ID
+from coterie.testing import CORE_FAMILIES, END_OF_TEXT_ID, tiny_checkpoint
 from manifests import manifest_of
 
 IDS = torch.arange(40).view(2, 20)
@@ -151,6 +153,34 @@ def test_a_mapped_result_must_be_of_the_layers_that_its_config_says(copy):
     manifest_of(form=ResultForm.MAPPED, router="map").write(path, {})
     with pytest.raises(CorruptArtifact, match=r"layers with \[4, 4\] experts, config\.json of layers with \[8, 8\]"):
         load_model(path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")]
+)
+def test_loading_takes_the_model_and_one_layer(tmp_path, stored, dtype):
+    sizes = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 512, "num_experts": 16}
+    big = tiny_checkpoint(tmp_path / "big", dtype=getattr(torch, stored), **sizes)
+    small = tiny_checkpoint(tmp_path / "small")
+    code = f"""
+import torch
+import coterie
+torch.set_num_threads(1)
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+coterie.load_model({str(small)!r})
+before = status("VmRSS")
+model = coterie.load_model({str(big)!r}, dtype=torch.{dtype})
+size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**20
+print(size, status("VmHWM") - before, {str(big)!r} in open("/proc/self/maps").read())
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=True, timeout=300, capture_output=True, text=True)
+    size, peak, mapped = result.stdout.split()
+    assert mapped == "False"
+    # Of a layer, a number in the file, one as it is wanted, and one in the fused tensor.
+    assert float(peak) < float(size) * (1 + 3 / 8) + 64
 
 
 def made_headless(path, *, bare, **tensors):

@@ -8,13 +8,16 @@ experts of different widths (`coterie.model.disk.filled`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from coterie.errors import CorruptCheckpoint
@@ -25,12 +28,15 @@ from coterie.model.arch.meta import make_buffers, meta_model, parse_config
 from coterie.model.arch.resize import resized_config
 from coterie.model.arch.structure import check_chosen
 from coterie.model.device import check_device
-from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.checkpoint import Checkpoint, TensorReader
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.quiet import quiet
 
 log = logging.getLogger(__name__)
+
+#: The switch by which transformers loads in the order of need; it has no other.
+_SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def load_model(
@@ -62,9 +68,9 @@ def load_model(
         try:
             if manifest is not None and manifest.form is ResultForm.MAPPED:
                 loaded, info = _load_mapped(checkpoint, manifest, chosen)
-            elif checkpoint is not stored:
-                loaded, info = _load_filled_up(checkpoint, meta, chosen)
-            else:
+            elif "quantization_config" not in config:
+                loaded, info = _load_plain(checkpoint, type(meta), parse_config(config), chosen)
+            else:  # transformers unpacks it as it loads
                 loaded, info = type(meta).from_pretrained(  # type: ignore[misc]
                     checkpoint.path,
                     config=parse_config(config),
@@ -149,28 +155,49 @@ def _load_mapped(checkpoint: Checkpoint, manifest: Manifest, dtype: Any) -> tupl
 
     # The conversion of names is looked up by class name and by the module that the class lives in.
     Mapped.__name__, Mapped.__module__ = base.__name__, base.__module__
-    model, info = Mapped.from_pretrained(
-        checkpoint.path,
-        config=small.config,
-        dtype=dtype,
-        output_loading_info=True,
-        local_files_only=True,
-        trust_remote_code=False,
-    )
+    model, info = _load_plain(checkpoint, Mapped, small.config, dtype)
     attach_maps(model, layers, maps)
     return model, info
 
 
-def _load_filled_up(
-    checkpoint: Checkpoint, meta: PreTrainedModel, dtype: Any
+def _load_plain(
+    checkpoint: Checkpoint, stock: Any, config: PreTrainedConfig, dtype: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load a view of a checkpoint through the stock class, which is handed the tensors instead of reading files."""
-    with checkpoint.reader() as reader:
-        tensors = {name: reader.read(name) for name in checkpoint.tensors}
-    stock: Any = type(meta)
-    model, info = stock.from_pretrained(
-        None, config=meta.config, state_dict=tensors, dtype=dtype, output_loading_info=True, trust_remote_code=False
-    )
+    """Load a checkpoint through a stock class, which is handed tensors to read when it wants them instead of files.
+
+    It would map whole files, whose pages count as memory of this process, and convert tensors ahead of their use.
+    """
+    with checkpoint.reader() as reader, _one_after_the_other():
+        tensors = {name: _LazyTensor(reader, name) for name in checkpoint.tensors}
+        model, info = stock.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    model.name_or_path = model.config.name_or_path = str(checkpoint.path)
     if (checkpoint.path / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     return model, info
+
+
+@dataclass(frozen=True, slots=True)
+class _LazyTensor:
+    """A tensor of a checkpoint that is read when it is indexed, as slices of safetensors are."""
+
+    reader: TensorReader
+    name: str
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.reader.read(self.name)[index]
+
+
+@contextmanager
+def _one_after_the_other() -> Iterator[None]:
+    """Let transformers read tensors when it needs them, not in threads that run ahead of it."""
+    before = os.environ.get(_SEQUENTIAL)
+    os.environ[_SEQUENTIAL] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SEQUENTIAL]
+        else:
+            os.environ[_SEQUENTIAL] = before
