@@ -17,7 +17,7 @@ from coterie.compress.decide import plan
 from coterie.compress.recipes import Recipe
 from coterie.errors import Infeasible, InputError
 from coterie.model.arch.experts import canonical_experts, is_experts
-from coterie.model.disk.manifest import Manifest
+from coterie.model.disk.manifest import Manifest, PredictionEntry
 
 SMALL = {"tokens": 512, "seq_len": 64}
 
@@ -96,7 +96,7 @@ def test_prediction_layers_are_left_out_when_asked(tiny, text, tmp_path):
     config = json.loads((result.out / "config.json").read_text())
     assert config["num_nextn_predict_layers"] == 0
     assert Manifest.read(result.out).plan["mtp"] == "drop"
-    assert Manifest.read(result.out).prediction == {"kept": False, "layers": ["model.layers.3"]}
+    assert Manifest.read(result.out).prediction == PredictionEntry(kept=False, layers=("model.layers.3",))
     whole = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(model).values())
     assert result.plan.original_bytes == whole
 
@@ -134,8 +134,8 @@ def test_shape_and_config_of_a_prediction_layer_agree(tiny, text, tmp_path, fami
     )
     assert torch.isfinite(logits(run_as_a_layer(result.out, tmp_path / "longer", prefix))).all()
     said, last = Manifest.read(result.out).prediction, result.manifest.layers[-1]
-    assert (said["kept"], said["compressed"], said["width"]) == (True, [prefix.rstrip(".")], last.width_after)
-    assert said["experts"] == list(last.centres or range(last.num_experts_after))
+    assert (said.kept, said.compressed, said.width) == (True, (prefix.rstrip("."),), last.width_after)
+    assert said.experts == (last.centres or tuple(range(last.num_experts_after)))
 
 
 @pytest.mark.parametrize(("family", "prefix"), [FAMILIES[0], FAMILIES[1], FAMILIES[3]])  # no router groups

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from coterie.cli.main import app
 from coterie.compress.apply import compress
 from coterie.compress.decide import plan
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint, Infeasible, InputError, NotACheckpoint, NotAMoE
@@ -229,6 +233,8 @@ def test_known_sizes_of_deepseek_v3_in_fp8_with_a_prediction_layer(tmp_path, num
     # 37 B activated on the card; here with the input embedding of 0.9 B.
     active = found.active_parameters + missing * (9 * 3 * 2048 * 7168 + 256 * 7168 + 256 + mixing)
     assert round(active / 1e9, 1) == 37.6
+    assert found.prediction == (f"model.layers.{num_layers}",)
+    assert found.awkward == ()
     assert found.parts["unused"].parameters > 256 * layer.shared.parameters
     assert found.parts["dense"].parameters == 3 * 3 * 18432 * 7168
     assert layer.experts.bytes == 256 * 3 * (2048 * 7168 + 16 * 56 * 4)
@@ -528,3 +534,19 @@ print({{"torch", "transformers", "numpy", "safetensors"}} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "set()"
+
+
+def test_prediction_layers_and_awkward_shapes_are_shown(tiny, tmp_path):
+    copy = shutil.copytree(tiny("glm4_moe"), tmp_path / "model")
+    tensors = load_file(copy / "model.safetensors")
+    tensors |= {"mtp.fc.weight": torch.zeros(2, 2), "model.layers.3.eh_proj.weight": torch.zeros(2, 2)}
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    assert inspect(copy).prediction == ("model.layers.3", "mtp")
+    said = CliRunner().invoke(app, ["inspect", str(copy), "--budget", "230KiB"]).stdout
+    assert "prediction layers (MTP), run by other programs: model.layers.3, mtp\n" in said
+    assert "note: width 24 is no multiple of 256, as K-quants want it" in said
+    assert inspect(tiny("glm4_moe")).prediction == ()
+    fit = inspect(copy, budget="230KiB").budget
+    assert fit.experts % 8
+    assert f"{fit.experts} experts cannot be shared out evenly" in said
+    assert "--multiple-of" in said

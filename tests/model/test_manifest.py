@@ -9,7 +9,7 @@ import pytest
 
 from coterie.artifact import read_artifact, write_artifact
 from coterie.errors import CorruptArtifact, StaleArtifact
-from coterie.model.disk.manifest import MANIFEST, VERSION, Manifest, RaggedWidths, ResultForm
+from coterie.model.disk.manifest import MANIFEST, VERSION, Manifest, PredictionEntry, RaggedWidths, ResultForm
 from manifests import layer_entry, manifest_of
 
 INPUTS = {"model": "a" * 64, "text": "b" * 64}
@@ -36,8 +36,21 @@ CUT = {
         {"form": ResultForm.PACKED},
         RAGGED,
         CUT,
+        {"prediction": PredictionEntry(kept=False, layers=("model.layers.4",))},
+        {
+            "prediction": PredictionEntry(
+                kept=True,
+                layers=("mtp", "mtp.0"),
+                compressed=("mtp.0",),
+                like="model.layers.3",
+                experts=(0, 0, 2),
+                width=8,
+                neurons="largest weights",
+                factor=3.0,
+            )
+        },
     ],
-    ids=["plain", "distilled", "mapped", "packed", "ragged", "cut"],
+    ids=["plain", "distilled", "mapped", "packed", "ragged", "cut", "prediction dropped", "prediction compressed"],
 )
 def test_what_is_written_comes_back(tmp_path, changes):
     written = manifest_of(**changes)

@@ -409,3 +409,19 @@ def test_a_newer_format_is_stale(full_run: Any) -> None:
 
     with pytest.raises(StaleArtifact, match="upgrade"):
         report(full_run.folder)
+
+
+def test_prediction_layers_and_awkward_shapes_are_said_of_each_result(make_run: Maker) -> None:
+    run = make_run()
+    layers = {"layers": ["model.layers.2"], "kept": True}
+    follows = {"compressed": ["model.layers.2"], "like": "model.layers.1", "experts": [0, 1, 2], "width": 8}
+    run.manifest("a", "reap", kept=3, prediction=layers | follows | {"neurons": "largest weights"})
+    run.manifest("b", "frequency", kept=4, prediction={"layers": [HOSTILE], "kept": False})
+    run.manifest("c", "mergemoe", kept=4, prediction=layers)
+    page = Page(report(run.folder))
+    text = " ".join(page.text.split())
+    assert "got what model.layers.1 got, 3 experts, of width 8: model.layers.2" in text
+    assert "reap" in text.partition("3 experts cannot be shared out evenly among 2 or 4 or 8 devices")[0]
+    assert f"prediction layers (MTP) were left out: {HOSTILE}" in text
+    assert "prediction layers (MTP) were kept as they are: model.layers.2" in text
+    assert "<script" not in page.source

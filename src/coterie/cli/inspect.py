@@ -41,6 +41,10 @@ def _print(inspection: "Inspection") -> None:
     print_text(f"{inspection.path}: {inspection.model_type}, {inspection.layers} layers, {with_experts}")
     for line in _layer_lines(inspection.moe_layers):
         print_text(line)
+    if inspection.prediction:
+        print_text(f"prediction layers (MTP), run by other programs: {', '.join(inspection.prediction)}")
+    for note in inspection.awkward:
+        print_text(f"note: {note}")
     print_text()
     total = inspection.total
     print_table(
@@ -81,10 +85,12 @@ def _layer_lines(layers: "tuple[MoEBlock, ...]") -> Iterator[str]:
 
 def _budget_line(fit: "BudgetFit") -> str:
     from coterie.amounts import format_bytes
+    from coterie.model.arch.shapes import awkward_shapes
 
     if fit.feasible:
+        notes = "".join(f"; {note}: --multiple-of chooses others" for note in awkward_shapes(fit.experts))
         largest = f"{fit.experts} experts a layer fit (--keep {fit.keep:.3g}), {format_bytes(fit.bytes)}"
-        return f"{format_bytes(fit.limit)}: {largest}"
+        return f"{format_bytes(fit.limit)}: {largest}{notes}"
     return (
         f"{format_bytes(fit.limit)} cannot be met by keeping fewer experts: the least that can be routed, "
         f"{fit.smallest_experts} a layer, takes {format_bytes(fit.smallest)}"

@@ -17,6 +17,7 @@ from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.recipes import ROUTERS, Step
 from coterie.errors import Infeasible
 from coterie.fields import Fields
+from coterie.model.arch.shapes import awkward_shapes
 from coterie.model.disk.manifest import RouterForm
 from coterie.outputs import claim_output
 
@@ -105,16 +106,7 @@ class Plan:
     @property
     def awkward(self) -> tuple[str, ...]:
         """What other programs will not like about the shapes of the result, a sentence each."""
-        shape, notes = self.shape, []
-        if shape.width is not None and shape.width % 256:
-            groups = [size for size in (32, 128) if shape.width % size]
-            also = f", nor of {' and '.join(map(str, groups))} as groups of 4-bit weights are" if groups else ""
-            notes.append(f"width {shape.width} is no multiple of 256, as K-quants want it{also}")
-        undivided = [ways for ways in (2, 4, 8) if shape.num_experts % ways]
-        if undivided:
-            ways = " or ".join(map(str, undivided))
-            notes.append(f"{shape.num_experts} experts cannot be shared out evenly among {ways} devices")
-        return tuple(notes)
+        return awkward_shapes(self.shape.num_experts, self.shape.width)
 
     @property
     def shape(self) -> CommonShape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ from coterie.journal import Run
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.prediction import Follower
 from coterie.model.disk.files import name_of_folder
-from coterie.model.disk.manifest import LayerEntry, Manifest, ResultForm
+from coterie.model.disk.manifest import LayerEntry, Manifest, PredictionEntry, ResultForm
 from coterie.profile.profile import Profile
 
 
@@ -91,25 +91,26 @@ class Work:
             kept=kept, width=summary.width, factor=float(cut.get("factor", times)),
         )  # fmt: skip
 
-    def _prediction(self) -> dict[str, Any] | None:
+    def _prediction(self) -> PredictionEntry | None:
         """Return what became of prediction layers, for the manifest; None where there are none."""
         source = self.job.source
         if source.mtp is None:
             return None
         if source.mtp == "drop":
-            return {"kept": False, "layers": list(source.dropped)}
-        entry: dict[str, Any] = {"kept": True, "layers": list(source.prediction.layers)}
+            return PredictionEntry(kept=False, layers=source.dropped)
+        entry = PredictionEntry(kept=True, layers=source.prediction.layers)
         if self.plan.mapped or self.plan.ragged or not source.prediction.twins:
             return entry
         follower = self._follower
-        return entry | {
-            "compressed": list(source.prediction.twins),
-            "like": source.prediction.base,
-            "experts": list(follower.kept),
-            "width": follower.width,
-            "neurons": "all" if follower.width == follower.full_width else "largest weights",
-            "factor": follower.factor,
-        }
+        return replace(
+            entry,
+            compressed=source.prediction.twins,
+            like=source.prediction.base,
+            experts=tuple(follower.kept),
+            width=follower.width,
+            neurons="all" if follower.width == follower.full_width else "largest weights",
+            factor=None if follower.factor == 1 else follower.factor,
+        )
 
     def write_small_files(self) -> None:
         """Write all that makes weight files a checkpoint."""

@@ -27,6 +27,7 @@ from coterie.report.layers import (
     widths_text,
 )
 from coterie.report.plots import ByteRow, byte_bars, domain_dots, time_bars, trade_off
+from coterie.report.remarks import remarks
 from coterie.report.words import MISSING, bytes_text, count_text, number_text, percent_text, range_text, times_text
 
 Section = dict[str, Any]
@@ -251,6 +252,7 @@ def results_table(entries: Sequence[Entry]) -> Section | None:
         "ragged": "ragged" in kinds,
         "maps": any(manifest.form is ResultForm.MAPPED for manifest in manifests),
         "texts": len({entry.card.text_digest for entry in entries if entry.card is not None}),
+        "remarks": remarks(results),
         "trade_off": _trade_off(results),
     }
 

@@ -19,6 +19,7 @@ from coterie.amounts import parse_bytes
 from coterie.errors import ArchitectureMismatch, NotAMoE
 from coterie.model.arch.accounting import Accounting, LayerShape
 from coterie.model.arch.routing import routing_problem
+from coterie.model.arch.shapes import awkward_shapes
 from coterie.model.arch.structure import (
     Block,
     DottedName,
@@ -136,6 +137,8 @@ class Inspection:
         layers: number of decoder layers, with and without experts.
         expert_key: path into config.json of the entry that counts experts; None when no entry does.
         moe_layers: the MoE blocks that the model runs, in order.
+        prediction: names of the layers (or modules) that predict tokens further ahead (MTP), which are "unused" here.
+        awkward: what other programs will not like about the shapes of experts, a sentence each.
         parts: every part of `PARTS`; their sum is the whole checkpoint.
         active_parameters: parameters that one token uses: K/E of each layer's experts and all else but "unused". Each
             embedding matrix counts once and in whole, and a matrix that is tied to the output is one matrix.
@@ -152,6 +155,8 @@ class Inspection:
     layers: int
     expert_key: tuple[str, ...] | None
     moe_layers: tuple[MoEBlock, ...]
+    prediction: tuple[str, ...]
+    awkward: tuple[str, ...]
     parts: Mapping[str, Amount]
     active_parameters: int
     tied_embeddings: bool
@@ -215,6 +220,10 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
         layers=_num_layers(places, part_of, set(depths)),
         expert_key=path or None,
         moe_layers=tuple(moe_layers),
+        prediction=_prediction(places, part_of),
+        awkward=tuple(
+            dict.fromkeys(note for each in moe_layers for note in awkward_shapes(each.num_experts, each.width))
+        ),
         parts=parts,
         active_parameters=active + used - routed,
         tied_embeddings=not any(part == "embeddings" and not _INPUT.search(name) for name, part in part_of.items()),
@@ -226,6 +235,13 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
         estimates=_estimates(used, routed),
         budget=None if limit is None else _fit(limit, moe_layers, _accounting(checkpoint, described), config),
     )
+
+
+def _prediction(places: Mapping[str, Place | None], part_of: Mapping[str, str]) -> tuple[str, ...]:
+    unused = [(name, places[name]) for name, part in part_of.items() if part == "unused"]
+    layers = {(place[0], place[1]) for _, place in unused if place is not None}
+    modules = {name.partition(".")[0] for name, place in unused if place is None}
+    return (*(f"{stack}.{layer}" for stack, layer in sorted(layers)), *sorted(modules))
 
 
 def _file_bytes(infos: Iterable[TensorInfo]) -> int:

@@ -22,6 +22,7 @@ VERSION = 2
 
 #: How the rows of the router were made; "map" keeps those of the original.
 RouterForm = Literal["plain", "mean", "refit", "map"]
+KeptNeurons = Literal["all", "largest weights"]
 CalibrationInputs = Literal["original", "compressed"]
 
 _SAID_HOW_TO_LOAD = ("loads_with", "how_to_load")  # in version 1
@@ -134,6 +135,36 @@ def _check_numbers(name: str, numbers: tuple[int, ...] | None, *, length: int, l
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PredictionEntry:
+    """What became of the prediction layers (MTP) of a model.
+
+    Attributes:
+        kept: whether they are in the result.
+        layers: their names, and those of modules beside them.
+        compressed: those that follow the last MoE layer; none where config.json stayed as it was.
+        like: the name of that layer.
+        experts: for each expert of theirs the one of the original that it is, or is a part of.
+        width: hidden neurons of each.
+        neurons: which those are: "all", or those with the "largest weights".
+        factor: what outputs of experts are multiplied by, where these were cut into parts.
+    """
+
+    kept: bool
+    layers: tuple[str, ...]
+    compressed: tuple[str, ...] = ()
+    like: str | None = None
+    experts: tuple[int, ...] | None = None
+    width: int | None = None
+    neurons: KeptNeurons | None = None
+    factor: float | None = None
+
+    def content(self) -> dict[str, Any]:
+        """Return it as JSON content, without what is not said."""
+        entries = {name: plain_content(getattr(self, name)) for name in self.__dataclass_fields__}
+        return {name: value for name, value in entries.items() if value is not None and value != []}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What a result of Coterie is, how it was made, and what became of every layer.
 
@@ -153,8 +184,7 @@ class Manifest:
             until that was checked.
         ragged: how tensors are filled up, for a ragged result; else None.
         distilled: what training the result did; None where that was left out.
-        prediction: what became of prediction layers (MTP): whether they were kept, their names, and where they were
-            compressed like which layer, from which experts, to which width; None where there are none.
+        prediction: what became of prediction layers (MTP); None where there are none.
         layers: what became of every MoE layer, in order.
         bytes_before: bytes of all tensors of the original, as they are read.
         bytes_after: bytes of all tensors of the result.
@@ -184,7 +214,7 @@ class Manifest:
     layers: tuple[LayerEntry, ...]
     bytes_before: int
     bytes_after: int
-    prediction: Mapping[str, Any] | None = None
+    prediction: PredictionEntry | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     numerics: Mapping[str, str | int] = field(default_factory=dict)
 
@@ -217,6 +247,8 @@ class Manifest:
             body[name] = plain_content(getattr(self, name))
         if self.prediction is None:
             del body["prediction"]
+        else:
+            body["prediction"] = self.prediction.content()
         ragged = self.ragged
         body["ragged"] = None if ragged is None else {"width": ragged.width, "axes": dict(ragged.axes)}
         body["layers"] = [layer.content() for layer in self.layers]
@@ -302,7 +334,7 @@ def _manifest_of(fields: Fields) -> Manifest:
             layers=tuple(_layer_of(layer) for layer in fields.each("layers")),
             bytes_before=fields.whole("bytes_before"),
             bytes_after=fields.whole("bytes_after"),
-            prediction=fields.content("prediction") if fields.said("prediction") else None,
+            prediction=_prediction_of(fields.nested("prediction")) if fields.said("prediction") else None,
             left_out={name: str(value) for name, value in _named(fields, "left_out").items()},
             numerics=_named(fields, "numerics"),
         )
@@ -320,6 +352,21 @@ def _named(fields: Fields, name: str) -> dict[str, str | int]:
 def _ragged_of(fields: Fields) -> RaggedWidths:
     with fields.all_read():
         return RaggedWidths(width=fields.whole("width"), axes=fields.wholes_by_name("axes"))
+
+
+def _prediction_of(fields: Fields) -> PredictionEntry:
+    with fields.all_read():
+        said = fields.said
+        return PredictionEntry(
+            kept=fields.yes_or_no("kept"),
+            layers=fields.texts("layers") if said("layers") else (),
+            compressed=fields.texts("compressed") if said("compressed") else (),
+            like=fields.text("like") if said("like") else None,
+            experts=fields.wholes("experts") if said("experts") else None,
+            width=fields.whole("width") if said("width") else None,
+            neurons=cast(KeptNeurons, fields.text("neurons", get_args(KeptNeurons))) if said("neurons") else None,
+            factor=fields.number("factor") if said("factor") else None,
+        )
 
 
 def _layer_of(fields: Fields) -> LayerEntry:
