@@ -17,7 +17,7 @@ PYTEST      := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n $(
 	--dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-families test-slow lint docs bench clean
+.PHONY: help demo test test-families test-slow test-browser lint docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -36,6 +36,12 @@ test-slow: $(VENV)/.stamp-dev ## the tests that need minutes, and those of the e
 	@$(PIP) -e '.[dev,docs,eval,data]'
 	$(PYTEST) -m 'slow or families or hypothesis' --hypothesis-profile=thorough
 	$(PYTEST) -m 'not slow' tests/evaluate/test_harness.py tests/profile/test_formats.py
+	@$(MAKE) --no-print-directory test-browser
+
+test-browser: $(VENV)/.stamp-dev ## the report in a headless Chromium (Debian's, installed where that is possible)
+	@$(PIP) -e '.[dev,browser]'
+	COTERIE_SCREENSHOTS=$(CURDIR)/build/screenshots OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser \
+		tests/report/test_browser.py
 
 docs: $(VENV)/.stamp-dev ## the documentation site, in site/ (`.venv/bin/mkdocs serve` shows it while you write)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -425,3 +425,27 @@ def test_prediction_layers_and_awkward_shapes_are_said_of_each_result(make_run: 
     assert f"prediction layers (MTP) were left out: {HOSTILE}" in text
     assert "prediction layers (MTP) were kept as they are: model.layers.2" in text
     assert "<script" not in page.source
+
+
+def test_what_scrolls_is_named_and_can_be_reached_by_key(full_run: Any) -> None:
+    source = Page(report(full_run.folder)).source
+
+    scrollers = re.findall(r'<div class="wide[^"]*"([^>]*)>', source)
+    assert len(scrollers) > 10
+    assert all(re.fullmatch(r' tabindex="0" role="group" aria-label="[^"]+"', rest) for rest in scrollers)
+    assert len(re.findall("<table", source)) == len(re.findall('<div class="wide[^>]*><table', source))
+    assert 'aria-label=""' not in source
+
+
+def test_a_table_of_many_domains_is_cut_for_paper_and_whole_on_screen(make_run: Maker) -> None:
+    run = make_run()
+    domains = [f"domain_{number}" for number in range(9)]
+    run.base_card(domains=domains)
+    run.card("pruned", 0.5, domains=domains)
+
+    page = Page(report(run.folder))
+
+    parts = [row for row in page.rows if row[:2] == ["", "all"]]
+    assert parts[0] == ["", "all", *domains]
+    assert parts[1:3] == [["", "all", *domains[:6]], ["", "all", *domains[6:]]]
+    assert page.source.count('class="wide on-screen"') * 2 == page.source.count('class="wide on-paper"')

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import math
 import struct
+import unicodedata
 import zlib
 from collections.abc import Sequence
 
@@ -170,8 +171,12 @@ class Drawing:
 
     def render(self) -> Markup:
         """Return the SVG element."""
-        form = Markup('<svg viewBox="0 0 {:.0f} {:.0f}" width="{:.0f}" role="img" aria-label="{}">{}</svg>')
-        return form.format(self.width, self.height, self.width, self._label, Markup("").join(self._parts))
+        form = Markup('<svg viewBox="0 0 {:.0f} {:.0f}" width="{:.0f}" {}>{}</svg>')
+        # One without a label stands beside what says the same in words.
+        about = (
+            Markup('role="img" aria-label="{}"').format(self._label) if self._label else Markup('aria-hidden="true"')
+        )
+        return form.format(self.width, self.height, self.width, about, Markup("").join(self._parts))
 
 
 def key_mark(series: int) -> Markup:
@@ -189,9 +194,21 @@ def shorten(text: str, limit: int = 28) -> str:
     return text[:head] + "…" + text[len(text) - (limit - 1 - head) :]
 
 
-def text_width(text: str, size: float = 12.5) -> float:
-    """Return about how wide `text` is in units of the drawing; system fonts differ, so this is generous."""
-    return len(text) * size * 0.58
+def text_width(text: str, size: float = 13.8) -> float:
+    """Return about how wide `text` is in units of the drawing; system fonts differ, so this is generous.
+
+    The size is the larger one of page.css, for narrow screens.
+    """
+    return size * sum(_letter_width(letter) for letter in text)
+
+
+def _letter_width(letter: str) -> float:
+    """Return about how wide a letter is, in units of the font size."""
+    if letter in "mwMW@%" or unicodedata.east_asian_width(letter) in "WF":
+        return 1.0
+    if letter in "iljtfr.,:;'|!()[] -":
+        return 0.42
+    return 0.72 if letter.isupper() else 0.63
 
 
 def _title(text: str) -> Markup:

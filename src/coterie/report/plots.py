@@ -208,7 +208,7 @@ def domain_dots(domains: Sequence[str], series: Sequence[Sequence[float | None]]
         caption: what the axis shows.
         floor: the value that means "no damage" (0 for KL, 1 for a ratio); the axis starts there.
     """
-    left = min(200.0, max(70.0, 14 + max(text_width(shorten(domain)) for domain in domains)))
+    left = min(300.0, max(70.0, 14 + max(text_width(shorten(domain)) for domain in domains)))
     row, top, bottom = 27.0, 8.0, 44.0
     height = top + row * len(domains) + bottom
     drawing = Drawing(WIDTH, height, caption)
@@ -271,7 +271,7 @@ class ByteRow:
 
 def byte_bars(rows: Sequence[ByteRow]) -> Markup:
     """Return stacked bars of bytes, the first row being the original; what is gone is outlined."""
-    left = min(230.0, max(80.0, 14 + max(text_width(shorten(row.name)) for row in rows)))
+    left = min(300.0, max(80.0, 14 + max(text_width(shorten(row.name)) for row in rows)))
     right, step, top = WIDTH - 150, 30.0, 4.0
     drawing = Drawing(WIDTH, top + step * len(rows) + 6, "Bytes before and after")
     most = max(row.total for row in rows)
@@ -299,7 +299,7 @@ def byte_bars(rows: Sequence[ByteRow]) -> Markup:
 
 def time_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], stages: Sequence[str]) -> Markup:
     """Return stacked bars of seconds by stage, one row a result."""
-    left = min(230.0, max(80.0, 14 + max(text_width(shorten(name)) for name, _ in rows)))
+    left = min(300.0, max(80.0, 14 + max(text_width(shorten(name)) for name, _ in rows)))
     right, step, top = WIDTH - 90, 26.0, 4.0
     drawing = Drawing(WIDTH, top + step * len(rows) + 4, "Seconds by stage")
     most = max((sum(seconds for _, seconds in parts) for _, parts in rows), default=0.0) or 1.0
