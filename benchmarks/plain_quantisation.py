@@ -18,6 +18,7 @@ import json
 import re
 import shutil
 import tempfile
+from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -85,6 +86,11 @@ def write_rounded(model: Path, out: Path, bits: int) -> None:
     (out / "config.json").write_text(json.dumps(config | {"dtype": "float32"}), encoding="utf-8")
 
 
+def short(number: float) -> str:
+    """Return a number with two digits that say something, and no exponent."""
+    return f"{Decimal(f'{number:.2g}'):f}"
+
+
 def main() -> None:
     """Compress, round, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,7 +123,8 @@ def main() -> None:
                 tokens=options.tokens, seed=options.seed,
                 train_tokens=options.train_tokens if get_recipe(recipe).trains else None,
             ).out  # fmt: skip
-            name = f"half removed, {recipe}"
+            trains = get_recipe(recipe).trains
+            name = f"half removed, {recipe}" + (" untrained" if trains and not options.train_tokens else "")
             models[name], share[name] = result, expert_bits(result) / total
             for bits in ROUNDED_RESULTS:
                 rounded = work / f"{recipe}-{bits}"
@@ -137,7 +144,7 @@ def main() -> None:
         assert scores["kl"] is not None
         assert scores["accuracy"] is not None
         lines.append(
-            f"| {name} | {share[name]:.0%} | {scores['kl']:.2g} | {scores['perplexity']:.2f} |"
+            f"| {name} | {share[name]:.0%} | {short(scores['kl'])} | {scores['perplexity']:.2f} |"
             f" {scores['accuracy']:.1%} |"
         )
     table = "\n".join(lines)

@@ -43,7 +43,9 @@ def lines_not_printed(quote: str, printed: str) -> list[str]:
     return strange
 
 
-@pytest.mark.parametrize("page", [page for page in [README, *SITE_PAGES] if "copied from" in read(page)], ids=str)
+@pytest.mark.parametrize(
+    "page", [page for page in [README, *SITE_PAGES] if "copied from" in read(page)], ids=lambda page: page.name
+)
 def test_what_is_quoted_is_what_was_printed(page):
     quotes = QUOTE.findall(read(page))
     assert len(quotes) == read(page).count("copied from")
