@@ -23,11 +23,11 @@ PANELS: dict[str, tuple[str, ...]] = {
         "statistics", "gradients", "profile", "seed", "seeds", "temperature", "first_token",
     ),
     "Text": (
-        "text", "test", "generate", "domains", "tokens", "test_tokens", "seq_len", "sample_tokens", "questions",
+        "text", "test", "generate", "domains", "on", "tokens", "test_tokens", "seq_len", "sample_tokens", "questions",
     ),
     "What to measure": ("against", "speed", "tasks", "include_path", "limit"),
     "Limits": ("device", "jobs", "max_memory", "allow_pickle"),
-    "Output": ("out", "keep_results", "check", "json"),
+    "Output": ("out", "dry_run", "keep_results", "check", "json"),
 }  # fmt: skip
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 
