@@ -60,6 +60,12 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Where the scorecards go: a file (*.json) for one model, or a folder.")
     ] = None,
+    write_card: Annotated[
+        bool,
+        typer.Option(
+            "--write-card", help="Write what was measured into the model card (README.md) of each result of Coterie."
+        ),
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Measure what a smaller model costs.
@@ -71,8 +77,13 @@ def evaluate(
 
     texts = [] if text is None else [local_place(text)]
     files = [] if out is None else _files(out, models, {"model folder": [*models, against], "text folder": texts})
+    from coterie.evaluate.card import card as write
+    from coterie.evaluate.card import check_card
     from coterie.evaluate.run import evaluate as run
 
+    if write_card:
+        for model in models:
+            check_card(model)
     cards = run(
         models,
         against=against,
@@ -92,6 +103,7 @@ def evaluate(
     )
     for card, file in zip(cards, files, strict=False):
         card.save(file)
+    written = [write(model, scorecard=card) for model, card in zip(models, cards, strict=True)] if write_card else []
     if json:
         print_json([dataclasses.asdict(card) for card in cards])
         return
@@ -103,6 +115,8 @@ def evaluate(
     _print_cost(cards)
     for file in files:
         print_text(f"scorecard written to {file}")
+    for path in written:
+        print_text(f"card written to {path}")
 
 
 def _files(out: Path, models: list[str], reads: Mapping[str, Sequence[str | Path | None]]) -> list[Path]:

@@ -21,6 +21,7 @@ from coterie.model.disk.manifest import MANIFEST, LayerEntry, Manifest, ResultFo
 from coterie.paths import user_path
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile
+from coterie.publish.hub import RUN_FILE
 from coterie.report.layers import share_left, size_mark, size_text
 from coterie.report.words import percent_text
 
@@ -32,7 +33,6 @@ DEPTH = 3
 #: Results are of one size when the shares of neurons that they keep differ by less.
 SAME_SIZE = 0.01
 
-TOOK_FILE = "coterie-run.json"  # beside a manifest: what the compression took
 _OUR_NAMES = (PROFILE_FILE, MANIFEST)
 _HEAD = 4096  # bytes; our JSON names itself in its first line
 
@@ -282,7 +282,7 @@ def _read(run: ReportedRun, path: Path, relative: str) -> None:
 def _read_result(path: Path, relative: str, inputs: Mapping[str, str]) -> ReportedResult:
     manifest = Manifest.read_file(path)
     digest, inside = _weights(path.parent)
-    seconds, peak_bytes = _took(path.with_name(TOOK_FILE))
+    seconds, peak_bytes = _took(path.with_name(RUN_FILE))
     return ReportedResult(
         path=relative,
         folder=path.resolve().parent.name,
