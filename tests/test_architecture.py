@@ -43,12 +43,13 @@ ALLOWED = {
     "model": FOUNDATION,
     "profile": FOUNDATION | {"model"},
     "train": FOUNDATION | {"model", "profile"},
-    "compress": FOUNDATION | {"model", "profile", "train"},
-    "evaluate": FOUNDATION | {"model", "profile"},
-    "report": FOUNDATION | {"model", "profile", "compress", "evaluate"},
+    "publish": FOUNDATION | {"model"},
+    "compress": FOUNDATION | {"model", "profile", "train", "publish"},
+    "evaluate": FOUNDATION | {"model", "profile", "publish"},
+    "report": FOUNDATION | {"model", "profile", "compress", "evaluate", "publish"},
     "bench": FOUNDATION | {"model", "profile", "train", "compress", "evaluate", "report"},
     "testing": FOUNDATION | {"model", "profile", "compress"},
-    "cli": FOUNDATION | {"model", "profile", "compress", "evaluate", "report", "bench", "testing"},
+    "cli": FOUNDATION | {"model", "profile", "publish", "compress", "evaluate", "report", "bench", "testing"},
 }
 #: It may import anything: the front door.
 FREE = {"__init__"}

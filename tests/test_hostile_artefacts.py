@@ -18,14 +18,19 @@ from coterie.compress.layer_plan import ExpertPlan, LayerPlan
 from coterie.compress.patterns import Patterns
 from coterie.compress.plan import Plan
 from coterie.errors import CorruptArtifact, StaleArtifact
-from coterie.evaluate.scorecard import Scorecard, Scores
+from coterie.evaluate.scorecard import Scorecard
+from coterie.evaluate.sums import Scores
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.manifest import LayerEntry, Manifest, ResultForm
 from coterie.profile.profile import Profile, Sample, layer_file
 from hostile import changed, places, values, write_digested
 
 DIGESTS = {"model": "a" * 64, "text": "b" * 64}
-SCORES = Scores(perplexity=12.5, kl=0.25, agreement=0.75, accuracy=None, tokens=10, questions=0)
+SCORES = Scores(
+    perplexity=12.5, perplexity_error=0.5, perplexity_rise=2.5, perplexity_rise_error=0.25, perplexity_ratio=1.25,
+    perplexity_ratio_error=0.03, kl=0.25, kl_error=0.01, agreement=0.75, accuracy=None, tokens=10, sequences=2,
+    questions=0,
+)  # fmt: skip
 
 
 def save_profile(folder: Path) -> Path:

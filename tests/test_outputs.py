@@ -17,11 +17,13 @@ from coterie.errors import InputError, OutputExists
 from coterie.evaluate.scorecard import Scorecard
 from coterie.outputs import check_output, claim_output, is_artifact
 from coterie.report.page import report
+from manifests import manifest_of
 
 #: Command -> its line, and the places (see below) that it may write to, or that say nothing about it.
 COMMANDS = {
     "plan": ("plan {model} --keep 0.5 --recipe hc-smoe --out {place}", "in the text, in the profile"),
     "plan with a profile": ("plan {model} {profile} --keep 0.5 --recipe reap --out {place}", "in the text"),
+    "card": ("card {result} --out {place}", "in the text, in the profile"),
     "report": ("report {run} --out {place}", "in the model, in the model through a link, in the text"),
     "evaluate": ("evaluate {model} --text {text} --questions 0 --out {place}", "the profile, in the profile"),
     "evaluate, the base": (
@@ -71,6 +73,8 @@ def made(tiny, text, tmp_path_factory):
     coterie.plan(ground / "model", keep=0.5, recipe="hc-smoe").save(run / "plan.json")
     [card] = coterie.evaluate(ground / "model", text=text, tokens=512, seq_len=64, questions=0)
     card.save(run / "card.json")
+    shutil.copytree(ground / "model", ground / "result")
+    manifest_of().write(ground / "result", {})
     return ground
 
 
@@ -87,7 +91,8 @@ def ground(made, tmp_path):
 def arguments(command: str, ground: Path, place: Path) -> list[str]:
     folders = {"run": "run.json", "profile": "run.json/profile"}
     names = {
-        name: str(ground / folders.get(name, name)) for name in ("model", "copy", "text", "run", "profile", "free")
+        name: str(ground / folders.get(name, name))
+        for name in ("model", "copy", "text", "run", "profile", "free", "result")
     }
     return [word.format(**names, place=place) for word in COMMANDS[command][0].split(" ")]
 
@@ -113,13 +118,13 @@ def test_what_is_there_stays_and_nothing_is_computed(ground, monkeypatch, comman
     assert tree(ground) == before
 
 
-@pytest.mark.parametrize("command", ["plan", "report", "evaluate"])
+@pytest.mark.parametrize("command", ["plan", "report", "evaluate", "card"])
 def test_what_coterie_wrote_of_the_same_kind_is_replaced_and_said(ground, caplog, command):
     place = ground / "output.json"
     line = arguments(command, ground, place)
     if command == "evaluate":
         line += ["--tokens", "512", "--seq-len", "64"]
-    kind = {"plan": "plan", "report": "page", "evaluate": "scorecard"}[command]
+    kind = {"plan": "plan", "report": "page", "evaluate": "scorecard", "card": "card"}[command]
     first = CliRunner().invoke(app, line)
     assert first.exit_code == 0, first.output
     assert "replaced" not in caplog.text

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from coterie.compress.apply import compress as compress
     from coterie.compress.decide import plan as plan
     from coterie.compress.plan import Plan as Plan
+    from coterie.evaluate.card import card as card
     from coterie.evaluate.run import evaluate as evaluate
     from coterie.evaluate.scorecard import Scorecard as Scorecard
     from coterie.model.arch.inspect import inspect as inspect
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from coterie.profile.calibrate import calibrate as calibrate
     from coterie.profile.profile import Profile as Profile
     from coterie.profile.run import profile as profile
+    from coterie.publish.push import push as push
     from coterie.report.page import report as report
 
 __version__ = "0.1.0"
@@ -38,12 +40,14 @@ __all__ = [
     "Scorecard",
     "bench",
     "calibrate",
+    "card",
     "compress",
     "evaluate",
     "inspect",
     "load_model",
     "plan",
     "profile",
+    "push",
     "report",
 ]
 
@@ -54,9 +58,11 @@ _HOMES = {
     "Profile": "coterie.profile.profile",
     "Scorecard": "coterie.evaluate.scorecard",
     "calibrate": "coterie.profile.calibrate",
+    "card": "coterie.evaluate.card",
     "inspect": "coterie.model.arch.inspect",
     "load_model": "coterie.model.arch.load",
     "plan": "coterie.compress.decide",
+    "push": "coterie.publish.push",
 }
 
 

@@ -17,6 +17,7 @@ The tree; catch the root to catch them all::
     ├── ArchitectureMismatch          a layer does not compute what Coterie believes it computes
     ├── ReloadMismatch                what was written does not load as what was computed
     ├── CorruptArtifact               an artefact of ours that is damaged
+    ├── HubError                      the model hub cannot be reached, or refuses
     ├── StaleArtifact                 an artefact that belongs to another model, text or version
     └── OutOfSpace (OSError)          the disk cannot hold the result
 """
@@ -90,6 +91,10 @@ class ReloadMismatch(CoterieError):
 
 class CorruptArtifact(CoterieError):
     """An artefact of ours that is damaged."""
+
+
+class HubError(CoterieError):
+    """The model hub cannot be reached, or refuses what is asked of it."""
 
 
 class StaleArtifact(CoterieError):

@@ -9,7 +9,8 @@ import pytest
 from coterie.bench import plot
 from coterie.bench.summary import Original, Spread, gaps, summarize
 from coterie.bench.table import damage, tables, with_spread
-from coterie.evaluate.scorecard import Scorecard, Sums
+from coterie.evaluate.scorecard import Scorecard
+from coterie.evaluate.sums import Sums
 
 
 def cell(method, kl, *, removed=0.5, seed=0, num_bytes=1000, accuracy=0.5, status="done", model="m", seconds=1.0):

@@ -29,7 +29,7 @@ MANY = (
 CALLS = {
     "inspect": "M", "calibrate": "M --text T", "profile": "M O --text T", "plan": "M --keep 0.5",
     "compress": "M O --keep 0.5 --text T", "evaluate": "M --text T", "bench": "M O --text T --test T --jobs 0",
-    "report": "M", "recipes": "", "families": "",
+    "card": "M", "push": "M owner/name", "report": "M", "recipes": "", "families": "",
 }  # fmt: skip
 TARGETS = ("--experts", "--width", "--budget", "--plan")
 

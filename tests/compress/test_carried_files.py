@@ -16,6 +16,10 @@ def test_all_that_holds_no_weights_is_carried_along(tiny, tmp_path):
     (model / "additional_chat_templates").symlink_to(tmp_path / "templates")
     carried = {"LICENSE": "mine", "words.tiktoken": "aa 0", "code/modeling_mine.py": "raise SystemExit"}
     left_out = {"original/params.json": "{}", "fp8/model.safetensors": "x", ".git/config": "x", "coterie.json": "{}"}
+    about_it = ("README.md", "readme_zh.md", "README", "MODEL_CARD.md", "card.json", "all_results.json",
+                "trainer_state.json")  # fmt: skip
+    left_out |= dict.fromkeys(about_it, "MMLU 99.9")
+    carried |= {"code/README.md": "what the code does", "NOTICE": "theirs", "card_game.json": "{}"}
     for name, content in {**carried, **left_out}.items():
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text(content)

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from coterie.artifact import file_digest
-from coterie.compress.apply import RUN_FILE, compress
+from coterie.compress.apply import compress
+from coterie.publish.hub import RUN_FILE
 
 
 def digests(folder: Path) -> dict[str, str]:

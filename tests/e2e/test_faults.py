@@ -14,10 +14,10 @@ import pytest
 from coterie import compress
 from coterie.artifact import file_digest
 from coterie.compress import layers as layers_module
-from coterie.compress.apply import RUN_FILE
 from coterie.errors import OutputBusy, StaleArtifact
 from coterie.journal import Run
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.publish.hub import RUN_FILE
 from coterie.testing import tiny_checkpoint, tiny_text
 
 LAYERS = 3

@@ -108,12 +108,13 @@ def test_another_vocabulary_is_refused_with_both_shapes():
 def test_predictions_that_are_there_compare_as_logits_do(pair, elements, monkeypatch):
     base_BSV, logits_BSV = pair
     ids_BS = torch.randint(9, (3, 7), generator=torch.Generator().manual_seed(1))
-    nll_T, (kl_T, agreeing_T) = token_nll(logits_BSV, ids_BS), token_divergence(base_BSV, logits_BSV)
+    nll_T, base_nll_T = token_nll(logits_BSV, ids_BS), token_nll(base_BSV, ids_BS)
+    kl_T, agreeing_T = token_divergence(base_BSV, logits_BSV)
     monkeypatch.setattr(likelihood, "CHUNK_ELEMENTS", elements)
     log_p_BTV, likeliest_BT = base_BSV[:, :-1].log_softmax(-1), base_BSV[:, :-1].argmax(-1)
     for masked in (False, True):
         found = compare(log_p_BTV, likeliest_BT, logits_BSV, ids_BS, masked=masked)
-        torch.testing.assert_close(found, (nll_T, kl_T, agreeing_T), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(found, (nll_T, base_nll_T, kl_T, agreeing_T), rtol=1e-6, atol=1e-7)
 
 
 def test_predictions_that_are_there_may_be_masked(pair):
@@ -122,7 +123,7 @@ def test_predictions_that_are_there_may_be_masked(pair):
     expected, _ = token_divergence(base_BSV, logits_BSV)
     ids_BS = torch.zeros(3, 7, dtype=torch.int64)
     log_p_BTV = base_BSV[:, :-1].log_softmax(-1)
-    _, found, _ = compare(log_p_BTV, log_p_BTV.argmax(-1), logits_BSV, ids_BS, masked=True)
+    _, _, found, _ = compare(log_p_BTV, log_p_BTV.argmax(-1), logits_BSV, ids_BS, masked=True)
     torch.testing.assert_close(found, expected)
     assert bool(found.isfinite().all())
 

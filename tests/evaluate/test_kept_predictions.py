@@ -39,7 +39,8 @@ def test_scores_do_not_change_by_the_cache(base_path, small_path, text_path, pla
         first = evaluate([small_path, base_path], **arguments)
     assert "what the base predicts is kept in" in caplog.text
     read = units_read(monkeypatch)
-    [second] = evaluate(small_path, **arguments)
+    with Evaluation(ask_base=False, **arguments) as evaluation:
+        second = evaluation.score(small_path)
     assert set(read) == {"small"}
     for card in (first[0], second):
         for domain, scores in plain[0].domains.items():
@@ -63,7 +64,7 @@ def test_the_cache_serves_any_batch_size(base_path, small_path, text_path, plain
 def test_one_evaluation_scores_many_models(base_path, small_path, text_path, plain, tmp_path, monkeypatch):
     for cache in (None, tmp_path / "cache"):
         read = units_read(monkeypatch)
-        with Evaluation(against=base_path, text=text_path, cache=cache, **TEXT) as evaluation:
+        with Evaluation(against=base_path, text=text_path, cache=cache, ask_base=False, **TEXT) as evaluation:
             evaluation.keep_predictions()
             cards = [evaluation.score(model) for model in (small_path, base_path, small_path)]
         assert cards[0].domains == cards[2].domains

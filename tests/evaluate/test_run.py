@@ -29,6 +29,89 @@ def alone(base_path, small_path, text_path):
     }
 
 
+def slow_sequences(model_path, base_path, text):
+    """Return (nll, the base's, KL, tokens) of each sequence by domain, one position at a time, all in float64."""
+    model, base = (load_model(path, dtype=torch.float64) for path in (model_path, base_path))
+    model.set_experts_implementation("eager")  # the default has no float64
+    base.set_experts_implementation("eager")
+    found = {}
+    for domain, sequences in tokenize(load_tokenizer(base_path), text, **TEXT).sequences.items():
+        found[domain] = []
+        for ids_S in sequences:
+            with torch.no_grad():
+                log_q_SV = model(ids_S[None]).logits[0].log_softmax(-1)
+                log_p_SV = base(ids_S[None]).logits[0].log_softmax(-1)
+            nll = base_nll = kl = 0.0
+            for position in range(len(ids_S) - 1):
+                p, q = log_p_SV[position].tolist(), log_q_SV[position].tolist()
+                nll -= q[int(ids_S[position + 1])]
+                base_nll -= p[int(ids_S[position + 1])]
+                kl += math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
+            found[domain].append((nll, base_nll, kl, len(ids_S) - 1))
+    return found
+
+
+def slow_error(values, slopes=1.0):
+    """Return the standard error of the mean of equally many tokens' sums, each a mean over a sequence."""
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return slopes * math.sqrt(variance / len(values))
+
+
+def check_errors(scores, base, rows):
+    """Check scores against sequences of equal length."""
+    nll, base_nll, kl = ([row[column] / row[3] for row in rows] for column in range(3))
+    mine, other = (math.exp(math.fsum(values) / len(values)) for values in (nll, base_nll))
+    close = {"rel": 1e-3}
+    assert scores["sequences"] == base["sequences"] == len(rows)
+    assert scores["kl_error"] == pytest.approx(slow_error(kl), **close)
+    assert scores["perplexity_error"] == pytest.approx(slow_error(nll, mine), **close)
+    assert base["perplexity"] == pytest.approx(other, rel=1e-4)
+    assert base["perplexity_error"] == pytest.approx(slow_error(base_nll, other), **close)
+    assert scores["perplexity_rise"] == pytest.approx(mine - other, **close)
+    moved = [mine * a - other * b for a, b in zip(nll, base_nll, strict=True)]
+    assert scores["perplexity_rise_error"] == pytest.approx(slow_error(moved), **close)
+    assert scores["perplexity_ratio"] == pytest.approx(mine / other, **close)
+    apart = [a - b for a, b in zip(nll, base_nll, strict=True)]
+    assert scores["perplexity_ratio_error"] == pytest.approx(slow_error(apart, mine / other), **close)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_errors_are_those_of_slow_loops_over_sequences_in_float64(base_path, small_path, text_path, tmp_path, cached):
+    cache = tmp_path / "cache" if cached else None
+    [card] = evaluate(small_path, against=base_path, text=text_path, questions=0, cache=cache, **TEXT)
+    rows = slow_sequences(small_path, base_path, text_path)
+    for domain in ("code", "prose"):
+        check_errors(card.domains[domain], card.base_domains[domain], rows[domain])
+    check_errors(card.overall, card.base_overall, [*rows["code"], *rows["prose"]])
+    assert card.overall["kl_error"] > 0
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_original_has_a_row_of_its_own(base_path, small_path, text_path, alone, tmp_path, cached):
+    cache = tmp_path / "cache" if cached else None
+    [card] = evaluate(small_path, against=base_path, text=text_path, questions=2, cache=cache, **TEXT)
+    own = alone[base_path]
+    for domain, scores in {**card.base_domains, "all": card.base_overall}.items():
+        expected = own.overall if domain == "all" else own.domains[domain]
+        for key in ("perplexity", "perplexity_error"):
+            assert scores[key] == pytest.approx(expected[key], rel=1e-9)
+        for key in ("accuracy", "tokens", "sequences", "questions"):
+            assert scores[key] == expected[key]
+        assert scores["kl"] is scores["kl_error"] is scores["agreement"] is scores["perplexity_rise"] is None
+    assert own.base_overall["perplexity"] == own.overall["perplexity"]
+    assert (own.overall["perplexity_rise"], own.overall["perplexity_ratio"]) == (0, 1)
+
+
+def test_a_base_that_is_not_asked_has_no_answers(base_path, small_path, text_path):
+    settings = {"against": base_path, "text": text_path, "questions": 2, **TEXT}
+    with run.Evaluation(ask_base=False, **settings) as evaluation:
+        card = evaluation.score(small_path)
+    assert card.overall["questions"] == 2
+    assert (card.base_overall["questions"], card.base_overall["accuracy"]) == (0, None)
+    assert card.base_overall["perplexity"] > 1
+
+
 def slow_scores(model_path, base_path, text):
     """Score one sequence at a time, one position at a time, all in float64."""
     model, base = (load_model(path, dtype=torch.float64) for path in (model_path, base_path))
@@ -169,7 +252,9 @@ def test_every_model_is_read_once(base_path, small_path, text_path, monkeypatch)
 
 def test_without_a_base_there_is_nothing_to_compare(base_path, text_path):
     [card] = evaluate(str(base_path), text=text_path, questions=0, **TEXT)
-    assert card.base is card.base_digest is card.bytes_ratio is card.speed_ratio is None
+    assert card.base is card.base_digest is card.bytes_ratio is card.speed_ratio is card.base_overall is None
+    assert card.base_domains == {}
+    assert card.overall["perplexity_rise"] is card.overall["kl_error"] is None
     assert card.overall["kl"] is card.overall["agreement"] is card.overall["accuracy"] is None
     assert card.overall["perplexity"] > 1
 
@@ -220,7 +305,9 @@ def test_a_domain_with_questions_only_has_no_perplexity(base_path, text_path, tm
     [card] = evaluate(base_path, against=base_path, text=text, questions=2, **TEXT)
     assert list(card.domains) == ["code", "prose", "sums"]
     assert card.domains["sums"] | {"accuracy": 0} == {
-        "perplexity": None, "kl": None, "agreement": None, "accuracy": 0, "tokens": 0, "questions": 2,
+        "perplexity": None, "perplexity_error": None, "perplexity_rise": None, "perplexity_rise_error": None,
+        "perplexity_ratio": None, "perplexity_ratio_error": None, "kl": None, "kl_error": None, "agreement": None,
+        "accuracy": 0, "tokens": 0, "sequences": 0, "questions": 2,
     }  # fmt: skip
     assert card.overall["questions"] == 2
 

@@ -7,11 +7,22 @@ import torch
 
 from coterie.artifact import open_artifact, write_artifact
 from coterie.errors import CorruptArtifact, StaleArtifact
-from coterie.evaluate.scorecard import Scorecard, Scores, environment
+from coterie.evaluate.scorecard import Scorecard, environment
+from coterie.evaluate.sums import Scores
+
+
+def scores_of(**changes) -> Scores:
+    scores = Scores(
+        perplexity=12.5, perplexity_error=0.5, perplexity_rise=2.5, perplexity_rise_error=0.25, perplexity_ratio=1.25,
+        perplexity_ratio_error=0.03, kl=0.25, kl_error=0.01, agreement=0.75, accuracy=None, tokens=1022, sequences=2,
+        questions=0,
+    )  # fmt: skip
+    return {**scores, **changes}
 
 
 def make_card(**changes) -> Scorecard:
-    scores = Scores(perplexity=12.5, kl=0.25, agreement=0.75, accuracy=None, tokens=1022, questions=0)
+    scores = scores_of()
+    base = scores_of(kl=None, kl_error=None, agreement=None, perplexity_rise=None)
     card = Scorecard(
         model="small",
         model_digest="aa" * 32,
@@ -29,6 +40,8 @@ def make_card(**changes) -> Scorecard:
         tokens_per_second=123.25,
         speed_ratio=1.5,
         environment=environment(torch.device("cpu"), torch.float32),
+        base_domains={"código": base},
+        base_overall=base,
     )
     return dataclasses.replace(card, **changes)
 
@@ -48,9 +61,24 @@ def test_a_scorecard_without_a_base_comes_back_as_it_was(tmp_path):
 
 def test_an_infinite_perplexity_comes_back(tmp_path):
     card = make_card(
-        overall=Scores(perplexity=float("inf"), kl=None, agreement=None, accuracy=0.5, tokens=3, questions=2)
+        overall=scores_of(perplexity=float("inf"), perplexity_rise=float("inf"), kl=None, accuracy=0.5, questions=2)
     )
     assert Scorecard.load(card.save(tmp_path / "scorecard.json")) == card
+
+
+def test_a_scorecard_from_before_there_were_errors_is_read(tmp_path):
+    later = ("perplexity_error", "perplexity_rise", "perplexity_rise_error", "perplexity_ratio",
+             "perplexity_ratio_error", "kl_error", "sequences")  # fmt: skip
+    path = make_card().save(tmp_path / "scorecard.json")
+    artifact = open_artifact(path, kind="scorecard")
+    old = {name: value for name, value in scores_of().items() if name not in later}
+    body = artifact.body | {"overall": old, "domains": {"código": old}}
+    del body["base_domains"], body["base_overall"]
+    write_artifact(path, kind="scorecard", body=body, inputs=artifact.inputs)
+    expected = scores_of(**dict.fromkeys(later)) | {"sequences": 0}
+    assert Scorecard.load(path) == make_card(
+        overall=expected, domains={"código": expected}, base_domains={}, base_overall=None
+    )
 
 
 def test_digests_are_checked_on_request(tmp_path):
@@ -84,6 +112,11 @@ def test_a_missing_scorecard_is_refused(tmp_path):
         ({"base": None}, "base is None: it has a digest, but no name"),
         ({"domains": {"code": {}}}, "domains.code.perplexity is missing"),
         ({"domains": {"\x1b[31m": 1}}, r"domains.'\x1b[31m' is 1: should be an object"),
+        ({"base_domains": {"code": 1}}, "base_domains.code is 1: should be an object"),
+        ({"base_overall": {"perplexity": 1.0}}, "base_overall.kl is missing"),
+        ({"overall": scores_of(kl_error=-1.0)}, "overall.kl_error is -1.0: should be 0 or more"),
+        ({"overall": scores_of(perplexity_rise_error=float("inf"))}, "overall.perplexity_rise_error is inf"),
+        ({"overall": scores_of(sequences=-1)}, "overall.sequences is -1"),
         ({"tasks": {"arc": {"acc": "high"}}}, "tasks.arc.acc is 'high'"),
         ({"environment": {"torch": 2.5}}, "environment.torch is 2.5"),
     ],

@@ -141,6 +141,10 @@ def changed(content, path, value):
         ("ragged.width", 0, "ragged.width is 0: experts have a width"),
         ("ragged.axes", {"layers.0.up": 0}, "ragged.axes['layers.0.up'] is 0: expected one star"),
         ("ragged.axes", {"a.*": -1}, "ragged.axes.a.* is -1: should be a whole number"),
+        ("provenance", 3, "provenance is 3: should be an object"),
+        ("provenance.model_id", 3, "provenance.model_id is 3: should be a text"),
+        ("provenance.active_after", -1, "provenance.active_after is -1: should be a whole number from 0 on"),
+        ("provenance.commands", "x", "provenance.commands is 'x': should be a list"),
         ("version", 0, "version is 0: it should be a whole number from 1 on"),
         ("version", "2", "version is '2': it should be a whole number from 1 on"),
         ("version", True, "version is True: it should be a whole number from 1 on"),
@@ -175,12 +179,19 @@ def test_a_manifest_of_a_later_version_is_refused(tmp_path):
 )
 def test_the_version_before_is_read(tmp_path, changes):
     expected = manifest_of(**changes)
-    old = {name: value for name, value in expected.content().items() if name not in ("version", "form")}
+    old = {name: value for name, value in expected.content().items() if name not in ("version", "form", "provenance")}
     for layer in old["layers"]:
         del layer["parts"]
     old |= {"loads_with": expected.loads_with, "how_to_load": expected.how_to_load("OUT")}
     write_artifact(tmp_path / MANIFEST, kind="manifest", body=old, inputs=INPUTS)
     assert Manifest.read(tmp_path) == expected
+
+
+def test_a_manifest_without_provenance_is_read(tmp_path):
+    old = manifest_of().content()
+    del old["provenance"]
+    write_artifact(tmp_path / MANIFEST, kind="manifest", body=old, inputs=INPUTS)
+    assert Manifest.read(tmp_path) == manifest_of()
 
 
 def test_early_manifests_are_refused_in_one_line(tmp_path):

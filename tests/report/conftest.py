@@ -199,20 +199,37 @@ class RunMaker:
         place: str | None = None,
         accuracy: float | None = 0.5,
         timed: bool = True,
+        spread: float | None = None,
+        original: float | None = None,
     ) -> Path:
-        """Save a scorecard; perplexity is 10 times `factor`, and 20 times it in the last domain."""
+        """Save a scorecard; perplexity is 10 times `factor`, and 20 times it in the last domain.
+
+        Every standard error is `spread`, and the original's own exact answers, where they are kept, `original`.
+        """
 
         def scores(scale: float) -> dict[str, Any]:
             return {
                 "perplexity": 10 * scale * factor,
+                "perplexity_error": spread,
+                "perplexity_rise": None if kl is None else 10 * scale * (factor - 1),
+                "perplexity_rise_error": None if kl is None else spread,
+                "perplexity_ratio": None if kl is None else factor,
+                "perplexity_ratio_error": None if kl is None else spread,
                 "kl": None if kl is None else kl * scale,
+                "kl_error": None if kl is None else spread,
                 "agreement": None if kl is None else max(0.0, 1 - kl / 2),
                 "accuracy": accuracy,
                 "tokens": 504,
+                "sequences": 8,
                 "questions": 0 if accuracy is None else 20,
             }
 
         held = {domain: scores(2.0 if domain == domains[-1] else 1.0) for domain in domains}
+        own = {
+            domain: entry | {"perplexity": entry["perplexity"] / factor, "kl": None, "agreement": None,
+                             "perplexity_rise": None, "perplexity_ratio": None, "accuracy": original}
+            for domain, entry in {**held, "all": scores(1.0)}.items()
+        }  # fmt: skip
         card = Scorecard(
             model=name, model_digest=digest or sha256(name.encode()).hexdigest(), base=base,
             base_digest=None if base is None else BASE, text_digest=text, seq_len=64, seed=0,
@@ -221,6 +238,8 @@ class RunMaker:
             memory_bytes=1 if timed else None, peak_memory_bytes=2 if timed else None,
             tokens_per_second=100.0 if timed else None, speed_ratio=1.25 if timed and base is not None else None,
             environment={"coterie": "0.1.0", "device": "cpu", "threads": 1},
+            base_overall=None if original is None else own.pop("all"),  # type: ignore[arg-type]
+            base_domains={} if original is None else own,  # type: ignore[arg-type]
         )  # fmt: skip
         return card.save(self.folder / (place or f"scorecards/{len(list(self.folder.rglob('*.json'))):02d}.json"))
 

@@ -449,3 +449,40 @@ def test_a_table_of_many_domains_is_cut_for_paper_and_whole_on_screen(make_run: 
     assert parts[0] == ["", "all", *domains]
     assert parts[1:3] == [["", "all", *domains[:6]], ["", "all", *domains[6:]]]
     assert page.source.count('class="wide on-screen"') * 2 == page.source.count('class="wide on-paper"')
+
+
+def test_standard_errors_stand_behind_numbers_and_are_drawn(make_run: Maker) -> None:
+    run = make_run()
+    run.base_card()
+    for name, kl, num_bytes in (("small", 0.25, 750_000), ("smaller", 0.5, 500_000)):
+        run.manifest(name, "reap", "plain", 4)
+        run.card(name, kl, num_bytes=num_bytes, spread=0.0125)
+    page = Page(report(run.folder))
+    row = next(row for row in page.rows if "0.250 ± 0.013" in row)
+    assert "1.50× ± 0.013" in row
+    assert "± is the standard error over sequences" in page.text
+    # One bar a point of the trade-off, and one a domain and model of the dots.
+    assert page.source.count('class="error l') == 2 + 2 * 2
+    assert "0.250 ± 0.013" in "".join(re.findall("<title>[^<]*</title>", page.source))
+
+
+def test_an_error_bar_ends_where_its_axis_ends(make_run: Maker) -> None:
+    run = make_run()
+    run.manifest("small", "reap", "plain", 4)
+    run.card("small", 0.25, spread=1e6)
+    page = report(run.folder).read_text(encoding="utf-8")
+    bars = re.findall(r'class="error l\d" x1="([^"]+)" y1="[^"]+" x2="([^"]+)"', page)
+    assert bars
+    assert all(0 <= float(x) <= 980 for bar in bars for x in bar)
+
+
+def test_an_original_without_a_scorecard_of_its_own_is_shown(make_run: Maker) -> None:
+    run = make_run()
+    run.card("small", original=0.875)
+    run.card("smaller", 0.5, num_bytes=500_000, factor=2.0, original=0.875)
+    page = Page(report(run.folder))
+    row = page.row("original")
+    assert "10.0" in row
+    assert "87.5 %" in row
+    assert "1.50×" in page.row("small")
+    assert "original 87.5\u202f%" in page.text

@@ -140,6 +140,7 @@ class Worker:
             self._evaluation = Evaluation(
                 against=model.path, text=settings.test, tokens=settings.test_tokens, seq_len=settings.seq_len,
                 device=settings.device, questions=settings.questions, allow_pickle=settings.allow_pickle, cache=cache,
+                ask_base=False,  # which is scored itself
             )  # fmt: skip
             self._evaluated = key
         return self._evaluation

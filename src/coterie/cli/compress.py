@@ -81,6 +81,16 @@ def compress(
     allow_pickle: options.AllowPickle = False,
     mtp: options.Mtp = None,
     multiple_of: options.MultipleOf = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="Upload the result to this repository on the model hub, like owner/name, when it is whole.",
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="For --push-to-hub: make it a private repository.")
+    ] = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
@@ -142,13 +152,16 @@ def compress(
             print_text(sentence)
         print_text("dry run: nothing was written")
         return
-    result = run(model, out, **settings)
+    result = run(model, out, **settings, push_to_hub=push_to_hub, private=private)
     if json:
         memory = {"forecast_bytes": result.forecast, "peak_bytes": result.peak_bytes}
-        print_json({"out": str(result.out), **result.manifest.content(), "seconds": result.seconds, **memory})
+        url = {} if result.url is None else {"url": result.url}
+        print_json({"out": str(result.out), **result.manifest.content(), "seconds": result.seconds, **memory, **url})
         return
     print_plan(result.plan)
     for name, reason in result.manifest.left_out.items():
         print_text(f"{name} was left out: {reason}")
     print_text(f"written to {result.out}; loaded again, its logits differ by {result.logits_error:.1e} of the largest")
     print_text(f"load it with {result.manifest.how_to_load(result.out)}")
+    if result.url is not None:
+        print_text(f"uploaded to {result.url}")

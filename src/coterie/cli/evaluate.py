@@ -1,17 +1,18 @@
 """``coterie evaluate``: what did it cost."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from coterie.cli import options
-from coterie.cli.output import number, percent, print_json, print_table, print_text
+from coterie.cli.output import number, percent, print_json, print_table, print_text, with_error
 
 if TYPE_CHECKING:
-    from coterie.evaluate.scorecard import Scorecard, Scores
+    from coterie.evaluate.scorecard import Scorecard
+    from coterie.evaluate.sums import Scores
 
 #: Time to spend on each model's speed.
 _SPEED_SECONDS = 20.0
@@ -59,6 +60,12 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Where the scorecards go: a file (*.json) for one model, or a folder.")
     ] = None,
+    write_card: Annotated[
+        bool,
+        typer.Option(
+            "--write-card", help="Write what was measured into the model card (README.md) of each result of Coterie."
+        ),
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Measure what a smaller model costs.
@@ -70,8 +77,13 @@ def evaluate(
 
     texts = [] if text is None else [local_place(text)]
     files = [] if out is None else _files(out, models, {"model folder": [*models, against], "text folder": texts})
+    from coterie.evaluate.card import card as write
+    from coterie.evaluate.card import check_card
     from coterie.evaluate.run import evaluate as run
 
+    if write_card:
+        for model in models:
+            check_card(model)
     cards = run(
         models,
         against=against,
@@ -91,17 +103,20 @@ def evaluate(
     )
     for card, file in zip(cards, files, strict=False):
         card.save(file)
+    written = [write(model, scorecard=card) for model, card in zip(models, cards, strict=True)] if write_card else []
     if json:
         print_json([dataclasses.asdict(card) for card in cards])
         return
+    if cards[0].domains:
+        _print_scores(cards)
     for card in cards:
-        if card.domains:
-            _print(card)
         if card.tasks:
             _print_tasks(card)
     _print_cost(cards)
     for file in files:
         print_text(f"scorecard written to {file}")
+    for path in written:
+        print_text(f"card written to {path}")
 
 
 def _files(out: Path, models: list[str], reads: Mapping[str, Sequence[str | Path | None]]) -> list[Path]:
@@ -125,26 +140,52 @@ def _files(out: Path, models: list[str], reads: Mapping[str, Sequence[str | Path
     return files
 
 
-def _print(card: "Scorecard") -> None:
-    def row(name: str, scores: "Scores") -> tuple[str, ...]:
-        return (
-            name,
-            number(scores["perplexity"], 3),
-            number(scores["kl"], 4),
+def _print_scores(cards: "Sequence[Scorecard]") -> None:
+    """Print one table of all models, the base among them, domain by domain and over all."""
+    base = next((card for card in cards if card.base is not None), None)
+    names = ", ".join(card.model for card in cards)
+    print_text(names if base is None else f"{names} against {base.base}")
+    print_text()
+    joint = base is not None or len(cards) > 1
+    print_table(
+        ("domain", *(("model:",) if joint else ()), "perplexity",
+         *(("rise", "KL (nats)", "agreement") if base is not None else ()), "exact answers", "tokens", "questions"),
+        [
+            row
+            for domain in (*cards[0].domains, None)
+            for row in _rows(cards, domain, base=base, joint=joint)
+        ],
+    )  # fmt: skip
+    print_text()
+
+
+def _rows(
+    cards: "Sequence[Scorecard]", domain: str | None, *, base: "Scorecard | None", joint: bool
+) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of one domain, or of all where that is None: the base's, if it is not among the models, first."""
+    rows: list[tuple[str, Scores, bool]] = []
+    if base is not None and base.base_digest not in [card.model_digest for card in cards]:
+        own = base.base_overall if domain is None else base.base_domains.get(domain)
+        if base.base is not None and own is not None:
+            rows.append((base.base, own, True))
+    for card in cards:
+        scores = card.overall if domain is None else card.domains[domain]
+        rows.append((card.model, scores, card.model_digest == card.base_digest))
+    for name, scores, is_base in rows:
+        compared = (
+            with_error(scores["perplexity_rise"], scores["perplexity_rise_error"], 3, sign=True),
+            with_error(scores["kl"], scores["kl_error"], 4),
             percent(scores["agreement"]),
+        )
+        yield (
+            "all" if domain is None else domain,
+            *((name,) if joint else ()),
+            number(scores["perplexity"], 3),
+            *((("-",) * 3 if is_base else compared) if base is not None else ()),
             percent(scores["accuracy"]),
             f"{scores['tokens']:,}",
             f"{scores['questions']:,}",
         )
-
-    print_text(card.model if card.base is None else f"{card.model} against {card.base}")
-    print_text()
-    print_table(
-        ("domain", "perplexity", "KL (nats)", "agreement", "exact answers", "tokens", "questions"),
-        [row(domain, scores) for domain, scores in card.domains.items()],
-        footer=row("all", card.overall),
-    )
-    print_text()
 
 
 def _print_tasks(card: "Scorecard") -> None:

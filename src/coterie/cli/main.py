@@ -13,12 +13,14 @@ from coterie import __version__
 from coterie.cli import command
 from coterie.cli.bench import bench
 from coterie.cli.calibrate import calibrate
+from coterie.cli.card import card
 from coterie.cli.compress import compress
 from coterie.cli.evaluate import evaluate
 from coterie.cli.families import families
 from coterie.cli.inspect import inspect
 from coterie.cli.plan import plan
 from coterie.cli.profile import profile
+from coterie.cli.push import push
 from coterie.cli.recipes import recipes
 from coterie.cli.report import report
 from coterie.errors import CoterieError
@@ -54,7 +56,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for function in (inspect, calibrate, profile, plan, compress, evaluate, bench, report, recipes, families):
+for function in (
+    inspect, calibrate, profile, plan, compress, evaluate, card, push, bench, report, recipes, families,
+):  # fmt: skip
     app.command(cls=command.Command)(function)
 
 

@@ -84,3 +84,12 @@ def number(value: float | None, digits: int) -> str:
 def percent(value: float | None) -> str:
     """Write a share as a percentage with one digit after the point, or a dash for None."""
     return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def with_error(value: float | None, error: float | None, digits: int, *, sign: bool = False) -> str:
+    """Write a number with its standard error, where there is one, and with a plus before it where a sign is asked for.
+
+    Both have so many digits after the point, like ``+0.512 ± 0.031``; a dash stands for None.
+    """
+    text = "-" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"

@@ -40,11 +40,9 @@ from coterie.profile.profile import Profile
 from coterie.profile.run import profile_in_folder, profile_in_run
 from coterie.profile.sources import On
 from coterie.progress import stage, waiting
+from coterie.publish.hub import RUN_FILE, find_destination, upload_result
 
 log = logging.getLogger(__name__)
-
-#: What the run took: beside the manifest, since it differs between two runs that give the same result.
-RUN_FILE = "coterie-run.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +58,7 @@ class Result:
         forecast: the memory that was announced, in bytes.
         peak_bytes: largest resident memory of the process.
         input_bytes_read: bytes of tensors that were read from the model.
+        url: where it was uploaded to, or None.
     """
 
     out: Path
@@ -70,6 +69,7 @@ class Result:
     forecast: int
     peak_bytes: int
     input_bytes_read: int
+    url: str | None = None
 
 
 def compress(
@@ -101,6 +101,8 @@ def compress(
     mtp: Mtp | None = None,
     multiple_of: int | None = None,
     on: On | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> Result:
     """Write a smaller checkpoint. Exactly one of `keep`, `experts`, `width`, `budget` and `plan` says how small.
 
@@ -145,6 +147,9 @@ def compress(
             such as 8 for expert parallelism or 256 for K-quants.
         on: which tokens count where experts are measured and the result is trained: "all" (when None), or those of
             answers in conversations and of completions, "assistant". With a profile that is there, its own.
+        push_to_hub: id of a repository on the model hub that the result is uploaded to once it is whole; that this can
+            be is asked first. None uploads nothing.
+        private: make that repository a private one.
 
     Raises:
         OutputExists: `out` exists.
@@ -155,6 +160,7 @@ def compress(
         Infeasible: no result can be that small, the model cannot have what a plan says, or `max_memory` is too little.
         OutOfSpace: the disk cannot hold the result.
         ReloadMismatch: the result does not load as what was computed; nothing is left at `out`.
+        HubError: the hub refuses, or the upload failed; then the result is at `out` all the same.
     """
     options = Options.of(
         model=model, out=out, keep=keep, experts=experts, width=width, budget=budget, multiple_of=multiple_of,
@@ -163,11 +169,13 @@ def compress(
         inputs=inputs, output_dtype=output_dtype, max_memory=max_memory, allow_pickle=allow_pickle, cache=cache,
         mtp=mtp, on=on,
     )  # fmt: skip
+    destination = find_destination(push_to_hub, private=private)
     clock = _Clock()
     with prepared(options) as job:
         clock.lap("plan")
         with waiting(job.times):
-            return _execute(job, clock)
+            result = _execute(job, clock)
+    return result if destination is None else replace(result, url=upload_result(result.out, destination))
 
 
 @contextmanager
@@ -195,11 +203,13 @@ def _execute(job: Job, clock: _Clock) -> Result:
             shards=lay_out(job.source.checkpoint, job.stream.units, job.stream.conversion),
             profile=measured,
             plan=job.outline,
+            measured_before=measured,
         )
         for name, step in STEPS:
             step(work)
             clock.lap(name)
-        manifest = work.write_manifest()
+        manifest = work.write_manifest(whole=True)
+        work.write_card(manifest)
         peak = peak_bytes()
         took = {
             "seconds": clock.laps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,18 @@ from coterie.model.arch.resize import resized_config
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.manifest import MANIFEST
 from coterie.outputs import free_space
+
+#: Files that say what the original is and scores, which is not what its result is and scores: the result gets a card of
+#: its own (`coterie.publish.card`), and the licence in files of other names comes along.
+_ABOUT_ORIGINAL = (
+    "readme", "readme.*", "readme[-_]*.md", "model_card.md", "modelcard.md", "card.json", "modelcard.json",
+    "*_results.json", "*-results.json", "eval_results*", "trainer_state.json",
+)  # fmt: skip
+
+
+def _is_about_original(name: Path) -> bool:
+    """Tell whether a file at the top of the original's folder speaks of its parameters and scores."""
+    return len(name.parts) == 1 and any(fnmatch(name.name.lower(), pattern) for pattern in _ABOUT_ORIGINAL)
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
@@ -41,9 +54,9 @@ def result_config(architecture: Architecture, plan: Plan) -> dict[str, Any]:
 
 
 def carry_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy the tokenizer and all other files that are neither weights nor config."""
+    """Copy the tokenizer and all other files that are neither weights nor config, nor about the original's quality."""
     for file in checkpoint.other_files():
         name = file.relative_to(checkpoint.path)
-        if name != Path(MANIFEST):
+        if name != Path(MANIFEST) and not _is_about_original(name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)

@@ -10,19 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coterie import __version__
 from coterie.artifact import write_json
 from coterie.compress.layer import LayerSummary
 from coterie.compress.output import carry_files, result_config
 from coterie.compress.plan import Plan
 from coterie.compress.prepare import Job
+from coterie.compress.provenance import provenance_of
 from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard, write_index
 from coterie.journal import Run
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.prediction import Follower
+from coterie.model.disk.beside import files_beside
 from coterie.model.disk.files import name_of_folder
 from coterie.model.disk.manifest import LayerEntry, Manifest, PredictionEntry, ResultForm
 from coterie.profile.profile import Profile
+from coterie.publish.card import CARD, write_card
 
 
 @dataclass(kw_only=True)
@@ -39,6 +43,7 @@ class Work:
         logits_BSV: logits of the result for `check_ids`, as it is in flight.
         notes: what steps on the whole result have to say, by name.
         logits_error: largest difference of logits, in flight against loaded again, relative to the largest logit.
+        measured_before: the profile, where it was measured by a run of its own.
     """
 
     job: Job
@@ -50,6 +55,7 @@ class Work:
     logits_BSV: Tensor | None = None
     notes: dict[str, Mapping[str, object]] = field(default_factory=dict)
     logits_error: float | None = None
+    measured_before: Profile | None = None
 
     @cached_property
     def result(self) -> ResultModel:
@@ -120,11 +126,19 @@ class Work:
         carry_files(self.job.source.checkpoint, self.run.folder)
         self.write_manifest()
 
-    def write_manifest(self) -> Manifest:
-        """Write coterie.json into the result, and return what it says."""
-        manifest = self._manifest()
+    def write_manifest(self, *, whole: bool = False) -> Manifest:
+        """Write coterie.json into the result, and return what it says; `whole` where nothing is to come after it."""
+        result = self.run.folder if whole else None
+        manifest = replace(self._manifest(), provenance=provenance_of(self.job, self.measured_before, result))
         manifest.write(self.run.folder, {"model": self.job.source.checkpoint.digest, "text": self._text()[3]})
         return manifest
+
+    def write_card(self, manifest: Manifest) -> None:
+        """Write the model card into the result, whose files are all there."""
+        folder = self.run.folder
+        card = folder / CARD
+        files = [file.relative_to(folder).as_posix() for file in files_beside(folder)]
+        write_card(card, manifest, files=files, version=__version__)
 
     def _text(self) -> tuple[Sequence[str], int, int, str]:
         """Return domains, number of tokens, tokens in a sequence and digest of the text that was measured."""

@@ -44,7 +44,7 @@ def token_divergence(base_BSV: Tensor, logits_BSV: Tensor) -> tuple[Tensor, Tens
 
 def compare(
     log_p_BTV: Tensor, likeliest_BT: Tensor, logits_BSV: Tensor, ids_BS: Tensor, *, masked: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compare a model's predictions with a base's that are there already; `token_nll` and `token_divergence` in one.
 
     Args:
@@ -55,23 +55,25 @@ def compare(
         masked: whether any of the log-probabilities may be -inf.
 
     Returns:
-        Negative log-likelihood, KL(base || model), both in nats, and whether both have the same likeliest token; each
-        (B T,).
+        Negative log-likelihood, that of the base, KL(base || model), all in nats, and whether both have the same
+        likeliest token; each (B T,).
     """
     if log_p_BTV.shape[-1] != logits_BSV.shape[-1]:
         raise InputError(
             f"the base scores {log_p_BTV.shape[-1]} tokens, the model {logits_BSV.shape[-1]}; "
             "only models with the same vocabulary can be compared"
         )
-    nll, divergences, agreements = [], [], []
+    nll, base_nll, divergences, agreements = [], [], [], []
     for log_p_TV, likeliest_T, logits_SV, ids_S in zip(log_p_BTV, likeliest_BT, logits_BSV, ids_BS, strict=True):
         for rows in row_slices(len(ids_S) - 1, logits_SV.shape[-1]):
             part_TV = logits_SV[:-1][rows]
             log_q_TV = widened(part_TV).log_softmax(-1)
-            nll.append(-log_q_TV.gather(-1, ids_S[1:][rows, None].to(log_q_TV.device))[:, 0])
+            next_T1 = ids_S[1:][rows, None]
+            nll.append(-log_q_TV.gather(-1, next_T1.to(log_q_TV.device))[:, 0])
+            base_nll.append(-log_p_TV[rows].gather(-1, next_T1.to(log_p_TV.device))[:, 0])
             agreements.append(part_TV.argmax(-1) == likeliest_T[rows].to(part_TV.device))
             divergences.append(_kl_of(log_p_TV[rows].to(log_q_TV.device), log_q_TV, masked=masked))
-    return torch.cat(nll), torch.cat(divergences), torch.cat(agreements)
+    return torch.cat(nll), torch.cat(base_nll), torch.cat(divergences), torch.cat(agreements)
 
 
 def _kl(base_TV: Tensor, logits_TV: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -43,9 +43,10 @@ from coterie.evaluate.kept_predictions import (
     open_predictions,
 )
 from coterie.evaluate.memory import forecast
-from coterie.evaluate.scorecard import Scorecard, Sums, environment
+from coterie.evaluate.scorecard import Scorecard, environment
 from coterie.evaluate.speed import RunningCost, measure_cost, whole_stage
 from coterie.evaluate.subjects import (
+    ModelOutputs,
     Subject,
     TextReader,
     check_arguments,
@@ -60,10 +61,11 @@ from coterie.evaluate.subjects import (
     open_subject,
     text_digest,
 )
+from coterie.evaluate.sums import Sums, add_answers, base_scores, total_of
 from coterie.evaluate.times import layers_of, stage_times, text_of
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
-from coterie.model.stream.likelihood import counted, token_nll
+from coterie.model.stream.likelihood import counted, counted_lengths, token_nll
 from coterie.model.stream.memory import Forecast, fitting_batch, peak_bytes
 from coterie.model.stream.reading import Head, logits_at, predictions, read
 from coterie.model.stream.stream import Stream
@@ -219,23 +221,6 @@ def _without_text(
     )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _ModelOutputs:
-    """What a model made of the text and, where it was asked, of the questions.
-
-    Attributes:
-        texts: what its base model returned for each batch of text.
-        attempts: batches of questions with answers, and their token ids (B, S).
-        answers: what its base model returned for each of these.
-        with_answers: whether it read questions at all.
-    """
-
-    texts: list[Any]
-    attempts: list[tuple[list[Attempt], Tensor]]
-    answers: list[Any]
-    with_answers: bool
-
-
 class Evaluation(AbstractContextManager["Evaluation"]):
     """One text and one base, for models that are evaluated together or one after another.
 
@@ -260,8 +245,12 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         allow_pickle: bool = False,
         cache: str | Path | None = None,
         on: On = "all",
+        ask_base: bool = True,
     ) -> None:
-        """Read the questions and open the base; see `evaluate` for the arguments and what is raised."""
+        """Read the questions and open the base; see `evaluate` for the arguments and what is raised.
+
+        With `ask_base` the base is asked the questions too; without it its exact answers are not known.
+        """
         self.device = check_arguments(
             device=device, dtype=dtype, batch_size=batch_size, tokens=tokens, questions=questions
         )
@@ -277,8 +266,10 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         self._cache = None if cache is None else user_path(cache)
         self._streams: dict[Path, Stream] = {}
         self._stack = ExitStack()
+        self._ask_base = ask_base
+        self._base_right: set[int] | None = None
         self._base_is_open = False
-        self._base_outputs: _ModelOutputs | None = None
+        self._base_outputs: ModelOutputs | None = None
         self._predictions: KeptPredictions | None = None
         if against is not None:
             base = self._subject(against)
@@ -323,10 +314,16 @@ class Evaluation(AbstractContextManager["Evaluation"]):
 
     def measure(self, subjects: Sequence[Subject]) -> list[dict[str, Sums]]:
         """Return each model's sums by domain."""
-        if self.base is not None:
-            # Where the base is to be scored too, it is read once for both.
-            self._base_predictions(asking=any(subject.path == self.base.path for subject in subjects))
-        return [self._measure_one(subject) for subject in subjects]
+        base = self.base
+        if base is None:
+            return [self._measure_one(subject) for subject in subjects]
+        asks_base = self._ask_base and self._base_right is None and bool(self._reader.questions())
+        # Where the base is to be scored too, it is read once for both.
+        self._base_predictions(asking=asks_base or any(subject.path == base.path for subject in subjects))
+        measured = [self._measure_one(subject) for subject in subjects]
+        if asks_base and self._base_right is None:
+            self._base_right = self._base_answers(base)
+        return measured
 
     def _subject(self, model: str | Path) -> Subject:
         return open_subject(model, self._reader, allow_pickle=self._allow_pickle)
@@ -397,8 +394,20 @@ class Evaluation(AbstractContextManager["Evaluation"]):
                 right = self._right(subject, outputs, head, begun)
             if self._in_turns(subject):
                 right |= self._right_again(subject, begun, right)
-        self._add_answers(sums, right)
+        add_answers(sums, right, self._reader.questions_by_domain)
+        if is_base:
+            self._base_right = right
         return sums
+
+    def _base_answers(self, base: Subject) -> set[int]:
+        """Return the numbers of the questions that the base answers exactly."""
+        outputs = self._base_outputs
+        if outputs is None or not outputs.with_answers:
+            outputs = self._read(base, self._questions(base), text=False)
+        begun: dict[int, int] = {}
+        with self._streams[base.path].head() as head:
+            right = self._right(base, outputs, head, begun)
+        return right | self._right_again(base, begun, right) if self._in_turns(base) else right
 
     def _in_turns(self, subject: Subject) -> bool:
         """Tell whether second attempts at answers are read only once the first ones are known."""
@@ -408,20 +417,20 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         tried = self._reader.attempts(subject.tokenizer)
         return first_attempts(tried) if self._in_turns(subject) else tried
 
-    def _read(self, subject: Subject, attempts: Sequence[Attempt] | None, *, text: bool = True) -> _ModelOutputs:
+    def _read(self, subject: Subject, attempts: Sequence[Attempt] | None, *, text: bool = True) -> ModelOutputs:
         """Run text and questions through the base model of an open stream."""
         texts = [ids_BS for _, ids_BS in subject.tokens.batches(self.batch_size)] if text else []
         grouped = attempt_batches(attempts or (), tokens=self.batch_size * subject.tokens.seq_len)
         batches = [*texts, *(ids_BS for _, ids_BS in grouped)]
         outputs = read(self._streams[subject.path], batches, description=layers_of(subject))
-        return _ModelOutputs(
+        return ModelOutputs(
             texts=outputs[: len(texts)],
             attempts=grouped,
             answers=outputs[len(texts) :],
             with_answers=attempts is not None,
         )
 
-    def _texts(self, subject: Subject, outputs: _ModelOutputs) -> Iterator[tuple[int, str, Tensor, Any]]:
+    def _texts(self, subject: Subject, outputs: ModelOutputs) -> Iterator[tuple[int, str, Tensor, Any]]:
         """Yield of each batch the number of its first sequence, its domain, its tokens and the base model's output."""
         batches, first = list(subject.tokens.batches(self.batch_size)), 0
         rows = zip(batches, outputs.texts, strict=True)
@@ -431,7 +440,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             for stream in self._streams.values():
                 stream.release()
 
-    def _sums(self, subject: Subject, outputs: _ModelOutputs, head: Head, base_head: Head | None) -> dict[str, Sums]:
+    def _sums(self, subject: Subject, outputs: ModelOutputs, head: Head, base_head: Head | None) -> dict[str, Sums]:
         sums = {domain: Sums() for domain in subject.tokens.domains}
         counts = list(subject.tokens.batch_counts(self.batch_size))
         for number, (first, domain, ids_BS, output) in enumerate(self._texts(subject, outputs)):
@@ -462,30 +471,35 @@ class Evaluation(AbstractContextManager["Evaluation"]):
                     f"{subject.name} gives {logits_BPV.shape[-1]} scores a token where its vocabulary has "
                     f"{num_logits(stream)}: it does not predict the next token, so it cannot be evaluated on text"
                 )
-            kl_T = agreeing_T = None
+            base_nll_T = kl_T = agreeing_T = None
             if self._predictions is not None:
                 log_p_BTV, likeliest_BT = self._predictions.read(first, len(ids_BS), positions)
-                nll_T, kl_T, agreeing_T = compare(
+                nll_T, base_nll_T, kl_T, agreeing_T = compare(
                     log_p_BTV, likeliest_BT, logits_BPV, ids_BP, masked=self._predictions.masked
                 )
             else:
                 nll_T = token_nll(logits_BPV, ids_BP)
             nll_T = counted(nll_T, counts_BS, positions).cpu().double()
             check_numbers(nll_T, subject, stream, domain)
-            domain_sums.nll += float(nll_T.sum())
-            domain_sums.tokens += len(nll_T)
             if base_head is not None:
-                base_BPV = logits_BPV
+                base_BPV, base_nll_T = logits_BPV, nll_T
                 if base_head is not head:
                     base_BPV = logits_at(base_head, ids_BS, base_output, positions)
+                    base_nll_T = token_nll(base_BPV, ids_BP)
                 kl_T, agreeing_T = token_divergence(base_BPV, logits_BPV)
-            if self.base is not None and kl_T is not None and agreeing_T is not None:
-                kl_T = counted(kl_T, counts_BS, positions).cpu().double()
-                check_numbers(kl_T, self.base, self._streams[self.base.path], domain)
-                domain_sums.kl += float(kl_T.sum())
-                domain_sums.agreeing += int(counted(agreeing_T, counts_BS, positions).sum())
+            lengths = counted_lengths(ids_BP, counts_BS, positions)
+            if self.base is None or base_nll_T is None or kl_T is None or agreeing_T is None:
+                domain_sums.add_tokens(first, lengths, nll_T)
+                continue
+            if base_nll_T is not nll_T:
+                base_nll_T = counted(base_nll_T, counts_BS, positions).cpu().double()
+            kl_T = counted(kl_T, counts_BS, positions).cpu().double()
+            for values_T in (base_nll_T, kl_T):
+                check_numbers(values_T, self.base, self._streams[self.base.path], domain)
+            domain_sums.add_tokens(first, lengths, nll_T, base_nll_T, kl_T)
+            domain_sums.agreeing += int(counted(agreeing_T, counts_BS, positions).sum())
 
-    def _right(self, subject: Subject, outputs: _ModelOutputs, head: Head, begun: dict[int, int]) -> set[int]:
+    def _right(self, subject: Subject, outputs: ModelOutputs, head: Head, begun: dict[int, int]) -> set[int]:
         """Return the numbers of the questions, of all domains, that are answered exactly in what was read."""
         stream = self._streams[subject.path]
         ends = end_ids(generation_config(subject, stream), subject.tokenizer)
@@ -507,20 +521,12 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         with self._streams[subject.path].head() as head:
             return self._right(subject, outputs, head, {})
 
-    def _add_answers(self, sums: dict[str, Sums], right: set[int]) -> None:
-        first = 0
-        for domain, entries in self._reader.questions_by_domain.items():
-            domain_sums = sums.setdefault(domain, Sums())
-            domain_sums.questions = len(entries)
-            domain_sums.correct = len(right & set(range(first, first + len(entries))))
-            first += len(entries)
-
     def scorecard(self, subject: Subject, sums: Mapping[str, Sums], cost: RunningCost | None = None) -> Scorecard:
         """Put together what is known of a model."""
         base, stream = self.base, self._streams[subject.path]
-        total = Sums()
-        for summed in sums.values():
-            total.add(summed)
+        base_domains, base_overall = (
+            ({}, None) if base is None else base_scores(sums, self._base_right, self._reader.questions_by_domain)
+        )
         return Scorecard(
             model=subject.name,
             model_digest=subject.checkpoint.digest,
@@ -531,7 +537,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             seed=self._seed,
             on=subject.tokens.on,
             domains={domain: summed.scores(compared=base is not None) for domain, summed in sorted(sums.items())},
-            overall=total.scores(compared=base is not None),
+            overall=total_of(sums).scores(compared=base is not None),
             num_bytes=subject.num_bytes,
             bytes_ratio=None if base is None else subject.num_bytes / base.num_bytes,
             memory_bytes=None if cost is None else cost.memory_bytes,
@@ -539,4 +545,6 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             tokens_per_second=None if cost is None else cost.tokens_per_second,
             speed_ratio=None if cost is None else cost.speed_ratio,
             environment=environment(stream.device, stream.dtype),
+            base_domains=base_domains,
+            base_overall=base_overall,
         )

@@ -7,65 +7,22 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypedDict, cast, get_args
+from typing import cast, get_args
 
 import torch
 
 from coterie import __version__
 from coterie.artifact import open_artifact, write_artifact
+from coterie.evaluate.sums import Scores
 from coterie.fields import Fields
-from coterie.model.stream.likelihood import perplexity
 from coterie.outputs import claim_output
 from coterie.profile.sources import On
 
-
-class Scores(TypedDict):
-    """What a model scores in one domain, or over all.
-
-    Keys:
-        perplexity: exp of the mean negative log-likelihood of the predicted tokens; None without text.
-        kl: mean of KL(base || model) over the same tokens, in nats; None without text or base.
-        agreement: share of the same tokens where the likeliest token is the base's; None without text or base.
-        accuracy: share of the questions that are answered exactly; None without questions.
-        tokens: number of predicted tokens, the first of each sequence not among them.
-        questions: number of questions.
-    """
-
-    perplexity: float | None
-    kl: float | None
-    agreement: float | None
-    accuracy: float | None
-    tokens: int
-    questions: int
-
-
-@dataclass(slots=True)
-class Sums:
-    """Sums over the predicted tokens and the questions of one domain."""
-
-    nll: float = 0.0
-    kl: float = 0.0
-    agreeing: int = 0
-    tokens: int = 0
-    correct: int = 0
-    questions: int = 0
-
-    def add(self, other: Sums) -> None:
-        """Add another domain's."""
-        for name in Sums.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def scores(self, *, compared: bool) -> Scores:
-        """Return what they come to; `compared` tells whether there was a base."""
-        compared = compared and self.tokens > 0
-        return Scores(
-            perplexity=perplexity(self.nll, self.tokens) if self.tokens else None,
-            kl=self.kl / self.tokens if compared else None,
-            agreement=self.agreeing / self.tokens if compared else None,
-            accuracy=self.correct / self.questions if self.questions else None,
-            tokens=self.tokens,
-            questions=self.questions,
-        )
+#: Scores that came later than the others; what was written before has none of them.
+_LATER = (
+    "perplexity_error", "perplexity_rise", "perplexity_rise_error", "perplexity_ratio", "perplexity_ratio_error",
+    "kl_error",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +49,9 @@ class Scorecard:
         speed_ratio: that divided by the base's, measured in turns with it; None without a base.
         environment: versions, device and number format that all of this was measured with.
         on: which tokens' predictions were scored: "all", or those of answers, "assistant".
+        base_domains: the base's own scores by domain, on the same tokens and questions; empty without a base, and in
+            scorecards from before they were kept.
+        base_overall: the base's own scores over all; None where there are none.
         tasks: metrics by task of the lm-evaluation-harness, see `coterie.evaluate.harness`; empty when none was run.
     """
 
@@ -112,6 +72,8 @@ class Scorecard:
     speed_ratio: float | None
     environment: Mapping[str, str | int]
     on: On = "all"
+    base_domains: Mapping[str, Scores] = field(default_factory=dict)
+    base_overall: Scores | None = None
     tasks: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
@@ -140,8 +102,9 @@ class Scorecard:
         source = Path(path)
         artifact = open_artifact(source, kind="scorecard", inputs=inputs)
         digests = Fields(dict(artifact.inputs), where=str(source), path="inputs")
-        # Scorecards from before there were tasks, and answers, say nothing of them.
-        body = Fields({"tasks": {}, "on": "all"} | artifact.body, where=str(source))
+        # Scorecards from before there were tasks, answers, or scores of the base, say nothing of them.
+        later: dict[str, object] = {"tasks": {}, "on": "all", "base_domains": {}, "base_overall": None}
+        body = Fields(later | artifact.body, where=str(source))
         with digests.all_read(), body.all_read():
             base = None if body.null("base") else body.text("base")
             if base is None and digests.said("base"):
@@ -164,6 +127,8 @@ class Scorecard:
                 tokens_per_second=_number_or_none(body, "tokens_per_second"),
                 speed_ratio=_number_or_none(body, "speed_ratio"),
                 environment=_environment_of(body.nested("environment")),
+                base_domains={name: _scores_of(entry) for name, entry in body.each_by_name("base_domains").items()},
+                base_overall=None if body.null("base_overall") else _scores_of(body.nested("base_overall")),
                 tasks={
                     task: {name: _number_or_none(metrics, name, least=None) for name in metrics.names()}
                     for task, metrics in body.each_by_name("tasks").items()
@@ -177,15 +142,26 @@ def _scores_of(entry: Fields) -> Scores:
 
 
 def read_scores(entry: Fields) -> Scores:
-    """Read scores from an object that may say more; raises CorruptArtifact with the path of the field."""
+    """Read scores from an object that may say more; raises CorruptArtifact with the path of the field.
+
+    Errors, and what was compared with the base's perplexity, are None where scores were written before there were any.
+    """
+    later = {name: _later_number(entry, name) for name in _LATER}
     scores = Scores(
         # These two are infinite where a model rules out what the text or the base says.
         perplexity=_number_or_none(entry, "perplexity", infinite=True),
+        perplexity_error=later["perplexity_error"],
+        perplexity_rise=later["perplexity_rise"],
+        perplexity_rise_error=later["perplexity_rise_error"],
+        perplexity_ratio=later["perplexity_ratio"],
+        perplexity_ratio_error=later["perplexity_ratio_error"],
         # A sum of tiny differences is below zero by rounding.
         kl=_number_or_none(entry, "kl", least=None, infinite=True),
+        kl_error=later["kl_error"],
         agreement=_number_or_none(entry, "agreement"),
         accuracy=_number_or_none(entry, "accuracy"),
         tokens=entry.whole("tokens"),
+        sequences=entry.whole("sequences") if entry.said("sequences") else 0,
         questions=entry.whole("questions"),
     )
     for name in ("agreement", "accuracy"):
@@ -196,6 +172,13 @@ def read_scores(entry: Fields) -> Scores:
 
 def _number_or_none(entry: Fields, name: str, *, least: float | None = 0.0, infinite: bool = False) -> float | None:
     return None if entry.null(name) else entry.number(name, least=least, infinite=infinite)
+
+
+def _later_number(entry: Fields, name: str) -> float | None:
+    if not entry.said(name):
+        return None
+    signed = name == "perplexity_rise"
+    return entry.number(name, least=None if signed else 0.0, infinite=not name.endswith("_error"))
 
 
 def _environment_of(entry: Fields) -> dict[str, str | int]:

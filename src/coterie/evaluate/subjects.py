@@ -49,6 +49,23 @@ class Subject:
     vocab_size: int | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOutputs:
+    """What a model made of the text and, where it was asked, of the questions.
+
+    Attributes:
+        texts: what its base model returned for each batch of text.
+        attempts: batches of questions with answers, and their token ids (B, S).
+        answers: what its base model returned for each of these.
+        with_answers: whether it read questions at all.
+    """
+
+    texts: list[Any]
+    attempts: list[tuple[list[Attempt], Tensor]]
+    answers: list[Any]
+    with_answers: bool
+
+
 class TextReader:
     """Cuts one text and its questions for many tokenizers; equal tokenizers share the result."""
 

@@ -21,6 +21,7 @@ from coterie.model.disk.manifest import MANIFEST, LayerEntry, Manifest, ResultFo
 from coterie.paths import user_path
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile
+from coterie.publish.hub import RUN_FILE
 from coterie.report.layers import share_left, size_mark, size_text
 from coterie.report.words import percent_text
 
@@ -32,7 +33,6 @@ DEPTH = 3
 #: Results are of one size when the shares of neurons that they keep differ by less.
 SAME_SIZE = 0.01
 
-TOOK_FILE = "coterie-run.json"  # beside a manifest: what the compression took
 _OUR_NAMES = (PROFILE_FILE, MANIFEST)
 _HEAD = 4096  # bytes; our JSON names itself in its first line
 
@@ -125,11 +125,15 @@ class Entry:
         """Return one score of `coterie.evaluate.scorecard.Scores`, or "perplexity_ratio", over all or in one domain."""
         if self.card is None:
             return None
-        if key == "perplexity_ratio":
+        if key == "perplexity_ratio" and _score(self.card, key, domain) is None:
             mine = self.score("perplexity", domain)
             base = _score(self.base_card, "perplexity", domain)
             return mine / base if mine is not None and base else None
         return _score(self.card, key, domain)
+
+    def error(self, key: str, domain: str | None = None) -> float | None:
+        """Return the standard error of "perplexity", "perplexity_ratio" or "kl" over sequences, where it is known."""
+        return _score(self.card, f"{key}_error", domain)
 
 
 def gather(run: str | Path) -> ReportedRun:
@@ -278,7 +282,7 @@ def _read(run: ReportedRun, path: Path, relative: str) -> None:
 def _read_result(path: Path, relative: str, inputs: Mapping[str, str]) -> ReportedResult:
     manifest = Manifest.read_file(path)
     digest, inside = _weights(path.parent)
-    seconds, peak_bytes = _took(path.with_name(TOOK_FILE))
+    seconds, peak_bytes = _took(path.with_name(RUN_FILE))
     return ReportedResult(
         path=relative,
         folder=path.resolve().parent.name,
@@ -348,7 +352,25 @@ def _latest(run: ReportedRun) -> list[tuple[str, Scorecard]]:
             shown, hidden = hidden, shown
         latest[key] = shown
         run.left_out.append(f"{hidden[0]} scores the same model on the same text as {shown[0]} and is not shown.")
-    return list(latest.values())
+    return [*latest.values(), *_bases_of(latest)]
+
+
+def _bases_of(cards: Mapping[tuple[str, str], tuple[str, Scorecard]]) -> Iterator[tuple[str, Scorecard]]:
+    """Yield what scorecards of others say of a base that has none of its own on their text."""
+    known = set(cards)
+    for path, card in cards.values():
+        if card.base is None or card.base_digest is None or card.base_overall is None or not card.bytes_ratio:
+            continue
+        if (card.base_digest, card.text_digest) in known:
+            continue
+        known.add((card.base_digest, card.text_digest))
+        base = replace(
+            card, model=card.base, model_digest=card.base_digest, base=None, base_digest=None,
+            domains=card.base_domains, overall=card.base_overall, num_bytes=round(card.num_bytes / card.bytes_ratio),
+            bytes_ratio=None, memory_bytes=None, peak_memory_bytes=None, tokens_per_second=None, speed_ratio=None,
+            base_domains={}, base_overall=None, tasks={},
+        )  # fmt: skip
+        yield path, base
 
 
 def _result_for(card: Scorecard, results: list[ReportedResult]) -> ReportedResult | None:

@@ -27,7 +27,7 @@ from coterie.report.draw import (
     tick_label,
     ticks,
 )
-from coterie.report.words import bytes_text, number_text, percent_text
+from coterie.report.words import bytes_text, error_text, number_text, percent_text
 
 Array = NDArray[np.float64]
 
@@ -179,6 +179,10 @@ class Scale:
         )
         return self.start + (self.end - self.start) * (value - low) / (high - low)
 
+    def clipped(self, value: float) -> float:
+        """Return a number, or the end of the axis that it lies beyond."""
+        return min(max(value, self.low), self.high)
+
     def ticks(self) -> list[float]:
         """Return round numbers on the axis."""
         if not self.log:
@@ -199,7 +203,14 @@ def scale_for(values: Sequence[float], floor: float, start: float, end: float) -
     return Scale(low=low - (0.03 * span if low < floor else 0), high=high + 0.05 * span, start=start, end=end)
 
 
-def domain_dots(domains: Sequence[str], series: Sequence[Sequence[float | None]], caption: str, floor: float) -> Markup:
+def domain_dots(
+    domains: Sequence[str],
+    series: Sequence[Sequence[float | None]],
+    caption: str,
+    floor: float,
+    *,
+    errors: Sequence[Sequence[float | None]] | None = None,
+) -> Markup:
     """Return one row a domain with one marker a result; `series` is results by domains, None where not measured.
 
     Args:
@@ -207,6 +218,7 @@ def domain_dots(domains: Sequence[str], series: Sequence[Sequence[float | None]]
         series: for each result, its value on every domain.
         caption: what the axis shows.
         floor: the value that means "no damage" (0 for KL, 1 for a ratio); the axis starts there.
+        errors: standard errors of the values, in the same order, each drawn as a bar that long to both sides.
     """
     left = min(300.0, max(70.0, 14 + max(text_width(shorten(domain)) for domain in domains)))
     row, top, bottom = 27.0, 8.0, 44.0
@@ -227,17 +239,33 @@ def domain_dots(domains: Sequence[str], series: Sequence[Sequence[float | None]]
             drawing.line(min(places), y, max(places), y, "span")
         drawing.text(left - 4, y + 4, shorten(domain), "end", domain if len(domain) > 28 else "")
         for number, score in enumerate(scores):
-            if score is not None:
-                drawing.mark(scale.place(score), y, number, f"{domain}: {number_text(score)}")
+            if score is None:
+                continue
+            error = None if errors is None else errors[number][index]
+            if error is not None:
+                ends = [scale.place(scale.clipped(score + way * error)) for way in (-1, 1)]
+                drawing.line(ends[0], y, ends[1], y, f"error l{number % NUM_SERIES}")
+            title = f"{domain}: {number_text(score)} {error_text(error)}".rstrip()
+            drawing.mark(scale.place(score), y, number, title)
     return drawing.render()
 
 
-def trade_off(series: Sequence[Sequence[tuple[str, float, float]]], caption_x: str, caption_y: str) -> Markup:
-    """Return size against cost: for each series its points (name, x, y), joined by a line."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One point of `trade_off`; `error` is the standard error of `y`, or None."""
+
+    name: str
+    x: float
+    y: float
+    error: float | None = None
+
+
+def trade_off(series: Sequence[Sequence[Point]], caption_x: str, caption_y: str) -> Markup:
+    """Return size against cost: for each series its points, joined by a line, with bars of one standard error."""
     height, left, top, bottom, right = 340.0, 56.0, 30.0, 46.0, WIDTH - 16
     drawing = Drawing(WIDTH, height, f"{caption_y} against {caption_x}")
-    xs = [x for points in series for _, x, _ in points]
-    ys = [y for points in series for _, _, y in points]
+    xs = [point.x for points in series for point in points]
+    ys = [point.y for points in series for point in points]
     pad = (max(xs) - min(xs)) * 0.08 or 0.05
     scale_x = Scale(low=min(xs) - pad, high=max(xs) + pad, start=left, end=right)
     floor = height - bottom
@@ -251,11 +279,15 @@ def trade_off(series: Sequence[Sequence[tuple[str, float, float]]], caption_x: s
     drawing.text((left + right) / 2, height - 8, caption_x, "middle axis")
     drawing.text(0, 13, caption_y + (" (log scale)" if scale_y.log else ""), "axis")
     for number, points in enumerate(series):
-        placed = [(scale_x.place(x), scale_y.place(y)) for _, x, y in points]
+        placed = [(scale_x.place(point.x), scale_y.place(point.y)) for point in points]
         if len(placed) > 1:
             drawing.path(placed, f"join l{number % NUM_SERIES}")
-        for (name, _, y), (across, down) in zip(points, placed, strict=True):
-            drawing.mark(across, down, number, f"{name}: {number_text(y)}", size=6)
+        for point, (across, down) in zip(points, placed, strict=True):
+            if point.error is not None:
+                ends = [scale_y.place(scale_y.clipped(point.y + way * point.error)) for way in (-1, 1)]
+                drawing.line(across, ends[0], across, ends[1], f"error l{number % NUM_SERIES}")
+            title = f"{point.name}: {number_text(point.y)} {error_text(point.error)}".rstrip()
+            drawing.mark(across, down, number, title, size=6)
     return drawing.render()
 
 

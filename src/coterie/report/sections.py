@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
 from coterie.model.disk.manifest import ResultForm
+from coterie.report.columns import COLUMNS
 from coterie.report.draw import CIVIDIS, colour, hex_colour, ink_on, key_mark
 from coterie.report.gather import Entry, ReportedResult, ReportedRun, recipe_name
 from coterie.report.layers import (
@@ -26,43 +26,20 @@ from coterie.report.layers import (
     short_size,
     widths_text,
 )
-from coterie.report.plots import ByteRow, byte_bars, domain_dots, time_bars, trade_off
+from coterie.report.plots import ByteRow, Point, byte_bars, domain_dots, time_bars, trade_off
 from coterie.report.remarks import remarks
-from coterie.report.words import MISSING, bytes_text, count_text, number_text, percent_text, range_text, times_text
+from coterie.report.words import (
+    MISSING,
+    bytes_text,
+    count_text,
+    error_text,
+    number_text,
+    percent_text,
+    range_text,
+    times_text,
+)
 
 Section = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Column:
-    """One column of the table of results."""
-
-    title: str
-    hint: str
-    value: Callable[[Entry], float | None]
-    text: Callable[[float | None], str]
-    better: str = ""  # "low", "high" or "" for neither
-
-
-COLUMNS = (
-    Column(title="Bytes", hint="all tensors in the weight files", value=lambda e: float(e.num_bytes),
-           text=lambda v: bytes_text(None if v is None else round(v)), better="low"),
-    Column(title="of original", hint="bytes divided by the original's", value=lambda e: e.bytes_ratio,
-           text=percent_text, better="low"),
-    Column(title="Perplexity", hint="exp of the mean negative log-likelihood of all test tokens",
-           value=lambda e: e.score("perplexity"), text=number_text, better="low"),
-    Column(title="× original", hint="perplexity divided by the original's on the same tokens",
-           value=lambda e: e.score("perplexity_ratio"), text=times_text, better="low"),
-    Column(title="KL", hint="mean divergence of the predictions from the original's, in nats a token",
-           value=lambda e: None if e.is_base else e.score("kl"), text=number_text, better="low"),
-    Column(title="Top-1 agreement", hint="share of tokens where the likeliest next token is the original's",
-           value=lambda e: None if e.is_base else e.score("agreement"),
-           text=lambda v: percent_text(v, 1), better="high"),
-    Column(title="Exact answers", hint="share of questions answered exactly", value=lambda e: e.score("accuracy"),
-           text=lambda v: percent_text(v, 1), better="high"),
-    Column(title="Speed", hint="tokens a second divided by the original's, measured in turns",
-           value=lambda e: None if e.card is None else e.card.speed_ratio, text=times_text, better="high"),
-)  # fmt: skip
 
 
 def compressed(entries: Sequence[Entry]) -> list[Entry]:
@@ -152,7 +129,8 @@ def _cards(best: Entry) -> list[dict[str, str]]:
         value = times_text(times) if times is not None else number_text(perplexity)
         add("Perplexity", value, f"{before} → {number_text(perplexity)}" if times is not None else "test text")
     if (kl := best.score("kl")) is not None:
-        add("KL", number_text(kl), "nats a token, from the original")
+        error = error_text(best.error("kl"))
+        add("KL", number_text(kl), f"{f'{error} ' if error else ''}nats a token, from the original")
     if (agreement := best.score("agreement")) is not None:
         add("Top-1 agreement", percent_text(agreement, 1), "same likeliest token")
     if (accuracy := best.score("accuracy")) is not None:
@@ -214,7 +192,7 @@ def results_table(entries: Sequence[Entry]) -> Section | None:
                 best[size, column.title] = min(values) if column.better == "low" else max(values)
     manifests = [entry.result.manifest for entry in results if entry.result is not None]
     kinds = {layer_kind(layer) for manifest in manifests for layer in manifest.layers}
-    rows = []
+    rows: list[Section] = []
     group: str | None = None
     for entry in entries:
         size = entry.size
@@ -224,7 +202,7 @@ def results_table(entries: Sequence[Entry]) -> Section | None:
         for column in columns:
             value = column.value(entry)
             chosen = not entry.is_base and value is not None and best.get((size, column.title)) == value
-            cells.append({"text": column.text(value), "best": chosen})
+            cells.append({"text": column.text(value), "error": error_text(column.error(entry)), "best": chosen})
         result = entry.result
         counts, also = (MISSING, []) if result is None else before_after(result.manifest.layers)
         rows.append(
@@ -245,6 +223,7 @@ def results_table(entries: Sequence[Entry]) -> Section | None:
         "rows": rows,
         "apart": apart,
         "any_best": bool(best),
+        "errors": any(cell["error"] for row in rows for cell in row["cells"]),
         "any_base": any(entry.is_base for entry in entries),
         "order": next((word for key, word in (("KL", "KL"), ("Perplexity", "perplexity")) if key in titles), ""),
         "neurons": any(kind != "whole" for kind in kinds),
@@ -259,16 +238,16 @@ def results_table(entries: Sequence[Entry]) -> Section | None:
 
 def _trade_off(results: Sequence[Entry]) -> Section | None:
     """Return KL against bytes, one line a recipe and router, where sizes differ by two hundredths or more."""
-    series: dict[str, list[tuple[str, float, float]]] = {}
+    series: dict[str, list[Point]] = {}
     for entry in results:
         ratio, kl = entry.bytes_ratio, entry.score("kl")
         if ratio is not None and kl is not None and math.isfinite(kl):
             name = entry.label if entry.result is None else recipe_name(entry.result)
-            series.setdefault(name, []).append((entry.label, ratio, kl))
-    ratios = [ratio for points in series.values() for _, ratio, _ in points]
+            series.setdefault(name, []).append(Point(name=entry.label, x=ratio, y=kl, error=entry.error("kl")))
+    ratios = [point.x for points in series.values() for point in points]
     if len(ratios) < 2 or max(ratios) - min(ratios) < 0.02:
         return None
-    joined = [sorted(points, key=lambda point: point[1]) for points in series.values()]
+    joined = [sorted(points, key=lambda point: point.x) for points in series.values()]
     plot = trade_off(joined, "bytes, as a share of the original's", "KL from the original, nats a token")
     return {"plot": plot, "legend": _legend(list(series))}
 
@@ -304,7 +283,8 @@ def costs(entries: Sequence[Entry]) -> Section | None:
     series = [[_finite(entry.score("kl", domain)) for domain in domains] for entry in scored]
     plot: Markup | None = None
     if any(value is not None for row in series for value in row):
-        plot = domain_dots(domains, series, "KL from the original, nats a token", 0.0)
+        errors = [[entry.error("kl", domain) for domain in domains] for entry in scored]
+        plot = domain_dots(domains, series, "KL from the original, nats a token", 0.0, errors=errors)
     return {"tables": tables, "plot": plot, "legend": _legend([entry.label for entry in scored])}
 
 

@@ -38,6 +38,11 @@ def number_text(value: float | None, digits: int = 3) -> str:
     return f"{value:.{places}f}"
 
 
+def error_text(error: float | None) -> str:
+    """Return a standard error as it stands behind a number: ``± 0.012``; nothing where there is none."""
+    return "" if error is None else f"± {number_text(error, 2)}"
+
+
 def times_text(ratio: float | None) -> str:
     """Return a ratio: ``1.08×``."""
     return MISSING if ratio is None else f"{number_text(ratio)}×"

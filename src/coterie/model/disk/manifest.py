@@ -14,6 +14,7 @@ from typing import Any, Literal, cast, get_args
 from coterie.artifact import open_artifact, write_artifact
 from coterie.errors import CorruptArtifact, StaleArtifact
 from coterie.fields import Fields, plain_content
+from coterie.model.disk.provenance import Provenance
 
 MANIFEST = "coterie.json"
 
@@ -191,6 +192,7 @@ class Manifest:
         left_out: why steps of the recipe on the whole result were left out, by step.
         numerics: what it was computed with, see `coterie.model.numerics`: with another number of threads, device or
             version of torch the last bits may differ. Empty where an earlier version wrote it, as for `left_out`.
+        provenance: what the card says beside all this.
 
     Raises:
         ValueError: the form contradicts the router or the widths, or layers are not in order; the message begins with
@@ -217,6 +219,7 @@ class Manifest:
     prediction: PredictionEntry | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     numerics: Mapping[str, str | int] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
         for form, holds in ((ResultForm.MAPPED, self.router == "map"), (ResultForm.RAGGED, self.ragged is not None)):
@@ -252,6 +255,7 @@ class Manifest:
         ragged = self.ragged
         body["ragged"] = None if ragged is None else {"width": ragged.width, "axes": dict(ragged.axes)}
         body["layers"] = [layer.content() for layer in self.layers]
+        body["provenance"] = self.provenance.content()
         return body
 
     def write(self, folder: Path, inputs: Mapping[str, str]) -> None:
@@ -337,6 +341,9 @@ def _manifest_of(fields: Fields) -> Manifest:
             prediction=_prediction_of(fields.nested("prediction")) if fields.said("prediction") else None,
             left_out={name: str(value) for name, value in _named(fields, "left_out").items()},
             numerics=_named(fields, "numerics"),
+            provenance=(
+                Provenance.from_fields(fields.nested("provenance")) if fields.said("provenance") else Provenance()
+            ),
         )
 
 

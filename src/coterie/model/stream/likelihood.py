@@ -72,6 +72,19 @@ def counted(values_T: Tensor, counts_BS: Tensor | None, positions: slice) -> Ten
     return values_T if counts_BS is None else values_T[counts_BS[:, positions][:, 1:].flatten().to(values_T.device)]
 
 
+def counted_lengths(ids_BP: Tensor, counts_BS: Tensor | None, positions: slice) -> list[int]:
+    """Return how many values of each sequence are among those that `counted` returns.
+
+    Args:
+        ids_BP: the tokens at these positions, of which the first is not predicted.
+        counts_BS: which tokens of whole sequences count, bool; None for all.
+        positions: which positions.
+    """
+    if counts_BS is None:
+        return [ids_BP.shape[1] - 1] * len(ids_BP)
+    return [int(count) for count in counts_BS[:, positions][:, 1:].sum(dim=1)]
+
+
 def perplexity(nll: float, tokens: int) -> float:
     """Return ``exp(nll / tokens)`` for a sum of negative log-likelihoods; infinite where that exceeds a float."""
     try:
