@@ -48,7 +48,7 @@ ALLOWED = {
     "evaluate": FOUNDATION | {"model", "profile", "publish"},
     "report": FOUNDATION | {"model", "profile", "compress", "evaluate", "publish"},
     "bench": FOUNDATION | {"model", "profile", "train", "compress", "evaluate", "report"},
-    "testing": FOUNDATION | {"model", "profile", "compress"},
+    "testing": FOUNDATION | {"model", "profile", "publish", "compress"},
     "cli": FOUNDATION | {"model", "profile", "publish", "compress", "evaluate", "report", "bench", "testing"},
 }
 #: It may import anything: the front door.

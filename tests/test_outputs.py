@@ -23,7 +23,10 @@ from manifests import manifest_of
 COMMANDS = {
     "plan": ("plan {model} --keep 0.5 --recipe hc-smoe --out {place}", "in the text, in the profile"),
     "plan with a profile": ("plan {model} {profile} --keep 0.5 --recipe reap --out {place}", "in the text"),
-    "card": ("card {result} --out {place}", "in the text, in the profile"),
+    "card": (
+        "card {result} --out {place}",
+        "in the model, in the model through a link, in the text, in the profile",
+    ),
     "report": ("report {run} --out {place}", "in the model, in the model through a link, in the text"),
     "evaluate": ("evaluate {model} --text {text} --questions 0 --out {place}", "the profile, in the profile"),
     "evaluate, the base": (

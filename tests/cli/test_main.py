@@ -13,7 +13,10 @@ import coterie
 from coterie.cli.main import app
 from coterie.errors import CoterieError
 
-COMMANDS = ("inspect", "calibrate", "profile", "plan", "compress", "evaluate", "bench", "report", "recipes", "families")
+COMMANDS = (
+    "inspect", "calibrate", "profile", "plan", "compress", "evaluate", "card", "push", "bench", "report", "recipes",
+    "families",
+)  # fmt: skip
 
 
 def run(*arguments, **options):

@@ -636,6 +636,9 @@ def test_from_a_packed_checkpoint_to_a_plain_half(packed, tmp_path):
     ]
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     found, wanted = ({file.name: load_file(file) for file in each.out.glob("*.safetensors")} for each in results)
+    active = [(each.manifest.provenance.active_before, each.manifest.provenance.active_after) for each in results]
+    assert active[0] == active[1]
+    assert active[0][0] > active[0][1] > 0
     assert found.keys() == wanted.keys()
     for name in wanted:
         assert found[name].keys() == wanted[name].keys()

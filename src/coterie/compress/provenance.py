@@ -10,7 +10,8 @@ from typing import Any
 from coterie.compress.prepare import Job
 from coterie.compress.recipes import get_recipe
 from coterie.errors import CoterieError
-from coterie.model.arch.inspect import inspect
+from coterie.model.arch.inspect import inspect_checkpoint
+from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.provenance import Provenance
 from coterie.paths import user_path
 from coterie.profile.profile import Profile
@@ -55,17 +56,17 @@ def provenance_of(job: Job, profile: Profile | None, result: Path | None = None)
         recipe_summary=None if recipe is None else recipe.summary,
         recipe_paper=None if recipe is None else recipe.paper,
         commands=_commands(job, profile, model_id or checkpoint.path.resolve().name),
-        active_before=None if result is None else _active(checkpoint.path),
-        active_after=None if result is None else _active(result),
+        active_before=None if result is None else _active(checkpoint),
+        active_after=None if result is None else _active(Checkpoint.open(result)),
     )
 
 
-def _active(folder: Path) -> int | None:
+def _active(checkpoint: Checkpoint) -> int | None:
     """Return the parameters that one token uses, or None where headers and config do not say it."""
     try:
-        return inspect(folder).active_parameters
+        return inspect_checkpoint(checkpoint).active_parameters
     except CoterieError as error:
-        log.debug("%s: parameters that one token uses are not known: %s", folder, error)
+        log.debug("%s: parameters that one token uses are not known: %s", checkpoint.path, error)
         return None
 
 

@@ -32,6 +32,7 @@ from coterie.model.quiet import quiet
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile
 from coterie.profile.statistics import needs_gradients
+from coterie.publish.card import CARD, is_own_card
 from coterie.testing.agreement import check_accounting, check_budget, check_inspection, require
 from coterie.testing.families import END_OF_TEXT_ID, ONE_WIDTH, SOFTMAX_OVER_ALL, UNROUTABLE
 from coterie.testing.tiny import tiny_checkpoint, tiny_text, tiny_tokenizer
@@ -184,8 +185,11 @@ def check_result(model: str | Path, result: Result) -> None:
     require(manifest is not None and manifest.content() == result.manifest.content(), "another manifest on disk")
     for file in source.other_files():
         place = file.relative_to(source.path)
+        if place == Path(CARD):  # which is of the original alone
+            continue
         copy = result.out / place
         require(copy.is_file() and copy.read_bytes() == file.read_bytes(), f"{place} was not carried along")
+    require(is_own_card(result.out / CARD), "no model card of its own")
     if result.manifest.form is ResultForm.PLAIN:
         new_model, info = _load_stock(result.out)
         require(not any(info.values()), f"{result.out} does not load whole: {info}")

@@ -192,8 +192,12 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
         ArchitectureMismatch: config.json and tensors disagree, or do not say how many experts a token chooses.
         InputError: the budget is no amount of bytes.
     """
+    return inspect_checkpoint(Checkpoint.open(model, fetch="headers"), budget=budget)
+
+
+def inspect_checkpoint(checkpoint: Checkpoint, *, budget: str | int | None = None) -> Inspection:
+    """Look into a MoE checkpoint that is open already; see `inspect`."""
     limit = None if budget is None else parse_bytes(budget)
-    checkpoint = Checkpoint.open(model, fetch="headers")
     config, tensors = checkpoint.config, checkpoint.tensors
     check_chosen(config, str(checkpoint.path))
     places, counts, storage = _places(checkpoint), expert_counts(config), _Storage(config)
