@@ -45,6 +45,11 @@ class StubHub:
         self.models[name, revision] = self.models[name, commit] = folder
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """Say nothing of clients that want no more."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: StubHub
@@ -151,7 +156,7 @@ def running_hub(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[StubHub]:
     hub = StubHub()
     servers = []
     for handler in (_Hub, _Storage):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), {"hub": hub}))
+        server = _Server(("127.0.0.1", 0), type("Handler", (handler,), {"hub": hub}))
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         servers.append(server)
     # Another name for the same machine, so that it is another place for a client, as it is on the real hub.
