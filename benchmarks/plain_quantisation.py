@@ -1,7 +1,7 @@
 """What removing experts costs beside plain rounding of their weights, at the same bytes: when not to use Coterie.
 
-    python benchmarks/plain_quantisation.py [--model reference/model] [--recipes coterie reap] [--tokens 16384]
-                                            [--train-tokens 0] [--test-tokens 10240] [--questions 100]
+    python benchmarks/plain_quantisation.py [--model reference/model] [--recipes coterie reap] [--tokens 40960]
+                                            [--train-tokens 65536] [--test-tokens 20480] [--questions 200]
                                             [--markdown FILE]
 
 Experts' matrices are rounded to the nearest of evenly spaced values, with one 16-bit scale for `GROUP` weights in a
@@ -96,10 +96,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=REFERENCE / "model")
     parser.add_argument("--recipes", nargs="+", default=["coterie", "reap"])
-    parser.add_argument("--tokens", type=int, default=16_384, help="calibration tokens")
-    parser.add_argument("--train-tokens", type=int, default=0, help="tokens that recipes which distil train on")
-    parser.add_argument("--test-tokens", type=int, default=10_240)
-    parser.add_argument("--questions", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=40_960, help="calibration tokens")
+    parser.add_argument("--train-tokens", type=int, default=65_536, help="tokens that recipes which distil train on")
+    parser.add_argument("--test-tokens", type=int, default=20_480)
+    parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--markdown", type=Path, help="where the table goes as well")
     options = parser.parse_args()
