@@ -22,6 +22,7 @@ from coterie.compress.prepare import Job, Options
 from coterie.outputs import free_space
 from coterie.profile.outlook import Outlook, measured_pace, profile_disk, scaled
 from coterie.profile.text import UnwrittenText
+from coterie.publish.hub import find_destination
 from coterie.train.distill import KEPT
 
 
@@ -60,7 +61,9 @@ def dry_run(model: str | Path, out: str | Path, **settings: Any) -> DryRun:
     """
     arguments = inspect.signature(compress).bind(model, out, **settings)
     arguments.apply_defaults()
-    options = replace(Options.of(**arguments.arguments), dry=True)
+    asked = arguments.arguments
+    find_destination(asked.pop("push_to_hub"), private=asked.pop("private"))
+    options = replace(Options.of(**asked), dry=True)
     with prepared(options) as job:
         layers = job.source.architecture.layers
         pace = measured_pace(job.stream, layers, _batch(job), limit=options.limit, measure=job.measure)
