@@ -28,8 +28,8 @@ PANELS: dict[str, tuple[str, ...]] = {
     "What to measure": ("against", "speed", "tasks", "include_path", "limit"),
     "Limits": ("device", "jobs", "max_memory", "allow_pickle"),
     "Output": (
-        "out", "file", "base_model", "push_to_hub", "private", "scorecard", "write_card", "dry_run", "keep_results", "check",
-        "json",
+        "out", "file", "base_model", "push_to_hub", "private", "scorecard", "write_card", "dry_run", "keep_results",
+        "check", "json",
     ),
 }  # fmt: skip
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
