@@ -237,7 +237,7 @@ def test_two_models_are_told_apart(small, tiny, tmp_path):
         ({"removed": [0.5, 1]}, InputError, "1 of the experts cannot be removed"),
         ({"removed": []}, InputError, "no share"),
         ({"seeds": 0}, InputError, "no seed"),
-        ({"jobs": -1}, InputError, "-1 workers"),
+        ({"jobs": -1}, InputError, "--jobs -1 cannot be"),
         ({"models": []}, InputError, "no model"),
         ({"models": Path("nowhere")}, NotACheckpoint, "does not exist"),
         ({"text": Path("nowhere")}, TextError, "not a folder"),
@@ -249,6 +249,37 @@ def test_nonsense_is_refused_before_anything_is_made(small, tiny, tmp_path, chan
     with pytest.raises(error, match=message):
         bench(arguments.pop("models"), tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": 0}, "--tokens 0 cannot be; give a whole number from 1"),
+        ({"test_tokens": -1}, "--test-tokens -1 cannot be"),
+        ({"sample_tokens": 2**63}, "--sample-tokens 9223372036854775808 cannot be"),
+        ({"questions": -1}, "--questions -1 cannot be; give a whole number from 0"),
+        ({"seq_len": 1}, "--seq-len 1 cannot be; give a whole number from 2"),
+        ({"jobs": 10**6}, "--jobs 1000000 cannot be; give a whole number from 0 to 1024"),
+        ({"seeds": [2**64]}, "seed 18446744073709551616 cannot be"),
+    ],
+)
+def test_amounts_that_cannot_be_are_refused_before_anything_is_made(small, tiny, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        bench(tiny(), tmp_path / "out", **small | change)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_bench_that_ends_before_anything_was_finished_leaves_no_folder(small, tiny, tmp_path, monkeypatch, there):
+    def refuse(jobs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "open_pool", refuse)
+    if there:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        bench(tiny(), tmp_path / "out", **small)
+    assert (tmp_path / "out").exists() == there
 
 
 def test_a_folder_of_something_else_is_not_written_to(small, tiny, tmp_path):

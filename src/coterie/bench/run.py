@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from coterie.amounts import format_bytes, parse_bytes
+from coterie.amounts import check_seed, format_bytes, parse_bytes
 from coterie.artifact import atomic_path, write_json
 from coterie.bench.cells import (
     BenchSettings,
@@ -58,6 +59,9 @@ from coterie.progress import StageTime, duration, track, waiting
 log = logging.getLogger(__name__)
 
 MAX_DRAWS = 1000
+
+#: Least and most of numbers that are bounded otherwise than by 1 and 63 bits.
+_BOUNDS = {"--questions": (0, 2**63 - 1), "--seq-len": (2, 2**63 - 1), "--jobs": (0, 1024)}
 
 LOCK = ".lock"
 CELLS = "cells.jsonl"
@@ -154,11 +158,15 @@ def bench(
         raise InputError("there is no model; pass one or more")
     if len({model.name for model in opened}) < len(opened):
         raise InputError(f"the models {', '.join(model.name for model in opened)} need distinct names")
-    if jobs < 0:
-        raise InputError(f"{jobs} workers cannot be; give --jobs 1 or more")
+    _check_amounts(
+        {"--tokens": tokens, "--test-tokens": test_tokens, "--sample-tokens": sample_tokens, "--questions": questions,
+         "--seq-len": seq_len, "--jobs": jobs}
+    )  # fmt: skip
     if isinstance(seeds, int) and seeds > MAX_DRAWS:
         raise InputError(f"{seeds} draws of the text are too many; give --seeds {MAX_DRAWS} at most")
     draws = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    for seed in draws:
+        check_seed(seed)
     for source in (text, test):
         if is_data_set_name(source):
             raise InputError(f"{source}: a bench reads folders; save the data set (save_to_disk) and give that one")
@@ -173,6 +181,7 @@ def bench(
     cells = grid(
         opened, recipes=choose_recipes(recipes), routers=routers, removed=removed, seeds=draws, settings=settings
     )
+    begins = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -183,7 +192,28 @@ def bench(
         call = _BenchCall(folder=folder, models=opened, cells=cells, settings=settings, keep_results=keep_results)
         return call.run(jobs)
     finally:
+        if begins:
+            _remove_if_nothing_came(folder)
         lock.release()
+
+
+def _check_amounts(amounts: Mapping[str, int | None]) -> None:
+    """Raise InputError for an amount that cannot be, before any folder is made or worker started."""
+    for option, amount in amounts.items():
+        least, most = _BOUNDS.get(option, (1, 2**63 - 1))
+        if amount is not None and not least <= amount <= most:
+            raise InputError(f"{option} {amount!s:.40} cannot be; give a whole number from {least} to {most}")
+
+
+def _remove_if_nothing_came(folder: Path) -> None:
+    """Remove the folder of a bench that ended before anything was finished, so that it is as it was before."""
+    with suppress(OSError):
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                entry.rmdir()
+        if {entry.name for entry in folder.iterdir()} <= {LOCK}:
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _may_go_on(folder: Path) -> bool:
