@@ -141,51 +141,59 @@ def _files(out: Path, models: list[str], reads: Mapping[str, Sequence[str | Path
 
 
 def _print_scores(cards: "Sequence[Scorecard]") -> None:
-    """Print one table of all models, the base among them, domain by domain and over all."""
+    """Print tables of all models, the base among them: domain by domain, and over all."""
     base = next((card for card in cards if card.base is not None), None)
+    overall = cards[0].overall
     names = ", ".join(card.model for card in cards)
     print_text(names if base is None else f"{names} against {base.base}")
+    sequences = f" in {overall['sequences']:,} sequences" if overall["sequences"] else ""
+    print_text(f"{overall['tokens']:,} tokens{sequences}, {overall['questions']:,} questions")
     print_text()
     joint = base is not None or len(cards) > 1
+    compared = ("KL (nats)", "agreement") if base is not None else ()
+    rows = [
+        (domain, *((name,) if joint else ()), number(scores["perplexity"], 3),
+         *(_compared(scores, is_base) if base is not None else ()), percent(scores["accuracy"]))
+        for domain in cards[0].domains
+        for name, scores, is_base in _rows(cards, domain, base)
+    ]  # fmt: skip
+    print_table(("domain", *(("model:",) if joint else ()), "perplexity", *compared, "exact answers"), rows)
+    print_text()
     print_table(
-        ("domain", *(("model:",) if joint else ()), "perplexity",
-         *(("rise", "KL (nats)", "agreement") if base is not None else ()), "exact answers", "tokens", "questions"),
+        ("all domains", "perplexity", *(("rise", *compared) if base is not None else ()), "exact answers"),
         [
-            row
-            for domain in (*cards[0].domains, None)
-            for row in _rows(cards, domain, base=base, joint=joint)
+            (name, number(scores["perplexity"], 3),
+             *((_rise(scores, is_base), *_compared(scores, is_base)) if base is not None else ()),
+             percent(scores["accuracy"]))
+            for name, scores, is_base in _rows(cards, None, base)
         ],
     )  # fmt: skip
     print_text()
 
 
 def _rows(
-    cards: "Sequence[Scorecard]", domain: str | None, *, base: "Scorecard | None", joint: bool
-) -> Iterator[tuple[str, ...]]:
-    """Yield the rows of one domain, or of all where that is None: the base's, if it is not among the models, first."""
-    rows: list[tuple[str, Scores, bool]] = []
+    cards: "Sequence[Scorecard]", domain: str | None, base: "Scorecard | None"
+) -> "Iterator[tuple[str, Scores, bool]]":
+    """Yield name and scores of each model in a domain, or over all where that is None, and whether it is the base.
+
+    The base's own, as it is in the scorecard `base` of another, come first where it is not among the models.
+    """
     if base is not None and base.base_digest not in [card.model_digest for card in cards]:
         own = base.base_overall if domain is None else base.base_domains.get(domain)
         if base.base is not None and own is not None:
-            rows.append((base.base, own, True))
+            yield base.base, own, True
     for card in cards:
         scores = card.overall if domain is None else card.domains[domain]
-        rows.append((card.model, scores, card.model_digest == card.base_digest))
-    for name, scores, is_base in rows:
-        compared = (
-            with_error(scores["perplexity_rise"], scores["perplexity_rise_error"], 3, sign=True),
-            with_error(scores["kl"], scores["kl_error"], 4),
-            percent(scores["agreement"]),
-        )
-        yield (
-            "all" if domain is None else domain,
-            *((name,) if joint else ()),
-            number(scores["perplexity"], 3),
-            *((("-",) * 3 if is_base else compared) if base is not None else ()),
-            percent(scores["accuracy"]),
-            f"{scores['tokens']:,}",
-            f"{scores['questions']:,}",
-        )
+        yield card.model, scores, card.model_digest == card.base_digest
+
+
+def _rise(scores: "Scores", is_base: bool) -> str:
+    rise = with_error(scores["perplexity_rise"], scores["perplexity_rise_error"], 3, sign=True)
+    return "-" if is_base else rise
+
+
+def _compared(scores: "Scores", is_base: bool) -> tuple[str, str]:
+    return ("-", "-") if is_base else (with_error(scores["kl"], scores["kl_error"], 4), percent(scores["agreement"]))
 
 
 def _print_tasks(card: "Scorecard") -> None:
