@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import coterie
 from conftest import digests
 from coterie.cli.main import app
+from coterie.compress.provenance import _last_name as last_name
 from coterie.errors import InputError, OutputExists, StaleArtifact
 from coterie.evaluate.scorecard import Scorecard
 from coterie.model.disk.manifest import Manifest, RaggedWidths, ResultForm
@@ -292,3 +293,14 @@ def test_a_plan_of_its_own_is_named(tiny, text, tmp_path):
         f"coterie compress {tiny().name} OUT --plan PLAN --text {text.name} --domains code=2,prose=1 --tokens 256 "
         "--seq-len 32 --seed 0 --sample-tokens 32"
     )
+
+
+def test_text_is_named_without_the_way_to_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "rows").mkdir(parents=True)
+    named = {
+        "self": "self", str(tmp_path / "mine"): "mine", "mine/../mine": "mine", "hf:owner/set": "hf:owner/set",
+        "hf:wikitext:raw:test": "hf:wikitext:raw:test", "hf:mine/rows": "hf:rows",
+        f"hf:{tmp_path / 'mine' / 'rows'}:all": "hf:rows:all", "hf:/home/secret/set::test": "hf:set::test",
+    }  # fmt: skip
+    assert {text: last_name(text) for text in named} == named

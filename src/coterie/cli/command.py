@@ -25,12 +25,10 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Text": (
         "text", "test", "generate", "domains", "on", "tokens", "test_tokens", "seq_len", "sample_tokens", "questions",
     ),
-    "What to measure": ("against", "speed", "tasks", "include_path", "limit"),
+    "What to measure": ("against", "speed", "tasks", "include_path", "limit", "scorecard"),
+    "The hub": ("push_to_hub", "private", "base_model"),
     "Limits": ("device", "jobs", "max_memory", "allow_pickle"),
-    "Output": (
-        "out", "file", "base_model", "push_to_hub", "private", "scorecard", "write_card", "dry_run", "keep_results",
-        "check", "json",
-    ),
+    "Output": ("out", "file", "dry_run", "keep_results", "write_card", "check", "json"),
 }  # fmt: skip
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 

@@ -14,8 +14,9 @@ from coterie.model.arch.inspect import inspect_checkpoint
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.provenance import Provenance
 from coterie.paths import user_path
+from coterie.profile.data_sets import is_data_set_name, local_place
 from coterie.profile.profile import Profile
-from coterie.publish.original import card_of, hub_id
+from coterie.publish.original import card_of, hub_id, is_hub_id
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ _OPTIONS = (
     ("--inputs", "inputs", "original"),
     ("--output-dtype", "output_dtype", "bfloat16"),
     ("--mtp", "mtp", None),
+    ("--on", "on", None),
 )
 
 
@@ -70,8 +72,16 @@ def _active(checkpoint: Checkpoint) -> int | None:
         return None
 
 
-def _last_name(path: str | Path) -> str:
-    return "self" if str(path) == "self" else user_path(path).resolve().name
+def _last_name(source: str | Path) -> str:
+    """Return a source of text without the way to it: "self", a folder's last name, or ``hf:`` and a data set's name."""
+    if str(source) == "self":
+        return "self"
+    if not is_data_set_name(source):
+        return user_path(source).resolve().name
+    place = user_path(local_place(source))
+    if not place.exists() and is_hub_id(str(local_place(source)), owner=False):
+        return str(source)
+    return str(source).replace(str(local_place(source)), place.resolve().name, 1)
 
 
 def _commands(job: Job, profile: Profile | None, model: str) -> tuple[str, ...]:
@@ -121,6 +131,8 @@ def _profile_words(profile: Profile, model: str) -> list[Any]:
         ",".join(profile.domains),
     ]
     words += ["--tokens", sum(profile.num_tokens), "--seq-len", profile.seq_len, "--seed", profile.seed]
+    if profile.on != "all":
+        words += ["--on", profile.on]
     return words
 
 

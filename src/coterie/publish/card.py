@@ -23,6 +23,8 @@ from coterie.publish.original import is_hub_id
 
 CARD = "README.md"
 
+_HOME = "https://github.com/coterie-moe/coterie"
+
 #: Layers that differ, up to which their table is not folded.
 _UNFOLDED = 8
 
@@ -209,7 +211,7 @@ def _what_it_is(manifest: Manifest, model_id: str | None) -> Iterator[str]:
     router = "" if manifest.router == "plain" else f" The router has the form {code(manifest.router)}."
     yield (
         f"{_original(manifest, model_id)} with smaller Mixture-of-Experts layers, made by "
-        f"Coterie with the recipe {recipe}{does}.{router}"
+        f"[Coterie]({_HOME}) with the recipe {recipe}{does}.{router}"
     )
     if model_id is None:
         yield (
@@ -343,7 +345,11 @@ def _loading(manifest: Manifest) -> str:
 
 def _calibration(manifest: Manifest) -> str:
     text = manifest.provenance.text
-    source = {None: "", "self": ", which the model wrote itself"}.get(text, f", from the folder {code(text or '')}")
+    source = "" if text is None else f", from the folder {code(text)}"
+    if text == "self":
+        source = ", which the model wrote itself"
+    elif text is not None and text.startswith("hf:"):
+        source = f", from the data set {code(text)}"
     domains = ", ".join(map(code, manifest.domains))
     measured = "" if manifest.calibration_inputs == "original" else " Each layer was measured behind compressed ones."
     return (

@@ -92,8 +92,7 @@ def find_destination(repo_id: str | None, *, private: bool = False, folder: Path
 
 def check_id(repo_id: str) -> None:
     """Raise InputError for what cannot be the id of a repository."""
-    owner, _, name = repo_id.rpartition("/")
-    if not is_hub_id(f"{owner or 'me'}/{name}") or len(repo_id) > _LONGEST_ID:
+    if not is_hub_id(repo_id, owner=False) or len(repo_id) > _LONGEST_ID:
         raise InputError(
             f"{repo_id!r:.120} is no id of a repository on the hub; it has the form owner/name, with letters, digits, "
             f"'-', '_' and '.', and {_LONGEST_ID} characters at most"

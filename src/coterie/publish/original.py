@@ -49,9 +49,10 @@ def hub_id(model: str | Path, folder: Path, config: Mapping[str, Any]) -> str | 
     return None if local or Path(str(said)).exists() else str(said)
 
 
-def is_hub_id(text: str) -> bool:
-    """Tell whether a text has the form of a hub id with its owner, ``owner/name``."""
-    return bool(_HUB_ID.fullmatch(text)) and "--" not in text and ".." not in text and not text.endswith(".git")
+def is_hub_id(text: str, *, owner: bool = True) -> bool:
+    """Tell whether a text has the form of a hub id with its owner, ``owner/name``; without `owner`, or ``name``."""
+    whole = text if owner or "/" in text else f"x/{text}"
+    return bool(_HUB_ID.fullmatch(whole)) and "--" not in text and ".." not in text and not text.endswith(".git")
 
 
 def card_of(folder: Path) -> dict[str, Any]:
