@@ -110,6 +110,18 @@ def test_sources_are_counted_on_equally_many_tokens(tiny, token_set):
     assert one.loss == pytest.approx(measure(tiny(), token_set)[0].loss, rel=1e-6), "the loss is of all tokens"
 
 
+def test_where_only_answers_count_a_short_source_may_come_first(tiny, token_set):
+    code, prose = token_set.sequences.values()
+    short, counts = code[:2], {"code": torch.zeros(2, 24, dtype=torch.bool), "prose": torch.zeros_like(prose) > 0}
+    counts["code"][:, 4:16] = True  # 24 tokens of answers
+    counts["prose"][:, 8:20] = True
+    answers = TokenSet(sequences={"code": short, "prose": prose}, seq_len=24, digest="", counts=counts)
+    one, two = measure(tiny(), answers)
+    assert (one.tokens, two.tokens) == (24, 12 * len(prose))
+    assert one.entropy == pytest.approx(token_entropy(short[:, 4:16]))
+    assert two.entropy == pytest.approx(token_entropy(prose[:2, 8:20])), "counted on as many tokens as the other"
+
+
 def test_text_in_a_loop_shows(tiny, token_set):
     loop = torch.tensor([[1, 2, 3] * 8] * 10)
     looped = TokenSet(sequences={"loop": loop, "prose": token_set.sequences["prose"]}, seq_len=24, digest="")

@@ -91,9 +91,9 @@ def measure_information(stream: Stream, token_set: TokenSet, *, batch_size: int 
             f"sequences of {token_set.seq_len} tokens hold no {NGRAM}-grams; use --seq-len {least} or more, such as 512"
         )
     losses = _mean_losses(stream, token_set, batch_size)
-    common, least_counted = len(next(iter(token_set.sequences.values()))), min(token_set.num_counted.values())
-    if token_set.counts is None:
-        common = min(len(ids_NS) for ids_NS in token_set.sequences.values())
+    least_counted = min(token_set.num_counted.values())
+    # Where only answers count, `_least_counts` takes equally many tokens of all sequences.
+    common = None if token_set.counts is not None else min(map(len, token_set.sequences.values()))
     sources = []
     for domain, ids_NS in token_set.sequences.items():
         rows_NS = ids_NS[:common, token_set.num_start :]
