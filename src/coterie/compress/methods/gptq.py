@@ -40,49 +40,51 @@ def gptq(
     Raises:
         ValueError: columns that are no whole blocks.
     """
+    upper_NCC = upper_factor(hessian_NCC, damping)
+    # What an error in a column costs when the later ones make good what they can.
+    importance_NC = upper_NCC.diagonal(dim1=-2, dim2=-1).reciprocal().square()
+    return _round(weight_NRC, importance_NC, upper_NCC, kind)
+
+
+def round_to_nearest(weight_NRC: Tensor, importance_NC: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
+    """Round matrices to the nearest numbers, scales fitted by the importance of columns; return as `gptq` does.
+
+    Raises:
+        ValueError: columns that are no whole blocks.
+    """
+    return _round(weight_NRC, importance_NC.to(torch.float32), None, kind)
+
+
+def _round(
+    weight_NRC: Tensor, importance_NC: Tensor, upper_NCC: Tensor | None, kind: BlockType
+) -> tuple[Tensor, Tensor]:
+    """Round column after column; with an upper factor the later columns make good the error of each."""
     num_columns = weight_NRC.shape[-1]
     if num_columns % kind.block:
         raise ValueError(f"{num_columns} columns are no whole blocks of {kind.block}, as {kind.name} has them")
     rest_NRC = weight_NRC.to(torch.float32).clone()
-    upper_NCC = upper_factor(hessian_NCC, damping)
     value_NRC, packed = torch.empty_like(rest_NRC), []
     for start in range(0, num_columns, kind.block):
         stop = start + kind.block
-        block_NRB, upper_NBB = rest_NRC[..., start:stop].clone(), upper_NCC[:, start:stop, start:stop]
-        # What an error in a column costs when the later ones make good what they can.
-        importance_N1B = upper_NBB.diagonal(dim1=-2, dim2=-1).reciprocal().square()[:, None, :]
-        scales = kind.fit(block_NRB, importance_N1B)
-        error_NRB, codes = torch.empty_like(block_NRB), list[Codes]()
-        for column in range(0, kind.block, kind.together):
+        block_NRB, error_NRB = rest_NRC[..., start:stop].clone(), torch.zeros_like(rest_NRC[..., start:stop])
+        scales, codes = kind.fit(block_NRB, importance_NC[:, None, start:stop]), list[Codes]()
+        for column in range(start, stop, kind.together):
             end = column + kind.together
-            weight_NRv, upper_Nvv = block_NRB[..., column:end], upper_NBB[:, column:end, column:end]
-            metric_Nvv = _inverse_of_upper(upper_Nvv)
-            chosen, value_NRv = kind.choose(weight_NRv, scales, column, metric_Nvv)
+            here = slice(column - start, end - start)
+            if upper_NCC is None:
+                metric_Nvv = torch.diag_embed(importance_NC[:, column:end].sqrt())
+            else:
+                metric_Nvv = _inverse_of_upper(upper_NCC[:, column:end, column:end])
+            chosen, value_NRv = kind.choose(block_NRB[..., here], scales, column - start, metric_Nvv)
             codes.append(chosen)
-            value_NRC[..., start + column : start + end] = value_NRv
-            error_NRv = (weight_NRv - value_NRv) @ metric_Nvv
-            error_NRB[..., column:end] = error_NRv
-            block_NRB[..., end:] -= error_NRv @ upper_NBB[:, column:end, end:]
-        rest_NRC[..., stop:] -= error_NRB @ upper_NCC[:, start:stop, stop:]
+            value_NRC[..., column:end] = value_NRv
+            if upper_NCC is not None:
+                error_NRB[..., here] = error_NRv = (block_NRB[..., here] - value_NRv) @ metric_Nvv
+                block_NRB[..., end - start :] -= error_NRv @ upper_NCC[:, column:end, end:stop]
+        if upper_NCC is not None:
+            rest_NRC[..., stop:] -= error_NRB @ upper_NCC[:, start:stop, stop:]
         packed.append(kind.pack(scales, join_codes(codes)))
     return torch.cat(packed, dim=-1), value_NRC
-
-
-def round_to_nearest(weight_NRC: Tensor, importance_NC: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
-    """Round matrices to the nearest numbers, scales fitted by the importance of columns; return as `gptq` does."""
-    packed, values = [], []
-    for start in range(0, weight_NRC.shape[-1], kind.block):
-        weight_NRB = weight_NRC[..., start : start + kind.block].to(torch.float32)
-        importance_N1B = importance_NC[:, None, start : start + kind.block].to(torch.float32)
-        scales, codes = kind.fit(weight_NRB, importance_N1B), list[Codes]()
-        for column in range(0, kind.block, kind.together):
-            end = column + kind.together
-            metric_Nvv = torch.diag_embed(importance_N1B[:, 0, column:end].sqrt())
-            chosen, value_NRv = kind.choose(weight_NRB[..., column:end], scales, column, metric_Nvv)
-            codes.append(chosen)
-            values.append(value_NRv)
-        packed.append(kind.pack(scales, join_codes(codes)))
-    return torch.cat(packed, dim=-1), torch.cat(values, dim=-1)
 
 
 def upper_factor(hessian_NCC: Tensor, damping: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coterie.model.disk.encodings.ggml.bits import in_groups, pack_bits, unpack_bits
-from coterie.model.disk.encodings.ggml.block_type import Codes, Scales, as_half, half_bytes, halves, ratio
+from coterie.model.disk.encodings.ggml.block_type import Codes, Scales, as_half, half_bytes, halves, no_factors, ratio
 
 #: How many steps more than there are between the first and the last code the range of weights is tried at.
 _STEPS_MORE = (-0.6, -0.3, 0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3)
@@ -76,7 +76,7 @@ class Affine:
                     error_NR = self._error(scales, weight_NRSs, importance_NRSs)
                     better_NR = error_NR < least_NR
                     least_NR = torch.where(better_NR, error_NR, least_NR)
-                    best = scales if best is None else _where(better_NR, scales, best)
+                    best = scales.where(better_NR, best)
         assert best is not None
         return best
 
@@ -190,29 +190,12 @@ class Affine:
         return (code_NRSs * step_NRS[..., None] - minimum_NRS[..., None]).flatten(-2)
 
 
-def _where(better_NR: Tensor, new: Scales, old: Scales) -> Scales:
-    assert new.minimum_NR is not None
-    assert old.minimum_NR is not None
-    assert new.minimum_factor_NRS is not None
-    assert old.minimum_factor_NRS is not None
-    return Scales(
-        scale_NR=torch.where(better_NR, new.scale_NR, old.scale_NR),
-        factor_NRS=torch.where(better_NR[..., None], new.factor_NRS, old.factor_NRS),
-        minimum_NR=torch.where(better_NR, new.minimum_NR, old.minimum_NR),
-        minimum_factor_NRS=torch.where(better_NR[..., None], new.minimum_factor_NRS, old.minimum_factor_NRS),
-    )
-
-
-def _ones(byte_NRK: Tensor) -> Tensor:
-    return torch.ones((*byte_NRK.shape[:-1], 1), device=byte_NRK.device)
-
-
 def _q4_1_to(factor_NRS: Tensor, minimum_factor_NRS: Tensor, code_NRB: Tensor) -> Tensor:
     return pack_bits(code_NRB, 4, 16)
 
 
 def _q4_1_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _ones(byte_NRK), _ones(byte_NRK), unpack_bits(byte_NRK, 4, 16)
+    return no_factors(byte_NRK), no_factors(byte_NRK), unpack_bits(byte_NRK, 4, 16)
 
 
 def _q5_1_to(factor_NRS: Tensor, minimum_factor_NRS: Tensor, code_NRB: Tensor) -> Tensor:
@@ -221,7 +204,7 @@ def _q5_1_to(factor_NRS: Tensor, minimum_factor_NRS: Tensor, code_NRB: Tensor) -
 
 def _q5_1_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     code = unpack_bits(byte_NRK[..., 4:], 4, 16) | unpack_bits(byte_NRK[..., :4], 1, 1) << 4
-    return _ones(byte_NRK), _ones(byte_NRK), code
+    return no_factors(byte_NRK), no_factors(byte_NRK), code
 
 
 def _q2_k_to(factor_NRS: Tensor, minimum_factor_NRS: Tensor, code_NRB: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ together, K bytes of a block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -30,6 +30,19 @@ class Scales:
     factor_NRS: Tensor
     minimum_NR: Tensor | None = None
     minimum_factor_NRS: Tensor | None = None
+
+    def where(self, better_NR: Tensor, other: Scales | None) -> Scales:
+        """Return these scales in the rows where they are better, elsewhere the others, if there are any."""
+        if other is None:
+            return self
+
+        def chosen(name: str) -> Any:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is None:
+                return None
+            return torch.where(better_NR if mine.ndim == better_NR.ndim else better_NR[..., None], mine, theirs)
+
+        return Scales(**{name: chosen(name) for name in self.__dataclass_fields__})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +107,11 @@ def half_bytes(value_NR: Tensor) -> Tensor:
 def halves(byte_NR2: Tensor) -> Tensor:
     """Return the numbers (N, R) whose float16 bytes these are, float32."""
     return byte_NR2.contiguous().view(torch.float16).squeeze(-1).to(torch.float32)
+
+
+def no_factors(byte_NRK: Tensor) -> Tensor:
+    """Return the factors (N, R, 1) of blocks that have no sub-blocks."""
+    return torch.ones((*byte_NRK.shape[:-1], 1), device=byte_NRK.device)
 
 
 def ratio(above: Tensor, below: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coterie.model.disk.encodings.ggml.bits import in_groups, pack_bits, pack_words, unpack_bits, unpack_words
-from coterie.model.disk.encodings.ggml.block_type import Codes, Scales, as_half, half_bytes, halves, ratio
+from coterie.model.disk.encodings.ggml.block_type import Codes, Scales, as_half, half_bytes, halves, no_factors, ratio
 
 #: Levels of the types that have 16 uneven ones (llama.cpp, ggml-common.h); of MXFP4 twice the E2M1 numbers.
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -76,7 +76,7 @@ class Scaled:
                 error_NR = (importance_NRSs * wrong_NRSs.square()).sum(dim=(-2, -1))
                 better_NR = error_NR < least_NR
                 least_NR = torch.where(better_NR, error_NR, least_NR)
-                best = scales if best is None else _where(better_NR, scales, best)
+                best = scales.where(better_NR, best)
         assert best is not None
         return best
 
@@ -169,23 +169,12 @@ class PowerOfTwo(Scaled):
         return level_L[code_NRB.long()] * torch.exp2(byte_NRK[..., :1].to(torch.float32) - 128)
 
 
-def _where(better_NR: Tensor, new: Scales, old: Scales) -> Scales:
-    return Scales(
-        scale_NR=torch.where(better_NR, new.scale_NR, old.scale_NR),
-        factor_NRS=torch.where(better_NR[..., None], new.factor_NRS, old.factor_NRS),
-    )
-
-
-def _ones(byte_NRK: Tensor) -> Tensor:
-    return torch.ones((*byte_NRK.shape[:-1], 1), device=byte_NRK.device)
-
-
 def _q8_0_to(factor_NRS: Tensor, code_NRB: Tensor) -> Tensor:
     return (code_NRB.to(torch.int16) - 128).to(torch.int8).view(torch.uint8)
 
 
 def _q8_0_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor]:
-    return _ones(byte_NRK), byte_NRK.contiguous().view(torch.int8).to(torch.int16) + 128
+    return no_factors(byte_NRK), byte_NRK.contiguous().view(torch.int8).to(torch.int16) + 128
 
 
 def _four_bits_to(factor_NRS: Tensor, code_NRB: Tensor) -> Tensor:
@@ -193,7 +182,7 @@ def _four_bits_to(factor_NRS: Tensor, code_NRB: Tensor) -> Tensor:
 
 
 def _four_bits_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor]:
-    return _ones(byte_NRK), unpack_bits(byte_NRK, 4, 16)
+    return no_factors(byte_NRK), unpack_bits(byte_NRK, 4, 16)
 
 
 def _q5_0_to(factor_NRS: Tensor, code_NRB: Tensor) -> Tensor:
@@ -202,7 +191,7 @@ def _q5_0_to(factor_NRS: Tensor, code_NRB: Tensor) -> Tensor:
 
 def _q5_0_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor]:
     high = unpack_bits(byte_NRK[..., :4], 1, 1)
-    return _ones(byte_NRK), unpack_bits(byte_NRK[..., 4:], 4, 16) | high << 4
+    return no_factors(byte_NRK), unpack_bits(byte_NRK[..., 4:], 4, 16) | high << 4
 
 
 def _q6_k_to(factor_NRS: Tensor, code_NRB: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class Vector:
             error_NR = (importance_NRB * (magnitude_NRB - unit_NRB * refit.scale_NR[..., None]).square()).sum(-1)
             better_NR = error_NR < least_NR
             least_NR = torch.where(better_NR, error_NR, least_NR)
-            best = refit if best is None else _where(better_NR, refit, best)
+            best = refit.where(better_NR, best)
         assert best is not None
         return best
 
@@ -191,13 +191,6 @@ class Vector:
         sign_NRB = 1.0 - 2.0 * unpack_bits(sign_NRk, 1, 1).to(torch.float32)
         unit_NRB = self.grid.to(byte_NRK.device)[code_NRg.long()].flatten(-2)
         return unit_NRB * sign_NRB * self.steps(scales).repeat_interleave(self.sub_block, dim=-1)
-
-
-def _where(better_NR: Tensor, new: Scales, old: Scales) -> Scales:
-    return Scales(
-        scale_NR=torch.where(better_NR, new.scale_NR, old.scale_NR),
-        factor_NRS=torch.where(better_NR[..., None], new.factor_NRS, old.factor_NRS),
-    )
 
 
 def _even_byte(low_NRk: Tensor) -> Tensor:
