@@ -177,6 +177,11 @@ class Fields:
         inside = self.nested(name)
         return {key: inside.whole(key) for key in inside.names()}
 
+    def texts_or_wholes_by_name(self, name: str) -> dict[str, str | int]:
+        """Return an object of texts and whole numbers."""
+        inside = self.nested(name)
+        return {key: inside.text_or_whole(key) for key in inside.names()}
+
     def content(self, name: str) -> dict[str, Any]:
         """Return an object of any content, but without numbers that are none, which JSON does not have."""
         value = self._take(name)

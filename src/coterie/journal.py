@@ -48,6 +48,7 @@ from coterie.journal_lines import (
     is_inside,
     line_text,
     read_journal,
+    run_folder,
     step_text,
 )  # fmt: skip
 from coterie.progress import track
@@ -287,7 +288,7 @@ def open_run(
 
     if target.name in ("", ".."):
         raise InputError(f"{target} cannot be the name of a new folder; choose another place for the {what}")
-    root = target.with_name(f".{target.name}.partial")
+    root = run_folder(target)
     if os.path.lexists(target):
         _clear_leftover(target, root, what)
     _check_free(target)

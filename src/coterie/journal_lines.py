@@ -52,6 +52,11 @@ class Line:
         return Step(files=below(RESULT), private=below(PRIVATE), content=self.content)
 
 
+def run_folder(target: Path) -> Path:
+    """Return the hidden folder beside `target` in which it is made."""
+    return target.with_name(f".{target.name}.partial")
+
+
 def begun(target: Path) -> Mapping[str, Any] | None:
     """Return what the interrupted run that makes `target` recorded when it began: its ``header`` and its ``notes``.
 
@@ -59,9 +64,8 @@ def begun(target: Path) -> Mapping[str, Any] | None:
     """
     if target.name in ("", ".."):
         return None
-    root = target.with_name(f".{target.name}.partial")
     try:
-        with (root / JOURNAL).open("rb") as file:
+        with (run_folder(target) / JOURNAL).open("rb") as file:
             document = _parse(file.readline().rstrip(b"\n"))
     except OSError:
         return None

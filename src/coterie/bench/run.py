@@ -46,6 +46,7 @@ from coterie.bench.table import tables
 from coterie.bench.times import CellTimes
 from coterie.errors import CoterieError, InputError, NotEnoughMemory, OutputBusy
 from coterie.evaluate.scorecard import Scorecard, environment
+from coterie.journal_lines import run_folder
 from coterie.model.arch.layers import Architecture
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
@@ -340,7 +341,7 @@ class _BenchCall:
             if self.keep_results and answer["status"] == "done":
                 self._keep(cell, target)
             shutil.rmtree(target, ignore_errors=True)
-            shutil.rmtree(target.with_name(f".{target.name}.partial"), ignore_errors=True)
+            shutil.rmtree(run_folder(target), ignore_errors=True)
             times.add(answer)
             left = times.left(list(waiting_for.values()), jobs=jobs)
             finished = len(cells) - len(waiting_for)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
 from coterie import __version__, progress
 
@@ -38,27 +38,21 @@ def _note(ctx: typer.Context, param: typer.CallbackParam, value: bool) -> None:
     ctx.meta[str(param.name)] = value or bool(ctx.meta.get(str(param.name)))
 
 
+def _shared_option(*names: str, help: str, envvar: str | None = None) -> Any:
+    return typer.Option(*names, callback=_note, is_eager=True, expose_value=False, envvar=envvar, help=help)
+
+
 Quiet = Annotated[
-    bool,
-    typer.Option(
-        "--quiet", "-q", callback=_note, is_eager=True, expose_value=False,
-        help="Say only results, warnings and errors: no notes, no progress bars.",
-    ),
-]  # fmt: skip
+    bool, _shared_option("--quiet", "-q", help="Say only results, warnings and errors: no notes, no progress bars.")
+]
 Verbose = Annotated[
     bool,
-    typer.Option(
-        "--verbose", "-v", callback=_note, is_eager=True, expose_value=False,
+    _shared_option(
+        "--verbose", "-v",
         help="Say more, each line with the seconds since the start and the part of Coterie that says it.",
     ),
 ]  # fmt: skip
-Debug = Annotated[
-    bool,
-    typer.Option(
-        "--debug", callback=_note, is_eager=True, expose_value=False, envvar="COTERIE_DEBUG",
-        help="Show the traceback of an error.",
-    ),
-]  # fmt: skip
+Debug = Annotated[bool, _shared_option("--debug", envvar="COTERIE_DEBUG", help="Show the traceback of an error.")]
 #: What the program takes, and with it every command.
 _SHARED = ("quiet", "verbose", "debug")
 
@@ -86,12 +80,6 @@ class Command(TyperCommand):
         set_up_messages(quiet=bool(ctx.meta.get("quiet")), verbose=bool(ctx.meta.get("verbose")))
         log.debug("coterie %s, Python %s: %s", __version__, sys.version.split()[0], shlex.join(sys.argv[1:]))
         return super().invoke(ctx)
-
-
-class Commands(TyperGroup):
-    """The program."""
-
-    command_class = Command
 
 
 def _panels(parameters: list[Any], ctx: Any) -> Iterator[tuple[str, list[tuple[str, str]]]]:

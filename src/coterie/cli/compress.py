@@ -10,6 +10,7 @@ from coterie.cli.complete import complete_recipe
 from coterie.cli.output import print_json, print_text
 from coterie.cli.plan import check_request, print_plan
 from coterie.model.disk.manifest import RouterForm
+from coterie.profile.sources import On
 
 
 def compress(
@@ -70,7 +71,7 @@ def compress(
         typer.Option(help="Number format for weights that are stored quantised (FP8, MXFP4); others keep theirs."),
     ] = "bfloat16",
     on: Annotated[
-        Literal["all", "assistant"] | None,
+        On | None,
         typer.Option(
             help="Tokens that count in statistics and losses: all, or answers (messages of the assistant) only; with a "
             "profile that is there, its own.",

@@ -8,6 +8,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from coterie import __version__
 from coterie.cli import command
@@ -28,7 +29,7 @@ from coterie.errors import CoterieError
 _LONGEST = 2000  # characters of a message
 
 
-class Program(command.Commands):
+class Program(TyperGroup):
     """Commands whose foreseen errors end in one message instead of a traceback."""
 
     def invoke(self, ctx: Any) -> object:

@@ -9,6 +9,7 @@ from coterie.cli.complete import complete_recipe
 from coterie.errors import InputError
 from coterie.model.device import check_device_name
 from coterie.model.disk.manifest import RouterForm
+from coterie.profile import sources
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model folder, or a hub id: ORG/NAME or ORG/NAME@REVISION.")
@@ -91,7 +92,7 @@ MultipleOf = Annotated[
 FORMATS = "*.txt, *.jsonl (text, messages, or prompt and completion), either as .gz, or *.parquet, one file a domain"
 TEXT_HELP = f"Folder with calibration text: {FORMATS}; hf:NAME, a data set; or self: the model writes it."
 On = Annotated[
-    Literal["all", "assistant"],
+    sources.On,
     typer.Option(help="Tokens that count in statistics and losses: all, or answers (messages of the assistant) only."),
 ]
 Mtp = Annotated[

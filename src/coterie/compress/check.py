@@ -40,11 +40,11 @@ def check_prediction(source: Source, plan: Plan) -> None:
         Infeasible: they cannot; names one, and the way out.
     """
     prediction, shape = source.prediction, plan.shape
-    if plan.mapped or plan.ragged or not (prediction.twins or prediction.unclear):
+    if plan.mapped or plan.ragged or prediction.unclear is None:
         return
     last = source.architecture.layers[-1]
     same = shape.width in (None, last.width) and shape.top_k in (None, last.top_k)
-    if prediction.unclear is None or (same and shape.num_experts == last.num_experts):
+    if same and shape.num_experts == last.num_experts:
         return
     raise Infeasible(
         f"{source.checkpoint.path}: {prediction.unclear} is in a prediction layer, which config.json sizes like the "

@@ -23,7 +23,6 @@ from coterie.outputs import free_space
 from coterie.profile.outlook import Outlook, measured_pace, profile_disk, scaled
 from coterie.profile.text import UnwrittenText
 from coterie.publish.hub import find_destination
-from coterie.train.distill import KEPT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,13 +89,7 @@ def _disk(job: Job) -> dict[str, int]:
     if job.measure is not None and job.options.inputs == "original":
         what = "the profile" if job.profile_folder is not None else "the profile, while it is made"
         disk[what] = profile_disk(job.stream, job.source.architecture.layers, job.measure)
-    for prepared_step in job.result_steps.values():
-        token_set = getattr(prepared_step, "token_set", None)
-        if token_set is not None:
-            vocab_size = int(job.stream.model.config.get_text_config().vocab_size)
-            # A token and its log-probability for each that is kept.
-            kept = 8 * min(KEPT, vocab_size)
-            disk["the original's predictions, while it trains"] = kept * sum(token_set.num_tokens.values())
-            moments = next(size for what, size in prepared_step.stages[-1].lines if what == "moments of the gradients")
-            disk["the state of training, while it trains"] = 2 * (moments + moments // 2)
+    for step in job.result_steps.values():
+        if step is not None:
+            disk |= step.disk
     return disk

@@ -120,16 +120,8 @@ def _commands(job: Job, profile: Profile | None, model: str) -> tuple[str, ...]:
 
 
 def _profile_words(profile: Profile, model: str) -> list[Any]:
-    words: list[Any] = [
-        "coterie",
-        "profile",
-        model,
-        "PROFILE",
-        "--text",
-        "TEXT",
-        "--domains",
-        ",".join(profile.domains),
-    ]
+    words: list[Any] = ["coterie", "profile", model, "PROFILE", "--text", "TEXT"]
+    words += ["--domains", ",".join(profile.domains)]
     words += ["--tokens", sum(profile.num_tokens), "--seq-len", profile.seq_len, "--seed", profile.seed]
     if profile.on != "all":
         words += ["--on", profile.on]

@@ -479,8 +479,8 @@ class Evaluation(AbstractContextManager["Evaluation"]):
                 )
             else:
                 nll_T = token_nll(logits_BPV, ids_BP)
-            nll_T = counted(nll_T, counts_BS, positions).cpu().double()
-            check_numbers(nll_T, subject, stream, domain)
+            scored_T = counted(nll_T, counts_BS, positions).cpu().double()
+            check_numbers(scored_T, subject, stream, domain)
             if base_head is not None:
                 base_BPV, base_nll_T = logits_BPV, nll_T
                 if base_head is not head:
@@ -489,14 +489,12 @@ class Evaluation(AbstractContextManager["Evaluation"]):
                 kl_T, agreeing_T = token_divergence(base_BPV, logits_BPV)
             lengths = counted_lengths(ids_BP, counts_BS, positions)
             if self.base is None or base_nll_T is None or kl_T is None or agreeing_T is None:
-                domain_sums.add_tokens(first, lengths, nll_T)
+                domain_sums.add_tokens(first, lengths, scored_T)
                 continue
-            if base_nll_T is not nll_T:
-                base_nll_T = counted(base_nll_T, counts_BS, positions).cpu().double()
-            kl_T = counted(kl_T, counts_BS, positions).cpu().double()
-            for values_T in (base_nll_T, kl_T):
+            compared = [counted(values_T, counts_BS, positions).cpu().double() for values_T in (base_nll_T, kl_T)]
+            for values_T in compared:
                 check_numbers(values_T, self.base, self._streams[self.base.path], domain)
-            domain_sums.add_tokens(first, lengths, nll_T, base_nll_T, kl_T)
+            domain_sums.add_tokens(first, lengths, scored_T, *compared)
             domain_sums.agreeing += int(counted(agreeing_T, counts_BS, positions).sum())
 
     def _right(self, subject: Subject, outputs: ModelOutputs, head: Head, begun: dict[int, int]) -> set[int]:

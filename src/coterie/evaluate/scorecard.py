@@ -126,7 +126,7 @@ class Scorecard:
                 peak_memory_bytes=None if body.null("peak_memory_bytes") else body.whole("peak_memory_bytes"),
                 tokens_per_second=_number_or_none(body, "tokens_per_second"),
                 speed_ratio=_number_or_none(body, "speed_ratio"),
-                environment=_environment_of(body.nested("environment")),
+                environment=body.texts_or_wholes_by_name("environment"),
                 base_domains={name: _scores_of(entry) for name, entry in body.each_by_name("base_domains").items()},
                 base_overall=None if body.null("base_overall") else _scores_of(body.nested("base_overall")),
                 tasks={
@@ -179,10 +179,6 @@ def _later_number(entry: Fields, name: str) -> float | None:
         return None
     signed = name == "perplexity_rise"
     return entry.number(name, least=None if signed else 0.0, infinite=not name.endswith("_error"))
-
-
-def _environment_of(entry: Fields) -> dict[str, str | int]:
-    return {name: entry.text_or_whole(name) for name in entry.names()}
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:

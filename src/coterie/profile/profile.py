@@ -263,7 +263,7 @@ class Profile:
             domains = body.texts("domains")
             counts = body.wholes("num_tokens")
             # Profiles of early versions say none of the next five.
-            numerics = _numerics_of(body.nested("numerics")) if body.said("numerics") else {}
+            numerics = body.texts_or_wholes_by_name("numerics") if body.said("numerics") else {}
             sample_counts = body.wholes("sample_counts") if body.said("sample_counts") else ()
             thin = body.whole("thin", least=1) if body.said("thin") else 1
             asked = body.texts("statistics") if body.said("statistics") else ()
@@ -293,11 +293,6 @@ class Profile:
             on=on,
             numerics=numerics,
         )
-
-
-def _numerics_of(fields: Fields) -> dict[str, str | int]:
-    with fields.all_read():
-        return {name: fields.text_or_whole(name) for name in fields.names()}
 
 
 def write_layer(folder: Path, index: int, statistics: Mapping[str, Tensor], sample: Sample) -> str:

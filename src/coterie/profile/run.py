@@ -16,10 +16,7 @@ from coterie.model.arch.layers import Architecture, MoELayer
 from coterie.model.device import check_device
 from coterie.model.disk.open import open_checkpoint
 from coterie.model.numerics import as_begun
-from coterie.model.stream.memory import (
-    Forecast,
-    peak_bytes,
-)
+from coterie.model.stream.memory import Forecast, peak_bytes
 from coterie.model.stream.stream import Stream
 from coterie.outputs import check_output, is_empty_folder
 from coterie.paths import user_path

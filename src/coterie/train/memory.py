@@ -22,6 +22,9 @@ from coterie.profile.calibration import TokenSet
 from coterie.train.distill import KEPT, MICRO, SEQUENCES
 from coterie.train.model import trainable
 
+#: What a line of the forecast is about, as it is named there.
+MOMENTS = "moments of the gradients"
+
 #: Numbers of the model's width that a token leaves behind in a layer for its gradients.
 _ACTIVATIONS = 24
 
@@ -58,7 +61,7 @@ def training_bytes(
     adding = (sets + 1) * sum(sizes) if at_once > 1 else 0
     return (
         ("weights", 4 * weights),
-        ("moments of the gradients", 2 * 4 * sum(sizes)),
+        (MOMENTS, 2 * 4 * sum(sizes)),
         ("gradients", 4 * max(computing, adding)),
         ("activations", 4 * _ACTIVATIONS * tokens * int(config.hidden_size) * int(config.num_hidden_layers)),
         ("logits", 4 * _LOGITS * tokens * int(config.vocab_size)),

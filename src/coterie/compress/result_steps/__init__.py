@@ -3,8 +3,9 @@
 The module of a step holds two functions. ``prepare(job, **options)`` checks what can be known beforehand and announces
 time and memory; it returns what it prepared, None where the step was not asked for, `LeftOut` where it cannot be done.
 ``run(work, prepared, **options)`` does it, in journaled steps of the run. What is prepared has a method ``header() ->
-JSON content`` for what it hangs on, and `stages` and `times`. What free memory decides is decided once: `Job.recorded`
-is what the header of a run that goes on says.
+JSON content`` for what it hangs on, and `stages`, `times` and `disk`: the memory, the time, and the bytes that are
+written meanwhile, by what they are. What free memory decides is decided once: `Job.recorded` is what the header of a
+run that goes on says.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ class LeftOut:
     reason: str
     stages: tuple[()] = ()
     times: tuple[()] = ()
+
+    @property
+    def disk(self) -> dict[str, int]:
+        """Nothing is written."""
+        return {}
 
     def header(self) -> dict[str, str]:
         """Return the decision, for the header of the run."""

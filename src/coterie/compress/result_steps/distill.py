@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +23,8 @@ from coterie.profile.calibration import TokenSet
 from coterie.profile.self_text import SELF
 from coterie.progress import StageTime
 from coterie.train.cost import say_cost
-from coterie.train.distill import PREDICTING, PREDICTING_HEAD, TRAINING, distill, make_predictions
-from coterie.train.memory import predicting_stages, too_large, training_stage
+from coterie.train.distill import KEPT, PREDICTING, PREDICTING_HEAD, TRAINING, distill, make_predictions
+from coterie.train.memory import MOMENTS, predicting_stages, too_large, training_stage
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Prepared:
         batch_size: sequences of a batch that the original predicts.
         stages: the memory that it takes.
         times: the time that it is reckoned to take.
+        disk: the bytes that are written while it trains, by what they are.
     """
 
     token_set: TokenSet
@@ -48,6 +50,7 @@ class Prepared:
     batch_size: int
     stages: tuple[Stage, ...]
     times: tuple[StageTime, ...]
+    disk: Mapping[str, int]
 
     def header(self) -> list[Any]:
         """Return what training hangs on."""
@@ -105,8 +108,19 @@ def prepare(job: Job) -> Prepared | LeftOut | None:
         StageTime(name=TRAINING, seconds=max(1e-6, cost.training_seconds), tokens=cost.tokens),
     )
     return Prepared(
-        token_set=token_set, tokens=cost.tokens, batch_size=size, stages=(*predicting, decided), times=times
-    )
+        token_set=token_set, tokens=cost.tokens, batch_size=size, stages=(*predicting, decided), times=times,
+        disk=_disk(job, decided, text_tokens),
+    )  # fmt: skip
+
+
+def _disk(job: Job, training: Stage, text_tokens: int) -> dict[str, int]:
+    vocab_size = int(job.stream.model.config.get_text_config().vocab_size)
+    moments = next(size for what, size in training.lines if what == MOMENTS)
+    return {
+        # A token and its log-probability for each that is kept.
+        "the original's predictions, while it trains": 8 * min(KEPT, vocab_size) * text_tokens,
+        "the state of training, while it trains": 2 * (moments + moments // 2),
+    }
 
 
 def _decide(job: Job, training: Stage) -> Stage | LeftOut:

@@ -232,10 +232,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, budget: str | int | None = Non
         active_parameters=active + used - routed,
         tied_embeddings=not any(part == "embeddings" and not _INPUT.search(name) for name, part in part_of.items()),
         bytes_by_dtype=dict(dtypes.most_common()),
-        # Tensors follow each other to the end of a file.
-        file_bytes=sum(
-            max(info.end for info in tensors.values() if info.shard == shard) for shard in checkpoint.shards
-        ),
+        file_bytes=_file_bytes(tensors.values()),
         estimates=_estimates(used, routed),
         budget=None if limit is None else _fit(limit, moe_layers, _accounting(checkpoint, described), config),
     )

@@ -10,7 +10,6 @@ import errno
 import glob
 import logging
 import shutil
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -47,7 +46,7 @@ from coterie.model.disk.files import HubId, sample_file, take_samples
 from coterie.model.disk.header import parse_header, read_header
 from coterie.model.disk.tensors import TensorInfo
 from coterie.model.disk.weights import find_weights
-from coterie.progress import track
+from coterie.progress import are_bars_drawn, track
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +233,7 @@ def _elsewhere(folder: Path, names: Collection[str]) -> frozenset[str]:
 
 def _fetch(hub_id: HubId, revision: str | None, names: Sequence[str]) -> Path:
     patterns = [glob.escape(name) for name in names]
-    silent = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    silent = not are_bars_drawn() and not are_progress_bars_disabled()
     if silent:
         disable_progress_bars()
     try:
@@ -308,9 +307,13 @@ def _explained(hub_id: HubId) -> Iterator[None]:
         ) from None
 
 
+def _cause(error: Exception) -> BaseException:
+    """Return what is behind an error that only says that the cache has nothing either."""
+    return error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None else error
+
+
 def _reason(error: Exception) -> str:
-    endpoint = constants.ENDPOINT
-    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None else error
+    endpoint, cause = constants.ENDPOINT, _cause(error)
     match cause:
         case OfflineModeIsEnabled():
             return "HF_HUB_OFFLINE is set, so that only the local cache is looked into"
@@ -335,8 +338,7 @@ def _reason(error: Exception) -> str:
 
 
 def _way_out(error: Exception, hub_id: HubId) -> str:
-    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None else error
-    match cause:
+    match _cause(error):
         case OfflineModeIsEnabled():
             return "unset it, or pass a folder"
         case GatedRepoError():

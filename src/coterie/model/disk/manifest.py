@@ -339,21 +339,17 @@ def _manifest_of(fields: Fields) -> Manifest:
             bytes_before=fields.whole("bytes_before"),
             bytes_after=fields.whole("bytes_after"),
             prediction=_prediction_of(fields.nested("prediction")) if fields.said("prediction") else None,
-            left_out={name: str(value) for name, value in _named(fields, "left_out").items()},
-            numerics=_named(fields, "numerics"),
+            # Early versions say neither of the next two.
+            left_out=(
+                {name: str(value) for name, value in fields.texts_or_wholes_by_name("left_out").items()}
+                if fields.said("left_out")
+                else {}
+            ),
+            numerics=fields.texts_or_wholes_by_name("numerics") if fields.said("numerics") else {},
             provenance=(
                 Provenance.from_fields(fields.nested("provenance")) if fields.said("provenance") else Provenance()
             ),
         )
-
-
-def _named(fields: Fields, name: str) -> dict[str, str | int]:
-    """Return texts and numbers by name; none where an early version did not say them."""
-    if not fields.said(name):
-        return {}
-    inner = fields.nested(name)
-    with inner.all_read():
-        return {each: inner.text_or_whole(each) for each in inner.names()}
 
 
 def _ragged_of(fields: Fields) -> RaggedWidths:

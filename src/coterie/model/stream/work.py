@@ -17,6 +17,7 @@ from torch import nn
 
 from coterie.model.arch.layers import MoELayer
 from coterie.model.stream.stream import Stage, Stream
+from coterie.progress import total_weight
 
 #: Share of the speed of one large matrix product that a model reaches: small products, attention, norms and what is
 #: measured take the rest. On the bundled models it was 0.3 to 0.5 on CPU cores.
@@ -62,12 +63,12 @@ class UnitWork:
     @property
     def total(self) -> float:
         """Seconds of all units together."""
-        return max(1e-9, sum(self.seconds.values()))
+        return total_weight(self.seconds)[0]
 
     @property
     def largest(self) -> float:
         """Seconds of the longest unit."""
-        return max(1e-9, *self.seconds.values(), 1e-9)
+        return total_weight(self.seconds)[1]
 
 
 def unit_work(
