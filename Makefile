@@ -17,7 +17,7 @@ PYTEST      := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n $(
 	--dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-families test-slow test-browser lint docs bench clean
+.PHONY: help demo test test-more test-slow test-browser lint docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -29,12 +29,12 @@ test: lint ## lint, types and the fast tests (5 minutes on two cores)
 	$(BIN)/python -m mypy
 	$(PYTEST)
 
-test-families: $(VENV)/.stamp-dev ## every family and every recipe, each through the whole of the library
-	$(PYTEST) -m families
+test-more: $(VENV)/.stamp-dev ## every family and every recipe, and the tests that take many seconds
+	$(PYTEST) -m '(families or long) and not slow'
 
 test-slow: $(VENV)/.stamp-dev ## the tests that need minutes, and those of the extras, which are installed for them
 	@$(PIP) -e '.[dev,docs,eval,data]'
-	$(PYTEST) -m 'slow or families or hypothesis' --hypothesis-profile=thorough
+	$(PYTEST) -m 'slow or families or long or hypothesis' --hypothesis-profile=thorough
 	$(PYTEST) -m 'not slow' tests/evaluate/test_harness.py tests/profile/test_formats.py
 	@$(MAKE) --no-print-directory test-browser
 

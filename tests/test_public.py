@@ -63,6 +63,7 @@ def test_a_package_can_be_called_like_its_function(name, home):
         package()
 
 
+@pytest.mark.long
 def test_the_order_of_imports_does_not_matter():
     # One interpreter for all orders: what was imported of ours is forgotten in between.
     lines = ["import sys"]

@@ -16,6 +16,7 @@ def methods(monkeypatch):
     return importlib.import_module("methods")
 
 
+@pytest.mark.long
 def test_tables_results_and_plot_are_kept(methods, made, tmp_path):
     place = tmp_path / "kept" / "found"
     methods.keep(made, place, ["--recipes", "a b"])

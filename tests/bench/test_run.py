@@ -146,6 +146,7 @@ def test_what_cannot_be_done_is_said_and_not_tried_again(
     assert again(removed=(0.5, 0.875), recipes="reap", seeds=1).computed == 0
 
 
+@pytest.mark.long
 def test_what_memory_refused_is_tried_again_and_a_cell_says_whether_it_trained(tiny, text, tmp_path, monkeypatch):
     monkeypatch.setitem(EFFORTS, "balanced", 128)
     arguments = {
@@ -186,6 +187,7 @@ def test_an_error_of_ours_is_one_failed_cell_that_is_tried_again(small, tiny, tm
     assert [measures(cell) for cell in found.cells] == [measures(cell) for cell in same]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])  # each starts an interpreter
 def test_workers_find_the_same(small, tiny, tmp_path, made, caplog, jobs):
     out = tmp_path / "out"

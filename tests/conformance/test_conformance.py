@@ -26,9 +26,16 @@ CORE_FAMILIES = (
 )  # fmt: skip
 
 
+#: Those of the core that run every time: each layout of experts, a hybrid, a shared expert, a trained result.
+QUICK = {"coterie", "easy-slim", "mergemoe", "naee", "reap", *("deepseek_v3", "gpt_oss", "jamba", "mixtral", "olmoe")}
+
+LONG = pytest.mark.long
+
+
 def core_first(core, names):
-    """Return parameters of a test: the core ones, and the others where all of them are asked for."""
-    return [*core, *(pytest.param(name, marks=pytest.mark.families) for name in names if name not in core)]
+    """Return parameters of a test: the quick ones, and the others where all of them are asked for."""
+    rest = [*core, *(name for name in names if name not in core)]
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.families) for name in rest]
 
 
 def test_core_recipes_meet_every_pass_and_every_allocator():
@@ -163,9 +170,9 @@ def check(monkeypatch, function, needs):
         (keep_first, ("usage",), "another order of the experts changes the logits"),
         (keep_least_used, ("usage",), "without unused copies of experts changes the logits"),
         # What says that it needs nothing is believed where it is true.
-        (keep_least_used, (), "without unused copies of experts changes the logits"),
+        pytest.param(keep_least_used, (), "without unused copies of experts changes the logits", marks=LONG),
         (keep_least_chosen, (), "without unused copies of experts changes the logits"),
-        (keep_first, (), "another order of the experts changes the logits"),
+        pytest.param(keep_first, (), "another order of the experts changes the logits", marks=LONG),
         (keep_drawn_by_chance, (), "equal input, unequal bytes"),
         (keep_drawn_in_no_order, (), "keep 1: .*gate.* is not bit-identical"),
         (keep_drawn_without_map, (), "expert_map .* does not reach each of 4 experts"),
@@ -176,6 +183,7 @@ def test_broken_method_is_caught(monkeypatch, function, needs, complaint):
         check(monkeypatch, function, needs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("function", "needs", "promises"),
     [
@@ -197,6 +205,7 @@ def test_what_a_method_must_promise_follows_from_what_it_reads(monkeypatch, func
     assert asked == promises
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", [name for name, recipe in recipes.RECIPES.items() if not recipe.needs])
 def test_recipes_of_ours_that_need_no_statistic_read_the_sample(monkeypatch, recipe):
     asked = []

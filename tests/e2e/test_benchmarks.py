@@ -114,6 +114,7 @@ def test_a_seed_always_gives_the_same_bytes_and_nothing_is_overwritten(large, ma
 # The memory benchmark.
 
 
+@pytest.mark.long
 def test_a_measured_command_reads_the_model_once(memory, large, tmp_path):
     line = ["profile", str(large), str(tmp_path / "profile"), "--text", str(large.parent / "model-text")]
     took = memory.run_measured([*line, "--tokens", "512", "--seq-len", "64"], large, tmp_path)
@@ -222,6 +223,7 @@ def test_the_memory_benchmark_runs(memory, tmp_path, monkeypatch, capsys):
 # The overhead benchmark.
 
 
+@pytest.mark.long
 def test_the_overhead_benchmark_runs(importable, large):
     overhead = importlib.import_module("overhead")
     task = overhead.Task(

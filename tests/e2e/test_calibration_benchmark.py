@@ -22,6 +22,7 @@ def run(benchmark, monkeypatch, *arguments):
     benchmark.main()
 
 
+@pytest.mark.long
 def test_every_source_is_calibrated_on_and_compared(benchmark, tiny, text, tmp_path, monkeypatch, capsys):
     files = {"--markdown": tmp_path / "table.md", "--json": tmp_path / "all.json"}
     outputs = [part for pair in files.items() for part in pair]

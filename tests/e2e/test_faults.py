@@ -78,6 +78,7 @@ def test_stopped_after_any_step_it_goes_on_from_there(place, tmp_path, steps, mo
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.long
 def test_sequential_calibration_goes_on_with_the_same_bytes(place, tmp_path):
     make(place, tmp_path / "whole", inputs="compressed")
     for steps in range(1, LAYERS + 2):

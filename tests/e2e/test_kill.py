@@ -22,6 +22,7 @@ def kill_often(work: Path, kills: int, *options: str, layers: int = 4) -> dict[s
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and kill -9")
 @pytest.mark.parametrize("inputs", ["compressed", pytest.param("original", marks=pytest.mark.slow)])
 def test_killed_a_few_times(tmp_path, inputs):

@@ -97,6 +97,7 @@ def lines(out):
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_every_variant_has_a_line_and_a_row(research, done):
     found = lines(done)
     assert [line["name"] for line in found] == NAMES

@@ -196,6 +196,7 @@ def test_what_ends_a_text_is_in_the_generation_config_and_the_tokenizer(ids):
     assert end_ids(None, tokenizer) == {9}
 
 
+@pytest.mark.long
 def test_reading_finds_what_writing_gets_right(bundled, text_path, tmp_path):
     """The bundled model and its own questions; every fourth gets the answer of the one before, which is wrong."""
     questions = read_questions(bundled / "text" / "test", limit=24)["math"]

@@ -95,6 +95,7 @@ def test_own_memory_changes_no_logit(base_path):
     assert torch.equal(speed.logits_of(model, ids_BS), before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", [True, False])
 def test_peak_memory_sees_what_is_gone_again(kernel, monkeypatch, tmp_path):
     if not kernel:

@@ -234,6 +234,7 @@ def test_reading_maps_no_file_and_closes_all(sharded):
     assert opened() == []
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 def test_a_tensor_is_held_once_while_it_is_read(tmp_path):
     make(tmp_path, {"model.safetensors": {"x": torch.zeros(2**24)}})  # 64 MiB

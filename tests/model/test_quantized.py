@@ -440,6 +440,7 @@ def test_rows_of_a_stack_in_groups_are_unpacked_alone(in_groups):
             assert reader.num_bytes_read - before == 3 * tensor[0].numel() * 17 // 32
 
 
+@pytest.mark.long
 def test_unpacking_holds_the_packed_tensor_the_result_and_a_band(tmp_path):
     weight = torch.zeros(8192, 8192, dtype=torch.uint8).view(torch.float8_e4m3fn)  # 64 MiB, 128 MiB unpacked
     checkpoint = hand_made(tmp_path / "m", {"x.weight": weight, "x.weight_scale_inv": torch.ones(64, 64)})

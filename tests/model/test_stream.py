@@ -240,6 +240,7 @@ def test_bfloat16_is_worked_in_float32_on_the_cpu_and_as_it_is_elsewhere(tmp_pat
         assert torch.equal(run.results[0], model(input_ids=IDS, use_cache=False).logits)
 
 
+@pytest.mark.long
 def test_the_measured_peak_grows_with_what_is_held():
     before = peak_bytes()
     held = torch.ones(before // 4 + 2**25)  # more than the peak so far, and touched

@@ -87,6 +87,7 @@ def test_matrices_equal_the_slow_loops(name, seed, num_tokens, nobody):
     assert error(found, loops(name, observation)) < 80 + 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_many_batches_stay_within_what_is_promised(name):
     whole = in_single_precision(draw(0, num_tokens=3000, num_experts=2, nobody=0))

@@ -23,6 +23,7 @@ def peak_of(function):
     return peak.num_bytes
 
 
+@pytest.mark.long
 def test_gradients_of_more_text_take_no_more_memory(tmp_path, long_text):
     vocab_size, few, many = 16_384, 4_096, 16_384
     model = tiny_checkpoint(tmp_path / "model", "qwen3_moe", vocab_size=vocab_size)

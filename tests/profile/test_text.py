@@ -181,6 +181,7 @@ def test_what_cannot_be_is_refused_before_text_is_read(tiny, text, monkeypatch):
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["a.jsonl", pytest.param("a.txt", marks=pytest.mark.slow)])
 def test_long_text_is_tokenized_in_little_memory(tmp_path, name):
     """A million tokens, which the tokenizer needs 200 bytes each for, and Python 36."""

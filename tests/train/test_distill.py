@@ -66,6 +66,7 @@ def divergence(model, other, folder, text):
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+@pytest.mark.long
 def test_what_is_trained_is_what_stock_loaders_load(folder, whole, text_folder, tmp_path):
     notes = whole.manifest.distilled
     assert notes["taken"]
@@ -152,6 +153,7 @@ def test_what_the_original_predicts_is_kept_for_other_runs(folder, few, text_fol
     assert weight_digests(again.out) == weight_digests(few.out)
 
 
+@pytest.mark.long
 def test_kept_predictions_that_were_damaged_are_made_again(folder, few, text_folder, tmp_path, caplog):
     compress(folder, tmp_path / "first", text=text_folder, cache=tmp_path / "cache", **FEW)
     [file] = (tmp_path / "cache").iterdir()
@@ -163,6 +165,7 @@ def test_kept_predictions_that_were_damaged_are_made_again(folder, few, text_fol
     assert weight_digests(again.out) == weight_digests(few.out)
 
 
+@pytest.mark.long
 def test_it_trains_on_more_text_than_is_measured_and_again_where_there_is_no_more(tmp_path, caplog, monkeypatch):
     folder = tiny_checkpoint(tmp_path / "model", "olmoe")
     text = tiny_text(tmp_path / "text", documents=1)

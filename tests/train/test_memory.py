@@ -60,6 +60,7 @@ def large(tmp_path_factory):
 SLOW = pytest.mark.slow  # each starts an interpreter
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("workers", "seq_len"), [pytest.param(1, 32, marks=SLOW), (2, 32), pytest.param(1, 512, marks=SLOW)]
 )

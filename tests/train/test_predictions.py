@@ -125,6 +125,7 @@ def peak_of(path, count):
     return peak.num_bytes
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_text(tmp_path):
     small, large = (peak_of(tmp_path / str(count), count) for count in (4, 2048))
     assert (tmp_path / "2048").stat().st_size > 128 * 2**20
