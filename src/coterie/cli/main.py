@@ -17,6 +17,7 @@ from coterie.cli.calibrate import calibrate
 from coterie.cli.card import card
 from coterie.cli.compress import compress
 from coterie.cli.evaluate import evaluate
+from coterie.cli.export import export
 from coterie.cli.families import families
 from coterie.cli.inspect import inspect
 from coterie.cli.plan import plan
@@ -58,7 +59,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for function in (
-    inspect, calibrate, profile, plan, compress, evaluate, card, push, bench, report, recipes, families,
+    inspect, calibrate, profile, plan, compress, export, evaluate, card, push, bench, report, recipes, families,
 ):  # fmt: skip
     app.command(cls=command.Command)(function)
 

@@ -1,0 +1,78 @@
+"""Numbers and blocks as a GGUF file holds them: sizes, encoding, and what a checkpoint stores in blocks already."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from coterie.errors import UnsupportedDtype
+from coterie.model.disk.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+#: Numbers that are read, encoded and written at once, where rows lie by themselves.
+CHUNK = 2**22
+
+_STORED_BLOCKS = "coterie.model.disk.encodings.ggml_blocks"
+
+
+def block_size(type_: str) -> tuple[int, int]:
+    """Return columns and bytes of a block of a GGML type; those of plain numbers are one number."""
+    import gguf
+
+    columns, num_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_]]
+    return int(columns), int(num_bytes)
+
+
+def block_type(info: TensorInfo) -> str | None:
+    """Return the GGML type that a tensor is stored in, None for any other encoding: its bytes are `stored_blocks`."""
+    if info.packed is None or find_spec(_STORED_BLOCKS) is None:
+        return None
+    encoding: Any = info.packed.encoding
+    if not isinstance(encoding, import_module(_STORED_BLOCKS).GgmlBlocks):
+        return None
+    return str(encoding.type)
+
+
+def stored_blocks(info: TensorInfo) -> str:
+    """Return the name on disk of the tensor of bytes (..., R, bytes of a row) that holds a tensor stored in blocks."""
+    assert info.packed is not None
+    return info.packed.stored[""].name
+
+
+def encode(tensor: torch.Tensor, type_: str, where: str) -> memoryview:
+    """Return a tensor's bytes in a type.
+
+    Args:
+        tensor: numbers.
+        type_: F32, F16, BF16 or Q8_0.
+        where: name of the tensor, for errors.
+
+    Raises:
+        UnsupportedDtype: a number that is too large for the type.
+    """
+    import gguf
+    import numpy as np
+    import torch
+
+    if type_ == "BF16":
+        encoded = tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
+    elif type_ == "F16":
+        encoded = tensor.to(torch.float16).numpy()
+    elif type_ == "F32":
+        encoded = tensor.to(torch.float32).numpy()
+    else:
+        encoded = gguf.quantize(tensor.to(torch.float32).numpy(), gguf.GGMLQuantizationType[type_])
+    if type_ in ("F16", "Q8_0"):
+        largest = 65504.0 * (127 if type_ == "Q8_0" else 1)  # what is left of a block's scale in half precision
+        if bool((tensor.abs() > largest).any()):
+            raise UnsupportedDtype(f"{where} holds numbers beyond {largest:.0f}, too large for {type_}; take bf16")
+    return bytes_of(np.ascontiguousarray(encoded))
+
+
+def bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
+    """Return the bytes of an array, without a copy."""
+    return array.data.cast("B")

@@ -1,0 +1,270 @@
+"""``coterie.export``: a checkpoint as one GGUF file, for llama.cpp and all that is built on it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from io import BufferedWriter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from coterie.amounts import format_bytes
+from coterie.artifact import atomic_path
+from coterie.errors import InputError, OutOfSpace, ReloadMismatch
+from coterie.outputs import check_output, free_space
+from coterie.progress import track
+
+if TYPE_CHECKING:
+    import gguf
+
+    from coterie.export.tensors import Output
+
+log = logging.getLogger(__name__)
+
+#: Types that numbers can be written as.
+NumberType = Literal["bf16", "f16", "f32", "q8_0"]
+
+#: Bytes of names and places of one tensor in a file, more than enough.
+_BYTES_PER_INFO = 160
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """A file that was written, or would be.
+
+    Attributes:
+        path: the file.
+        architecture: what llama.cpp calls the family.
+        tensors: how many it holds.
+        num_bytes: bytes of all of them.
+        types: bytes of tensors by their type in GGML.
+        memory_bytes: bytes of weights in memory at once at most, beside Python and its libraries.
+        left_out: tensors of the checkpoint that are not in it.
+    """
+
+    path: str
+    architecture: str
+    tensors: int
+    num_bytes: int
+    types: Mapping[str, int]
+    memory_bytes: int
+    left_out: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON content."""
+        return asdict(self)
+
+
+def export(
+    folder: str | Path,
+    file: str | Path,
+    *,
+    type: NumberType = "bf16",
+    allow_pickle: bool = False,
+    dry_run: bool = False,
+) -> Exported:
+    """Write a checkpoint as one GGUF file.
+
+    What a checkpoint stores in blocks of GGML goes over byte for byte. Vectors and routers are in float32, as llama.cpp
+    wants them. One matrix is in memory at a time. The file appears when it is whole and was read back.
+
+    Args:
+        folder: a model folder or hub id: a plain checkpoint, a quantised one that is read as plain numbers, or a result
+            of Coterie that stock loaders load.
+        file: the file to write, new.
+        type: how matrices of plain numbers are written.
+        allow_pickle: read weights that are stored as pickles.
+        dry_run: check everything and write nothing.
+
+    Raises:
+        InputError: a family, a config or a tokenizer that llama.cpp would compute otherwise, or is not known to compute
+            rightly; the package gguf is not installed; an unknown `type`.
+        NotACheckpoint, CorruptCheckpoint: no such model, or a damaged one.
+        OutputExists: there is a file already.
+        OutOfSpace: the disk cannot hold it.
+        ReloadMismatch: what was written reads back as something else.
+    """
+    check_gguf()
+    import gguf
+
+    from coterie.export.blocks import encode
+    from coterie.export.families import check_config, family_of, targets_of
+    from coterie.export.metadata import describe, introduce
+    from coterie.export.pieces import Pieces
+    from coterie.export.tensors import biggest_pieces, plan_outputs
+    from coterie.export.tokens import describe_vocabulary, read_vocabulary
+    from coterie.model.arch.meta import parse_config
+    from coterie.model.disk.checkpoint import Checkpoint
+    from coterie.model.disk.manifest import Manifest
+    from coterie.model.disk.open import open_checkpoint
+
+    if type not in ("bf16", "f16", "f32", "q8_0"):
+        raise InputError(f"type is {type!r}: it should be bf16, f16, f32 or q8_0")
+    target = check_output(file, kind="GGUF file", reads={"model folder": [folder]}, accepts=lambda path: False)
+    checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
+    where = str(checkpoint.path)
+    manifest = Manifest.read(checkpoint.path)
+    if manifest is not None and manifest.form.value in ("mapped", "ragged"):
+        raise InputError(
+            f"{where} cannot be exported: it is {manifest.form.value}, and llama.cpp has one router row and one width "
+            "for every expert; compress with a recipe and a router whose result stock loaders load"
+        )
+    family = family_of(checkpoint.config, where)
+    config = parse_config(checkpoint.config)
+    check_config(family, config, where)
+    vocabulary = read_vocabulary(checkpoint.path, config.vocab_size)
+    architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    targets = targets_of(family, config, checkpoint.tensors)
+    outputs = plan_outputs(checkpoint.tensors, targets, names, number_type=type.upper())
+    left_out = tuple(sorted(name for name, there in targets.items() if not there))
+    _check_experts(outputs, config, where)
+    exported = Exported(
+        path=str(target),
+        architecture=family.architecture,
+        tensors=len(outputs),
+        num_bytes=sum(output.num_bytes for output in outputs),
+        types=_bytes_by_type(outputs),
+        memory_bytes=biggest_pieces(outputs, checkpoint.tensors),
+        left_out=left_out,
+    )
+    _tell(exported, type.upper(), outputs)
+    if dry_run:
+        return exported
+
+    _check_space(target, exported.num_bytes + _BYTES_PER_INFO * len(outputs) + 64 * len(vocabulary.tokens))
+    with atomic_path(target) as temporary:
+        writer = gguf.GGUFWriter(None, family.architecture)
+        introduce(writer, checkpoint, manifest, outputs)
+        describe(writer, family, config, outputs)
+        describe_vocabulary(writer, vocabulary)
+        for output in outputs:
+            _announce(writer, output)
+        with ExitStack() as stack:
+            stack.callback(writer.close)
+            writer.write_header_to_file(temporary)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            assert writer.fout is not None
+            stored = Checkpoint.open(checkpoint.path, allow_pickle=allow_pickle)
+            pieces = Pieces(stack.enter_context(checkpoint.reader()), stack.enter_context(stored.reader()), checkpoint)
+            _pad(writer, writer.fout[0], writer.fout[0].tell())
+            for output in track(outputs, "writing", total=exported.num_bytes, weight=lambda output: output.num_bytes):
+                written = 0
+                for piece in pieces.of(output):
+                    written += writer.fout[0].write(
+                        piece if isinstance(piece, memoryview) else encode(piece, output.type, output.name)
+                    )
+                assert written == output.num_bytes, output.name
+                _pad(writer, writer.fout[0], written)
+        check_file(temporary, outputs)
+    log.info("%s: %s in %d tensors, read back", target, format_bytes(target.stat().st_size), len(outputs))
+    return exported
+
+
+def check_gguf() -> None:
+    """Raise InputError unless the package gguf is there."""
+    if find_spec("gguf") is None:
+        raise InputError("GGUF files take the package gguf: pip install 'coterie[gguf]'")
+
+
+def check_file(path: Path, outputs: list[Output]) -> None:
+    """Read a file back and compare names, shapes, types and places of its tensors with what was meant.
+
+    Raises:
+        ReloadMismatch: they differ.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    size = path.stat().st_size
+    for output in outputs:
+        tensor = found.pop(output.name, None)
+        if tensor is None:
+            raise ReloadMismatch(f"{path}: {output.name} was written and is not there")
+        said = (tuple(int(extent) for extent in reversed(tensor.shape)), tensor.tensor_type.name, int(tensor.n_bytes))
+        if said != (output.shape, output.type, output.num_bytes) or int(tensor.data_offset) + said[2] > size:
+            raise ReloadMismatch(
+                f"{path}: {output.name} reads back as {said}; it should be {output.shape}, {output.type}, "
+                f"{output.num_bytes} bytes"
+            )
+    if found:
+        raise ReloadMismatch(f"{path}: {next(iter(found))} is there and was not written")
+
+
+def _announce(writer: gguf.GGUFWriter, output: Output) -> None:
+    import gguf
+    import numpy as np
+
+    writer.add_tensor_info(
+        output.name, output.shape, np.dtype(np.float32), output.num_bytes, gguf.GGMLQuantizationType[output.type]
+    )
+
+
+def _pad(writer: gguf.GGUFWriter, file: BufferedWriter, length: int) -> None:
+    writer.write_padding(file, length)
+
+
+def _bytes_by_type(outputs: list[Output]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for output in outputs:
+        sizes[output.type] = sizes.get(output.type, 0) + output.num_bytes
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def _check_experts(outputs: list[Output], config: Any, where: str) -> None:
+    """Check that every layer has as many experts as the config says, all of one width."""
+    stacks: dict[str, tuple[int, ...]] = {}
+    for output, projection in _stacks(outputs):
+        shape = stacks.setdefault(projection, output.shape)
+        if shape != output.shape:
+            raise InputError(
+                f"{where} cannot be exported: {output.name} is {list(output.shape)} and another layer's "
+                f"{list(shape)}; llama.cpp has one number of experts and one width for all layers"
+            )
+    if not stacks:
+        raise InputError(f"{where} cannot be exported: it has no experts under names that are known")
+    for projection, shape in stacks.items():
+        count = next(
+            int(getattr(config, key))
+            for key in ("num_local_experts", "num_experts", "n_routed_experts")
+            if hasattr(config, key)
+        )
+        if shape[0] != count:
+            raise InputError(f"{where}: {projection} has {shape[0]} experts, and config.json says {count}")
+
+
+def _stacks(outputs: list[Output]) -> Iterator[tuple[Output, str]]:
+    for output in outputs:
+        projection = output.name.split(".", 2)[-1]
+        if projection.endswith("_exps.weight"):
+            yield output, projection
+
+
+def _check_space(target: Path, num_bytes: int) -> None:
+    existing, free = free_space(target.parent)
+    needed = num_bytes + 16 * 2**20
+    if free < needed:
+        raise OutOfSpace(
+            errno.ENOSPC, f"{target} needs {format_bytes(needed)}, {existing} has {format_bytes(free)} free"
+        )
+
+
+def _tell(exported: Exported, number_type: str, outputs: list[Output]) -> None:
+    log.info(
+        "%d tensors, %s, for llama.cpp's %s; at most %s of weights in memory at once",
+        exported.tensors, format_bytes(exported.num_bytes), exported.architecture, format_bytes(exported.memory_bytes),
+    )  # fmt: skip
+    fallen = [output for output in outputs if not output.copied and output.type not in ("F32", number_type)]
+    if fallen:
+        log.info(
+            "%d tensors are written as %s: rows such as the %d columns of %s are not made of whole blocks of %s",
+            len(fallen), fallen[0].type, fallen[0].shape[-1], fallen[0].name, number_type,
+        )  # fmt: skip
+    if exported.left_out:
+        log.info("%d tensors stay behind, such as %s", len(exported.left_out), exported.left_out[0])

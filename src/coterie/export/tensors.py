@@ -1,0 +1,237 @@
+"""Which tensors a GGUF file holds, and from which rows of which tensors on disk each is put together.
+
+A file's tensor is a row of parts, one after the other: a stack of experts has a part for each of them. A part is a
+matrix on disk, or one of a stack, as it is or with its rows in another order. Nothing is read here but headers.
+
+E experts, F width of an expert, D model width, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from coterie.errors import InputError
+from coterie.export import blocks
+from coterie.model.disk.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    import gguf
+
+#: Kinds of tensors that llama.cpp wants in float32: small ones that everything hangs on.
+_FULL_PRECISION = re.compile(r"(_norm|_gate_inp|_gate_inp_shexp|exp_probs_b|attn_sinks)\.weight$|\.bias$")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Take:
+    """How a matrix is taken from one on disk; a vector counts as a matrix of one column.
+
+    Attributes:
+        input_first: the matrix lies on disk with its input axis first.
+        groups: its rows fall into so many groups of the same size.
+        rows: which rows of each group are taken, in this order; None for all as they are.
+        turned: each group is transposed at last.
+        stacked: groups become matrices of a stack.
+    """
+
+    input_first: bool = False
+    groups: int = 1
+    rows: tuple[int, ...] | None = None
+    turned: bool = False
+    stacked: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the matrix is taken as it is."""
+        return self == Take()
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether rows stay rows, so that what is stored row by row can be taken without unpacking it."""
+        return not (self.input_first or self.turned)
+
+    def shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Return the shape of what is taken from a matrix of this shape on disk."""
+        if self.input_first:
+            rows, columns = columns, rows
+        taken = rows // self.groups if self.rows is None else len(self.rows)
+        if self.turned:
+            taken, columns = columns, taken
+        return (self.groups, taken, columns) if self.stacked else (self.groups * taken, columns)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """Where a tensor on disk goes, or a part of it.
+
+    Attributes:
+        name: name that gguf knows, of the family's own or of its own.
+        expert: which expert of a stack it is; None for a tensor that is whole, or a stack already.
+        take: what of it goes there.
+    """
+
+    name: str
+    expert: int | None = None
+    take: Take = field(default_factory=Take)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A matrix of a file's tensor.
+
+    Attributes:
+        source: name on disk.
+        index: which matrix of a stack on disk; None where it is no stack.
+        take: how it is taken.
+    """
+
+    source: str
+    index: int | None
+    take: Take
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """A tensor of the file.
+
+    Attributes:
+        name: its name there.
+        shape: its shape, output axis first as on disk.
+        type: number format or block type, by its name in GGML.
+        parts: what it is put together from.
+        copied: bytes of blocks go over as they are.
+        block: columns of a block of its type.
+        block_bytes: bytes of a block.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    parts: tuple[Part, ...]
+    copied: bool
+    block: int
+    block_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) // self.block * self.block_bytes
+
+
+def plan_outputs(
+    tensors: Mapping[str, TensorInfo],
+    targets: Mapping[str, tuple[Target, ...]],
+    names: gguf.TensorNameMap,
+    *,
+    number_type: str,
+) -> list[Output]:
+    """Return the tensors of the file, in the order of the model.
+
+    Args:
+        tensors: the checkpoint's, by name on disk.
+        targets: where each goes; none at all for one that is left out.
+        names: of the architecture.
+        number_type: type of matrices of plain numbers, by its name in GGML.
+
+    Raises:
+        InputError: a tensor that GGUF has no name for, or experts that do not make a stack.
+    """
+    found: dict[str, list[tuple[int | None, str, Take]]] = {}
+    for source in tensors:
+        for target in targets[source]:
+            name = _name(target.name, names)
+            if name is None:
+                raise InputError(
+                    f"{source}: llama.cpp has no place for such a tensor in this architecture, so the model would be "
+                    "computed without it"
+                )
+            found.setdefault(name, []).append((target.expert, source, target.take))
+    outputs = [_output(name, entries, tensors, number_type) for name, entries in found.items()]
+    return sorted(outputs, key=lambda output: _place(output.name))
+
+
+def _name(name: str, names: gguf.TensorNameMap) -> str | None:
+    for suffix in (".weight", ".bias"):
+        if name.endswith(suffix):
+            known = names.get_name(name.removesuffix(suffix))
+            return None if known is None else known + suffix
+    return None
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Return where a tensor stands: those before the layers, the layers by number, those behind."""
+    match = re.match(r"blk\.(\d+)\.", name)
+    return (int(match[1]) if match else -1 if name.startswith("token_embd") else 2**31, name)
+
+
+def _output(
+    name: str, entries: list[tuple[int | None, str, Take]], tensors: Mapping[str, TensorInfo], number_type: str
+) -> Output:
+    experts = [expert for expert, _, _ in entries]
+    if len(entries) > 1 and sorted(experts, key=lambda e: -1 if e is None else e) != list(range(len(entries))):
+        raise InputError(f"{name} would be made of {len(entries)} tensors that are no stack, such as {entries[0][1]}")
+    entries = sorted(entries, key=lambda entry: entry[0] or 0)
+    parts: list[Part] = []
+    shapes: set[tuple[int, ...]] = set()
+    is_stack = experts[0] is not None
+    for _, source, take in entries:
+        extents = tensors[source].shape
+        # A bias of a stack is a stack of vectors, and no matrix.
+        inner = extents[1:] if len(extents) == 3 or (len(extents) == 2 and name.endswith("_exps.bias")) else extents
+        indices: Iterable[int | None] = range(extents[0]) if inner is not extents else (None,)
+        is_stack = is_stack or inner is not extents
+        shape = take.shape(*(*inner, 1)[:2]) if inner else (1, 1)
+        shapes.add(shape if len(inner) > 1 else (math.prod(shape),))
+        parts += [Part(source=source, index=index, take=take) for index in indices]
+    if len(shapes) > 1:
+        raise InputError(
+            f"{name}: experts have different shapes, {' and '.join(str(list(s)) for s in sorted(shapes)[:2])}; "
+            "a GGUF file has one width for all"
+        )
+    [shape] = shapes
+    if is_stack:
+        shape = (len(parts), *shape)
+    elif len(shape) == 2 and shape[0] == 1 and "_gate_inp_shexp" in name:
+        shape = shape[1:]  # the gate of a shared expert is a vector there
+    type_, copied = _type_of(name, shape, parts, tensors, number_type)
+    block, block_bytes = blocks.block_size(type_)
+    return Output(
+        name=name, shape=shape, type=type_, parts=tuple(parts), copied=copied, block=block, block_bytes=block_bytes
+    )
+
+
+def _type_of(
+    name: str, shape: tuple[int, ...], parts: list[Part], tensors: Mapping[str, TensorInfo], number_type: str
+) -> tuple[str, bool]:
+    """Return the type of a tensor, and whether its bytes go over as they are."""
+    if len(shape) < 2 or _FULL_PRECISION.search(name):
+        return "F32", False
+    stored = {source: blocks.block_type(tensors[source]) for source in {part.source for part in parts}}
+    kinds = set(stored.values())
+    if kinds != {None} and all(part.take.keeps_rows for part in parts):
+        if len(kinds) > 1:
+            said = " and ".join(sorted(str(kind or "plain numbers") for kind in kinds))
+            raise InputError(f"{name}: its experts are stored as {said}, and a tensor of a GGUF file has one type")
+        [kind] = kinds
+        return str(kind), True
+    if shape[-1] % blocks.block_size(number_type)[0]:
+        return "BF16", False
+    return number_type, False
+
+
+def biggest_pieces(outputs: Iterable[Output], tensors: Mapping[str, TensorInfo]) -> int:
+    """Return the bytes of weights that are in memory at once while these are written, at most."""
+    return max(max(_piece_bytes(output, tensors)) for output in outputs)
+
+
+def _piece_bytes(output: Output, tensors: Mapping[str, TensorInfo]) -> Iterator[int]:
+    for part in output.parts[:1]:
+        info = tensors[part.source]
+        elements = info.num_elements // (info.shape[0] if part.index is not None else 1)
+        if part.take.is_whole and part.index is None and len(info.shape) == 2:
+            elements = min(elements, max(blocks.CHUNK, info.shape[1]))
+        # As it is stored, as numbers, in float32, and as it is written.
+        yield elements * (4 + 4 + 4 + 4)
