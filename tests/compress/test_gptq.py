@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from coterie.compress.methods.gptq import gptq, round_to_nearest, upper_factor
+from coterie.compress.methods.gptq import gptq, upper_factor
 from coterie.model.disk.encodings.ggml import SIZES, get_type
+from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
 
 
 def problem(columns, rows=5, matrices=1, tokens=None, seed=0):

@@ -5,7 +5,7 @@ upper Cholesky factor of H^-1, the error that rounding column j leaves is least 
 -(w_j - q_j) / U_jj times row j of U. Columns that a format codes together go together: their error is
 (w - q) U_JJ^-1, and codes are chosen by its square. Scales are fitted block by block, to the weights as they then are.
 
-Legend: N matrices, R rows (outputs), C columns (inputs), B columns of a block, v columns coded together, K bytes.
+Legend: N matrices, R rows (outputs), C columns (inputs), K bytes of a row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coterie.model.disk.encodings.ggml.block_type import Codes, join_codes
+from coterie.model.disk.encodings.ggml.rounding import round_columns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,48 +43,7 @@ def gptq(
     upper_NCC = upper_factor(hessian_NCC, damping)
     # What an error in a column costs when the later ones make good what they can.
     importance_NC = upper_NCC.diagonal(dim1=-2, dim2=-1).reciprocal().square()
-    return _round(weight_NRC, importance_NC, upper_NCC, kind)
-
-
-def round_to_nearest(weight_NRC: Tensor, importance_NC: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
-    """Round matrices to the nearest numbers, scales fitted by the importance of columns; return as `gptq` does.
-
-    Raises:
-        ValueError: columns that are no whole blocks.
-    """
-    return _round(weight_NRC, importance_NC.to(torch.float32), None, kind)
-
-
-def _round(
-    weight_NRC: Tensor, importance_NC: Tensor, upper_NCC: Tensor | None, kind: BlockType
-) -> tuple[Tensor, Tensor]:
-    """Round column after column; with an upper factor the later columns make good the error of each."""
-    num_columns = weight_NRC.shape[-1]
-    if num_columns % kind.block:
-        raise ValueError(f"{num_columns} columns are no whole blocks of {kind.block}, as {kind.name} has them")
-    rest_NRC = weight_NRC.to(torch.float32).clone()
-    value_NRC, packed = torch.empty_like(rest_NRC), []
-    for start in range(0, num_columns, kind.block):
-        stop = start + kind.block
-        block_NRB, error_NRB = rest_NRC[..., start:stop].clone(), torch.zeros_like(rest_NRC[..., start:stop])
-        scales, codes = kind.fit(block_NRB, importance_NC[:, None, start:stop]), list[Codes]()
-        for column in range(start, stop, kind.together):
-            end = column + kind.together
-            here = slice(column - start, end - start)
-            if upper_NCC is None:
-                metric_Nvv = torch.diag_embed(importance_NC[:, column:end].sqrt())
-            else:
-                metric_Nvv = _inverse_of_upper(upper_NCC[:, column:end, column:end])
-            chosen, value_NRv = kind.choose(block_NRB[..., here], scales, column - start, metric_Nvv)
-            codes.append(chosen)
-            value_NRC[..., column:end] = value_NRv
-            if upper_NCC is not None:
-                error_NRB[..., here] = error_NRv = (block_NRB[..., here] - value_NRv) @ metric_Nvv
-                block_NRB[..., end - start :] -= error_NRv @ upper_NCC[:, column:end, end:stop]
-        if upper_NCC is not None:
-            rest_NRC[..., stop:] -= error_NRB @ upper_NCC[:, start:stop, stop:]
-        packed.append(kind.pack(scales, join_codes(codes)))
-    return torch.cat(packed, dim=-1), value_NRC
+    return round_columns(weight_NRC, importance_NC, upper_NCC, kind)
 
 
 def upper_factor(hessian_NCC: Tensor, damping: float) -> Tensor:
@@ -101,12 +60,3 @@ def upper_factor(hessian_NCC: Tensor, damping: float) -> Tensor:
     inverse_NCC = torch.cholesky_inverse(lower_NCC)
     upper_NCC: Tensor = torch.linalg.cholesky(inverse_NCC, upper=True).to(torch.float32)
     return upper_NCC
-
-
-def _inverse_of_upper(upper_Nvv: Tensor) -> Tensor:
-    size = upper_Nvv.shape[-1]
-    if size == 1:
-        return upper_Nvv.reciprocal()
-    eye_vv = torch.eye(size, device=upper_Nvv.device).expand_as(upper_Nvv)
-    inverse_Nvv: Tensor = torch.linalg.solve_triangular(upper_Nvv, eye_vv, upper=True)
-    return inverse_Nvv
