@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -77,13 +77,17 @@ class Options:
         experts: int | None,
         width: int | None,
         budget: str | int | None,
+        bits: float | None,
+        type: str | None,
         multiple_of: int | None,
         cache: str | Path | None,
         **others: Any,
     ) -> Options:
         """Return the arguments of `coterie.compress` in one."""
         share = None if keep is None else parse_share(keep)
-        target = Target(keep=share, experts=experts, width=width, budget=budget, multiple_of=multiple_of)
+        target = Target(
+            keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of
+        )
         return cls(out=user_path(out), target=target, cache=None if cache is None else Path(cache), **others)
 
     @property
@@ -102,6 +106,8 @@ class Options:
             settings: dict[str, object] = {"--keep": target.keep, "--experts": target.experts, "--width": target.width}
             settings |= {
                 "--budget": target.budget,
+                "--bits": target.bits,
+                "--type": target.type,
                 "--recipe": self.recipe,
                 "--router": self.router,
                 "--mtp": self.mtp,
@@ -236,6 +242,8 @@ def prepare(
     trains = any(name == "distill" for name, _ in outlined.result_steps)
     training_tokens(outlined.recipe, options.effort, options.train_tokens, trains=trains)
     needs = needs_of_plan(outlined)
+    if outlined.packed:  # codes are chosen for what really comes in
+        options = replace(options, inputs="compressed")
     if options.inputs == "compressed":
         if options.profile is not None or options.text is None:
             raise InputError("with compressed inputs every layer is measured anew: give --text, and no --profile")

@@ -46,6 +46,8 @@ class Recipe:
             ``"module:attribute"``. In recipes that merge experts ``merge-router`` stands for the router's form.
         result_steps: (name, options) of what is done to the whole result at the end, in order; names of
             `coterie.compress.result_steps.RESULT_STEPS`.
+        quantiser: (name, options) of what chooses the codes of weights that are stored in fewer bits, a name of
+            `coterie.compress.quantisers.QUANTISERS`; None where weights stay plain numbers.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Recipe:
     allocator: str = "fewer"
     passes: tuple[Step, ...]
     result_steps: tuple[Step, ...] = ()
+    quantiser: Step | None = None
 
     def __post_init__(self) -> None:
         if self.allocator not in ALLOCATORS:
@@ -296,6 +299,28 @@ RECIPES: dict[str, Recipe] = {
             ("slim", {"score": "heapr"}),
             allocator="ragged",
             measures="channel_gradient hidden_square usage",
+        ),
+        Recipe(
+            name="nearest",
+            summary="store all matrices in one type, each number the nearest, scales fitted by what comes in",
+            measures=(), passes=(), allocator="one-type", quantiser=("nearest", {}),
+        ),
+        Recipe(
+            name="gptq",
+            summary="store all matrices in one type, later columns make good the error of earlier ones",
+            paper="2210.17323",
+            measures=(), passes=(), allocator="one-type", quantiser=("gptq", {}),
+        ),
+        Recipe(
+            name="gptaq",
+            summary="gptq, which makes good what the layers before have changed as well",
+            paper="2504.02692",
+            measures=(), passes=(), allocator="one-type", quantiser=("corrected-gptq", {}),
+        ),
+        Recipe(
+            name="coterie-bits",
+            summary="give each matrix the type that the loss needs, gptq, make good what layers before have changed",
+            measures=(), passes=(), allocator="mixed-types", quantiser=("corrected-gptq", {}),
         ),
     )
 }  # fmt: skip

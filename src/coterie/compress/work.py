@@ -122,7 +122,7 @@ class Work:
         """Write all that makes weight files a checkpoint."""
         num_bytes = write_index(self.run.folder, self.shards)
         assert num_bytes == self.plan.predicted_bytes, f"planned {self.plan.predicted_bytes} bytes, wrote {num_bytes}"
-        write_json(self.run.folder / "config.json", result_config(self.job.source.architecture, self.plan))
+        write_json(self.run.folder / "config.json", result_config(self.job.source, self.plan))
         carry_files(self.job.source.checkpoint, self.run.folder)
         self.write_manifest()
 
@@ -152,7 +152,7 @@ class Work:
     def _manifest(self) -> Manifest:
         plan = self.plan
         domains, num_tokens, seq_len, _ = self._text()
-        form = ResultForm.RAGGED if plan.ragged else ResultForm.PLAIN
+        form = ResultForm.RAGGED if plan.ragged else ResultForm.PACKED if plan.packed else ResultForm.PLAIN
         return Manifest(
             form=ResultForm.MAPPED if plan.mapped else form,
             recipe=plan.recipe,

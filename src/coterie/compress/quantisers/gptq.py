@@ -19,31 +19,39 @@ from coterie.model.disk.encodings.ggml.rounding import round_columns
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from coterie.compress.moments import Inputs
     from coterie.model.disk.encodings.ggml.block_type import BlockType
 
 #: Share of the mean of the Hessian's diagonal that is added to it, as the paper's own code does.
 DAMPING = 0.01
 
+#: Elements of Hessians that are factored at once.
+_AT_ONCE = 2**23
 
-def gptq(
-    weight_NRC: Tensor, hessian_NCC: Tensor, kind: BlockType, *, damping: float = DAMPING
-) -> tuple[Tensor, Tensor]:
+
+def gptq(weight_NRC: Tensor, inputs: Inputs, kind: BlockType, *, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     """Round matrices; return their bytes (N, R, K), uint8, and their values (N, R, C), float32.
 
     Args:
         weight_NRC: the matrices; C is a multiple of the block.
-        hessian_NCC: sums (or means) of the products of their inputs.
+        inputs: what comes into them; where one saw no token, as an expert that nobody chose, its matrix is rounded to
+            the nearest numbers.
         kind: the format.
-        damping: share of the mean of each Hessian's diagonal that is added to the diagonal. A Hessian of zeros, of an
-            expert that no token reached, counts as the identity: its matrix is rounded to the nearest numbers.
+        damping: share of the mean of each Hessian's diagonal that is added to the diagonal.
 
     Raises:
         ValueError: columns that are no whole blocks.
     """
-    upper_NCC = upper_factor(hessian_NCC, damping)
-    # What an error in a column costs when the later ones make good what they can.
-    importance_NC = upper_NCC.diagonal(dim1=-2, dim2=-1).reciprocal().square()
-    return round_columns(weight_NRC, importance_NC, upper_NCC, kind)
+    # A few at a time: the factors of all would take many times what the matrices take.
+    at_once = max(1, _AT_ONCE // weight_NRC.shape[-1] ** 2)
+    parts = []
+    for start in range(0, len(weight_NRC), at_once):
+        upper_NCC = upper_factor(inputs.hessian_NCC[start : start + at_once], damping)
+        # What an error in a column costs when the later ones make good what they can.
+        importance_NC = upper_NCC.diagonal(dim1=-2, dim2=-1).reciprocal().square()
+        parts.append(round_columns(weight_NRC[start : start + at_once], importance_NC, upper_NCC, kind))
+    byte_parts, value_parts = zip(*parts, strict=True)
+    return torch.cat(byte_parts), torch.cat(value_parts)
 
 
 def upper_factor(hessian_NCC: Tensor, damping: float) -> Tensor:
