@@ -28,7 +28,7 @@ from coterie.model.stream.stream import Stage, Stream
 from coterie.profile.observation import Observation, observed
 
 #: Rows of a matrix, and matrices of a layer's experts, that are rounded to see what a type costs.
-ROWS, MATRICES = 64, 8
+ROWS, MATRICES = 32, 8
 
 #: Tokens that types are priced on: fewer, and what is chosen fits those and no others.
 PRICED_TOKENS = 32_768
@@ -156,21 +156,22 @@ class DamageMeter:
     def _prices(self, weight: Weight, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """Return what each type costs, from matrices and what their elements weigh (not yet divided by T)."""
         pairs = [(matrix_RC.detach().float(), fisher_RC) for matrix_RC, fisher_RC in pairs]
+        if not pairs:  # no token passed it
+            return {}
         whole = sum(float((fisher_RC * matrix_RC.square()).sum()) for matrix_RC, fisher_RC in pairs)
         step = max(1, len(pairs) // MATRICES)
         few = [_some_rows(*pair) for pair in pairs[::step]]
-        part = sum(float((fisher_RC * matrix_RC.square()).sum()) for matrix_RC, fisher_RC in few)
+        matrix_NRC, fisher_NRC = (torch.stack(each) for each in zip(*few, strict=True))
+        part = float((fisher_NRC * matrix_NRC.square()).sum())
+        importance_NC = fisher_NRC.mean(dim=1)
+        importance_NC = torch.where(importance_NC.sum(dim=-1, keepdim=True) > 0, importance_NC, 1.0)
         prices: dict[str, float] = {}
         for wanted in self.types:
             kind = weight.fitting(wanted)
             if kind is None or kind in prices:
                 continue
-            lost = 0.0
-            for matrix_RC, fisher_RC in few:
-                importance_C = fisher_RC.mean(dim=0)
-                importance_C = importance_C if float(importance_C.sum()) > 0 else torch.ones_like(importance_C)
-                _, value_1RC = round_to_nearest(matrix_RC[None], importance_C[None], get_type(kind))
-                lost += float((fisher_RC * (matrix_RC - value_1RC[0]).square()).sum())
+            _, value_NRC = round_to_nearest(matrix_NRC, importance_NC, get_type(kind))
+            lost = float((fisher_NRC * (matrix_NRC - value_NRC).square()).sum())
             prices[kind] = 0.5 * whole * (lost / part if part > 0 else 0.0) / self._tokens
         return prices
 

@@ -46,14 +46,16 @@ def round_columns(
     num_columns = weight_NRC.shape[-1]
     if num_columns % kind.block:
         raise ValueError(f"{num_columns} columns are no whole blocks of {kind.block}, as {kind.name} has them")
+    # Nearest codes of columns that are coded one by one do not hang on each other.
+    together = kind.sub_block if upper_NCC is None and kind.together == 1 else kind.together
     rest_NRC = weight_NRC.to(torch.float32).clone()
     value_NRC, packed = torch.empty_like(rest_NRC), []
     for start in range(0, num_columns, kind.block):
         stop = start + kind.block
         block_NRB, error_NRB = rest_NRC[..., start:stop].clone(), torch.zeros_like(rest_NRC[..., start:stop])
         scales, codes = kind.fit(block_NRB, importance_NC[:, None, start:stop]), list[Codes]()
-        for column in range(start, stop, kind.together):
-            end = column + kind.together
+        for column in range(start, stop, together):
+            end = column + together
             here = slice(column - start, end - start)
             if upper_NCC is None:
                 metric_Nvv = torch.diag_embed(importance_NC[:, column:end].sqrt())
