@@ -112,6 +112,8 @@ def print_plan(plan: "Plan") -> None:
         start += count
     for text in _type_texts(plan):
         print_text(text)
+    if plan.damage is not None:
+        print_text(f"expected rise of the loss: {plan.damage:.3g} nats a token")
     for name in plan.untouched:
         print_text(f"{name}: copied; the model does not run it")
     if plan.mtp is not None:
