@@ -50,6 +50,7 @@ from coterie.journal_lines import run_folder
 from coterie.model.arch.layers import Architecture
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.files import name_of_model
 from coterie.model.disk.open import open_checkpoint
 from coterie.outputs import check_output
 from coterie.paths import user_path
@@ -230,9 +231,7 @@ def _open(model: str | Path, *, allow_pickle: bool) -> Model:
     stored = Checkpoint.open(model, allow_pickle=allow_pickle)
     checkpoint = open_checkpoint(stored.path, allow_pickle=allow_pickle)
     Architecture.of(checkpoint)
-    local = user_path(model)
-    name = local.resolve().name if local.is_dir() else str(model)
-    return Model(name=name, path=str(stored.path.resolve()), digest=checkpoint.digest)
+    return Model(name=name_of_model(model), path=str(stored.path.resolve()), digest=checkpoint.digest)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

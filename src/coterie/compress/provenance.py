@@ -12,11 +12,12 @@ from coterie.compress.recipes import get_recipe
 from coterie.errors import CoterieError
 from coterie.model.arch.inspect import inspect_checkpoint
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.files import is_hub_id
 from coterie.model.disk.provenance import Provenance
 from coterie.paths import user_path
 from coterie.profile.data_sets import is_data_set_name, local_place
 from coterie.profile.profile import Profile
-from coterie.publish.original import card_of, hub_id, is_hub_id
+from coterie.publish.original import card_of, hub_id
 
 log = logging.getLogger(__name__)
 

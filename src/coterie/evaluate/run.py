@@ -56,7 +56,6 @@ from coterie.evaluate.subjects import (
     generation_config,
     hidden_size,
     mixed_batch,
-    model_name,
     num_logits,
     open_subject,
     text_digest,
@@ -65,6 +64,7 @@ from coterie.evaluate.sums import Sums, add_answers, base_scores, total_of
 from coterie.evaluate.times import layers_of, stage_times, text_of
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.files import name_of_model
 from coterie.model.stream.likelihood import counted, counted_lengths, token_nll
 from coterie.model.stream.memory import Forecast, fitting_batch, peak_bytes
 from coterie.model.stream.reading import Head, logits_at, predictions, read
@@ -212,9 +212,9 @@ def _without_text(
     """Return the scorecard of a model that reads no text, after a check that it fits into memory as a whole."""
     stored = Checkpoint.open(model, allow_pickle=pickle)
     stream = Stream(stored, dtype=dtype, device=device)
-    Forecast(stages=(whole_stage({model_name(model): stream}, option="--tasks"),)).check(limit)
+    Forecast(stages=(whole_stage({name_of_model(model): stream}, option="--tasks"),)).check(limit)
     return Scorecard(
-        model=model_name(model), model_digest=stored.digest, base=None, base_digest=None,
+        model=name_of_model(model), model_digest=stored.digest, base=None, base_digest=None,
         text_digest=digest_of({}), seq_len=0, seed=0, domains={}, overall=Sums().scores(compared=False),
         num_bytes=stored.num_bytes, bytes_ratio=None, memory_bytes=None, peak_memory_bytes=None,
         tokens_per_second=None, speed_ratio=None, environment=environment(device, stream.dtype),
