@@ -76,6 +76,8 @@ def test_a_copy_elsewhere_has_the_same_keys(copied, monkeypatch):
         ("model/stream/stream.py", "reap", (True, True, True)),
         ("model/disk/quantized.py", "reap", (True, True, True)),
         ("evaluate/divergence.py", "reap", (True, False, True)),
+        ("evaluate/evaluation.py", "reap", (True, False, True)),
+        ("evaluate/harness.py", "reap", (False, False, False)),
         ("artifact.py", "reap", (True, True, True)),
         ("__init__.py", "reap", (True, True, True)),
         ("report/page.py", "coterie", (False, False, False)),

@@ -24,7 +24,7 @@ VERSION = 1
 
 #: What a profile, the scores of a model and a cell come from.
 _PROFILE = "coterie.profile.run"
-_EVALUATE = "coterie.evaluate.run"
+_EVALUATE = "coterie.evaluate.evaluation"
 _COMPRESS = "coterie.compress.apply"
 
 #: Tables of which a cell uses some entries, and the one that is in its key with its content.

@@ -19,7 +19,7 @@ from coterie.bench.cells import BenchSettings, Cell, Model, original_key
 from coterie.compress.apply import Result, compress
 from coterie.compress.recipes import EFFORTS, get_recipe
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError, OutputBusy, OutputExists
-from coterie.evaluate.run import Evaluation
+from coterie.evaluate.evaluation import Evaluation
 from coterie.evaluate.speed import reset_peak
 from coterie.model.disk.manifest import RouterForm
 from coterie.model.stream.memory import peak_bytes
