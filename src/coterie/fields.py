@@ -145,16 +145,18 @@ class Fields:
 
     def pairs(self, name: str) -> tuple[tuple[str, dict[str, Any]], ...]:
         """Return a list of names with an object of any content each: ``[["a", {}], ["b", {"x": 1}]]``."""
-        pairs = []
-        for position, value in enumerate(self._list(name)):
-            field = f"{name}[{position}]"
-            match value:
-                case [str(key), dict(content)]:
-                    self._check_finite(field, content)
-                    pairs.append((key, content))
-                case _:
-                    raise self.wrong(field, value, "should be a name and an object")
-        return tuple(pairs)
+        return tuple(self._pair(f"{name}[{position}]", value) for position, value in enumerate(self._list(name)))
+
+    def pair(self, name: str) -> tuple[str, dict[str, Any]]:
+        """Return a name with an object of any content: ``["a", {}]``."""
+        return self._pair(name, self._take(name))
+
+    def _pair(self, field: str, value: Any) -> tuple[str, dict[str, Any]]:
+        match value:
+            case [str(key), dict(content)]:
+                self._check_finite(field, content)
+                return key, content
+        raise self.wrong(field, value, "should be a name and an object")
 
     def nested(self, name: str) -> Fields:
         """Return an object to be read on."""
@@ -176,6 +178,11 @@ class Fields:
         """Return an object of whole numbers, each 0 or more."""
         inside = self.nested(name)
         return {key: inside.whole(key) for key in inside.names()}
+
+    def texts_by_name(self, name: str) -> dict[str, str]:
+        """Return an object of texts."""
+        inside = self.nested(name)
+        return {key: inside.text(key) for key in inside.names()}
 
     def texts_or_wholes_by_name(self, name: str) -> dict[str, str | int]:
         """Return an object of texts and whole numbers."""

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from coterie.compress.methods.gptq import gptq, round_to_nearest, upper_factor
+from coterie.compress.moments import Inputs
+from coterie.compress.quantisers.gptq import gptq, upper_factor
 from coterie.model.disk.encodings.ggml import SIZES, get_type
+from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
 
 
 def problem(columns, rows=5, matrices=1, tokens=None, seed=0):
@@ -13,6 +15,10 @@ def problem(columns, rows=5, matrices=1, tokens=None, seed=0):
     mix = torch.randn(matrices, columns, columns, generator=generator) / columns**0.5 + 0.5 * torch.eye(columns)
     inputs = torch.randn(matrices, tokens or 2 * columns, columns, generator=generator) @ mix
     return torch.randn(matrices, rows, columns, generator=generator), inputs.mT @ inputs
+
+
+def inputs(hessian):
+    return Inputs(hessian_NCC=hessian, missed_NCC=None, num_tokens=(1,) * len(hessian))
 
 
 def loss(weight, value, hessian):
@@ -49,7 +55,7 @@ def slow_gptq(weight_RC, hessian_CC, kind, damping):
 def test_it_is_the_papers_elimination(name):
     weight, hessian = problem(96)
     kind = get_type(name)
-    _, value = gptq(weight, hessian, kind, damping=0.01)
+    _, value = gptq(weight, inputs(hessian), kind, damping=0.01)
     expected = slow_gptq(weight[0], hessian[0], kind, 0.01)
     different = (value[0].double() - expected).abs() > 1e-5
     # A weight in the middle between two numbers may go either way, and a scale between two of float16's.
@@ -63,7 +69,7 @@ def test_it_is_the_papers_elimination(name):
 def test_its_bytes_are_its_values_and_its_error_is_smaller(name):
     kind = get_type(name)
     weight, hessian = problem(kind.block if kind.block > 64 else 64, rows=3, matrices=2)
-    packed, value = gptq(weight, hessian, kind)
+    packed, value = gptq(weight, inputs(hessian), kind)
     blocks = packed.unflatten(-1, (-1, SIZES[name][1]))
     torch.testing.assert_close(kind.unpack(blocks.flatten(1, 2)).view(value.shape), value, rtol=1e-6, atol=0)
     plain_packed, plain = round_to_nearest(weight, hessian.diagonal(dim1=-2, dim2=-1), kind)
@@ -74,9 +80,9 @@ def test_its_bytes_are_its_values_and_its_error_is_smaller(name):
 def test_matrices_side_by_side_are_what_they_are_alone():
     kind = get_type("Q4_0")
     weight, hessian = problem(64, matrices=3)
-    packed, value = gptq(weight, hessian, kind)
+    packed, value = gptq(weight, inputs(hessian), kind)
     for number in range(3):
-        alone = gptq(weight[number : number + 1], hessian[number : number + 1], kind)
+        alone = gptq(weight[number : number + 1], inputs(hessian[number : number + 1]), kind)
         torch.testing.assert_close(alone[1][0], value[number], rtol=1e-4, atol=1e-5)
         assert (alone[0][0] != packed[number]).float().mean() < 0.02
 
@@ -84,7 +90,7 @@ def test_matrices_side_by_side_are_what_they_are_alone():
 def test_an_expert_without_tokens_is_rounded_to_the_nearest():
     kind = get_type("Q4_0")
     weight, _ = problem(64)
-    packed, value = gptq(weight, torch.zeros(1, 64, 64), kind)
+    packed, value = gptq(weight, inputs(torch.zeros(1, 64, 64)), kind)
     plain_packed, plain = round_to_nearest(weight, torch.ones(1, 64), kind)
     assert torch.equal(packed, plain_packed)
     assert torch.equal(value, plain)
@@ -93,7 +99,7 @@ def test_an_expert_without_tokens_is_rounded_to_the_nearest():
 def test_fewer_tokens_than_columns_are_enough():
     kind = get_type("Q4_0")
     weight, hessian = problem(96, tokens=10)
-    _, value = gptq(weight, hessian, kind)
+    _, value = gptq(weight, inputs(hessian), kind)
     _, plain = round_to_nearest(weight, hessian.diagonal(dim1=-2, dim2=-1), kind)
     assert torch.isfinite(value).all()
     assert loss(weight, value, hessian)[0] < loss(weight, plain, hessian)[0]
@@ -109,4 +115,4 @@ def test_the_factor_is_that_of_the_inverse():
 
 def test_columns_that_are_no_whole_blocks_are_refused():
     with pytest.raises(ValueError, match="100 columns are no whole blocks of 256"):
-        gptq(torch.zeros(1, 2, 100), torch.zeros(1, 100, 100), get_type("Q4_K"))
+        gptq(torch.zeros(1, 2, 100), inputs(torch.zeros(1, 100, 100)), get_type("Q4_K"))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from coterie.errors import ArchitectureMismatch, UnknownName, UnsupportedDtype
 from coterie.model.disk.encodings import ENCODINGS, encoding_from, scaled
 from coterie.model.disk.encodings.block_scaled import BlockScaled
+from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 from coterie.model.disk.encodings.mxfp4 import Mxfp4
 from coterie.model.disk.encodings.plain import Plain
 from coterie.model.disk.encodings.ragged import Ragged
@@ -35,6 +36,8 @@ EXAMPLES = [
     (BlockScaled(numbers="F4", block=(1, 4), scales="U8"), (2, 3, 8)),
     (Mxfp4(group=4), (2, 8, 3)),
     (Mxfp4(scales="F8_E8M0", dtype="F32"), (1, 64, 2)),
+    (GgmlBlocks(type="Q4_K"), (3, 5, 512)),
+    (GgmlBlocks(type="Q8_0", axis=-2, dtype="F32"), (2, 64, 3)),
     (Ragged(axis=0, width=2, full=5, inner=Plain(dtype="BF16")), (5, 3)),
     (Ragged(axis=1, width=0, full=5, inner=Plain(dtype="F32")), (4, 5)),
     (Ragged(axis=0, width=2, full=5, inner=BlockScaled(block=(4, 3))), (5, 3)),
@@ -294,6 +297,7 @@ def test_rows_that_lie_by_themselves_are_the_same_rows(encoding, shape):
             Plain: True,
             BlockScaled: len(shape) > 2,
             Mxfp4: True,
+            GgmlBlocks: True,
             Ragged: getattr(encoding, "axis", 0) > 0,
         }[type(encoding)]
     )

@@ -20,6 +20,8 @@ def compress(
     experts: options.Experts = None,
     width: options.Width = None,
     budget: options.Budget = None,
+    bits: options.Bits = None,
+    type: options.Type = None,
     plan: Annotated[
         Path | None,
         typer.Option(help="File of a plan, made by `coterie plan --out`; it says how small, which recipe and router."),
@@ -28,7 +30,7 @@ def compress(
         str | None,
         typer.Option(
             help="How experts are chosen or merged; see `coterie recipes`. Or module:attribute.",
-            show_default="coterie",
+            show_default=options.USUAL_RECIPE,
             autocompletion=complete_recipe,
         ),
     ] = None,
@@ -100,13 +102,14 @@ def compress(
     It is loaded again and compared with what was computed before it appears at OUT. Ended early, the same command goes
     on from the last finished layer.
     """
+    targets = {"keep": keep, "experts": experts, "width": width, "budget": budget, "bits": bits, "type": type}
     if plan is None:
-        options.check_one_target(keep, experts, width, budget)
-        check_request(model, keep, experts, width, budget, recipe or "coterie", router or "plain", seed)
-    from coterie.compress.recipes import get_recipe, training_tokens
+        options.one_target(**targets)
+        check_request(model, targets, recipe, router or "plain", seed)
+    from coterie.compress.recipes import default_recipe, get_recipe, training_tokens
 
     if plan is None:
-        chosen = get_recipe(recipe or "coterie")
+        chosen = get_recipe(recipe or default_recipe(type=type, bits=bits, budget=budget))
         training_tokens(chosen.name, effort, train_tokens, trains=chosen.trains)
     from coterie.profile.shares import parse_domains
 
@@ -114,10 +117,7 @@ def compress(
     from coterie.compress.apply import compress as run
 
     settings: dict[str, Any] = {
-        "keep": keep,
-        "experts": experts,
-        "width": width,
-        "budget": budget,
+        **targets,
         "plan": plan,
         "recipe": recipe,
         "effort": effort,

@@ -1,6 +1,6 @@
 """Arguments and options that several commands share, and what they must fulfil together."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -34,10 +34,21 @@ Keep = Annotated[
 Experts = Annotated[int | None, typer.Option(help="Number of experts to keep in each layer.")]
 Width = Annotated[int | None, typer.Option(help="Hidden neurons to keep in each expert; for recipes that slim them.")]
 Budget = Annotated[str | None, typer.Option(help="Size of all weights at most, like 12GiB or 800MB.")]
+Bits = Annotated[
+    float | None,
+    typer.Option(help="Most bits of a number, scales counted, like 4.5; for recipes that store weights in fewer."),
+]
+Type = Annotated[
+    str | None,
+    typer.Option(help="Type that weights are stored in, named as in llama.cpp, like Q4_K; for such recipes."),
+]
+#: The recipe that is taken where none is named, in the words of the help.
+USUAL_RECIPE = "coterie; with --budget or --bits coterie-bits, with --type gptaq"
 Recipe = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="How experts are chosen or merged; see `coterie recipes`. Or module:attribute of your own.",
+        help="How experts are chosen, merged or stored; see `coterie recipes`. Or module:attribute of your own.",
+        show_default=USUAL_RECIPE,
         autocompletion=complete_recipe,
     ),
 ]
@@ -71,15 +82,15 @@ def names(listed: str) -> list[str]:
     return [name.strip() for name in listed.split(",") if name.strip()]
 
 
-def check_one_target(keep: float | None, experts: int | None, width: int | None, budget: str | None) -> None:
-    """Raise a usage error unless exactly one option says how small the result is to be."""
-    targets = {"--keep": keep, "--experts": experts, "--width": width, "--budget": budget}
-    options = [name for name, value in targets.items() if value is not None]
-    if len(options) != 1:
+def one_target(**targets: Any) -> dict[str, Any]:
+    """Return the options that say how small the result is to be; raise a usage error unless exactly one does."""
+    given = [f"--{name}" for name, value in targets.items() if value is not None]
+    if len(given) != 1:
         raise typer.BadParameter(
-            f"say how small with exactly one of them; got {' and '.join(options) or 'none'}",
-            param_hint=", ".join(targets),
+            f"say how small with exactly one of them; got {' and '.join(given) or 'none'}",
+            param_hint=", ".join(f"--{name}" for name in targets),
         )
+    return targets
 
 
 MultipleOf = Annotated[

@@ -1,8 +1,9 @@
 """``coterie plan``: decide, without touching weights, what every layer gets."""
 
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,7 +25,9 @@ def plan(
     experts: options.Experts = None,
     width: options.Width = None,
     budget: options.Budget = None,
-    recipe: options.Recipe = "coterie",
+    bits: options.Bits = None,
+    type: options.Type = None,
+    recipe: options.Recipe = None,
     router: options.Router = "plain",
     seed: options.Seed = 0,
     mtp: options.Mtp = None,
@@ -37,8 +40,8 @@ def plan(
     No weights are touched: this takes seconds. The file that --out names can be read, edited, and given to `coterie
     compress --plan`.
     """
-    options.check_one_target(keep, experts, width, budget)
-    check_request(model, keep, experts, width, budget, recipe, router, seed)
+    targets = options.one_target(keep=keep, experts=experts, width=width, budget=budget, bits=bits, type=type)
+    check_request(model, targets, recipe, router, seed)
     from coterie.outputs import check_output
 
     if out is not None:
@@ -48,10 +51,7 @@ def plan(
     decided_plan = decide(
         model,
         profile,
-        keep=keep,
-        experts=experts,
-        width=width,
-        budget=budget,
+        **targets,
         recipe=recipe,
         router=router,
         seed=seed,
@@ -68,24 +68,15 @@ def plan(
         print_text(f"plan written to {out}")
 
 
-def check_request(
-    model: str,
-    keep: float | None,
-    experts: int | None,
-    width: int | None,
-    budget: str | None,
-    recipe: str,
-    router: RouterForm,
-    seed: int,
-) -> None:
+def check_request(model: str, targets: Mapping[str, Any], recipe: str | None, router: RouterForm, seed: int) -> None:
     """Refuse, before anything heavy is imported, what no model could be given, and what is no model."""
-    from coterie.compress.recipes import get_recipe
+    from coterie.compress.recipes import default_recipe, get_recipe
     from coterie.compress.request import Request
     from coterie.compress.target import Target
     from coterie.model.disk.checkpoint import read_config, resolve
 
-    target = Target(keep=keep, experts=experts, width=width, budget=budget)
-    Request(recipe=get_recipe(recipe), target=target, router=router, seed=seed).check()
+    usual = default_recipe(**{name: targets[name] for name in ("type", "bits", "budget")})
+    Request(recipe=get_recipe(recipe or usual), target=Target(**targets), router=router, seed=seed).check()
     read_config(resolve(model, weights=False))
 
 
@@ -95,6 +86,14 @@ def _width_text(layer: "LayerPlan") -> str:
         return f" of width {min(layer.widths)} to {max(layer.widths)}, {mean:.1f} on average"
     chosen = "" if layer.top_k is None else f", {layer.top_k} for each token"
     return "" if layer.width is None else f" of width {layer.width}{chosen}"
+
+
+def _type_texts(plan: "Plan") -> list[str]:
+    """Return a line for each type: how many names it is given to, and one of them."""
+    by_type: dict[str, list[str]] = {}
+    for name, kind in plan.types.items():
+        by_type.setdefault(kind, []).append(name)
+    return [f"{kind}: {len(names)} weights, such as {names[0]}" for kind, names in by_type.items()]
 
 
 def _layer_text(layer: "LayerPlan") -> str:
@@ -112,6 +111,10 @@ def print_plan(plan: "Plan") -> None:
         where = f"MoE layer {start}" if count == 1 else f"MoE layers {start} to {start + count - 1}"
         print_text(f"{where}: {text}")
         start += count
+    for text in _type_texts(plan):
+        print_text(text)
+    if plan.damage is not None:
+        print_text(f"expected rise of the loss: {plan.damage:.3g} nats a token")
     for name in plan.untouched:
         print_text(f"{name}: copied; the model does not run it")
     if plan.mtp is not None:

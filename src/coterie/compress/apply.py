@@ -16,10 +16,13 @@ from pathlib import Path
 
 from coterie.amounts import format_bytes
 from coterie.artifact import write_json
-from coterie.compress.decide import completed
+from coterie.compress.allocators import ALLOCATORS
+from coterie.compress.damages import PRICED_TOKENS, PRICED_TYPES, DamageMeter
+from coterie.compress.decide import completed, with_types
 from coterie.compress.lanes import Lanes
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.layers import LayerWriter
+from coterie.compress.pack import Packer, packed_names
 from coterie.compress.plan import Mtp, Plan
 from coterie.compress.prepare import Inputs, Job, Options, prepare
 from coterie.compress.recipes import Recipe
@@ -39,10 +42,13 @@ from coterie.model.stream.memory import peak_bytes
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile_in_folder, profile_in_run
 from coterie.profile.sources import On
-from coterie.progress import stage, waiting
+from coterie.progress import stage, track, waiting
 from coterie.publish.hub import RUN_FILE, find_destination, upload_result
 
 log = logging.getLogger(__name__)
+
+#: What is waited for while it is measured what types would cost, and the step of the run that says it.
+PRICING, PRICES = "pricing types", "prices"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +86,8 @@ def compress(
     experts: int | None = None,
     width: int | None = None,
     budget: str | int | None = None,
+    bits: float | None = None,
+    type: str | None = None,
     plan: Plan | str | Path | None = None,
     recipe: str | Recipe | None = None,
     effort: str = "balanced",
@@ -104,7 +112,7 @@ def compress(
     push_to_hub: str | None = None,
     private: bool = False,
 ) -> Result:
-    """Write a smaller checkpoint. Exactly one of `keep`, `experts`, `width`, `budget` and `plan` says how small.
+    """Write a smaller checkpoint; one of `keep`, `experts`, `width`, `budget`, `bits`, `type`, `plan` says how small.
 
     A run that was ended early goes on from the last finished layer when it is called again in the same way.
 
@@ -116,9 +124,11 @@ def compress(
         experts: experts to keep in each layer.
         width: hidden neurons to keep in each expert, for a recipe that slims them; on average, for a ragged one.
         budget: largest size of the weight files, such as "12GiB".
+        bits: most bits that a number of a matrix takes, for a recipe that stores weights in fewer bits.
+        type: the GGML type that matrices are stored in, like "Q4_K", for such a recipe.
         plan: a plan, or its file, perhaps edited; it says how small, with which recipe and which router.
         recipe: name of a recipe, see `coterie.compress.recipes`; ``"module:attribute"`` of your own, or the recipe
-            itself; "coterie" when None.
+            itself; None for the usual one, see `coterie.compress.recipes.default_recipe`.
         effort: "fast", "balanced" or "thorough": how long a recipe that distils trains the result, see
             `coterie.compress.recipes.EFFORTS`. It is left out, and said so, where the result does not fit into the
             memory that there is, or into `max_memory`.
@@ -163,11 +173,11 @@ def compress(
         HubError: the hub refuses, or the upload failed; then the result is at `out` all the same.
     """
     options = Options.of(
-        model=model, out=out, keep=keep, experts=experts, width=width, budget=budget, multiple_of=multiple_of,
-        plan=plan, recipe=recipe, effort=effort, train_tokens=train_tokens, router=router, profile=profile, text=text,
-        weights=weights, tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, device=device,
-        inputs=inputs, output_dtype=output_dtype, max_memory=max_memory, allow_pickle=allow_pickle, cache=cache,
-        mtp=mtp, on=on,
+        model=model, out=out, keep=keep, experts=experts, width=width, budget=budget, bits=bits, type=type,
+        multiple_of=multiple_of, plan=plan, recipe=recipe, effort=effort, train_tokens=train_tokens, router=router,
+        profile=profile, text=text, weights=weights, tokens=tokens, seq_len=seq_len, seed=seed,
+        sample_tokens=sample_tokens, device=device, inputs=inputs, output_dtype=output_dtype, max_memory=max_memory,
+        allow_pickle=allow_pickle, cache=cache, mtp=mtp, on=on,
     )  # fmt: skip
     destination = find_destination(push_to_hub, private=private)
     clock = _Clock()
@@ -200,7 +210,9 @@ def _execute(job: Job, clock: _Clock) -> Result:
         work = Work(
             job=job,
             run=run,
-            shards=lay_out(job.source.checkpoint, job.stream.units, job.stream.conversion),
+            shards=lay_out(
+                job.source.checkpoint, job.stream.units, job.stream.conversion, packed_names(job.source, job.outline)
+            ),
             profile=measured,
             plan=job.outline,
             measured_before=measured,
@@ -240,14 +252,37 @@ def _measure(work: Work) -> None:
 def _decide(work: Work) -> None:
     """Make the plan: what each layer becomes, with the experts named wherever what was measured is enough."""
     job, profile = work.job, work.profile
+    if job.request is not None and ALLOCATORS[job.request.recipe.allocator].prices:
+        work.plan = with_types(job.source, work.plan, job.request, _price(work))
     if profile is None:
         return
     work.plan = completed(job.source, work.plan, job.request, profile)
 
 
+def _price(work: Work) -> dict[str, dict[str, float]]:
+    """Return what each matrix would cost in each type; measured once in a run."""
+    job, damages = work.job, dict[str, dict[str, float]]()
+    if PRICES not in work.run.finished:
+        batches = [ids_BS for _, ids_BS in job.text(PRICED_TOKENS, up_to=True).batches(8)]
+        meter = DamageMeter(stream=job.stream, source=job.source, batches=batches, types=PRICED_TYPES)
+        for _, some in track(meter.measure(), PRICING, len(job.stream.units)):
+            damages |= some
+        work.run.finish(PRICES, files=[], content={"damages": damages})
+    content: dict[str, dict[str, float]] = work.run.finished[PRICES].content["damages"]
+    return content
+
+
 def _compress_layers(work: Work) -> None:
     """Send every layer through the passes and write it."""
     measure = work.job.measure if work.profile is None else None
+    lanes = Lanes(check_ids_BS=work.check_ids(), batches=() if measure is None else measure.batches())
+    packer = None
+    if work.plan.packed:
+        assert measure is not None
+        packer = Packer(
+            stream=work.job.stream, source=work.job.source, plan=work.plan, counts=measure.batch_counts(),
+        )  # fmt: skip
+        lanes = packer.with_text(lanes)
     writer = LayerWriter(
         run=work.run,
         stream=work.job.stream,
@@ -258,7 +293,8 @@ def _compress_layers(work: Work) -> None:
         profile=work.profile,
         measure=measure,
         seconds=work.job.seconds,
-        lanes=Lanes(check_ids_BS=work.check_ids(), batches=() if measure is None else measure.batches()),
+        lanes=lanes,
+        packer=packer,
     )
     work.logits_BSV = writer.write()
     work.summaries = writer.summaries

@@ -7,22 +7,23 @@ token sample is left to the passes, when they have the layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from coterie.amounts import parse_share
-from coterie.compress.allocators.problem import Problem, load_allocator
+from coterie.compress.allocators.problem import Allocation, Problem, load_allocator
 from coterie.compress.check import check_layers, check_prediction
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods import load_decide, load_pass, needs_of
 from coterie.compress.output import result_config
 from coterie.compress.plan import Mtp, Plan
-from coterie.compress.recipes import Recipe, Step, get_recipe
+from coterie.compress.recipes import Recipe, Step, default_recipe, get_recipe
 from coterie.compress.request import Request
 from coterie.compress.source import Source
 from coterie.compress.state import Measured
 from coterie.compress.target import Target
+from coterie.compress.weights import bytes_saved, check_types
 from coterie.errors import ArchitectureMismatch, InputError, StaleArtifact
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.ragged import places_of
@@ -40,13 +41,15 @@ def plan(
     experts: int | None = None,
     width: int | None = None,
     budget: str | int | None = None,
-    recipe: str | Recipe = "coterie",
+    bits: float | None = None,
+    type: str | None = None,
+    recipe: str | Recipe | None = None,
     router: RouterForm = "plain",
     seed: int = 0,
     mtp: Mtp = "keep",
     multiple_of: int | None = None,
 ) -> Plan:
-    """Decide what every layer becomes. Exactly one of `keep`, `experts`, `width` and `budget` says how small.
+    """Decide what every layer becomes. Exactly one of `keep`, `experts`, `width`, `budget`, `bits` and `type` says it.
 
     Args:
         model: a model folder or hub id; only headers are read.
@@ -57,7 +60,10 @@ def plan(
         experts: experts to keep in each layer.
         width: hidden neurons to keep in each expert, for a recipe that slims them.
         budget: largest size of the weight files, such as "12GiB", "800MB" or a number of bytes.
-        recipe: name of a recipe, ``"module:attribute"`` of your own, or the recipe itself.
+        bits: most bits that a number of a matrix takes, for a recipe that stores weights in fewer.
+        type: the GGML type that matrices are stored in, for such a recipe.
+        recipe: name of a recipe, ``"module:attribute"`` of your own, or the recipe itself; None for the usual one, see
+            `coterie.compress.recipes.default_recipe`.
         router: form of the router: "plain", "mean", "refit" or "map", see `Plan`.
         seed: seed of everything random in the passes.
         mtp: what becomes of prediction layers (MTP): "keep" with the experts that the last layer keeps, or "drop".
@@ -71,8 +77,11 @@ def plan(
         StaleArtifact: the profile is of another model.
     """
     share = None if keep is None else parse_share(keep)
-    target = Target(keep=share, experts=experts, width=width, budget=budget, multiple_of=multiple_of)
-    request = Request(recipe=get_recipe(recipe), target=target, router=router, seed=seed)
+    target = Target(
+        keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of
+    )
+    chosen = default_recipe(type=type, bits=bits, budget=budget) if recipe is None else recipe
+    request = Request(recipe=get_recipe(chosen), target=target, router=router, seed=seed)
     request.check()
     source = Source.open(model, mtp=mtp, fetch="samples")
     if isinstance(profile, str | Path):
@@ -112,12 +121,15 @@ def outline(source: Source, request: Request, profile: Profile | None = None) ->
     inputs = {"model": source.checkpoint.digest}
     if profile is not None:
         inputs["text"] = profile.text_digest
+    allocation = allocate(source, request, profile)
     unweighed = Plan(
         recipe=recipe.name,
         router=request.router,
         passes=request.passes,
         result_steps=recipe.result_steps,
-        layers=allocate(source, request, profile),
+        layers=allocation.layers,
+        types=allocation.types,
+        quantiser=recipe.quantiser,
         untouched=source.untouched_prefixes(),
         mtp=source.mtp,
         original_bytes=source.original.num_bytes,
@@ -130,7 +142,12 @@ def outline(source: Source, request: Request, profile: Profile | None = None) ->
     return weighed(source, unweighed)
 
 
-def allocate(source: Source, request: Request, profile: Profile | None) -> tuple[LayerPlan, ...]:
+def allocate(
+    source: Source,
+    request: Request,
+    profile: Profile | None,
+    damages: Mapping[str, Mapping[str, float]] | None = None,
+) -> Allocation:
     """Share out the bytes among the layers.
 
     Without a profile, what a ragged recipe gets only says that the target can be met, and how large the result is.
@@ -141,8 +158,10 @@ def allocate(source: Source, request: Request, profile: Profile | None) -> tuple
         target=request.target,
         passes=request.recipe.passes,
         profile=profile,
+        find_weights=lambda: source.weights,
+        damages=damages,
     )
-    return load_allocator(request.recipe.allocator)(problem).layers
+    return load_allocator(request.recipe.allocator)(problem)
 
 
 def completed(source: Source, outlined: Plan, request: Request | None, profile: Profile) -> Plan:
@@ -155,9 +174,15 @@ def completed(source: Source, outlined: Plan, request: Request | None, profile: 
         profile: what was measured.
     """
     if request is not None and request.recipe.allocator == "ragged":
-        outlined = weighed(source, replace(outlined, layers=allocate(source, request, profile)))
+        outlined = weighed(source, replace(outlined, layers=allocate(source, request, profile).layers))
     inputs = {**outlined.inputs, "text": profile.text_digest}
     return with_choices(replace(outlined, inputs=inputs), source.architecture.layers, profile)
+
+
+def with_types(source: Source, outlined: Plan, request: Request, damages: Mapping[str, Mapping[str, float]]) -> Plan:
+    """Return an outline with the types that matrices get, now that it is known what each would cost."""
+    allocation = allocate(source, request, None, damages)
+    return weighed(source, replace(outlined, types=allocation.types, damage=allocation.damage))
 
 
 def with_choices(plan: Plan, layers: Sequence[MoELayer], profile: Profile) -> Plan:
@@ -209,12 +234,14 @@ def weighed(source: Source, plan: Plan) -> Plan:
     Raises:
         Infeasible, ArchitectureMismatch: config.json cannot say what the plan does.
     """
-    result_config(source.architecture, plan)
+    result_config(source, plan)
     check_prediction(source, plan)
     sizing = source.sizing(keeps_rows=plan.mapped)
+    if plan.packed:
+        check_types(source.weights, plan)
     return replace(
         plan,
-        predicted_bytes=sizing.num_bytes(plan.layers),
+        predicted_bytes=sizing.num_bytes(plan.layers) - bytes_saved(source.weights, plan.types),
         predicted_parameters=sizing.num_parameters(plan.layers),
         original_bytes=source.original.num_bytes,
         mtp=source.mtp,

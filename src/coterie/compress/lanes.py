@@ -8,6 +8,7 @@ receives.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -33,23 +34,31 @@ class Lanes:
     Attributes:
         check_ids_BS: tokens whose logits are wanted.
         batches: calibration text that is measured on the way, as (index of the domain, token ids (B, S)).
+        see_last: told what the base model returns for each batch in the compressed lane: (its number, (B, S, D)).
+        compares: whether the text goes through original layers as well.
     """
 
     check_ids_BS: Tensor
     batches: Sequence[tuple[int, Tensor]]
+    see_last: Callable[[int, Tensor], None] | None = None
+    compares: bool = True
 
     def places(self) -> list[tuple[Lane, int]]:
         """Return the lane and the number in it of every job, in the order of `jobs`."""
-        numbers = range(len(self.batches))
-        return [(Lane.CHECK, 0), *((Lane.COMPRESSED, n) for n in numbers), *((Lane.ORIGINAL, n) for n in numbers)]
+        lanes = (Lane.COMPRESSED, Lane.ORIGINAL) if self.compares else (Lane.COMPRESSED,)
+        return [(Lane.CHECK, 0), *((lane, number) for lane in lanes for number in range(len(self.batches)))]
 
     def jobs(self, stream: Stream) -> list[Callable[[], Any]]:
         """Return what a stream is to run."""
-        ids_of = {Lane.COMPRESSED: self.batches, Lane.ORIGINAL: self.batches}
-        return [
-            stream.logits_job(self.check_ids_BS) if lane is Lane.CHECK else stream.base_job(ids_of[lane][number][1])
-            for lane, number in self.places()
-        ]
+        return [self._job(stream, lane, number) for lane, number in self.places()]
+
+    def _job(self, stream: Stream, lane: Lane, number: int) -> Callable[[], Any]:
+        if lane is Lane.CHECK:
+            return stream.logits_job(self.check_ids_BS)
+        ids_BS = self.batches[number][1]
+        if lane is Lane.ORIGINAL or self.see_last is None:
+            return stream.base_job(ids_BS)
+        return stream.base_job(ids_BS, functools.partial(self.see_last, number))
 
     def logits(self, results: Sequence[Any]) -> Tensor:
         """Return the logits (B, S, V) of the check from what the jobs returned."""

@@ -6,7 +6,7 @@ layer is not compressed again; it is read back, since the layers after it must r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from coterie.compress.decide import check_statistics, choose, needs_of_plan
 from coterie.compress.lanes import Lane, Lanes
 from coterie.compress.layer import LayerSummary, compress_layer
 from coterie.compress.layer_plan import LayerPlan
+from coterie.compress.pack import Packer
 from coterie.compress.plan import Plan
 from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard, write_shard
@@ -51,6 +52,7 @@ class LayerWriter:
         measure: what is measured on the way, with compressed inputs.
         lanes: who goes through the layers.
         seconds: how long each unit is reckoned to take, by its name.
+        packer: what stores matrices in blocks; None where they stay plain numbers.
         summaries: what was done, by index of the layer.
     """
 
@@ -64,6 +66,7 @@ class LayerWriter:
     measure: Measure | None
     lanes: Lanes
     seconds: Mapping[str, float]
+    packer: Packer | None = None
     summaries: dict[int, LayerSummary] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,7 +79,9 @@ class LayerWriter:
             ArchitectureMismatch: text passes a unit twice, or does not pass all MoE layers.
         """
         layers, shard_of = self.source.architecture.layers, {shard.unit: shard for shard in self.shards if shard.unit}
-        changed = {name for names in self.source.tensors for name in (*names.experts, *names.router)}
+        changed: Container[str] = {name for names in self.source.tensors for name in (*names.experts, *names.router)}
+        if self.packer is not None:
+            changed = self.packer.names
         passes = self.stream.run(self.lanes.jobs(self.stream), keep=lambda name: name not in changed)
         passed: set[str] = set()
         total, largest = total_weight(self.seconds)
@@ -85,9 +90,12 @@ class LayerWriter:
         ):
             shard = shard_of.get(stage.unit.name)
             unit_layers = [layer for layer in layers if stage.unit.holds(layer.experts)]
-            if unit_layers and stage.unit.name in passed:
+            packs = self.packer is not None and not self.packer.names.isdisjoint(stage.unit.disk_names)
+            if (unit_layers or packs) and stage.unit.name in passed:
                 raise ArchitectureMismatch(f"{stage.unit.name} runs more than once for one text: not supported")
-            if unit_layers:
+            if packs:
+                self._pack(stage, unit_layers, shard)
+            elif unit_layers:
                 assert shard is not None, f"{stage.unit.name} has no weight file"
                 self._compress(stage, unit_layers, shard)
             elif shard is not None and shard.file not in self.run.finished:
@@ -98,6 +106,40 @@ class LayerWriter:
         if missed:
             raise ArchitectureMismatch(f"text ran through the model without passing its MoE layers {missed}")
         return self.lanes.logits(passes.results)
+
+    def _pack(self, stage: Stage, layers: Sequence[MoELayer], shard: Shard | None) -> None:
+        """Store the matrices of a unit in blocks, write its file, and let what comes next go on."""
+        assert self.packer is not None
+        calls = self.lanes.calls(stage)
+        if shard is not None and shard.file not in self.run.finished:
+            with proving(self.stream.model, tuple(layers)):
+                calls[Lane.CHECK, 0].compute()
+            summaries = {layer.index: _unchanged(layer, self.plan.layers[layer.index]) for layer in layers}
+            disk = {name: tensor for name, tensor in stage.kept.items() if name in shard.names}
+            write_shard(self.run.folder, shard, disk | self.packer.pack(stage, layers))
+            content = {str(index): summary.content() for index, summary in summaries.items()}
+            self.run.finish(shard.file, files=[shard.file], content={"layers": content})
+        if shard is not None:
+            contents = self.run.finished[shard.file].content["layers"]
+            self.summaries |= {layer.index: LayerSummary(**contents[str(layer.index)]) for layer in layers}
+        memory = self._as_written(stage)
+        for (lane, _), call in calls.items():
+            if lane is Lane.ORIGINAL:
+                call.finish(call.compute())
+        with self.result.filled(stage.unit, memory, {}) as module:
+            for (lane, _), call in calls.items():
+                if lane is not Lane.ORIGINAL:
+                    call.finish(call.compute(module))
+
+    def _as_written(self, stage: Stage) -> dict[str, Tensor]:
+        """Return the tensors of a unit by name in memory, as a loader will see them; of a tied head its embedding's."""
+        names, sources = set(stage.unit.disk_names), self.stream.conversion.all_sources(self.stream.model)
+        memory: dict[str, Tensor] = {}
+        for shard in self.shards:
+            if not names.isdisjoint(shard.names) and shard.file in self.run.finished:
+                memory |= self.result.read_all(self.run.folder, shard)
+        by_source = {sources[name]: tensor for name, tensor in memory.items()}
+        return {name: by_source[sources[name]] for name in stage.unit.names if sources[name] in by_source}
 
     def _compress(self, stage: Stage, layers: Sequence[MoELayer], shard: Shard) -> None:
         """Compress the MoE layers of a unit (as a rule one), write its file, and let what comes next go on."""
@@ -211,3 +253,11 @@ class LayerWriter:
         for each in collectors.values():
             check_statistics(each.statistics, needs_of_plan(self.plan))
         return {index: (each.statistics, each.sample()) for index, each in collectors.items()}
+
+
+def _unchanged(layer: MoELayer, plan: LayerPlan) -> LayerSummary:
+    """Return what is said of a layer whose experts stay."""
+    return LayerSummary(
+        expert_map=list(range(layer.num_experts)), centres=None, num_experts=layer.num_experts, width=layer.width,
+        notes={}, plan=plan.content(),
+    )  # fmt: skip

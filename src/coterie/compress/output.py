@@ -10,11 +10,13 @@ from typing import Any
 
 from coterie.amounts import format_bytes
 from coterie.compress.plan import Plan
+from coterie.compress.source import Source
+from coterie.compress.weights import encodings_of
 from coterie.errors import OutOfSpace
-from coterie.model.arch.layers import Architecture
 from coterie.model.arch.resize import resized_config
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.manifest import MANIFEST
+from coterie.model.disk.quantized import quantization_config
 from coterie.outputs import free_space
 
 #: Files that say what the original is and scores, which is not what its result is and scores: the result gets a card of
@@ -40,12 +42,16 @@ def check_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def result_config(architecture: Architecture, plan: Plan) -> dict[str, Any]:
+def result_config(source: Source, plan: Plan) -> dict[str, Any]:
     """Return the content of a result's config.json.
 
     Raises:
         Infeasible, ArchitectureMismatch: config.json cannot say what the plan does.
     """
+    architecture = source.architecture
+    if plan.packed:
+        encodings = encodings_of(source.weights, plan.types)
+        return dict(architecture.config) | {"quantization_config": quantization_config(encodings)}
     if not plan.mapped and not plan.ragged:
         return resized_config(architecture, plan.shape.num_experts, plan.shape.width, plan.shape.top_k)
     # A mapped result keeps the router's E rows, a ragged one the full width, and the config says so, while the files

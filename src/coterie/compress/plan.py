@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -64,6 +64,9 @@ class Plan:
         predicted_parameters: number of elements of all tensors of the result.
         seed: seed of everything random in the passes.
         inputs: digests of the model (and the profile's text) that the plan was made from.
+        quantiser: (name, options) of what chooses the codes of weights that are stored in blocks; None where none are.
+        types: GGML type of every matrix that is stored in blocks, by its name on disk, a star for the expert's number.
+        damage: rise of the loss that the allocator expects, in nats a token; None where it expects none in numbers.
     """
 
     recipe: str
@@ -79,6 +82,9 @@ class Plan:
     seed: int
     inputs: Mapping[str, str]
     mtp: Mtp | None = None
+    quantiser: Step | None = None
+    types: Mapping[str, str] = field(default_factory=dict)
+    damage: float | None = None
 
     def body(self) -> dict[str, Any]:
         """Return the plan as JSON content (without the input digests)."""
@@ -90,6 +96,9 @@ class Plan:
             "layers": [layer.content() for layer in self.layers],
             "untouched": list(self.untouched),
             **({} if self.mtp is None else {"mtp": self.mtp}),
+            **({} if self.quantiser is None else {"quantiser": [self.quantiser[0], dict(self.quantiser[1])]}),
+            **({"types": dict(self.types)} if self.types else {}),
+            **({} if self.damage is None else {"damage": self.damage}),
             **{name: getattr(self, name) for name in _COUNTS},
         }
 
@@ -102,6 +111,11 @@ class Plan:
     def mapped(self) -> bool:
         """Whether routers keep a row for each expert of the original; such a result needs Coterie to load."""
         return self.router == "map"
+
+    @property
+    def packed(self) -> bool:
+        """Whether weights are stored in blocks; such a result needs Coterie to load."""
+        return bool(self.types)
 
     @property
     def awkward(self) -> tuple[str, ...]:
@@ -148,6 +162,9 @@ class Plan:
                 layers=tuple(map(LayerPlan.from_fields, content.each("layers"))),
                 untouched=content.texts("untouched"),
                 mtp=cast(Mtp, content.text("mtp", choices=("keep", "drop"))) if content.said("mtp") else None,
+                quantiser=content.pair("quantiser") if content.said("quantiser") else None,
+                types=content.texts_by_name("types") if content.said("types") else {},
+                damage=content.number("damage", least=0.0) if content.said("damage") else None,
                 **{name: content.whole(name, least=None if name == "seed" else 0) for name in _COUNTS},
                 inputs=dict(inputs),
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from coterie.amounts import parse_bytes, parse_share
 from coterie.compress.decide import check_profile, check_sequential, checked, completed, needs_of_plan, outline
 from coterie.compress.output import check_space
 from coterie.compress.plan import Mtp, Plan
-from coterie.compress.recipes import Recipe, get_recipe, training_tokens
+from coterie.compress.recipes import Recipe, default_recipe, get_recipe, training_tokens
 from coterie.compress.request import Request
 from coterie.compress.result_steps import LeftOut, load_result_step
 from coterie.compress.source import Source
@@ -77,13 +77,17 @@ class Options:
         experts: int | None,
         width: int | None,
         budget: str | int | None,
+        bits: float | None,
+        type: str | None,
         multiple_of: int | None,
         cache: str | Path | None,
         **others: Any,
     ) -> Options:
         """Return the arguments of `coterie.compress` in one."""
         share = None if keep is None else parse_share(keep)
-        target = Target(keep=share, experts=experts, width=width, budget=budget, multiple_of=multiple_of)
+        target = Target(
+            keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of
+        )
         return cls(out=user_path(out), target=target, cache=None if cache is None else Path(cache), **others)
 
     @property
@@ -102,6 +106,8 @@ class Options:
             settings: dict[str, object] = {"--keep": target.keep, "--experts": target.experts, "--width": target.width}
             settings |= {
                 "--budget": target.budget,
+                "--bits": target.bits,
+                "--type": target.type,
                 "--recipe": self.recipe,
                 "--router": self.router,
                 "--mtp": self.mtp,
@@ -110,7 +116,9 @@ class Options:
             if given := [name for name, value in settings.items() if value is not None]:
                 raise InputError(f"the plan says how small and how; leave {', '.join(given)} out, or --plan")
             return None
-        recipe = get_recipe("coterie" if self.recipe is None else self.recipe)
+        target = self.target
+        usual = default_recipe(type=target.type, bits=target.bits, budget=target.budget)
+        recipe = get_recipe(usual if self.recipe is None else self.recipe)
         request = Request(recipe=recipe, target=self.target, router=self.router or "plain", seed=self.seed)
         request.check()
         return request
@@ -236,6 +244,13 @@ def prepare(
     trains = any(name == "distill" for name, _ in outlined.result_steps)
     training_tokens(outlined.recipe, options.effort, options.train_tokens, trains=trains)
     needs = needs_of_plan(outlined)
+    if outlined.packed:  # codes are chosen for what really comes in
+        if options.profile is not None or options.text is None:
+            raise InputError(
+                f"recipe {outlined.recipe} chooses codes by what comes into every matrix, which no profile holds: give "
+                "calibration text with --text, and no --profile"
+            )
+        options = replace(options, inputs="compressed")
     if options.inputs == "compressed":
         if options.profile is not None or options.text is None:
             raise InputError("with compressed inputs every layer is measured anew: give --text, and no --profile")

@@ -46,6 +46,8 @@ class Recipe:
             ``"module:attribute"``. In recipes that merge experts ``merge-router`` stands for the router's form.
         result_steps: (name, options) of what is done to the whole result at the end, in order; names of
             `coterie.compress.result_steps.RESULT_STEPS`.
+        quantiser: (name, options) of what chooses the codes of weights that are stored in fewer bits, a name of
+            `coterie.compress.quantisers.QUANTISERS`; None where weights stay plain numbers.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Recipe:
     allocator: str = "fewer"
     passes: tuple[Step, ...]
     result_steps: tuple[Step, ...] = ()
+    quantiser: Step | None = None
 
     def __post_init__(self) -> None:
         if self.allocator not in ALLOCATORS:
@@ -297,6 +300,28 @@ RECIPES: dict[str, Recipe] = {
             allocator="ragged",
             measures="channel_gradient hidden_square usage",
         ),
+        Recipe(
+            name="nearest",
+            summary="store all matrices in one type, each number the nearest, scales fitted by what comes in",
+            measures=(), passes=(), allocator="one-type", quantiser=("nearest", {}),
+        ),
+        Recipe(
+            name="gptq",
+            summary="store all matrices in one type, later columns make good the error of earlier ones",
+            paper="2210.17323",
+            measures=(), passes=(), allocator="one-type", quantiser=("gptq", {}),
+        ),
+        Recipe(
+            name="gptaq",
+            summary="gptq, which makes good what the layers before have changed as well",
+            paper="2504.02692",
+            measures=(), passes=(), allocator="one-type", quantiser=("corrected-gptq", {}),
+        ),
+        Recipe(
+            name="coterie-bits",
+            summary="give each matrix the type that the loss needs, gptq, make good what layers before have changed",
+            measures=(), passes=(), allocator="mixed-types", quantiser=("corrected-gptq", {}),
+        ),
     )
 }  # fmt: skip
 
@@ -306,6 +331,17 @@ EXTRAS: dict[str, tuple[str, ...]] = {"protect": ("output_peak",)}
 
 #: Passes that drop experts, and keep those that are protected.
 PRUNING_PASSES = ("select", "leave-one-out", "subset-search")
+
+
+def default_recipe(*, type: str | None = None, bits: float | None = None, budget: str | int | None = None) -> str:
+    """Return the recipe that is taken where none is named, by what says how small the result is to be.
+
+    Bytes are spent on precision first: at equal bytes that costs a small part of what removing experts costs
+    (benchmarks/bits.md). A share, or a number of experts or neurons, asks for structure.
+    """
+    if type is not None:
+        return "gptaq"
+    return "coterie" if bits is None and budget is None else "coterie-bits"
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:

@@ -10,6 +10,9 @@ from coterie.compress.recipes import Recipe, Step
 from coterie.compress.target import Target
 from coterie.model.disk.manifest import RouterForm
 
+#: Targets that earlier versions did not have: left out where nobody asks for them, so that their runs go on.
+_NEW = ("bits", "type")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
@@ -45,7 +48,8 @@ class Request:
             "allocator": self.recipe.allocator,
             "passes": [[name, dict(options)] for name, options in self.passes],
             "result_steps": [[name, dict(options)] for name, options in self.recipe.result_steps],
-            "target": asdict(self.target),
+            "target": {name: value for name, value in asdict(self.target).items() if name not in _NEW or value},
+            **({} if self.recipe.quantiser is None else {"quantiser": list(self.recipe.quantiser)}),
             "router": self.router,
             "seed": self.seed,
         }

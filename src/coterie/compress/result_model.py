@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from coterie.compress.plan import Plan
 from coterie.compress.shards import Shard
 from coterie.compress.source import Source
+from coterie.compress.weights import encodings_of
 from coterie.errors import ArchitectureMismatch
 from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion, put
 from coterie.model.arch.layers import MoELayer
@@ -24,6 +25,9 @@ from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.header import read_header
 from coterie.model.disk.manifest import RaggedWidths
+from coterie.model.disk.patterns import matching
+from coterie.model.disk.quantized import dequantized, quantization_config
+from coterie.model.disk.tensors import TensorInfo
 from coterie.model.nested import mapped
 from coterie.model.stream.stream import Call, Stream
 from coterie.model.stream.unit import Unit
@@ -47,6 +51,7 @@ class ResultModel:
             expert_names = [names.experts for names in source.tensors]
             self._places = places_of(stream.conversion, source.architecture, expert_names)
         self._widths = {index: layer.widths for index, layer in enumerate(plan.layers) if layer.widths is not None}
+        self._encodings = encodings_of(source.weights, plan.types) if plan.packed else {}
         self.model = self._meta_model()
         self._scratch: PreTrainedModel | None = None
 
@@ -77,6 +82,10 @@ class ResultModel:
         prefixes = tuple(name for layer in layers for name in (f"{layer.experts}.", *dict(layer.router_tensors)))
         return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
 
+    def read_all(self, folder: Path, shard: Shard) -> dict[str, Tensor]:
+        """Read all tensors of a weight file of the result, by name in memory, as a loader will see them."""
+        return self._open(folder, shard)[1]
+
     def changed(self, folder: Path, shard: Shard, memory: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Return the tensors of a weight file by name on disk, with some replaced; None when it holds none of those."""
         raw, tensors, conversions = self._open(folder, shard)
@@ -88,7 +97,10 @@ class ResultModel:
 
     def _open(self, folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Any]]:
         """Return the tensors of a weight file by name on disk (filled up) and in memory, and the conversions."""
-        shard_alone = Checkpoint(path=folder, config={}, tensors=read_header(folder / shard.file), digest="")
+        tensors = read_header(folder / shard.file)
+        inside = {pattern: each for pattern, each in self._encodings.items() if _holds(tensors, pattern)}
+        config = {"quantization_config": quantization_config(inside)} if inside else {}
+        shard_alone = dequantized(Checkpoint(path=folder, config=config, tensors=tensors, digest=""))
         shard_alone = filled_up(shard_alone, self.ragged)
         self._scratch = self._scratch or self._meta_model()
         with shard_alone.reader() as reader:
@@ -160,6 +172,10 @@ class ResultModel:
             width=self.shape.width,
             top_k=self.shape.top_k,
         )
+
+
+def _holds(tensors: Mapping[str, TensorInfo], pattern: str) -> bool:
+    return any(matching(name, (pattern,)) for name in tensors)
 
 
 def _without_experts(model: PreTrainedModel, compute: Callable[[], Any], *, routing: bool) -> list[Tensor]:

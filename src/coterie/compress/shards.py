@@ -43,8 +43,10 @@ class Shard:
     unit: str | None
 
 
-def lay_out(checkpoint: Checkpoint, units: Sequence[Unit], conversion: WeightConversion) -> tuple[Shard, ...]:
-    """Assign every tensor of a checkpoint to one weight file."""
+def lay_out(
+    checkpoint: Checkpoint, units: Sequence[Unit], conversion: WeightConversion, packed: Container[str] = ()
+) -> tuple[Shard, ...]:
+    """Assign every tensor of a checkpoint to one weight file; a unit with packed tensors has its own."""
     by_unit: dict[str, list[str]] = {unit.name: [] for unit in units}
     owner = {name: unit.name for unit in units for name in unit.names}
     shared: list[str] = []
@@ -56,7 +58,8 @@ def lay_out(checkpoint: Checkpoint, units: Sequence[Unit], conversion: WeightCon
     for unit_name, names in by_unit.items():
         if not names:
             continue
-        if unit_name.rpartition(".")[2].isdigit() or sum(sizes[name] for name in names) >= OWN_FILE_BYTES:
+        large = sum(sizes[name] for name in names) >= OWN_FILE_BYTES
+        if unit_name.rpartition(".")[2].isdigit() or large or any(name in packed for name in names):
             shards.append(Shard(file="", names=tuple(names), unit=unit_name))
         else:
             shared += names

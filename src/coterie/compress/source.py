@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from coterie.compress.find_weights import find_weights
 from coterie.compress.plan import Mtp
 from coterie.compress.sizes import Sizing
+from coterie.compress.weights import Weight
 from coterie.errors import InputError, UnsupportedDtype
 from coterie.model.arch.accounting import Accounting, LayerTensors, layer_tensors
 from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion
@@ -99,6 +101,11 @@ class Source:
     def tensors(self) -> tuple[LayerTensors, ...]:
         """Names on disk of each layer's tensors that have an expert axis."""
         return layer_tensors(self.checkpoint, self.architecture.layers, self.conversion)
+
+    @cached_property
+    def weights(self) -> tuple[Weight, ...]:
+        """The matrices that can be stored in fewer bits."""
+        return find_weights(self.checkpoint, self.architecture, self.conversion, self.tensors)
 
     def sizing(self, *, keeps_rows: bool) -> Sizing:
         """Return what says how many bytes a result takes; `keeps_rows` for a mapped one."""

@@ -7,7 +7,11 @@ from dataclasses import dataclass, fields
 from coterie.amounts import parse_bytes
 from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.recipes import Recipe
-from coterie.errors import InputError
+from coterie.errors import InputError, UnknownName
+from coterie.model.disk.encodings.ggml import SIZES, bits_of
+
+#: Bits of the smallest type.
+LEAST_BITS = min(bits_of(name) for name in SIZES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +24,8 @@ class Target:
         experts: experts in each layer.
         width: hidden neurons of each expert; for a ragged result, on average.
         budget: bytes of all tensors, as a number or like "12GiB".
+        bits: most bits that a number of a matrix takes, scales counted, where weights are stored in fewer bits.
+        type: the GGML type that matrices are stored in, like "Q4_K".
         multiple_of: the number of experts, or their width, whichever the recipe lowers, is the nearest multiple of this
             that can be; None for any.
     """
@@ -28,6 +34,8 @@ class Target:
     experts: int | None = None
     width: int | None = None
     budget: str | int | None = None
+    bits: float | None = None
+    type: str | None = None
     multiple_of: int | None = None
 
     def check(self, recipe: Recipe) -> None:
@@ -39,12 +47,17 @@ class Target:
         ]
         if len(given) != 1:
             raise InputError(
-                f"say how small with exactly one of --keep, --experts, --width and --budget; got {given or 'none'}"
+                "say how small with exactly one of --keep, --experts, --width, --budget, --bits and --type; got "
+                f"{given or 'none'}"
             )
         if self.keep is not None and not 0 < self.keep <= 1:
             raise InputError(f"--keep {self.keep:g} is not a share: it must be above 0 and at most 1 (0.5 keeps half)")
         if self.budget is not None:
             parse_bytes(self.budget)
+        if self.type is not None and self.type not in SIZES:
+            raise UnknownName("GGML type", self.type, SIZES)
+        if self.bits is not None and not LEAST_BITS <= self.bits <= 16:
+            raise InputError(f"--bits {self.bits:g} is out of range: {LEAST_BITS:g} to 16")
         allocator = ALLOCATORS[recipe.allocator]
         if self.multiple_of is not None and self.multiple_of < 1:
             raise InputError(f"--multiple-of {self.multiple_of} is out of range: it must be 1 or more")

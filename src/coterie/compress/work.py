@@ -23,7 +23,7 @@ from coterie.journal import Run
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.prediction import Follower
 from coterie.model.disk.beside import files_beside
-from coterie.model.disk.files import name_of_folder
+from coterie.model.disk.files import name_of_model
 from coterie.model.disk.manifest import LayerEntry, Manifest, PredictionEntry, ResultForm
 from coterie.profile.profile import Profile
 from coterie.publish.card import CARD, write_card
@@ -122,7 +122,7 @@ class Work:
         """Write all that makes weight files a checkpoint."""
         num_bytes = write_index(self.run.folder, self.shards)
         assert num_bytes == self.plan.predicted_bytes, f"planned {self.plan.predicted_bytes} bytes, wrote {num_bytes}"
-        write_json(self.run.folder / "config.json", result_config(self.job.source.architecture, self.plan))
+        write_json(self.run.folder / "config.json", result_config(self.job.source, self.plan))
         carry_files(self.job.source.checkpoint, self.run.folder)
         self.write_manifest()
 
@@ -152,14 +152,14 @@ class Work:
     def _manifest(self) -> Manifest:
         plan = self.plan
         domains, num_tokens, seq_len, _ = self._text()
-        form = ResultForm.RAGGED if plan.ragged else ResultForm.PLAIN
+        form = ResultForm.RAGGED if plan.ragged else ResultForm.PACKED if plan.packed else ResultForm.PLAIN
         return Manifest(
             form=ResultForm.MAPPED if plan.mapped else form,
             recipe=plan.recipe,
             passes=plan.passes,
             router=plan.router,
             plan=plan.body(),
-            model=name_of_folder(self.job.source.checkpoint.path),
+            model=name_of_model(self.job.source.checkpoint.path),
             domains=tuple(domains),
             calibration_tokens=num_tokens,
             calibration_inputs=self.job.options.inputs,

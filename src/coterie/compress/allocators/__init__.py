@@ -18,12 +18,14 @@ class Allocator:
         targets: the targets that it understands, fields of `coterie.compress.target.Target`.
         does: what becomes of the experts, to follow "recipe NAME".
         instead: what other recipes do that understand other targets, to follow "a recipe that".
+        prices: whether it wants to know what every matrix would cost in every type (`coterie.compress.damages`).
     """
 
     function: str
     targets: tuple[str, ...]
     does: str
     instead: str
+    prices: bool = False
 
 
 ALLOCATORS: dict[str, Allocator] = {
@@ -38,6 +40,19 @@ ALLOCATORS: dict[str, Allocator] = {
         targets=("keep", "width", "budget"),
         does="slims experts and leaves their number alone",
         instead="lowers the number of experts, such as mergemoe",
+    ),
+    "mixed-types": Allocator(
+        function="coterie.compress.allocators.mixed_types:allocate",
+        targets=("bits", "budget"),
+        does="stores weights in fewer bits and leaves experts alone",
+        instead="lowers the number of experts (reap) or their width (heapr)",
+        prices=True,
+    ),
+    "one-type": Allocator(
+        function="coterie.compress.allocators.one_type:allocate",
+        targets=("bits", "type", "budget"),
+        does="stores weights in fewer bits and leaves experts alone",
+        instead="lowers the number of experts (reap) or their width (heapr)",
     ),
     "parts": Allocator(
         function="coterie.compress.allocators.parts:allocate",

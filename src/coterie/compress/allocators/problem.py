@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -12,12 +13,13 @@ from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.sizes import Sizing
 from coterie.compress.target import Target
+from coterie.compress.weights import Weight, bytes_saved
 from coterie.errors import Infeasible, UnknownName
 from coterie.model.arch.layers import Architecture
 from coterie.profile.profile import Profile
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """What is to be shared out.
 
@@ -28,6 +30,8 @@ class Problem:
         passes: what will be done to each layer, with options.
         profile: what was measured; None where nothing was yet. An allocator that cannot do without then shares out
             evenly, which only serves to see whether the target can be met, and in how many bytes.
+        find_weights: what finds the matrices that can be stored in fewer bits.
+        damages: what each of them would cost in each type, nats a token, by pattern; None before that is measured.
     """
 
     architecture: Architecture
@@ -35,6 +39,17 @@ class Problem:
     target: Target
     passes: Sequence[tuple[str, Mapping[str, Any]]]
     profile: Profile | None = None
+    find_weights: Callable[[], tuple[Weight, ...]] = tuple
+    damages: Mapping[str, Mapping[str, float]] | None = None
+
+    @cached_property
+    def weights(self) -> tuple[Weight, ...]:
+        """The matrices that can be stored in fewer bits."""
+        return self.find_weights()
+
+    def num_bytes(self, layers: Sequence[LayerPlan], types: Mapping[str, str]) -> int:
+        """Return the bytes of all tensors when layers become what their plans say, and matrices get these types."""
+        return self.sizing.num_bytes(layers) - bytes_saved(self.weights, types)
 
     def option(self, name: str) -> Any:
         """Return an option of the first pass that has one of that name."""
@@ -107,11 +122,13 @@ class Allocation:
         layers: what each layer becomes, in order.
         num_bytes: bytes of all tensors of the result.
         damage: expected rise of the loss in nats a token; None where the allocator predicts none.
+        types: GGML type of each matrix that is stored in blocks, by its pattern.
     """
 
     layers: tuple[LayerPlan, ...]
     num_bytes: int
     damage: float | None = None
+    types: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_allocator(name: str) -> Callable[[Problem], Allocation]:

@@ -142,13 +142,21 @@ class WeightConversion:
         conversions: Any = self._model._weight_conversions
         return tensors, list(conversions or [])
 
-    def write(self, model: PreTrainedModel, tensors: Mapping[str, Tensor], conversions: list[Any]) -> dict[str, Tensor]:
+    def write(
+        self,
+        model: PreTrainedModel,
+        tensors: Mapping[str, Tensor],
+        conversions: list[Any],
+        *,
+        as_they_are: bool = False,
+    ) -> dict[str, Tensor]:
         """Return tensors under their names on disk, in the dtype that each name has in the checkpoint.
 
         Args:
             model: the meta model of the result (its config has the result's number of experts).
             tensors: by name in memory.
             conversions: what `read` returned with them.
+            as_they_are: keep the dtype of the tensors instead.
 
         Raises:
             ArchitectureMismatch: the conversion made a name that the checkpoint does not have.
@@ -170,6 +178,8 @@ class WeightConversion:
                 f"{self._checkpoint.path}: converting back to disk made {len(unknown)} names that the checkpoint does "
                 f"not have, the first is {unknown[0]}"
             )
+        if as_they_are:
+            return {name: tensor.contiguous() for name, tensor in converted.items()}
         return {
             name: tensor.to(TORCH_DTYPES[known[str(originals[name])].dtype]).contiguous()
             for name, tensor in converted.items()

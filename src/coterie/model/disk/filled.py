@@ -6,7 +6,6 @@ stock loaders refuse such a checkpoint instead of computing something else. No t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from coterie.errors import CorruptCheckpoint
@@ -14,6 +13,7 @@ from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.encodings.plain import Plain
 from coterie.model.disk.encodings.ragged import Ragged
 from coterie.model.disk.manifest import RaggedWidths
+from coterie.model.disk.patterns import matching
 from coterie.model.disk.tensors import Packed, TensorInfo
 
 
@@ -32,7 +32,8 @@ def filled_up(checkpoint: Checkpoint, ragged: RaggedWidths | None) -> Checkpoint
     full = ragged.width
     tensors: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
-        axis = _axis_of(name, ragged.axes)
+        pattern = matching(name, ragged.axes)
+        axis = None if pattern is None else ragged.axes[pattern]
         tensors[name] = info
         if axis is not None and info.shape[axis] != full:
             if info.shape[axis] > full:
@@ -46,13 +47,3 @@ def filled_up(checkpoint: Checkpoint, ragged: RaggedWidths | None) -> Checkpoint
             shape = (*info.shape[:axis], full, *info.shape[axis + 1 :])
             tensors[name] = replace(info, shape=shape, begin=0, end=0, packed=packed)
     return replace(checkpoint, tensors=tensors)
-
-
-def _axis_of(name: str, axes: Mapping[str, int]) -> int | None:
-    components = name.split(".")
-    for position, component in enumerate(components):
-        if component.isdigit():
-            pattern = ".".join((*components[:position], "*", *components[position + 1 :]))
-            if pattern in axes:
-                return axes[pattern]
-    return None

@@ -1,26 +1,31 @@
-"""Checkpoints stored in 8 or 4 bits, seen as the full-precision checkpoints that they were made from.
+"""Checkpoints stored in few bits, seen as the full-precision checkpoints that they were made from.
 
-Two ways of storing are understood, told apart by ``quantization_config.quant_method`` and the names' suffixes:
+Three ways of storing are understood, told apart by ``quantization_config.quant_method`` and the names' suffixes:
 
 - ``fp8``: weights in 8-bit floats, or in pairs of 4-bit ones, with one scale for each block of rows and columns, each
   row or each matrix (`coterie.model.disk.encodings.block_scaled`);
-- ``mxfp4``: pairs of 4-bit floats in groups along the input axis (`coterie.model.disk.encodings.mxfp4`).
+- ``mxfp4``: pairs of 4-bit floats in groups along the input axis (`coterie.model.disk.encodings.mxfp4`);
+- ``coterie``: what Coterie writes, where the config names the encoding of every weight (`quantization_config`).
 
 No torch here.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coterie.errors import CorruptCheckpoint, UnsupportedDtype
+from coterie.errors import CorruptCheckpoint, CoterieError, UnsupportedDtype
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.encodings import encoding_from
 from coterie.model.disk.encodings.block_scaled import FP4_DTYPES, FP8_DTYPES, SCALE_DTYPES, BlockScaled
+from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 from coterie.model.disk.encodings.mxfp4 import Mxfp4
-from coterie.model.disk.tensors import TORCH_NAMES, Packed, TensorInfo
+from coterie.model.disk.patterns import matching
+from coterie.model.disk.tensors import TORCH_NAMES, Encoding, Packed, TensorInfo
 
 #: Number formats that packed tensors can be given out in.
 OUTPUT_DTYPES = ("BF16", "F16", "F32")
@@ -215,7 +220,67 @@ def _find_groups(source: _QuantizedSource) -> _PackedTensors:
     return stacks, dropped
 
 
-_METHODS: dict[str, Callable[[_QuantizedSource], _PackedTensors]] = {"fp8": _find_blocks, "mxfp4": _find_groups}
+def quantization_config(encodings: Mapping[str, Encoding]) -> dict[str, Any]:
+    """Return what config.json says of weights in encodings of their own; stock loaders refuse it by its method.
+
+    Args:
+        encodings: by name on disk, or by pattern with a star for one number in it.
+    """
+    by_content: dict[str, list[str]] = {}
+    for pattern, encoding in encodings.items():
+        by_content.setdefault(json.dumps(encoding.config(), sort_keys=True), []).append(pattern)
+    groups = [{**json.loads(content), "tensors": sorted(patterns)} for content, patterns in by_content.items()]
+    return {"quant_method": OWN_METHOD, "groups": groups}
+
+
+def _find_own(source: _QuantizedSource) -> _PackedTensors:
+    """Find the weights whose encodings the config names."""
+
+    def wrong(what: str) -> CorruptCheckpoint:
+        return CorruptCheckpoint(f"{source.where}: quantization_config {what}; fetch config.json again")
+
+    groups = source.settings.get("groups")
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        raise wrong("names no groups of tensors")
+    encodings: dict[str, GgmlBlocks] = {}
+    for group in groups:
+        patterns = group.get("tensors")
+        if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise wrong("has a group without a list of tensors")
+        content = {key: value for key, value in group.items() if key != "tensors"}
+        try:
+            encoding = encoding_from(content)
+        except (CoterieError, ValueError, TypeError) as error:
+            raise wrong(f"names an encoding that cannot be ({error})") from None
+        if not isinstance(encoding, GgmlBlocks):
+            raise wrong(f"names the encoding {content.get('encoding')!r}, which is no block format")
+        encodings |= dict.fromkeys(patterns, encoding)
+    weights: dict[str, TensorInfo] = {}
+    matched: set[str] = set()
+    for name, info in source.tensors.items():
+        pattern = matching(name, encodings)
+        if pattern is None:
+            continue
+        matched.add(pattern)
+        try:
+            shape = encodings[pattern].shape_of(info.shape if info.dtype == "U8" else ())
+        except UnsupportedDtype as error:
+            raise CorruptCheckpoint(f"{source.where}: {name} is {info.dtype}: {error}") from None
+        packed = Packed(encoding=encodings[pattern], stored={"": info})
+        weights[name] = TensorInfo(
+            name=name, dtype=encodings[pattern].dtype, shape=shape, shard=info.shard, packed=packed
+        )
+    if lost := sorted(encodings.keys() - matched):
+        raise wrong(f"names {lost[0]!r}, and no such tensor is there")
+    return weights, set()
+
+
+#: ``quant_method`` of what Coterie writes.
+OWN_METHOD = "coterie"
+
+_METHODS: dict[str, Callable[[_QuantizedSource], _PackedTensors]] = {
+    "fp8": _find_blocks, "mxfp4": _find_groups, OWN_METHOD: _find_own,
+}  # fmt: skip
 
 
 #: Keys under which configs describe how weights are packed.

@@ -196,17 +196,22 @@ class Stream(AbstractContextManager["Stream"]):
 
         return job
 
-    def loss_job(self, ids_BS: Tensor, counts_BS: Tensor | None = None) -> Callable[[], float]:
+    def loss_job(
+        self, ids_BS: Tensor, counts_BS: Tensor | None = None, see: Callable[[Tensor], None] | None = None
+    ) -> Callable[[], float]:
         """Return a job that sends the gradient of the summed next-token loss (nats) back through all layers.
 
         Args:
             ids_BS: the tokens.
             counts_BS: the loss of which of them counts, bool; None for all.
+            see: told what comes into the head, (B, S, D).
         """
 
         def job() -> float:
             output = self.model.base_model(input_ids=ids_BS, use_cache=False)
             hidden_BSD, kind = output.last_hidden_state, type(output)
+            if see is not None:
+                see(hidden_BSD.detach())
             worker = threading.current_thread()
             assert isinstance(worker, JobThread), "a loss is sent back in a run of this stream only"
             request = (ids_BS, kind(last_hidden_state=hidden_BSD.detach()), counts_BS)
@@ -217,11 +222,18 @@ class Stream(AbstractContextManager["Stream"]):
 
         return job
 
-    def base_job(self, ids_BS: Tensor) -> Callable[[], None]:
-        """Return a job that sends token ids (B, S) through all layers, for whoever watches them."""
+    def base_job(self, ids_BS: Tensor, see: Callable[[Tensor], None] | None = None) -> Callable[[], None]:
+        """Return a job that sends token ids (B, S) through all layers, for whoever watches them.
+
+        Args:
+            ids_BS: the tokens.
+            see: told what comes out at the end, (B, S, D).
+        """
 
         def job() -> None:
-            self.model.base_model(input_ids=ids_BS, use_cache=False)
+            output = self.model.base_model(input_ids=ids_BS, use_cache=False)
+            if see is not None:
+                see(output.last_hidden_state)
 
         return job
 

@@ -17,6 +17,7 @@ from coterie.model.disk.tensors import Encoding
 ENCODINGS = {
     "plain": "coterie.model.disk.encodings.plain:Plain",
     "block-scaled": "coterie.model.disk.encodings.block_scaled:BlockScaled",
+    "ggml": "coterie.model.disk.encodings.ggml_blocks:GgmlBlocks",
     "mxfp4": "coterie.model.disk.encodings.mxfp4:Mxfp4",
     "ragged": "coterie.model.disk.encodings.ragged:Ragged",
 }

@@ -25,6 +25,12 @@ SIZES = {
 }  # fmt: skip
 
 
+def bits_of(name: str) -> float:
+    """Return the bits of a number in a type, scales counted."""
+    block, size = SIZES[name]
+    return 8 * size / block
+
+
 @cache
 def get_type(name: str) -> BlockType:
     """Return a type by its name in GGML, like Q4_K.

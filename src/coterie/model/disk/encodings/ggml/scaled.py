@@ -55,11 +55,29 @@ class Scaled:
         level_L = level_L[code_L]
         return code_L.to(torch.int16), level_L, (level_L[1:] + level_L[:-1]) / 2
 
+    @cached_property
+    def _by_half(self) -> tuple[Tensor, Tensor]:
+        """Code and level that are nearest to each interval of a half, from that above the lowest level on."""
+        code_L, level_L, border_L = self._order
+        middle_I = torch.arange(2 * min(self.levels), 2 * max(self.levels) + 1) / 2 + 0.25
+        place_I = torch.bucketize(middle_I, border_L)
+        return code_L[place_I], level_L[place_I]
+
+    @cached_property
+    def _even(self) -> bool:
+        """Whether levels are whole numbers one after the other."""
+        return self.levels == tuple(range(self.levels[0], self.levels[-1] + 1))
+
     def nearest(self, weight: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """Return codes and levels nearest to weights in units of steps, which broadcast."""
-        code_L, level_L, border_L = (table.to(weight.device) for table in self._order)
-        place = torch.bucketize(ratio(weight, step), border_L)
-        return code_L[place], level_L[place]
+        if self._even:
+            level = ratio(weight, step).round_().clamp_(self.levels[0], self.levels[-1])
+            return (level - self.levels[0]).to(torch.int16), level
+        code_I, level_I = (table.to(weight.device) for table in self._by_half)
+        # Levels are whole numbers, so borders between them are at halves.
+        place = (ratio(weight, step) * 2).floor_().clamp_(2 * min(self.levels), 2 * max(self.levels)).to(torch.int32)
+        place -= 2 * min(self.levels)
+        return code_I[place], level_I[place]
 
     def fit(self, weight_NRB: Tensor, importance_NRB: Tensor) -> Scales:
         """Search the steps of sub-blocks, then the scale that they are multiples of."""
@@ -124,7 +142,7 @@ class Scaled:
 
     def choose(self, weight_NRv: Tensor, scales: Scales, column: int, metric_Nvv: Tensor) -> tuple[Codes, Tensor]:
         """Choose the nearest codes of columns of one sub-block."""
-        step_NR1 = self.steps(scales)[..., column // self.sub_block, None]
+        step_NR1 = self.steps(scales.at(column // self.sub_block))
         code_NRv, level_NRv = self.nearest(weight_NRv, step_NR1)
         return Codes(code_NRc=code_NRv), level_NRv * step_NR1
 

@@ -1,0 +1,51 @@
+"""One type for all matrices: the largest that fits. The head, which every token passes, gets Q6_K at least.
+
+So does an embedding that is the head as well, as in llama.cpp; matrices whose rows are no whole blocks get the type
+that stands in (`coterie.compress.weights`).
+"""
+
+from __future__ import annotations
+
+from coterie.amounts import format_bytes, parse_bytes
+from coterie.compress.allocators.problem import Allocation, Problem
+from coterie.errors import Infeasible
+from coterie.model.disk.encodings.ggml import SIZES, bits_of
+
+#: The least that a head gets.
+HEAD = "Q6_K"
+
+
+def allocate(problem: Problem) -> Allocation:
+    """Choose the type.
+
+    Raises:
+        Infeasible: a budget below the smallest result; says what that takes.
+    """
+    target = problem.target
+    if target.type is not None:
+        return _allocation(problem, target.type)
+    ladder = sorted(SIZES, key=bits_of, reverse=True)
+    if target.bits is not None:
+        limit = target.bits
+        return _allocation(problem, next(name for name in ladder if bits_of(name) <= limit))
+    assert target.budget is not None
+    budget = parse_bytes(target.budget)
+    options = [_allocation(problem, name) for name in ladder]
+    fitting = [option for option in options if option.num_bytes <= budget]
+    if not fitting:
+        least = min(options, key=lambda option: option.num_bytes)
+        raise Infeasible(
+            f"a budget of {format_bytes(budget)} cannot be met with fewer bits alone: the smallest type takes "
+            f"{format_bytes(least.num_bytes)}"
+        )
+    return max(fitting, key=lambda option: option.num_bytes)
+
+
+def _allocation(problem: Problem, name: str) -> Allocation:
+    types = {}
+    for weight in problem.weights:
+        least = HEAD if weight.head and bits_of(name) < bits_of(HEAD) else name
+        if (kind := weight.fitting(least)) is not None:
+            types[weight.pattern] = kind
+    layers = problem.whole()
+    return Allocation(layers=layers, num_bytes=problem.num_bytes(layers, types), types=types)

@@ -1,0 +1,242 @@
+"""What storing each matrix in each type would cost, in nats a token: measured once, for whoever shares out the bytes.
+
+To second order, an error E in a matrix raises the loss by half of sum over its elements of F E^2, with F the diagonal
+of the Fisher information: the mean over tokens of (g x)^2, g the gradient of the token's loss with respect to the
+output and x the input. E is that of nearest rounding of some rows of each matrix, scaled by what all of its rows weigh;
+what error feedback makes good later is about the same share for all types.
+
+Legend: R rows (outputs), C columns (inputs), T tokens, V vocabulary, D model width, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie.compress.projections import DOWN, GATE, UP, Projections, projections_of
+from coterie.compress.source import Source
+from coterie.compress.weights import Weight
+from coterie.model.arch.experts import Experts
+from coterie.model.disk.encodings.ggml import get_type
+from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
+from coterie.model.stream.stream import Stage, Stream
+from coterie.profile.observation import Observation, observed
+
+#: Rows of a matrix, and matrices of a layer's experts, that are rounded to see what a type costs.
+ROWS, MATRICES = 32, 8
+
+#: Tokens that types are priced on: fewer, and what is chosen fits those and no others.
+PRICED_TOKENS = 32_768
+
+#: The types that are priced: those of three and fewer bits whose codes take long to choose are left to who names them.
+PRICED_TYPES = (
+    "Q8_0",
+    "Q6_K",
+    "Q5_K",
+    "Q4_K",
+    "IQ4_XS",
+    "Q3_K",
+    "IQ3_XXS",
+    "Q2_K",
+    "IQ2_XXS",
+    "Q4_0",
+    "Q5_0",
+    "IQ4_NL",
+)
+
+#: By the pattern of a matrix and the name of a type: the rise of the loss in nats a token.
+Damages = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(kw_only=True)
+class DamageMeter:
+    """Sends text through a model and back, and prices every matrix in every type.
+
+    Attributes:
+        stream: the model, open.
+        source: the same by its headers.
+        batches: the text, ids (B, S) each.
+        types: which types are priced, where they fit.
+    """
+
+    stream: Stream
+    source: Source
+    batches: Sequence[Tensor]
+    types: Sequence[str]
+
+    def measure(self) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+        """Yield for each unit its name and the damages of its matrices; the head, priced last, is named "head"."""
+        self._tokens = sum(ids_BS.numel() for ids_BS in self.batches)
+        seen: list[Tensor] = []
+        jobs = [self.stream.loss_job(ids_BS, see=seen.append) for ids_BS in self.batches]
+        by_unit = {unit.name: self._of_unit(unit.disk_names) for unit in self.stream.units}
+        embedding = next((weight for weight in self.source.weights if weight.kind == "embedding"), None)
+        first = min(unit.order for unit in self.stream.units if any(w.kind != "embedding" for w in by_unit[unit.name]))
+        for stage in self.stream.run(jobs, gradients=True):
+            if not stage.backward or stage.unit.name not in by_unit:
+                continue
+            inner = [weight for weight in by_unit[stage.unit.name] if weight.kind != "embedding" and not weight.head]
+            gradients = self._backward(stage, inner)
+            damages = dict(self._price(stage, inner))
+            yield stage.unit.name, damages
+            if stage.unit.order == first and embedding is not None and not embedding.head and gradients:
+                yield "embedding", {embedding.pattern: self._price_embedding(embedding, gradients)}
+        heads = [weight for weight in self.source.weights if weight.head]
+        for weight in heads[:1]:
+            yield "head", {weight.pattern: self._price_head(weight, torch.cat([each.flatten(0, 1) for each in seen]))}
+
+    def _of_unit(self, disk_names: Sequence[str]) -> list[Weight]:
+        inside = set(disk_names)
+        return [weight for weight in self.source.weights if inside.issuperset(weight.names)]
+
+    def _backward(self, stage: Stage, weights: Sequence[Weight]) -> dict[int, Tensor]:
+        """Send a unit's calls back; fill `_fisher`, and return gradients of what it received, by job."""
+        model, unit = self.stream.model, stage.unit
+        layers = tuple(layer for layer in self.source.architecture.layers if unit.holds(layer.experts))
+        linear = {self.stream.conversion.memory_names[weight.names[0]] for weight in weights if weight.kind == "linear"}
+        self._fisher: dict[Any, Tensor] = {}
+        received: dict[int, Tensor] = {}
+        for call in stage.calls:
+            behind: dict[int, Tensor] = {}
+            with (
+                _watched(model, linear, self._add),
+                observed(model, layers, gradients=behind, fields=()) as observations,
+            ):
+                answer = call.compute()
+            call.finish(answer)
+            ids_BS = self.batches[call.job]
+            own = [each for each in answer if each is not None and each.shape[:2] == ids_BS.shape]
+            if own:
+                received[call.job] = own[0]
+            for observation in observations:
+                if observation.layer.index in behind:
+                    self._add_experts(observation, behind[observation.layer.index])
+        return received
+
+    @torch.no_grad()
+    def _add(self, key: Any, gradient_TR: Tensor, input_TC: Tensor) -> None:
+        fisher_RC = gradient_TR.float().square().T @ input_TC.float().square()
+        self._fisher[key] = self._fisher[key] + fisher_RC if key in self._fisher else fisher_RC
+
+    def _add_experts(self, observation: Observation, gradient_TD: Tensor) -> None:
+        experts, index = observation.experts, observation.layer.index
+        for expert, token_N, weight_N in observation.chosen():
+            input_ND = observation.hidden_TD[token_N]
+            gradient_ND = gradient_TD[token_N] * weight_N[:, None]
+            for part, (gradient_NR, input_NC) in _through(experts, expert, input_ND, gradient_ND).items():
+                self._add((index, expert, part), gradient_NR, input_NC)
+
+    def _price(self, stage: Stage, weights: Sequence[Weight]) -> Iterator[tuple[str, dict[str, float]]]:
+        model, conversion = self.stream.model, self.stream.conversion
+        state = model.state_dict()
+        held: dict[int, Projections] = {}
+        for weight in weights:
+            if weight.layer is None:
+                name = conversion.memory_names[weight.names[0]]
+                if name in self._fisher:
+                    yield weight.pattern, self._prices(weight, [(state[name], self._fisher[name])])
+                continue
+            layer = self.source.architecture.layers[weight.layer]
+            if weight.layer not in held:
+                held[weight.layer] = Projections(model, layer, conversion, stage.conversions)
+            matrices = projections_of(held[weight.layer].experts)
+            pairs = [
+                (matrices[part][expert], self._fisher[weight.layer, expert, part])
+                for part in sorted(held[weight.layer].held[weight.names[0]])
+                for expert in range(layer.num_experts)
+                if (weight.layer, expert, part) in self._fisher
+            ]
+            yield weight.pattern, self._prices(weight, pairs)
+
+    def _prices(self, weight: Weight, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Return what each type costs, from matrices and what their elements weigh (not yet divided by T)."""
+        pairs = [(matrix_RC.detach().float(), fisher_RC) for matrix_RC, fisher_RC in pairs]
+        if not pairs:  # no token passed it
+            return {}
+        whole = sum(float((fisher_RC * matrix_RC.square()).sum()) for matrix_RC, fisher_RC in pairs)
+        step = max(1, len(pairs) // MATRICES)
+        few = [_some_rows(*pair) for pair in pairs[::step]]
+        matrix_NRC, fisher_NRC = (torch.stack(each) for each in zip(*few, strict=True))
+        part = float((fisher_NRC * matrix_NRC.square()).sum())
+        importance_NC = fisher_NRC.mean(dim=1)
+        importance_NC = torch.where(importance_NC.sum(dim=-1, keepdim=True) > 0, importance_NC, 1.0)
+        prices: dict[str, float] = {}
+        for wanted in self.types:
+            kind = weight.fitting(wanted)
+            if kind is None or kind in prices:
+                continue
+            _, value_NRC = round_to_nearest(matrix_NRC, importance_NC, get_type(kind))
+            lost = float((fisher_NRC * (matrix_NRC - value_NRC).square()).sum())
+            prices[kind] = 0.5 * whole * (lost / part if part > 0 else 0.0) / self._tokens
+        return prices
+
+    def _price_embedding(self, weight: Weight, gradients: Mapping[int, Tensor]) -> dict[str, float]:
+        matrix_VD = self.stream.read(weight.names[0]).float()
+        fisher_VD = torch.zeros_like(matrix_VD)
+        for job, gradient_BSD in gradients.items():
+            square_TD = gradient_BSD.detach().cpu().float().square().flatten(0, 1)
+            fisher_VD.index_add_(0, self.batches[job].flatten(), square_TD)
+        used_V = fisher_VD.sum(dim=1) > 0
+        return self._prices(weight, [(matrix_VD[used_V], fisher_VD[used_V])])
+
+    @torch.no_grad()
+    def _price_head(self, weight: Weight, hidden_TD: Tensor) -> dict[str, float]:
+        """The Fisher information of logits needs no labels: p (1 - p) on the diagonal."""
+        matrix_VD = self.stream.read(weight.names[0]).float()
+        fisher_VD = torch.zeros_like(matrix_VD)
+        for some_TD in torch.split(hidden_TD.cpu().float(), 256):
+            p_TV = (some_TD @ matrix_VD.T).softmax(dim=-1)
+            fisher_VD += (p_TV * (1 - p_TV)).T @ some_TD.square()
+        return self._prices(weight, [(matrix_VD, fisher_VD)])
+
+
+def _some_rows(matrix_RC: Tensor, fisher_RC: Tensor) -> tuple[Tensor, Tensor]:
+    step = max(1, len(matrix_RC) // ROWS)
+    return matrix_RC[::step], fisher_RC[::step]
+
+
+def _through(experts: Experts, expert: int, input_ND: Tensor, gradient_ND: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return for each projection of an expert the gradient of what it puts out, and what it received."""
+    bias = {GATE: experts.gate_bias_EF, UP: experts.up_bias_EF, DOWN: experts.down_bias_ED}
+
+    def project(part: int, received: Tensor) -> Tensor:
+        row = bias[part]
+        return nn.functional.linear(
+            received, projections_of(experts)[part][expert], None if row is None else row[expert]
+        )
+
+    with torch.enable_grad():
+        gate_NF = None if experts.gate_EFD is None else project(GATE, input_ND).detach().requires_grad_()
+        up_NF = project(UP, input_ND).detach().requires_grad_()
+        hidden_NF = experts.combine(gate_NF, up_NF)
+        plain_ND = project(DOWN, hidden_NF)
+        output_ND = plain_ND if experts.finish is None else experts.finish(plain_ND)
+        wanted = {UP: up_NF, DOWN: plain_ND} | ({} if gate_NF is None else {GATE: gate_NF})
+        gradients = torch.autograd.grad(output_ND, list(wanted.values()), gradient_ND.to(output_ND.dtype))
+    received = {GATE: input_ND, UP: input_ND, DOWN: hidden_NF.detach()}
+    return {part: (gradient.detach(), received[part]) for part, gradient in zip(wanted, gradients, strict=True)}
+
+
+@contextmanager
+def _watched(model: nn.Module, names: set[str], add: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Within the block, `add` gets (name, gradient of the output (T, R), input (T, C)) of every call of a module."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                input_TC = args[0].detach().flatten(0, -2)
+                output.register_hook(lambda gradient: add(name, gradient.flatten(0, -2), input_TC))  # type: ignore[no-untyped-call]
+
+        return keep
+
+    handles = [model.get_submodule(name.rpartition(".")[0]).register_forward_hook(hook(name)) for name in sorted(names)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,79 @@
+"""Find the matrices of a model that can be stored in fewer bits, from headers: experts, and all other linear weights.
+
+Routers, norms, biases and whatever else is no matrix product stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from coterie.compress.weights import Weight
+from coterie.model.arch.accounting import LayerTensors, expert_place
+from coterie.model.arch.conversion import WeightConversion
+from coterie.model.arch.layers import Architecture
+from coterie.model.disk.checkpoint import Checkpoint
+
+
+def find_weights(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    conversion: WeightConversion,
+    layer_names: Sequence[LayerTensors],
+) -> tuple[Weight, ...]:
+    """Return the matrices of a model that can be stored in blocks, in the order of their names.
+
+    Args:
+        checkpoint: the model.
+        architecture: what it computes.
+        conversion: between its names on disk and in memory.
+        layer_names: the names of each MoE layer's experts and router.
+    """
+    model, tensors = architecture.model, checkpoint.tensors
+    weights: list[Weight] = []
+    expert_names = {name for names in layer_names for name in (*names.experts, *names.router)}
+    for layer, names in zip(architecture.layers, layer_names, strict=True):
+        transposed = bool(model.get_submodule(layer.experts).is_transposed)
+        matrices = [
+            name
+            for name in names.experts
+            if len(tensors[name].shape) > 1 and not conversion.memory_names[name].endswith("bias")
+        ]
+        place = expert_place([name for name in matrices if len(tensors[name].shape) == 2], layer.num_experts)
+        groups: dict[str, list[str]] = {}
+        for name in matrices:
+            components = name.split(".")
+            if len(tensors[name].shape) == 2 and place is not None:
+                components[place] = "*"
+            groups.setdefault(".".join(components), []).append(name)
+        for pattern, listed in groups.items():
+            weights.append(
+                Weight(
+                    pattern=pattern, names=tuple(listed), shape=tensors[listed[0]].shape,
+                    axis=-2 if transposed else -1, layer=layer.index, kind="expert",
+                    plain_bytes=sum(tensors[name].num_bytes for name in listed),
+                )
+            )  # fmt: skip
+    memory = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    heads = {name for name, module in model.named_modules() if module is output}
+    heads = {f"{name}.weight" for name in heads}
+    heads |= {other for pair in tied.items() if heads & set(pair) for other in pair}
+    for name in sorted(tensors.keys() - expert_names):
+        memory_name = conversion.memory_names[name]
+        if conversion.sources.get(memory_name) != (name,) or memory.get(memory_name) != tensors[name].shape:
+            continue
+        owner_name, _, leaf = memory_name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if leaf == "weight" and isinstance(owner, nn.Linear | nn.Embedding):
+            kind = "embedding" if isinstance(owner, nn.Embedding) else "linear"
+            weights.append(
+                Weight(
+                    pattern=name, names=(name,), shape=tensors[name].shape, axis=-1, layer=None, kind=kind,
+                    plain_bytes=tensors[name].num_bytes, head=memory_name in heads,
+                )
+            )  # fmt: skip
+    return tuple(sorted(weights, key=lambda weight: weight.pattern))

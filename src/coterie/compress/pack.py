@@ -1,0 +1,163 @@
+"""Store the matrices of one unit in blocks: watch what comes into them, choose codes, and name the bytes as on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from coterie.compress.lanes import Lane, Lanes
+from coterie.compress.moments import Inputs, Moments, Sum, watching
+from coterie.compress.plan import Plan
+from coterie.compress.projections import DOWN, GATE, UP, Projections, projections_of
+from coterie.compress.quantisers import get_quantiser, load_quantiser
+from coterie.compress.source import Source
+from coterie.compress.weights import Weight
+from coterie.errors import ArchitectureMismatch
+from coterie.model.arch.layers import MoELayer
+from coterie.model.disk.encodings.ggml import get_type
+from coterie.model.stream.stream import Stage, Stream
+from coterie.model.stream.unit import Unit
+
+
+@dataclass(kw_only=True)
+class Packer:
+    """Stores matrices as the plan says, unit by unit.
+
+    Attributes:
+        stream: the model, open.
+        source: the same by its headers.
+        plan: which type each matrix gets.
+        counts: for each batch which of its tokens count (T,), bool; None where all do.
+        head: sums for the head, which text passes after all units that are watched.
+    """
+
+    stream: Stream
+    source: Source
+    plan: Plan
+    counts: Sequence[Tensor | None]
+    head: Sum | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        assert self.plan.quantiser is not None
+        name, self._options = self.plan.quantiser
+        self._quantise, self._compares = load_quantiser(name), get_quantiser(name).corrects
+
+    def with_text(self, lanes: Lanes) -> Lanes:
+        """Return lanes in which the text goes through what is packed and, where that is compared, the original."""
+        self._lanes = replace(lanes, see_last=self.see_last, compares=self._compares)
+        return self._lanes
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names on disk of all tensors that are stored in blocks."""
+        return packed_names(self.source, self.plan)
+
+    @cached_property
+    def _weights(self) -> tuple[Weight, ...]:
+        return tuple(weight for weight in self.source.weights if weight.pattern in self.plan.types)
+
+    def of_unit(self, unit: Unit) -> list[Weight]:
+        """Return the matrices of a unit that are stored in blocks."""
+        inside = set(unit.disk_names)
+        return [weight for weight in self._weights if inside.issuperset(weight.names)]
+
+    def see_last(self, number: int, hidden_BSD: Tensor) -> None:
+        """Take what a batch's tokens are after the last unit: that is what comes into the head."""
+        hidden_TD, counts_T = hidden_BSD.detach().flatten(0, -2), self.counts[number]
+        if counts_T is not None:
+            hidden_TD = hidden_TD[counts_T.to(hidden_TD.device)]
+        if self.head is None:
+            self.head = Sum.of(hidden_TD.shape[-1], compares=False, device=hidden_TD.device)
+        self.head.add(hidden_TD, None)
+
+    def pack(self, stage: Stage, layers: Sequence[MoELayer]) -> dict[str, Tensor]:
+        """Return the bytes of a unit's matrices by name on disk.
+
+        Args:
+            stage: the unit, with the weights of the original.
+            layers: its MoE layers.
+        """
+        weights = self.of_unit(stage.unit)
+        linear = {
+            self.stream.conversion.memory_names[weight.names[0]]: weight
+            for weight in weights
+            if weight.kind == "linear" and not weight.head
+        }
+        moments = self._measure(stage, layers, list(linear))
+        packed: dict[str, Tensor] = {}
+        state = self.stream.model.state_dict()
+        for weight in weights:
+            if weight.kind == "expert":
+                continue
+            name = self.stream.conversion.memory_names[weight.names[0]]
+            matrix_1RC = state[name].detach()[None].float()
+            inputs = moments.linear_inputs(name) if name in linear else self._outer_inputs(weight, matrix_1RC)
+            byte_1RK, _ = self._rounded(matrix_1RC, inputs, self.plan.types[weight.pattern])
+            packed[weight.names[0]] = byte_1RK[0]
+        for layer in layers:
+            of_layer = [weight for weight in weights if weight.layer == layer.index]
+            if of_layer:
+                packed |= self._pack_experts(layer, of_layer, moments, stage.conversions)
+        return {name: tensor.cpu() for name, tensor in packed.items()}
+
+    def _outer_inputs(self, weight: Weight, matrix_1RC: Tensor) -> Inputs:
+        """Return what comes into a head; of an embedding, where nothing is summed over, zeros."""
+        if weight.head and weight.kind == "linear" and self.head is not None:
+            return Inputs(hessian_NCC=self.head.hessian_CC[None], missed_NCC=None, num_tokens=(self.head.num_tokens,))
+        columns = matrix_1RC.shape[-1]
+        zeros_1CC = torch.zeros(1, columns, columns, device=matrix_1RC.device)
+        return Inputs(hessian_NCC=zeros_1CC, missed_NCC=None, num_tokens=(0,))
+
+    def _rounded(self, weight_NRC: Tensor, inputs: Inputs, name: str) -> tuple[Tensor, Tensor]:
+        return self._quantise(weight_NRC, inputs, get_type(name), **self._options)
+
+    def _measure(self, stage: Stage, layers: Sequence[MoELayer], linear: Sequence[str]) -> Moments:
+        """Send the text through a unit in both lanes, and sum up what comes into its matrices."""
+        moments = Moments(compares=self._compares)
+        if not linear and not layers:
+            return moments
+        calls, unit, model = self._lanes.calls(stage), stage.unit, self.stream.model
+        module = model.get_submodule(unit.name)
+        for number, counts_T in enumerate(self.counts):
+            with watching(model, unit.name, module, linear, layers) as seen:
+                calls[Lane.COMPRESSED, number].compute()
+            original = None
+            if self._compares:
+                with watching(model, unit.name, module, linear, layers) as original:
+                    calls[Lane.ORIGINAL, number].compute()
+            moments.add(seen, original, counts_T)
+        return moments
+
+    def _pack_experts(
+        self, layer: MoELayer, weights: Sequence[Weight], moments: Moments, conversions: list[object]
+    ) -> dict[str, Tensor]:
+        projections = Projections(self.stream.model, layer, self.stream.conversion, conversions)
+        matrices = projections_of(projections.experts)
+        type_of = {name: self.plan.types[weight.pattern] for weight in weights for name in weight.names}
+        inputs = {between: moments.expert_inputs(layer.index, between=between) for between in (False, True)}
+        kind_of: dict[int, str] = {}
+        for name, kind in type_of.items():
+            for part in projections.held[name]:
+                if kind_of.setdefault(part, kind) != kind:
+                    raise ArchitectureMismatch(f"{name} and others like it are to be stored in {kind_of[part]}, {kind}")
+        rows: dict[int, Tensor] = {}
+        if kind_of.get(GATE) == kind_of.get(UP) is not None:  # they see the same inputs: one choice of codes for both
+            both = torch.cat((matrices[GATE], matrices[UP]), dim=1).float()
+            rows[GATE], rows[UP] = self._rounded(both, inputs[False], kind_of[UP])[0].chunk(2, dim=1)
+        for part in sorted(kind_of.keys() - rows.keys()):
+            rows[part] = self._rounded(matrices[part].float(), inputs[part == DOWN], kind_of[part])[0]
+        packed: dict[str, Tensor] = {}
+        for parts in set(projections.held.values()):
+            if parts <= rows.keys():
+                on_disk = projections.on_disk({part: rows[part] for part in parts})
+                packed |= {name: on_disk[name] for name in type_of if projections.held[name] == parts}
+        return packed
+
+
+def packed_names(source: Source, plan: Plan) -> frozenset[str]:
+    """Return the names on disk of all tensors that are stored in blocks."""
+    return frozenset(name for weight in source.weights if weight.pattern in plan.types for name in weight.names)

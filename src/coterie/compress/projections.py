@@ -1,0 +1,69 @@
+"""Which tensors on disk hold gate, up and down projections of a layer's experts, and rows of theirs as on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coterie.model.arch.conversion import WeightConversion
+from coterie.model.arch.experts import Experts, canonical_experts, native_experts
+from coterie.model.arch.layers import MoELayer
+
+#: Marks that stand for gate, up and down projection.
+GATE, UP, DOWN = 1, 2, 3
+
+
+def projections_of(experts: Experts) -> dict[int, Tensor]:
+    """Return the projections that there are, (E, rows, columns) each."""
+    every = {GATE: experts.gate_EFD, UP: experts.up_EFD, DOWN: experts.down_EDF}
+    return {part: matrix for part, matrix in every.items() if matrix is not None}
+
+
+class Projections:
+    """The experts of one layer whose weights are in memory, and where they lie on disk."""
+
+    def __init__(
+        self, model: PreTrainedModel, layer: MoELayer, conversion: WeightConversion, conversions: list[object]
+    ) -> None:
+        """Find out.
+
+        Args:
+            model: the model, with the layer's weights.
+            layer: which one.
+            conversion: between names in memory and on disk.
+            conversions: what was used to read the layer, see `WeightConversion.convert`.
+        """
+        self._model, self._layer, self._conversion, self._conversions = model, layer, conversion, conversions
+        self.experts = canonical_experts(model.get_submodule(layer.experts))
+        marks = {
+            part: torch.full((*matrix.shape[:-1], 1), part, dtype=torch.uint8)
+            for part, matrix in projections_of(self.experts).items()
+        }
+        #: By name on disk, which projections the tensor holds; found out by storing marks in their place.
+        self.held = {name: frozenset(tensor.flatten().tolist()) for name, tensor in self.on_disk(marks).items()}
+
+    def on_disk(self, rows: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Return rows, of numbers or of bytes, by name on disk.
+
+        Args:
+            rows: by projection, (E, rows, anything); where one of gate and up is left out, the other stands in for it.
+        """
+        rows = {part: tensor.cpu() for part, tensor in rows.items()}
+        down, gate_or_up = rows.get(DOWN), rows.get(UP, rows.get(GATE))
+        stand_in = down if gate_or_up is None else gate_or_up
+        assert stand_in is not None
+        instead = replace(
+            self.experts,
+            gate_EFD=None if self.experts.gate_EFD is None else rows.get(GATE, stand_in),
+            up_EFD=rows.get(UP, stand_in),
+            down_EDF=stand_in if down is None else down,
+            gate_bias_EF=None, up_bias_EF=None, down_bias_ED=None,
+        )  # fmt: skip
+        native = native_experts(self._model.get_submodule(self._layer.experts), instead)
+        wanted = {"down_proj"} if gate_or_up is None else native.keys() - ({"down_proj"} if down is None else set())
+        memory = {f"{self._layer.experts}.{name}": native[name].contiguous() for name in wanted}
+        return self._conversion.write(self._model, memory, self._conversions, as_they_are=True)

@@ -1,0 +1,70 @@
+"""GPTQ: round the columns of a matrix one after another, each error made good by the columns that follow.
+
+Frantar, Ashkboos, Hoefler, Alistarh 2022 (arXiv:2210.17323). With H = X^T X over the inputs of the matrix, and U the
+upper Cholesky factor of H^-1, the error that rounding column j leaves is least when the later columns take
+-(w_j - q_j) / U_jj times row j of U. Columns that a format codes together go together: their error is
+(w - q) U_JJ^-1, and codes are chosen by its square. Scales are fitted block by block, to the weights as they then are.
+
+Legend: N matrices, R rows (outputs), C columns (inputs), K bytes of a row.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from coterie.model.disk.encodings.ggml.rounding import round_columns
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from coterie.compress.moments import Inputs
+    from coterie.model.disk.encodings.ggml.block_type import BlockType
+
+#: Share of the mean of the Hessian's diagonal that is added to it, as the paper's own code does.
+DAMPING = 0.01
+
+#: Elements of Hessians that are factored at once.
+_AT_ONCE = 2**23
+
+
+def gptq(weight_NRC: Tensor, inputs: Inputs, kind: BlockType, *, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """Round matrices; return their bytes (N, R, K), uint8, and their values (N, R, C), float32.
+
+    Args:
+        weight_NRC: the matrices; C is a multiple of the block.
+        inputs: what comes into them; where one saw no token, as an expert that nobody chose, its matrix is rounded to
+            the nearest numbers.
+        kind: the format.
+        damping: share of the mean of each Hessian's diagonal that is added to the diagonal.
+
+    Raises:
+        ValueError: columns that are no whole blocks.
+    """
+    # A few at a time: the factors of all would take many times what the matrices take.
+    at_once = max(1, _AT_ONCE // weight_NRC.shape[-1] ** 2)
+    parts = []
+    for start in range(0, len(weight_NRC), at_once):
+        upper_NCC = upper_factor(inputs.hessian_NCC[start : start + at_once], damping)
+        # What an error in a column costs when the later ones make good what they can.
+        importance_NC = upper_NCC.diagonal(dim1=-2, dim2=-1).reciprocal().square()
+        parts.append(round_columns(weight_NRC[start : start + at_once], importance_NC, upper_NCC, kind))
+    byte_parts, value_parts = zip(*parts, strict=True)
+    return torch.cat(byte_parts), torch.cat(value_parts)
+
+
+def upper_factor(hessian_NCC: Tensor, damping: float) -> Tensor:
+    """Return U (N, C, C) with H^-1 = U^T U, upper triangular, of damped Hessians; float32.
+
+    Computed in float64: the inverse of a matrix of few tokens needs it.
+    """
+    hessian_NCC = hessian_NCC.to(torch.float64)
+    diagonal_NC = hessian_NCC.diagonal(dim1=-2, dim2=-1)
+    mean_N = diagonal_NC.mean(dim=-1)
+    added_N = torch.where(mean_N > 0, damping * mean_N, 1.0)
+    eye_CC = torch.eye(hessian_NCC.shape[-1], dtype=torch.float64, device=hessian_NCC.device)
+    lower_NCC = torch.linalg.cholesky(hessian_NCC + added_N[:, None, None] * eye_CC)
+    inverse_NCC = torch.cholesky_inverse(lower_NCC)
+    upper_NCC: Tensor = torch.linalg.cholesky(inverse_NCC, upper=True).to(torch.float32)
+    return upper_NCC

@@ -1,0 +1,109 @@
+"""The matrices of a model that can be stored in fewer bits, and what they take in which type. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from coterie.compress.plan import Plan
+from coterie.errors import Infeasible
+from coterie.model.disk.encodings.ggml import SIZES
+from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
+
+#: What stands in for a type whose blocks are wider than a row, as in llama.cpp: about as many bits, blocks of 32.
+_NARROW = {
+    "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "IQ4_XS": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ3_S": "IQ4_NL",
+    "IQ3_XXS": "IQ4_NL", "Q2_K": "IQ4_NL", "IQ2_S": "IQ4_NL", "IQ2_XS": "IQ4_NL", "IQ2_XXS": "IQ4_NL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weight:
+    """One matrix, or those of all experts of a layer that are alike.
+
+    Attributes:
+        pattern: its name on disk; with a star for the expert's number where each expert has one.
+        names: the names on disk that are meant.
+        shape: of one of them.
+        axis: the axis that is summed over, -1 or -2.
+        layer: index of the MoE layer whose experts it is of, or None.
+        kind: "expert", "linear" or "embedding".
+        plain_bytes: what all of them take as plain numbers.
+        head: what logits are computed with; of a tied model its embedding.
+    """
+
+    pattern: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    axis: int
+    layer: int | None
+    kind: str
+    plain_bytes: int
+    head: bool = False
+
+    @property
+    def columns(self) -> int:
+        """Numbers of a row, which are summed over."""
+        return self.shape[self.axis]
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in all of them."""
+        return len(self.names) * math.prod(self.shape)
+
+    def fitting(self, kind: str) -> str | None:
+        """Return a type, or what stands in for it where its blocks are wider than a row; None where nothing fits."""
+        if self.columns % SIZES[kind][0] == 0:
+            return kind
+        return _NARROW.get(kind) if self.columns % 32 == 0 else None
+
+    def num_bytes(self, kind: str) -> int:
+        """Return the bytes of all of them in a type."""
+        return len(self.names) * GgmlBlocks(type=kind, axis=self.axis).num_bytes(self.shape)
+
+
+def check_types(weights: Sequence[Weight], plan: Plan) -> None:
+    """Check the types that a plan gives to weights.
+
+    Raises:
+        Infeasible: a name that no matrix has, or a type whose blocks are wider than a row; says what can be.
+    """
+    by_pattern = {weight.pattern: weight for weight in weights}
+    if plan.quantiser is None:
+        raise Infeasible("the plan gives types to weights, and names no quantiser that chooses their codes")
+    shape = plan.shape
+    if plan.mapped or plan.ragged or shape.width is not None or shape.top_k is not None or plan.passes:
+        raise Infeasible(
+            "weights in fewer bits go with experts that stay as they are; leave the passes of the plan out"
+        )
+    for pattern, kind in plan.types.items():
+        weight = by_pattern.get(pattern)
+        if weight is None:
+            raise Infeasible(
+                f"the plan stores {pattern} as {kind}; matrices that can be stored so are named like "
+                f"{', '.join(sorted(by_pattern)[:3])}"
+            )
+        if kind not in SIZES:
+            raise Infeasible(f"the plan stores {pattern} as {kind}; types that can be written are {', '.join(SIZES)}")
+        if weight.columns % SIZES[kind][0]:
+            near = weight.fitting(kind)
+            raise Infeasible(
+                f"the plan stores {pattern} as {kind}, in blocks of {SIZES[kind][0]}; its rows have {weight.columns} "
+                f"numbers: {f'take {near}' if near else 'leave it out'}"
+            )
+
+
+def bytes_saved(weights: Sequence[Weight], types: Mapping[str, str]) -> int:
+    """Return how many bytes fewer the matrices take in the types that they are given, by pattern."""
+    return sum(
+        weight.plain_bytes - weight.num_bytes(types[weight.pattern]) for weight in weights if weight.pattern in types
+    )
+
+
+def encodings_of(weights: Sequence[Weight], types: Mapping[str, str]) -> dict[str, GgmlBlocks]:
+    """Return the encoding of each pattern that a plan gives a type."""
+    by_pattern = {weight.pattern: weight for weight in weights}
+    return {
+        pattern: GgmlBlocks(type=kind, axis=by_pattern[pattern].axis, dtype="F32") for pattern, kind in types.items()
+    }

@@ -1,0 +1,94 @@
+"""Round matrices to a type, column after column; each error may be made good by the columns that follow.
+
+Legend: N matrices, R rows (outputs), C columns (inputs), B columns of a block, v columns coded together, K bytes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from coterie.model.disk.encodings.ggml.block_type import Codes, join_codes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from coterie.model.disk.encodings.ggml.block_type import BlockType
+
+
+#: Columns that an error reaches at once; those behind them are told of the errors of all of them together.
+_NEAR = 32
+
+
+def round_to_nearest(weight_NRC: Tensor, importance_NC: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
+    """Round matrices to the nearest numbers, scales fitted by the importance of columns; see `round_columns`.
+
+    Raises:
+        ValueError: columns that are no whole blocks.
+    """
+    return round_columns(weight_NRC, importance_NC.to(torch.float32), None, kind)
+
+
+def round_columns(
+    weight_NRC: Tensor, importance_NC: Tensor, upper_NCC: Tensor | None, kind: BlockType
+) -> tuple[Tensor, Tensor]:
+    """Round column after column; with an upper factor the later columns make good the error of each.
+
+    Args:
+        weight_NRC: the matrices.
+        importance_NC: how much the error of each column weighs where scales are fitted.
+        upper_NCC: U with H^-1 = U^T U, see `coterie.compress.methods.gptq`; None for the nearest codes.
+        kind: the format.
+
+    Returns:
+        Bytes (N, R, K), uint8, and values (N, R, C), float32.
+
+    Raises:
+        ValueError: columns that are no whole blocks.
+    """
+    num_columns = weight_NRC.shape[-1]
+    if num_columns % kind.block:
+        raise ValueError(f"{num_columns} columns are no whole blocks of {kind.block}, as {kind.name} has them")
+    # Nearest codes of columns that are coded one by one do not hang on each other.
+    together = kind.sub_block if upper_NCC is None and kind.together == 1 else kind.together
+    # Errors reach the columns of a block in few large products, not one by one.
+    near = max(together, min(kind.block, _NEAR))
+    rest_NRC = weight_NRC.to(torch.float32).clone()
+    value_NRC, packed = torch.empty_like(rest_NRC), []
+    for start in range(0, num_columns, kind.block):
+        stop = start + kind.block
+        block_NRB, error_NRB = rest_NRC[..., start:stop].clone(), torch.zeros_like(rest_NRC[..., start:stop])
+        scales, codes = kind.fit(block_NRB, importance_NC[:, None, start:stop]), list[Codes]()
+        for column in range(start, stop, together):
+            end = column + together
+            here = slice(column - start, end - start)
+            if upper_NCC is None:
+                metric_Nvv = torch.diag_embed(importance_NC[:, column:end].sqrt())
+            else:
+                metric_Nvv = _inverse_of_upper(upper_NCC[:, column:end, column:end])
+            chosen, value_NRv = kind.choose(block_NRB[..., here], scales, column - start, metric_Nvv)
+            codes.append(chosen)
+            value_NRC[..., column:end] = value_NRv
+            if upper_NCC is None:
+                continue
+            error_NRB[..., here] = error_NRv = (block_NRB[..., here] - value_NRv) @ metric_Nvv
+            first = column - (column - start) % near
+            last = first + near
+            block_NRB[..., end - start : last - start] -= error_NRv @ upper_NCC[:, column:end, end:last]
+            if end == last:
+                errors_NRn = error_NRB[..., first - start : last - start]
+                block_NRB[..., last - start :] -= errors_NRn @ upper_NCC[:, first:last, last:stop]
+        if upper_NCC is not None:
+            rest_NRC[..., stop:] -= error_NRB @ upper_NCC[:, start:stop, stop:]
+        packed.append(kind.pack(scales, join_codes(codes)))
+    return torch.cat(packed, dim=-1), value_NRC
+
+
+def _inverse_of_upper(upper_Nvv: Tensor) -> Tensor:
+    size = upper_Nvv.shape[-1]
+    if size == 1:
+        return upper_Nvv.reciprocal()
+    eye_vv = torch.eye(size, device=upper_Nvv.device).expand_as(upper_Nvv)
+    inverse_Nvv: Tensor = torch.linalg.solve_triangular(upper_Nvv, eye_vv, upper=True)
+    return inverse_Nvv
