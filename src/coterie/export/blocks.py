@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import UnsupportedDtype
+from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 from coterie.model.disk.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
 
 #: Numbers that are read, encoded and written at once, where rows lie by themselves.
 CHUNK = 2**22
-
-_STORED_BLOCKS = "coterie.model.disk.encodings.ggml_blocks"
 
 
 def block_size(type_: str) -> tuple[int, int]:
@@ -27,18 +24,15 @@ def block_size(type_: str) -> tuple[int, int]:
     return int(columns), int(num_bytes)
 
 
-def block_type(info: TensorInfo) -> str | None:
-    """Return the GGML type that a tensor is stored in, None for any other encoding: its bytes are `stored_blocks`."""
-    if info.packed is None or find_spec(_STORED_BLOCKS) is None:
+def block_type(info: TensorInfo) -> tuple[str, int] | None:
+    """Return the GGML type that a tensor is stored in and the axis that blocks run along; None for other encodings."""
+    if info.packed is None or not isinstance(info.packed.encoding, GgmlBlocks):
         return None
-    encoding: Any = info.packed.encoding
-    if not isinstance(encoding, import_module(_STORED_BLOCKS).GgmlBlocks):
-        return None
-    return str(encoding.type)
+    return info.packed.encoding.type, info.packed.encoding.axis
 
 
 def stored_blocks(info: TensorInfo) -> str:
-    """Return the name on disk of the tensor of bytes (..., R, bytes of a row) that holds a tensor stored in blocks."""
+    """Return the name on disk of the bytes that a tensor is stored as, where it is stored in blocks."""
     assert info.packed is not None
     return info.packed.stored[""].name
 

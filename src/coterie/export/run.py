@@ -266,5 +266,8 @@ def _tell(exported: Exported, number_type: str, outputs: list[Output]) -> None:
             "%d tensors are written as %s: rows such as the %d columns of %s are not made of whole blocks of %s",
             len(fallen), fallen[0].type, fallen[0].shape[-1], fallen[0].name, number_type,
         )  # fmt: skip
+    unpacked = [output.name for output in outputs if output.unpacked]
+    if unpacked:
+        log.info("%d tensors lose their blocks, such as %s: llama.cpp wants rows elsewhere", len(unpacked), unpacked[0])
     if exported.left_out:
         log.info("%d tensors stay behind, such as %s", len(exported.left_out), exported.left_out[0])

@@ -48,10 +48,9 @@ class Take:
         """Whether the matrix is taken as it is."""
         return self == Take()
 
-    @property
-    def keeps_rows(self) -> bool:
-        """Whether rows stay rows, so that what is stored row by row can be taken without unpacking it."""
-        return not (self.input_first or self.turned)
+    def keeps_blocks(self, axis: int) -> bool:
+        """Tell whether blocks along this axis on disk, -1 or -2, lie along rows of what is taken, as they have to."""
+        return axis == (-2 if self.input_first else -1) and not self.turned
 
     def shape(self, rows: int, columns: int) -> tuple[int, ...]:
         """Return the shape of what is taken from a matrix of this shape on disk."""
@@ -103,6 +102,7 @@ class Output:
         type: number format or block type, by its name in GGML.
         parts: what it is put together from.
         copied: bytes of blocks go over as they are.
+        unpacked: it is stored in blocks that cannot go over, and becomes numbers first.
         block: columns of a block of its type.
         block_bytes: bytes of a block.
     """
@@ -112,6 +112,7 @@ class Output:
     type: str
     parts: tuple[Part, ...]
     copied: bool
+    unpacked: bool
     block: int
     block_bytes: int
 
@@ -196,30 +197,33 @@ def _output(
         shape = (len(parts), *shape)
     elif len(shape) == 2 and shape[0] == 1 and "_gate_inp_shexp" in name:
         shape = shape[1:]  # the gate of a shared expert is a vector there
-    type_, copied = _type_of(name, shape, parts, tensors, number_type)
+    stored = {blocks.block_type(tensors[part.source]) for part in parts}
+    copied, type_ = False, number_type
+    if len(shape) < 2 or _FULL_PRECISION.search(name):
+        type_ = "F32"
+    elif None not in stored and all(part.take.keeps_blocks(axis) for part in parts for _, axis in _known(stored)):
+        types = {kind for kind, _ in _known(stored)}
+        if len(types) > 1:
+            raise _mixed(name, types)
+        copied, type_ = True, types.pop()
+    elif len(stored) > 1:
+        raise _mixed(name, {kind for kind, _ in _known(stored)} | {"plain numbers"})
+    elif shape[-1] % blocks.block_size(number_type)[0]:
+        type_ = "BF16"
     block, block_bytes = blocks.block_size(type_)
     return Output(
-        name=name, shape=shape, type=type_, parts=tuple(parts), copied=copied, block=block, block_bytes=block_bytes
-    )
+        name=name, shape=shape, type=type_, parts=tuple(parts), copied=copied, unpacked=not copied and stored != {None},
+        block=block, block_bytes=block_bytes,
+    )  # fmt: skip
 
 
-def _type_of(
-    name: str, shape: tuple[int, ...], parts: list[Part], tensors: Mapping[str, TensorInfo], number_type: str
-) -> tuple[str, bool]:
-    """Return the type of a tensor, and whether its bytes go over as they are."""
-    if len(shape) < 2 or _FULL_PRECISION.search(name):
-        return "F32", False
-    stored = {source: blocks.block_type(tensors[source]) for source in {part.source for part in parts}}
-    kinds = set(stored.values())
-    if kinds != {None} and all(part.take.keeps_rows for part in parts):
-        if len(kinds) > 1:
-            said = " and ".join(sorted(str(kind or "plain numbers") for kind in kinds))
-            raise InputError(f"{name}: its experts are stored as {said}, and a tensor of a GGUF file has one type")
-        [kind] = kinds
-        return str(kind), True
-    if shape[-1] % blocks.block_size(number_type)[0]:
-        return "BF16", False
-    return number_type, False
+def _known(stored: Iterable[tuple[str, int] | None]) -> list[tuple[str, int]]:
+    return [kind for kind in stored if kind is not None]
+
+
+def _mixed(name: str, types: Iterable[str]) -> InputError:
+    said = " and ".join(sorted(types))
+    return InputError(f"{name}: its experts are stored as {said}, and a tensor of a GGUF file has one type")
 
 
 def biggest_pieces(outputs: Iterable[Output], tensors: Mapping[str, TensorInfo]) -> int:

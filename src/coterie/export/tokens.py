@@ -264,6 +264,10 @@ def _check_pieces(content: Mapping[str, Any], folder: Path) -> None:
     for token in vocabulary:
         if token in added or _is_byte(token):
             continue
+        # llama.cpp begins with letters, those of no piece too, and transformers with the bytes of these.
+        strange = next((letter for letter in token if letter not in vocabulary), None)
+        if strange is not None:
+            raise _unknown(folder, f"{strange!r} is in its piece {token!r}, and is no piece by itself")
         for cut in range(1, len(token)):
             pair = (token[:cut], token[cut:])
             if pair not in known and all(half in vocabulary for half in pair):
@@ -287,10 +291,11 @@ def _check_spaces(content: Mapping[str, Any], folder: Path) -> None:
     if not said and len(steps) == 1 and steps[0]["type"] == "Metaspace":
         step = steps[0]
         if step["replacement"] == _SPACE and not step["split"] and step["prepend_scheme"] in ("always", "first"):
-            if step["prepend_scheme"] == "first":
-                log.info(
-                    "its tokenizer puts a space before a text; llama.cpp puts one behind every special token in it, too"
-                )
+            behind = ", and none behind special tokens" if step["prepend_scheme"] == "first" else ""
+            log.warning(
+                "its tokenizer puts a space before a text that begins with none%s; llama.cpp puts one in all of these "
+                "places, so texts that begin with a space have other tokens there", behind,
+            )  # fmt: skip
             return
     raise _unknown(folder, f"it treats spaces with {_shortened([normalizer, *steps])}")
 

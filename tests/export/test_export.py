@@ -1,0 +1,230 @@
+"""Files as wholes: what goes over byte for byte, what is said, what is refused, and disks that fill up."""
+
+import errno
+import json
+import os
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import coterie
+from coterie import artifact, export
+from coterie.cli.main import app
+from coterie.errors import InputError, NotACheckpoint, OutOfSpace, OutputExists, ReloadMismatch
+from coterie.export import blocks, run
+from coterie.export.blocks import encode
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.open import open_checkpoint
+from coterie.testing import tiny_checkpoint
+from llama_runtime import after, llama, numbers, predicted
+
+#: Widths that hold whole blocks of every type.
+WIDE = {"hidden_size": 256, "moe_intermediate_size": 256, "head_dim": 128}
+
+
+def tensors(file):
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+
+
+def field(file, key):
+    return gguf.GGUFReader(file).get_field(key).contents()
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory, text):
+    """Return a model and results of it that are stored in blocks, made once."""
+    folder = tmp_path_factory.mktemp("packed")
+    model = tiny_checkpoint(folder / "model", "qwen3_moe", dtype=torch.bfloat16, **WIDE)
+    coterie.compress(model, folder / "blocks", bits=5.0, text=text, tokens=512, seq_len=64)
+    return folder
+
+
+def test_numbers_are_those_of_the_checkpoint(tiny, tmp_path):
+    checkpoint = tiny("qwen3_moe", dtype=torch.bfloat16)
+    done = export(checkpoint, tmp_path / "model.gguf")
+    found = tensors(tmp_path / "model.gguf")
+    assert done.tensors == len(found)
+    assert done.num_bytes == sum(int(tensor.n_bytes) for tensor in found.values())
+    with Checkpoint.open(checkpoint).reader() as reader:
+        for expert in range(8):
+            up = reader.read(f"model.layers.1.mlp.experts.{expert}.up_proj.weight")
+            bits = found["blk.1.ffn_up_exps.weight"].data[expert].view(np.int16)
+            assert torch.equal(torch.from_numpy(bits.copy()).view(torch.bfloat16), up)
+        router = reader.read("model.layers.1.mlp.gate.weight").float()
+        assert torch.equal(torch.from_numpy(found["blk.1.ffn_gate_inp.weight"].data.copy()), router)
+    assert {tensor.tensor_type.name for tensor in found.values() if len(tensor.shape) > 1} == {"BF16", "F32"}
+
+
+@pytest.mark.parametrize("number_type", ["f32", "f16", "q8_0"])
+def test_matrices_have_the_type_that_is_asked_for(number_type, tmp_path):
+    checkpoint = tiny_checkpoint(tmp_path / "model", "qwen3_moe", **WIDE)
+    export(checkpoint, tmp_path / "model.gguf", type=number_type)
+    found = tensors(tmp_path / "model.gguf")
+    with Checkpoint.open(checkpoint).reader() as reader:
+        embedding = reader.read("model.embed_tokens.weight")
+    kind = gguf.GGMLQuantizationType[number_type.upper()]
+    read_back = torch.from_numpy(gguf.dequantize(found["token_embd.weight"].data, kind).copy())
+    assert found["token_embd.weight"].tensor_type is kind
+    assert (read_back - embedding).abs().max() <= {"f32": 0.0, "f16": 1e-3, "q8_0": 0.01}[number_type]
+    assert found["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+
+
+def test_rows_that_hold_no_whole_blocks_stay_numbers_and_it_is_said(tiny, tmp_path, caplog):
+    caplog.set_level("INFO", logger="coterie")
+    export(tiny("qwen3_moe"), tmp_path / "model.gguf", type="q8_0")  # experts of width 24
+    types = {name: tensor.tensor_type.name for name, tensor in tensors(tmp_path / "model.gguf").items()}
+    assert types["blk.0.ffn_down_exps.weight"] == "BF16"
+    assert types["blk.0.ffn_up_exps.weight"] == "Q8_0"
+    assert (
+        "rows such as the 24 columns of blk.0.ffn_down_exps.weight are not made of whole blocks of Q8_0" in caplog.text
+    )
+
+
+def test_blocks_go_over_byte_for_byte(packed, tmp_path):
+    file = tmp_path / "model.gguf"
+    export(packed / "blocks", file)
+    found = tensors(file)
+    checkpoint, stored = open_checkpoint(packed / "blocks"), Checkpoint.open(packed / "blocks")
+    kinds = {name: blocks.block_type(info) for name, info in checkpoint.tensors.items()}
+    assert any(kinds.values())
+    with stored.reader() as reader:
+        for name, kind in kinds.items():
+            if kind is None or ".experts." not in name:
+                continue
+            _, _, layer, _, _, expert, projection, _ = name.split(".")
+            there = found[f"blk.{layer}.ffn_{projection.removesuffix('_proj')}_exps.weight"]
+            assert there.tensor_type.name == kind[0]
+            content = reader.read(blocks.stored_blocks(checkpoint.tensors[name])).numpy().tobytes()
+            assert there.data[int(expert)].tobytes() == content
+
+
+def test_a_file_of_several_types_predicts_what_the_result_predicts(packed, tmp_path):
+    file = tmp_path / "model.gguf"
+    done = export(packed / "blocks", file, type="f32")
+    assert len(done.types) > 1
+    loaded = coterie.load_model(packed / "blocks", dtype=torch.float32)
+    ids = numbers(50)
+    with llama(file) as server:
+        found = predicted(server, ids, 272)
+    difference = (found - after(loaded, ids)).abs()
+    # llama.cpp rounds what it multiplies blocks with to 8 bits.
+    assert difference.mean() < 0.15
+
+
+def test_what_was_done_is_said_in_the_file(packed, tmp_path):
+    file = tmp_path / "model.gguf"
+    export(packed / "blocks", file)
+    manifest = json.loads((packed / "blocks" / "coterie.json").read_text(encoding="utf-8"))
+    assert field(file, "general.architecture") == "qwen3moe"
+    assert field(file, "general.name") == "blocks"
+    assert field(file, "coterie.recipe") == manifest["recipe"]
+    assert field(file, "coterie.original") == "model"
+    assert field(file, "general.quantization_version") == gguf.GGML_QUANT_VERSION
+    assert field(file, "qwen3moe.expert_feed_forward_length") == 256
+    assert field(file, "tokenizer.chat_template").startswith("{% for message in messages %}")
+
+
+def test_a_result_with_fewer_experts_is_predicted_alike(tiny, text, tmp_path):
+    result = tmp_path / "half"
+    coterie.compress(tiny("qwen3_moe"), result, keep=0.5, recipe="reap", text=text, tokens=512, seq_len=64)
+    export(result, tmp_path / "model.gguf", type="f32")
+    ids = numbers(50)
+    with llama(tmp_path / "model.gguf") as server:
+        found = predicted(server, ids, 272)
+    assert (found - after(coterie.load_model(result, dtype=torch.float32), ids)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "options", [{"recipe": "m-smoe", "router": "map"}, {"recipe": "heapr-ragged"}], ids=["map", "ragged"]
+)
+def test_results_that_only_coterie_loads_are_refused(options, tiny, text, tmp_path):
+    result = tmp_path / "result"
+    coterie.compress(tiny("qwen3_moe"), result, keep=0.5, text=text, tokens=512, seq_len=64, **options)
+    with pytest.raises(InputError, match="one router row and one width for every expert"):
+        export(result, tmp_path / "model.gguf")
+
+
+def test_nothing_that_exists_is_replaced(tiny, tmp_path):
+    checkpoint = tiny("qwen3_moe")
+    file = tmp_path / "model.gguf"
+    export(checkpoint, file)
+    before = file.read_bytes()
+    with pytest.raises(OutputExists, match="exists"):
+        export(checkpoint, file)
+    assert file.read_bytes() == before
+    with pytest.raises(OutputExists, match="is a folder"):
+        export(checkpoint, tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    with pytest.raises(InputError, match="is inside the model folder"):
+        export(copy, copy / "model.gguf")
+    with pytest.raises(NotACheckpoint):
+        export(tmp_path / "nothing", tmp_path / "new.gguf")
+    with pytest.raises(InputError, match="type is 'q2'"):
+        export(checkpoint, tmp_path / "new.gguf", type="q2")
+
+
+def test_equal_checkpoints_give_equal_files(tiny, tmp_path):
+    for name in ("a", "b"):
+        export(tiny("qwen3_moe"), tmp_path / f"{name}.gguf")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_a_disk_that_is_too_small_is_seen_beforehand(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "free_space", lambda place: (place, 1000))
+    with pytest.raises(OutOfSpace, match="1.00 kB free|1000 B|free"):
+        export(tiny("qwen3_moe"), tmp_path / "model.gguf")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tiny, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(blocks, "encode", full)
+    monkeypatch.setattr("coterie.export.blocks.encode", full)
+    with pytest.raises(OutOfSpace, match="filled up"):
+        export(tiny("qwen3_moe"), tmp_path / "model.gguf")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_file_that_reads_back_otherwise_does_not_appear(tiny, tmp_path, monkeypatch):
+    real = artifact.atomic_path
+
+    def damaged(path, outputs):
+        os.truncate(path, path.stat().st_size - 64)
+        check(path, outputs)
+
+    check = run.check_file
+    monkeypatch.setattr(run, "check_file", damaged)
+    assert real is run.atomic_path
+    with pytest.raises((ReloadMismatch, ValueError)):
+        export(tiny("qwen3_moe"), tmp_path / "model.gguf")
+    assert not any(tmp_path.iterdir())
+
+
+def test_numbers_that_a_type_cannot_hold_are_refused():
+    with pytest.raises(InputError, match="too large for F16; take bf16"):
+        encode(torch.tensor([[1e6, 1.0]]), "F16", "blk.0.attn_q.weight")
+
+
+def test_without_the_package_it_is_said_which_to_install(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'coterie\[gguf\]'"):
+        export(tiny("qwen3_moe"), tmp_path / "model.gguf")
+
+
+def test_the_command_does_what_the_function_does(tiny, tmp_path):
+    def command(*arguments):
+        result = CliRunner().invoke(app, ["export", *map(str, arguments)])
+        assert result.exit_code == 0, result.stderr
+        return result.stdout
+
+    dry = json.loads(command(tiny("qwen3_moe"), tmp_path / "model.gguf", "--dry-run", "--json"))
+    assert not any(tmp_path.iterdir())
+    assert command(tiny("qwen3_moe"), tmp_path / "model.gguf").startswith(f"{dry['tensors']} tensors (")
+    assert dry["num_bytes"] == sum(int(tensor.n_bytes) for tensor in tensors(tmp_path / "model.gguf").values())
