@@ -259,7 +259,7 @@ def _json_files(folder: Path, depth: int) -> Iterator[Path]:
 def _names_itself(path: Path) -> bool:
     """Tell whether a JSON file is one of ours, from its first bytes; tokenizers and indices can be very large."""
     with path.open("rb") as file:
-        return b'"coterie"' in file.read(_HEAD)
+        return b'"coterie":' in file.read(_HEAD)  # the key; a config may name us as its method
 
 
 def _read(run: ReportedRun, path: Path, relative: str) -> None:
