@@ -1,5 +1,4 @@
 import json
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -332,10 +331,9 @@ def test_scores_on_different_texts_are_flagged(make_run: Maker) -> None:
 
 
 def test_other_json_files_are_passed_over_and_other_kinds_named(full_run: Any) -> None:
-    method = {"quantization_config": {"quant_method": "coterie", "groups": []}}
-    (full_run.folder / "config.json").write_text(json.dumps(method), encoding="utf-8")
     before = Page(report(full_run.folder)).source
     write_json(full_run.folder / "tokenizer.json", {"model": list(range(5000))})
+    write_json(full_run.folder / "config.json", {"quantization_config": {"quant_method": "coterie"}})
     (full_run.folder / "merged" / "broken.json").write_text("{")
     (full_run.folder / ".hidden").mkdir()
     (full_run.folder / ".hidden" / "profile.json").write_text("{")
