@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from coterie.artifact import write_json
 from coterie.compress.apply import compress
 from coterie.errors import Infeasible
-from coterie.evaluate.run import Evaluation
+from coterie.evaluate.evaluation import Evaluation
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.profile.text import CalibrationText, TextSettings
 from llama_quantiser import (

@@ -252,6 +252,28 @@ def test_no_file_is_too_long():
     assert not {name: count for name, count in lengths.items() if count > MAX_LINES}, "split by what they are about"
 
 
+#: What a variable may not be called: it says how the value came about, and not what it is.
+NAMELESS = {"found", "made", "held"}
+
+
+def nameless(tree: ast.AST) -> list[str]:
+    """Return where variables and arguments are named by how their value came about."""
+    names = [(node.lineno, node.id) for node in ast.walk(tree)
+             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]  # fmt: skip
+    names += [(node.lineno, node.arg) for node in ast.walk(tree) if isinstance(node, ast.arg)]
+    return [f"line {line}: {name}" for line, name in sorted(names) if name in NAMELESS]
+
+
+def test_variables_are_named_by_what_they_hold():
+    lines = {name: nameless(ast.parse(source)) for name, _, source in sources()}
+    assert not {name: where for name, where in lines.items() if where}
+
+
+def test_nameless_variables_are_seen():
+    source = "found = 1\nfor made in x: pass\ndef f(held): found.made = held\nfound_experts = found"
+    assert nameless(ast.parse(source)) == ["line 1: found", "line 2: made", "line 3: held"]
+
+
 def public_definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not child.name.startswith("_"):

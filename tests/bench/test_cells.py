@@ -8,18 +8,18 @@ from coterie.bench.cells import (
     Cell,
     Model,
     choose_recipes,
-    folder_digest,
     grid,
     original_key,
     profile_key,
+    source_digest,
 )
 from coterie.bench.times import CellTimes
 from coterie.compress.recipes import RECIPES
 from coterie.errors import InputError, TextError, UnknownName
 
 SETTINGS = BenchSettings(
-    text="a", text_digest="1", test="b", test_digest="2", tokens=100, test_tokens=50, questions=None, seq_len=10,
-    sample_tokens=20, effort="balanced", device="cpu", max_memory=None, allow_pickle=False,
+    text="a", text_digest="1", test="b", test_digest="2", tokens=100, test_tokens=50, questions=None, on="all",
+    seq_len=10, sample_tokens=20, effort="balanced", device="cpu", max_memory=None, allow_pickle=False,
 )  # fmt: skip
 CELL = Cell(
     model=Model(name="m", path="p", digest="d"), recipe="hc-smoe", router="plain", removed=0.5, seed=0,
@@ -41,6 +41,7 @@ def keys(settings):
         ("sample_tokens", 21, (True, True, False)),
         ("seq_len", 11, (True, True, True)),
         ("device", "cuda", (True, True, True)),
+        ("on", "assistant", (True, True, True)),
         ("test_digest", "3", (True, False, True)),
         ("test_tokens", None, (True, False, True)),
         ("questions", 0, (True, False, True)),
@@ -153,16 +154,29 @@ def test_recipes_are_named_or_all():
 
 def test_the_digest_of_a_folder_is_that_of_its_texts(tmp_path):
     with pytest.raises(TextError, match="holds no"):
-        folder_digest(tmp_path)
+        source_digest(str(tmp_path))
     (tmp_path / "a.txt").write_text("one")
-    first = folder_digest(tmp_path)
+    first = source_digest(str(tmp_path))
     (tmp_path / "notes.md").write_text("not a text of ours")
-    assert folder_digest(tmp_path) == first
+    assert source_digest(str(tmp_path)) == first
     (tmp_path / "a.qa.jsonl").write_text("{}")
-    assert folder_digest(tmp_path) != first
+    assert source_digest(str(tmp_path)) != first
     (tmp_path / "a.qa.jsonl").unlink()
     (tmp_path / "a.txt").write_text("two")
-    assert folder_digest(tmp_path) != first
+    assert source_digest(str(tmp_path)) != first
+
+
+def test_the_digest_of_a_data_set_is_that_of_its_commit_or_its_files_and_of_the_part_that_is_read(tmp_path):
+    sources = ["hf:org/name@c0ffee", "hf:org/name@decaf", "hf:org/name@c0ffee:de", "hf:org/name@c0ffee::test"]
+    assert len({source_digest(source) for source in sources}) == 4
+    for place in ("here", "there"):
+        (tmp_path / place / "set" / "data").mkdir(parents=True)
+        (tmp_path / place / "set" / "data" / "train.jsonl").write_text('{"text": "one"}')
+    here, there = (f"hf:{tmp_path}/{place}/set" for place in ("here", "there"))
+    assert source_digest(here) == source_digest(there)
+    assert source_digest(here) != source_digest(f"{there}::test")
+    (tmp_path / "there" / "set" / "data" / "train.jsonl").write_text('{"text": "two"}')
+    assert source_digest(here) != source_digest(there)
 
 
 def test_cells_take_as_long_as_those_like_them():

@@ -15,8 +15,8 @@ from coterie.compress.recipes import get_recipe
 from coterie.testing import tiny_checkpoint, tiny_text
 
 SETTINGS = BenchSettings(
-    text="a", text_digest="1", test="b", test_digest="2", tokens=100, test_tokens=50, questions=None, seq_len=10,
-    sample_tokens=20, effort="balanced", device="cpu", max_memory=None, allow_pickle=False,
+    text="a", text_digest="1", test="b", test_digest="2", tokens=100, test_tokens=50, questions=None, on="all",
+    seq_len=10, sample_tokens=20, effort="balanced", device="cpu", max_memory=None, allow_pickle=False,
 )  # fmt: skip
 CELL = Cell(
     model=Model(name="m", path="p", digest="d"), recipe="hc-smoe", router="plain", removed=0.5, seed=0,
@@ -76,6 +76,8 @@ def test_a_copy_elsewhere_has_the_same_keys(copied, monkeypatch):
         ("model/stream/stream.py", "reap", (True, True, True)),
         ("model/disk/quantized.py", "reap", (True, True, True)),
         ("evaluate/divergence.py", "reap", (True, False, True)),
+        ("evaluate/evaluation.py", "reap", (True, False, True)),
+        ("evaluate/harness.py", "reap", (False, False, False)),
         ("artifact.py", "reap", (True, True, True)),
         ("__init__.py", "reap", (True, True, True)),
         ("report/page.py", "coterie", (False, False, False)),

@@ -64,6 +64,39 @@ def test_a_cell_is_what_the_commands_say(small, text, tiny, tmp_path, made):
     assert all(cell["seconds"][key] > 0 for key in ("profile", "compress", "evaluate"))
 
 
+def test_data_sets_and_answers_are_measured_as_the_commands_measure_them(small, tiny, tmp_path):
+    pytest.importorskip("datasets")
+    for name, answer in (("calibration", "the mat"), ("test", "the sofa")):
+        rows = [{"prompt": f"Where does cat {n} sit? ", "completion": f"On {answer}, or {n}."} for n in range(60)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text, test = (f"hf:{tmp_path / name}" for name in ("calibration", "test"))
+    changes = {"text": text, "test": test, "recipes": "reap", "routers": ("plain",), "seeds": 1, "on": "assistant"}
+    [cell] = bench(tiny(), tmp_path / "out", **(small | changes)).cells
+    profile = coterie.profile(tiny(), text=text, tokens=512, seq_len=64, sample_tokens=256, on="assistant")
+    by_hand = coterie.compress(tiny(), tmp_path / "small", keep=0.5, recipe="reap", profile=profile)
+    shared = {"against": tiny(), "text": test, "tokens": 256, "seq_len": 64}
+    [card] = coterie.evaluate(by_hand.out, on="assistant", **shared)
+    assert list(cell["domains"]) == ["test"]
+    assert cell["tokens"] == card.overall["tokens"] < coterie.evaluate(by_hand.out, **shared)[0].overall["tokens"]
+    assert cell["kl"] == pytest.approx(card.overall["kl"], rel=1e-6)
+    settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
+    assert [settings[name] for name in ("text", "test", "on")] == ["hf:calibration", "hf:test", "assistant"]
+
+
+def test_text_without_answers_is_refused_before_anything_is_made(small, tiny, tmp_path):
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "rows.jsonl").write_text('{"words": "one"}\n')
+    with pytest.raises(TextError, match=r"is plain text, in which nothing is an answer"):
+        bench(tiny(), tmp_path / "out", **(small | {"on": "assistant"}))
+    pytest.importorskip("datasets")
+    with pytest.raises(TextError, match=r'has no column "text"'):
+        bench(tiny(), tmp_path / "out", **(small | {"test": f"hf:{tmp_path / 'plain'}"}))
+    with pytest.raises(UnknownName, match="choice of tokens"):
+        bench(tiny(), tmp_path / "out", **(small | {"on": "answers"}))
+    assert not (tmp_path / "out").exists()
+
+
 def test_draws_differ_in_the_calibration_text_only(made):
     cells = [cell for cell in made.cells if (cell["method"], cell["removed"]) == ("hc-smoe", 0.5)]
     assert cells[0]["kl"] != cells[1]["kl"]

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from coterie.evaluate import run as evaluate_run
 from coterie.evaluate.answers import (
     attempt_batches,
     attempts,
@@ -182,7 +181,7 @@ def test_answers_in_turns_are_those_at_once(bundled, text_path, tmp_path, monkey
     shutil.copytree(text_path, text)
     (text / "prose.qa.jsonl").write_text("\n".join(map(json.dumps, questions)))
     [in_turns] = evaluate(bundled / "model", text=text, tokens=64, seq_len=32)
-    monkeypatch.setattr(evaluate_run, "READ_AGAIN_BYTES", 0)
+    monkeypatch.setattr("coterie.evaluate.evaluation.READ_AGAIN_BYTES", 0)
     [at_once] = evaluate(bundled / "model", text=text, tokens=64, seq_len=32)
     assert in_turns.domains == at_once.domains
     assert at_once.domains["prose"]["accuracy"] > 0

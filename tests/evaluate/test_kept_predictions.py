@@ -4,8 +4,9 @@ import logging
 import pytest
 import torch
 
-from coterie.evaluate import kept_predictions, run
-from coterie.evaluate.run import Evaluation, evaluate
+from coterie.evaluate import kept_predictions
+from coterie.evaluate.evaluation import Evaluation
+from coterie.evaluate.run import evaluate
 from coterie.model.stream import likelihood, stream
 
 TEXT = {"tokens": 512, "seq_len": 32, "questions": 2}
@@ -104,7 +105,7 @@ def test_other_text_or_another_base_has_predictions_of_its_own(base_path, small_
 
 
 def test_predictions_that_are_too_large_are_not_kept(base_path, small_path, text_path, plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "KEPT_BYTES", 1000)
+    monkeypatch.setattr("coterie.evaluate.evaluation.KEPT_BYTES", 1000)
     [card] = evaluate(small_path, against=base_path, text=text_path, cache=tmp_path, **TEXT)
     assert card.overall == plain[0].overall
     assert not list(tmp_path.iterdir())

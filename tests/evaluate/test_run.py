@@ -8,6 +8,7 @@ import torch
 from coterie.compress.apply import compress
 from coterie.errors import Infeasible, InputError, NotACheckpoint, TextError
 from coterie.evaluate import run, speed
+from coterie.evaluate.evaluation import Evaluation
 from coterie.evaluate.generation import count_correct, read_questions
 from coterie.evaluate.run import evaluate
 from coterie.model.arch.load import load_model
@@ -105,7 +106,7 @@ def test_the_original_has_a_row_of_its_own(base_path, small_path, text_path, alo
 
 def test_a_base_that_is_not_asked_has_no_answers(base_path, small_path, text_path):
     settings = {"against": base_path, "text": text_path, "questions": 2, **TEXT}
-    with run.Evaluation(ask_base=False, **settings) as evaluation:
+    with Evaluation(ask_base=False, **settings) as evaluation:
         card = evaluation.score(small_path)
     assert card.overall["questions"] == 2
     assert (card.base_overall["questions"], card.base_overall["accuracy"]) == (0, None)
@@ -201,7 +202,7 @@ def test_speed_and_memory_are_measured_on_request(base_path, small_path, text_pa
 
 
 def test_models_that_do_not_fit_as_a_whole_are_refused_beforehand(base_path, small_path, text_path, monkeypatch):
-    monkeypatch.setattr(run, "read", None)
+    monkeypatch.setattr("coterie.evaluate.evaluation.read", None)
     arguments = {"against": base_path, "text": text_path, "speed_seconds": 0} | TEXT
     stage = speed.whole_stage({"small": stream.Stream(Checkpoint.open(small_path))})
     stage.check(stage.num_bytes)
@@ -215,7 +216,7 @@ def test_models_that_do_not_fit_as_a_whole_are_refused_beforehand(base_path, sma
 
 
 def test_memory_that_one_unit_needs_is_checked_beforehand(base_path, text_path, monkeypatch):
-    monkeypatch.setattr(run, "read", None)
+    monkeypatch.setattr("coterie.evaluate.evaluation.read", None)
     with pytest.raises(Infeasible, match=r"--max-memory allows 512 MiB"):
         evaluate(base_path, text=text_path, max_memory="512MiB", **TEXT)
 
@@ -277,9 +278,13 @@ def test_the_batch_size_does_not_change_the_scores(base_path, small_path, text_p
 @pytest.mark.parametrize("positions", [1, 2, 5, 31])
 def test_logits_of_a_part_of_a_batch_exist_at_a_time(base_path, small_path, text_path, alone, monkeypatch, positions):
     monkeypatch.setattr(likelihood, "BATCH_ELEMENTS", (positions + 1) * 8 * 272)
-    sizes = []
-    nll = run.token_nll
-    monkeypatch.setattr(run, "token_nll", lambda logits, ids: sizes.append(logits.numel()) or nll(logits, ids))
+    sizes, nll = [], likelihood.token_nll
+
+    def measured(logits, ids):
+        sizes.append(logits.numel())
+        return nll(logits, ids)
+
+    monkeypatch.setattr("coterie.evaluate.evaluation.token_nll", measured)
     [card] = evaluate(small_path, against=base_path, text=text_path, questions=2, **TEXT)
     assert max(sizes) == (positions + 1) * 8 * 272
     assert_same_quality(alone[small_path], card, rel=1e-5)

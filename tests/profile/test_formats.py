@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -127,13 +128,17 @@ def test_a_folder_of_parquet_is_read_as_a_data_set(tmp_path):
 
 def test_names_of_data_sets():
     def parts(text):
-        found = DataSet.parse(text)
-        return found.name, found.config, found.split
+        data_set = DataSet.parse(text)
+        assert str(data_set) == text
+        assert data_set.domain == "name"
+        return data_set.name, data_set.config, data_set.split
 
     assert parts("hf:org/name") == ("org/name", None, None)
     assert parts("hf:org/name:de:test") == ("org/name", "de", "test")
     assert parts("hf:org/name::test") == ("org/name", None, "test")
-    for wrong in ("hf:", "hf: ", "hf::x", "hf:a:b:c:d"):
+    assert parts("hf:org/name@refs/pr/1:de") == ("org/name", "de", None)
+    assert DataSet.parse("hf:org/name@v1").revision == "v1"
+    for wrong in ("hf:", "hf: ", "hf::x", "hf:a:b:c:d", "hf:a@", "hf:@v1"):
         with pytest.raises(TextError, match="names no data set"):
             DataSet.parse(wrong)
     with pytest.raises(UnknownName, match="did you mean name"):
@@ -147,8 +152,25 @@ def test_names_of_data_sets():
 def test_nothing_is_written_into_a_data_set(tiny, tmp_path):
     with pytest.raises(InputError, match="is inside the text folder"):
         coterie.profile(tiny(), tmp_path / "out", text=f"hf:{tmp_path}:config")
-    with pytest.raises(InputError, match="a bench reads folders; save the data set"):
-        coterie.bench(tiny(), tmp_path / "bench", text="hf:a/b", test="hf:a/b")
+    for texts in ({"text": f"hf:{tmp_path}", "test": "hf:a/b"}, {"text": "hf:a/b", "test": f"hf:{tmp_path}::test"}):
+        with pytest.raises(InputError, match="is inside the text folder"):
+            coterie.bench(tiny(), tmp_path / "bench", **texts)
+
+
+def test_a_data_set_of_the_hub_is_pinned_to_a_commit_and_a_folder_to_its_place(tmp_path, monkeypatch):
+    asked = []
+
+    def dataset_info(self, name, *, revision):
+        asked.append((name, revision))
+        return SimpleNamespace(sha="c0ffee")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    assert str(DataSet.parse("hf:org/name@v1:de:test").pinned()) == "hf:org/name@c0ffee:de:test"
+    assert asked == [("org/name", "v1")]
+    (tmp_path / "at@home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert str(DataSet.parse("hf:at@home::test").pinned()) == f"hf:{tmp_path.resolve()}/at@home::test"
+    assert DataSet.parse("hf:at@home").domain == "at@home"
 
 
 def test_a_data_set_that_cannot_be_reached_is_one_line():

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 import coterie
 from conftest import digests
 from coterie.cli.main import app
-from coterie.compress.provenance import _last_name as last_name
 from coterie.errors import InputError, OutputExists, StaleArtifact
 from coterie.evaluate.scorecard import Scorecard
 from coterie.model.disk.manifest import Manifest, RaggedWidths, ResultForm
 from coterie.model.disk.provenance import Provenance
+from coterie.profile.sources import source_name
 from coterie.publish.card import CARD, is_own_card, render_card, write_card
 from manifests import layer_entry, manifest_of
 
@@ -303,4 +303,4 @@ def test_text_is_named_without_the_way_to_it(tmp_path, monkeypatch):
         "hf:wikitext:raw:test": "hf:wikitext:raw:test", "hf:mine/rows": "hf:rows",
         f"hf:{tmp_path / 'mine' / 'rows'}:all": "hf:rows:all", "hf:/home/secret/set::test": "hf:set::test",
     }  # fmt: skip
-    assert {text: last_name(text) for text in named} == named
+    assert {text: source_name(text) for text in named} == named

@@ -13,7 +13,10 @@ from coterie.artifact import digest_of, file_digest
 from coterie.bench.code import code_digests
 from coterie.compress.recipes import EFFORTS, RECIPES, ROUTERS, Recipe, get_recipe
 from coterie.errors import Infeasible, InputError, UnknownName
+from coterie.paths import user_path
+from coterie.profile.data_sets import DataSet, is_data_set_name
 from coterie.profile.documents import QUESTIONS, text_files
+from coterie.profile.sources import On
 from coterie.profile.statistics import STATISTICS, needs_gradients
 
 #: Raised when the bench itself comes to measure something else than before.
@@ -21,7 +24,7 @@ VERSION = 1
 
 #: What a profile, the scores of a model and a cell come from.
 _PROFILE = "coterie.profile.run"
-_EVALUATE = "coterie.evaluate.run"
+_EVALUATE = "coterie.evaluate.evaluation"
 _COMPRESS = "coterie.compress.apply"
 
 #: Tables of which a cell uses some entries, and the one that is in its key with its content.
@@ -40,13 +43,14 @@ class BenchSettings:
     """What all cells of a bench share.
 
     Attributes:
-        text: folder of the calibration text.
-        text_digest: digest of its files.
-        test: folder of the test text.
-        test_digest: digest of its files.
+        text: the calibration text, a folder or ``hf:`` and the name of a data set, see `pin_source`.
+        text_digest: digest of it.
+        test: the test text, likewise.
+        test_digest: digest of it.
         tokens: calibration tokens.
         test_tokens: test tokens; the whole text when None.
         questions: questions of each domain at most; all when None.
+        on: which tokens count in statistics, losses and scores: "all", or those of answers, "assistant".
         seq_len: tokens in a sequence.
         sample_tokens: tokens of each layer's sample.
         effort: how long recipes that distil train the result.
@@ -62,6 +66,7 @@ class BenchSettings:
     tokens: int
     test_tokens: int | None
     questions: int | None
+    on: On
     seq_len: int
     sample_tokens: int
     effort: str
@@ -73,6 +78,7 @@ class BenchSettings:
         """Return what decides what a profile holds, the model and the seed apart."""
         return {
             "text": self.text_digest,
+            "on": self.on,
             "tokens": self.tokens,
             "seq_len": self.seq_len,
             "sample_tokens": self.sample_tokens,
@@ -84,6 +90,7 @@ class BenchSettings:
         """Return what decides what an evaluation says, the models apart."""
         return {
             "test": self.test_digest,
+            "on": self.on,
             "tokens": self.test_tokens,
             "questions": self.questions,
             "seq_len": self.seq_len,
@@ -295,8 +302,38 @@ def _has_form(recipe: Recipe, router: str) -> bool:
     return True
 
 
-def folder_digest(folder: Path) -> str:
-    """Return a digest of the texts and questions in a folder; raises TextError when it has none."""
+def pin_source(source: str | Path) -> str:
+    """Return a source of text such that all workers, however late, read the same: a place, or a commit of the hub.
+
+    Raises:
+        TextError: a data set that the hub does not have, or no network.
+    """
+    if is_data_set_name(source):
+        return str(DataSet.parse(str(source)).pinned())
+    return str(user_path(source).resolve())
+
+
+def source_digest(source: str) -> str:
+    """Return a digest of a source of text that is pinned.
+
+    It is one of the texts and questions in a folder, of all files of a data set's folder, and of a data set of the hub
+    that of its commit's name, with configuration and split.
+
+    Raises:
+        TextError: a folder without text.
+    """
+    if not is_data_set_name(source):
+        return _folder_digest(Path(source))
+    data_set = DataSet.parse(source)
+    content: str | dict[str, str] = str(data_set)
+    if data_set.folder is not None:
+        folder = data_set.folder
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        content = {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+    return digest_of([data_set.domain, data_set.config, data_set.split, content])
+
+
+def _folder_digest(folder: Path) -> str:
     questions = [file for end in QUESTIONS for file in folder.glob(f"*{end}")]
     digests: dict[str, str] = {}
     for file in (*text_files(folder).values(), *questions):

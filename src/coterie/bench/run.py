@@ -33,10 +33,11 @@ from coterie.bench.cells import (
     Model,
     choose_recipes,
     code_version,
-    folder_digest,
     grid,
     original_key,
+    pin_source,
     profile_key,
+    source_digest,
 )
 from coterie.bench.plot import draw_png, draw_svg
 from coterie.bench.pool import Died, Pool, open_pool
@@ -50,11 +51,11 @@ from coterie.journal_lines import run_folder
 from coterie.model.arch.layers import Architecture
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.files import name_of_model
 from coterie.model.disk.open import open_checkpoint
 from coterie.outputs import check_output
-from coterie.paths import user_path
-from coterie.profile.data_sets import is_data_set_name
-from coterie.profile.documents import text_files
+from coterie.profile.data_sets import is_data_set_name, local_place
+from coterie.profile.sources import On, source_name, text_sources
 from coterie.progress import StageTime, duration, track, waiting
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ def bench(
     tokens: int = 131_072,
     test_tokens: int | None = None,
     questions: int | None = None,
+    on: On = "all",
     seq_len: int = 512,
     sample_tokens: int = 8_192,
     effort: str = "balanced",
@@ -124,8 +126,9 @@ def bench(
     Args:
         models: model folders or hub ids.
         out: folder for everything that is found; a bench that is there goes on.
-        text: folder with calibration text.
-        test: folder with test text and questions.
+        text: folder with calibration text, see `coterie.profile.documents`; or ``hf:`` and the name of a data set, see
+            `coterie.profile.data_sets`, of which all cells read the commit that the hub has now.
+        test: folder with test text and questions, or a data set, likewise.
         recipes: "all", or names, as a list or separated by commas.
         routers: forms of the router, see `coterie.compress.compress`; those that a recipe has no use for are left out.
         removed: shares of the expert parameters to remove.
@@ -133,6 +136,8 @@ def bench(
         tokens: calibration tokens in all.
         test_tokens: test tokens in all; the whole text when None.
         questions: questions of each domain at most; all when None.
+        on: tokens that count in statistics, losses and scores: "all", or those of answers in conversations and of
+            completions, "assistant".
         seq_len: tokens in a sequence.
         sample_tokens: tokens of each layer's sample.
         effort: how long recipes that distil train the result: "fast", "balanced" or "thorough".
@@ -152,7 +157,7 @@ def bench(
     """
     check_device(device)
     chosen = [models] if isinstance(models, str | Path) else list(models)
-    reads = {"model folder": chosen, "text folder": [text, test]}
+    reads = {"model folder": chosen, "text folder": [local_place(text), local_place(test)]}
     folder = check_output(out, kind="bench", reads=reads, accepts=_may_go_on, folder=True)
     opened = [_open(model, allow_pickle=allow_pickle) for model in chosen]
     if not opened:
@@ -168,16 +173,13 @@ def bench(
     draws = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     for seed in draws:
         check_seed(seed)
-    for source in (text, test):
-        if is_data_set_name(source):
-            raise InputError(f"{source}: a bench reads folders; save the data set (save_to_disk) and give that one")
-        text_files(source)
+    _check_texts([text, test], on=on)
+    calibration, testing = pin_source(text), pin_source(test)
     settings = BenchSettings(
-        text=str(user_path(text).resolve()), text_digest=folder_digest(user_path(text)),
-        test=str(user_path(test).resolve()), test_digest=folder_digest(user_path(test)),
-        tokens=tokens, test_tokens=test_tokens, questions=questions, seq_len=seq_len, sample_tokens=sample_tokens,
-        effort=effort, device=device, max_memory=None if max_memory is None else parse_bytes(max_memory),
-        allow_pickle=allow_pickle,
+        text=calibration, text_digest=source_digest(calibration), test=testing, test_digest=source_digest(testing),
+        tokens=tokens, test_tokens=test_tokens, questions=questions, on=on, seq_len=seq_len,
+        sample_tokens=sample_tokens, effort=effort, device=device,
+        max_memory=None if max_memory is None else parse_bytes(max_memory), allow_pickle=allow_pickle,
     )  # fmt: skip
     cells = grid(
         opened, recipes=choose_recipes(recipes), routers=routers, removed=removed, seeds=draws, settings=settings
@@ -196,6 +198,14 @@ def bench(
         if begins:
             _remove_if_nothing_came(folder)
         lock.release()
+
+
+def _check_texts(texts: Sequence[str | Path], *, on: str) -> None:
+    """Raise TextError for text that cannot be read, before anything is computed; of a data set, one row is read."""
+    for text in texts:
+        for source in text_sources(text, on=on).values():
+            if is_data_set_name(text):
+                next(source.read(), None)
 
 
 def _check_amounts(amounts: Mapping[str, int | None]) -> None:
@@ -230,9 +240,7 @@ def _open(model: str | Path, *, allow_pickle: bool) -> Model:
     stored = Checkpoint.open(model, allow_pickle=allow_pickle)
     checkpoint = open_checkpoint(stored.path, allow_pickle=allow_pickle)
     Architecture.of(checkpoint)
-    local = user_path(model)
-    name = local.resolve().name if local.is_dir() else str(model)
-    return Model(name=name, path=str(stored.path.resolve()), digest=checkpoint.digest)
+    return Model(name=name_of_model(model), path=str(stored.path.resolve()), digest=checkpoint.digest)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -368,7 +376,7 @@ class _BenchCall:
             self.folder / RESULTS,
             {
                 "settings": asdict(self.settings)
-                | {name: Path(getattr(self.settings, name)).name for name in ("text", "test")},
+                | {name: source_name(getattr(self.settings, name)) for name in ("text", "test")},
                 "code": code_version(),
                 "environment": environment(torch.device(self.settings.device), torch.float32) | {"threads": 1},
                 "originals": [asdict(original) for original in originals],

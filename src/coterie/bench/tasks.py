@@ -19,7 +19,7 @@ from coterie.bench.cells import BenchSettings, Cell, Model, original_key
 from coterie.compress.apply import Result, compress
 from coterie.compress.recipes import EFFORTS, get_recipe
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError, OutputBusy, OutputExists
-from coterie.evaluate.run import Evaluation
+from coterie.evaluate.evaluation import Evaluation
 from coterie.evaluate.speed import reset_peak
 from coterie.model.disk.manifest import RouterForm
 from coterie.model.stream.memory import peak_bytes
@@ -54,7 +54,7 @@ class Worker:
             profile(
                 model, out, text=shared.text, tokens=shared.tokens, seq_len=shared.seq_len, seed=seed,
                 sample_tokens=shared.sample_tokens, device=shared.device, gradients=gradients,
-                max_memory=shared.max_memory, allow_pickle=shared.allow_pickle,
+                max_memory=shared.max_memory, allow_pickle=shared.allow_pickle, on=shared.on,
             )  # fmt: skip
 
         _, seconds, peak = _measured(run)
@@ -107,7 +107,7 @@ class Worker:
                 router=cast(RouterForm, cell.router), profile=profile, train_tokens=train_tokens, text=settings.text,
                 tokens=settings.tokens, cache=cache, seq_len=settings.seq_len, seed=cell.seed,
                 sample_tokens=settings.sample_tokens, device=settings.device,
-                max_memory=settings.max_memory, allow_pickle=settings.allow_pickle,
+                max_memory=settings.max_memory, allow_pickle=settings.allow_pickle, on=settings.on,
             )  # fmt: skip
 
         result, compress_seconds, peak = _measured(make)
@@ -140,7 +140,7 @@ class Worker:
             self._evaluation = Evaluation(
                 against=model.path, text=settings.test, tokens=settings.test_tokens, seq_len=settings.seq_len,
                 device=settings.device, questions=settings.questions, allow_pickle=settings.allow_pickle, cache=cache,
-                ask_base=False,  # which is scored itself
+                on=settings.on, ask_base=False,  # which is scored itself
             )  # fmt: skip
             self._evaluated = key
         return self._evaluation

@@ -13,8 +13,16 @@ from coterie.cli.output import print_json, print_markdown, print_text
 def bench(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model folders or hub ids.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for what is found; one that is there goes on.")],
-    text: Annotated[Path, typer.Option(help="Folder with calibration text, one *.txt or *.jsonl file a domain.")],
-    test: Annotated[Path, typer.Option(help="Folder with test text, and *.qa.jsonl files of questions.")],
+    text: Annotated[
+        str,
+        typer.Option(metavar="TEXT", help=f"Folder with calibration text: {options.FORMATS}; or hf:NAME, a data set."),
+    ],
+    test: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT", help="Folder with test text, and *.qa.jsonl files of questions; or hf:NAME, a data set."
+        ),
+    ],
     recipes: Annotated[
         str,
         typer.Option(
@@ -40,6 +48,7 @@ def bench(
     questions: Annotated[
         int | None, typer.Option(help="Questions of each domain at most; all when left out, none with 0.")
     ] = None,
+    on: options.On = "all",
     seq_len: options.SequenceLength = 512,
     sample_tokens: options.SampleTokens = 8_192,
     effort: Annotated[
@@ -73,6 +82,7 @@ def bench(
         tokens=tokens,
         test_tokens=test_tokens,
         questions=questions,
+        on=on,
         seq_len=seq_len,
         sample_tokens=sample_tokens,
         effort=effort,

@@ -30,7 +30,7 @@ def compress(
         str | None,
         typer.Option(
             help="How experts are chosen or merged; see `coterie recipes`. Or module:attribute.",
-            show_default="coterie",
+            show_default=options.USUAL_RECIPE,
             autocompletion=complete_recipe,
         ),
     ] = None,
@@ -105,11 +105,11 @@ def compress(
     targets = {"keep": keep, "experts": experts, "width": width, "budget": budget, "bits": bits, "type": type}
     if plan is None:
         options.one_target(**targets)
-        check_request(model, targets, recipe or "coterie", router or "plain", seed)
-    from coterie.compress.recipes import get_recipe, training_tokens
+        check_request(model, targets, recipe, router or "plain", seed)
+    from coterie.compress.recipes import default_recipe, get_recipe, training_tokens
 
     if plan is None:
-        chosen = get_recipe(recipe or "coterie")
+        chosen = get_recipe(recipe or default_recipe(type=type, bits=bits, budget=budget))
         training_tokens(chosen.name, effort, train_tokens, trains=chosen.trains)
     from coterie.profile.shares import parse_domains
 

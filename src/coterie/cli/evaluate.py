@@ -121,8 +121,8 @@ def evaluate(
 
 def _files(out: Path, models: list[str], reads: Mapping[str, Sequence[str | Path | None]]) -> list[Path]:
     """Return the file for each model's scorecard; raise before anything is computed where one cannot go."""
+    from coterie.model.disk.files import name_of_model
     from coterie.outputs import check_output
-    from coterie.paths import user_path
 
     if out.suffix == ".json":
         if len(models) > 1:
@@ -131,7 +131,7 @@ def _files(out: Path, models: list[str], reads: Mapping[str, Sequence[str | Path
             )
         files = [out]
     else:
-        names = [user_path(model).resolve().name if Path(model).exists() else model for model in models]
+        names = [name_of_model(model) for model in models]
         files = [out / f"scorecard-{name.replace('/', '--')}.json" for name in names]
         if len(set(files)) < len(files):
             raise typer.BadParameter(f"the models {', '.join(names)} need distinct names", param_hint="MODEL")

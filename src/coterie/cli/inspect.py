@@ -85,13 +85,26 @@ def _layer_lines(layers: "tuple[MoEBlock, ...]") -> Iterator[str]:
 
 def _budget_line(fit: "BudgetFit") -> str:
     from coterie.amounts import format_bytes
+    from coterie.model.disk.encodings.ggml import SIZES, bits_of
+
+    least = min(map(bits_of, SIZES))
+    fewer_bits = f"all experts at {fit.bits:.2f} bits a number (coterie compress --budget)"
+    if fit.bits < least:
+        fewer_bits = f"at {least:.2f} bits a number, the fewest, all experts are still too large"
+    elif fit.bits > 16:
+        fewer_bits = "all experts as they are"
+    return f"{format_bytes(fit.limit)}: {fewer_bits}; {_fewer_experts(fit)}"
+
+
+def _fewer_experts(fit: "BudgetFit") -> str:
+    from coterie.amounts import format_bytes
     from coterie.model.arch.shapes import awkward_shapes
 
     if fit.feasible:
         notes = "".join(f"; {note}: --multiple-of chooses others" for note in awkward_shapes(fit.experts))
         largest = f"{fit.experts} experts a layer fit (--keep {fit.keep:.3g}), {format_bytes(fit.bytes)}"
-        return f"{format_bytes(fit.limit)}: {largest}{notes}"
+        return f"or {largest}{notes}"
     return (
-        f"{format_bytes(fit.limit)} cannot be met by keeping fewer experts: the least that can be routed, "
-        f"{fit.smallest_experts} a layer, takes {format_bytes(fit.smallest)}"
+        f"it cannot be met by keeping fewer experts: the least that can be routed, {fit.smallest_experts} a layer, "
+        f"takes {format_bytes(fit.smallest)}"
     )

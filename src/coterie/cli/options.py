@@ -42,10 +42,13 @@ Type = Annotated[
     str | None,
     typer.Option(help="Type that weights are stored in, named as in llama.cpp, like Q4_K; for such recipes."),
 ]
+#: The recipe that is taken where none is named, in the words of the help.
+USUAL_RECIPE = "coterie; with --budget or --bits coterie-bits, with --type gptaq"
 Recipe = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="How experts are chosen or merged; see `coterie recipes`. Or module:attribute of your own.",
+        help="How experts are chosen, merged or stored; see `coterie recipes`. Or module:attribute of your own.",
+        show_default=USUAL_RECIPE,
         autocompletion=complete_recipe,
     ),
 ]

@@ -27,7 +27,7 @@ def plan(
     budget: options.Budget = None,
     bits: options.Bits = None,
     type: options.Type = None,
-    recipe: options.Recipe = "coterie",
+    recipe: options.Recipe = None,
     router: options.Router = "plain",
     seed: options.Seed = 0,
     mtp: options.Mtp = None,
@@ -68,14 +68,15 @@ def plan(
         print_text(f"plan written to {out}")
 
 
-def check_request(model: str, targets: Mapping[str, Any], recipe: str, router: RouterForm, seed: int) -> None:
+def check_request(model: str, targets: Mapping[str, Any], recipe: str | None, router: RouterForm, seed: int) -> None:
     """Refuse, before anything heavy is imported, what no model could be given, and what is no model."""
-    from coterie.compress.recipes import get_recipe
+    from coterie.compress.recipes import default_recipe, get_recipe
     from coterie.compress.request import Request
     from coterie.compress.target import Target
     from coterie.model.disk.checkpoint import read_config, resolve
 
-    Request(recipe=get_recipe(recipe), target=Target(**targets), router=router, seed=seed).check()
+    usual = default_recipe(**{name: targets[name] for name in ("type", "bits", "budget")})
+    Request(recipe=get_recipe(recipe or usual), target=Target(**targets), router=router, seed=seed).check()
     read_config(resolve(model, weights=False))
 
 
@@ -112,6 +113,8 @@ def print_plan(plan: "Plan") -> None:
         start += count
     for text in _type_texts(plan):
         print_text(text)
+    if plan.damage is not None:
+        print_text(f"expected rise of the loss: {plan.damage:.3g} nats a token")
     for name in plan.untouched:
         print_text(f"{name}: copied; the model does not run it")
     if plan.mtp is not None:

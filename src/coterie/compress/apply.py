@@ -128,7 +128,7 @@ def compress(
         type: the GGML type that matrices are stored in, like "Q4_K", for such a recipe.
         plan: a plan, or its file, perhaps edited; it says how small, with which recipe and which router.
         recipe: name of a recipe, see `coterie.compress.recipes`; ``"module:attribute"`` of your own, or the recipe
-            itself; "coterie" when None.
+            itself; None for the usual one, see `coterie.compress.recipes.default_recipe`.
         effort: "fast", "balanced" or "thorough": how long a recipe that distils trains the result, see
             `coterie.compress.recipes.EFFORTS`. It is left out, and said so, where the result does not fit into the
             memory that there is, or into `max_memory`.

@@ -18,7 +18,7 @@ from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods import load_decide, load_pass, needs_of
 from coterie.compress.output import result_config
 from coterie.compress.plan import Mtp, Plan
-from coterie.compress.recipes import Recipe, Step, get_recipe
+from coterie.compress.recipes import Recipe, Step, default_recipe, get_recipe
 from coterie.compress.request import Request
 from coterie.compress.source import Source
 from coterie.compress.state import Measured
@@ -43,7 +43,7 @@ def plan(
     budget: str | int | None = None,
     bits: float | None = None,
     type: str | None = None,
-    recipe: str | Recipe = "coterie",
+    recipe: str | Recipe | None = None,
     router: RouterForm = "plain",
     seed: int = 0,
     mtp: Mtp = "keep",
@@ -62,7 +62,8 @@ def plan(
         budget: largest size of the weight files, such as "12GiB", "800MB" or a number of bytes.
         bits: most bits that a number of a matrix takes, for a recipe that stores weights in fewer.
         type: the GGML type that matrices are stored in, for such a recipe.
-        recipe: name of a recipe, ``"module:attribute"`` of your own, or the recipe itself.
+        recipe: name of a recipe, ``"module:attribute"`` of your own, or the recipe itself; None for the usual one, see
+            `coterie.compress.recipes.default_recipe`.
         router: form of the router: "plain", "mean", "refit" or "map", see `Plan`.
         seed: seed of everything random in the passes.
         mtp: what becomes of prediction layers (MTP): "keep" with the experts that the last layer keeps, or "drop".
@@ -79,7 +80,8 @@ def plan(
     target = Target(
         keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of
     )
-    request = Request(recipe=get_recipe(recipe), target=target, router=router, seed=seed)
+    chosen = default_recipe(type=type, bits=bits, budget=budget) if recipe is None else recipe
+    request = Request(recipe=get_recipe(chosen), target=target, router=router, seed=seed)
     request.check()
     source = Source.open(model, mtp=mtp, fetch="samples")
     if isinstance(profile, str | Path):
@@ -179,7 +181,8 @@ def completed(source: Source, outlined: Plan, request: Request | None, profile: 
 
 def with_types(source: Source, outlined: Plan, request: Request, damages: Mapping[str, Mapping[str, float]]) -> Plan:
     """Return an outline with the types that matrices get, now that it is known what each would cost."""
-    return weighed(source, replace(outlined, types=allocate(source, request, None, damages).types))
+    allocation = allocate(source, request, None, damages)
+    return weighed(source, replace(outlined, types=allocation.types, damage=allocation.damage))
 
 
 def with_choices(plan: Plan, layers: Sequence[MoELayer], profile: Profile) -> Plan:

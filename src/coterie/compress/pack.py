@@ -12,7 +12,7 @@ from torch import Tensor
 from coterie.compress.lanes import Lane, Lanes
 from coterie.compress.moments import Inputs, Moments, Sum, watching
 from coterie.compress.plan import Plan
-from coterie.compress.projections import DOWN, Projections, projections_of
+from coterie.compress.projections import DOWN, GATE, UP, Projections, projections_of
 from coterie.compress.quantisers import get_quantiser, load_quantiser
 from coterie.compress.source import Source
 from coterie.compress.weights import Weight
@@ -139,18 +139,22 @@ class Packer:
         matrices = projections_of(projections.experts)
         type_of = {name: self.plan.types[weight.pattern] for weight in weights for name in weight.names}
         inputs = {between: moments.expert_inputs(layer.index, between=between) for between in (False, True)}
+        kind_of: dict[int, str] = {}
+        for name, kind in type_of.items():
+            for part in projections.held[name]:
+                if kind_of.setdefault(part, kind) != kind:
+                    raise ArchitectureMismatch(f"{name} and others like it are to be stored in {kind_of[part]}, {kind}")
+        rows: dict[int, Tensor] = {}
+        if kind_of.get(GATE) == kind_of.get(UP) is not None:  # they see the same inputs: one choice of codes for both
+            both = torch.cat((matrices[GATE], matrices[UP]), dim=1).float()
+            rows[GATE], rows[UP] = self._rounded(both, inputs[False], kind_of[UP])[0].chunk(2, dim=1)
+        for part in sorted(kind_of.keys() - rows.keys()):
+            rows[part] = self._rounded(matrices[part].float(), inputs[part == DOWN], kind_of[part])[0]
         packed: dict[str, Tensor] = {}
-        for held in sorted(set(projections.held.values()), key=sorted):
-            names = [name for name, each in projections.held.items() if each == held and name in type_of]
-            kinds = {type_of[name] for name in names}
-            if len(kinds) > 1:
-                raise ArchitectureMismatch(f"{names[0]} and others like it are to be stored in {sorted(kinds)}")
-            for kind in kinds:
-                rows = {
-                    part: self._rounded(matrices[part].float(), inputs[part == DOWN], kind)[0] for part in sorted(held)
-                }
-                on_disk = projections.on_disk(rows)
-                packed |= {name: on_disk[name] for name in names}
+        for parts in set(projections.held.values()):
+            if parts <= rows.keys():
+                on_disk = projections.on_disk({part: rows[part] for part in parts})
+                packed |= {name: on_disk[name] for name in type_of if projections.held[name] == parts}
         return packed
 
 

@@ -66,6 +66,7 @@ class Plan:
         inputs: digests of the model (and the profile's text) that the plan was made from.
         quantiser: (name, options) of what chooses the codes of weights that are stored in blocks; None where none are.
         types: GGML type of every matrix that is stored in blocks, by its name on disk, a star for the expert's number.
+        damage: rise of the loss that the allocator expects, in nats a token; None where it expects none in numbers.
     """
 
     recipe: str
@@ -83,6 +84,7 @@ class Plan:
     mtp: Mtp | None = None
     quantiser: Step | None = None
     types: Mapping[str, str] = field(default_factory=dict)
+    damage: float | None = None
 
     def body(self) -> dict[str, Any]:
         """Return the plan as JSON content (without the input digests)."""
@@ -96,6 +98,7 @@ class Plan:
             **({} if self.mtp is None else {"mtp": self.mtp}),
             **({} if self.quantiser is None else {"quantiser": [self.quantiser[0], dict(self.quantiser[1])]}),
             **({"types": dict(self.types)} if self.types else {}),
+            **({} if self.damage is None else {"damage": self.damage}),
             **{name: getattr(self, name) for name in _COUNTS},
         }
 
@@ -161,6 +164,7 @@ class Plan:
                 mtp=cast(Mtp, content.text("mtp", choices=("keep", "drop"))) if content.said("mtp") else None,
                 quantiser=content.pair("quantiser") if content.said("quantiser") else None,
                 types=content.texts_by_name("types") if content.said("types") else {},
+                damage=content.number("damage", least=0.0) if content.said("damage") else None,
                 **{name: content.whole(name, least=None if name == "seed" else 0) for name in _COUNTS},
                 inputs=dict(inputs),
             )

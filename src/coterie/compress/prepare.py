@@ -12,7 +12,7 @@ from coterie.amounts import parse_bytes, parse_share
 from coterie.compress.decide import check_profile, check_sequential, checked, completed, needs_of_plan, outline
 from coterie.compress.output import check_space
 from coterie.compress.plan import Mtp, Plan
-from coterie.compress.recipes import Recipe, get_recipe, training_tokens
+from coterie.compress.recipes import Recipe, default_recipe, get_recipe, training_tokens
 from coterie.compress.request import Request
 from coterie.compress.result_steps import LeftOut, load_result_step
 from coterie.compress.source import Source
@@ -116,7 +116,9 @@ class Options:
             if given := [name for name, value in settings.items() if value is not None]:
                 raise InputError(f"the plan says how small and how; leave {', '.join(given)} out, or --plan")
             return None
-        recipe = get_recipe("coterie" if self.recipe is None else self.recipe)
+        target = self.target
+        usual = default_recipe(type=target.type, bits=target.bits, budget=target.budget)
+        recipe = get_recipe(usual if self.recipe is None else self.recipe)
         request = Request(recipe=recipe, target=self.target, router=self.router or "plain", seed=self.seed)
         request.check()
         return request
@@ -243,6 +245,11 @@ def prepare(
     training_tokens(outlined.recipe, options.effort, options.train_tokens, trains=trains)
     needs = needs_of_plan(outlined)
     if outlined.packed:  # codes are chosen for what really comes in
+        if options.profile is not None or options.text is None:
+            raise InputError(
+                f"recipe {outlined.recipe} chooses codes by what comes into every matrix, which no profile holds: give "
+                "calibration text with --text, and no --profile"
+            )
         options = replace(options, inputs="compressed")
     if options.inputs == "compressed":
         if options.profile is not None or options.text is None:

@@ -13,10 +13,9 @@ from coterie.errors import CoterieError
 from coterie.model.arch.inspect import inspect_checkpoint
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.provenance import Provenance
-from coterie.paths import user_path
-from coterie.profile.data_sets import is_data_set_name, local_place
 from coterie.profile.profile import Profile
-from coterie.publish.original import card_of, hub_id, is_hub_id
+from coterie.profile.sources import source_name
+from coterie.publish.original import card_of, hub_id
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def provenance_of(job: Job, profile: Profile | None, result: Path | None = None)
     return Provenance(
         model_id=model_id,
         **card_of(checkpoint.path),
-        text=None if text is None else _last_name(text),
+        text=None if text is None else source_name(text),
         recipe_summary=None if recipe is None else recipe.summary,
         recipe_paper=None if recipe is None else recipe.paper,
         commands=_commands(job, profile, model_id or checkpoint.path.resolve().name),
@@ -70,18 +69,6 @@ def _active(checkpoint: Checkpoint) -> int | None:
     except CoterieError as error:
         log.debug("%s: parameters that one token uses are not known: %s", checkpoint.path, error)
         return None
-
-
-def _last_name(source: str | Path) -> str:
-    """Return a source of text without the way to it: "self", a folder's last name, or ``hf:`` and a data set's name."""
-    if str(source) == "self":
-        return "self"
-    if not is_data_set_name(source):
-        return user_path(source).resolve().name
-    place = user_path(local_place(source))
-    if not place.exists() and is_hub_id(str(local_place(source)), owner=False):
-        return str(source)
-    return str(source).replace(str(local_place(source)), place.resolve().name, 1)
 
 
 def _commands(job: Job, profile: Profile | None, model: str) -> tuple[str, ...]:
@@ -105,7 +92,7 @@ def _commands(job: Job, profile: Profile | None, model: str) -> tuple[str, ...]:
         lines.append(_line(_profile_words(profile, model)))
         words += ["--profile", "PROFILE"]
     if options.text is not None:
-        words += ["--text", _last_name(options.text)]
+        words += ["--text", source_name(options.text)]
         if options.weights is not None:
             words += ["--domains", ",".join(f"{domain}={share:g}" for domain, share in options.weights.items())]
         words += ["--tokens", options.tokens, "--seq-len", options.seq_len]

@@ -333,6 +333,17 @@ EXTRAS: dict[str, tuple[str, ...]] = {"protect": ("output_peak",)}
 PRUNING_PASSES = ("select", "leave-one-out", "subset-search")
 
 
+def default_recipe(*, type: str | None = None, bits: float | None = None, budget: str | int | None = None) -> str:
+    """Return the recipe that is taken where none is named, by what says how small the result is to be.
+
+    Bytes are spent on precision first: at equal bytes that costs a small part of what removing experts costs
+    (benchmarks/bits.md). A share, or a number of experts or neurons, asks for structure.
+    """
+    if type is not None:
+        return "gptaq"
+    return "coterie" if bits is None and budget is None else "coterie-bits"
+
+
 def get_recipe(recipe: str | Recipe) -> Recipe:
     """Return a recipe by name ("reap", "reap+protect"), or your own: ``"my_module:RECIPE"``, or the recipe itself.
 

@@ -23,7 +23,7 @@ from coterie.journal import Run
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.prediction import Follower
 from coterie.model.disk.beside import files_beside
-from coterie.model.disk.files import name_of_folder
+from coterie.model.disk.files import name_of_model
 from coterie.model.disk.manifest import LayerEntry, Manifest, PredictionEntry, ResultForm
 from coterie.profile.profile import Profile
 from coterie.publish.card import CARD, write_card
@@ -159,7 +159,7 @@ class Work:
             passes=plan.passes,
             router=plan.router,
             plan=plan.body(),
-            model=name_of_folder(self.job.source.checkpoint.path),
+            model=name_of_model(self.job.source.checkpoint.path),
             domains=tuple(domains),
             calibration_tokens=num_tokens,
             calibration_inputs=self.job.options.inputs,

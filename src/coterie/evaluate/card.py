@@ -17,10 +17,11 @@ from coterie.evaluate.scorecard import Scorecard
 from coterie.evaluate.sums import Scores
 from coterie.model.disk.beside import files_beside
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.files import is_hub_id
 from coterie.model.disk.manifest import MANIFEST, Manifest
 from coterie.outputs import check_output
 from coterie.publish.card import CARD, CostRow, MeasuredCost, is_own_card, write_card
-from coterie.publish.original import is_hub_id, read_head
+from coterie.publish.original import read_head
 from coterie.publish.push import result_folder
 
 

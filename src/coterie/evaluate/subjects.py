@@ -17,10 +17,10 @@ from coterie.evaluate.answers import Attempt, attempts
 from coterie.evaluate.generation import Question
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.files import name_of_model
 from coterie.model.disk.open import open_checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.stream.stream import Stream
-from coterie.paths import user_path
 from coterie.profile.calibration import TokenSet, tokenize
 from coterie.profile.data_sets import is_data_set_name
 from coterie.profile.documents import log_unread
@@ -115,7 +115,7 @@ def open_subject(model: str | Path, reader: TextReader, *, allow_pickle: bool) -
     checkpoint = open_checkpoint(stored.path, allow_pickle=allow_pickle)
     tokenizer = load_tokenizer(checkpoint.path)
     tokens = reader.tokens(tokenizer)
-    name = model_name(model)
+    name = name_of_model(model)
     text_config = checkpoint.config.get("text_config") or checkpoint.config
     vocab_size = text_config.get("vocab_size", checkpoint.config.get("vocab_size"))
     largest = max(int(ids.max()) for ids in tokens.sequences.values())
@@ -128,12 +128,6 @@ def open_subject(model: str | Path, reader: TextReader, *, allow_pickle: bool) -
         name=name, path=stored.path.resolve(), num_bytes=stored.num_bytes, checkpoint=checkpoint,
         tokenizer=tokenizer, tokens=tokens, vocab_size=vocab_size,
     )  # fmt: skip
-
-
-def model_name(model: str | Path) -> str:
-    """Return what a model is called: its folder's name, or its hub id."""
-    local = user_path(model)
-    return local.resolve().name if local.is_dir() else str(model)
 
 
 def check_same_text(subject: Subject, base: Subject) -> None:

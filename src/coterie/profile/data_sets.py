@@ -1,8 +1,9 @@
 """Tables of text: parquet files, folders that `datasets` saved, and data sets of the hub, row by row. No torch here.
 
-``hf:NAME`` names a data set as ``datasets.load_dataset`` takes it: an id of the hub, or a folder of parquet, JSON or
-other files; ``hf:NAME:CONFIG`` and ``hf:NAME:CONFIG:SPLIT`` (or ``hf:NAME::SPLIT``) say which part of it. Rows are read
-as they are needed, a few at a time. `pyarrow` and `datasets` are the extra ``coterie[data]``.
+``hf:NAME`` names a data set as ``datasets.load_dataset`` takes it: an id of the hub, which may have a branch, tag or
+commit (``hf:NAME@REVISION``), or a folder of parquet, JSON or other files; ``hf:NAME:CONFIG`` and
+``hf:NAME:CONFIG:SPLIT`` (or ``hf:NAME::SPLIT``) say which part of it. Rows are read as they are needed, a few at a
+time. `pyarrow` and `datasets` are the extra ``coterie[data]``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ _SAVED = ("state.json", "dataset_dict.json")
 
 _USUAL_SPLIT = "train"
 
+_WAY_OUT = "look whether the name is right and the hub can be reached"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSet:
@@ -38,15 +41,17 @@ class DataSet:
         name: id on the hub, or a local folder.
         config: which of its configurations; None for the only one.
         split: which of its splits; None for "train", or the only one.
+        revision: a branch, tag or commit of the hub; None for the main branch, and of a folder.
     """
 
     name: str
     config: str | None
     split: str | None
+    revision: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> DataSet:
-        """Read ``hf:NAME``, ``hf:NAME:CONFIG``, ``hf:NAME:CONFIG:SPLIT`` or ``hf:NAME::SPLIT``.
+        """Read ``hf:NAME``, ``hf:NAME:CONFIG``, ``hf:NAME:CONFIG:SPLIT`` or ``hf:NAME::SPLIT``, with ``@REVISION`` too.
 
         Raises:
             TextError: it is none of these.
@@ -54,12 +59,42 @@ class DataSet:
         name, config, split = (*text.removeprefix(PREFIX).split(":", 2), "", "")[:3]
         if not name.strip() or ":" in split:
             raise TextError(f"{text!r} names no data set; write hf:ORG/NAME, hf:ORG/NAME:CONFIG or hf:ORG/NAME::SPLIT")
-        return cls(name=name, config=config or None, split=split or None)
+        revision = None
+        if "@" in name and not user_path(name).is_dir():
+            name, _, revision = name.rpartition("@")
+            if not name.strip() or not revision.strip():
+                raise TextError(f"{text!r} names no data set, or no revision of one; write hf:ORG/NAME@REVISION")
+        return cls(name=name, config=config or None, split=split or None, revision=revision)
+
+    def __str__(self) -> str:
+        """Return the text that `parse` reads."""
+        name = self.name if self.revision is None else f"{self.name}@{self.revision}"
+        ending = f":{self.config or ''}" if self.config or self.split else ""
+        return f"{PREFIX}{name}{ending}" + (f":{self.split}" if self.split else "")
 
     @property
     def domain(self) -> str:
         """What it is called as a domain: the last part of its name."""
         return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name.rstrip("/").rpartition("/")[2]
+
+    @property
+    def folder(self) -> Path | None:
+        """Its folder, if it is a local one."""
+        folder = user_path(self.name)
+        return folder.resolve() if folder.is_dir() else None
+
+    def pinned(self) -> DataSet:
+        """Return it with the commit that the hub has now, so that it reads the same later; a folder with its place.
+
+        Raises:
+            TextError: no such data set or revision, or no network.
+        """
+        if self.folder is not None:
+            return replace(self, name=str(self.folder))
+        from huggingface_hub import HfApi
+
+        with _one_line(str(self), _WAY_OUT):
+            return replace(self, revision=HfApi().dataset_info(self.name, revision=self.revision).sha)
 
     def rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield (place, row) of each row, as they come from the hub or the disk.
@@ -69,10 +104,9 @@ class DataSet:
             TextError: no such data set, configuration or split, or no network.
         """
         datasets: Any = _load("datasets")
-        folder = user_path(self.name)
-        path = str(folder) if folder.is_dir() else self.name
-        with _one_line(f"{PREFIX}{self.name}", "look whether the name is right and the hub can be reached"):
-            opened = datasets.load_dataset(path, self.config, streaming=True)
+        path = self.name if self.folder is None else str(self.folder)
+        with _one_line(f"{PREFIX}{self.name}", _WAY_OUT):
+            opened = datasets.load_dataset(path, self.config, streaming=True, revision=self.revision)
             yield from _rows_of(_split_of(opened, self.split, PREFIX + self.name), f"{PREFIX}{self.name}")
 
 

@@ -182,10 +182,10 @@ def read_documents(file: Path) -> list[str]:
     Raises:
         TextError: not UTF-8, not JSON, a row that is no text, or no text at all.
     """
-    found = list(documents(document_pieces(file)))
-    if not found:
+    texts = list(documents(document_pieces(file)))
+    if not texts:
         raise no_text(file)
-    return found
+    return texts
 
 
 def no_text(origin: str | Path) -> TextError:

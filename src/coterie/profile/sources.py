@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from coterie.errors import InputError, TextError, UnknownName
-from coterie.profile.data_sets import DataSet, is_data_set_name
+from coterie.model.disk.files import is_hub_id
+from coterie.paths import user_path
+from coterie.profile.data_sets import DataSet, is_data_set_name, local_place
 from coterie.profile.documents import check_name, document_pieces, text_files
 from coterie.profile.rows import Document, document_of
 from coterie.profile.shares import checked_weights
@@ -93,6 +95,18 @@ def chosen_sources(
     # A domain of weight 0 must be there too.
     text_sources(source, tuple(weights))
     return text_sources(source, tuple(chosen), on=on), chosen
+
+
+def source_name(source: str | Path) -> str:
+    """Return a source of text without the way to it: "self", a folder's last name, or ``hf:`` and a data set's name."""
+    if str(source) == "self":
+        return "self"
+    if not is_data_set_name(source):
+        return user_path(source).resolve().name
+    place = user_path(local_place(source))
+    if not place.exists() and is_hub_id(str(local_place(source)), owner=False):
+        return str(source)
+    return str(source).replace(str(local_place(source)), place.resolve().name, 1)
 
 
 def _rows(data_set: DataSet) -> Iterator[Document]:

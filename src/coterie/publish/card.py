@@ -16,10 +16,10 @@ from pathlib import Path
 
 from coterie.amounts import format_bytes, format_count
 from coterie.artifact import atomic_path
+from coterie.model.disk.files import is_hub_id
 from coterie.model.disk.manifest import LayerEntry, Manifest, ResultForm
 from coterie.outputs import claim_output
 from coterie.publish.markdown import block, code, plain, table
-from coterie.publish.original import is_hub_id
 
 CARD = "README.md"
 

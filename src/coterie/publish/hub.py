@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from coterie.errors import CoterieError, HubError, InputError
+from coterie.model.disk.files import is_hub_id
 from coterie.model.disk.manifest import MANIFEST
-from coterie.publish.original import is_hub_id
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,12 @@ Nothing else of the original's card is carried: parameters, scores and examples 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from coterie.model.disk.files import HubId, id_in_cache, is_hub_id
+from coterie.paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +29,6 @@ _FOLDERS = frozenset(
     )
 )  # fmt: skip
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-
 
 def hub_id(model: str | Path, folder: Path, config: Mapping[str, Any]) -> str | None:
     """Return the hub id of a model, or None where nothing says it.
@@ -38,21 +38,15 @@ def hub_id(model: str | Path, folder: Path, config: Mapping[str, Any]) -> str | 
         folder: where it is; in the hub's cache the folders above it name the id.
         config: its config.json, whose ``_name_or_path`` may say it.
     """
-    if str(folder) != str(model) and is_hub_id(str(model)) and not Path(model).exists():
-        return str(model)
-    for above in (folder.absolute(), *folder.absolute().parents):
-        match = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", above.name, re.ASCII)
-        if match and (above / "snapshots").is_dir():
-            return f"{match[1]}/{match[2]}"
+    asked_for = None if user_path(model).exists() else HubId.of(model)
+    if asked_for is not None:
+        return asked_for.name
+    cached = id_in_cache(folder)
+    if cached is not None:
+        return cached
     said = config.get("_name_or_path")
     local = not isinstance(said, str) or not is_hub_id(said) or said.partition("/")[0].lower() in _FOLDERS
     return None if local or Path(str(said)).exists() else str(said)
-
-
-def is_hub_id(text: str, *, owner: bool = True) -> bool:
-    """Tell whether a text has the form of a hub id with its owner, ``owner/name``; without `owner`, or ``name``."""
-    whole = text if owner or "/" in text else f"x/{text}"
-    return bool(_HUB_ID.fullmatch(whole)) and "--" not in text and ".." not in text and not text.endswith(".git")
 
 
 def card_of(folder: Path) -> dict[str, Any]:

@@ -116,6 +116,7 @@ class BudgetFit:
         smallest: bytes of all tensors with as few experts as routing allows.
         smallest_experts: that number of experts.
         feasible: whether enough experts are left to choose top_k of them.
+        bits: bits that a number may take where no expert goes and all matrices are stored in fewer bits.
     """
 
     limit: int
@@ -125,6 +126,7 @@ class BudgetFit:
     smallest: int
     smallest_experts: int
     feasible: bool
+    bits: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,7 +236,9 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, budget: str | int | None = Non
         bytes_by_dtype=dict(dtypes.most_common()),
         file_bytes=_file_bytes(tensors.values()),
         estimates=_estimates(used, routed),
-        budget=None if limit is None else _fit(limit, moe_layers, _accounting(checkpoint, described), config),
+        budget=None
+        if limit is None
+        else _fit(limit, moe_layers, _accounting(checkpoint, described), config, _bits(limit, parts)),
     )
 
 
@@ -482,7 +486,9 @@ def _estimates(parameters: int, routed: int) -> dict[str, int]:
     return {"bf16": 2 * parameters, "int8": unrouted + routed + overhead, "int4": unrouted + -(-routed // 2) + overhead}
 
 
-def _fit(limit: int, layers: list[MoEBlock], accounting: Accounting, config: Mapping[str, Any]) -> BudgetFit:
+def _fit(
+    limit: int, layers: list[MoEBlock], accounting: Accounting, config: Mapping[str, Any], bits: float
+) -> BudgetFit:
     """Find the most experts a layer whose tensors fit into `limit` bytes; router rows go with their experts."""
     most = max(layer.num_experts for layer in layers)
     top_k = max(layer.top_k for layer in layers)
@@ -511,7 +517,15 @@ def _fit(limit: int, layers: list[MoEBlock], accounting: Accounting, config: Map
         smallest=size(feasible[0]),
         smallest_experts=feasible[0],
         feasible=bool(fitting),
+        bits=bits,
     )
+
+
+def _bits(limit: int, parts: Mapping[str, Amount]) -> float:
+    """Return the bits that a number of a matrix may take; what is no matrix, and routers, stay as they are."""
+    matrices = sum((parts[part] for part in ("experts", "shared", "attention", "dense", "embeddings")), Amount())
+    rest = sum(amount.bytes for amount in parts.values()) - matrices.bytes
+    return max(0.0, 8 * (limit - rest) / max(1, matrices.parameters))
 
 
 def _what_was_seen(checkpoint: Checkpoint, places: Mapping[str, Place | None], counts: Mapping[DottedName, int]) -> str:

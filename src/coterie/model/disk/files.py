@@ -10,10 +10,12 @@ from typing import Protocol
 
 from coterie.model.disk.header import read_header
 from coterie.model.disk.tensors import TensorInfo
+from coterie.paths import user_path
 
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096
-_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.+-]+(/[\w.+-]+)*))?")
-_IN_CACHE = re.compile(r"models--(.+?)--(.+)")
+_HUB_PART = r"\w([\w.-]{0,94}\w)?"
+_HUB_ID = re.compile(rf"{_HUB_PART}/{_HUB_PART}", re.ASCII)
+_REVISION = re.compile(r"[\w.+-]+(/[\w.+-]+)*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,20 +33,41 @@ class HubId:
     @classmethod
     def of(cls, model: str | Path) -> HubId | None:
         """Read ``org/name`` or ``org/name@revision``; None for what can be no hub id."""
-        match = _HUB_ID.fullmatch(model) if isinstance(model, str) else None
-        if match is None or match["name"].startswith("."):
+        name, at, revision = model.partition("@") if isinstance(model, str) else ("", "", "")
+        if not is_hub_id(name) or (at and not _REVISION.fullmatch(revision)):
             return None
-        return cls(name=match["name"], revision=match["revision"])
+        return cls(name=name, revision=revision or None)
 
     def __str__(self) -> str:
         return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
 
-def name_of_folder(folder: Path) -> str:
-    """Return what the model in a folder is called: the folder's name, of one in the cache of the hub its id."""
+def is_hub_id(text: str, *, owner: bool = True) -> bool:
+    """Tell whether the hub allows a text as the id of a repository: ``owner/name``; without `owner`, or ``name``."""
+    whole = text if owner or "/" in text else f"x/{text}"
+    return bool(_HUB_ID.fullmatch(whole)) and "--" not in text and ".." not in text and not text.endswith(".git")
+
+
+def id_in_cache(folder: Path) -> str | None:
+    """Return the hub id of what a folder is part of, where it is in a cache of the hub; None anywhere else.
+
+    In such a cache, ``models--OWNER--NAME/snapshots/COMMIT`` are the files of one commit.
+    """
     real = folder.resolve()
-    match = _IN_CACHE.fullmatch(real.parent.parent.name) if real.parent.name == "snapshots" else None
-    return real.name if match is None else f"{match[1]}/{match[2]}"
+    for commit in (real, *real.parents):
+        kind, _, rest = commit.parent.parent.name.partition("--")
+        name = rest.replace("--", "/")
+        if commit.parent.name == "snapshots" and kind == "models" and is_hub_id(name):
+            return name
+    return None
+
+
+def name_of_model(model: str | Path) -> str:
+    """Return what a model is called: its folder's name, of a folder in the cache of the hub its id, or its hub id."""
+    folder = user_path(model)
+    if not folder.is_dir():
+        return str(model)
+    return id_in_cache(folder) or folder.resolve().name
 
 
 class Files(Protocol):

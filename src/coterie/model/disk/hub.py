@@ -23,7 +23,6 @@ from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
@@ -292,7 +291,7 @@ def _explained(hub_id: HubId) -> Iterator[None]:
     """Say in one line what is wrong with a model of the hub, and what to do."""
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         if isinstance(error, OutOfSpace):
             raise
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -325,8 +324,6 @@ def _reason(error: Exception) -> str:
             return f"{endpoint} knows no model of that name, or it is private"
         case RemoteEntryNotFoundError():
             return "a file of it is not on the hub"
-        case HFValidationError():
-            return "no model can have that name"
         case httpx.TimeoutException():
             return f"{endpoint} does not answer"
         case httpx.TransportError():
@@ -347,7 +344,5 @@ def _way_out(error: Exception, hub_id: HubId) -> str:
             return f"its branches and tags are at {constants.ENDPOINT}/{hub_id.name}/tree/main"
         case RepositoryNotFoundError():
             return "correct the name, or log in with hf auth login"
-        case HFValidationError():
-            return "pass a folder with config.json and *.safetensors, or a hub id like org/name"
         case _:
             return "try again later, or pass a folder that it was fetched into (hf download ID --local-dir DIR)"
