@@ -17,7 +17,7 @@ PYTEST      := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n $(
 	--dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-more test-slow test-browser lint docs bench clean
+.PHONY: help demo test test-more test-slow test-browser lint picture docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -42,6 +42,10 @@ test-browser: $(VENV)/.stamp-dev ## the report in a headless Chromium (Debian's,
 	@$(PIP) -e '.[dev,browser]'
 	COTERIE_SCREENSHOTS=$(CURDIR)/build/screenshots OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser \
 		tests/report/test_browser.py
+
+picture: $(VENV)/.stamp-dev demo ## the README's picture of a report (docs/report.png), of a demo made anew
+	@$(PIP) -e '.[dev,browser]'
+	$(BIN)/python benchmarks/picture.py
 
 docs: $(VENV)/.stamp-dev ## the documentation site, in site/ (`.venv/bin/mkdocs serve` shows it while you write)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

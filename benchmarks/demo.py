@@ -1,10 +1,11 @@
-"""`make demo`: halve the experts of the bundled reference model with some recipes and show what each one costs.
+"""`make demo`: bring the bundled model to a quarter of its bytes, and halve its experts; show what each of it costs.
 
-    python benchmarks/demo.py [--model reference/model] [--out demo] [--keep 0.5]
+    python benchmarks/demo.py [--model reference/model] [--out demo] [--share 0.25] [--keep 0.5]
                               [--tokens 40960] [--train-tokens 65536] [--test-tokens 20480]
                               [--questions 100]
 
-Profiles the model on the calibration text, compresses it with `SHOWN`, evaluates all results against the original
+Compresses the model to a share of its bytes with `PRECISE`, profiles it on the calibration text, compresses it with
+`SHOWN` to a share of its experts, evaluates all results against the original
 on the test text, prints the tables (in Markdown: OUT/tables.md) and writes the report.
 """
 
@@ -24,6 +25,7 @@ from coterie.compress.apply import compress
 from coterie.compress.recipes import RECIPES
 from coterie.evaluate.run import evaluate
 from coterie.evaluate.scorecard import Scorecard
+from coterie.model.arch.inspect import inspect
 from coterie.outputs import check_output
 from coterie.profile.run import profile
 from coterie.report.page import report
@@ -47,6 +49,9 @@ SHOWN = (
     ("mergemoe", "map"),
     ("frequency", "plain"),
 )
+
+#: Recipes that store weights in fewer bits: our own, and what one would take instead.
+PRECISE = ("coterie-bits", "gptq", "nearest")
 
 HEADERS = ("model", "size", "KL", "perplexity", "top-1 agreement", "exact answers", "speed", "seconds to make")
 
@@ -101,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "demo", help="folder for everything that is made")
     parser.add_argument("--model", type=Path, default=MODEL, help="the model to halve")
+    parser.add_argument("--share", type=float, default=0.25, help="share of the bytes, for recipes of fewer bits")
     parser.add_argument("--keep", type=float, default=0.5, help="share of the experts to keep")
     parser.add_argument("--tokens", type=int, default=40_960, help="calibration tokens")
     parser.add_argument("--train-tokens", type=int, default=65_536, help="tokens that `coterie` trains its result on")
@@ -117,13 +123,24 @@ def main() -> None:
     shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True)
     (options.out / MARK).touch()
+    results: dict[str, tuple[Path, float]] = {}
+    budget = int(options.share * inspect(options.model).file_bytes)
+    for recipe in PRECISE:
+        name = f"{recipe}, {options.share:.0%}"
+        console.print(f"compressing with {recipe} to {format_bytes(budget)}")
+        begin = time.perf_counter()
+        out = options.out / recipe
+        compress(
+            options.model, out, budget=budget, recipe=recipe, text=CALIBRATION, tokens=options.tokens,
+            seed=options.seed, device=options.device,
+        )  # fmt: skip
+        results[name] = (out, time.perf_counter() - begin)
     console.print(f"profiling {options.model.name} on {options.tokens} tokens of {CALIBRATION.relative_to(HERE)}")
     profile_folder = options.out / "profile"
     measured = profile(
         options.model, profile_folder, text=CALIBRATION, tokens=options.tokens, seed=options.seed,
         device=options.device, gradients=True,
     )  # fmt: skip
-    results: dict[str, tuple[Path, float]] = {}
     for recipe, router in SHOWN:
         name = f"{recipe} ({router})" if RECIPES[recipe].merges else recipe
         console.print(f"compressing with {name}")
@@ -151,7 +168,7 @@ def main() -> None:
         card.save(options.out / "scorecards" / f"{folder}.json")
     scored = {name: (card, seconds) for card, (name, (_, seconds)) in zip(cards, results.items(), strict=True)}
 
-    share_text = f"{options.keep:.0%} of the experts' bytes kept"
+    share_text = f"{options.keep:.0%} of the experts' bytes kept, or so much of all bytes"
     show(console, f"What each recipe costs, {share_text}", HEADERS, rows(base, scored))
     headers, body = domain_rows(scored)
     show(console, "KL to the original by domain", headers, body)
@@ -161,7 +178,7 @@ def main() -> None:
     console.print(f"report: {page}")
     console.print(f"all in {time.perf_counter() - started:.0f} seconds; now to your own model:")
     console.print("  coterie inspect  MODEL --budget 12GiB")
-    console.print("  coterie compress MODEL OUT --keep 0.5 --text DIR")
+    console.print("  coterie compress MODEL OUT --budget 12GiB --text DIR")
     console.print("  coterie evaluate OUT --against MODEL --text DIR")
 
 

@@ -17,9 +17,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 COMMANDS = (
-    "coterie inspect reference/model --budget 24MiB",
-    "coterie compress reference/model run/small --keep 0.5 --text reference/text/calibration --effort fast"
-    " --tokens 32768",
+    "coterie inspect reference/model --budget 8MB",
+    "coterie compress reference/model run/small --budget 8MB --text reference/text/calibration --tokens 32768",
     "coterie evaluate run/small --against reference/model --text reference/text/test --tokens 20480"
     " --out run/scorecard.json",
     "coterie report run",

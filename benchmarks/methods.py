@@ -1,11 +1,11 @@
-"""Every method on both reference models: damage against bytes, with the spread over draws of the calibration text.
+"""Every method on two reference models: damage against bytes, with the spread over draws of the calibration text.
 
     python benchmarks/methods.py [--recipes NAME,NAME] [--routers plain map] [--removed 0.25 0.5 0.625 0.75]
                                  [--seeds 3] [--jobs 2] [--out methods] [--keep benchmarks/methods]
 
-Runs `coterie bench` on the bundled models: every published method and `coterie`, at each size, on each draw. It takes
-hours and may be ended at any time; the same command goes on. Tables, results and plots are then copied to --keep with
-the endings .md, .json, .svg and .png. A model that is not there is left out, and said so.
+Runs `coterie bench` on the bundled OLMoE and GLM-4-MoE: every published method and `coterie`, at each size, on each
+draw. It takes hours and may be ended at any time; the same command goes on. Tables, results and plots are then copied
+to --keep with the endings .md, .json, .svg and .png. A model that is not there is left out, and said so.
 """
 
 from __future__ import annotations

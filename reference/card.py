@@ -1,7 +1,7 @@
 """Measure a reference model and write its card: README.md and card.json in the model's folder.
 
     python reference/card.py                               # reference/model
-    python reference/card.py --model reference/glm4_moe
+    python reference/card.py --model reference/glm4_moe    # or reference/qwen3_moe
 
 Every number in the card comes from this command, the training log (that of the run in reference/run, or the kept one
 where there is none) or the model's weights and config.
@@ -131,6 +131,7 @@ def measure(folder: Path, num_windows: int, device: str) -> dict[str, object]:
         "intermediate_size": expert_width,
         "vocab_size": config.vocab_size,
         "norm_topk_prob": config.norm_topk_prob,
+        "tie_word_embeddings": config.tie_word_embeddings,
     }
     return result | {"training": read_training(find_log(FAMILIES[config.model_type]))}
 
@@ -225,7 +226,7 @@ A small Mixture-of-Experts language model, made to try compression methods on: r
 load. It is a stock `{family.MODEL.__name__}` and no assistant: it is far too small to rely on for anything it says.
 
 - {result["parameters"]:,} parameters, {result["active_parameters"]:,} active per token, {result["bytes"]:,} bytes
-  (bfloat16), embeddings tied.
+  (bfloat16), embeddings {"tied" if config["tie_word_embeddings"] else "and head apart"}.
 {write_structure(config)}
 - Byte-level BPE, {config["vocab_size"]} tokens, every digit its own token; `<|endoftext|>` begins a document.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb  # rotates a part of a head, or all
 
 SORTED = "sorted"
 
@@ -208,7 +209,7 @@ def mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The norm of both models: float32 inside, the weight applied in the dtype of `x`."""
+    """The norm of all three models: float32 inside, the weight applied in the dtype of `x`."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -254,3 +255,93 @@ def head_loss(model: PreTrainedModel, hidden_BSD: Tensor, labels_BS: Tensor) -> 
     hidden_BSD = KERNELS["rms_norm"](hidden_BSD, trunk.norm.weight, model.config.rms_norm_eps)
     hidden_TD, label_T = hidden_BSD.flatten(0, 1), labels_BS.reshape(-1)
     return ChunkedCrossEntropy.apply(hidden_TD, model.lm_head.weight, label_T, 512, torch.is_grad_enabled())
+
+
+def qkv(
+    hidden_BSD: Tensor,
+    norm: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    weight_v: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, normed head by head and rotated, and values: each [B, heads, S, head width].
+
+    Keys and values are repeated for the queries that share them.
+    """
+    batch, length, _ = hidden_BSD.shape
+    head_width = len(norm_q)
+    x_BSD = rms_norm(hidden_BSD, norm, eps)
+    query, key, value = (
+        F.linear(x_BSD, weight).view(batch, length, -1, head_width) for weight in (weight_q, weight_k, weight_v)
+    )
+    query, key = rms_norm(query, norm_q, eps), rms_norm(key, norm_k, eps)
+    query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.transpose(1, 2).repeat_interleave(groups, 1)
+    return query, key, value
+
+
+def route(
+    residual_BSD: Tensor, mixed_BSD: Tensor, weight_o: Tensor, norm: Tensor, router_ED: Tensor, top_k: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output projection, residual, norm and softmax router, whose chosen weights sum to one.
+
+    Returns:
+        New residual [B, S, D], the experts' input [T, D], weights [T, K], index [T, K], mean probability [E].
+    """
+    residual_BSD = residual_BSD + F.linear(mixed_BSD, weight_o)
+    x_TD = rms_norm(residual_BSD, norm, eps).flatten(0, 1)
+    prob_TE = torch.softmax(F.linear(x_TD, router_ED), dim=-1, dtype=torch.float32)
+    weight_TK, index_TK = torch.topk(prob_TE, top_k, dim=-1)
+    weight_TK = (weight_TK / weight_TK.sum(-1, keepdim=True)).to(x_TD.dtype)
+    return residual_BSD, x_TD, weight_TK, index_TK, prob_TE.mean(0)
+
+
+def softmax_pass(
+    model: PreTrainedModel, tokens_BS: Tensor, labels_BS: Tensor, kernels: dict[str, Callable]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pass over a model whose every layer is attention, then `route`, then experts; "qkv" and "route" in `kernels`.
+
+    Returns:
+        Mean cross-entropy in nats, mean router probability [layers, E], load [layers, E] (see `balance_loss`).
+    """
+    config, trunk = model.config, model.model
+    eps, num_experts = config.rms_norm_eps, config.num_experts
+    hidden_BSD = trunk.embed_tokens(tokens_BS)
+    positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
+    cos, sin = trunk.rotary_emb(hidden_BSD, positions)
+    probs, loads = [], []
+    for layer in trunk.layers:
+        attention, moe = layer.self_attn, layer.mlp
+        query, key, value = kernels["qkv"](
+            hidden_BSD,
+            layer.input_layernorm.weight,
+            attention.q_proj.weight,
+            attention.k_proj.weight,
+            attention.v_proj.weight,
+            attention.q_norm.weight,
+            attention.k_norm.weight,
+            cos,
+            sin,
+            eps,
+        )
+        mixed = mix(query, key, value)
+        hidden_BSD, x_TD, weight_TK, index_TK, prob_E = kernels["route"](
+            hidden_BSD,
+            mixed.transpose(1, 2).flatten(2),
+            attention.o_proj.weight,
+            layer.post_attention_layernorm.weight,
+            moe.gate.weight,
+            config.num_experts_per_tok,
+            eps,
+        )
+        probs.append(prob_E)
+        loads.append(measure_load(index_TK, num_experts))
+        out_TD = SortedExperts.apply(x_TD, index_TK, weight_TK, moe.experts.gate_up_proj, moe.experts.down_proj)
+        hidden_BSD = hidden_BSD + out_TD.view(hidden_BSD.shape)
+    return head_loss(model, hidden_BSD, labels_BS), torch.stack(probs), torch.stack(loads)

@@ -1,17 +1,18 @@
-"""Train a reference model on the reference corpus: a small OLMoE, or with `--model glm4_moe` a small GLM-4 MoE.
+"""Train a reference model on the reference corpus: a small OLMoE, or another family of families/ with `--model`.
 
     python reference/train.py --steps 2400                 # starts, or resumes from reference/run/checkpoint.pt
     python reference/train.py --export reference/model     # writes the weights of the last checkpoint
     python reference/train.py --plot                       # reference/training.png from the log
 
 What differs between the models is in families/: config, training pass, balancing, names of files. They share the
-tokenizer and the tokens in reference/run; the other one's run is in reference/run/glm4_moe, its weights in
-reference/glm4_moe. The logs of the runs that made the weights are kept as reference/training.jsonl and
+tokenizer and the tokens in reference/run; the run of a family such as glm4_moe is in reference/run/glm4_moe, its
+weights in reference/glm4_moe. The logs of the runs that made the weights are kept as reference/training.jsonl and
 reference/training-glm4_moe.jsonl.
 
 Rates warm up, stay, and fall linearly to zero over the last quarter of the steps; the last quarter also doubles the
-sequence length. `--steps` may change on a resume before that quarter has begun. With `--minutes` the run chooses the
-steps itself as it goes, at most `--steps`, so that it ends in time. On SIGTERM it writes a checkpoint and ends.
+sequence length. With `--minutes` it is the last quarter of that time, at whatever pace, so that the run ends in time,
+after `--steps` at most. Both may change on a resume before that quarter has begun. On SIGTERM it writes a checkpoint
+and ends.
 
 On a CPU the batch is shared out over `--threads` Python threads, each of which runs the operators on one core: the
 threads then meet once a step, not at every matrix product, which matters when others use the machine too.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -64,14 +66,14 @@ MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 4e-3, 0.1
 SHARES = {"math": 0.15}
 
 
-def rate_scale(step: int, steps: int) -> float:
-    """Warm-up, stable, linear decay to zero; `step` counts from 0."""
-    return min((step + 1) / WARM_UP_STEPS, decay_scale(step, steps))
+def rate_scale(step: int, done: float) -> float:
+    """Warm-up, stable, linear decay to zero; `step` counts from 0, `done` is the share of the run that is over."""
+    return min((step + 1) / WARM_UP_STEPS, decay_scale(done))
 
 
-def decay_scale(step: int, steps: int) -> float:
+def decay_scale(done: float) -> float:
     """One, then linear decay to zero over the last quarter."""
-    return min(1.0, max(0.0, (steps - step) / max(1, round(DECAY_SHARE * steps))))
+    return min(1.0, max(0.0, (1 - done) / DECAY_SHARE))
 
 
 class Trainer:
@@ -81,7 +83,7 @@ class Trainer:
         self.device = arguments.device
         self.family = FAMILIES[arguments.model]
         self.run = HERE / self.family.RUN
-        self.steps = arguments.steps
+        self.steps, self.minutes = arguments.steps, arguments.minutes
         self.step, self.seconds = 0, 0.0
         self.run.mkdir(parents=True, exist_ok=True)
         texts = {path.stem: data.read_documents(path) for path in sorted((HERE / "corpus" / "train").glob("*.txt"))}
@@ -101,7 +103,8 @@ class Trainer:
         even = self.model.config.num_experts_per_tok / num_experts
         self.load_LE = torch.full((len(blocks), num_experts), even, device=self.device)
         self.pool = ThreadPoolExecutor(arguments.threads if self.device == "cpu" else 1)
-        self.write_line({"event": "start", "tokens_by_domain": sizes, "weights": weights, "steps": self.steps})
+        plan = {"steps": self.steps, "budget": self.minutes}
+        self.write_line({"event": "start", "tokens_by_domain": sizes, "weights": weights} | plan)
 
     def load_validation(self, domain: str) -> Tensor:
         """The first windows of the calibration text of a domain, each from another place in it."""
@@ -121,9 +124,14 @@ class Trainer:
         return LONG if self.in_decay else SHORT
 
     @property
+    def done(self) -> float:
+        """Share of the run that is over: of its steps or of its minutes, whichever is more."""
+        return max(self.step / self.steps, self.seconds / 60 / self.minutes if self.minutes else 0.0)
+
+    @property
     def in_decay(self) -> bool:
         """Whether the last quarter has begun; the plan is then fixed."""
-        return self.step > 0 and self.step >= self.steps - round(DECAY_SHARE * self.steps)
+        return self.done >= 1 - DECAY_SHARE
 
     def compute(self, windows: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
         """Gradients, loss, mean router probability and load of one micro-batch."""
@@ -140,7 +148,7 @@ class Trainer:
         The balancing loss uses the load of the whole previous batch, not of the few sequences of a micro-batch: an
         even load within each sequence would forbid experts to specialise (arXiv:2501.11873).
         """
-        scale = rate_scale(self.step, self.steps)
+        scale = rate_scale(self.step, self.done)
         parts = list(self.windows.draw(NUM_WINDOWS).split(MICRO_WINDOWS))
         results = list(self.pool.map(self.compute, parts))
         grads, losses, probs, loads = zip(*results, strict=True)
@@ -155,7 +163,7 @@ class Trainer:
 
         items = sorted(zip(self.named, zip(*grads, strict=True), strict=True), key=lambda item: -item[1][0].numel())
         list(self.pool.map(update, items))
-        self.family.adjust(self.model, self.load_LE, decay_scale(self.step, self.steps))
+        self.family.adjust(self.model, self.load_LE, decay_scale(self.done))
         self.step += 1
         share_LE = self.load_LE / self.load_LE.sum(1, keepdim=True)
         entropy_L = -(share_LE * share_LE.clamp_min(1e-9).log()).sum(1) / torch.tensor(float(share_LE.shape[1])).log()
@@ -185,6 +193,7 @@ class Trainer:
         state = {
             "step": self.step,
             "steps": self.steps,
+            "minutes": self.minutes,
             "seconds": self.seconds,
             "drawn": self.windows.drawn,
             "weights": self.windows.weights,
@@ -197,10 +206,11 @@ class Trainer:
         (self.run / "checkpoint.tmp").replace(self.run / "checkpoint.pt")
         export(self.model, self.tokenizer, self.run / "model")
 
-    def resume(self, steps: int) -> None:
+    def resume(self, steps: int, minutes: float | None) -> None:
         """Goes on from the checkpoint; the plan changes only before the decay has begun."""
         state = torch.load(self.run / "checkpoint.pt", map_location=self.device)
-        self.step, self.seconds, self.steps = state["step"], state["seconds"], state["steps"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.steps, self.minutes = state["steps"], state["minutes"]
         self.windows.drawn, self.windows.weights = state["drawn"], state["weights"]
         self.load_LE = state["load"]
         self.optimizer.load(state["optimizer"])
@@ -208,13 +218,13 @@ class Trainer:
         buffers = dict(self.model.named_buffers())
         for name, saved in state.get("buffers", {}).items():  # a correction bias changes in training
             buffers[name].copy_(saved)
-        if steps != self.steps:
+        if (steps, minutes) != (self.steps, self.minutes):
             if self.in_decay:
-                print(f"the decay of {self.steps} steps has begun at step {self.step}: --steps {steps} is ignored")
-            else:
-                first = self.step + round(self.step * DECAY_SHARE / (1 - DECAY_SHARE)) + 1
-                self.steps = max(steps, first)
-        self.write_line({"event": "resume", "step": self.step, "steps": self.steps})
+                print(f"the decay has begun at step {self.step}: --steps {steps}, --minutes {minutes} are ignored")
+            else:  # a plan whose decay should have begun before begins it now
+                self.steps = max(steps, math.ceil(self.step / (1 - DECAY_SHARE)))
+                self.minutes = minutes and max(minutes, self.seconds / 60 / (1 - DECAY_SHARE))
+        self.write_line({"event": "resume", "step": self.step, "steps": self.steps, "budget": self.minutes})
 
     def write_line(self, record: dict[str, object]) -> None:
         """Appends to the log and tells it to stdout."""
@@ -253,60 +263,42 @@ def read_log(path: Path) -> Iterator[dict[str, object]]:
 
 def train(arguments: argparse.Namespace) -> None:
     """The whole run."""
+    begin = time.monotonic()
     torch.set_num_threads(1)
     if arguments.compile:
         fast.compile_kernels(fast.KERNELS, FAMILIES[arguments.model].KERNELS)
     trainer = Trainer(arguments)
     if (trainer.run / "checkpoint.pt").exists():
-        trainer.resume(arguments.steps)
+        trainer.resume(arguments.steps, arguments.minutes)
     stopped: list[int] = []
-    marks: list[tuple[int, float]] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
     saved_at = tick = time.monotonic()
     compiled, ticked = None, trainer.step
-    while trainer.step < trainer.steps and not stopped:
+    while trainer.done < 1 and not stopped:
         if arguments.device == "cpu" and arguments.compile and compiled != trainer.length:
             compiled = trainer.length  # compile on one thread, before the others need it
             trainer.compute(next(iter(trainer.validation.values())))
             ticked, tick = trainer.step, time.monotonic()
-        begin = time.monotonic()
+        length = trainer.length
         record = {"step": trainer.step + 1, "tokens": trainer.tokens + NUM_WINDOWS * data.WINDOW}
         record |= trainer.train_step()
-        trainer.seconds += time.monotonic() - begin
-        if trainer.step % 10 == 0 or trainer.step < 5 or trainer.step == trainer.steps:
-            now = time.monotonic()
+        now = time.monotonic()
+        trainer.seconds, begin = trainer.seconds + now - begin, now  # all that is done here counts
+        ends = trainer.done >= 1
+        if trainer.step % 10 == 0 or trainer.step < 5 or ends:
             record["tokens_per_second"] = (trainer.step - ticked) * NUM_WINDOWS * data.WINDOW / (now - tick)
-            if trainer.step % 100 == 0 or trainer.step == trainer.steps:
+            if trainer.step % 100 == 0 or ends:
                 record["validation"] = {domain: round(loss, 4) for domain, loss in trainer.validate().items()}
-            record |= {"steps": trainer.steps, "minutes": trainer.seconds / 60, "length": trainer.length}
+            record |= {"done": min(1.0, trainer.done), "minutes": trainer.seconds / 60, "length": length}
             trainer.write_line({key: round(v, 5) if isinstance(v, float) else v for key, v in record.items()})
-            fit_steps(trainer, arguments.steps, arguments.minutes, marks)
             ticked, tick = trainer.step, time.monotonic()
         if time.monotonic() - saved_at > 60 * arguments.save_minutes:
             trainer.save()
             saved_at = time.monotonic()
     trainer.save()
-    if trainer.step == trainer.steps:
+    if trainer.done >= 1:
         export(trainer.model, trainer.tokenizer, arguments.export or trainer.run / "model")
     trainer.write_line({"event": "end", "step": trainer.step, "steps": trainer.steps, "minutes": trainer.seconds / 60})
-
-
-def fit_steps(trainer: Trainer, most: int, minutes: float | None, marks: list[tuple[int, float]]) -> None:
-    """Sets the steps, `most` at most, so that the run takes `minutes` at the speed of late; only before the decay.
-
-    `marks` are step and seconds of training at each line of the log, to which this adds the present ones.
-    """
-    marks.append((trainer.step, trainer.seconds))
-    if minutes is None or trainer.in_decay or len(marks) < 5:
-        return
-    (step, seconds), (last_step, last_seconds) = marks[max(0, len(marks) - 13)], marks[-1]
-    speed = (last_step - step) / (last_seconds - seconds)
-    fitting = trainer.step + int((60 * minutes - trainer.seconds) * speed * 0.95)  # the decay's sequences are longer
-    first = trainer.step + round(trainer.step * DECAY_SHARE / (1 - DECAY_SHARE)) + 1  # whose decay begins now
-    fitting = min(most, max(fitting, first))
-    if fitting != trainer.steps:
-        trainer.write_line({"event": "steps", "step": trainer.step, "from": trainer.steps, "to": fitting})
-        trainer.steps = fitting
 
 
 def plot(family: ModuleType) -> None:
@@ -334,8 +326,10 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=FAMILIES, default="olmoe")
-    parser.add_argument("--steps", type=int, help="length of the run, 8192 tokens each")
-    parser.add_argument("--minutes", type=float, help="fit the steps, so that training takes so many minutes")
+    parser.add_argument("--steps", type=int, help="length of the run, 8192 tokens each, at most")
+    parser.add_argument(
+        "--minutes", type=float, help="length of the run in time, where that is less; beginning and saving count"
+    )
     parser.add_argument("--save-minutes", type=float, default=4)
     parser.add_argument("--export", type=Path, metavar="DIR", help="stock folder; without --steps, export and end")
     parser.add_argument("--plot", action="store_true", help="draw the log as reference/training*.png and end")

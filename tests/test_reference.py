@@ -5,6 +5,7 @@ import copy
 import importlib
 import random
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,12 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 REFERENCE = Path(__file__).parent.parent / "reference"
-MODULES = ("data", "fast", "optim", "families", "families.olmoe", "families.glm4_moe", "train", "card")
-NAMES = ("olmoe", "glm4_moe")
+NAMES = ("olmoe", "glm4_moe", "qwen3_moe")
+MODULES = ("data", "fast", "optim", "families", *(f"families.{name}" for name in NAMES), "train", "card")
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "num_experts_per_tok": 3}
 FAMILY_SIZES = {
     "olmoe": {"intermediate_size": 10, "num_experts": 6, "num_key_value_heads": 4},
     "glm4_moe": {"intermediate_size": 20, "moe_intermediate_size": 10, "n_routed_experts": 6, "head_dim": 8},
+    "qwen3_moe": {"moe_intermediate_size": 10, "num_experts": 6, "head_dim": 8},
 }
 
 
@@ -80,7 +82,7 @@ def test_fast_pass_has_the_stock_loss_gradients_and_routing(modules, name):
     assert min(grad.abs().max().item() for grad in slow.values()) > 1e-4  # no parameter is out of play
     for key in slow:
         assert torch.allclose(fast[key], slow[key], rtol=1e-4, atol=1e-6), key
-    assert len(chosen) == len(load_LE) == {"olmoe": 3, "glm4_moe": 2}[name]
+    assert len(chosen) == len(load_LE) == {"olmoe": 3, "glm4_moe": 2, "qwen3_moe": 3}[name]
     for index_TK, load_E in zip(chosen, load_LE, strict=True):
         counted = [sum(e in row for row in index_TK.tolist()) / len(index_TK) for e in range(6)]
         assert load_E.tolist() == pytest.approx(counted)
@@ -98,10 +100,11 @@ def test_fast_pass_refuses_what_it_would_compute_wrongly(modules):
 @pytest.mark.parametrize("name", NAMES)
 def test_reference_models_have_the_documented_size_and_start_in_bfloat16(modules, name):
     model = modules[f"families.{name}"].build(0, "cpu")
-    assert sum(p.numel() for p in model.parameters()) == {"olmoe": 17_881_344, "glm4_moe": 8_573_952}[name]
+    sizes = {"olmoe": 17_881_344, "glm4_moe": 8_573_952, "qwen3_moe": 17_582_848}
+    assert sum(p.numel() for p in model.parameters()) == sizes[name]
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     biases = [b for key, b in model.named_buffers() if "correction_bias" in key]
-    assert [b.dtype for b in biases] == [torch.float32] * {"olmoe": 0, "glm4_moe": 5}[name]
+    assert [b.dtype for b in biases] == [torch.float32] * {"olmoe": 0, "glm4_moe": 5, "qwen3_moe": 0}[name]
 
 
 def test_the_correction_bias_evens_out_the_load(modules):
@@ -142,7 +145,7 @@ def train(modules, monkeypatch, tmp_path) -> ModuleType:
 
 
 def test_a_resumed_run_ends_as_one_without_a_break(train, tmp_path):
-    arguments = argparse.Namespace(model="glm4_moe", device="cpu", steps=4, threads=1)
+    arguments = argparse.Namespace(model="glm4_moe", device="cpu", steps=4, minutes=None, threads=1)
     straight = train.Trainer(arguments)
     losses = [straight.train_step()["lm_loss"] for _ in range(4)]
 
@@ -150,15 +153,52 @@ def test_a_resumed_run_ends_as_one_without_a_break(train, tmp_path):
     assert [broken.train_step()["lm_loss"] for _ in range(2)] == losses[:2]
     broken.save()
     resumed = train.Trainer(arguments)
-    resumed.resume(4)
+    resumed.resume(4, None)
     assert [resumed.train_step()["lm_loss"] for _ in range(2)] == losses[2:]
     expected = straight.model.state_dict()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in resumed.model.state_dict().items())
     assert (tmp_path / "run" / "glm4_moe" / "checkpoint.pt").exists()
 
 
+def test_a_run_of_minutes_ends_in_time_at_a_varying_pace(train, monkeypatch, tmp_path):
+    now = 0.0
+    rates = []
+    plain_step = train.Trainer.train_step
+
+    def timed_step(trainer: object) -> dict[str, float]:
+        nonlocal now
+        now += 180 if 240 <= now < 600 else 60  # somebody else has the machine for a while
+        record = plain_step(trainer)
+        rates.append(record["rate"] / train.MUON_RATE)
+        return record
+
+    monkeypatch.setattr(train.Trainer, "train_step", timed_step)
+    monkeypatch.setattr(train, "WARM_UP_STEPS", 1)
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: now))
+    arguments = {"model": "glm4_moe", "device": "cpu", "steps": 1000, "minutes": 12, "threads": 1}
+    train.train(argparse.Namespace(**arguments, compile=False, save_minutes=4, export=tmp_path / "out"))
+
+    assert now == 720
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert rates == pytest.approx([1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3])  # the last quarter begins at 540
+
+
+def test_a_resume_changes_the_plan_only_before_the_decay(train):
+    arguments = argparse.Namespace(model="glm4_moe", device="cpu", steps=8, minutes=None, threads=1)
+    trainer = train.Trainer(arguments)
+    trainer.step, trainer.seconds = 3, 90.0
+    trainer.save()
+    for steps, minutes, plan in ((20, None, (20, None)), (2, None, (4, None)), (8, 1.0, (8, 2.0))):
+        trainer.resume(steps, minutes)
+        assert (trainer.steps, trainer.minutes) == plan
+    assert trainer.in_decay
+    trainer.save()
+    trainer.resume(50, 60.0)
+    assert (trainer.steps, trainer.minutes) == (8, 2.0)
+
+
 def test_an_export_is_a_stock_folder_with_the_correction_bias_in_float32(train, tmp_path):
-    trainer = train.Trainer(argparse.Namespace(model="glm4_moe", device="cpu", steps=4, threads=1))
+    trainer = train.Trainer(argparse.Namespace(model="glm4_moe", device="cpu", steps=4, minutes=None, threads=1))
     train.export(trainer.model.bfloat16(), trainer.tokenizer, tmp_path / "out")
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values())

@@ -18,10 +18,10 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from . import glm4_moe, olmoe
+from . import glm4_moe, olmoe, qwen3_moe
 
 HERE = Path(__file__).resolve().parent.parent
-FAMILIES: dict[str, ModuleType] = {"olmoe": olmoe, "glm4_moe": glm4_moe}
+FAMILIES: dict[str, ModuleType] = {"olmoe": olmoe, "glm4_moe": glm4_moe, "qwen3_moe": qwen3_moe}
 
 
 def find_log(family: ModuleType) -> Path:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
-from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb
 
 import data
 import fast
@@ -80,35 +79,6 @@ def swiglu(x_TD: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(hidden.to(x_TD.dtype), down)
 
 
-def qkv(
-    hidden_BSD: Tensor,
-    norm: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    weight_v: Tensor,
-    norm_q: Tensor,
-    norm_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normed, rotated queries and keys, and values: each [B, heads, S, head width].
-
-    Keys and values are repeated for the queries that share them.
-    """
-    batch, length, _ = hidden_BSD.shape
-    head_width = len(norm_q)
-    x_BSD = fast.rms_norm(hidden_BSD, norm, eps)
-    query, key, value = (
-        F.linear(x_BSD, weight).view(batch, length, -1, head_width) for weight in (weight_q, weight_k, weight_v)
-    )
-    query, key = fast.rms_norm(query, norm_q, eps), fast.rms_norm(key, norm_k, eps)
-    query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.transpose(1, 2).repeat_interleave(groups, 1)
-    return query, key, value
-
-
 def project(
     residual_BSD: Tensor, mixed_BSD: Tensor, weight_o: Tensor, norm: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -130,7 +100,7 @@ def route(x_TD: Tensor, router_ED: Tensor, bias_E: Tensor, top_k: int, scaling: 
     return weight_TK, index_TK, (score_TE / score_TE.sum(-1, keepdim=True)).mean(0)
 
 
-KERNELS: dict[str, Callable] = {"swiglu": swiglu, "qkv": qkv, "project": project, "route": route}
+KERNELS: dict[str, Callable] = {"swiglu": swiglu, "qkv": fast.qkv, "project": project, "route": route}
 
 
 def training_pass(model: Glm4MoeForCausalLM, tokens_BS: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -74,23 +74,7 @@ def qkv(
     return query, key, value
 
 
-def route(
-    residual_BSD: Tensor, mixed_BSD: Tensor, weight_o: Tensor, norm: Tensor, router_ED: Tensor, top_k: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output projection, residual, norm and router.
-
-    Returns:
-        New residual [B, S, D], the experts' input [T, D], weights [T, K], index [T, K], mean probability [E].
-    """
-    residual_BSD = residual_BSD + F.linear(mixed_BSD, weight_o)
-    x_TD = fast.rms_norm(residual_BSD, norm, eps).flatten(0, 1)
-    prob_TE = torch.softmax(F.linear(x_TD, router_ED), dim=-1, dtype=torch.float32)
-    weight_TK, index_TK = torch.topk(prob_TE, top_k, dim=-1)
-    weight_TK = (weight_TK / weight_TK.sum(-1, keepdim=True)).to(x_TD.dtype)
-    return residual_BSD, x_TD, weight_TK, index_TK, prob_TE.mean(0)
-
-
-KERNELS: dict[str, Callable] = {"qkv": qkv, "route": route}
+KERNELS: dict[str, Callable] = {"qkv": qkv, "route": fast.route}
 
 
 def training_pass(model: OlmoeForCausalLM, tokens_BS: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,43 +83,10 @@ def training_pass(model: OlmoeForCausalLM, tokens_BS: Tensor, labels_BS: Tensor)
     Returns:
         Mean cross-entropy in nats, mean router probability [layers, E], load [layers, E] (see `balance_loss`).
     """
-    config, trunk = model.config, model.model
+    config = model.config
     if not config.norm_topk_prob or config.clip_qkv is not None or config.attention_bias:
         raise ValueError("training_pass covers norm_topk_prob=True, no clip_qkv and no attention_bias only")
-    eps, num_experts = config.rms_norm_eps, config.num_experts
-    hidden_BSD = trunk.embed_tokens(tokens_BS)
-    positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
-    cos, sin = trunk.rotary_emb(hidden_BSD, positions)
-    probs, loads = [], []
-    for layer in trunk.layers:
-        attention, moe = layer.self_attn, layer.mlp
-        query, key, value = KERNELS["qkv"](
-            hidden_BSD,
-            layer.input_layernorm.weight,
-            attention.q_proj.weight,
-            attention.k_proj.weight,
-            attention.v_proj.weight,
-            attention.q_norm.weight,
-            attention.k_norm.weight,
-            cos,
-            sin,
-            eps,
-        )
-        mixed = fast.mix(query, key, value)
-        hidden_BSD, x_TD, weight_TK, index_TK, prob_E = KERNELS["route"](
-            hidden_BSD,
-            mixed.transpose(1, 2).reshape(hidden_BSD.shape),
-            attention.o_proj.weight,
-            layer.post_attention_layernorm.weight,
-            moe.gate.weight,
-            config.num_experts_per_tok,
-            eps,
-        )
-        probs.append(prob_E)
-        loads.append(fast.measure_load(index_TK, num_experts))
-        out_TD = fast.SortedExperts.apply(x_TD, index_TK, weight_TK, moe.experts.gate_up_proj, moe.experts.down_proj)
-        hidden_BSD = hidden_BSD + out_TD.view(hidden_BSD.shape)
-    return fast.head_loss(model, hidden_BSD, labels_BS), torch.stack(probs), torch.stack(loads)
+    return fast.softmax_pass(model, tokens_BS, labels_BS, KERNELS)
 
 
 def adjust(model: OlmoeForCausalLM, load_LE: Tensor, scale: float) -> None:

@@ -78,6 +78,8 @@ def check(name: str, parameter: Any, values: tuple[str, ...], model: Path, text:
     (folder / "place").mkdir()
     os.chdir(folder / "place")
     wrong = []
+    # What these name is made, with the folders that it is in.
+    makes = parameter.opts[0] in ("--out", "out", "--generate", "--profile")
     for value in values:
         result = CliRunner().invoke(app, line_of(name, parameter, value, places))
         ended = result.exception is None or isinstance(result.exception, SystemExit)
@@ -85,7 +87,7 @@ def check(name: str, parameter: Any, values: tuple[str, ...], model: Path, text:
             wrong.append((value[:30], result.exit_code, repr(result.exception)[:200]))
         if result.exit_code == 1 and not (result.stderr.strip().isprintable() and len(result.stderr) < 3000):
             wrong.append((value[:30], result.exit_code, result.stderr[:200]))
-        if parameter.opts[0] not in ("--out", "out", "--generate") and (left := list((folder / "place").iterdir())):
+        if not makes and (left := list((folder / "place").iterdir())):
             wrong.append((value[:30], result.exit_code, f"left {left}"))
     assert not wrong
 

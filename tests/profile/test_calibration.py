@@ -160,7 +160,8 @@ def test_two_files_for_one_domain_are_refused(tmp_path):
 def test_folders_without_text_are_refused(tmp_path, text):
     with pytest.raises(TextError, match="nowhere is not a folder"):
         text_files(tmp_path / "nowhere")
-    with pytest.raises(TextError, match=r"prose\.txt is not a folder; --text takes a folder"):
+    says = r"prose\.txt is not a folder but a file; --text takes a folder .*: it is in .*, give that one"
+    with pytest.raises(TextError, match=says):
         text_files(text / "prose.txt")
     (tmp_path / "a.qa.jsonl").write_text("{}")
     with pytest.raises(TextError, match=r"holds no \*\.txt and no \*\.jsonl"):

@@ -4,6 +4,7 @@ Screenshots are kept in the folder that COTERIE_SCREENSHOTS names.
 """
 
 import functools
+import importlib
 import os
 import re
 import subprocess
@@ -218,6 +219,20 @@ def test_few_hostile_texts_make_every_kind_of_element_that_many_make(reports: Ca
             self.seen.add((tag, *(re.sub(r"\b([a-z])\d+\b", r"\1", name) for name in listed)))
 
     assert Kinds(reports("hostile")).seen <= Kinds(reports("few_hostile")).seen
+
+
+def test_the_readme_s_picture_is_one_that_the_script_takes(
+    browser: Any, reports: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(HERE.parents[1] / "benchmarks")
+    picture: Any = importlib.import_module("picture")
+    sizes = []
+    picture.take_picture(browser, reports("plain"), tmp_path / "report.png")
+    for file in (tmp_path / "report.png", picture.HERE / "docs" / "report.png"):
+        content = file.read_bytes()
+        assert content.startswith(b"\x89PNG")
+        sizes.append([int.from_bytes(content[place : place + 4], "big") for place in (16, 20)])
+    assert sizes == [[picture.WIDTH, picture.HEIGHT]] * 2
 
 
 @pytest.mark.parametrize("page_file", MANY, indirect=True)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from coterie.errors import TextError, UnknownName
+from coterie.model.disk.files import is_hub_id
 from coterie.paths import user_path
 from coterie.profile.data_sets import is_data_set, is_saved, saved_rows, table_rows
 from coterie.profile.rows import EXPECTED, Document, Piece, check_characters, document_of
@@ -195,11 +196,12 @@ def no_text(origin: str | Path) -> TextError:
 
 def no_folder(path: Path) -> TextError:
     """Return the error that says so."""
-    near = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
-    return TextError(
-        f"{path} is not a folder; --text takes a folder with one *.txt or *.jsonl file a domain, or a data set: "
-        f"hf:{path if near else 'ORG/NAME'}"
-    )
+    takes = "--text takes a folder with one *.txt or *.jsonl file a domain"
+    if path.is_file():
+        way_out = "give that one" if _domain(path) else f"put {FORMATS} into one"
+        return TextError(f"{path} is not a folder but a file; {takes}: it is in {path.parent}, {way_out}")
+    near = is_hub_id(str(path))
+    return TextError(f"{path} is not a folder; {takes}, or a data set: hf:{path if near else 'ORG/NAME'}")
 
 
 def _domain(file: Path) -> str | None:

@@ -163,7 +163,7 @@ class Affine:
 
     def choose(self, weight_NRv: Tensor, scales: Scales, column: int, metric_Nvv: Tensor) -> tuple[Codes, Tensor]:
         """Choose the nearest codes of columns of one sub-block."""
-        step_NR1, minimum_NR1 = (value[..., column // self.sub_block, None] for value in self.steps(scales))
+        step_NR1, minimum_NR1 = self.steps(scales.at(column // self.sub_block))
         code_NRv = self.nearest(weight_NRv, step_NR1, minimum_NR1)
         return Codes(code_NRc=code_NRv.to(torch.int16)), code_NRv * step_NR1 - minimum_NR1
 

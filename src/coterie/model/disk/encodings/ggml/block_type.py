@@ -31,6 +31,16 @@ class Scales:
     minimum_NR: Tensor | None = None
     minimum_factor_NRS: Tensor | None = None
 
+    def at(self, place: int) -> Scales:
+        """Return those of one sub-block."""
+        minima = self.minimum_factor_NRS
+        return Scales(
+            scale_NR=self.scale_NR,
+            factor_NRS=self.factor_NRS[..., place, None],
+            minimum_NR=self.minimum_NR,
+            minimum_factor_NRS=None if minima is None else minima[..., place, None],
+        )
+
     def where(self, better_NR: Tensor, other: Scales | None) -> Scales:
         """Return these scales in the rows where they are better, elsewhere the others, if there are any."""
         if other is None:

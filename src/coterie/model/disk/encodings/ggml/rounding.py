@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from coterie.model.disk.encodings.ggml.block_type import BlockType
 
 
+#: Columns that an error reaches at once; those behind them are told of the errors of all of them together.
+_NEAR = 32
+
+
 def round_to_nearest(weight_NRC: Tensor, importance_NC: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
     """Round matrices to the nearest numbers, scales fitted by the importance of columns; see `round_columns`.
 
@@ -48,6 +52,8 @@ def round_columns(
         raise ValueError(f"{num_columns} columns are no whole blocks of {kind.block}, as {kind.name} has them")
     # Nearest codes of columns that are coded one by one do not hang on each other.
     together = kind.sub_block if upper_NCC is None and kind.together == 1 else kind.together
+    # Errors reach the columns of a block in few large products, not one by one.
+    near = max(together, min(kind.block, _NEAR))
     rest_NRC = weight_NRC.to(torch.float32).clone()
     value_NRC, packed = torch.empty_like(rest_NRC), []
     for start in range(0, num_columns, kind.block):
@@ -64,9 +70,15 @@ def round_columns(
             chosen, value_NRv = kind.choose(block_NRB[..., here], scales, column - start, metric_Nvv)
             codes.append(chosen)
             value_NRC[..., column:end] = value_NRv
-            if upper_NCC is not None:
-                error_NRB[..., here] = error_NRv = (block_NRB[..., here] - value_NRv) @ metric_Nvv
-                block_NRB[..., end - start :] -= error_NRv @ upper_NCC[:, column:end, end:stop]
+            if upper_NCC is None:
+                continue
+            error_NRB[..., here] = error_NRv = (block_NRB[..., here] - value_NRv) @ metric_Nvv
+            first = column - (column - start) % near
+            last = first + near
+            block_NRB[..., end - start : last - start] -= error_NRv @ upper_NCC[:, column:end, end:last]
+            if end == last:
+                errors_NRn = error_NRB[..., first - start : last - start]
+                block_NRB[..., last - start :] -= errors_NRn @ upper_NCC[:, first:last, last:stop]
         if upper_NCC is not None:
             rest_NRC[..., stop:] -= error_NRB @ upper_NCC[:, start:stop, stop:]
         packed.append(kind.pack(scales, join_codes(codes)))

@@ -142,7 +142,7 @@ class Scaled:
 
     def choose(self, weight_NRv: Tensor, scales: Scales, column: int, metric_Nvv: Tensor) -> tuple[Codes, Tensor]:
         """Choose the nearest codes of columns of one sub-block."""
-        step_NR1 = self.steps(scales)[..., column // self.sub_block, None]
+        step_NR1 = self.steps(scales.at(column // self.sub_block))
         code_NRv, level_NRv = self.nearest(weight_NRv, step_NR1)
         return Codes(code_NRc=code_NRv), level_NRv * step_NR1
 

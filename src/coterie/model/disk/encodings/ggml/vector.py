@@ -159,7 +159,7 @@ class Vector:
 
     def choose(self, weight_NRv: Tensor, scales: Scales, column: int, metric_Nvv: Tensor) -> tuple[Codes, Tensor]:
         """Choose entries by the diagonal of the metric, and among the best of them by the whole of it."""
-        step_NR1 = self.steps(scales)[..., column // self.sub_block, None]
+        step_NR1 = self.steps(scales.at(column // self.sub_block))
         importance_N1v = metric_Nvv.square().sum(dim=-1)[:, None, :]
         negative_NRv = self.signs(weight_NRv, importance_N1v)
         magnitude_NRv = torch.where(negative_NRv, -weight_NRv, weight_NRv)
