@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from coterie.artifact import write_json
 from coterie.compress.apply import compress
 from coterie.errors import Infeasible
-from coterie.evaluate.run import Evaluation
+from coterie.evaluate.evaluation import Evaluation
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.profile.text import CalibrationText, TextSettings
 from llama_quantiser import (
@@ -247,6 +247,15 @@ def number(value: float) -> str:
     return f"{value:.{5 if value < 0.01 else 4}f}"
 
 
+def ran(settings: Settings, seeds: Sequence[int]) -> str:
+    """Return a line that says on what text all rows of a table are."""
+    draws = ", ".join(map(str, seeds))
+    return (
+        f"{settings.tokens:,} calibration tokens (draw {draws}), {settings.test_tokens:,} test tokens, sequences of "
+        f"{settings.seq_len}."
+    )
+
+
 def tables(rows: Sequence[Mapping[str, Any]], formats: Sequence[str], recipes: Sequence[str]) -> Iterator[str]:
     """Yield lines in Markdown: a table for each model, formats down, recipes across."""
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -336,7 +345,8 @@ def main() -> None:
         and row["seed"] in options.seeds
         and all(row[name] == value for name, value in settings.content().items())
     ]
-    shown = "\n".join(tables(wanted, options.formats, options.recipes)).rstrip() + "\n"
+    lines = [ran(settings, options.seeds), "", *tables(wanted, options.formats, options.recipes)]
+    shown = "\n".join(lines).rstrip() + "\n"
     print(shown, end="")  # the result
     if options.markdown is not None:
         options.markdown.write_text(shown, encoding="utf-8")
