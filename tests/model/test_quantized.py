@@ -5,9 +5,12 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -19,9 +22,11 @@ from coterie.model.arch.conversion import WeightConversion
 from coterie.model.arch.layers import Architecture
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.encodings import scaled
-from coterie.model.disk.quantized import dequantized
+from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
+from coterie.model.disk.quantized import as_read, dequantized, quantization_config
 from coterie.model.quiet import quiet
 from coterie.testing import tiny_text
+from hostile import changed, places, values
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
@@ -654,3 +659,105 @@ def test_from_a_packed_checkpoint_to_a_plain_half(packed, tmp_path):
     )
     dtypes = {tensor.dtype for file in halves.out.glob("*.safetensors") for tensor in load_file(file).values()}
     assert torch.float32 in dtypes
+
+
+# Weights in encodings of our own.
+
+OWN = quantization_config(
+    {
+        "x.weight": GgmlBlocks(type="Q8_0", dtype="F32"),
+        "experts.*.up.weight": GgmlBlocks(type="Q4_0", dtype="F32"),
+        "fused": GgmlBlocks(type="Q4_K", axis=-2),
+    }
+)
+
+
+def in_own_blocks():
+    return {
+        "x.weight": torch.zeros(4, 68, dtype=torch.uint8),
+        "experts.0.up.weight": torch.zeros(3, 18, dtype=torch.uint8),
+        "experts.1.up.weight": torch.zeros(3, 18, dtype=torch.uint8),
+        "fused": torch.zeros(2, 144, 5, dtype=torch.uint8),
+        "norm.weight": torch.ones(4),
+    }
+
+
+def test_a_view_of_own_blocks_has_the_shapes_of_what_they_hold(tmp_path):
+    checkpoint = hand_made(tmp_path / "m", in_own_blocks(), OWN)
+    for view in (dequantized(checkpoint), as_read(checkpoint)):
+        assert {name: (info.dtype, info.shape) for name, info in view.tensors.items()} == {
+            "x.weight": ("F32", (4, 64)),
+            "experts.0.up.weight": ("F32", (3, 32)),
+            "experts.1.up.weight": ("F32", (3, 32)),
+            "fused": ("BF16", (2, 256, 5)),
+            "norm.weight": ("F32", (4,)),
+        }
+        assert "quantization_config" not in view.config
+    assert checkpoint.num_bytes == 4 * 68 + 2 * 3 * 18 + 2 * 144 * 5 + 16
+    plain = hand_made(tmp_path / "plain", {"x.weight": torch.ones(4, 4)}, None)
+    assert as_read(plain) is plain
+
+
+def group(**changes):
+    """Return settings with one group, changed; what is None goes."""
+    content = {"encoding": "ggml", "type": "Q8_0", "axis": -1, "dtype": "F32", "tensors": ["x.weight"]} | changes
+    return {
+        "quant_method": "coterie",
+        "groups": [{name: value for name, value in content.items() if value is not None}],
+    }
+
+
+WRONG_BLOCKS = {
+    "no groups": ({"quant_method": "coterie"}, "names no groups of tensors"),
+    "groups that are none": ({"quant_method": "coterie", "groups": ["x"]}, "names no groups of tensors"),
+    "no tensors": (group(tensors=None), "has a group without a list of tensors"),
+    "tensors that are none": (group(tensors=[1]), "has a group without a list of tensors"),
+    "an unknown encoding": (group(encoding="zip"), "names an encoding that cannot be .*zip"),
+    "no encoding": (group(encoding=None), "names an encoding that cannot be"),
+    "another encoding": (group(encoding="plain", type=None, axis=None), "encoding"),
+    "an unknown type": (group(type="Q9_K"), "names an encoding that cannot be .*Q9_K"),
+    "a type that is none": (group(type=["Q8_0"]), "names an encoding that cannot be"),
+    "another axis": (group(axis=0), "names an encoding that cannot be .*axis is 0"),
+    "a number format that is none": (group(dtype="F9"), "names an encoding that cannot be"),
+    "whole numbers": (group(dtype="I32"), "names an encoding that cannot be"),
+    "more than it has": (group(level=3), "names an encoding that cannot be"),
+    "a tensor that is not there": (group(tensors=["x.weight", "y.*.weight"]), "names 'y.*.weight', and no such tensor"),
+    "wrong extents": (group(type="Q4_0"), r"x.weight is U8: \[4, 68\] holds no whole blocks of Q4_0"),
+    "a tensor of numbers": (group(tensors=["norm.weight"]), "norm.weight is F32"),
+    "the same tensor twice": (
+        {"quant_method": "coterie", "groups": group()["groups"] + group(type="Q4_0", tensors=["x.weight"])["groups"]},
+        "names 'x.weight' twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_BLOCKS)
+def test_settings_of_own_blocks_that_cannot_be_are_refused_in_a_line(tmp_path, case):
+    described, message = WRONG_BLOCKS[case]
+    checkpoint = hand_made(tmp_path / "m", in_own_blocks(), described)
+    for view in (dequantized, as_read):
+        with pytest.raises(CorruptCheckpoint, match=message) as error:
+            view(checkpoint)
+        assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def own_blocks(tmp_path_factory):
+    return hand_made(tmp_path_factory.mktemp("own") / "m", in_own_blocks(), OWN)
+
+
+@given(data=st.data())
+def test_any_change_of_the_settings_of_own_blocks_is_read_or_refused_in_a_line(own_blocks, data):
+    path = data.draw(st.sampled_from(list(places(OWN))))
+    how = data.draw(st.sampled_from(("replace", "remove", "beside")))
+    config = own_blocks.config | {"quantization_config": changed(OWN, path, data.draw(values), how)}
+    said = ""
+    try:
+        view = dequantized(replace(own_blocks, config=config))
+        with view.reader() as reader:
+            for name in view.tensors:
+                reader.read(name)
+    except (CorruptCheckpoint, UnsupportedDtype) as error:
+        said = str(error)
+    assert len(said.splitlines()) <= 1
+    assert len(said) < 2000

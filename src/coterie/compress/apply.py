@@ -23,6 +23,7 @@ from coterie.compress.lanes import Lanes
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.layers import LayerWriter
 from coterie.compress.pack import Packer, packed_names
+from coterie.compress.pack_forecast import PRICED_SEQUENCES, PRICING
 from coterie.compress.plan import Mtp, Plan
 from coterie.compress.prepare import Inputs, Job, Options, prepare
 from coterie.compress.recipes import Recipe
@@ -47,8 +48,8 @@ from coterie.publish.hub import RUN_FILE, find_destination, upload_result
 
 log = logging.getLogger(__name__)
 
-#: What is waited for while it is measured what types would cost, and the step of the run that says it.
-PRICING, PRICES = "pricing types", "prices"
+#: The step of the run that says what types would cost.
+PRICES = "prices"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,7 +264,8 @@ def _price(work: Work) -> dict[str, dict[str, float]]:
     """Return what each matrix would cost in each type; measured once in a run."""
     job, damages = work.job, dict[str, dict[str, float]]()
     if PRICES not in work.run.finished:
-        batches = [ids_BS for _, ids_BS in job.text(PRICED_TOKENS, up_to=True).batches(8)]
+        tokens = min(PRICED_TOKENS, job.options.tokens)
+        batches = [ids_BS for _, ids_BS in job.text(tokens, up_to=True).batches(PRICED_SEQUENCES)]
         meter = DamageMeter(stream=job.stream, source=job.source, batches=batches, types=PRICED_TYPES)
         for _, some in track(meter.measure(), PRICING, len(job.stream.units)):
             damages |= some

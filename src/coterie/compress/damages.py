@@ -76,16 +76,19 @@ class DamageMeter:
         jobs = [self.stream.loss_job(ids_BS, see=seen.append) for ids_BS in self.batches]
         by_unit = {unit.name: self._of_unit(unit.disk_names) for unit in self.stream.units}
         embedding = next((weight for weight in self.source.weights if weight.kind == "embedding"), None)
-        first = min(unit.order for unit in self.stream.units if any(w.kind != "embedding" for w in by_unit[unit.name]))
-        for stage in self.stream.run(jobs, gradients=True):
-            if not stage.backward or stage.unit.name not in by_unit:
-                continue
-            inner = [weight for weight in by_unit[stage.unit.name] if weight.kind != "embedding" and not weight.head]
-            gradients = self._backward(stage, inner)
-            damages = dict(self._price(stage, inner))
-            yield stage.unit.name, damages
-            if stage.unit.order == first and embedding is not None and not embedding.head and gradients:
-                yield "embedding", {embedding.pattern: self._price_embedding(embedding, gradients)}
+        rows: list[Tensor] = []
+        with _watched_rows(self.stream.model.get_input_embeddings(), rows):
+            for stage in self.stream.run(jobs, gradients=True):
+                if not stage.backward or stage.unit.name not in by_unit:
+                    continue
+                inner = [
+                    weight for weight in by_unit[stage.unit.name] if weight.kind != "embedding" and not weight.head
+                ]
+                self._backward(stage, inner)
+                damages = dict(self._price(stage, inner))
+                yield stage.unit.name, damages
+        if embedding is not None and not embedding.head and rows:
+            yield "embedding", {embedding.pattern: self._price_embedding(embedding, rows[0])}
         heads = [weight for weight in self.source.weights if weight.head]
         for weight in heads[:1]:
             yield "head", {weight.pattern: self._price_head(weight, torch.cat([each.flatten(0, 1) for each in seen]))}
@@ -94,13 +97,12 @@ class DamageMeter:
         inside = set(disk_names)
         return [weight for weight in self.source.weights if inside.issuperset(weight.names)]
 
-    def _backward(self, stage: Stage, weights: Sequence[Weight]) -> dict[int, Tensor]:
-        """Send a unit's calls back; fill `_fisher`, and return gradients of what it received, by job."""
+    def _backward(self, stage: Stage, weights: Sequence[Weight]) -> None:
+        """Send a unit's calls back, and fill `_fisher`."""
         model, unit = self.stream.model, stage.unit
         layers = tuple(layer for layer in self.source.architecture.layers if unit.holds(layer.experts))
         linear = {self.stream.conversion.memory_names[weight.names[0]] for weight in weights if weight.kind == "linear"}
         self._fisher: dict[Any, Tensor] = {}
-        received: dict[int, Tensor] = {}
         for call in stage.calls:
             behind: dict[int, Tensor] = {}
             with (
@@ -109,14 +111,9 @@ class DamageMeter:
             ):
                 answer = call.compute()
             call.finish(answer)
-            ids_BS = self.batches[call.job]
-            own = [each for each in answer if each is not None and each.shape[:2] == ids_BS.shape]
-            if own:
-                received[call.job] = own[0]
             for observation in observations:
                 if observation.layer.index in behind:
                     self._add_experts(observation, behind[observation.layer.index])
-        return received
 
     @torch.no_grad()
     def _add(self, key: Any, gradient_TR: Tensor, input_TC: Tensor) -> None:
@@ -175,12 +172,8 @@ class DamageMeter:
             prices[kind] = 0.5 * whole * (lost / part if part > 0 else 0.0) / self._tokens
         return prices
 
-    def _price_embedding(self, weight: Weight, gradients: Mapping[int, Tensor]) -> dict[str, float]:
+    def _price_embedding(self, weight: Weight, fisher_VD: Tensor) -> dict[str, float]:
         matrix_VD = self.stream.read(weight.names[0]).float()
-        fisher_VD = torch.zeros_like(matrix_VD)
-        for job, gradient_BSD in gradients.items():
-            square_TD = gradient_BSD.detach().cpu().float().square().flatten(0, 1)
-            fisher_VD.index_add_(0, self.batches[job].flatten(), square_TD)
         used_V = fisher_VD.sum(dim=1) > 0
         return self._prices(weight, [(matrix_VD[used_V], fisher_VD[used_V])])
 
@@ -240,3 +233,30 @@ def _watched(model: nn.Module, names: set[str], add: Callable[[str, Tensor, Tens
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _watched_rows(embedding: nn.Module, rows: list[Tensor]) -> Iterator[None]:
+    """Within the block, gradients of what an embedding puts out are squared and summed by token, (V, D), into `rows`.
+
+    What a family multiplies the embedding's output by counts: the gradient is that of the output itself.
+    """
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        ids_T = args[0].detach().flatten().cpu()
+
+        def add(gradient: Tensor) -> None:
+            square_TD = gradient.detach().cpu().float().square().flatten(0, -2)
+            if not rows:  # only now, when all layers are done
+                table: Any = module
+                rows.append(torch.zeros(int(table.weight.shape[0]), square_TD.shape[-1]))
+            rows[0].index_add_(0, ids_T, square_TD)
+
+        if output.requires_grad:
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+
+    handle = embedding.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -18,6 +18,7 @@ from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods import load_decide, load_pass, needs_of
 from coterie.compress.output import result_config
 from coterie.compress.plan import Mtp, Plan
+from coterie.compress.quantisers import check_quantiser
 from coterie.compress.recipes import Recipe, Step, default_recipe, get_recipe
 from coterie.compress.request import Request
 from coterie.compress.source import Source
@@ -234,11 +235,12 @@ def weighed(source: Source, plan: Plan) -> Plan:
     Raises:
         Infeasible, ArchitectureMismatch: config.json cannot say what the plan does.
     """
+    if plan.packed:
+        check_types(source.weights, plan, [layer.num_experts for layer in source.architecture.layers])
+        check_quantiser(plan.quantiser)
     result_config(source, plan)
     check_prediction(source, plan)
     sizing = source.sizing(keeps_rows=plan.mapped)
-    if plan.packed:
-        check_types(source.weights, plan)
     return replace(
         plan,
         predicted_bytes=sizing.num_bytes(plan.layers) - bytes_saved(source.weights, plan.types),

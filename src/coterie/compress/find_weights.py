@@ -1,6 +1,6 @@
 """Find the matrices of a model that can be stored in fewer bits, from headers: experts, and all other linear weights.
 
-Routers, norms, biases and whatever else is no matrix product stay as they are.
+Routers, norms, biases and whatever else is no matrix product stay as they are, and so do gates of a single row.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def find_weights(
             continue
         owner_name, _, leaf = memory_name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        if leaf == "weight" and isinstance(owner, nn.Linear | nn.Embedding):
+        if leaf == "weight" and isinstance(owner, nn.Linear | nn.Embedding) and tensors[name].shape[0] > 1:
             kind = "embedding" if isinstance(owner, nn.Embedding) else "linear"
             weights.append(
                 Weight(

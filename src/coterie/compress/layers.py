@@ -90,7 +90,9 @@ class LayerWriter:
         ):
             shard = shard_of.get(stage.unit.name)
             unit_layers = [layer for layer in layers if stage.unit.holds(layer.experts)]
-            packs = self.packer is not None and not self.packer.names.isdisjoint(stage.unit.disk_names)
+            packs = self.packer is not None and (
+                bool(unit_layers) or not self.packer.names.isdisjoint(stage.unit.disk_names)
+            )
             if (unit_layers or packs) and stage.unit.name in passed:
                 raise ArchitectureMismatch(f"{stage.unit.name} runs more than once for one text: not supported")
             if packs:

@@ -8,7 +8,7 @@ Legend: N matrices, C columns (inputs), T tokens, E experts, D model width, F ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -211,7 +211,7 @@ class Moments:
         layer_CC = sums.all_tokens.hessian_CC / max(1, sums.all_tokens.num_tokens)
         mixed = []
         for each in sums.between if between else sums.into:
-            own_CC, share = each.hessian_CC, shrinkage / (each.num_tokens + shrinkage)
+            own_CC, share = each.hessian_CC, shrinkage / (each.num_tokens + shrinkage) if each.num_tokens else 1.0
             scale = own_CC.diagonal().mean()
             if between:
                 rest_CC = scale * torch.eye(len(own_CC), device=own_CC.device)
@@ -244,13 +244,3 @@ def _counted(counts_T: Tensor | None, like_TC: Tensor):  # type: ignore[no-untyp
         return lambda value_TC: value_TC
     rows_N = counts_T.to(like_TC.device).nonzero().flatten()
     return lambda value_TC: value_TC[rows_N]
-
-
-def moments_bytes(columns: Mapping[str, tuple[int, int]], *, compares: bool) -> int:
-    """Return the bytes of the sums of a unit.
-
-    Args:
-        columns: by what it is, (how many matrices, columns of each).
-        compares: whether what the original's layers received is wanted too.
-    """
-    return sum(4 * (1 + compares) * count * size**2 for count, size in columns.values())

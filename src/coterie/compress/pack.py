@@ -87,6 +87,8 @@ class Packer:
             for weight in weights
             if weight.kind == "linear" and not weight.head
         }
+        typed = {weight.layer for weight in weights}
+        layers = [layer for layer in layers if layer.index in typed]
         moments = self._measure(stage, layers, list(linear))
         packed: dict[str, Tensor] = {}
         state = self.stream.model.state_dict()

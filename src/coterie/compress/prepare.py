@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coterie.amounts import parse_bytes, parse_share
+from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.decide import check_profile, check_sequential, checked, completed, needs_of_plan, outline
 from coterie.compress.output import check_space
+from coterie.compress.pack_forecast import PackForecast
 from coterie.compress.plan import Mtp, Plan
 from coterie.compress.recipes import Recipe, default_recipe, get_recipe, training_tokens
 from coterie.compress.request import Request
@@ -143,6 +145,7 @@ class Job:
             that was not asked for.
         recorded: what the header of the run that goes on says of these steps; empty for a run that begins.
         numerics: what is computed with, see `coterie.model.numerics`.
+        pricing: how long it is reckoned to take to price types, where that is done.
     """
 
     options: Options
@@ -158,6 +161,7 @@ class Job:
     recorded: Mapping[str, Any] = field(default_factory=dict)
     numerics: Mapping[str, str | int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    pricing: tuple[StageTime, ...] = ()
 
     @cached_property
     def needs(self) -> tuple[str, ...]:
@@ -182,7 +186,7 @@ class Job:
         measuring = () if self.measure is None or here else (self.measure.time(self.stream, layers),)
         steps = (stage for prepared in self.result_steps.values() if prepared is not None for stage in prepared.times)
         compressing = compressing_time(self.stream, self.outline, self.seconds, self.measure if here else None)
-        return (*measuring, compressing, *steps, checking_time(self.outline))
+        return (*measuring, *self.pricing, compressing, *steps, checking_time(self.outline))
 
     @property
     def profile_folder(self) -> Path | None:
@@ -268,6 +272,13 @@ def prepare(
     if profile is None:
         assert calibration is not None
         measure = _measure(source, options, needs, calibration)
+    packing = None
+    if outlined.packed:
+        assert measure is not None
+        prices = request is not None and ALLOCATORS[request.recipe.allocator].prices
+        packing = PackForecast(
+            stream=stream, source=source, plan=outlined, measure=measure, prices=prices, max_tokens=options.tokens
+        )
     job = Job(
         options=options,
         source=source,
@@ -276,7 +287,12 @@ def prepare(
         outline=outlined,
         profile=profile,
         measure=measure,
-        forecast=_forecast(stream, source, measure, profile, options.inputs),
+        forecast=(
+            _forecast(stream, source, measure, profile, options.inputs)
+            if packing is None
+            else Forecast(stages=packing.stages())
+        ),
+        pricing=() if packing is None else packing.times(),
         calibration=calibration,
         recorded=(recorded or {}).get("result_steps", {}),
         numerics=numerics or {},
@@ -288,10 +304,12 @@ def prepare(
         if prepared is not None:
             job.forecast = Forecast(stages=(*job.forecast.stages, *prepared.stages))
     job.forecast.check(options.limit)
-    job.seconds = unit_seconds(
+    seconds = unit_seconds(
         stream, source.architecture.layers, outlined, sample_tokens=_sample_tokens(measure, profile),
         measure=measure if options.inputs == "compressed" else None,
     )  # fmt: skip
+    codes = {} if packing is None else packing.seconds()
+    job.seconds = {name: each + codes.get(name, 0.0) for name, each in seconds.items()}
     return job
 
 

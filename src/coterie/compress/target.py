@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from coterie.amounts import parse_bytes
 from coterie.compress.allocators import ALLOCATORS
-from coterie.compress.recipes import Recipe
+from coterie.compress.recipes import RECIPES, Recipe
 from coterie.errors import InputError, UnknownName
 from coterie.model.disk.encodings.ggml import SIZES, bits_of
 
@@ -25,7 +25,7 @@ class Target:
         width: hidden neurons of each expert; for a ragged result, on average.
         budget: bytes of all tensors, as a number or like "12GiB".
         bits: most bits that a number of a matrix takes, scales counted, where weights are stored in fewer bits.
-        type: the GGML type that matrices are stored in, like "Q4_K".
+        type: the GGML type that matrices are stored in, like "Q4_K", in capitals or not.
         multiple_of: the number of experts, or their width, whichever the recipe lowers, is the nearest multiple of this
             that can be; None for any.
     """
@@ -37,6 +37,10 @@ class Target:
     bits: float | None = None
     type: str | None = None
     multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.type is not None:
+            object.__setattr__(self, "type", self.type.upper())
 
     def check(self, recipe: Recipe) -> None:
         """Raise InputError unless this is one target, in range, that the recipe can fulfil."""
@@ -65,7 +69,11 @@ class Target:
             raise InputError(f"recipe {recipe.name} {allocator.does}; --multiple-of is for one width or number of all")
         if given[0] not in allocator.targets:
             *most, last = (f"--{name}" for name in allocator.targets)
+            instead = f"recipe that {allocator.instead}"
+            if given[0] in ("bits", "type"):
+                alike = [name for name, each in RECIPES.items() if given[0] in ALLOCATORS[each.allocator].targets]
+                instead = f"recipe that stores weights in fewer bits, such as {alike[-1]}"
             raise InputError(
                 f"recipe {recipe.name} {allocator.does}; say how small with {', '.join(most)} or {last}, or take a "
-                f"recipe that {allocator.instead}"
+                f"{instead}"
             )

@@ -63,19 +63,31 @@ class Weight:
         return len(self.names) * GgmlBlocks(type=kind, axis=self.axis).num_bytes(self.shape)
 
 
-def check_types(weights: Sequence[Weight], plan: Plan) -> None:
+def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) -> None:
     """Check the types that a plan gives to weights.
 
+    Args:
+        weights: the matrices that there are.
+        plan: what gives them types.
+        counts: experts of each MoE layer of the original.
+
     Raises:
-        Infeasible: a name that no matrix has, or a type whose blocks are wider than a row; says what can be.
+        Infeasible: a name that no matrix has, a type whose blocks are wider than a row, or experts that do not stay as
+            they are; says what can be.
     """
     by_pattern = {weight.pattern: weight for weight in weights}
     if plan.quantiser is None:
         raise Infeasible("the plan gives types to weights, and names no quantiser that chooses their codes")
-    shape = plan.shape
-    if plan.mapped or plan.ragged or shape.width is not None or shape.top_k is not None or plan.passes:
+    changed = [
+        number
+        for number, (layer, count) in enumerate(zip(plan.layers, counts, strict=False))
+        if layer.num_experts != count or (layer.width, layer.top_k, layer.experts) != (None, None, None)
+    ]
+    if plan.mapped or plan.passes or plan.result_steps or changed:
+        what = f"layer {changed[0]} changes its experts" if changed else "the plan has a router form, passes or steps"
         raise Infeasible(
-            "weights in fewer bits go with experts that stay as they are; leave the passes of the plan out"
+            f"{what}; weights in fewer bits go with experts that stay as they are: leave passes and result_steps of "
+            "the plan empty, its router plain and its layers whole"
         )
     for pattern, kind in plan.types.items():
         weight = by_pattern.get(pattern)

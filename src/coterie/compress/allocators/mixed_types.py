@@ -6,10 +6,13 @@ knapsack (`coterie.compress.allocators.knapsack`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.allocators import one_type
 from coterie.compress.allocators.knapsack import Option, choose
 from coterie.compress.allocators.problem import Allocation, Problem
+from coterie.compress.weights import Weight
 from coterie.errors import Infeasible
 
 
@@ -32,7 +35,7 @@ def allocate(problem: Problem) -> Allocation:
         ]
         for weight in weights
     ]
-    chosen = choose(items, _budget(problem, rest) - rest)
+    chosen = choose(items, _room(problem, weights, rest))
     if chosen is None:
         least = rest + sum(min(option.num_bytes for option in options) for options in items)
         raise Infeasible(f"a budget this small cannot be met with fewer bits alone: {format_bytes(least)} is the least")
@@ -43,10 +46,10 @@ def allocate(problem: Problem) -> Allocation:
     )  # fmt: skip
 
 
-def _budget(problem: Problem, rest: int) -> int:
-    """Return the bytes of the result at most; `rest` is what is no matrix."""
+def _room(problem: Problem, weights: Sequence[Weight], rest: int) -> int:
+    """Return the bytes that matrices may take; `rest` is what takes bytes beside them."""
     target = problem.target
     if target.budget is not None:
-        return parse_bytes(target.budget)
+        return parse_bytes(target.budget) - rest
     assert target.bits is not None
-    return rest + int(sum(weight.num_elements for weight in problem.weights) * target.bits / 8)
+    return int(sum(weight.num_elements for weight in weights) * target.bits / 8)

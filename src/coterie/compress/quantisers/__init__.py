@@ -7,11 +7,13 @@ is one file here and one line in the table. What it reads is said beside it.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
-from coterie.errors import UnknownName
+from coterie.errors import InputError, UnknownName
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,3 +61,22 @@ def load_quantiser(name: str) -> Quantise:
     module, _, attribute = get_quantiser(name).function.partition(":")
     function: Quantise = getattr(import_module(module), attribute)
     return function
+
+
+def check_quantiser(step: tuple[str, Mapping[str, Any]] | None) -> None:
+    """Check the name and the options of the quantiser of a plan, which may have been edited.
+
+    Raises:
+        UnknownName: no such quantiser, or no such option of it.
+        InputError: an option that is no number; or no quantiser.
+    """
+    if step is None:
+        raise InputError("types are given to weights, and no quantiser that chooses their codes is named")
+    name, options = step
+    parameters = inspect.signature(load_quantiser(name)).parameters.values()
+    known = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    for option, value in options.items():
+        if option not in known:
+            raise UnknownName(f"option of the quantiser {name}", option, known)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise InputError(f"option {option} of the quantiser {name} is {value!r}: it should be a number from 0 on")

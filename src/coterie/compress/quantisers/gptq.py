@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 #: Share of the mean of the Hessian's diagonal that is added to it, as the paper's own code does.
 DAMPING = 0.01
 
-#: Elements of Hessians that are factored at once.
-_AT_ONCE = 2**23
+#: Elements of Hessians that are factored at once, and bytes that each takes meanwhile: five in float64, one in float32.
+HESSIAN_ELEMENTS, FACTOR_BYTES = 2**23, 5 * 8 + 4
 
 
 def gptq(weight_NRC: Tensor, inputs: Inputs, kind: BlockType, *, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def gptq(weight_NRC: Tensor, inputs: Inputs, kind: BlockType, *, damping: float 
         ValueError: columns that are no whole blocks.
     """
     # A few at a time: the factors of all would take many times what the matrices take.
-    at_once = max(1, _AT_ONCE // weight_NRC.shape[-1] ** 2)
+    at_once = max(1, HESSIAN_ELEMENTS // weight_NRC.shape[-1] ** 2)
     parts = []
     for start in range(0, len(weight_NRC), at_once):
         upper_NCC = upper_factor(inputs.hessian_NCC[start : start + at_once], damping)

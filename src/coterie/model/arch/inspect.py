@@ -36,6 +36,7 @@ from coterie.model.arch.structure import (
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.manifest import Manifest, ResultForm
+from coterie.model.disk.quantized import as_read
 from coterie.model.disk.tensors import DTYPE_BITS, TensorInfo
 
 #: Parts of a model, in the order of printing. "shared" is everything in a MoE block but routed experts and router;
@@ -202,7 +203,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, budget: str | int | None = Non
     limit = None if budget is None else parse_bytes(budget)
     config, tensors = checkpoint.config, checkpoint.tensors
     check_chosen(config, str(checkpoint.path))
-    places, counts, storage = _places(checkpoint), expert_counts(config), _Storage(config)
+    places, counts, storage = _places(checkpoint), expert_counts(config), _Storage(checkpoint)
     described = _find_layers(checkpoint, places, counts, storage)
     running, moe_layers = [block for block, _ in described], [layer for _, layer in described]
     path = _expert_path(counts, running[0])
@@ -266,7 +267,7 @@ def accounting_of(checkpoint: Checkpoint) -> Accounting:
     """
     config = checkpoint.config
     return _accounting(
-        checkpoint, _find_layers(checkpoint, _places(checkpoint), expert_counts(config), _Storage(config))
+        checkpoint, _find_layers(checkpoint, _places(checkpoint), expert_counts(config), _Storage(checkpoint))
     )
 
 
@@ -289,7 +290,7 @@ def _find_layers(
     """
     config, manifest = checkpoint.config, Manifest.read(checkpoint.path)
     # Experts of a ragged checkpoint of ours are stored narrower than they are read.
-    full_width = checkpoint if manifest is None else filled_up(checkpoint, manifest.ragged)
+    full_width = as_read(checkpoint) if manifest is None else filled_up(as_read(checkpoint), manifest.ragged)
     described = []
     for block in find_blocks(checkpoint.tensors, places, counts, _mapped_counts(manifest), spare_rows(config)):
         key = _expert_path(counts, block)
@@ -305,15 +306,20 @@ def _find_layers(
 class _Storage:
     """Counts weights in tensors, unpacking what a quantised checkpoint packs."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        config = checkpoint.config
         entries = [value for key, value in config.items() if key in ("quantization_config", "compression_config")]
         self.quantised = bool(entries) and isinstance(entries[0], Mapping)
         self.bits = _quantised_bits(entries[0]) if self.quantised else 16
+        #: What tensors are read as, where bytes do not tell: of weights in blocks of our own.
+        self.read_as = as_read(checkpoint).tensors
 
     def parameters(self, info: TensorInfo) -> int:
         """Return the weights that a tensor stands for; 0 for the scales and zeros of a quantised one."""
         if not self.quantised:
             return info.num_elements
+        if (read := self.read_as[info.name]).packed is not None:
+            return read.num_elements
         if self.is_companion(info):
             return 0
         packed = info.dtype in ("U8", "I32", "U32") and self.bits < DTYPE_BITS[info.dtype]

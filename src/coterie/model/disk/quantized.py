@@ -80,6 +80,19 @@ def dequantized(checkpoint: Checkpoint, dtype: str = "BF16") -> Checkpoint:
     return replace(checkpoint, config=_plain_config(checkpoint.config, chosen), tensors=tensors)
 
 
+def as_read(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint whose weights in encodings of our own have the shapes that they are read with.
+
+    The same object where there are none: how others pack weights may tell no more than their number.
+
+    Raises:
+        CorruptCheckpoint: the config and the tensors contradict each other.
+    """
+    settings = _quantization_config(checkpoint.config)
+    own = settings is not None and str(settings.get("quant_method", "")).lower() == OWN_METHOD
+    return dequantized(checkpoint) if own else checkpoint
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _QuantizedSource:
     """What is known of a quantised checkpoint while it is looked through."""
@@ -254,6 +267,8 @@ def _find_own(source: _QuantizedSource) -> _PackedTensors:
             raise wrong(f"names an encoding that cannot be ({error})") from None
         if not isinstance(encoding, GgmlBlocks):
             raise wrong(f"names the encoding {content.get('encoding')!r}, which is no block format")
+        if twice := sorted(encodings.keys() & set(patterns)):
+            raise wrong(f"names {twice[0]!r} twice")
         encodings |= dict.fromkeys(patterns, encoding)
     weights: dict[str, TensorInfo] = {}
     matched: set[str] = set()

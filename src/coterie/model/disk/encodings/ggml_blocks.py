@@ -30,7 +30,7 @@ class GgmlBlocks:
 
     Raises:
         UnknownName: no such type can be written.
-        ValueError: another axis.
+        ValueError: another axis, or a number format that cannot hold what is unpacked.
     """
 
     type: str
@@ -42,6 +42,8 @@ class GgmlBlocks:
             raise UnknownName("GGML type", self.type, SIZES)
         if self.axis not in (-1, -2):
             raise ValueError(f"axis is {self.axis}: it should be -1 or -2")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}: it should be {', '.join(_DTYPES)}")
 
     def pack(self, tensor: Tensor) -> dict[str, Tensor]:
         """Return the bytes of the nearest numbers of this type, all columns weighing the same.
@@ -115,6 +117,9 @@ class GgmlBlocks:
         """Return what makes it again."""
         return {"encoding": "ggml", "type": self.type, "axis": self.axis, "dtype": self.dtype}
 
+
+#: What can be unpacked to.
+_DTYPES = ("BF16", "F16", "F32")
 
 #: Blocks that are unpacked at once.
 _BLOCKS_AT_ONCE = 65_536
