@@ -269,7 +269,7 @@ def importance(model: Path, batches: Iterable[Tensor]) -> dict[str, Tensor]:
     """
     checkpoint = Checkpoint.open(model)
     layers = {layer.experts: layer for layer in Architecture.of(checkpoint).layers}
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False).eval()
     linear = [
         name for name, tensor in checkpoint.tensors.items()
         if len(tensor.shape) == 2 and name.endswith(".weight") and not _EXPERT.match(name)

@@ -29,7 +29,9 @@ CALIBRATION = HERE / "reference" / "text" / "calibration"
 TEST = HERE / "reference" / "text" / "test"
 
 #: What is published, and the default of `coterie compress`; its variants come with `--recipes all`.
-RECIPES_HERE = tuple(name for name in RECIPES if not name.startswith("coterie-"))
+RECIPES_HERE = tuple(
+    name for name, recipe in RECIPES.items() if not name.startswith("coterie-") and recipe.quantiser is None
+)
 
 
 def run(models: Sequence[Path], out: Path, **settings: Any) -> Bench:

@@ -445,7 +445,7 @@ class Study:
         """
         layers, architecture = self._architecture.layers, self._architecture
         request = Request(recipe=form.recipe, target=Target(keep=self._options.keep))
-        plans = allocate(self._source, request, measured)
+        plans = allocate(self._source, request, measured).layers
         if form.shrinks == "ragged-layers":
             return tuple(
                 self._ragged(form.score, measured, layer, size) for layer, size in zip(layers, plans, strict=True)

@@ -131,7 +131,7 @@ class DamageMeter:
     def _price(self, stage: Stage, weights: Sequence[Weight]) -> Iterator[tuple[str, dict[str, float]]]:
         model, conversion = self.stream.model, self.stream.conversion
         state = model.state_dict()
-        held: dict[int, Projections] = {}
+        by_layer: dict[int, Projections] = {}
         for weight in weights:
             if weight.layer is None:
                 name = conversion.memory_names[weight.names[0]]
@@ -139,12 +139,12 @@ class DamageMeter:
                     yield weight.pattern, self._prices(weight, [(state[name], self._fisher[name])])
                 continue
             layer = self.source.architecture.layers[weight.layer]
-            if weight.layer not in held:
-                held[weight.layer] = Projections(model, layer, conversion, stage.conversions)
-            matrices = projections_of(held[weight.layer].experts)
+            if weight.layer not in by_layer:
+                by_layer[weight.layer] = Projections(model, layer, conversion, stage.conversions)
+            matrices = projections_of(by_layer[weight.layer].experts)
             pairs = [
                 (matrices[part][expert], self._fisher[weight.layer, expert, part])
-                for part in sorted(held[weight.layer].held[weight.names[0]])
+                for part in sorted(by_layer[weight.layer].held[weight.names[0]])
                 for expert in range(layer.num_experts)
                 if (weight.layer, expert, part) in self._fisher
             ]
