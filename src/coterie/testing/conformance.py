@@ -142,7 +142,8 @@ def _applicable_recipes(architecture: Architecture) -> list[str]:
 
     Experts that end in a norm cannot be re-fitted; where one entry of the config sizes experts and other parts, they
     cannot be slimmed alone; experts that are stored in one tensor cannot have widths of their own (that is checked
-    apart); and a model that predicts no next token has no loss to send back.
+    apart); a model that predicts no next token has no loss to send back; and what is stored in fewer bits is not what it
+    was even where all is kept.
     """
     modules = [architecture.model.get_submodule(layer.experts) for layer in architecture.layers]
     solvable = all(canonical_experts(module).finish is None for module in modules)
@@ -151,7 +152,8 @@ def _applicable_recipes(architecture: Architecture) -> list[str]:
     return [
         name
         for name, recipe in RECIPES.items()
-        if (solvable or all(step != "refit-down" for step, _ in recipe.passes))
+        if recipe.quantiser is None
+        and (solvable or all(step != "refit-down" for step, _ in recipe.passes))
         and not (
             "width" in _targets(name)
             and (recipe.allocator == "ragged" or architecture.config["model_type"] in ONE_WIDTH)
