@@ -142,8 +142,8 @@ def _applicable_recipes(architecture: Architecture) -> list[str]:
 
     Experts that end in a norm cannot be re-fitted; where one entry of the config sizes experts and other parts, they
     cannot be slimmed alone; experts that are stored in one tensor cannot have widths of their own (that is checked
-    apart); a model that predicts no next token has no loss to send back; and what is stored in fewer bits is not what it
-    was even where all is kept.
+    apart); a model that predicts no next token has no loss to send back; and what is stored in fewer bits is not what
+    it was even where all is kept.
     """
     modules = [architecture.model.get_submodule(layer.experts) for layer in architecture.layers]
     solvable = all(canonical_experts(module).finish is None for module in modules)
