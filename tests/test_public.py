@@ -14,6 +14,7 @@ PACKAGES = {
     "bench": "coterie.bench.run",
     "compress": "coterie.compress.apply",
     "evaluate": "coterie.evaluate.run",
+    "export": "coterie.export.run",
     "profile": "coterie.profile.run",
     "report": "coterie.report.page",
 }

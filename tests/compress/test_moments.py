@@ -224,7 +224,7 @@ def test_matrices_get_what_the_quantised_layers_before_them_put_out(coarse):
     experts = routed[0][0]
     (inner,) = [each for matrix, each in given if torch.equal(matrix.double(), experts.down_EDF)]
     outer = torch.cat((experts.gate_EFD, experts.up_EFD), dim=1)  # of one type: rounded together
-        (outer_inputs,) = [each for matrix, each in given if torch.equal(matrix.double(), outer)]
+    (outer_inputs,) = [each for matrix, each in given if torch.equal(matrix.double(), outer)]
     for expert in range(4):
         own = torch.zeros(32, 32).double()
         missed, missed_between, count = torch.zeros(32, 32).double(), torch.zeros(32, 32).double(), 0

@@ -100,12 +100,13 @@ def export(
     from coterie.model.arch.meta import parse_config
     from coterie.model.disk.checkpoint import Checkpoint
     from coterie.model.disk.manifest import Manifest
-    from coterie.model.disk.open import open_checkpoint
+    from coterie.model.disk.quantized import dequantized
 
     if type not in ("bf16", "f16", "f32", "q8_0"):
         raise InputError(f"type is {type!r}: it should be bf16, f16, f32 or q8_0")
     target = check_output(file, kind="GGUF file", reads={"model folder": [folder]}, accepts=lambda path: False)
-    checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
+    stored = Checkpoint.open(folder, allow_pickle=allow_pickle)
+    checkpoint = dequantized(stored, "bfloat16" if type == "bf16" else "float32")
     where = str(checkpoint.path)
     manifest = Manifest.read(checkpoint.path)
     if manifest is not None and manifest.form.value in ("mapped", "ragged"):
@@ -150,7 +151,6 @@ def export(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             assert writer.fout is not None
-            stored = Checkpoint.open(checkpoint.path, allow_pickle=allow_pickle)
             pieces = Pieces(stack.enter_context(checkpoint.reader()), stack.enter_context(stored.reader()), checkpoint)
             _pad(writer, writer.fout[0], writer.fout[0].tell())
             for output in track(outputs, "writing", total=exported.num_bytes, weight=lambda output: output.num_bytes):
