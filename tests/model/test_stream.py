@@ -1,6 +1,9 @@
 """A stream computes what the model in memory computes, and holds one unit's weights at a time."""
 
+import ctypes
 import gc
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -252,3 +255,26 @@ def test_batches_shrink_where_a_model_is_wide():
     assert fitting_batch(8, seq_len=512, hidden_size=256) == 8
     assert fitting_batch(8, seq_len=512, hidden_size=2048) == 4
     assert fitting_batch(8, seq_len=100_000, hidden_size=8192) == 1
+
+
+def test_large_tensors_leave_no_holes_in_the_heap():
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("no glibc that tells")
+    script = """
+import ctypes, torch
+from coterie.model.stream.spill import OWN_BYTES, keep_out_of_heaps
+
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "abcdefghij"]
+
+library = ctypes.CDLL(None)
+library.mallinfo2.restype = Heap
+keep_out_of_heaps()
+del_me = torch.zeros(2**22)
+del del_me  # by itself the library takes what is smaller than this from its heap from now on
+before = library.mallinfo2().e
+tensor = torch.zeros(OWN_BYTES // 4)
+print(library.mallinfo2().e - before >= OWN_BYTES)  # bytes outside of the heap
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout == "True\n"

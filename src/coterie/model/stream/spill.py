@@ -27,7 +27,11 @@ SMALL_BYTES = 64 * 2**10
 #: Bytes of a file. Many tensors share one, since every mapped file takes one of the few that a process may have open.
 FILE_BYTES = 64 * 2**20
 
-_M_ARENA_MAX = -8  # from glibc's malloc.h
+#: Memory from this size on goes back to the system when it is let go of, and is never part of a heap that others fill
+#: with holes.
+OWN_BYTES = 2**22
+
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # from glibc's malloc.h
 
 
 class Spill:
@@ -126,6 +130,17 @@ def share_heaps() -> None:
     """
     if (library := _c_library()) is not None and hasattr(library, "mallopt"):
         library.mallopt(_M_ARENA_MAX, 2)
+
+
+@functools.cache
+def keep_out_of_heaps() -> None:
+    """Keep tensors from `OWN_BYTES` on out of the C library's heaps, from now on and in all of the process.
+
+    By itself the library raises that bound to 32 MiB, and where gradients are computed, with tensors of many sizes, the
+    holes between them then grow from layer to layer. It costs time, since the system clears every page anew.
+    """
+    if (library := _c_library()) is not None and hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, OWN_BYTES)
 
 
 @functools.cache

@@ -44,7 +44,7 @@ from coterie.model.stream.backward import Backward
 from coterie.model.stream.graph import call_unit
 from coterie.model.stream.jobs import JobThread
 from coterie.model.stream.loss import loss_and_gradient
-from coterie.model.stream.spill import Spill, share_heaps, trim_memory
+from coterie.model.stream.spill import Spill, keep_out_of_heaps, share_heaps, trim_memory
 from coterie.model.stream.unit import Unit
 from coterie.progress import advance
 
@@ -185,6 +185,8 @@ class Stream(AbstractContextManager["Stream"]):
             gradients: whether jobs may call ``backward`` on what they computed: the units then come by once more, in
                 reverse order (`Stage.backward`). What every unit received is kept in files meanwhile.
         """
+        if gradients:
+            keep_out_of_heaps()
         return StreamRun(self, jobs, keep, gradients)
 
     def logits_job(self, ids_BS: Tensor) -> Callable[[], Tensor]:
