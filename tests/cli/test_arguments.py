@@ -29,9 +29,9 @@ MANY = (
 CALLS = {
     "inspect": "M", "calibrate": "M --text T", "profile": "M O --text T", "plan": "M --keep 0.5",
     "compress": "M O --keep 0.5 --text T", "evaluate": "M --text T", "bench": "M O --text T --test T --jobs 0",
-    "card": "M", "push": "M owner/name", "report": "M", "recipes": "", "families": "",
+    "card": "M", "push": "M owner/name", "export": "M O", "report": "M", "recipes": "", "families": "",
 }  # fmt: skip
-TARGETS = ("--experts", "--width", "--budget", "--plan")
+TARGETS = ("--experts", "--width", "--budget", "--bits", "--type", "--plan")
 
 
 def parameters() -> Iterator[Any]:
@@ -79,7 +79,7 @@ def check(name: str, parameter: Any, values: tuple[str, ...], model: Path, text:
     os.chdir(folder / "place")
     wrong = []
     # What these name is made, with the folders that it is in.
-    makes = parameter.opts[0] in ("--out", "out", "--generate", "--profile")
+    makes = parameter.opts[0] in ("--out", "out", "--generate", "--profile", "file")
     for value in values:
         result = CliRunner().invoke(app, line_of(name, parameter, value, places))
         ended = result.exception is None or isinstance(result.exception, SystemExit)

@@ -24,7 +24,7 @@ def export(
     ] = False,
     json: options.Json = False,
 ) -> None:
-    """Write a checkpoint as one GGUF file, for llama.cpp and all that is built on it.
+    """Write a model as one GGUF file, for llama.cpp.
 
     What llama.cpp would compute otherwise than transformers does is refused, with the reason, before it is written.
     """

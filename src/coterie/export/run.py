@@ -181,10 +181,10 @@ def check_file(path: Path, outputs: list[Output]) -> None:
     import gguf
 
     reader = gguf.GGUFReader(path)
-    found = {tensor.name: tensor for tensor in reader.tensors}
+    not_asked = {tensor.name: tensor for tensor in reader.tensors}
     size = path.stat().st_size
     for output in outputs:
-        tensor = found.pop(output.name, None)
+        tensor = not_asked.pop(output.name, None)
         if tensor is None:
             raise ReloadMismatch(f"{path}: {output.name} was written and is not there")
         said = (tuple(int(extent) for extent in reversed(tensor.shape)), tensor.tensor_type.name, int(tensor.n_bytes))
@@ -193,8 +193,8 @@ def check_file(path: Path, outputs: list[Output]) -> None:
                 f"{path}: {output.name} reads back as {said}; it should be {output.shape}, {output.type}, "
                 f"{output.num_bytes} bytes"
             )
-    if found:
-        raise ReloadMismatch(f"{path}: {next(iter(found))} is there and was not written")
+    if not_asked:
+        raise ReloadMismatch(f"{path}: {next(iter(not_asked))} is there and was not written")
 
 
 def _announce(writer: gguf.GGUFWriter, output: Output) -> None:

@@ -140,7 +140,7 @@ def plan_outputs(
     Raises:
         InputError: a tensor that GGUF has no name for, or experts that do not make a stack.
     """
-    found: dict[str, list[tuple[int | None, str, Take]]] = {}
+    by_name: dict[str, list[tuple[int | None, str, Take]]] = {}
     for source in tensors:
         for target in targets[source]:
             name = _name(target.name, names)
@@ -149,8 +149,8 @@ def plan_outputs(
                     f"{source}: llama.cpp has no place for such a tensor in this architecture, so the model would be "
                     "computed without it"
                 )
-            found.setdefault(name, []).append((target.expert, source, target.take))
-    outputs = [_output(name, entries, tensors, number_type) for name, entries in found.items()]
+            by_name.setdefault(name, []).append((target.expert, source, target.take))
+    outputs = [_output(name, entries, tensors, number_type) for name, entries in by_name.items()]
     return sorted(outputs, key=lambda output: _place(output.name))
 
 
