@@ -191,6 +191,7 @@ def test_the_tree_names_what_is_there():
     assert {file or folder for file, folder in listed} - names == set()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("material") is None, reason="the site takes pip install 'coterie[docs]'")
 def test_the_site_is_built_strictly(tmp_path):
     # Its own process: plug-ins read warnings filters and change logging.

@@ -467,6 +467,7 @@ class Machine(RuleBasedStateMachine):
         shutil.rmtree(self.base)
 
 
+@pytest.mark.long
 def test_anything_in_any_order():
     logging.disable(logging.WARNING)
     try:

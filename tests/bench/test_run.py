@@ -64,6 +64,7 @@ def test_a_cell_is_what_the_commands_say(small, text, tiny, tmp_path, made):
     assert all(cell["seconds"][key] > 0 for key in ("profile", "compress", "evaluate"))
 
 
+@pytest.mark.long
 def test_data_sets_and_answers_are_measured_as_the_commands_measure_them(small, tiny, tmp_path):
     pytest.importorskip("datasets")
     for name, answer in (("calibration", "the mat"), ("test", "the sofa")):
@@ -146,6 +147,7 @@ def test_an_end_within_a_line_costs_one_cell(tmp_path, again, made, caplog):
     assert [measures(cell) for cell in found.cells] == [measures(cell) for cell in made.cells]
 
 
+@pytest.mark.long
 def test_what_was_finished_before_an_error_is_kept(small, tiny, tmp_path, made, monkeypatch):
     def stop(entry, count=[], say=run._say):  # noqa: B006
         count.append(entry)
@@ -199,6 +201,7 @@ def test_what_memory_refused_is_tried_again_and_a_cell_says_whether_it_trained(t
     assert cell["trained"] is False
 
 
+@pytest.mark.long
 def test_an_error_of_ours_is_one_failed_cell_that_is_tried_again(small, tiny, tmp_path, made, monkeypatch):
     def broken(*arguments, compress=tasks.compress, **options):
         if options["seed"] == 0:

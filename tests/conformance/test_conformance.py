@@ -29,7 +29,7 @@ CORE_FAMILIES = (
 
 
 #: Those of the core that run every time: each layout of experts, a hybrid, a shared expert, a trained result.
-QUICK = {"coterie", "easy-slim", "mergemoe", "naee", "reap", *("deepseek_v3", "gpt_oss", "jamba", "mixtral", "olmoe")}
+QUICK = {"coterie", "easy-slim", "m-smoe", "reap", *("deepseek_v3", "gpt_oss", "jamba", "mixtral", "olmoe")}
 
 LONG = pytest.mark.long
 
@@ -216,6 +216,7 @@ def test_recipes_of_ours_that_need_no_statistic_read_the_sample(monkeypatch, rec
     assert any("without unused copies" in what for what in asked)
 
 
+@pytest.mark.long
 def test_broken_slimming_is_caught(monkeypatch):
     def keep_first_neurons(state, size, *, score):
         width = size.width

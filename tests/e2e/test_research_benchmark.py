@@ -29,6 +29,8 @@ from coterie.train.optimiser import Adam, load_optimiser
 from coterie.train.predictions import Predictions
 from coterie.train.schedule import Schedule, rate_at, shuffled
 
+pytestmark = pytest.mark.long
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ("--tokens", 1024, "--test-tokens", 256, "--seq-len", 32, "--scale", 1 / 64)
 
@@ -97,7 +99,6 @@ def lines(out):
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.long
 def test_every_variant_has_a_line_and_a_row(research, done):
     found = lines(done)
     assert [line["name"] for line in found] == NAMES

@@ -85,6 +85,7 @@ def test_plan_reads_samples_too_and_is_the_plan_of_the_folder(hub, published):
     assert set(hub.served) - set(shards) == small_names(published)
 
 
+@pytest.mark.long
 def test_compress_fetches_the_weights_once_and_says_how_much(hub, published, text, tmp_path, caplog):
     settings = {"keep": 0.5, "recipe": "reap", "text": text, "tokens": 512, "seq_len": 64}
     with caplog.at_level(logging.INFO, logger="coterie"):

@@ -221,6 +221,7 @@ def slow_perplexity(path, text, seq_len):
     return {name: (math.exp(sum(values) / len(values)), len(values)) for name, values in losses.items()}
 
 
+@pytest.mark.long
 def test_perplexity_is_that_of_the_text_after_the_start_token(starting, tiny, text):
     [card] = coterie.evaluate(starting, text=text, seq_len=128, questions=0)
     expected = slow_perplexity(starting, text, 128)
