@@ -74,8 +74,12 @@ class ExpertSums:
 
 @dataclass(kw_only=True)
 class Watch:
-    """What one pass of a batch through a unit showed: inputs of linear modules and of experts, in one lane."""
+    """What one pass of a batch through a unit showed: inputs of linear modules and of experts, in one lane.
 
+    `stand_in` is to be called in the place of a unit that is a linear module itself; None for any other.
+    """
+
+    stand_in: nn.Module | None = None
     linear: dict[str, Tensor] = field(default_factory=dict)
     experts: dict[int, tuple[Experts, Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
@@ -96,7 +100,10 @@ def watching(
     watch, handles = Watch(), []
     by_module = {id(model.get_submodule(layer.experts)): layer for layer in layers}
     for name in names:
-        owner = module.get_submodule(name.removeprefix(f"{unit}.").rpartition(".")[0]) if name != unit else module
+        owner = module.get_submodule(name.removeprefix(f"{unit}.").rpartition(".")[0])
+        if owner is module:  # its forward is called by itself, past hooks
+            watch.stand_in = _Recorder(owner, watch, name)
+            continue
         handles.append(owner.register_forward_pre_hook(_keeper(watch, name)))
 
     def keep(experts_module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -114,6 +121,19 @@ def watching(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Recorder(nn.Module):
+    """A linear module that keeps what it receives."""
+
+    def __init__(self, inner: nn.Module, watch: Watch, name: str) -> None:
+        super().__init__()
+        self._compute, self._keep = inner.forward, _keeper(watch, name)
+
+    def forward(self, *args: Tensor) -> Tensor:
+        self._keep(self, args)
+        output: Tensor = self._compute(*args)
+        return output
 
 
 def _keeper(watch: Watch, name: str):  # type: ignore[no-untyped-def]

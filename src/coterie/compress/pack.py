@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,6 +22,8 @@ from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.encodings.ggml import get_type
 from coterie.model.stream.stream import Stage, Stream
 from coterie.model.stream.unit import Unit
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -97,7 +100,10 @@ class Packer:
                 continue
             name = self.stream.conversion.memory_names[weight.names[0]]
             matrix_1RC = state[name].detach()[None].float()
-            inputs = moments.linear_inputs(name) if name in linear else self._outer_inputs(weight, matrix_1RC)
+            if name in linear and name not in moments.linear:
+                log.info("%s: no token passes it; its codes are the nearest", name)
+            known = name in moments.linear
+            inputs = moments.linear_inputs(name) if known else self._outer_inputs(weight, matrix_1RC)
             byte_1RK, _ = self._rounded(matrix_1RC, inputs, self.plan.types[weight.pattern])
             packed[weight.names[0]] = byte_1RK[0]
         for layer in layers:
@@ -126,11 +132,11 @@ class Packer:
         module = model.get_submodule(unit.name)
         for number, counts_T in enumerate(self.counts):
             with watching(model, unit.name, module, linear, layers) as seen:
-                calls[Lane.COMPRESSED, number].compute()
+                calls[Lane.COMPRESSED, number].compute(seen.stand_in)
             original = None
             if self._compares:
                 with watching(model, unit.name, module, linear, layers) as original:
-                    calls[Lane.ORIGINAL, number].compute()
+                    calls[Lane.ORIGINAL, number].compute(original.stand_in)
             moments.add(seen, original, counts_T)
         return moments
 

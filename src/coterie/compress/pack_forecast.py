@@ -14,6 +14,7 @@ from coterie.compress.quantisers import get_quantiser
 from coterie.compress.quantisers.gptq import FACTOR_BYTES, HESSIAN_ELEMENTS
 from coterie.compress.source import Source
 from coterie.compress.weights import Weight
+from coterie.model.disk.encodings.ggml.rounding import ROUNDING_BYTES
 from coterie.model.stream.loss import logits_bytes
 from coterie.model.stream.memory import (
     COMPRESS_COPIES,
@@ -92,7 +93,7 @@ class PackForecast:
             (MOMENTS, 4 * copies * elements),
             (FACTORS, FACTOR_BYTES * max(HESSIAN_ELEMENTS, widest**2)),
             # The numbers that are left to round, what is wanted of them, their values, and both projections as one.
-            (CODES, 4 * 4 * rows),
+            (CODES, 4 * 4 * rows + ROUNDING_BYTES),
         )
 
     def moments(self, unit: Unit) -> Sequence[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,14 +20,18 @@ from coterie.compress.prepare import Job
 from coterie.compress.provenance import provenance_of
 from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard, write_index
+from coterie.compress.weights import encodings_of
 from coterie.journal import Run
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.prediction import Follower
 from coterie.model.disk.beside import files_beside
 from coterie.model.disk.files import name_of_model
 from coterie.model.disk.manifest import LayerEntry, Manifest, PredictionEntry, ResultForm
+from coterie.model.disk.patterns import matching
 from coterie.profile.profile import Profile
 from coterie.publish.card import CARD, write_card
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -74,11 +79,21 @@ class Work:
         """
         read = self.job.stream.read
         if self.plan.mapped or self.plan.ragged or not self.job.source.prediction.twins:
-            return {name: read(name) for name in shard.names}
+            return self._packed({name: read(name) for name in shard.names})
         tensors: dict[str, Tensor] = {}
         for name in shard.names:
             tensors |= self._follower.tensors(name, read)
-        return tensors
+        return self._packed(tensors)
+
+    def _packed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Store matrices that text does not pass in their types too: nothing comes in, so codes are the nearest."""
+        encodings = encodings_of(self.job.source.weights, self.plan.types) if self.plan.packed else {}
+        packed = dict(tensors)
+        for name, tensor in tensors.items():
+            if (pattern := matching(name, encodings)) is not None:
+                log.info("%s: no token passes it; its codes are the nearest", name)
+                packed[name] = encodings[pattern].pack(tensor.float())[""]
+        return packed
 
     @cached_property
     def _follower(self) -> Follower:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Transpose,
     WeightConverter,
     convert_and_load_state_dict_in_model,
     dot_natural_key,
@@ -33,6 +34,8 @@ class WeightConversion:
     Attributes:
         memory_names: name on disk -> name in memory. A tensor that becomes several carries the first one's name; a
             tensor that the model has no place for carries its renamed name.
+        transposed: names on disk of tensors whose last two axes are always swapped on the way.
+        either_way: names on disk of those whose axes are swapped only where the shape is not yet the model's.
         sources: name in memory -> names on disk that it is made from, of all tensors that the model has a place for.
     """
 
@@ -53,6 +56,7 @@ class WeightConversion:
         state: dict[str, Any] = model.state_dict()
         self.memory_names: dict[str, str] = {}
         self.sources: dict[str, tuple[str, ...]] = {}
+        swapped: dict[bool, set[str]] = {True: set(), False: set()}
         # In the order in which stock loaders read them: some renamings are switched on by an earlier name.
         for name in sorted(checkpoint.tensors, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
@@ -60,8 +64,12 @@ class WeightConversion:
                 target, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
             self.memory_names[name] = target
             patterns = [""] if pattern is None else by_pattern[pattern].target_patterns
+            for operation in () if pattern is None else by_pattern[pattern].operations:
+                if isinstance(operation, Transpose):
+                    swapped[operation.check_dims].add(name)
             for memory_name in {target, *(target.replace(patterns[0], other) for other in patterns[1:])} & state.keys():
                 self.sources[memory_name] = (*self.sources.get(memory_name, ()), name)
+        self.transposed, self.either_way = (frozenset(swapped[checked]) for checked in (False, True))
         # What was matched above must not count as used: only the tensors that are read decide what is reverted.
         for entry in self._transforms:
             entry._was_used = False
@@ -156,12 +164,16 @@ class WeightConversion:
             model: the meta model of the result (its config has the result's number of experts).
             tensors: by name in memory.
             conversions: what `read` returned with them.
-            as_they_are: keep the dtype of the tensors instead.
+            as_they_are: keep the dtype of the tensors instead; those that may lie either way lie as in memory.
 
         Raises:
             ArchitectureMismatch: the conversion made a name that the checkpoint does not have.
         """
         model._weight_conversions = copy.deepcopy(conversions)  # type: ignore[assignment]
+        if as_they_are:  # bytes do not have the shape by which it would be decided whether axes are swapped
+            for operation in _operations(model._weight_conversions):
+                if isinstance(operation, Transpose) and operation.check_dims:
+                    operation.dim1, operation.check_dims = operation.dim0, False
         with quiet(), torch.no_grad():
             converted = revert_weight_conversion(model, dict(tensors))
         known = self._checkpoint.tensors
@@ -184,6 +196,11 @@ class WeightConversion:
             name: tensor.to(TORCH_DTYPES[known[str(originals[name])].dtype]).contiguous()
             for name, tensor in converted.items()
         }
+
+
+def _operations(conversions: Any) -> Iterable[Any]:
+    for conversion in conversions:
+        yield from getattr(conversion, "operations", ())
 
 
 def sibling(name: str, known: Container[str]) -> str | None:

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 #: Columns that an error reaches at once; those behind them are told of the errors of all of them together.
 _NEAR = 32
 
+#: Numbers of a block of columns that are rounded at once, by whether codes are looked up in a grid: searching it takes
+#: hundreds of bytes a number, all else some forty.
+NUMBERS_AT_ONCE = {False: 2**22, True: 2**18}
+
+#: Bytes that this takes at most.
+ROUNDING_BYTES = 2**28 + 2**25
+
 
 def round_to_nearest(weight_NRC: Tensor, importance_NC: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
     """Round matrices to the nearest numbers, scales fitted by the importance of columns; see `round_columns`.
@@ -50,6 +57,19 @@ def round_columns(
     num_columns = weight_NRC.shape[-1]
     if num_columns % kind.block:
         raise ValueError(f"{num_columns} columns are no whole blocks of {kind.block}, as {kind.name} has them")
+    at_once = max(1, NUMBERS_AT_ONCE[kind.together > 1] // (len(weight_NRC) * kind.block))
+    parts = [
+        _round_rows(some_NRC, importance_NC, upper_NCC, kind) for some_NRC in torch.split(weight_NRC, at_once, dim=1)
+    ]
+    byte_parts, value_parts = zip(*parts, strict=True)
+    return torch.cat(byte_parts, dim=1), torch.cat(value_parts, dim=1)
+
+
+def _round_rows(
+    weight_NRC: Tensor, importance_NC: Tensor, upper_NCC: Tensor | None, kind: BlockType
+) -> tuple[Tensor, Tensor]:
+    """Round some rows of all matrices: rows do not hang on each other."""
+    num_columns = weight_NRC.shape[-1]
     # Nearest codes of columns that are coded one by one do not hang on each other.
     together = kind.sub_block if upper_NCC is None and kind.together == 1 else kind.together
     # Errors reach the columns of a block in few large products, not one by one.
