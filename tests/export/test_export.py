@@ -268,7 +268,7 @@ def test_a_file_that_reads_back_otherwise_does_not_appear(tiny, tmp_path, monkey
 
 def test_numbers_that_a_type_cannot_hold_are_refused():
     with pytest.raises(InputError, match="too large for F16; take bf16"):
-        encode(torch.tensor([[1e6, 1.0]]), "F16", "blk.0.attn_q.weight")
+        list(encode(torch.tensor([[1e6, 1.0]]), "F16", "blk.0.attn_q.weight"))
 
 
 def test_without_the_package_it_is_said_which_to_install(tiny, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import UnsupportedDtype
@@ -12,8 +13,11 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-#: Numbers that are read, encoded and written at once, where rows lie by themselves.
-CHUNK = 2**22
+#: Numbers that are encoded and written at once, and read where rows lie by themselves.
+CHUNK = 2**20
+
+#: Bytes that encoding takes for each of them, at most.
+ENCODING_BYTES = 32
 
 
 def block_size(type_: str) -> tuple[int, int]:
@@ -37,17 +41,24 @@ def stored_blocks(info: TensorInfo) -> str:
     return info.packed.stored[""].name
 
 
-def encode(tensor: torch.Tensor, type_: str, where: str) -> memoryview:
-    """Return a tensor's bytes in a type.
+def encode(tensor: torch.Tensor, type_: str, where: str) -> Iterator[memoryview]:
+    """Yield a tensor's bytes in a type, some rows at a time.
 
     Args:
-        tensor: numbers.
+        tensor: numbers, a vector or matrices.
         type_: F32, F16, BF16 or Q8_0.
         where: name of the tensor, for errors.
 
     Raises:
         UnsupportedDtype: a number that is too large for the type.
     """
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.reshape(1, -1)
+    count = max(1, CHUNK // max(1, rows.shape[-1]))
+    for start in range(0, len(rows), count):
+        yield _encode_rows(rows[start : start + count], type_, where)
+
+
+def _encode_rows(tensor: torch.Tensor, type_: str, where: str) -> memoryview:
     import gguf
     import numpy as np
     import torch

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 #: Types that numbers can be written as.
 NumberType = Literal["bf16", "f16", "f32", "q8_0"]
 
+#: Bytes that the package gguf takes for each token, type of one, and merge that it reads.
+_READING_BYTES = 600
+
 #: Bytes of names and places of one tensor in a file, more than enough.
 _BYTES_PER_INFO = 160
 
@@ -42,7 +45,8 @@ class Exported:
         tensors: how many it holds.
         num_bytes: bytes of all of them.
         types: bytes of tensors by their type in GGML.
-        memory_bytes: bytes of weights in memory at once at most, beside Python and its libraries.
+        memory_bytes: bytes in memory at most, beside Python, libraries and the tokenizer: a matrix as it is read and
+            written, and what the package gguf takes to read the file's vocabulary back.
         left_out: tensors of the checkpoint that are not in it.
     """
 
@@ -95,12 +99,13 @@ def export(
     from coterie.export.families import check_config, family_of, targets_of
     from coterie.export.metadata import describe, introduce
     from coterie.export.pieces import Pieces
-    from coterie.export.tensors import biggest_pieces, plan_outputs
+    from coterie.export.tensors import biggest_piece, plan_outputs
     from coterie.export.tokens import describe_vocabulary, read_vocabulary
     from coterie.model.arch.meta import parse_config
     from coterie.model.disk.checkpoint import Checkpoint
     from coterie.model.disk.manifest import Manifest
     from coterie.model.disk.quantized import dequantized
+    from coterie.model.stream.spill import trim_memory
 
     if type not in ("bf16", "f16", "f32", "q8_0"):
         raise InputError(f"type is {type!r}: it should be bf16, f16, f32 or q8_0")
@@ -130,7 +135,8 @@ def export(
         tensors=len(outputs),
         num_bytes=sum(output.num_bytes for output in outputs),
         types=_bytes_by_type(outputs),
-        memory_bytes=biggest_pieces(outputs, checkpoint.tensors),
+        memory_bytes=biggest_piece(outputs, checkpoint.tensors)
+        + _READING_BYTES * (2 * len(vocabulary.tokens) + len(vocabulary.merges)),
         left_out=left_out,
     )
     _tell(exported, type.upper(), outputs)
@@ -156,11 +162,11 @@ def export(
             for output in track(outputs, "writing", total=exported.num_bytes, weight=lambda output: output.num_bytes):
                 written = 0
                 for piece in pieces.of(output):
-                    written += writer.fout[0].write(
-                        piece if isinstance(piece, memoryview) else encode(piece, output.type, output.name)
-                    )
+                    encoded = [piece] if isinstance(piece, memoryview) else encode(piece, output.type, output.name)
+                    written += sum(writer.fout[0].write(content) for content in encoded)
                 assert written == output.num_bytes, output.name
                 _pad(writer, writer.fout[0], written)
+                trim_memory()
         check_file(temporary, outputs)
     log.info("%s: %s in %d tensors, read back", target, format_bytes(target.stat().st_size), len(outputs))
     return exported
@@ -257,7 +263,7 @@ def _check_space(target: Path, num_bytes: int) -> None:
 
 def _tell(exported: Exported, number_type: str, outputs: list[Output]) -> None:
     log.info(
-        "%d tensors, %s, for llama.cpp's %s; at most %s of weights in memory at once",
+        "%d tensors, %s, for llama.cpp's %s; at most %s in memory at once",
         exported.tensors, format_bytes(exported.num_bytes), exported.architecture, format_bytes(exported.memory_bytes),
     )  # fmt: skip
     fallen = [output for output in outputs if not output.copied and output.type not in ("F32", number_type)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -226,16 +226,16 @@ def _mixed(name: str, types: Iterable[str]) -> InputError:
     return InputError(f"{name}: its experts are stored as {said}, and a tensor of a GGUF file has one type")
 
 
-def biggest_pieces(outputs: Iterable[Output], tensors: Mapping[str, TensorInfo]) -> int:
+def biggest_piece(outputs: Iterable[Output], tensors: Mapping[str, TensorInfo]) -> int:
     """Return the bytes of weights that are in memory at once while these are written, at most."""
-    return max(max(_piece_bytes(output, tensors)) for output in outputs)
+    return max(_piece_bytes(output, tensors) for output in outputs) + blocks.CHUNK * blocks.ENCODING_BYTES
 
 
-def _piece_bytes(output: Output, tensors: Mapping[str, TensorInfo]) -> Iterator[int]:
-    for part in output.parts[:1]:
-        info = tensors[part.source]
-        elements = info.num_elements // (info.shape[0] if part.index is not None else 1)
-        if part.take.is_whole and part.index is None and len(info.shape) == 2:
-            elements = min(elements, max(blocks.CHUNK, info.shape[1]))
-        # As it is stored, as numbers, in float32, and as it is written.
-        yield elements * (4 + 4 + 4 + 4)
+def _piece_bytes(output: Output, tensors: Mapping[str, TensorInfo]) -> int:
+    part = output.parts[0]
+    info = tensors[part.source]
+    elements = info.num_elements // (info.shape[0] if part.index is not None else 1)
+    if part.take.is_whole and part.index is None and len(info.shape) == 2:
+        elements = min(elements, max(blocks.CHUNK, info.shape[1]))
+    # As it is stored, as numbers, and once more with its rows in another order.
+    return elements * 4 * (1 + (info.packed is not None) + (not part.take.is_whole))
