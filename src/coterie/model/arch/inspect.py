@@ -36,7 +36,7 @@ from coterie.model.arch.structure import (
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.manifest import Manifest, ResultForm
-from coterie.model.disk.quantized import as_read
+from coterie.model.disk.quantized import OWN_METHOD, as_read
 from coterie.model.disk.tensors import DTYPE_BITS, TensorInfo
 
 #: Parts of a model, in the order of printing. "shared" is everything in a MoE block but routed experts and router;
@@ -313,6 +313,7 @@ class _Storage:
         self.bits = _quantised_bits(entries[0]) if self.quantised else 16
         #: What tensors are read as, where bytes do not tell: of weights in blocks of our own.
         self.read_as = as_read(checkpoint).tensors
+        self.companions = self.quantised and str(entries[0].get("quant_method", "")).lower() != OWN_METHOD
 
     def parameters(self, info: TensorInfo) -> int:
         """Return the weights that a tensor stands for; 0 for the scales and zeros of a quantised one."""
@@ -327,7 +328,7 @@ class _Storage:
 
     def is_companion(self, info: TensorInfo) -> bool:
         """Tell whether a tensor only says how to read another one."""
-        return self.quantised and bool(_COMPANION.search(info.name.rpartition(".")[2]) or "quant_state" in info.name)
+        return self.companions and bool(_COMPANION.search(info.name.rpartition(".")[2]) or "quant_state" in info.name)
 
     def amount(self, infos: Iterable[TensorInfo]) -> Amount:
         """Add up tensors."""
