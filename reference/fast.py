@@ -249,6 +249,15 @@ def measure_load(index_TK: Tensor, num_experts: int) -> Tensor:
     return torch.bincount(index_TK.reshape(-1), minlength=num_experts).float() / index_TK.shape[0]
 
 
+@torch.no_grad()
+def shrink_outputs(model: PreTrainedModel) -> None:
+    """Make the output projections of a model whose every layer has experts small, so that depth does not add up."""
+    share = (2 * model.config.num_hidden_layers) ** -0.5
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.mul_(share)
+        layer.mlp.experts.down_proj.mul_(share)
+
+
 def head_loss(model: PreTrainedModel, hidden_BSD: Tensor, labels_BS: Tensor) -> Tensor:
     """Mean cross-entropy in nats, from the hidden states after the last layer."""
     trunk = model.model
@@ -302,6 +311,24 @@ def route(
     return residual_BSD, x_TD, weight_TK, index_TK, prob_TE.mean(0)
 
 
+def attend(layer: torch.nn.Module, hidden_BSD: Tensor, cos: Tensor, sin: Tensor, eps: float, qkv: Callable) -> Tensor:
+    """What attention mixes for every token, before the output projection: [B, S, D]; with a layer's own weights."""
+    attention = layer.self_attn
+    query, key, value = qkv(
+        hidden_BSD,
+        layer.input_layernorm.weight,
+        attention.q_proj.weight,
+        attention.k_proj.weight,
+        attention.v_proj.weight,
+        attention.q_norm.weight,
+        attention.k_norm.weight,
+        cos,
+        sin,
+        eps,
+    )
+    return mix(query, key, value).transpose(1, 2).flatten(2)
+
+
 def softmax_pass(
     model: PreTrainedModel, tokens_BS: Tensor, labels_BS: Tensor, kernels: dict[str, Callable]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -317,24 +344,12 @@ def softmax_pass(
     cos, sin = trunk.rotary_emb(hidden_BSD, positions)
     probs, loads = [], []
     for layer in trunk.layers:
-        attention, moe = layer.self_attn, layer.mlp
-        query, key, value = kernels["qkv"](
-            hidden_BSD,
-            layer.input_layernorm.weight,
-            attention.q_proj.weight,
-            attention.k_proj.weight,
-            attention.v_proj.weight,
-            attention.q_norm.weight,
-            attention.k_norm.weight,
-            cos,
-            sin,
-            eps,
-        )
-        mixed = mix(query, key, value)
+        moe = layer.mlp
+        mixed_BSD = attend(layer, hidden_BSD, cos, sin, eps, kernels["qkv"])
         hidden_BSD, x_TD, weight_TK, index_TK, prob_E = kernels["route"](
             hidden_BSD,
-            mixed.transpose(1, 2).flatten(2),
-            attention.o_proj.weight,
+            mixed_BSD,
+            layer.self_attn.o_proj.weight,
             layer.post_attention_layernorm.weight,
             moe.gate.weight,
             config.num_experts_per_tok,

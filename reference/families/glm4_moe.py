@@ -119,19 +119,7 @@ def training_pass(model: Glm4MoeForCausalLM, tokens_BS: Tensor, labels_BS: Tenso
     probs, loads = [], []
     for layer in trunk.layers:
         attention, block = layer.self_attn, layer.mlp
-        query, key, value = KERNELS["qkv"](
-            hidden_BSD,
-            layer.input_layernorm.weight,
-            attention.q_proj.weight,
-            attention.k_proj.weight,
-            attention.v_proj.weight,
-            attention.q_norm.weight,
-            attention.k_norm.weight,
-            cos,
-            sin,
-            eps,
-        )
-        mixed_BSD = fast.mix(query, key, value).transpose(1, 2).flatten(2)
+        mixed_BSD = fast.attend(layer, hidden_BSD, cos, sin, eps, KERNELS["qkv"])
         residual_BSD, x_TD = KERNELS["project"](
             hidden_BSD, mixed_BSD, attention.o_proj.weight, layer.post_attention_layernorm.weight, eps
         )

@@ -46,10 +46,7 @@ def build(end: int, device: str) -> Qwen3MoeForCausalLM:
     )
     torch.manual_seed(data.SEED)
     model = Qwen3MoeForCausalLM(config)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.mul_((2 * config.num_hidden_layers) ** -0.5)
-            layer.mlp.experts.down_proj.mul_((2 * config.num_hidden_layers) ** -0.5)
+    fast.shrink_outputs(model)
     return model.to(device=device, dtype=torch.bfloat16)
 
 

@@ -3,18 +3,13 @@
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def benchmark():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("calibration")
-    sys.path.remove(str(BENCHMARKS))
+def benchmark(importable):
+    return importlib.import_module("calibration")
 
 
 def run(benchmark, monkeypatch, *arguments):

@@ -2,20 +2,15 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        return importlib.import_module("plain_quantisation")
+def script(importable):
+    return importlib.import_module("plain_quantisation")
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])

@@ -6,7 +6,6 @@ import math
 import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +30,6 @@ from coterie.train.schedule import Schedule, rate_at, shuffled
 
 pytestmark = pytest.mark.long
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ("--tokens", 1024, "--test-tokens", 256, "--seq-len", 32, "--scale", 1 / 64)
 
 #: Some of each group, and every choice that training has.
@@ -53,10 +51,8 @@ NAMES = [name for names in TRIED.values() for name in names]
 
 
 @pytest.fixture(scope="module")
-def research():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("research")
-    sys.path.remove(str(BENCHMARKS))
+def research(importable):
+    return importlib.import_module("research")
 
 
 @pytest.fixture(scope="module")
