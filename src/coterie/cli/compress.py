@@ -102,14 +102,22 @@ def compress(
     It is loaded again and compared with what was computed before it appears at OUT. Ended early, the same command goes
     on from the last finished layer.
     """
-    targets = {"keep": keep, "experts": experts, "width": width, "budget": budget, "bits": bits, "type": type}
+    targets: dict[str, Any] = {
+        "keep": keep,
+        "experts": experts,
+        "width": width,
+        "budget": budget,
+        "bits": bits,
+        "type": type,
+    }
     if plan is None:
         options.one_target(**targets)
         check_request(model, targets, recipe, router or "plain", seed)
-    from coterie.compress.recipes import default_recipe, get_recipe, training_tokens
+    from coterie.compress.recipes import get_recipe, training_tokens
+    from coterie.compress.target import Target
 
     if plan is None:
-        chosen = get_recipe(recipe or default_recipe(type=type, bits=bits, budget=budget))
+        chosen = get_recipe(recipe or Target(**targets).usual_recipe)
         training_tokens(chosen.name, effort, train_tokens, trains=chosen.trains)
     from coterie.profile.shares import parse_domains
 

@@ -70,13 +70,13 @@ def plan(
 
 def check_request(model: str, targets: Mapping[str, Any], recipe: str | None, router: RouterForm, seed: int) -> None:
     """Refuse, before anything heavy is imported, what no model could be given, and what is no model."""
-    from coterie.compress.recipes import default_recipe, get_recipe
+    from coterie.compress.recipes import get_recipe
     from coterie.compress.request import Request
     from coterie.compress.target import Target
     from coterie.model.disk.checkpoint import read_config, resolve
 
-    usual = default_recipe(**{name: targets[name] for name in ("type", "bits", "budget")})
-    Request(recipe=get_recipe(recipe or usual), target=Target(**targets), router=router, seed=seed).check()
+    target = Target(**targets)
+    Request(recipe=get_recipe(recipe or target.usual_recipe), target=target, router=router, seed=seed).check()
     read_config(resolve(model, weights=False))
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from coterie.amounts import format_bytes
 from coterie.artifact import write_json
-from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.damages import PRICED_TOKENS, PRICED_TYPES, DamageMeter
 from coterie.compress.decide import completed, with_types
 from coterie.compress.lanes import Lanes
@@ -129,7 +128,7 @@ def compress(
         type: the GGML type that matrices are stored in, like "Q4_K", for such a recipe.
         plan: a plan, or its file, perhaps edited; it says how small, with which recipe and which router.
         recipe: name of a recipe, see `coterie.compress.recipes`; ``"module:attribute"`` of your own, or the recipe
-            itself; None for the usual one, see `coterie.compress.recipes.default_recipe`.
+            itself; None for the usual one, see `coterie.compress.target.Target.usual_recipe`.
         effort: "fast", "balanced" or "thorough": how long a recipe that distils trains the result, see
             `coterie.compress.recipes.EFFORTS`. It is left out, and said so, where the result does not fit into the
             memory that there is, or into `max_memory`.
@@ -253,7 +252,7 @@ def _measure(work: Work) -> None:
 def _decide(work: Work) -> None:
     """Make the plan: what each layer becomes, with the experts named wherever what was measured is enough."""
     job, profile = work.job, work.profile
-    if job.request is not None and ALLOCATORS[job.request.recipe.allocator].prices:
+    if job.request is not None and job.request.recipe.prices:
         work.plan = with_types(job.source, work.plan, job.request, _price(work))
     if profile is None:
         return

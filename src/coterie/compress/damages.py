@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from coterie.compress.projections import DOWN, GATE, UP, Projections, projections_of
 from coterie.compress.source import Source
-from coterie.compress.weights import Weight
+from coterie.compress.weights import Weight, weights_among
 from coterie.model.arch.experts import Experts
 from coterie.model.disk.encodings.ggml import get_type
 from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
@@ -74,7 +74,7 @@ class DamageMeter:
         self._tokens = sum(ids_BS.numel() for ids_BS in self.batches)
         seen: list[Tensor] = []
         jobs = [self.stream.loss_job(ids_BS, see=seen.append) for ids_BS in self.batches]
-        by_unit = {unit.name: self._of_unit(unit.disk_names) for unit in self.stream.units}
+        by_unit = {unit.name: weights_among(self.source.weights, unit.disk_names) for unit in self.stream.units}
         embedding = next((weight for weight in self.source.weights if weight.kind == "embedding"), None)
         rows: list[Tensor] = []
         with _watched_rows(self.stream.model.get_input_embeddings(), rows):
@@ -92,10 +92,6 @@ class DamageMeter:
         heads = [weight for weight in self.source.weights if weight.head]
         for weight in heads[:1]:
             yield "head", {weight.pattern: self._price_head(weight, torch.cat([each.flatten(0, 1) for each in seen]))}
-
-    def _of_unit(self, disk_names: Sequence[str]) -> list[Weight]:
-        inside = set(disk_names)
-        return [weight for weight in self.source.weights if inside.issuperset(weight.names)]
 
     def _backward(self, stage: Stage, weights: Sequence[Weight]) -> None:
         """Send a unit's calls back, and fill `_fisher`."""

@@ -19,7 +19,7 @@ from coterie.compress.methods import load_decide, load_pass, needs_of
 from coterie.compress.output import result_config
 from coterie.compress.plan import Mtp, Plan
 from coterie.compress.quantisers import check_quantiser
-from coterie.compress.recipes import Recipe, Step, default_recipe, get_recipe
+from coterie.compress.recipes import Recipe, Step, get_recipe
 from coterie.compress.request import Request
 from coterie.compress.source import Source
 from coterie.compress.state import Measured
@@ -64,7 +64,7 @@ def plan(
         bits: most bits that a number of a matrix takes, for a recipe that stores weights in fewer.
         type: the GGML type that matrices are stored in, for such a recipe.
         recipe: name of a recipe, ``"module:attribute"`` of your own, or the recipe itself; None for the usual one, see
-            `coterie.compress.recipes.default_recipe`.
+            `coterie.compress.target.Target.usual_recipe`.
         router: form of the router: "plain", "mean", "refit" or "map", see `Plan`.
         seed: seed of everything random in the passes.
         mtp: what becomes of prediction layers (MTP): "keep" with the experts that the last layer keeps, or "drop".
@@ -81,7 +81,7 @@ def plan(
     target = Target(
         keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of
     )
-    chosen = default_recipe(type=type, bits=bits, budget=budget) if recipe is None else recipe
+    chosen = target.usual_recipe if recipe is None else recipe
     request = Request(recipe=get_recipe(chosen), target=target, router=router, seed=seed)
     request.check()
     source = Source.open(model, mtp=mtp, fetch="samples")

@@ -16,7 +16,7 @@ from coterie.compress.plan import Plan
 from coterie.compress.projections import DOWN, GATE, UP, Projections, projections_of
 from coterie.compress.quantisers import get_quantiser, load_quantiser
 from coterie.compress.source import Source
-from coterie.compress.weights import Weight
+from coterie.compress.weights import Weight, weights_among
 from coterie.errors import ArchitectureMismatch
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.encodings.ggml import get_type
@@ -65,8 +65,7 @@ class Packer:
 
     def of_unit(self, unit: Unit) -> list[Weight]:
         """Return the matrices of a unit that are stored in blocks."""
-        inside = set(unit.disk_names)
-        return [weight for weight in self._weights if inside.issuperset(weight.names)]
+        return weights_among(self._weights, unit.disk_names)
 
     def see_last(self, number: int, hidden_BSD: Tensor) -> None:
         """Take what a batch's tokens are after the last unit: that is what comes into the head."""

@@ -13,7 +13,7 @@ from coterie.compress.plan import Plan
 from coterie.compress.quantisers import get_quantiser
 from coterie.compress.quantisers.gptq import FACTOR_BYTES, HESSIAN_ELEMENTS
 from coterie.compress.source import Source
-from coterie.compress.weights import Weight
+from coterie.compress.weights import Weight, weights_among
 from coterie.model.disk.encodings.ggml.rounding import ROUNDING_BYTES
 from coterie.model.stream.loss import logits_bytes
 from coterie.model.stream.memory import (
@@ -144,12 +144,8 @@ class PackForecast:
         return min(PRICED_TOKENS, self.max_tokens)
 
     def _of_unit(self, unit: Unit) -> list[Weight]:
-        inside = set(unit.disk_names)
-        return [
-            weight
-            for weight in self.source.weights
-            if weight.pattern in self.plan.types and inside.issuperset(weight.names)
-        ]
+        typed = (weight for weight in self.source.weights if weight.pattern in self.plan.types)
+        return weights_among(typed, unit.disk_names)
 
     @staticmethod
     def _together(weights: Sequence[Weight]) -> dict[str, int]:
@@ -183,12 +179,8 @@ class PackForecast:
         )
 
     def _priced(self, unit: Unit) -> list[Weight]:
-        inside = set(unit.disk_names)
-        return [
-            each
-            for each in self.source.weights
-            if inside.issuperset(each.names) and each.kind != "embedding" and not each.head
-        ]
+        inner = (each for each in self.source.weights if each.kind != "embedding" and not each.head)
+        return weights_among(inner, unit.disk_names)
 
 
 #: Sequences of a batch that types are priced on.

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coterie.amounts import parse_bytes, parse_share
-from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.decide import check_profile, check_sequential, checked, completed, needs_of_plan, outline
 from coterie.compress.output import check_space
 from coterie.compress.pack_forecast import PackForecast
 from coterie.compress.plan import Mtp, Plan
-from coterie.compress.recipes import Recipe, default_recipe, get_recipe, training_tokens
+from coterie.compress.recipes import Recipe, get_recipe, training_tokens
 from coterie.compress.request import Request
 from coterie.compress.result_steps import LeftOut, load_result_step
 from coterie.compress.source import Source
@@ -118,9 +117,7 @@ class Options:
             if given := [name for name, value in settings.items() if value is not None]:
                 raise InputError(f"the plan says how small and how; leave {', '.join(given)} out, or --plan")
             return None
-        target = self.target
-        usual = default_recipe(type=target.type, bits=target.bits, budget=target.budget)
-        recipe = get_recipe(usual if self.recipe is None else self.recipe)
+        recipe = get_recipe(self.target.usual_recipe if self.recipe is None else self.recipe)
         request = Request(recipe=recipe, target=self.target, router=self.router or "plain", seed=self.seed)
         request.check()
         return request
@@ -275,7 +272,7 @@ def prepare(
     packing = None
     if outlined.packed:
         assert measure is not None
-        prices = request is not None and ALLOCATORS[request.recipe.allocator].prices
+        prices = request is not None and request.recipe.prices
         packing = PackForecast(
             stream=stream, source=source, plan=outlined, measure=measure, prices=prices, max_tokens=options.tokens
         )

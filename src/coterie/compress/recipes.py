@@ -82,6 +82,11 @@ class Recipe:
         """Whether the whole result is trained at the end."""
         return any(name == "distill" for name, _ in self.result_steps)
 
+    @property
+    def prices(self) -> bool:
+        """Whether it is measured first what every matrix would cost in every type."""
+        return ALLOCATORS[self.allocator].prices
+
     def with_router(self, router: str) -> tuple[Step, ...]:
         """Return the passes for a router form, one of `ROUTERS`.
 
@@ -331,17 +336,6 @@ EXTRAS: dict[str, tuple[str, ...]] = {"protect": ("output_peak",)}
 
 #: Passes that drop experts, and keep those that are protected.
 PRUNING_PASSES = ("select", "leave-one-out", "subset-search")
-
-
-def default_recipe(*, type: str | None = None, bits: float | None = None, budget: str | int | None = None) -> str:
-    """Return the recipe that is taken where none is named, by what says how small the result is to be.
-
-    Bytes are spent on precision first: at equal bytes that costs a small part of what removing experts costs
-    (benchmarks/bits.md). A share, or a number of experts or neurons, asks for structure.
-    """
-    if type is not None:
-        return "gptaq"
-    return "coterie" if bits is None and budget is None else "coterie-bits"
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:

@@ -27,7 +27,6 @@ from coterie.model.disk.header import read_header
 from coterie.model.disk.manifest import RaggedWidths
 from coterie.model.disk.patterns import matching
 from coterie.model.disk.quantized import dequantized, quantization_config
-from coterie.model.disk.tensors import TensorInfo
 from coterie.model.nested import mapped
 from coterie.model.stream.stream import Call, Stream
 from coterie.model.stream.unit import Unit
@@ -39,6 +38,7 @@ class ResultModel:
     Attributes:
         model: the meta model of the result.
         shape: what all its layers have in common.
+        encodings: how matrices that are stored in blocks are, by pattern; empty where none are.
     """
 
     def __init__(self, stream: Stream, source: Source, plan: Plan) -> None:
@@ -51,7 +51,7 @@ class ResultModel:
             expert_names = [names.experts for names in source.tensors]
             self._places = places_of(stream.conversion, source.architecture, expert_names)
         self._widths = {index: layer.widths for index, layer in enumerate(plan.layers) if layer.widths is not None}
-        self._encodings = encodings_of(source.weights, plan.types) if plan.packed else {}
+        self.encodings = encodings_of(source.weights, plan.types) if plan.packed else {}
         self.model = self._meta_model()
         self._scratch: PreTrainedModel | None = None
 
@@ -98,7 +98,8 @@ class ResultModel:
     def _open(self, folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Any]]:
         """Return the tensors of a weight file by name on disk (filled up) and in memory, and the conversions."""
         tensors = read_header(folder / shard.file)
-        inside = {pattern: each for pattern, each in self._encodings.items() if _holds(tensors, pattern)}
+        patterns = {matching(name, self.encodings) for name in tensors}
+        inside = {pattern: each for pattern, each in self.encodings.items() if pattern in patterns}
         config = {"quantization_config": quantization_config(inside)} if inside else {}
         shard_alone = dequantized(Checkpoint(path=folder, config=config, tensors=tensors, digest=""))
         shard_alone = filled_up(shard_alone, self.ragged)
@@ -172,10 +173,6 @@ class ResultModel:
             width=self.shape.width,
             top_k=self.shape.top_k,
         )
-
-
-def _holds(tensors: Mapping[str, TensorInfo], pattern: str) -> bool:
-    return any(matching(name, (pattern,)) for name in tensors)
 
 
 def _without_experts(model: PreTrainedModel, compute: Callable[[], Any], *, routing: bool) -> list[Tensor]:

@@ -42,6 +42,17 @@ class Target:
         if self.type is not None:
             object.__setattr__(self, "type", self.type.upper())
 
+    @property
+    def usual_recipe(self) -> str:
+        """The recipe that is taken where none is named.
+
+        Bytes are spent on precision first: at equal bytes that costs a small part of what removing experts costs
+        (benchmarks/bits.md). A share, or a number of experts or neurons, asks for structure.
+        """
+        if self.type is not None:
+            return "gptaq"
+        return "coterie" if self.bits is None and self.budget is None else "coterie-bits"
+
     def check(self, recipe: Recipe) -> None:
         """Raise InputError unless this is one target, in range, that the recipe can fulfil."""
         given = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from coterie.compress.plan import Plan
@@ -61,6 +61,12 @@ class Weight:
     def num_bytes(self, kind: str) -> int:
         """Return the bytes of all of them in a type."""
         return len(self.names) * GgmlBlocks(type=kind, axis=self.axis).num_bytes(self.shape)
+
+
+def weights_among(weights: Iterable[Weight], names: Collection[str]) -> list[Weight]:
+    """Return the matrices all of whose tensors are among those of some names on disk, such as a unit's."""
+    among = set(names)
+    return [weight for weight in weights if among.issuperset(weight.names)]
 
 
 def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) -> None:

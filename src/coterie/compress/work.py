@@ -20,7 +20,6 @@ from coterie.compress.prepare import Job
 from coterie.compress.provenance import provenance_of
 from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard, write_index
-from coterie.compress.weights import encodings_of
 from coterie.journal import Run
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.prediction import Follower
@@ -87,7 +86,7 @@ class Work:
 
     def _packed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Store matrices that text does not pass in their types too: nothing comes in, so codes are the nearest."""
-        encodings = encodings_of(self.job.source.weights, self.plan.types) if self.plan.packed else {}
+        encodings = self.result.encodings
         packed = dict(tensors)
         for name, tensor in tensors.items():
             if (pattern := matching(name, encodings)) is not None:

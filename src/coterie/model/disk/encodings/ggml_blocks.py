@@ -2,7 +2,7 @@
 
 The bytes of a block stand where its numbers stood, along the axis that is summed over when the weight is used; so what
 is exported to GGUF is copied byte for byte. Choosing codes well takes more than the weight, see
-`coterie.compress.methods.gptq`; here they are the nearest ones.
+`coterie.compress.quantisers.gptq`; here they are the nearest ones.
 """
 
 from __future__ import annotations

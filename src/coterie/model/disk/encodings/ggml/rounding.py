@@ -45,7 +45,7 @@ def round_columns(
     Args:
         weight_NRC: the matrices.
         importance_NC: how much the error of each column weighs where scales are fitted.
-        upper_NCC: U with H^-1 = U^T U, see `coterie.compress.methods.gptq`; None for the nearest codes.
+        upper_NCC: U with H^-1 = U^T U, see `coterie.compress.quantisers.gptq`; None for the nearest codes.
         kind: the format.
 
     Returns:
