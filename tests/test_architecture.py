@@ -1,6 +1,7 @@
 """The house rules that a program can check: import direction, no families by name, file length, docstrings."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -67,6 +68,11 @@ def sources() -> Iterator[tuple[str, Path, str]]:
         yield file.relative_to(PACKAGE).as_posix(), file, file.read_text(encoding="utf-8")
 
 
+@functools.cache
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def room_of(file: Path) -> str:
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
@@ -109,7 +115,7 @@ def test_imports_point_one_way():
         if room in FREE:
             continue
         allowed = ALLOWED[room] | {room, "__version__"}
-        rooms = imported_rooms(ast.parse(source), file)
+        rooms = imported_rooms(parsed(source), file)
         wrong += [f"{name}:{line} may not import {to or 'coterie itself'}" for line, to in rooms if to not in allowed]
     assert not wrong
 
@@ -123,7 +129,7 @@ def late():
     from coterie.cli.main import main
 TABLE = {"x": "coterie.profile.run:profile"}
 """
-    found = {target for _, target in imported_rooms(ast.parse(source), PACKAGE / "model" / "layers.py")}
+    found = {target for _, target in imported_rooms(parsed(source), PACKAGE / "model" / "layers.py")}
     assert found == {"report", "evaluate", "compress", "cli", "profile"}
 
 
@@ -168,7 +174,7 @@ def circles(imports: dict[str, set[str]]) -> list[list[str]]:
 
 
 def test_no_files_import_each_other_in_a_circle():
-    imports = {module_of(file): imported_modules(ast.parse(source), file) for _, file, source in sources()}
+    imports = {module_of(file): imported_modules(parsed(source), file) for _, file, source in sources()}
     # The front door names what is behind every door, for type checkers, and whoever enters passes it.
     imports["coterie"] = set()
     assert len(imports) > 100
@@ -187,7 +193,7 @@ if TYPE_CHECKING:
 def late():
     from coterie.model.arch import seam
 """
-    found = imported_modules(ast.parse(source), PACKAGE / "model" / "disk" / "open.py")
+    found = imported_modules(parsed(source), PACKAGE / "model" / "disk" / "open.py")
     assert found == {"coterie.model.stream.unit", "coterie.model.arch.seam"}
 
 
@@ -198,7 +204,7 @@ def test_floors_of_the_model_stand_on_lower_ones():
         if parts[0] != "model":
             continue
         allowed = FLOORS[: FLOORS.index(parts[1]) + 1] if parts[1] in FLOORS else ()
-        for module in imported_modules(ast.parse(source), file):
+        for module in imported_modules(parsed(source), file):
             _, room, *rest = module.split(".")
             if room == "model" and rest and rest[0] in FLOORS and rest[0] not in allowed:
                 wrong.append(f"{name} may not import {module}")
@@ -221,7 +227,7 @@ def families() -> set[str]:
 
 def family_names(source: str, families: set[str]) -> list[str]:
     """Return string literals of a source text, docstrings apart, that name a family."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     # Some families are called like things (beam, flint); within a sentence only the unmistakable names count.
     unmistakable = {name for name in families if re.search(r"[_\d]", name)}
@@ -267,13 +273,13 @@ def nameless(tree: ast.AST) -> list[str]:
 
 
 def test_variables_are_named_by_what_they_hold():
-    lines = {name: nameless(ast.parse(source)) for name, _, source in sources()}
+    lines = {name: nameless(parsed(source)) for name, _, source in sources()}
     assert not {name: where for name, where in lines.items() if where}
 
 
 def test_nameless_variables_are_seen():
     source = "found = 1\nfor made in x: pass\ndef f(held): found.made = held\nfound_experts = found"
-    assert nameless(ast.parse(source)) == ["line 1: found", "line 2: made", "line 3: held"]
+    assert nameless(parsed(source)) == ["line 1: found", "line 2: made", "line 3: held"]
 
 
 def public_definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
@@ -291,7 +297,7 @@ def test_public_names_are_documented():
     for name, _, source in sources():
         if not source.strip():
             continue  # an empty __init__.py
-        tree = ast.parse(source)
+        tree = parsed(source)
         if not ast.get_docstring(tree):
             bare.append(name)
         bare += [f"{name}: {public}" for public, node in public_definitions(tree) if not ast.get_docstring(node)]
@@ -370,7 +376,7 @@ def loads_that_may_run_code(tree: ast.AST) -> list[int]:
 def test_code_that_comes_with_a_checkpoint_is_refused_wherever_one_is_loaded():
     files = [*FILES, *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "reference").rglob("*.py")]
     sources = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
-    lines = {name: loads_that_may_run_code(ast.parse(source)) for name, source in sources.items()}
+    lines = {name: loads_that_may_run_code(parsed(source)) for name, source in sources.items()}
     assert not {name: found for name, found in lines.items() if found}, "say trust_remote_code=False"
 
 
@@ -384,7 +390,7 @@ GenerationConfig.from_pretrained(path)
 Architecture.from_config(config)
 stock.from_pretrained(path, trust_remote_code=False)
 """
-    assert loads_that_may_run_code(ast.parse(source)) == [2, 3, 4, 5]
+    assert loads_that_may_run_code(parsed(source)) == [2, 3, 4, 5]
 
 
 def repository_files() -> list[Path]:

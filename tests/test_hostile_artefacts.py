@@ -159,7 +159,7 @@ def test_a_whole_artefact_is_read(artefact):
     kind.read(path)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_one_value_may_be_anything(artefact, data):
     kind, path, document = artefact

@@ -324,7 +324,8 @@ print(json.dumps({"kills": kills, "lines": lines, "outcomes": sorted(map(str, ou
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the children are forked")
 @pytest.mark.parametrize(
-    ("stride", "seeds"), [pytest.param(7, 8, id="some"), pytest.param(1, 60, id="all", marks=pytest.mark.slow)]
+    ("stride", "seeds"),
+    [pytest.param(7, 8, id="some", marks=pytest.mark.long), pytest.param(1, 60, id="all", marks=pytest.mark.slow)],
 )
 def test_killed_at_any_line_it_goes_on_to_the_same_result(tmp_path, stride, seeds):
     done = subprocess.run(

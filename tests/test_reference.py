@@ -144,6 +144,7 @@ def train(modules, monkeypatch, tmp_path) -> ModuleType:
     return train
 
 
+@pytest.mark.long
 def test_a_resumed_run_ends_as_one_without_a_break(train, tmp_path):
     arguments = argparse.Namespace(model="glm4_moe", device="cpu", steps=4, minutes=None, threads=1)
     straight = train.Trainer(arguments)

@@ -284,7 +284,7 @@ def open_artifact(path: Path, *, kind: str, inputs: Mapping[str, str] | None = N
 
         name = document["tensors"]
         if not _is_plain_name(name) or Path(name).suffix != ".safetensors":
-            raise CorruptArtifact(f"{path} names {name!r} as the file of its tensors, which cannot be")
+            raise CorruptArtifact(f"{path} names {shown(repr(name))} as the file of its tensors, which cannot be")
         check_file(path.parent, name, str(document.get("tensors_digest")), owner=path.name)
         try:
             tensors = load_file(path.with_name(name))
@@ -343,10 +343,10 @@ def read_header(path: Path, *, edited: bool = False) -> dict[str, Any]:
     if _is_deeper(document, _DEPTH):
         raise CorruptArtifact(f"{path}: lists and objects lie more than {_DEPTH} deep in each other")
     if type(document["format"]) is not int or document["format"] < 1:
-        raise CorruptArtifact(f"{path} has format {document['format']!r}, expected a whole number from 1 on")
+        raise CorruptArtifact(f"{path} has format {shown(repr(document['format']))}, expected a whole number from 1 on")
     if document["format"] > FORMAT:
         raise StaleArtifact(
-            f"{path} has format {document['format']}; this version reads up to {FORMAT}: upgrade coterie"
+            f"{path} has format {shown(document['format'])}; this version reads up to {FORMAT}: upgrade coterie"
         )
     try:
         whole = _is_whole(document)

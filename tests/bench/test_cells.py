@@ -117,6 +117,7 @@ def test_the_grid_has_the_router_forms_that_a_recipe_has_a_use_for():
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_recipe_of_one_s_own_has_cells(tmp_path, monkeypatch):
     file = tmp_path / "own_method.py"
     source = """

@@ -49,6 +49,7 @@ def tree(copied, monkeypatch):
             file.write_bytes(before[file])
 
 
+@pytest.mark.long
 def test_a_copy_elsewhere_has_the_same_keys(copied, monkeypatch):
     before = keys("reap")
     monkeypatch.setattr(code, "ROOT", copied)

@@ -59,6 +59,7 @@ def test_published_methods_and_our_default_are_compared_by_default(methods):
     assert len(methods.RECIPES_HERE) == len(structural) - 3
 
 
+@pytest.mark.long
 def test_the_command_line_says_what_is_run(methods, made, tmp_path, monkeypatch, capsys):
     asked = {}
     monkeypatch.setattr(methods, "run", lambda models, out, **options: asked.update(options, out=out) or made)

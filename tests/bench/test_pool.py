@@ -113,6 +113,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="processes there do not learn that their parent ended")
 def test_a_worker_ends_with_its_parent():
     busy = REAL.replace('return {"done": 1 / task["number"]}', "import time; time.sleep(task['number'] - 1); return {}")

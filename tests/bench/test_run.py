@@ -136,6 +136,7 @@ def test_only_what_is_new_is_computed(again, made, monkeypatch):
     assert len((found.out / "cells.jsonl").read_text().splitlines()) == 7
 
 
+@pytest.mark.long
 def test_an_end_within_a_line_costs_one_cell(tmp_path, again, made, caplog):
     out = tmp_path / "out"
     shutil.copytree(made.out, out)
@@ -168,6 +169,7 @@ def test_what_was_finished_before_an_error_is_kept(small, tiny, tmp_path, made, 
     assert [measures(cell) for cell in found.cells] == [measures(cell) for cell in same]
 
 
+@pytest.mark.long
 def test_what_cannot_be_done_is_said_and_not_tried_again(
     again,
 ):
@@ -234,6 +236,7 @@ def test_workers_find_the_same(small, tiny, tmp_path, made, caplog, jobs):
     assert len(re.findall(r"^\[\d+/2\] .*: KL \d\.\d{4}, \d+ KiB, ", "\n".join(caplog.messages), re.MULTILINE)) == 2
 
 
+@pytest.mark.long
 def test_results_are_kept_on_request(small, tiny, tmp_path, made):
     changes = {"recipes": "hc-smoe", "removed": (0.5,), "seeds": 1, "keep_results": True}
     found = bench(tiny(), tmp_path / "out", **(small | changes))
@@ -254,6 +257,7 @@ def test_nothing_is_left_but_what_was_found(made):
     assert str(made.out.parent) not in json.dumps(content)
 
 
+@pytest.mark.long
 def test_two_models_are_told_apart(small, tiny, tmp_path):
     models = [tiny(), tiny("mixtral")]
     settings = small | {"recipes": ["reap"], "removed": [0.5], "seeds": (3,)}

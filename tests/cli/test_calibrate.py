@@ -61,6 +61,7 @@ def test_sources_that_are_left_out_are_named(tiny, text, tmp_path):
     assert not any(line.startswith("loop") for line in only)
 
 
+@pytest.mark.long
 def test_generate_writes_text_and_looks_at_it(tiny, tmp_path):
     out = tmp_path / "own"
     options = ("--tokens", 128, "--seq-len", 32, "--seed", 3)
@@ -95,6 +96,7 @@ def test_profile_takes_weights(tiny, text, tmp_path):
     assert shown["num_tokens"] == {"code": 128, "prose": 384}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("inputs", ["original", "compressed"])
 def test_compress_takes_weights(tiny, text, tmp_path, inputs):
     options = ("--text", text, *SMALL, "--domains", "prose=3,code")

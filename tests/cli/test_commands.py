@@ -195,6 +195,7 @@ def test_evaluate_shows_a_model_alone_without_columns_that_compare(tiny, text):
     assert "all domains perplexity exact answers" in lines
 
 
+@pytest.mark.long
 def test_evaluate_measures_speed_and_memory_on_request(tiny, text, monkeypatch):
     monkeypatch.setattr("coterie.cli.evaluate._SPEED_SECONDS", 0.0)
     options = ("--text", text, "--questions", 0, "--speed", *SMALL)

@@ -19,11 +19,12 @@ from coterie.profile.profile import Profile
 from coterie.profile.run import profile
 from coterie.testing import tiny_checkpoint
 from coterie.testing.conformance import check_result
+from some import first
 
 FAMILIES = ("olmoe", "gpt_oss", "deepseek_v3", "qwen3_moe", "granitemoe")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=first(2, FAMILIES))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Groups are chosen by their two best experts, which are parts of one once experts are cut: one group, then.
     changes = {"n_group": 1, "topk_group": 1} if request.param == "deepseek_v3" else {}
@@ -78,6 +79,7 @@ def test_cutting_alone_leaves_the_logits(
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
     olmoe: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,6 +191,7 @@ def test_fisher_diagonals_are_those_of_autograd_token_by_token(family, priced):
     assert checked == {"linear", "expert"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
 def test_of_a_head_it_is_the_mean_over_all_labels(family, priced):
     folder, source, pairs, _ = priced(family)

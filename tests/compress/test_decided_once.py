@@ -49,6 +49,7 @@ def model(tiny: Any) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_run_that_began_without_training_goes_on_without(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -24,6 +24,7 @@ from coterie.profile.profile import Profile
 from coterie.profile.run import profile
 from coterie.testing import tiny_checkpoint
 from coterie.testing.conformance import check_result
+from some import first
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,8 @@ def edited(path: Path, change: Any) -> Path:
 
 @pytest.mark.parametrize(
     ("recipe", "router"),
-    [("reap", "plain"), ("reap+protect", "plain"), ("hc-smoe", "map"), ("heapr", "plain"), ("coterie", "plain"),
-     ("heapr-ragged", "plain"), ("naee", "refit")],
+    first(3, [("coterie", "plain"), ("hc-smoe", "map"), ("heapr-ragged", "plain"), ("reap", "plain"),
+              ("reap+protect", "plain"), ("heapr", "plain"), ("naee", "refit")]),
 )  # fmt: skip
 def test_a_saved_plan_gives_the_bytes_of_the_direct_way(
     olmoe: Path, gradient_profile: Profile, tmp_path: Path, recipe: str, router: Any

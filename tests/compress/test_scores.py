@@ -20,6 +20,7 @@ from coterie.compress.state import LayerState
 from coterie.errors import UnknownName
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.profile.calibration import tokenize
+from some import first
 
 DOMAINS = 3
 
@@ -233,8 +234,9 @@ def slow_subset_error(
     return moved / size
 
 
+@pytest.mark.long
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", ["easy-ep", "naee"])
+@pytest.mark.parametrize("recipe", first(1, ["naee", "easy-ep"]))
 def test_compressed_inputs_are_scored_with_what_the_layer_then_does(
     olmoe: Path, text_folder: Path, tmp_path: Path, recipe: str
 ) -> None:

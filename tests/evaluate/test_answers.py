@@ -173,6 +173,7 @@ def test_only_second_attempts_that_can_succeed_are_made():
     assert right_of(written, questions, second) == {1}
 
 
+@pytest.mark.long
 def test_answers_in_turns_are_those_at_once(bundled, text_path, tmp_path, monkeypatch):
     questions = [asdict(entry) for entry in read_questions(bundled / "text" / "test", limit=12)["math"]]
     for entry in questions[:6]:  # the bundled model writes a space after such a prompt

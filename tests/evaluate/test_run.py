@@ -17,6 +17,7 @@ from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.stream import likelihood, spill, stream
 from coterie.profile.calibration import tokenize
 from coterie.testing import tiny_checkpoint, tiny_text
+from some import first
 
 TEXT = {"tokens": 512, "seq_len": 32}
 
@@ -323,6 +324,7 @@ def test_questions_are_part_of_the_text(base_path, text_path):
     assert cards[0].overall["perplexity"] == cards[1].overall["perplexity"]
 
 
+@pytest.mark.long
 def test_a_model_runs_in_the_number_format_asked_for(base_path, text_path):
     [card] = evaluate(base_path, text=text_path, questions=0, dtype=torch.bfloat16, **TEXT)
     [wide] = evaluate(base_path, text=text_path, questions=0, **TEXT)
@@ -349,15 +351,18 @@ def whole_scores(path, base_path, text, **cut):
 # Plain, tied heads, scaled logits, soft caps, dense layers first, recurrent layers.
 @pytest.mark.parametrize(
     ("model_type", "changes"),
-    [
-        ("mixtral", {}),
-        ("qwen3_moe", {"tie_word_embeddings": True}),
-        ("granitemoe", {"logits_scaling": 3.0}),
-        ("gemma4_text", {"final_logit_softcapping": 2.0}),
-        ("deepseek_v3", {}),
-        ("jamba", {}),
-        ("gpt_oss", {}),
-    ],
+    first(
+        2,
+        [
+            ("qwen3_moe", {"tie_word_embeddings": True}),
+            ("gemma4_text", {"final_logit_softcapping": 2.0}),
+            ("granitemoe", {"logits_scaling": 3.0}),
+            ("mixtral", {}),
+            ("deepseek_v3", {}),
+            ("jamba", {}),
+            ("gpt_oss", {}),
+        ],
+    ),
 )
 def test_other_families_score_as_their_whole_models(model_type, changes, text_path, tmp_path):
     cut = {"tokens": 128, "seq_len": 32}
@@ -370,6 +375,7 @@ def test_other_families_score_as_their_whole_models(model_type, changes, text_pa
     assert same.overall["agreement"] == 1
 
 
+@pytest.mark.long
 def test_a_mapped_result_scores_as_its_whole_model(base_path, text_path, tmp_path):
     out = compress(base_path, tmp_path / "mapped", keep=0.5, recipe="hc-smoe", router="map", text=text_path, **TEXT).out
     [card] = evaluate(out, against=base_path, text=text_path, **TEXT)

@@ -13,6 +13,7 @@ from coterie.model.stream import loss as loss_module
 from coterie.model.stream.stream import Stream
 from coterie.profile.observation import observed
 from coterie.testing import tiny_checkpoint
+from some import first
 
 FAMILIES = ["olmoe", "deepseek_v3", "gpt_oss", "qwen3_moe", "glm4_moe"]
 
@@ -40,7 +41,14 @@ def whole_model_gradients(folder, ids_BS):
 
 @pytest.mark.parametrize(
     ("family", "elements"),
-    [*((family, SLICES[0]) for family in FAMILIES), *(("olmoe", few) for few in SLICES[1:]), ("granitemoe", SLICES[1])],
+    first(
+        3,
+        [
+            ("granitemoe", SLICES[1]),
+            *(("olmoe", few) for few in SLICES[1:]),
+            *((family, SLICES[0]) for family in FAMILIES),
+        ],
+    ),
 )
 def test_gradients_at_every_layer_equal_those_of_the_whole_model(family, elements, tmp_path, monkeypatch):
     monkeypatch.setattr(loss_module, "LOSS_ELEMENTS", elements)

@@ -77,6 +77,7 @@ def test_inspect_reads_headers_by_ranges_and_nothing_else(hub, published):
     assert hub.tokens == [], "the token is for the hub alone"
 
 
+@pytest.mark.long
 def test_plan_reads_samples_too_and_is_the_plan_of_the_folder(hub, published):
     decided = plan(ID, keep=0.5, recipe="reap")
     assert decided == plan(published, keep=0.5, recipe="reap"), "the digest too"
@@ -110,6 +111,7 @@ def test_compress_fetches_the_weights_once_and_says_how_much(hub, published, tex
         assert file.read_bytes() == (result.out / file.name).read_bytes()
 
 
+@pytest.mark.long
 def test_what_cannot_be_is_said_before_weights_are_fetched(hub, published, text, tmp_path):
     with pytest.raises(Infeasible, match="the least"):
         compress(ID, tmp_path / "out", budget="2KiB", recipe="reap", text=text, tokens=512, seq_len=64)
@@ -125,6 +127,7 @@ def test_a_disk_that_is_too_small_is_said_before_weights_are_fetched(hub, monkey
     assert not any(name.endswith(".safetensors") for name in hub.served)
 
 
+@pytest.mark.long
 def test_a_revision(hub, tiny):
     hub.add(ID, tiny("mixtral"), revision="refs/pr/1", commit=OTHER_COMMIT)
     assert inspect(f"{ID}@refs/pr/1").model_type == "mixtral"
@@ -224,6 +227,7 @@ def test_both_rules_for_what_belongs_to_a_model_agree(published):
     assert not set(COPIES) & set(belongs(names))
 
 
+@pytest.mark.long
 def test_the_environment_names_the_hub(hub, tmp_path):
     environment = os.environ | {
         "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "NO_COLOR": "1",

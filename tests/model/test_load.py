@@ -19,6 +19,7 @@ from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.model.quiet import quiet
 from coterie.testing import CORE_FAMILIES, END_OF_TEXT_ID, tiny_checkpoint
 from manifests import manifest_of
+from some import first
 
 IDS = torch.arange(40).view(2, 20)
 
@@ -195,7 +196,7 @@ def made_headless(path, *, bare, **tensors):
 
 
 @pytest.mark.parametrize("bare", [True, False])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", first(1, [False, True]))
 def test_a_base_class_is_read_as_the_one_with_a_head_where_all_tensors_are_there(tiny, text, tmp_path, tied, bare):
     whole = tiny("glm4_moe", tie_word_embeddings=tied)
     copy = made_headless(shutil.copytree(whole, tmp_path / "copy"), bare=bare)

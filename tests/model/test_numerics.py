@@ -37,6 +37,7 @@ def model(tiny: Any) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_equal_threads_give_equal_bytes_and_are_recorded(
     model: Path, text: Path, tmp_path: Path, threads: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:

@@ -257,6 +257,7 @@ def test_batches_shrink_where_a_model_is_wide():
     assert fitting_batch(8, seq_len=100_000, hidden_size=8192) == 1
 
 
+@pytest.mark.long
 def test_large_tensors_leave_no_holes_in_the_heap():
     if not hasattr(ctypes.CDLL(None), "mallinfo2"):
         pytest.skip("no glibc that tells")

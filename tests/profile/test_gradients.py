@@ -108,6 +108,7 @@ def test_a_killed_run_goes_on_to_the_same_profile(folder, text, tmp_path, monkey
     assert Profile.load(tmp_path / "out").digest() == whole.digest()
 
 
+@pytest.mark.long
 def test_gradients_are_asked_for_where_a_recipe_needs_them(folder, text, tmp_path):
     held = profile(folder, text=text, **SETTINGS)
     with pytest.raises(InputError, match="run coterie profile with --gradients, or leave the profile out"):

@@ -206,6 +206,7 @@ def slow_losses(model, tokens):
     return losses
 
 
+@pytest.mark.long
 def test_perplexity_and_divergence_are_those_of_answers(model, tiny, chats, tmp_path):
     other = chat_model(tiny(seed=1), tmp_path / "other")
     options = {"text": chats, "against": model, "questions": 0, **SETTINGS}

@@ -21,6 +21,7 @@ from coterie.profile.run import profile
 from coterie.profile.self_text import Writing, write_documents, write_text
 from coterie.profile.text import CalibrationText, TextSettings
 from coterie.testing import END_OF_TEXT_ID, tiny_tokenizer
+from some import first
 
 SHORT = Writing(tokens=40, max_length=9)
 
@@ -56,7 +57,7 @@ def slow_document(model, tokenizer, writing, number):
     return tokenizer.decode(ids).rstrip("\ufffd")
 
 
-@pytest.mark.parametrize("model_type", ["olmoe", "gpt_oss"])
+@pytest.mark.parametrize("model_type", first(1, ["olmoe", "gpt_oss"]))
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.5, "seed": 3}, {"first_token": "likeliest"}])
 def test_documents_are_drawn_from_the_model_s_own_distribution(tiny, model_type, changes):
     writing = replace(SHORT, **changes)

@@ -186,6 +186,7 @@ def test_a_profile_is_measured_on_sequences_that_begin_with_it(starting, tiny, t
     assert not torch.equal(profile.sum(0, "usage"), plain.sum(0, "usage"))
 
 
+@pytest.mark.long
 def test_results_are_trained_on_sequences_that_begin_with_it(starting, text, tmp_path, monkeypatch):
     seen, draw = [], CalibrationText.draw
 

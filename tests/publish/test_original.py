@@ -42,6 +42,7 @@ def test_licence_languages_and_task_are_taken_over_and_nothing_else(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "content",
     [

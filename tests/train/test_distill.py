@@ -15,6 +15,7 @@ from coterie.testing import tiny_checkpoint, tiny_text
 from coterie.train import distill, memory
 from coterie.train.loop import Loop
 from coterie.train.predictions import Predictions
+from some import first
 
 SETTINGS = {
     "keep": 0.5, "recipe": "coterie", "tokens": 8192, "seq_len": 16, "sample_tokens": 256, "train_tokens": 8192,
@@ -81,7 +82,7 @@ def test_what_is_trained_is_what_stock_loaders_load(folder, whole, text_folder, 
     assert whole.plan.predicted_bytes == fast.plan.predicted_bytes
 
 
-@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.parametrize("at", first(1, [2, 4]))
 def test_a_killed_run_goes_on_to_the_same_bits(folder, few, text_folder, tmp_path, monkeypatch, at):
     """Killed while training (after two steps that were saved), and while the weight files are written anew."""
     monkeypatch.setattr(distill, "SAVE_SECONDS", 0.0)
@@ -117,6 +118,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder, few, text_folder, tmp_pat
     assert json.loads((made.out / "coterie.json").read_text()) == json.loads((few.out / "coterie.json").read_text())
 
 
+@pytest.mark.long
 def test_a_held_profile_wants_its_text_beside_it(folder, few, text_folder, tmp_path):
     held = profile(folder, text=text_folder, tokens=1024, seq_len=16, sample_tokens=256, gradients=True)
     with pytest.raises(InputError, match="give it with --text beside the profile, or take --effort fast"):
@@ -140,6 +142,7 @@ def test_an_unknown_effort_is_refused(folder, text_folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_what_the_original_predicts_is_kept_for_other_runs(folder, few, text_folder, tmp_path, monkeypatch):
     first = compress(folder, tmp_path / "first", text=text_folder, cache=tmp_path / "cache", **FEW)
     assert weight_digests(first.out) == weight_digests(few.out)
@@ -187,6 +190,7 @@ def test_training_that_cannot_be_is_refused(folder, text_folder, tmp_path, recip
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_ragged_result_is_trained_within_its_widths(text_folder, tmp_path):
     """What is written of an expert has its width, and was trained: it is not what training began with."""
     folder = tiny_checkpoint(tmp_path / "model", "olmoe")

@@ -8,6 +8,7 @@ import torch
 from coterie.train.loop import Look, Loop, mean_loss
 from coterie.train.optimiser import Adam
 from coterie.train.schedule import Drawn, Schedule, all_rows, rate_at, shuffled
+from some import first
 
 STEPS, COUNT = 9, 30
 ORDERS = {
@@ -119,8 +120,8 @@ def test_threads_compute_with_one_thread_each_and_the_number_comes_back():
     assert seen == [2, 2, 1, 1]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("look_every", [None, 2])
+@pytest.mark.parametrize("workers", first(1, [2, 1]))
+@pytest.mark.parametrize("look_every", first(1, [2, None]))
 @pytest.mark.parametrize("order", ORDERS)
 def test_it_goes_on_from_every_saved_step_with_the_same_bits(order, look_every, workers):
     whole, states = problem(order, look_every=look_every), {0: {}}

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, get_args
 
 from coterie.artifact import open_artifact, write_artifact
 from coterie.errors import CorruptArtifact, StaleArtifact
-from coterie.fields import Fields, plain_content
+from coterie.fields import Fields, plain_content, shown
 from coterie.model.disk.provenance import Provenance
 
 MANIFEST = "coterie.json"
@@ -292,9 +292,11 @@ def _upgraded(body: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return the content as this version has it, of a manifest of version 1 or this version."""
     version = body.get("version", 1)
     if type(version) is not int or version < 1:
-        raise CorruptArtifact(f"{path}: version is {version!r}: it should be a whole number from 1 on")
+        raise CorruptArtifact(f"{path}: version is {shown(repr(version))}: it should be a whole number from 1 on")
     if version > VERSION:
-        raise StaleArtifact(f"{path} has version {version}; this version of coterie reads up to {VERSION}: upgrade it")
+        raise StaleArtifact(
+            f"{path} has version {shown(version)}; this version of coterie reads up to {VERSION}: upgrade it"
+        )
     if version == VERSION:
         return dict(body)
     layers = body.get("layers")
