@@ -277,6 +277,59 @@ def test_a_plan_edited_by_hand_is_what_is_done(small, text_folder, tmp_path):
     assert furthest(original, packed)[0] < 0.2
 
 
+@pytest.mark.parametrize("recipe", ["nearest", pytest.param("gptaq", marks=pytest.mark.long)])
+def test_types_may_differ_between_the_experts_of_a_layer(recipe, small, text_folder, tmp_path):
+    """One that is named itself gets its own type, the others that of the star; or one stays plain."""
+    whole = plan(small, type="Q8_0", recipe=recipe)
+    experts = "model.layers.0.mlp.experts"
+    types = {
+        **whole.types,
+        f"{experts}.1.gate_proj.weight": "Q4_0",
+        f"{experts}.1.up_proj.weight": "Q4_0",
+        f"{experts}.2.up_proj.weight": "Q5_0",
+        f"{experts}.3.down_proj.weight": "IQ4_NL",
+    }
+    del types["model.layers.1.mlp.experts.*.down_proj.weight"]
+    types["model.layers.1.mlp.experts.0.down_proj.weight"] = "Q5_1"
+    result = compress(small, tmp_path / "out", plan=replace(whole, types=types), text=text_folder, **TEXT)
+    assert result.plan.types == types
+    assert result.logits_error <= 1e-6
+    stored = Checkpoint.open(result.out)
+    assert stored.num_bytes == result.plan.predicted_bytes
+
+    def kinds(layer, part):
+        names = [f"model.layers.{layer}.mlp.experts.{e}.{part}_proj.weight" for e in range(8)]
+        by_size = {2 * SIZES[kind][1]: kind for kind in ("Q8_0", "Q4_0", "Q5_0", "Q5_1")}
+        return [
+            by_size[stored.tensors[name].shape[-1]] if stored.tensors[name].dtype == "U8" else None for name in names
+        ]
+
+    rest = ["Q8_0"] * 4
+    assert kinds(0, "gate") == ["Q8_0", "Q4_0", "Q8_0", "Q8_0", *rest]
+    assert kinds(0, "up") == ["Q8_0", "Q4_0", "Q5_0", "Q8_0", *rest]
+    assert kinds(0, "down") == ["Q8_0", "Q8_0", "Q8_0", "Q4_0", *rest]  # IQ4_NL has blocks of the same size
+    assert kinds(1, "down") == ["Q5_1", *[None] * 7]
+    original, packed = states(small, result.out)
+    gate_up = packed["model.layers.0.mlp.experts.gate_up_proj"] - original["model.layers.0.mlp.experts.gate_up_proj"]
+    assert furthest(original, packed)[0] < 0.2
+    off = gate_up.norm(dim=-1).view(8, 2, -1).mean(dim=-1)  # expert, gate or up
+    assert off[1].min() > 5 * off[[0, 3, 7]].max()
+    assert off[2, 1] > 2 * off[2, 0]
+
+
+def test_in_one_type_it_does_not_matter_by_which_names_experts_get_it(small, text_folder, tmp_path):
+    whole = plan(small, type="Q4_0", recipe="gptq")
+    first = compress(small, tmp_path / "first", plan=whole, text=text_folder, **TEXT)
+    apart = {
+        single: kind
+        for name, kind in whole.types.items()
+        for single in ([name.replace("*", str(e)) for e in range(8)] if "*" in name else [name])
+    }
+    second = compress(small, tmp_path / "second", plan=replace(whole, types=apart), text=text_folder, **TEXT)
+    assert second.plan.predicted_bytes == first.plan.predicted_bytes
+    assert weight_digests(first.out) == weight_digests(second.out)
+
+
 @pytest.mark.parametrize("recipe", ["nearest", "gptaq"])
 def test_a_plan_may_leave_a_layer_of_experts_alone(recipe, small, text_folder, tmp_path):
     whole = plan(small, type="Q4_0", recipe=recipe)
@@ -292,6 +345,11 @@ def test_a_plan_may_leave_a_layer_of_experts_alone(recipe, small, text_folder, t
         ({"model.layers.0.mlp.experts.*.wrong.weight": "Q8_0"}, r"wrong\.weight as Q8_0; matrices .* are named like"),
         ({"model.layers.0.mlp.gate.weight": "Q8_0"}, "gate.weight as Q8_0; matrices"),
         ({"model.embed_tokens.weight": "Q9_9"}, "as Q9_9; types that can be written are Q8_0, "),
+        (
+            {f"model.layers.0.mlp.experts.{e}.up_proj.weight": "Q4_0" for e in range(8)},
+            r"experts\.\*\.up_proj\.weight as Q8_0, and names every expert of that layer itself",
+        ),
+        ({"model.layers.0.mlp.experts.8.up_proj.weight": "Q4_0"}, r"experts\.8\.up_proj\.weight as Q4_0; matrices"),
         ({"model.embed_tokens.weight": "Q4_K"}, "in blocks of 256; its rows have 64 numbers: take Q5_0"),
     ],
 )

@@ -183,7 +183,7 @@ def completed(source: Source, outlined: Plan, request: Request | None, profile: 
 def with_types(source: Source, outlined: Plan, request: Request, damages: Mapping[str, Mapping[str, float]]) -> Plan:
     """Return an outline with the types that matrices get, now that it is known what each would cost."""
     allocation = allocate(source, request, None, damages)
-    return weighed(source, replace(outlined, types=allocation.types, damage=allocation.damage))
+    return weighed(source, replace(outlined, types=allocation.types, damage=allocation.damage, gap=allocation.gap))
 
 
 def with_choices(plan: Plan, layers: Sequence[MoELayer], profile: Profile) -> Plan:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from coterie.compress.damages import MATRICES, PRICED_TOKENS, PRICED_TYPES, ROWS
 from coterie.compress.plan import Plan
 from coterie.compress.quantisers import get_quantiser
 from coterie.compress.quantisers.gptq import FACTOR_BYTES, HESSIAN_ELEMENTS
 from coterie.compress.source import Source
-from coterie.compress.weights import Weight, weights_among
+from coterie.compress.weights import Weight, typed, weights_among
 from coterie.model.disk.encodings.ggml.rounding import ROUNDING_BYTES
 from coterie.model.stream.loss import logits_bytes
 from coterie.model.stream.memory import (
@@ -46,7 +47,7 @@ _OTHERS = 2.5e-6
 PRICING = "pricing types"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class PackForecast:
     """Says what storing weights in fewer bits takes.
 
@@ -144,8 +145,11 @@ class PackForecast:
         return min(PRICED_TOKENS, self.max_tokens)
 
     def _of_unit(self, unit: Unit) -> list[Weight]:
-        typed = (weight for weight in self.source.weights if weight.pattern in self.plan.types)
-        return weights_among(typed, unit.disk_names)
+        return weights_among(self._typed, unit.disk_names)
+
+    @cached_property
+    def _typed(self) -> list[Weight]:
+        return typed(self.source.weights, self.plan.types)
 
     @staticmethod
     def _together(weights: Sequence[Weight]) -> dict[str, int]:

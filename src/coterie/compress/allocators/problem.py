@@ -123,12 +123,15 @@ class Allocation:
         num_bytes: bytes of all tensors of the result.
         damage: expected rise of the loss in nats a token; None where the allocator predicts none.
         types: GGML type of each matrix that is stored in blocks, by its pattern.
+        gap: by which share of its own `damage` may exceed the least that is possible, 0 to 1; None where no such bound
+            is known.
     """
 
     layers: tuple[LayerPlan, ...]
     num_bytes: int
     damage: float | None = None
     types: Mapping[str, str] = field(default_factory=dict)
+    gap: float | None = None
 
 
 def load_allocator(name: str) -> Callable[[Problem], Allocation]:
