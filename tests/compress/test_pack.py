@@ -14,6 +14,7 @@ import coterie.compress.apply as apply_module
 import coterie.compress.layers as layers_module
 from checkpoints import tensors_of, weight_digests
 from coterie.compress.apply import compress
+from coterie.compress.damages import DamageMeter
 from coterie.compress.decide import plan
 from coterie.compress.dry_run import dry_run
 from coterie.compress.layer_plan import LayerPlan
@@ -584,7 +585,7 @@ def test_prices_are_measured_once(small, text_folder, tmp_path, monkeypatch):
     def measured_again(self):
         raise AssertionError("priced twice")
 
-    monkeypatch.setattr(apply_module.DamageMeter, "measure", measured_again)
+    monkeypatch.setattr(DamageMeter, "measure", measured_again)
     again = compress(small, tmp_path / "out", **settings)
     assert weight_digests(again.out) == weight_digests(whole.out)
     assert again.manifest == whole.manifest

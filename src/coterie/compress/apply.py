@@ -16,7 +16,8 @@ from pathlib import Path
 
 from coterie.amounts import format_bytes
 from coterie.artifact import write_json
-from coterie.compress.damages import PRICED_TOKENS, PRICED_TYPES, DamageMeter
+from coterie.compress.allocators.problem import load_meter
+from coterie.compress.damages import PRICED_TOKENS
 from coterie.compress.decide import completed, with_types
 from coterie.compress.lanes import Lanes
 from coterie.compress.layer_plan import LayerPlan
@@ -260,12 +261,14 @@ def _decide(work: Work) -> None:
 
 
 def _price(work: Work) -> dict[str, dict[str, float]]:
-    """Return what each matrix would cost in each type; measured once in a run."""
+    """Return what the recipe's allocator goes by, such as what each type would cost; measured once in a run."""
     job, damages = work.job, dict[str, dict[str, float]]()
     if PRICES not in work.run.finished:
         tokens = min(PRICED_TOKENS, job.options.tokens)
         batches = [ids_BS for _, ids_BS in job.text(tokens, up_to=True).batches(PRICED_SEQUENCES)]
-        meter = DamageMeter(stream=job.stream, source=job.source, batches=batches, types=PRICED_TYPES)
+        assert job.request is not None
+        make = load_meter(job.request.recipe.allocator)
+        meter = make(stream=job.stream, source=job.source, batches=batches)
         for _, some in track(meter.measure(), PRICING, len(job.stream.units)):
             damages |= some
         work.run.finish(PRICES, files=[], content={"damages": damages})

@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from coterie.compress.allocators import Measures
 from coterie.compress.damages import MATRICES, PRICED_TOKENS, PRICED_TYPES, ROWS
 from coterie.compress.plan import Plan
 from coterie.compress.quantisers import get_quantiser
 from coterie.compress.quantisers.gptq import FACTOR_BYTES, HESSIAN_ELEMENTS
 from coterie.compress.source import Source
+from coterie.compress.spectra import WINDOW
 from coterie.compress.weights import Weight, typed, weights_among
 from coterie.model.disk.encodings.ggml.rounding import ROUNDING_BYTES
 from coterie.model.stream.loss import logits_bytes
@@ -29,7 +31,7 @@ from coterie.model.stream.memory import (
 )
 from coterie.model.stream.stream import Stream
 from coterie.model.stream.unit import Unit
-from coterie.model.stream.work import WITH_GRADIENTS, speed_of, unit_work
+from coterie.model.stream.work import BYTES_A_SECOND, WITH_GRADIENTS, speed_of, unit_work
 from coterie.profile.measure import Measure
 from coterie.progress import StageTime
 
@@ -42,6 +44,12 @@ MOMENTS, FACTORS, CODES, ERRORS, HIDDEN = (
 SECONDS = {"IQ4_NL": 4e-6, "MXFP4": 4e-6, "IQ2_XXS": 1e-5, "IQ3_XXS": 1.5e-5, "IQ2_XS": 2e-5, "IQ2_S": 4e-5,
            "IQ3_S": 4e-5}  # fmt: skip
 _OTHERS = 2.5e-6
+
+#: Operations that singular values of a square window take, by its number of elements and its width.
+_SVD = 10
+
+#: Types that experts are rounded to, at most, where their outputs are compared.
+_LADDER = 4
 
 #: What is waited for while it is measured what types would cost.
 PRICING = "pricing types"
@@ -56,7 +64,8 @@ class PackForecast:
         source: the same by its headers.
         plan: which type each matrix gets; of an outline that types are priced for, the one for all.
         measure: the text that goes through.
-        prices: whether types are priced first.
+        priced_by: what is measured of matrices first, so that their types can be chosen, see
+            `coterie.compress.allocators.Allocator.measures`; None for nothing.
         max_tokens: tokens that they are priced on, at most.
     """
 
@@ -64,7 +73,7 @@ class PackForecast:
     source: Source
     plan: Plan
     measure: Measure
-    prices: bool
+    priced_by: Measures | None
     max_tokens: int
 
     def stages(self) -> tuple[Stage, ...]:
@@ -75,7 +84,7 @@ class PackForecast:
         largest = max(self.stream.units, key=lambda unit: _total(self.packing_lines(unit)))
         lines = (*unit_lines(self.stream, batch, copies=COMPRESS_COPIES), *self.packing_lines(largest))
         packing = Stage(name="storing a layer in fewer bits", lines=(*lines, *text_lines(total)))
-        return (*(self._pricing_stages() if self.prices else ()), packing)
+        return (*(self._pricing_stages() if self.priced_by is not None else ()), packing)
 
     def packing_lines(self, unit: Unit) -> tuple[Line, ...]:
         """Return what storing the matrices of a unit takes beside the unit and the text that runs through it."""
@@ -125,16 +134,34 @@ class PackForecast:
 
     def times(self) -> tuple[StageTime, ...]:
         """Reckon how long pricing types takes; none where that is not done."""
-        if not self.prices:
+        if self.priced_by is None:
             return ()
         tokens, types = self._priced_tokens(), set(PRICED_TYPES)
-        work = unit_work(self.stream, self.source.architecture.layers, tokens=tokens, factor=WITH_GRADIENTS, base=True)
+        layers = self.source.architecture.layers
+        if self.priced_by != "losses":
+            return (self._measuring_experts(tokens),)
+        work = unit_work(self.stream, layers, tokens=tokens, factor=WITH_GRADIENTS, base=True)
         numbers = sum(
             ROWS * weight.columns * (min(MATRICES, len(weight.names)) if weight.kind == "expert" else 1)
             for weight in self.source.weights
         )
         rounding = numbers * sum(SECONDS.get(name, _OTHERS) for name in types)
         return (StageTime(name=PRICING, seconds=work.total + rounding, tokens=tokens, reading=work.reading),)
+
+    def _measuring_experts(self, tokens: int) -> StageTime:
+        """Reckon how long it takes to measure all experts, whole: what they put out in each type, or their spectra."""
+        experts = [weight for weight in self.source.weights if weight.kind == "expert"]
+        layers, speed = self.source.architecture.layers, speed_of(self.stream.device.type)
+        if self.priced_by == "spectra":
+            operations = sum(_SVD * weight.num_elements * min(WINDOW, *weight.shape[-2:]) for weight in experts)
+            reading = sum(weight.plain_bytes for weight in experts) / BYTES_A_SECOND
+            return StageTime(name=PRICING, seconds=operations / speed + reading, reading=reading)
+        work = unit_work(self.stream, layers, tokens=tokens, base=True)
+        # Experts are computed once more for each type, of each projection at most.
+        again = sum(2 * 3 * 3 * _LADDER * layer.top_k * layer.hidden_size * layer.width for layer in layers)
+        rounding = _LADDER * _OTHERS * sum(weight.num_elements for weight in experts)
+        seconds = work.total + tokens * again / speed + rounding
+        return StageTime(name=PRICING, seconds=seconds, tokens=tokens, reading=work.reading)
 
     @property
     def _compares(self) -> bool:
@@ -163,6 +190,16 @@ class PackForecast:
     def _pricing_stages(self) -> tuple[Stage, ...]:
         measure, layers = self.measure, self.source.architecture.layers
         tokens, seq_len = self._priced_tokens(), measure.token_set.seq_len
+        if self.priced_by == "spectra":
+            largest = max((4 * weight.num_elements // len(weight.names) for weight in self.source.weights), default=0)
+            return (Stage(name="measuring spectra", lines=((ERRORS, 3 * largest),)),)
+        if self.priced_by == "outputs":
+            batch = batch_lines(self.stream, layers, batch_size=PRICED_SEQUENCES, seq_len=seq_len, tokens=tokens)
+            # What reaches a layer's experts, in two number formats, what they put out, and what that is off.
+            hidden = (HIDDEN, 4 * 4 * tokens * layers[0].hidden_size)
+            one = 4 * 4 * max((3 * layer.hidden_size * layer.width for layer in layers), default=0)
+            lines = (*unit_lines(self.stream, batch), hidden, (CODES, one + ROUNDING_BYTES), *text_lines(tokens))
+            return (Stage(name="measuring outputs of experts", lines=lines),)
         batch = batch_lines(
             self.stream, layers, batch_size=PRICED_SEQUENCES, seq_len=seq_len, tokens=tokens, gradients=True
         )

@@ -272,9 +272,9 @@ def prepare(
     packing = None
     if outlined.packed:
         assert measure is not None
-        prices = request is not None and request.recipe.prices
+        priced_by = None if request is None else request.recipe.priced_by
         packing = PackForecast(
-            stream=stream, source=source, plan=outlined, measure=measure, prices=prices, max_tokens=options.tokens
+            stream=stream, source=source, plan=outlined, measure=measure, priced_by=priced_by, max_tokens=options.tokens
         )
     job = Job(
         options=options,
