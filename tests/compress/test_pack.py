@@ -418,6 +418,77 @@ def test_mixed_types_say_the_least_as_well(small, text_folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose gate and up rows, and all but those of down, have blocks of 256."""
+    sizes = {"hidden_size": 256, "num_hidden_layers": 1, "moe_intermediate_size": 64}
+    return tiny_checkpoint(tmp_path_factory.mktemp("wide") / "model", "qwen3_moe", **sizes)
+
+
+def least_budget(model, recipe):
+    """Return the smallest budget that is not refused."""
+    low, high = 0, plan(model, bits=16, recipe=recipe).predicted_bytes
+    while low + 1 < high:
+        middle = (low + high) // 2
+        try:
+            plan(model, budget=middle, recipe=recipe)
+        except Infeasible:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def test_a_mixture_meets_budgets_below_the_smallest_single_type(wide):
+    """Before anything is priced the smallest types stand for it; with them it is known what the least is."""
+    mixture, single = least_budget(wide, "coterie-bits"), least_budget(wide, "gptq")
+    assert mixture < single
+    outlined = plan(wide, budget=mixture, recipe="coterie-bits")
+    assert outlined.predicted_bytes == mixture
+    assert outlined.types["lm_head.weight"] == "IQ2_XXS"  # a single type gives the head Q6_K at least
+    with pytest.raises(Infeasible, match="cannot be met with fewer bits alone"):
+        plan(wide, budget=mixture - 1, recipe="coterie-bits")
+
+
+@pytest.mark.long
+def test_what_the_outline_promises_is_kept(wide, text_folder, tmp_path):
+    budget = (least_budget(wide, "coterie-bits") + least_budget(wide, "gptq")) // 2
+    result = compress(wide, tmp_path / "out", recipe="coterie-bits", budget=budget, text=text_folder, **TEXT)
+    assert result.plan.predicted_bytes == Checkpoint.open(result.out).num_bytes <= budget
+    assert 0 <= result.plan.gap <= 1
+
+
+def test_bits_that_no_block_of_the_model_has_are_refused(small):
+    with pytest.raises(Infeasible, match=r"--bits 4 cannot be met: .* take 4\.500 bits a number at least"):
+        plan(small, bits=4, recipe="coterie-bits")
+
+
+@pytest.mark.parametrize("recipe", ["pmq", "mxmoe", "alphaq", "edgemoe"])
+def test_published_allocators_say_beforehand_how_large_the_result_is(recipe, wide):
+    outlined = plan(wide, bits=4.2, recipe=recipe)
+    assert len(set(outlined.types.values())) > 2
+    again = plan(wide, budget=outlined.predicted_bytes, recipe=recipe)
+    assert again.types == outlined.types
+    with pytest.raises(Infeasible, match=r"cannot be met by this recipe, which chooses from Q2_K.* is the least"):
+        plan(wide, budget="9KiB", recipe=recipe)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["pmq", "mxmoe", "alphaq", "edgemoe"])
+def test_published_allocators_write_what_they_chose(recipe, wide, text_folder, tmp_path):
+    budget = plan(wide, bits=4.2, recipe=recipe).predicted_bytes
+    foretold = dry_run(wide, tmp_path / "out", recipe=recipe, budget=budget, text=text_folder, **TEXT)
+    result = compress(wide, tmp_path / "out", recipe=recipe, budget=budget, text=text_folder, **TEXT)
+    assert result.logits_error <= 1e-6
+    assert foretold.plan.predicted_bytes <= budget
+    assert result.plan.predicted_bytes == Checkpoint.open(result.out).num_bytes <= budget
+    assert result.plan.damage is None
+    kinds = {kind for name, kind in result.plan.types.items() if re.search(r"experts\.\d+\.", name)}
+    assert len(kinds) > 1
+    original, packed = states(wide, result.out)
+    assert furthest(original, packed)[0] < 0.7
+
+
 @pytest.mark.parametrize("target", [{"bits": 4.5}, {"type": "Q4_0"}])
 @pytest.mark.parametrize("recipe", ["reap", "heapr", "coterie"])
 def test_recipes_that_change_structure_send_you_to_those_that_do_not(recipe, target, small):
