@@ -98,29 +98,54 @@ class OutputErrors:
         projections = Projections(self.stream.model, layer, self.stream.conversion, stage.conversions)
         members = {group.key: _members(group, projections) for group in groups}
         measured: dict[str, dict[str, float]] = {}
-        plain: dict[int, Tensor] = {}
-        # Expert after expert: what one puts out is computed once.
+        ready: dict[int, _Expert] = {}
+
+        def alone(expert: int) -> _Expert:
+            if expert not in ready:  # one at a time: groups come in the order of experts
+                ready.clear()
+                ready[expert] = _Expert.of(projections.experts, expert, routed)
+            return ready[expert]
+
         for group in sorted(groups, key=lambda group: min(members[group.key])):
             experts = members[group.key]
-            plain = {expert: output for expert, output in plain.items() if expert in experts}
             measured[group.key] = _chosen(experts, routed)
             for wanted in self.types:
                 types = group.types(wanted)
-                change_TD = torch.zeros(routed.hidden_TD.shape, device=routed.hidden_TD.device)
-                for expert, parts in experts.items():
-                    token_N, slot_N = (routed.index_TK == expert).nonzero(as_tuple=True)
-                    if not len(token_N):
-                        continue
-                    input_ND = routed.hidden_TD[token_N].float()
-                    one = projections.experts.select(torch.tensor([expert])).map(Tensor.float)
-                    if expert not in plain:
-                        plain[expert] = one.output(0, input_ND)
-                    kinds = {part: types[weight.pattern] for part, weight in parts.items()}
-                    off_ND = _rounded(one, kinds).output(0, input_ND) - plain[expert]
-                    weight_N = routed.weight_TK[token_N, slot_N].float()
-                    change_TD.index_add_(0, token_N, off_ND * weight_N[:, None])
-                measured[group.key][wanted] = float(change_TD.double().norm())
+                kinds = {e: {part: types[weight.pattern] for part, weight in experts[e].items()} for e in experts}
+                if len(experts) == 1:
+                    [off_ND] = [alone(e).off(kinds[e]) for e in experts]
+                else:  # what several experts add to the same token comes together
+                    off_ND = torch.zeros_like(routed.hidden_TD, dtype=torch.float32)
+                    for e in experts:
+                        off_ND.index_add_(0, alone(e).token_N, alone(e).off(kinds[e]))
+                measured[group.key][wanted] = float(off_ND.double().norm())
         return measured
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Expert:
+    """One expert alone, in float32, and the tokens that chose it, with their weights and what it puts out for them."""
+
+    alone: Experts
+    token_N: Tensor
+    input_ND: Tensor
+    weight_N1: Tensor
+    output_ND: Tensor
+
+    @classmethod
+    def of(cls, experts: Experts, expert: int, routed: Routed) -> _Expert:
+        alone = experts.select(torch.tensor([expert], device=experts.up_EFD.device)).map(Tensor.float)
+        token_N, slot_N = (routed.index_TK == expert).nonzero(as_tuple=True)
+        input_ND = routed.hidden_TD[token_N].float()
+        weight_N1 = routed.weight_TK[token_N, slot_N].float()[:, None]
+        return cls(
+            alone=alone, token_N=token_N, input_ND=input_ND, weight_N1=weight_N1, output_ND=alone.output(0, input_ND)
+        )  # fmt: skip
+
+    def off(self, kinds: dict[int, str]) -> Tensor:
+        """Return what it adds to the layer's output is off, (N, D), with projections rounded to types."""
+        rounded = _rounded(self.alone, kinds).output(0, self.input_ND)
+        return (rounded - self.output_ND) * self.weight_N1
 
 
 def _together(parts: Sequence[Routed]) -> Routed:
