@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coterie.amounts import parse_bytes, parse_share
+from coterie.compress.damages import PRICED_TOKENS
 from coterie.compress.decide import check_profile, check_sequential, checked, completed, needs_of_plan, outline
 from coterie.compress.output import check_space
 from coterie.compress.pack_forecast import PackForecast
 from coterie.compress.plan import Mtp, Plan
+from coterie.compress.prices import FILE as PRICES_FILE
+from coterie.compress.prices import Prices, Pricing, pricing_of
 from coterie.compress.recipes import Recipe, get_recipe, training_tokens
 from coterie.compress.request import Request
 from coterie.compress.result_steps import LeftOut, load_result_step
@@ -65,6 +68,7 @@ class Options:
     max_memory: int | str | None
     allow_pickle: bool
     cache: Path | None
+    prices: Prices | str | Path | None
     mtp: Mtp | None
     on: On | None
     dry: bool = False
@@ -142,7 +146,8 @@ class Job:
             that was not asked for.
         recorded: what the header of the run that goes on says of these steps; empty for a run that begins.
         numerics: what is computed with, see `coterie.model.numerics`.
-        pricing: how long it is reckoned to take to price types, where that is done.
+        prices: what types cost, where that was measured before.
+        pricing: what measures it; None where that is done or not asked for.
     """
 
     options: Options
@@ -158,7 +163,8 @@ class Job:
     recorded: Mapping[str, Any] = field(default_factory=dict)
     numerics: Mapping[str, str | int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
-    pricing: tuple[StageTime, ...] = ()
+    prices: Prices | None = None
+    pricing: Pricing | None = None
 
     @cached_property
     def needs(self) -> tuple[str, ...]:
@@ -183,7 +189,8 @@ class Job:
         measuring = () if self.measure is None or here else (self.measure.time(self.stream, layers),)
         steps = (stage for prepared in self.result_steps.values() if prepared is not None for stage in prepared.times)
         compressing = compressing_time(self.stream, self.outline, self.seconds, self.measure if here else None)
-        return (*measuring, *self.pricing, compressing, *steps, checking_time(self.outline))
+        pricing = () if self.pricing is None else (self.pricing.time(),)
+        return (*measuring, *pricing, compressing, *steps, checking_time(self.outline))
 
     @property
     def profile_folder(self) -> Path | None:
@@ -196,11 +203,12 @@ class Job:
         assert self.calibration is not None, "no text was given"
         return self.calibration.draw(tokens, up_to=up_to)
 
-    def header(self, profile: Profile | None) -> dict[str, Any]:
+    def header(self, profile: Profile | None, prices: Prices | None) -> dict[str, Any]:
         """Return all that decides what comes out, for the header of the run.
 
         Args:
             profile: what was measured before the run; None where it is measured in it.
+            prices: the same of what types cost.
         """
         checkpoint = self.source.checkpoint
         return {
@@ -215,6 +223,7 @@ class Job:
             "model files": checkpoint.file_stamps(),
             "device": self.stream.device.type,
             "profile": None if profile is None else profile.digest(),
+            **({} if prices is None else {"prices": prices.digest()}),
             "measured": None if self.measure is None or profile is not None else self.measure.header(self.stream),
         }
 
@@ -269,13 +278,11 @@ def prepare(
     if profile is None:
         assert calibration is not None
         measure = _measure(source, options, needs, calibration)
+    prices, pricing = _prices(options, request, source, stream, calibration)
     packing = None
     if outlined.packed:
         assert measure is not None
-        prices = request is not None and request.recipe.prices
-        packing = PackForecast(
-            stream=stream, source=source, plan=outlined, measure=measure, prices=prices, max_tokens=options.tokens
-        )
+        packing = PackForecast(stream=stream, source=source, plan=outlined, measure=measure)
     job = Job(
         options=options,
         source=source,
@@ -287,9 +294,10 @@ def prepare(
         forecast=(
             _forecast(stream, source, measure, profile, options.inputs)
             if packing is None
-            else Forecast(stages=packing.stages())
+            else Forecast(stages=(*(() if pricing is None else pricing.stages()), *packing.stages()))
         ),
-        pricing=() if packing is None else packing.times(),
+        prices=prices,
+        pricing=pricing,
         calibration=calibration,
         recorded=(recorded or {}).get("result_steps", {}),
         numerics=numerics or {},
@@ -333,6 +341,10 @@ def _check_places(options: Options) -> None:
         if not (user_path(options.profile) / PROFILE_FILE).exists():
             check_output(options.profile, kind="profile", reads=reads, accepts=is_empty_folder, folder=True)
         reads["profile"] = [options.profile]
+    if isinstance(options.prices, str | Path):
+        if not (user_path(options.prices) / PRICES_FILE).exists():
+            check_output(options.prices, kind="prices", reads=reads, accepts=is_empty_folder, folder=True)
+        reads["prices"] = [options.prices]
     check_output(options.out, kind="checkpoint", reads=reads, accepts=lambda place: False, folder=True)
 
 
@@ -367,6 +379,28 @@ def _forecast(
     if measure is not None and inputs == "compressed":  # layers are measured while they are compressed
         lines = (*stages[0].lines, *lines[1:])
     return Forecast(stages=(*stages, Stage(name="compressing a layer", lines=lines)))
+
+
+def _prices(
+    options: Options, request: Request | None, source: Source, stream: Stream, calibration: CalibrationText | None
+) -> tuple[Prices | None, Pricing | None]:
+    """Return what types cost where that is known, else what measures it; neither where nobody asks.
+
+    Raises:
+        InputError: prices for what does not choose types by them.
+        StaleArtifact: they are of another model.
+    """
+    given = options.prices
+    if request is None or not request.recipe.prices:
+        if given is not None:
+            raise InputError("--prices is for recipes that choose types by what they cost, such as coterie-bits")
+        return None, None
+    if isinstance(given, Prices):
+        return given, None
+    if given is not None and (user_path(given) / PRICES_FILE).exists():
+        return Prices.load(given, model_digest=source.checkpoint.digest), None
+    assert calibration is not None
+    return None, pricing_of(stream, source, calibration, min(PRICED_TOKENS, options.tokens))
 
 
 def _on(on: On | None, profile: Profile | None) -> On:
