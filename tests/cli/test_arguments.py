@@ -81,7 +81,7 @@ def check(name: str, parameter: Any, values: tuple[str, ...], model: Path, text:
     os.chdir(folder / "place")
     wrong = []
     # What these name is made, with the folders that it is in.
-    makes = parameter.opts[0] in ("--out", "out", "--generate", "--profile", "file")
+    makes = parameter.opts[0] in ("--out", "out", "--generate", "--profile", "--prices", "--picture", "prices", "file")
     for value in values:
         result = CliRunner().invoke(app, line_of(name, parameter, value, places))
         ended = result.exception is None or isinstance(result.exception, SystemExit)

@@ -1,10 +1,15 @@
 """Prices that are kept: the same as those of a run, from which plans are made in seconds, and the frontier."""
 
+import json
+from xml.etree import ElementTree
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import coterie.compress.prices as prices_module
 from checkpoints import weight_digests
+from coterie.cli.main import app
 from coterie.compress.apply import compress
 from coterie.compress.damages import DamageMeter
 from coterie.compress.decide import plan
@@ -188,6 +193,28 @@ def test_one_type_costs_what_its_prices_sum_up_to(model, prices):
     found = frontier(model, prices)
     [smallest] = [point for point in found.single if point.name == "Q8_0"]
     assert smallest.damage == pytest.approx(sum(by_type["Q8_0"] for by_type in prices.damages.values()))
+
+
+def test_the_command_lists_what_there_is_and_draws_it(model, prices, tmp_path):
+    folder, picture = place(prices, tmp_path / "prices"), tmp_path / "new" / "frontier.svg"
+    found = frontier(model, prices)
+    for _ in range(2):  # the second time the picture is replaced
+        result = CliRunner().invoke(app, ["frontier", str(model), str(folder), "--picture", str(picture)])
+        assert result.exit_code == 0, result.stderr
+    for point in found.mixed:
+        assert f"{point.damage:.2g}" in result.stdout
+    drawn = picture.read_text()
+    assert drawn.count("<title>types mixed") == len(found.mixed) + 1  # its line and its marks
+    assert len(ElementTree.fromstring(drawn)) > len(found.mixed)
+    listed = CliRunner().invoke(app, ["frontier", str(model), str(folder), "--budgets", "120KB,100KB", "--json"])
+    large, small = (each["bytes"] for each in json.loads(listed.stdout)["mixed"])
+    assert 100_000 < large <= 120_000
+    assert small <= 100_000
+    picture.write_text("mine")
+    refused = CliRunner().invoke(app, ["frontier", str(model), str(folder), "--picture", str(picture)])
+    assert refused.exit_code == 1
+    assert "only a picture that coterie wrote is replaced" in refused.stderr
+    assert picture.read_text() == "mine"
 
 
 # --- answers alone ------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "What to measure": ("against", "speed", "tasks", "include_path", "limit", "scorecard"),
     "The hub": ("push_to_hub", "private", "base_model"),
     "Limits": ("device", "jobs", "max_memory", "allow_pickle"),
-    "Output": ("out", "file", "dry_run", "keep_results", "write_card", "check", "json"),
+    "Output": ("out", "file", "picture", "dry_run", "keep_results", "write_card", "check", "json"),
 }  # fmt: skip
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 

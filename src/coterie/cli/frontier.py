@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from coterie.cli import options
-from coterie.cli.output import percent, print_json, print_table
+from coterie.cli.output import percent, print_json, print_table, print_text
 
 
 def frontier(
@@ -15,6 +15,9 @@ def frontier(
     budgets: Annotated[
         str | None, typer.Option(help="List these sizes, like 12GiB,8GiB; shares of the model when left out.")
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw it, as an SVG file like frontier.svg.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """List sizes, and the damage to expect at each.
@@ -22,9 +25,15 @@ def frontier(
     Beside each mixture of types stands the best single type that is no larger. No weights are touched: this takes
     seconds.
     """
+    from coterie.report.frontier import check_picture, write_picture
+
+    if picture is not None:
+        check_picture(picture, {"model folder": [model], "prices": [prices]})
     from coterie.compress.frontier import frontier as run
 
     listed = run(model, prices, budgets=None if budgets is None else options.names(budgets))
+    if picture is not None:
+        write_picture(listed, picture, title=Path(model).name)
     if json:
         print_json(listed.content())
         return
@@ -45,3 +54,6 @@ def frontier(
             )
         )
     print_table(("bytes", "share", "mixed: nats", "mostly", "one type: nats", "which"), rows)
+    if picture is not None:
+        print_text()
+        print_text(f"drawn in {picture}")
