@@ -1,15 +1,16 @@
 """Weights in fewer bits at equal bytes: llama.cpp's own quantiser with an importance matrix, and Coterie's recipes.
 
-    python benchmarks/bits.py [--models reference/model ...] [--formats Q8_0 Q4_K_M ...] [--recipes coterie-bits ...]
-                              [--tokens 65536] [--test-tokens 16384] [--seeds 0 ...] [--again RECIPE ...]
-                              [--markdown FILE] [--json FILE]
+    python benchmarks/bits.py [--models reference/model ...] [--formats Q8_0 Q4_K_M ...] [--shares 0.16 ...]
+                              [--recipes coterie-bits ...] [--tokens 65536] [--test-tokens 16384] [--seeds 0 ...]
+                              [--again RECIPE ...] [--markdown FILE] [--json FILE]
 
 Every format of `llama-quantize` is made with the types that it gives to each tensor and the code that it rounds numbers
 with, see `llama_quantiser.py`; its importance matrix comes from the same calibration text as our recipes have. Each of
-these gets the bytes of that file, and no more. Bytes are those of all tensors as a GGUF file stores them, norms, biases
-and routers in 32 bits on both sides; shares are of a file whose matrices are bfloat16. All are evaluated by the same
-function, in float32, on the same held-out text, equally much of each domain. KL is KL(original || result) in nats, with
-its standard error over sequences; with several draws of calibration text, the mean of both.
+these gets the bytes of that file, and no more; and as many as `--shares` names, where llama.cpp has no format. Bytes
+are those of all tensors as a GGUF file stores them, norms, biases and routers in 32 bits on both sides; shares are of a
+file whose matrices are bfloat16. All are evaluated by the same function, in float32, on the same held-out text, equally
+much of each domain. KL is KL(original || result) in nats, with its standard error over sequences; with several draws
+of calibration text, the mean of both. "expected" is the rise of the loss that a recipe foretold.
 
 Rows are kept in the JSON file as they are made, and those that are there already are not made again, unless `--again`
 names their recipe ("llama.cpp" for the formats themselves). Models that are not there are left out.
@@ -34,6 +35,7 @@ from safetensors.torch import save_file
 
 from coterie.artifact import write_json
 from coterie.compress.apply import compress
+from coterie.compress.recipes import get_recipe
 from coterie.errors import Infeasible
 from coterie.evaluate.evaluation import Evaluation
 from coterie.model.disk.checkpoint import Checkpoint
@@ -140,12 +142,15 @@ class Comparison:
     rows: Rows
     work: Path
 
-    def run(self, formats: Sequence[str], recipes: Sequence[str], seeds: Sequence[int]) -> None:
+    def run(
+        self, formats: Sequence[str], shares: Sequence[float], recipes: Sequence[str], seeds: Sequence[int]
+    ) -> None:
         """Make the rows that are not there: those of llama.cpp first."""
         tensors, shape = gguf_tensors(self.checkpoint), Shape.of(self.checkpoint.config)
         types = {name: types_of(tensors, shape, name) for name in formats}
         sizes = {name: sum(tensor.num_bytes(types[name][tensor.name]) for tensor in tensors) for name in formats}
         plain = plain_bytes(tensors)
+        ours = sizes | {share_name(share): int(share * plain) for share in shares}
         for seed in seeds:
             wanted = [name for name in formats if self.rows.find(self._key(name, RIVAL, seed)) is None]
             if wanted:
@@ -161,9 +166,9 @@ class Comparison:
         )  # fmt: skip
         for recipe in recipes:
             for seed in seeds:
-                for name in formats:
+                for name, size in ours.items():
                     if self.rows.find(self._key(name, recipe, seed)) is None:
-                        self._ours(name, recipe, seed, sizes[name], extra, plain)
+                        self._ours(name, recipe, seed, size, extra, plain)
 
     def _key(self, file_format: str, recipe: str, seed: int) -> dict[str, Any]:
         return {
@@ -186,15 +191,20 @@ class Comparison:
         try:
             result = compress(
                 self.model, folder, recipe=recipe, budget=size - extra, text=settings.text, tokens=settings.tokens,
-                seq_len=settings.seq_len, seed=seed,
+                seq_len=settings.seq_len, seed=seed, prices=self._prices(recipe, seed),
             )  # fmt: skip
         except Infeasible:
-            empty = {"bytes": None, "share": None, "kl": None, "kl_error": None, "agreement": None}
+            empty = {"expected": None, "bytes": None, "share": None, "kl": None, "kl_error": None, "agreement": None}
             self.rows.put(key | empty | {"seconds": time.perf_counter() - begun})
             return
         num_bytes = Checkpoint.open(folder).num_bytes + extra
         assert num_bytes <= size, f"{recipe} takes {num_bytes} bytes, and should take {size} at most"
-        self._score(key | {"types": dict(result.plan.types)}, folder, num_bytes, plain, begun)
+        made = {"types": dict(result.plan.types), "expected": result.plan.damage}
+        self._score(key | made, folder, num_bytes, plain, begun)
+
+    def _prices(self, recipe: str, seed: int) -> Path | None:
+        """Return the folder of what types cost, for a recipe that asks; whoever asks first measures it."""
+        return self.work / f"prices {seed}" if get_recipe(recipe).prices else None
 
     def _score(self, key: dict[str, Any], folder: Path, num_bytes: int, plain: int, begun: float) -> None:
         scores = self.evaluation.score(folder).overall
@@ -242,6 +252,11 @@ def write_rival(
     (out / "config.json").write_text(json.dumps(dict(checkpoint.config) | {"dtype": "float32"}), encoding="utf-8")
 
 
+def share_name(share: float) -> str:
+    """Return what rows are called of which llama.cpp has no format."""
+    return f"{share:g} of bf16"
+
+
 def number(value: float) -> str:
     """Return a number of nats; more digits where it is small."""
     return f"{value:.{5 if value < 0.01 else 4}f}"
@@ -264,24 +279,33 @@ def tables(rows: Sequence[Mapping[str, Any]], formats: Sequence[str], recipes: S
             if row["model"] == model and row["kl"] is not None:
                 found.setdefault((row["format"], row["recipe"]), []).append(row)
         shown = [recipe for recipe in recipes if any((name, recipe) in found for name in formats)]
+        foretold = {row["recipe"] for each in found.values() for row in each if row.get("expected") is not None}
         heads = ["format", "bytes", "of bf16", f"{RIVAL} KL", "top-1"]
         for recipe in shown:
             heads += [f"{recipe} KL", "top-1", "ratio"]
+            if recipe in foretold:
+                heads.append("expected")
         yield f"**{model}**"
         yield ""
         yield f"| {' | '.join(heads)} |"
         yield f"| --- |{' ---: |' * (len(heads) - 1)}"
         for name in formats:
             rival = found.get((name, RIVAL))
-            if rival is None:
+            made = [found[name, recipe] for recipe in shown if (name, recipe) in found]
+            if rival is None and not made:
                 continue
-            cells = [name, f"{rival[0]['bytes']:,}", f"{rival[0]['share']:.3f}", *_scores(rival)]
+            size = (rival or max(made, key=lambda rows: rows[0]["bytes"]))[0]
+            scores = ["-", "-"] if rival is None else _scores(rival)
+            cells = [name, f"{size['bytes']:,}", f"{size['share']:.3f}", *scores]
             for recipe in shown:
                 ours = found.get((name, recipe))
                 if ours is None:
                     cells += ["-", "-", "-"]
                 else:
-                    cells += [*_scores(ours), f"{_mean(ours, 'kl') / _mean(rival, 'kl'):.2f}"]
+                    ratio = "-" if rival is None else f"{_mean(ours, 'kl') / _mean(rival, 'kl'):.2f}"
+                    cells += [*_scores(ours), ratio]
+                if recipe in foretold:
+                    cells.append("-" if ours is None else number(_mean(ours, "expected")))
             yield f"| {' | '.join(cells)} |"
         yield ""
 
@@ -301,6 +325,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", type=Path, default=[REFERENCE / name for name in MODELS])
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--shares", nargs="*", type=float, default=[], help="bytes of no format, as shares of bf16")
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), help="ours, of the same bytes")
     parser.add_argument("--text", type=Path, default=REFERENCE / "text" / "calibration")
     parser.add_argument("--test", type=Path, default=REFERENCE / "text" / "test")
@@ -337,7 +362,7 @@ def main() -> None:
                 model=model, checkpoint=Checkpoint.open(model), settings=settings, evaluation=evaluation, rows=rows,
                 work=Path(folder),
             )  # fmt: skip
-            comparison.run(options.formats, options.recipes, options.seeds)
+            comparison.run(options.formats, options.shares, options.recipes, options.seeds)
     wanted = [
         row
         for row in rows.all
@@ -345,7 +370,8 @@ def main() -> None:
         and row["seed"] in options.seeds
         and all(row[name] == value for name, value in settings.content().items())
     ]
-    lines = [ran(settings, options.seeds), "", *tables(wanted, options.formats, options.recipes)]
+    names = [*options.formats, *map(share_name, options.shares)]
+    lines = [ran(settings, options.seeds), "", *tables(wanted, names, options.recipes)]
     shown = "\n".join(lines).rstrip() + "\n"
     print(shown, end="")  # the result
     if options.markdown is not None:

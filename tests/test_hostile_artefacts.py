@@ -17,6 +17,7 @@ from coterie.bench.store import Store
 from coterie.compress.layer_plan import ExpertPlan, LayerPlan
 from coterie.compress.patterns import Patterns
 from coterie.compress.plan import Plan
+from coterie.compress.prices import Prices
 from coterie.errors import CorruptArtifact, StaleArtifact
 from coterie.evaluate.scorecard import Scorecard
 from coterie.evaluate.sums import Scores
@@ -117,6 +118,14 @@ def save_patterns(folder: Path) -> Path:
     return Patterns(score="tcess", num_experts=2, kept=kept, inputs=DIGESTS).save(folder / "patterns.json")
 
 
+def save_prices(folder: Path) -> Path:
+    damages = {"model.embed_tokens.weight": {"Q8_0": 1e-6, "Q4_0": 1e-3}, "lm_head.weight": {"Q8_0": 0.0}}
+    Prices(
+        damages=damages, model_digest="a" * 64, text_digest="b" * 64, num_tokens=10, seq_len=7, seed=3, on="all"
+    ).write(folder)
+    return folder / "prices.json"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
     """A kind of artefact: how a whole one is written, and read in full."""
@@ -131,6 +140,7 @@ KINDS = {
     "manifest": Kind(save=save_manifest, read=Manifest.read_file),
     "scorecard": Kind(save=save_scorecard, read=Scorecard.load),
     "patterns": Kind(save=save_patterns, read=Patterns.load),
+    "prices": Kind(save=save_prices, read=Prices.load),
 }
 
 

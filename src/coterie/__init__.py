@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from coterie.bench.run import bench as bench
     from coterie.compress.apply import compress as compress
     from coterie.compress.decide import plan as plan
+    from coterie.compress.frontier import frontier as frontier
     from coterie.compress.plan import Plan as Plan
+    from coterie.compress.prices import Prices as Prices
+    from coterie.compress.prices import price as price
     from coterie.evaluate.card import card as card
     from coterie.evaluate.run import evaluate as evaluate
     from coterie.evaluate.scorecard import Scorecard as Scorecard
@@ -37,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "Plan",
+    "Prices",
     "Profile",
     "Scorecard",
     "bench",
@@ -45,9 +49,11 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "frontier",
     "inspect",
     "load_model",
     "plan",
+    "price",
     "profile",
     "push",
     "report",
@@ -57,13 +63,16 @@ _CALLABLE_PACKAGES = ("bench", "compress", "evaluate", "export", "profile", "rep
 _HOMES = {
     "Checkpoint": "coterie.model.disk.checkpoint",
     "Plan": "coterie.compress.plan",
+    "Prices": "coterie.compress.prices",
     "Profile": "coterie.profile.profile",
     "Scorecard": "coterie.evaluate.scorecard",
     "calibrate": "coterie.profile.calibrate",
     "card": "coterie.evaluate.card",
     "inspect": "coterie.model.arch.inspect",
     "load_model": "coterie.model.arch.load",
+    "frontier": "coterie.compress.frontier",
     "plan": "coterie.compress.decide",
+    "price": "coterie.compress.prices",
     "push": "coterie.publish.push",
 }
 

@@ -28,9 +28,10 @@ MANY = (
 
 #: How each command is called, M for the model, O for its output and T for the text.
 CALLS = {
-    "inspect": "M", "calibrate": "M --text T", "profile": "M O --text T", "plan": "M --keep 0.5",
-    "compress": "M O --keep 0.5 --text T", "evaluate": "M --text T", "bench": "M O --text T --test T --jobs 0",
-    "card": "M", "push": "M owner/name", "export": "M O", "report": "M", "recipes": "", "families": "",
+    "inspect": "M", "calibrate": "M --text T", "profile": "M O --text T", "price": "M O --text T", "frontier": "M O",
+    "plan": "M --keep 0.5", "compress": "M O --keep 0.5 --text T", "evaluate": "M --text T",
+    "bench": "M O --text T --test T --jobs 0", "card": "M", "push": "M owner/name", "export": "M O", "report": "M",
+    "recipes": "", "families": "",
 }  # fmt: skip
 TARGETS = ("--experts", "--width", "--budget", "--bits", "--type", "--plan")
 
@@ -80,7 +81,7 @@ def check(name: str, parameter: Any, values: tuple[str, ...], model: Path, text:
     os.chdir(folder / "place")
     wrong = []
     # What these name is made, with the folders that it is in.
-    makes = parameter.opts[0] in ("--out", "out", "--generate", "--profile", "file")
+    makes = parameter.opts[0] in ("--out", "out", "--generate", "--profile", "--prices", "--picture", "prices", "file")
     for value in values:
         result = CliRunner().invoke(app, line_of(name, parameter, value, places))
         ended = result.exception is None or isinstance(result.exception, SystemExit)

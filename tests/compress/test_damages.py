@@ -132,7 +132,9 @@ def priced(tmp_path_factory):
 
             with pytest.MonkeyPatch.context() as patch, stream:
                 patch.setattr(DamageMeter, "_prices", keep)
-                meter = DamageMeter(stream=stream, source=source, batches=list(IDS.split(2)), types=TYPES)
+                meter = DamageMeter(
+                    stream=stream, source=source, batches=list(IDS.split(2)), counts=[None] * 2, types=TYPES
+                )
                 prices = {}
                 for _, some in meter.measure():
                     prices |= some
@@ -232,7 +234,7 @@ def test_prices_are_a_half_of_fisher_times_the_square_of_the_error(priced, monke
     monkeypatch.setattr(damages_module, "ROWS", 10**6)
     monkeypatch.setattr(damages_module, "MATRICES", 10**6)
     _, source, pairs, _ = priced("olmoe")
-    meter = DamageMeter(stream=None, source=source, batches=[IDS], types=TYPES)
+    meter = DamageMeter(stream=None, source=source, batches=[IDS], counts=[None], types=TYPES)
     meter._tokens = IDS.numel()
     for weight in source.weights[:6]:
         prices = meter._prices(weight, pairs[weight.pattern])
@@ -252,7 +254,7 @@ def test_fewer_bits_cost_more_and_some_rows_tell_what_all_do(priced, monkeypatch
         assert by_type["Q8_0"] < by_type["Q5_0"] < by_type["Q4_0"], pattern
     monkeypatch.setattr(damages_module, "ROWS", 8)
     monkeypatch.setattr(damages_module, "MATRICES", 4)
-    meter = DamageMeter(stream=None, source=source, batches=[IDS], types=TYPES)
+    meter = DamageMeter(stream=None, source=source, batches=[IDS], counts=[None], types=TYPES)
     meter._tokens = IDS.numel()
     for weight in source.weights:
         if weight.kind == "expert":

@@ -251,23 +251,28 @@ def test_ours_take_no_more_bytes_and_rows_are_kept(script, rival, library, tiny,
         script.main()
         return json.loads((tmp_path / "rows.json").read_text())["rows"]
 
-    rows = run("--recipes", "nearest", "coterie-bits")
+    rows = run("--shares", 0.4, "--recipes", "nearest", "coterie-bits")
     shown = capsys.readouterr().out
     assert shown.endswith((tmp_path / "table.md").read_text())
     assert [(row["recipe"], row["format"]) for row in rows] == [
-        (recipe, name) for recipe in ("llama.cpp", "nearest", "coterie-bits") for name in ("Q8_0", "Q4_K_M")
+        *(("llama.cpp", name) for name in ("Q8_0", "Q4_K_M")),
+        *((recipe, name) for recipe in ("nearest", "coterie-bits") for name in ("Q8_0", "Q4_K_M", "0.4 of bf16")),
     ]
+    assert [row.get("expected") is not None for row in rows] == [row["recipe"] == "coterie-bits" for row in rows]
     checkpoint = Checkpoint.open(folder)
     tensors = rival.gguf_tensors(checkpoint)
     for row in rows:
+        assert row["kl"] > 0
+        assert row["seconds"] > 0
+        if row["format"] not in rival.FORMATS:
+            assert 0.3 < row["share"] <= 0.4
+            continue
         types = rival.types_of(tensors, rival.Shape.of(checkpoint.config), row["format"])
         most = sum(tensor.num_bytes(types[tensor.name]) for tensor in tensors)
         assert row["bytes"] == most if row["recipe"] == "llama.cpp" else 0.8 * most < row["bytes"] <= most
-        assert row["kl"] > 0
-        assert row["seconds"] > 0
     # The same again: nothing is made; then one recipe is.
     monkeypatch.setattr(script, "compress", None)
-    assert run("--recipes", "nearest", "coterie-bits") == rows
+    assert run("--shares", 0.4, "--recipes", "nearest", "coterie-bits") == rows
     with pytest.raises(TypeError):
         run("--recipes", "nearest", "--again", "nearest")
     assert [row["recipe"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == [
@@ -289,5 +294,23 @@ def test_a_table_tells_ours_by_the_rival(script):
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| Q8_0 | 2,000 | 0.250 | 0.00050 | 0.900 | 1.0000 ± 0.00100 | 0.900 | 2000.00 |",
         "| Q2_K | 2,000 | 0.250 | 0.1000 ± 0.00100 | 0.900 | 0.0600 ± 0.00100 | 0.900 | 0.60 |",
+        "",
+    ]
+
+
+def test_a_table_shows_sizes_of_no_format_and_what_was_expected(script):
+    def row(recipe, name, kl, expected=None):
+        return {"model": "m", "format": name, "recipe": recipe, "bytes": 1000, "share": 0.16, "kl": kl,
+                "kl_error": None, "agreement": 0.9, "expected": expected}  # fmt: skip
+
+    rows = [row("coterie-bits", "0.16 of bf16", 0.1, 0.08), row("coterie-bits", "0.16 of bf16", 0.2, 0.1)]
+    rows += [row("gptq", "0.16 of bf16", 0.3)]
+    assert list(script.tables(rows, ["Q8_0", script.share_name(0.16)], ["gptq", "coterie-bits"])) == [
+        "**m**",
+        "",
+        "| format | bytes | of bf16 | llama.cpp KL | top-1 | gptq KL | top-1 | ratio | coterie-bits KL | top-1 | ratio "
+        "| expected |",
+        f"| --- |{' ---: |' * 11}",
+        "| 0.16 of bf16 | 1,000 | 0.160 | - | - | 0.3000 | 0.900 | - | 0.1500 | 0.900 | - | 0.0900 |",
         "",
     ]

@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 #: Groups of the help, in order, and the options in each; an option has the same place in every command.
 PANELS: dict[str, tuple[str, ...]] = {
-    "How small": ("keep", "experts", "width", "budget", "bits", "type", "removed", "multiple_of", "plan"),
+    "How small": ("keep", "experts", "width", "budget", "bits", "type", "removed", "multiple_of", "plan", "budgets"),
     "How": (
         "recipe", "recipes", "router", "routers", "effort", "train_tokens", "inputs", "output_dtype", "mtp",
-        "statistics", "gradients", "profile", "number_type", "seed", "seeds", "temperature", "first_token",
+        "statistics", "gradients", "profile", "prices", "number_type", "seed", "seeds", "temperature", "first_token",
     ),
     "Text": (
         "text", "test", "generate", "domains", "on", "tokens", "test_tokens", "seq_len", "sample_tokens", "questions",
@@ -28,7 +28,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "What to measure": ("against", "speed", "tasks", "include_path", "limit", "scorecard"),
     "The hub": ("push_to_hub", "private", "base_model"),
     "Limits": ("device", "jobs", "max_memory", "allow_pickle"),
-    "Output": ("out", "file", "dry_run", "keep_results", "write_card", "check", "json"),
+    "Output": ("out", "file", "picture", "dry_run", "keep_results", "write_card", "check", "json"),
 }  # fmt: skip
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 

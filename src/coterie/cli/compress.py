@@ -84,6 +84,7 @@ def compress(
     allow_pickle: options.AllowPickle = False,
     mtp: options.Mtp = None,
     multiple_of: options.MultipleOf = None,
+    prices: options.Prices = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option(
@@ -145,6 +146,7 @@ def compress(
         "allow_pickle": allow_pickle,
         "mtp": mtp,
         "multiple_of": multiple_of,
+        "prices": prices,
         "on": on,
     }
     if dry_run:

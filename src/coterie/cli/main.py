@@ -19,8 +19,10 @@ from coterie.cli.compress import compress
 from coterie.cli.evaluate import evaluate
 from coterie.cli.export import export
 from coterie.cli.families import families
+from coterie.cli.frontier import frontier
 from coterie.cli.inspect import inspect
 from coterie.cli.plan import plan
+from coterie.cli.price import price
 from coterie.cli.profile import profile
 from coterie.cli.push import push
 from coterie.cli.recipes import recipes
@@ -59,7 +61,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for function in (
-    inspect, calibrate, profile, plan, compress, export, evaluate, card, push, bench, report, recipes, families,
+    inspect, calibrate, profile, price, frontier, plan, compress, export, evaluate, card, push, bench, report, recipes,
+    families,
 ):  # fmt: skip
     app.command(cls=command.Command)(function)
 

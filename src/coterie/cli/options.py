@@ -1,5 +1,6 @@
 """Arguments and options that several commands share, and what they must fulfil together."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -98,6 +99,13 @@ MultipleOf = Annotated[
     typer.Option(
         min=1,
         help="The number of experts or their width, whichever is lowered, is the nearest multiple of this.",
+    ),
+]
+Prices = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of what types cost (`coterie price`), for a recipe that chooses them; compress measures it where "
+        "there is none yet.",
     ),
 ]
 FORMATS = "*.txt, *.jsonl (text, messages, or prompt and completion), either as .gz, or *.parquet, one file a domain"

@@ -32,6 +32,7 @@ def plan(
     seed: options.Seed = 0,
     mtp: options.Mtp = None,
     multiple_of: options.MultipleOf = None,
+    prices: options.Prices = None,
     out: Annotated[Path | None, typer.Option(help="File for the plan, like plan.json.")] = None,
     json: options.Json = False,
 ) -> None:
@@ -45,7 +46,7 @@ def plan(
     from coterie.outputs import check_output
 
     if out is not None:
-        check_output(out, kind="plan", reads={"model folder": [model], "profile": [profile]})
+        check_output(out, kind="plan", reads={"model folder": [model], "profile": [profile], "prices": [prices]})
     from coterie.compress.decide import plan as decide
 
     decided_plan = decide(
@@ -57,6 +58,7 @@ def plan(
         seed=seed,
         mtp=mtp or "keep",
         multiple_of=multiple_of,
+        prices=prices,
     )
     if out is not None:
         decided_plan.save(out)

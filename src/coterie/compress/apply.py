@@ -16,16 +16,14 @@ from pathlib import Path
 
 from coterie.amounts import format_bytes
 from coterie.artifact import write_json
-from coterie.compress.allocators.problem import load_meter
-from coterie.compress.damages import PRICED_TOKENS
 from coterie.compress.decide import completed, with_types
 from coterie.compress.lanes import Lanes
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.layers import LayerWriter
 from coterie.compress.pack import Packer, packed_names
-from coterie.compress.pack_forecast import PRICED_SEQUENCES, PRICING
 from coterie.compress.plan import Mtp, Plan
 from coterie.compress.prepare import Inputs, Job, Options, prepare
+from coterie.compress.prices import Prices
 from coterie.compress.recipes import Recipe
 from coterie.compress.reload import check_reload
 from coterie.compress.result_steps import LeftOut, load_result_step
@@ -40,16 +38,14 @@ from coterie.model.device import check_device
 from coterie.model.disk.manifest import Manifest, RouterForm
 from coterie.model.numerics import as_begun
 from coterie.model.stream.memory import peak_bytes
+from coterie.paths import user_path
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile_in_folder, profile_in_run
 from coterie.profile.sources import On
-from coterie.progress import stage, track, waiting
+from coterie.progress import stage, waiting
 from coterie.publish.hub import RUN_FILE, find_destination, upload_result
 
 log = logging.getLogger(__name__)
-
-#: The step of the run that says what types would cost.
-PRICES = "prices"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +103,7 @@ def compress(
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
     cache: str | Path | None = None,
+    prices: Prices | str | Path | None = None,
     mtp: Mtp | None = None,
     multiple_of: int | None = None,
     on: On | None = None,
@@ -152,6 +149,8 @@ def compress(
         max_memory: bytes, or an amount like "8GiB", that the run may take.
         allow_pickle: read weights that are stored as pickles.
         cache: folder where the original's predictions on the text that results are trained on are kept for other runs.
+        prices: what storing each matrix in each type would cost (`coterie.price`), or the folder of that, for a recipe
+            that chooses types by it; a folder that holds none gets the prices that are measured here.
         mtp: what becomes of prediction layers (MTP), which transformers does not run: "keep" (when None), as many
             experts of the same numbers and width as in the last layer, or "drop". A plan says it already.
         multiple_of: the number of experts or their width, whichever the recipe lowers, is the nearest multiple of this,
@@ -178,7 +177,7 @@ def compress(
         multiple_of=multiple_of, plan=plan, recipe=recipe, effort=effort, train_tokens=train_tokens, router=router,
         profile=profile, text=text, weights=weights, tokens=tokens, seq_len=seq_len, seed=seed,
         sample_tokens=sample_tokens, device=device, inputs=inputs, output_dtype=output_dtype, max_memory=max_memory,
-        allow_pickle=allow_pickle, cache=cache, mtp=mtp, on=on,
+        allow_pickle=allow_pickle, cache=cache, prices=prices, mtp=mtp, on=on,
     )  # fmt: skip
     destination = find_destination(push_to_hub, private=private)
     clock = _Clock()
@@ -201,10 +200,10 @@ def prepared(options: Options) -> Iterator[Job]:
 
 def _execute(job: Job, clock: _Clock) -> Result:
     """Do what was prepared."""
-    options, measured = job.options, _profile_for_others(job)
+    options, measured, prices = job.options, _profile_for_others(job), _prices_for_others(job)
     notes = {"numerics": dict(job.numerics)}
     with (
-        open_run(options.out, job.header(measured), what="compression", notes=notes) as run,
+        open_run(options.out, job.header(measured, prices), what="compression", notes=notes) as run,
         _worthless_on_error(run),
         job.stream,
     ):
@@ -217,6 +216,7 @@ def _execute(job: Job, clock: _Clock) -> Result:
             profile=measured,
             plan=job.outline,
             measured_before=measured,
+            prices=prices,
         )
         for name, step in STEPS:
             step(work)
@@ -254,26 +254,16 @@ def _decide(work: Work) -> None:
     """Make the plan: what each layer becomes, with the experts named wherever what was measured is enough."""
     job, profile = work.job, work.profile
     if job.request is not None and job.request.recipe.prices:
-        work.plan = with_types(job.source, work.plan, job.request, _price(work))
+        prices = work.prices
+        if prices is None:
+            assert job.pricing is not None
+            prices = job.pricing.in_run(work.run)
+        work.plan = with_types(job.source, work.plan, job.request, prices.damages)
+    if job.request is not None and job.measuring is not None:
+        work.plan = with_types(job.source, work.plan, job.request, job.measuring.in_run(work.run))
     if profile is None:
         return
     work.plan = completed(job.source, work.plan, job.request, profile)
-
-
-def _price(work: Work) -> dict[str, dict[str, float]]:
-    """Return what the recipe's allocator goes by, such as what each type would cost; measured once in a run."""
-    job, damages = work.job, dict[str, dict[str, float]]()
-    if PRICES not in work.run.finished:
-        tokens = min(PRICED_TOKENS, job.options.tokens)
-        batches = [ids_BS for _, ids_BS in job.text(tokens, up_to=True).batches(PRICED_SEQUENCES)]
-        assert job.request is not None
-        make = load_meter(job.request.recipe.allocator)
-        meter = make(stream=job.stream, source=job.source, batches=batches)
-        for _, some in track(meter.measure(), PRICING, len(job.stream.units)):
-            damages |= some
-        work.run.finish(PRICES, files=[], content={"damages": damages})
-    content: dict[str, dict[str, float]] = work.run.finished[PRICES].content["damages"]
-    return content
 
 
 def _compress_layers(work: Work) -> None:
@@ -354,6 +344,15 @@ def _profile_for_others(job: Job) -> Profile | None:
     assert job.measure is not None
     layers = job.source.architecture.layers
     return profile_in_folder(job.profile_folder, job.stream, layers, job.measure)
+
+
+def _prices_for_others(job: Job) -> Prices | None:
+    """Return the prices that there are; those that a folder was named for are measured first, by a run of its own."""
+    folder = job.options.prices
+    if job.prices is not None or job.pricing is None or folder is None:
+        return job.prices
+    assert not isinstance(folder, Prices)
+    return job.pricing.in_folder(user_path(folder))
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ Legend: R rows (outputs), C columns (inputs), T tokens, V vocabulary, D model wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +61,7 @@ class DamageMeter:
         stream: the model, open.
         source: the same by its headers.
         batches: the text, ids (B, S) each.
+        counts: of each batch, the loss of which tokens counts (B, S), bool; None where that of all does.
         types: which types are priced, where they fit.
         weights: the matrices that are priced; None for all that can be stored in fewer bits.
     """
@@ -68,21 +69,32 @@ class DamageMeter:
     stream: Stream
     source: Source
     batches: Sequence[Tensor]
-    types: Sequence[str] = PRICED_TYPES
+    counts: Sequence[Tensor | None]
+    types: Sequence[str]
     weights: Sequence[Weight] | None = None
 
-    def measure(self) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
-        """Yield for each unit its name and the damages of its matrices; the head, priced last, is named "head"."""
-        self._tokens = sum(ids_BS.numel() for ids_BS in self.batches)
+    def measure(self, skip: Collection[str] = ()) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+        """Yield for each unit its name and the damages of its matrices; the head, priced last, is named "head".
+
+        Args:
+            skip: units, "embedding" or "head", that are not priced.
+        """
+        self._tokens = sum(
+            ids_BS.numel() if counts_BS is None else int(counts_BS.sum())
+            for ids_BS, counts_BS in zip(self.batches, self.counts, strict=True)
+        )
         weights = self.source.weights if self.weights is None else self.weights
         seen: list[Tensor] = []
-        jobs = [self.stream.loss_job(ids_BS, see=seen.append) for ids_BS in self.batches]
+        jobs = [
+            self.stream.loss_job(ids_BS, counts_BS, see=seen.append)
+            for ids_BS, counts_BS in zip(self.batches, self.counts, strict=True)
+        ]
         by_unit = {unit.name: weights_among(weights, unit.disk_names) for unit in self.stream.units}
         embedding = next((weight for weight in weights if weight.kind == "embedding"), None)
         rows: list[Tensor] = []
         with _watched_rows(self.stream.model.get_input_embeddings(), rows):
             for stage in self.stream.run(jobs, gradients=True):
-                if not stage.backward or stage.unit.name not in by_unit:
+                if not stage.backward or stage.unit.name not in by_unit or stage.unit.name in skip:
                     continue
                 inner = [
                     weight for weight in by_unit[stage.unit.name] if weight.kind != "embedding" and not weight.head
@@ -90,11 +102,22 @@ class DamageMeter:
                 self._backward(stage, inner)
                 damages = dict(self._price(stage, inner))
                 yield stage.unit.name, damages
-        if embedding is not None and not embedding.head and rows:
+        if embedding is not None and not embedding.head and rows and "embedding" not in skip:
             yield "embedding", {embedding.pattern: self._price_embedding(embedding, rows[0])}
         heads = [weight for weight in weights if weight.head]
         for weight in heads[:1]:
-            yield "head", {weight.pattern: self._price_head(weight, torch.cat([each.flatten(0, 1) for each in seen]))}
+            if "head" not in skip:
+                yield "head", {weight.pattern: self._price_head(weight, self._predicting(seen))}
+
+    def _predicting(self, seen: Sequence[Tensor]) -> Tensor:
+        """Return what comes into the head, (T, D), where a token is predicted whose loss counts."""
+        kept = []
+        for hidden_BSD, counts_BS in zip(seen, self.counts, strict=True):
+            if counts_BS is None:
+                kept.append(hidden_BSD.flatten(0, 1))
+            else:
+                kept.append(hidden_BSD[:, :-1][counts_BS[:, 1:].to(hidden_BSD.device)])
+        return torch.cat(kept)
 
     def _backward(self, stage: Stage, weights: Sequence[Weight]) -> None:
         """Send a unit's calls back, and fill `_fisher`."""
@@ -174,6 +197,8 @@ class DamageMeter:
     def _price_embedding(self, weight: Weight, fisher_VD: Tensor) -> dict[str, float]:
         matrix_VD = self.stream.read(weight.names[0]).float()
         used_V = fisher_VD.sum(dim=1) > 0
+        if not bool(used_V.any()):
+            return {}
         return self._prices(weight, [(matrix_VD[used_V], fisher_VD[used_V])])
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods import load_decide, load_pass, needs_of
 from coterie.compress.output import result_config
 from coterie.compress.plan import Mtp, Plan
+from coterie.compress.prices import Prices
 from coterie.compress.quantisers import check_quantiser
 from coterie.compress.recipes import Recipe, Step, get_recipe
 from coterie.compress.request import Request
@@ -49,6 +50,7 @@ def plan(
     seed: int = 0,
     mtp: Mtp = "keep",
     multiple_of: int | None = None,
+    prices: Prices | str | Path | None = None,
 ) -> Plan:
     """Decide what every layer becomes. Exactly one of `keep`, `experts`, `width`, `budget`, `bits` and `type` says it.
 
@@ -69,6 +71,8 @@ def plan(
         seed: seed of everything random in the passes.
         mtp: what becomes of prediction layers (MTP): "keep" with the experts that the last layer keeps, or "drop".
         multiple_of: the number of experts or their width, whichever the recipe lowers, is the nearest multiple of this.
+        prices: what storing each matrix in each type would cost (`coterie.price`), or the folder of that, for a recipe
+            that chooses types by it; without them it says no more than how large the result is.
 
     Raises:
         InputError: not exactly one target, one out of range or not for this recipe, or no profile for a ragged one.
@@ -93,7 +97,12 @@ def plan(
             f"recipe {request.recipe.name} ranks the hidden neurons of all layers by what was measured: give a profile "
             "that was made with --gradients"
         )
-    return make_plan(source, request, profile)
+    if prices is not None and not request.recipe.prices:
+        raise InputError(f"recipe {request.recipe.name} does not choose types by what they cost; leave the prices out")
+    if isinstance(prices, str | Path):
+        prices = Prices.load(prices, model_digest=source.checkpoint.digest)
+    sized = make_plan(source, request, profile)
+    return sized if prices is None else with_types(source, sized, request, prices.damages)
 
 
 def make_plan(source: Source, request: Request, profile: Profile | None) -> Plan:

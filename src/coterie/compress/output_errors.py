@@ -48,6 +48,7 @@ class OutputErrors:
         stream: the model, open.
         source: the same by its headers.
         batches: the text, ids (B, S) each.
+        counts: of each batch, which tokens count (B, S), bool; None where all do.
         types: the types that are wanted for matrices.
         groups: returns which matrices of a layer are rounded together.
     """
@@ -55,6 +56,7 @@ class OutputErrors:
     stream: Stream
     source: Source
     batches: Sequence[Tensor]
+    counts: Sequence[Tensor | None]
     types: Sequence[str]
     groups: Callable[[Sequence[Weight]], Sequence[Group]]
 
@@ -85,7 +87,8 @@ class OutputErrors:
                 continue
             with observed(self.stream.model, layers, fields=()) as observations:
                 call.finish(call.compute())
-            for each in observations:
+            counts_BS = self.counts[call.job]
+            for each in observations if counts_BS is None else (e.select(counts_BS.flatten()) for e in observations):
                 seen[each.layer.index].append(
                     Routed(hidden_TD=each.hidden_TD, index_TK=each.index_TK, weight_TK=each.weight_TK)
                 )

@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coterie.amounts import parse_bytes, parse_share
+from coterie.compress.allocators import ALLOCATORS
+from coterie.compress.damages import PRICED_TOKENS
 from coterie.compress.decide import check_profile, check_sequential, checked, completed, needs_of_plan, outline
+from coterie.compress.measuring import Measuring
 from coterie.compress.output import check_space
 from coterie.compress.pack_forecast import PackForecast
 from coterie.compress.plan import Mtp, Plan
+from coterie.compress.prices import FILE as PRICES_FILE
+from coterie.compress.prices import Prices, Pricing, pricing_of
 from coterie.compress.recipes import Recipe, get_recipe, training_tokens
 from coterie.compress.request import Request
 from coterie.compress.result_steps import LeftOut, load_result_step
@@ -29,7 +34,7 @@ from coterie.outputs import check_output, is_empty_folder
 from coterie.paths import user_path
 from coterie.profile.calibration import TokenSet
 from coterie.profile.data_sets import local_place
-from coterie.profile.measure import Measure, ProfileSettings
+from coterie.profile.measure import Measure, ProfileSettings, check_predicts
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile
 from coterie.profile.sources import On, check_on
@@ -65,6 +70,7 @@ class Options:
     max_memory: int | str | None
     allow_pickle: bool
     cache: Path | None
+    prices: Prices | str | Path | None
     mtp: Mtp | None
     on: On | None
     dry: bool = False
@@ -142,7 +148,9 @@ class Job:
             that was not asked for.
         recorded: what the header of the run that goes on says of these steps; empty for a run that begins.
         numerics: what is computed with, see `coterie.model.numerics`.
-        pricing: how long it is reckoned to take to price types, where that is done.
+        prices: what types cost, where that was measured before.
+        pricing: what measures it; None where that is done or not asked for.
+        measuring: what measures something else of matrices for the allocator; None where nothing is.
     """
 
     options: Options
@@ -158,7 +166,9 @@ class Job:
     recorded: Mapping[str, Any] = field(default_factory=dict)
     numerics: Mapping[str, str | int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
-    pricing: tuple[StageTime, ...] = ()
+    prices: Prices | None = None
+    pricing: Pricing | None = None
+    measuring: Measuring | None = None
 
     @cached_property
     def needs(self) -> tuple[str, ...]:
@@ -183,7 +193,8 @@ class Job:
         measuring = () if self.measure is None or here else (self.measure.time(self.stream, layers),)
         steps = (stage for prepared in self.result_steps.values() if prepared is not None for stage in prepared.times)
         compressing = compressing_time(self.stream, self.outline, self.seconds, self.measure if here else None)
-        return (*measuring, *self.pricing, compressing, *steps, checking_time(self.outline))
+        pricing = tuple(each.time() for each in (self.pricing, self.measuring) if each is not None)
+        return (*measuring, *pricing, compressing, *steps, checking_time(self.outline))
 
     @property
     def profile_folder(self) -> Path | None:
@@ -196,11 +207,12 @@ class Job:
         assert self.calibration is not None, "no text was given"
         return self.calibration.draw(tokens, up_to=up_to)
 
-    def header(self, profile: Profile | None) -> dict[str, Any]:
+    def header(self, profile: Profile | None, prices: Prices | None) -> dict[str, Any]:
         """Return all that decides what comes out, for the header of the run.
 
         Args:
             profile: what was measured before the run; None where it is measured in it.
+            prices: the same of what types cost.
         """
         checkpoint = self.source.checkpoint
         return {
@@ -215,6 +227,7 @@ class Job:
             "model files": checkpoint.file_stamps(),
             "device": self.stream.device.type,
             "profile": None if profile is None else profile.digest(),
+            **({} if prices is None else {"prices": prices.digest()}),
             "measured": None if self.measure is None or profile is not None else self.measure.header(self.stream),
         }
 
@@ -269,13 +282,12 @@ def prepare(
     if profile is None:
         assert calibration is not None
         measure = _measure(source, options, needs, calibration)
+    prices, pricing = _prices(options, request, source, stream, calibration)
+    measuring = _measuring(options, request, source, stream, calibration)
     packing = None
     if outlined.packed:
         assert measure is not None
-        priced_by = None if request is None else request.recipe.priced_by
-        packing = PackForecast(
-            stream=stream, source=source, plan=outlined, measure=measure, priced_by=priced_by, max_tokens=options.tokens
-        )
+        packing = PackForecast(stream=stream, source=source, plan=outlined, measure=measure)
     job = Job(
         options=options,
         source=source,
@@ -287,9 +299,16 @@ def prepare(
         forecast=(
             _forecast(stream, source, measure, profile, options.inputs)
             if packing is None
-            else Forecast(stages=packing.stages())
+            else Forecast(
+                stages=(
+                    *(stage for each in (pricing, measuring) if each is not None for stage in each.stages()),
+                    *packing.stages(),
+                )
+            )
         ),
-        pricing=() if packing is None else packing.times(),
+        prices=prices,
+        pricing=pricing,
+        measuring=measuring,
         calibration=calibration,
         recorded=(recorded or {}).get("result_steps", {}),
         numerics=numerics or {},
@@ -333,6 +352,10 @@ def _check_places(options: Options) -> None:
         if not (user_path(options.profile) / PROFILE_FILE).exists():
             check_output(options.profile, kind="profile", reads=reads, accepts=is_empty_folder, folder=True)
         reads["profile"] = [options.profile]
+    if isinstance(options.prices, str | Path):
+        if not (user_path(options.prices) / PRICES_FILE).exists():
+            check_output(options.prices, kind="prices", reads=reads, accepts=is_empty_folder, folder=True)
+        reads["prices"] = [options.prices]
     check_output(options.out, kind="checkpoint", reads=reads, accepts=lambda place: False, folder=True)
 
 
@@ -367,6 +390,46 @@ def _forecast(
     if measure is not None and inputs == "compressed":  # layers are measured while they are compressed
         lines = (*stages[0].lines, *lines[1:])
     return Forecast(stages=(*stages, Stage(name="compressing a layer", lines=lines)))
+
+
+def _prices(
+    options: Options, request: Request | None, source: Source, stream: Stream, calibration: CalibrationText | None
+) -> tuple[Prices | None, Pricing | None]:
+    """Return what types cost where that is known, else what measures it; neither where nobody asks.
+
+    Raises:
+        InputError: prices for what does not choose types by them.
+        StaleArtifact: they are of another model.
+    """
+    given = options.prices
+    if request is None or not request.recipe.prices:
+        if given is not None:
+            raise InputError("--prices is for recipes that choose types by what they cost, such as coterie-bits")
+        return None, None
+    if isinstance(given, Prices):
+        return given, None
+    if given is not None and (user_path(given) / PRICES_FILE).exists():
+        return Prices.load(given, model_digest=source.checkpoint.digest), None
+    assert calibration is not None
+    return None, pricing_of(stream, source, calibration, min(PRICED_TOKENS, options.tokens))
+
+
+def _measuring(
+    options: Options, request: Request | None, source: Source, stream: Stream, calibration: CalibrationText | None
+) -> Measuring | None:
+    """Return what measures matrices for an allocator that has a meter; None for others.
+
+    Raises:
+        ArchitectureMismatch: the gradient of a loss is wanted, and the model predicts no next token.
+    """
+    if request is None or not request.recipe.meters:
+        return None
+    assert calibration is not None
+    name = request.recipe.allocator
+    if ALLOCATORS[name].measures == "losses":
+        check_predicts(source.architecture)
+    token_set = calibration.draw(min(PRICED_TOKENS, options.tokens), up_to=True)
+    return Measuring(stream=stream, source=source, token_set=token_set, allocator=name)
 
 
 def _on(on: On | None, profile: Profile | None) -> On:

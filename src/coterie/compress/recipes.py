@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
-from coterie.compress.allocators import ALLOCATORS, Measures
+from coterie.compress.allocators import ALLOCATORS
 from coterie.errors import Infeasible, InputError, UnknownName
 
 #: Router forms, and the passes that make each from the router's E rows once experts are merged. All but "map" give M
@@ -84,14 +84,13 @@ class Recipe:
 
     @property
     def prices(self) -> bool:
-        """Whether matrices are measured first, so that their types can be chosen by that."""
-        return self.priced_by is not None
+        """Whether it is measured first what every matrix would cost in every type."""
+        return ALLOCATORS[self.allocator].prices
 
     @property
-    def priced_by(self) -> Measures | None:
-        """What measuring them takes, see `coterie.compress.allocators.Allocator.measures`; None where nothing is."""
-        allocator = ALLOCATORS[self.allocator]
-        return None if allocator.meter is None else allocator.measures
+    def meters(self) -> bool:
+        """Whether something else is measured of matrices first, for its allocator."""
+        return ALLOCATORS[self.allocator].meter is not None
 
     def with_router(self, router: str) -> tuple[Step, ...]:
         """Return the passes for a router form, one of `ROUTERS`.

@@ -17,6 +17,7 @@ from coterie.compress.layer import LayerSummary
 from coterie.compress.output import carry_files, result_config
 from coterie.compress.plan import Plan
 from coterie.compress.prepare import Job
+from coterie.compress.prices import Prices
 from coterie.compress.provenance import provenance_of
 from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard, write_index
@@ -48,6 +49,7 @@ class Work:
         notes: what steps on the whole result have to say, by name.
         logits_error: largest difference of logits, in flight against loaded again, relative to the largest logit.
         measured_before: the profile, where it was measured by a run of its own.
+        prices: what types cost, where that was measured before.
     """
 
     job: Job
@@ -60,6 +62,7 @@ class Work:
     notes: dict[str, Mapping[str, object]] = field(default_factory=dict)
     logits_error: float | None = None
     measured_before: Profile | None = None
+    prices: Prices | None = None
 
     @cached_property
     def result(self) -> ResultModel:

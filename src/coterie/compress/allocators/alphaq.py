@@ -33,7 +33,7 @@ GAMMA = 10.0
 _TINY = 1e-12
 
 
-def meter(stream: Stream, source: Source, batches: Sequence[Tensor]) -> Spectra:
+def meter(stream: Stream, source: Source, batches: Sequence[Tensor], counts: Sequence[Tensor | None]) -> Spectra:
     """Return what measures spectra; the text is not looked at."""
     return Spectra(stream=stream, groups=by_matrix(source.weights))
 

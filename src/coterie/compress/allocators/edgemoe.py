@@ -26,10 +26,10 @@ TYPES = ("Q2_K", "Q4_K", "Q8_0")
 LINEAR = "Q8_0"
 
 
-def meter(stream: Stream, source: Source, batches: Sequence[Tensor]) -> DamageMeter:
+def meter(stream: Stream, source: Source, batches: Sequence[Tensor], counts: Sequence[Tensor | None]) -> DamageMeter:
     """Return what measures what the model loses where a matrix of one expert is stored in a type."""
     weights = [weight for group in by_expert(source.weights) for weight in group.weights]
-    return DamageMeter(stream=stream, source=source, batches=batches, types=TYPES, weights=weights)
+    return DamageMeter(stream=stream, source=source, batches=batches, counts=counts, types=TYPES, weights=weights)
 
 
 def allocate(problem: Problem) -> Allocation:

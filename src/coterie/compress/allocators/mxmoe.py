@@ -25,9 +25,9 @@ TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q8_0")
 LINEAR = "Q8_0"
 
 
-def meter(stream: Stream, source: Source, batches: Sequence[Tensor]) -> OutputErrors:
+def meter(stream: Stream, source: Source, batches: Sequence[Tensor], counts: Sequence[Tensor | None]) -> OutputErrors:
     """Return what measures how far outputs are off."""
-    return OutputErrors(stream=stream, source=source, batches=batches, types=TYPES, groups=by_matrix)
+    return OutputErrors(stream=stream, source=source, batches=batches, counts=counts, types=TYPES, groups=by_matrix)
 
 
 def allocate(problem: Problem) -> Allocation:

@@ -33,9 +33,9 @@ LINEAR = "Q4_K"
 ALPHA, BETA, GAMMA = 1.0, 1.0, 2.0
 
 
-def meter(stream: Stream, source: Source, batches: Sequence[Tensor]) -> OutputErrors:
+def meter(stream: Stream, source: Source, batches: Sequence[Tensor], counts: Sequence[Tensor | None]) -> OutputErrors:
     """Return what measures how far outputs are off, and how often and with what weight experts are chosen."""
-    return OutputErrors(stream=stream, source=source, batches=batches, types=TYPES, groups=by_expert)
+    return OutputErrors(stream=stream, source=source, batches=batches, counts=counts, types=TYPES, groups=by_expert)
 
 
 def allocate(problem: Problem) -> Allocation:

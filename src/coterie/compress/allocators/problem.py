@@ -151,7 +151,7 @@ def load_allocator(name: str) -> Callable[[Problem], Allocation]:
 
 
 def load_meter(name: str) -> Callable[..., Meter]:
-    """Return what makes the meter of an allocator, from a stream, a source and batches of text.
+    """Return what makes the meter of an allocator, from a stream, a source, batches of text and which tokens count.
 
     Raises:
         UnknownName: no such allocator.

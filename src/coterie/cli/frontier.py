@@ -1,0 +1,59 @@
+"""``coterie frontier``: what can be had for how many bytes, and what it is expected to cost."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coterie.cli import options
+from coterie.cli.output import percent, print_json, print_table, print_text
+
+
+def frontier(
+    model: options.Model,
+    prices: Annotated[Path, typer.Argument(metavar="PRICES", help="Folder that `coterie price` made for this model.")],
+    budgets: Annotated[
+        str | None, typer.Option(help="List these sizes, like 12GiB,8GiB; shares of the model when left out.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw it, as an SVG file like frontier.svg.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """List sizes, and the damage to expect at each.
+
+    Beside each mixture of types stands the best single type that is no larger. No weights are touched: this takes
+    seconds.
+    """
+    from coterie.report.frontier import check_picture, write_picture
+
+    if picture is not None:
+        check_picture(picture, {"model folder": [model], "prices": [prices]})
+    from coterie.compress.frontier import frontier as run
+
+    listed = run(model, prices, budgets=None if budgets is None else options.names(budgets))
+    if picture is not None:
+        write_picture(listed, picture, title=Path(model).name)
+    if json:
+        print_json(listed.content())
+        return
+    from coterie.amounts import format_bytes
+
+    rows = []
+    for point in listed.mixed:
+        plain = listed.plain_within(point.num_bytes)
+        main = max(point.types, key=lambda kind: point.types[kind], default="")
+        rows.append(
+            (
+                format_bytes(point.num_bytes),
+                percent(point.num_bytes / listed.original_bytes),
+                f"{point.damage:.2g}",
+                f"{main} and {len(point.types) - 1} more" if len(point.types) > 1 else main,
+                "-" if plain is None else f"{plain.damage:.2g}",
+                "-" if plain is None else plain.name,
+            )
+        )
+    print_table(("bytes", "share", "mixed: nats", "mostly", "one type: nats", "which"), rows)
+    if picture is not None:
+        print_text()
+        print_text(f"drawn in {picture}")

@@ -1,0 +1,148 @@
+"""The frontier of a model: what can be had for how many bytes, and what it is expected to cost; in seconds.
+
+frontier("model", "prices") lists mixtures of types (`coterie.compress.allocators.mixed_types`) from the largest to the
+smallest, and beside each the largest single type that takes no more bytes, with the same prices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coterie.amounts import format_bytes, parse_bytes
+from coterie.compress.decide import allocate
+from coterie.compress.prices import Prices
+from coterie.compress.recipes import get_recipe
+from coterie.compress.request import Request
+from coterie.compress.source import Source
+from coterie.compress.target import Target
+from coterie.errors import Infeasible
+from coterie.model.disk.encodings.ggml import SIZES, bits_of
+
+#: Shares of the model's bytes that are listed, where they can be had.
+SHARES = (0.5, 0.45, 0.4, 0.35, 0.3, 0.275, 0.25, 0.225, 0.2, 0.185, 0.17, 0.16, 0.15, 0.14)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One result that can be had.
+
+    Attributes:
+        name: "mixed", or the type that all matrices get.
+        num_bytes: of all its tensors.
+        damage: the expected rise of the loss in nats a token.
+        types: how many numbers, as a share of all that are stored in blocks, are of which type.
+    """
+
+    name: str
+    num_bytes: int
+    damage: float
+    types: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frontier:
+    """What can be had.
+
+    Attributes:
+        original_bytes: of all tensors of the model.
+        mixed: mixtures of types, from the largest to the smallest.
+        single: one type for all matrices, each, from the largest to the smallest; types that nobody priced are left
+            out.
+    """
+
+    original_bytes: int
+    mixed: tuple[Point, ...]
+    single: tuple[Point, ...]
+
+    def plain_within(self, num_bytes: int) -> Point | None:
+        """Return the single type that costs least in so many bytes; None where none fits."""
+        fitting = [point for point in self.single if point.num_bytes <= num_bytes]
+        return min(fitting, key=lambda point: point.damage, default=None)
+
+    def content(self) -> dict[str, Any]:
+        """Return it as JSON content."""
+
+        def listed(points: Sequence[Point]) -> list[dict[str, Any]]:
+            return [
+                {
+                    "name": point.name,
+                    "bytes": point.num_bytes,
+                    "share": round(point.num_bytes / self.original_bytes, 4),
+                    "damage": point.damage,
+                    "types": {name: round(share, 4) for name, share in point.types.items()},
+                }
+                for point in points
+            ]
+
+        return {"original_bytes": self.original_bytes, "mixed": listed(self.mixed), "single": listed(self.single)}
+
+
+def frontier(model: str | Path, prices: Prices | str | Path, *, budgets: Sequence[str | int] | None = None) -> Frontier:
+    """List what a model can become in fewer bits, and what that is expected to cost.
+
+    Args:
+        model: a model folder or hub id; only headers are read.
+        prices: what types cost (`coterie.price`), or the folder of that.
+        budgets: bytes, or amounts like "12GiB", of the mixtures that are listed; `SHARES` of the model when None.
+
+    Raises:
+        StaleArtifact: the prices are of another model.
+        Infeasible: none of the budgets can be met.
+        InputError: the model or a budget is not usable.
+    """
+    source = Source.open(model, fetch="samples")
+    if not isinstance(prices, Prices):
+        prices = Prices.load(prices, model_digest=source.checkpoint.digest)
+    original = source.original.num_bytes
+    limits = [int(share * original) for share in SHARES] if budgets is None else list(map(parse_bytes, budgets))
+    mixed = []
+    refused = None
+    for limit in sorted(limits, reverse=True):
+        try:
+            point = _point(source, prices, "mixed", Target(budget=limit))
+        except Infeasible as error:
+            refused = refused or error
+        else:
+            assert point is not None, "a mixture has types that nobody priced"
+            mixed.append(point)
+    if not mixed:
+        raise refused or Infeasible(f"{format_bytes(original)} leave nothing to store in fewer bits")
+    priced = {kind for by_type in prices.damages.values() for kind in by_type}
+    ladder = sorted(priced & SIZES.keys(), key=bits_of, reverse=True)
+    single = [point for kind in ladder if (point := _point(source, prices, kind, Target(type=kind))) is not None]
+    return Frontier(
+        original_bytes=original, mixed=_without_twins(mixed),
+        single=_without_twins(sorted(single, key=lambda point: -point.num_bytes)),
+    )  # fmt: skip
+
+
+def _point(source: Source, prices: Prices, name: str, target: Target) -> Point | None:
+    """Return what a target comes to; None where a matrix gets a type that it has no price for."""
+    recipe = get_recipe("coterie-bits" if target.type is None else "gptaq")
+    request = Request(recipe=recipe, target=target, router="plain", seed=0)
+    allocation = allocate(source, request, None, prices.damages)
+    numbers: dict[str, int] = {}
+    damage = 0.0
+    for weight in source.weights:
+        kind = allocation.types.get(weight.pattern)
+        if kind is not None:
+            if kind not in prices.damages.get(weight.pattern, {}):
+                return None
+            numbers[kind] = numbers.get(kind, 0) + weight.num_elements
+            damage += prices.damages[weight.pattern][kind]
+    total = sum(numbers.values())
+    types = {kind: numbers[kind] / total for kind in sorted(numbers, key=bits_of, reverse=True)}
+    if target.type is not None:  # what stands in where blocks are wider than a row
+        name = max(numbers, key=lambda kind: numbers[kind], default=name)
+    return Point(name=name, num_bytes=allocation.num_bytes, damage=damage, types=types)
+
+
+def _without_twins(points: Sequence[Point]) -> tuple[Point, ...]:
+    """Return points of which no two have equal bytes and damage, as types have that stand in for each other."""
+    seen: dict[tuple[int, float], Point] = {}
+    for point in points:
+        seen.setdefault((point.num_bytes, point.damage), point)
+    return tuple(seen.values())

@@ -1,0 +1,350 @@
+"""Prices: what storing each matrix in each type would cost, measured once (`coterie.compress.damages`) and kept.
+
+They are kept in a folder as ``prices.json``, so that any number of budgets can be planned with them in seconds.
+
+Legend: B sequences of a batch, S tokens of a sequence, V vocabulary, D model width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from coterie.amounts import format_bytes, parse_bytes
+from coterie.artifact import digest_of, open_artifact, write_artifact
+from coterie.compress.damages import MATRICES, PRICED_TOKENS, PRICED_TYPES, ROWS, DamageMeter, Damages
+from coterie.compress.pack_forecast import seconds_of_type
+from coterie.compress.plan import Mtp
+from coterie.compress.source import Source
+from coterie.compress.weights import Weight, weights_among
+from coterie.errors import CorruptArtifact, StaleArtifact
+from coterie.fields import Fields, shown
+from coterie.journal import Run, open_run
+from coterie.journal_lines import begun
+from coterie.model.device import check_device
+from coterie.model.disk.encodings.ggml import SIZES, bits_of
+from coterie.model.numerics import as_begun
+from coterie.model.stream.loss import logits_bytes
+from coterie.model.stream.memory import (
+    LOGITS,
+    Forecast,
+    Stage,
+    batch_lines,
+    head_lines,
+    peak_bytes,
+    text_lines,
+    unit_lines,
+)
+from coterie.model.stream.stream import Stream
+from coterie.model.stream.unit import Unit
+from coterie.model.stream.work import WITH_GRADIENTS, unit_work
+from coterie.outputs import check_output, is_empty_folder
+from coterie.paths import user_path
+from coterie.profile.calibration import TokenSet
+from coterie.profile.data_sets import local_place
+from coterie.profile.measure import check_predicts
+from coterie.profile.sources import On, check_on
+from coterie.profile.text import CalibrationText, TextSettings
+from coterie.progress import StageTime, track, waiting
+
+log = logging.getLogger(__name__)
+
+FILE = "prices.json"
+
+#: What is waited for.
+PRICING = "pricing types"
+
+#: Sequences of a batch.
+BATCH = 8
+
+#: A matrix that no token passed has no measured price: it costs nothing in what was read, and is not to become
+#: worthless for what was not. Types of fewer bits than this are not offered to it.
+UNSEEN_BITS = 4.0
+
+#: Names of lines of the forecast.
+ERRORS, HIDDEN = "what errors weigh", "what comes into the head"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prices:
+    """What types cost, and what that was measured on.
+
+    Attributes:
+        damages: by the pattern of a matrix and the name of a type, the expected rise of the loss in nats a token.
+        model_digest: of the checkpoint.
+        text_digest: of the tokens.
+        num_tokens: how many of them counted.
+        seq_len: tokens of a sequence.
+        seed: seed of the draw of text.
+        on: which tokens counted, "all" or "assistant".
+    """
+
+    damages: Damages
+    model_digest: str
+    text_digest: str
+    num_tokens: int
+    seq_len: int
+    seed: int
+    on: On
+
+    def body(self) -> dict[str, Any]:
+        """Return all but the digests of what they were made from, as JSON content."""
+        damages = {pattern: dict(by_type) for pattern, by_type in self.damages.items()}
+        return {
+            "num_tokens": self.num_tokens,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "on": self.on,
+            "damages": damages,
+        }
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of what they were made from."""
+        return {"model": self.model_digest, "text": self.text_digest}
+
+    def digest(self) -> str:
+        """Return the digest of all that they say."""
+        return digest_of({"inputs": self.inputs, "body": self.body()})
+
+    def write(self, folder: Path) -> None:
+        """Write ``prices.json`` into a folder."""
+        write_artifact(folder / FILE, kind="prices", body=self.body(), inputs=self.inputs)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, model_digest: str | None = None) -> Prices:
+        """Read the prices in a folder, or in a file of them.
+
+        Raises:
+            CorruptArtifact: missing, not prices, or damaged.
+            StaleArtifact: of another model than that with `model_digest`.
+        """
+        path = user_path(folder)
+        file = path if path.is_file() else path / FILE
+        artifact = open_artifact(file, kind="prices")
+        content = Fields(artifact.body, where=str(file))
+        with content.all_read():
+            by_pattern = content.each_by_name("damages")
+            damages = {
+                pattern: {name: types.number(name, least=0.0) for name in types.names()}
+                for pattern, types in by_pattern.items()
+            }
+            on = content.text("on", choices=get_args(On))
+            counts = {name: content.whole(name) for name in ("num_tokens", "seq_len", "seed")}
+        unknown = sorted({name for by_type in damages.values() for name in by_type} - SIZES.keys())
+        if unknown:
+            raise CorruptArtifact(f"{file}: damages name the type {shown(unknown[0])}, which there is not")
+        missing = {"model", "text"} - artifact.inputs.keys()
+        if missing:
+            raise CorruptArtifact(f"{file} does not say which {' and '.join(sorted(missing))} it was made from")
+        if model_digest is not None and artifact.inputs["model"] != model_digest:
+            raise StaleArtifact(
+                f"the prices in {file} are of another model ({artifact.inputs['model'][:12]}; this one is "
+                f"{model_digest[:12]}); run coterie price again"
+            )
+        return cls(
+            damages=damages, model_digest=artifact.inputs["model"], text_digest=artifact.inputs["text"],
+            on=cast(On, on), **counts,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pricing:
+    """A measurement of prices that can begin.
+
+    Attributes:
+        stream: the model.
+        source: the same by its headers.
+        token_set: the text.
+        seed: seed of its draw.
+    """
+
+    stream: Stream
+    source: Source
+    token_set: TokenSet
+    seed: int
+
+    def header(self) -> dict[str, Any]:
+        """Return all that decides what is measured, for the header of a run."""
+        return {
+            "model": self.source.checkpoint.digest,
+            "model files": self.source.checkpoint.file_stamps(),
+            "text": self.token_set.digest,
+            "on": self.token_set.on,
+            "types": list(PRICED_TYPES),
+            "device": self.stream.device.type,
+            "mtp": self.source.mtp,
+        }
+
+    def in_run(self, run: Run) -> Prices:
+        """Measure in a run, which goes on with the unit that it had come to.
+
+        Args:
+            run: keeps what was measured; the stream is open.
+        """
+        meter = DamageMeter(
+            stream=self.stream, source=self.source, batches=[ids_BS for _, ids_BS in self.token_set.batches(BATCH)],
+            counts=list(self.token_set.batch_counts(BATCH)), types=PRICED_TYPES,
+        )  # fmt: skip
+        done = {name.removeprefix(_STEP): step for name, step in run.finished.items() if name.startswith(_STEP)}
+        if _WHOLE not in run.finished:
+            for name, damages in track(meter.measure(skip=done.keys()), PRICING, len(self.stream.units)):
+                if name not in done:
+                    run.finish(_STEP + name, files=[], content={"damages": damages})
+            run.finish(_WHOLE, files=[])
+        measured: dict[str, dict[str, float]] = {}
+        for name, step in run.finished.items():
+            if name.startswith(_STEP):
+                measured |= step.content["damages"]
+        return Prices(
+            damages=_with_unseen(measured, self.source.weights), model_digest=self.source.checkpoint.digest,
+            text_digest=self.token_set.digest, num_tokens=sum(self.token_set.num_counted.values()),
+            seq_len=self.token_set.seq_len, seed=self.seed, on=self.token_set.on,
+        )  # fmt: skip
+
+    def in_folder(self, folder: Path) -> Prices:
+        """Measure into a folder of its own, in a run that goes on where it was killed.
+
+        Raises:
+            OutputExists: the folder is taken.
+        """
+        check_output(folder, kind="prices", accepts=is_empty_folder, folder=True)
+        if is_empty_folder(folder):
+            folder.rmdir()
+        document = begun(folder)
+        notes = None if document is None else document["notes"].get("numerics")
+        with (
+            as_begun(notes, str(self.stream.device), what=f"the prices {folder}") as computed_with,
+            open_run(folder, self.header(), what="prices", notes={"numerics": computed_with}) as run,
+            self.stream,
+        ):
+            self.in_run(run).write(run.folder)
+            if "prices" not in run.finished:
+                run.finish("prices", files=[FILE])
+            run.publish()
+        return Prices.load(folder)
+
+    def time(self) -> StageTime:
+        """Reckon how long it takes."""
+        tokens = sum(self.token_set.num_tokens.values())
+        work = unit_work(self.stream, self.source.architecture.layers, tokens=tokens, factor=WITH_GRADIENTS, base=True)
+        numbers = sum(
+            ROWS * weight.columns * (min(MATRICES, len(weight.names)) if weight.kind == "expert" else 1)
+            for weight in self.source.weights
+        )
+        rounding = numbers * sum(map(seconds_of_type, PRICED_TYPES))
+        return StageTime(name=PRICING, seconds=work.total + rounding, tokens=tokens, reading=work.reading)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Return the memory that each stage takes."""
+        layers = self.source.architecture.layers
+        tokens, seq_len = sum(self.token_set.num_tokens.values()), self.token_set.seq_len
+        batch = batch_lines(self.stream, layers, batch_size=BATCH, seq_len=seq_len, tokens=tokens, gradients=True)
+        weigh = max(4 * sum(weight.num_elements for weight in self._inner(unit)) for unit in self.stream.units)
+        hidden = (HIDDEN, 4 * tokens * layers[0].hidden_size)
+        text = text_lines(tokens)
+        vocab_size = int(self.stream.model.config.get_text_config().vocab_size)
+        logits = logits_bytes(batch_size=BATCH, seq_len=seq_len, vocab_size=vocab_size)
+        heads = max((weight.num_elements for weight in self.source.weights if weight.head), default=0)
+        return (
+            Stage(
+                name="pricing the types of a layer",
+                lines=(*unit_lines(self.stream, (*batch, (ERRORS, weigh + weigh // 2))), hidden, *text),
+            ),
+            Stage(name="the loss and its gradient", lines=(*head_lines(self.stream), (LOGITS, logits), hidden, *text)),
+            # Its numbers as stored and in float32, what errors in them weigh, and the sum that one slice adds.
+            Stage(name="pricing the head", lines=((ERRORS, 4 * 4 * heads), (HIDDEN, 2 * hidden[1]), *text)),
+        )
+
+    def _inner(self, unit: Unit) -> list[Weight]:
+        inner = (each for each in self.source.weights if each.kind != "embedding" and not each.head)
+        return weights_among(inner, unit.disk_names)
+
+
+_STEP, _WHOLE = "prices of ", "all prices"
+
+
+def price(
+    model: str | Path,
+    out: str | Path,
+    *,
+    text: str | Path,
+    tokens: int = PRICED_TOKENS,
+    seq_len: int = 512,
+    seed: int = 0,
+    weights: Mapping[str, float] | None = None,
+    device: str = "cpu",
+    mtp: Mtp | None = None,
+    on: On = "all",
+    max_memory: int | str | None = None,
+    allow_pickle: bool = False,
+) -> Prices:
+    """Measure what storing each matrix of a model in each type of fewer bits would cost, one layer in memory at a time.
+
+    A run that was ended early goes on from the last finished layer when it is called again in the same way.
+
+    Args:
+        model: a model folder or hub id; it is only read.
+        out: folder for the prices; not there, or empty.
+        text: folder with calibration text, see `coterie.profile`.
+        tokens: tokens in all; with fewer, what is chosen fits those and no others.
+        seq_len: tokens in a sequence.
+        seed: seed of the draw of text.
+        weights: share of the text by domain.
+        device: where layers are computed.
+        mtp: what is to become of prediction layers (MTP): "keep" (when None) or "drop".
+        on: the loss of which tokens counts: "all", or those of answers and completions, "assistant".
+        max_memory: bytes, or an amount like "8GiB", that the run may take.
+        allow_pickle: read weights that are stored as pickles.
+
+    Raises:
+        OutputExists: `out` is taken.
+        OutputBusy: another run writes to `out`.
+        StaleArtifact: an earlier run to `out` that was ended early had other settings or another input.
+        Infeasible: `max_memory` is too little.
+        ArchitectureMismatch: the model predicts no next token.
+        InputError: the model or the text is not usable, see `coterie.profile`.
+    """
+    check_device(device)
+    check_on(on)
+    folder = user_path(out)
+    reads = {"model folder": [model], "text folder": [local_place(text)]}
+    check_output(folder, kind="prices", reads=reads, accepts=is_empty_folder, folder=True)
+    source = Source.open(model, allow_pickle=allow_pickle, mtp=mtp or "keep")
+    limit = None if max_memory is None else parse_bytes(max_memory)
+    settings = TextSettings(source=text, weights=weights, tokens=tokens, seq_len=seq_len, seed=seed, on=on)
+    calibration = CalibrationText(source.checkpoint, settings, device=device, limit=limit, scratch=folder.parent)
+    stream = Stream(source.checkpoint, device=device, scratch=folder.parent)
+    pricing = pricing_of(stream, source, calibration, tokens)
+    Forecast(stages=pricing.stages()).check(limit)
+    with waiting([pricing.time()]):
+        prices = pricing.in_folder(folder)
+    log.info("memory: the peak was %s", format_bytes(peak_bytes()))
+    return prices
+
+
+def pricing_of(stream: Stream, source: Source, calibration: CalibrationText, tokens: int) -> Pricing:
+    """Return a measurement that can begin, on so many tokens of a text at most.
+
+    Raises:
+        ArchitectureMismatch: the model predicts no next token.
+    """
+    check_predicts(source.architecture)
+    token_set = calibration.draw(tokens, up_to=True)
+    return Pricing(stream=stream, source=source, token_set=token_set, seed=calibration.settings.seed)
+
+
+def _with_unseen(measured: Damages, weights: Sequence[Weight]) -> Damages:
+    """Return damages in which matrices that no token passed cost nothing in types that are wide enough for the rest."""
+    whole = {pattern: dict(by_type) for pattern, by_type in measured.items()}
+    for weight in weights:
+        if not whole.get(weight.pattern):
+            fitting = {weight.fitting(name) for name in PRICED_TYPES} - {None}
+            free = {kind: 0.0 for kind in sorted(map(str, fitting)) if bits_of(kind) >= UNSEEN_BITS}
+            if free:
+                log.info("%s: no token passes it; it gets %g bits or more", weight.pattern, UNSEEN_BITS)
+                whole[weight.pattern] = free
+    return whole
