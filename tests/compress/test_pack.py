@@ -14,6 +14,7 @@ import coterie.compress.apply as apply_module
 import coterie.compress.layers as layers_module
 from checkpoints import tensors_of, weight_digests
 from coterie.compress.apply import compress
+from coterie.compress.damages import DamageMeter
 from coterie.compress.decide import plan
 from coterie.compress.dry_run import dry_run
 from coterie.compress.layer_plan import LayerPlan
@@ -277,6 +278,59 @@ def test_a_plan_edited_by_hand_is_what_is_done(small, text_folder, tmp_path):
     assert furthest(original, packed)[0] < 0.2
 
 
+@pytest.mark.parametrize("recipe", ["nearest", pytest.param("gptaq", marks=pytest.mark.long)])
+def test_types_may_differ_between_the_experts_of_a_layer(recipe, small, text_folder, tmp_path):
+    """One that is named itself gets its own type, the others that of the star; or one stays plain."""
+    whole = plan(small, type="Q8_0", recipe=recipe)
+    experts = "model.layers.0.mlp.experts"
+    types = {
+        **whole.types,
+        f"{experts}.1.gate_proj.weight": "Q4_0",
+        f"{experts}.1.up_proj.weight": "Q4_0",
+        f"{experts}.2.up_proj.weight": "Q5_0",
+        f"{experts}.3.down_proj.weight": "IQ4_NL",
+    }
+    del types["model.layers.1.mlp.experts.*.down_proj.weight"]
+    types["model.layers.1.mlp.experts.0.down_proj.weight"] = "Q5_1"
+    result = compress(small, tmp_path / "out", plan=replace(whole, types=types), text=text_folder, **TEXT)
+    assert result.plan.types == types
+    assert result.logits_error <= 1e-6
+    stored = Checkpoint.open(result.out)
+    assert stored.num_bytes == result.plan.predicted_bytes
+
+    def kinds(layer, part):
+        names = [f"model.layers.{layer}.mlp.experts.{e}.{part}_proj.weight" for e in range(8)]
+        by_size = {2 * SIZES[kind][1]: kind for kind in ("Q8_0", "Q4_0", "Q5_0", "Q5_1")}
+        return [
+            by_size[stored.tensors[name].shape[-1]] if stored.tensors[name].dtype == "U8" else None for name in names
+        ]
+
+    rest = ["Q8_0"] * 4
+    assert kinds(0, "gate") == ["Q8_0", "Q4_0", "Q8_0", "Q8_0", *rest]
+    assert kinds(0, "up") == ["Q8_0", "Q4_0", "Q5_0", "Q8_0", *rest]
+    assert kinds(0, "down") == ["Q8_0", "Q8_0", "Q8_0", "Q4_0", *rest]  # IQ4_NL has blocks of the same size
+    assert kinds(1, "down") == ["Q5_1", *[None] * 7]
+    original, packed = states(small, result.out)
+    gate_up = packed["model.layers.0.mlp.experts.gate_up_proj"] - original["model.layers.0.mlp.experts.gate_up_proj"]
+    assert furthest(original, packed)[0] < 0.2
+    off = gate_up.norm(dim=-1).view(8, 2, -1).mean(dim=-1)  # expert, gate or up
+    assert off[1].min() > 5 * off[[0, 3, 7]].max()
+    assert off[2, 1] > 2 * off[2, 0]
+
+
+def test_in_one_type_it_does_not_matter_by_which_names_experts_get_it(small, text_folder, tmp_path):
+    whole = plan(small, type="Q4_0", recipe="gptq")
+    first = compress(small, tmp_path / "first", plan=whole, text=text_folder, **TEXT)
+    apart = {
+        single: kind
+        for name, kind in whole.types.items()
+        for single in ([name.replace("*", str(e)) for e in range(8)] if "*" in name else [name])
+    }
+    second = compress(small, tmp_path / "second", plan=replace(whole, types=apart), text=text_folder, **TEXT)
+    assert second.plan.predicted_bytes == first.plan.predicted_bytes
+    assert weight_digests(first.out) == weight_digests(second.out)
+
+
 @pytest.mark.parametrize("recipe", ["nearest", "gptaq"])
 def test_a_plan_may_leave_a_layer_of_experts_alone(recipe, small, text_folder, tmp_path):
     whole = plan(small, type="Q4_0", recipe=recipe)
@@ -292,6 +346,11 @@ def test_a_plan_may_leave_a_layer_of_experts_alone(recipe, small, text_folder, t
         ({"model.layers.0.mlp.experts.*.wrong.weight": "Q8_0"}, r"wrong\.weight as Q8_0; matrices .* are named like"),
         ({"model.layers.0.mlp.gate.weight": "Q8_0"}, "gate.weight as Q8_0; matrices"),
         ({"model.embed_tokens.weight": "Q9_9"}, "as Q9_9; types that can be written are Q8_0, "),
+        (
+            {f"model.layers.0.mlp.experts.{e}.up_proj.weight": "Q4_0" for e in range(8)},
+            r"experts\.\*\.up_proj\.weight as Q8_0, and names every expert of that layer itself",
+        ),
+        ({"model.layers.0.mlp.experts.8.up_proj.weight": "Q4_0"}, r"experts\.8\.up_proj\.weight as Q4_0; matrices"),
         ({"model.embed_tokens.weight": "Q4_K"}, "in blocks of 256; its rows have 64 numbers: take Q5_0"),
     ],
 )
@@ -357,6 +416,77 @@ def test_mixed_types_say_the_least_as_well(small, text_folder, tmp_path):
     with pytest.raises(Infeasible, match=r"cannot be met with fewer bits alone"):
         compress(small, tmp_path / "out", recipe="coterie-bits", budget="9KiB", text=text_folder, **TEXT)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose gate and up rows, and all but those of down, have blocks of 256."""
+    sizes = {"hidden_size": 256, "num_hidden_layers": 1, "moe_intermediate_size": 64}
+    return tiny_checkpoint(tmp_path_factory.mktemp("wide") / "model", "qwen3_moe", **sizes)
+
+
+def least_budget(model, recipe):
+    """Return the smallest budget that is not refused."""
+    low, high = 0, plan(model, bits=16, recipe=recipe).predicted_bytes
+    while low + 1 < high:
+        middle = (low + high) // 2
+        try:
+            plan(model, budget=middle, recipe=recipe)
+        except Infeasible:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def test_a_mixture_meets_budgets_below_the_smallest_single_type(wide):
+    """Before anything is priced the smallest types stand for it; with them it is known what the least is."""
+    mixture, single = least_budget(wide, "coterie-bits"), least_budget(wide, "gptq")
+    assert mixture < single
+    outlined = plan(wide, budget=mixture, recipe="coterie-bits")
+    assert outlined.predicted_bytes == mixture
+    assert outlined.types["lm_head.weight"] == "IQ2_XXS"  # a single type gives the head Q6_K at least
+    with pytest.raises(Infeasible, match="cannot be met with fewer bits alone"):
+        plan(wide, budget=mixture - 1, recipe="coterie-bits")
+
+
+@pytest.mark.long
+def test_what_the_outline_promises_is_kept(wide, text_folder, tmp_path):
+    budget = (least_budget(wide, "coterie-bits") + least_budget(wide, "gptq")) // 2
+    result = compress(wide, tmp_path / "out", recipe="coterie-bits", budget=budget, text=text_folder, **TEXT)
+    assert result.plan.predicted_bytes == Checkpoint.open(result.out).num_bytes <= budget
+    assert 0 <= result.plan.gap <= 1
+
+
+def test_bits_that_no_block_of_the_model_has_are_refused(small):
+    with pytest.raises(Infeasible, match=r"--bits 4 cannot be met: .* take 4\.500 bits a number at least"):
+        plan(small, bits=4, recipe="coterie-bits")
+
+
+@pytest.mark.parametrize("recipe", ["pmq", "mxmoe", "alphaq", "edgemoe"])
+def test_published_allocators_say_beforehand_how_large_the_result_is(recipe, wide):
+    outlined = plan(wide, bits=4.2, recipe=recipe)
+    assert len(set(outlined.types.values())) > 2
+    again = plan(wide, budget=outlined.predicted_bytes, recipe=recipe)
+    assert again.types == outlined.types
+    with pytest.raises(Infeasible, match=r"cannot be met by this recipe, which chooses from Q2_K.* is the least"):
+        plan(wide, budget="9KiB", recipe=recipe)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["pmq", "mxmoe", "alphaq", "edgemoe"])
+def test_published_allocators_write_what_they_chose(recipe, wide, text_folder, tmp_path):
+    budget = plan(wide, bits=4.2, recipe=recipe).predicted_bytes
+    foretold = dry_run(wide, tmp_path / "out", recipe=recipe, budget=budget, text=text_folder, **TEXT)
+    result = compress(wide, tmp_path / "out", recipe=recipe, budget=budget, text=text_folder, **TEXT)
+    assert result.logits_error <= 1e-6
+    assert foretold.plan.predicted_bytes <= budget
+    assert result.plan.predicted_bytes == Checkpoint.open(result.out).num_bytes <= budget
+    assert result.plan.damage is None
+    kinds = {kind for name, kind in result.plan.types.items() if re.search(r"experts\.\d+\.", name)}
+    assert len(kinds) > 1
+    original, packed = states(wide, result.out)
+    assert furthest(original, packed)[0] < 0.7
 
 
 @pytest.mark.parametrize("target", [{"bits": 4.5}, {"type": "Q4_0"}])
@@ -523,10 +653,10 @@ def test_prices_are_measured_once(small, text_folder, tmp_path, monkeypatch):
         compress(small, tmp_path / "out", **settings)
     monkeypatch.undo()
 
-    def measured_again(self):
+    def measured_again(self, skip=()):
         raise AssertionError("priced twice")
 
-    monkeypatch.setattr(apply_module.DamageMeter, "measure", measured_again)
+    monkeypatch.setattr(DamageMeter, "measure", measured_again)
     again = compress(small, tmp_path / "out", **settings)
     assert weight_digests(again.out) == weight_digests(whole.out)
     assert again.manifest == whole.manifest

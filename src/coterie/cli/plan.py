@@ -117,6 +117,8 @@ def print_plan(plan: "Plan") -> None:
         print_text(text)
     if plan.damage is not None:
         print_text(f"expected rise of the loss: {plan.damage:.3g} nats a token")
+    if plan.gap is not None:
+        print_text(f"of that, at most {percent(plan.gap)} could be saved in the same bytes")
     for name in plan.untouched:
         print_text(f"{name}: copied; the model does not run it")
     if plan.mtp is not None:

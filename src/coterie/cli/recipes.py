@@ -43,6 +43,8 @@ def recipes(json: options.Json = False) -> None:
 
 
 def _kind(recipe: "Recipe") -> str:
+    if recipe.quantiser is not None:
+        return "fewer bits"
     if recipe.allocator in ("narrower", "ragged"):
         return "slim"
     return "merge" if recipe.merges else "drop"

@@ -63,13 +63,15 @@ class DamageMeter:
         batches: the text, ids (B, S) each.
         counts: of each batch, the loss of which tokens counts (B, S), bool; None where that of all does.
         types: which types are priced, where they fit.
+        weights: the matrices that are priced; None for all that can be stored in fewer bits.
     """
 
     stream: Stream
     source: Source
     batches: Sequence[Tensor]
     counts: Sequence[Tensor | None]
-    types: Sequence[str]
+    types: Sequence[str] = PRICED_TYPES
+    weights: Sequence[Weight] | None = None
 
     def measure(self, skip: Collection[str] = ()) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
         """Yield for each unit its name and the damages of its matrices; the head, priced last, is named "head".
@@ -81,13 +83,14 @@ class DamageMeter:
             ids_BS.numel() if counts_BS is None else int(counts_BS.sum())
             for ids_BS, counts_BS in zip(self.batches, self.counts, strict=True)
         )
+        weights = self.source.weights if self.weights is None else self.weights
         seen: list[Tensor] = []
         jobs = [
             self.stream.loss_job(ids_BS, counts_BS, see=seen.append)
             for ids_BS, counts_BS in zip(self.batches, self.counts, strict=True)
         ]
-        by_unit = {unit.name: weights_among(self.source.weights, unit.disk_names) for unit in self.stream.units}
-        embedding = next((weight for weight in self.source.weights if weight.kind == "embedding"), None)
+        by_unit = {unit.name: weights_among(weights, unit.disk_names) for unit in self.stream.units}
+        embedding = next((weight for weight in weights if weight.kind == "embedding"), None)
         rows: list[Tensor] = []
         with _watched_rows(self.stream.model.get_input_embeddings(), rows):
             for stage in self.stream.run(jobs, gradients=True):
@@ -101,7 +104,7 @@ class DamageMeter:
                 yield stage.unit.name, damages
         if embedding is not None and not embedding.head and rows and "embedding" not in skip:
             yield "embedding", {embedding.pattern: self._price_embedding(embedding, rows[0])}
-        heads = [weight for weight in self.source.weights if weight.head]
+        heads = [weight for weight in weights if weight.head]
         for weight in heads[:1]:
             if "head" not in skip:
                 yield "head", {weight.pattern: self._price_head(weight, self._predicting(seen))}
@@ -164,7 +167,7 @@ class DamageMeter:
             pairs = [
                 (matrices[part][expert], self._fisher[weight.layer, expert, part])
                 for part in sorted(by_layer[weight.layer].held[weight.names[0]])
-                for expert in range(layer.num_experts)
+                for expert in (range(layer.num_experts) if weight.expert is None else (weight.expert,))
                 if (weight.layer, expert, part) in self._fisher
             ]
             yield weight.pattern, self._prices(weight, pairs)

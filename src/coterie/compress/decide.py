@@ -97,7 +97,7 @@ def plan(
             f"recipe {request.recipe.name} ranks the hidden neurons of all layers by what was measured: give a profile "
             "that was made with --gradients"
         )
-    if prices is not None and not request.recipe.prices:
+    if prices is not None and not request.recipe.takes_prices:
         raise InputError(f"recipe {request.recipe.name} does not choose types by what they cost; leave the prices out")
     if isinstance(prices, str | Path):
         prices = Prices.load(prices, model_digest=source.checkpoint.digest)
@@ -192,7 +192,7 @@ def completed(source: Source, outlined: Plan, request: Request | None, profile: 
 def with_types(source: Source, outlined: Plan, request: Request, damages: Mapping[str, Mapping[str, float]]) -> Plan:
     """Return an outline with the types that matrices get, now that it is known what each would cost."""
     allocation = allocate(source, request, None, damages)
-    return weighed(source, replace(outlined, types=allocation.types, damage=allocation.damage))
+    return weighed(source, replace(outlined, types=allocation.types, damage=allocation.damage, gap=allocation.gap))
 
 
 def with_choices(plan: Plan, layers: Sequence[MoELayer], profile: Profile) -> Plan:

@@ -38,6 +38,17 @@ class Inputs:
     missed_NCC: Tensor | None
     num_tokens: tuple[int, ...]
 
+    def select(self, matrices: Sequence[int]) -> Inputs:
+        """Return what comes into some of them; itself where it is all of them."""
+        if tuple(matrices) == tuple(range(len(self.num_tokens))):
+            return self
+        index_N = torch.tensor(list(matrices), device=self.hessian_NCC.device)
+        return Inputs(
+            hessian_NCC=self.hessian_NCC[index_N],
+            missed_NCC=None if self.missed_NCC is None else self.missed_NCC[index_N],
+            num_tokens=tuple(self.num_tokens[matrix] for matrix in matrices),
+        )
+
 
 @dataclass(kw_only=True)
 class Sum:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from coterie.compress.plan import Plan
 from coterie.compress.projections import DOWN, GATE, UP, Projections, projections_of
 from coterie.compress.quantisers import get_quantiser, load_quantiser
 from coterie.compress.source import Source
-from coterie.compress.weights import Weight, weights_among
+from coterie.compress.weights import Weight, typed, weights_among
 from coterie.errors import ArchitectureMismatch
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.encodings.ggml import get_type
@@ -61,7 +62,7 @@ class Packer:
 
     @cached_property
     def _weights(self) -> tuple[Weight, ...]:
-        return tuple(weight for weight in self.source.weights if weight.pattern in self.plan.types)
+        return tuple(typed(self.source.weights, self.plan.types))
 
     def of_unit(self, unit: Unit) -> list[Weight]:
         """Return the matrices of a unit that are stored in blocks."""
@@ -146,25 +147,64 @@ class Packer:
         matrices = projections_of(projections.experts)
         type_of = {name: self.plan.types[weight.pattern] for weight in weights for name in weight.names}
         inputs = {between: moments.expert_inputs(layer.index, between=between) for between in (False, True)}
-        kind_of: dict[int, str] = {}
+        kind_of: dict[tuple[int, int], str] = {}
         for name, kind in type_of.items():
-            for part in projections.held[name]:
-                if kind_of.setdefault(part, kind) != kind:
-                    raise ArchitectureMismatch(f"{name} and others like it are to be stored in {kind_of[part]}, {kind}")
-        rows: dict[int, Tensor] = {}
-        if kind_of.get(GATE) == kind_of.get(UP) is not None:  # they see the same inputs: one choice of codes for both
-            both = torch.cat((matrices[GATE], matrices[UP]), dim=1).float()
-            rows[GATE], rows[UP] = self._rounded(both, inputs[False], kind_of[UP])[0].chunk(2, dim=1)
-        for part in sorted(kind_of.keys() - rows.keys()):
-            rows[part] = self._rounded(matrices[part].float(), inputs[part == DOWN], kind_of[part])[0]
+            for key in product(projections.held[name], projections.experts_in[name]):
+                if kind_of.setdefault(key, kind) != kind:
+                    raise ArchitectureMismatch(f"{name} and others like it are to be stored in {kind_of[key]}, {kind}")
         packed: dict[str, Tensor] = {}
-        for parts in set(projections.held.values()):
-            if parts <= rows.keys():
-                on_disk = projections.on_disk({part: rows[part] for part in parts})
-                packed |= {name: on_disk[name] for name in type_of if projections.held[name] == parts}
+        for kind in sorted(set(type_of.values())):
+            rows = self._rows_of(kind, kind_of, matrices, inputs)
+            for parts in set(projections.held.values()):
+                if parts <= rows.keys():
+                    on_disk = projections.on_disk({part: rows[part] for part in parts})
+                    packed |= {
+                        name: on_disk[name]
+                        for name, other in type_of.items()
+                        if other == kind and projections.held[name] == parts
+                    }
         return packed
+
+    def _rows_of(
+        self,
+        kind: str,
+        kind_of: Mapping[tuple[int, int], str],
+        matrices: Mapping[int, Tensor],
+        inputs: Mapping[bool, Inputs],
+    ) -> dict[int, Tensor]:
+        """Return the rows in bytes of projections of experts that are stored in a type, (E, R, K) by projection.
+
+        Args:
+            kind: the type.
+            kind_of: the type of each (projection, expert).
+            matrices: the projections, (E, R, C).
+            inputs: what comes into gate and up (False), and into down (True).
+        """
+        chosen = {
+            part: [e for e in range(len(matrix)) if kind_of.get((part, e)) == kind] for part, matrix in matrices.items()
+        }
+        num_experts = len(matrices[UP])
+
+        def all_experts(experts: Sequence[int], byte_NRK: Tensor) -> Tensor:
+            if len(experts) == num_experts:
+                return byte_NRK
+            byte_ERK = byte_NRK.new_zeros(num_experts, *byte_NRK.shape[1:])
+            byte_ERK[list(experts)] = byte_NRK
+            return byte_ERK
+
+        rows: dict[int, Tensor] = {}
+        if chosen.get(GATE) and chosen[GATE] == chosen[UP]:  # they see the same inputs: one choice of codes for both
+            experts = chosen[UP]
+            both = torch.cat((matrices[GATE][experts], matrices[UP][experts]), dim=1).float()
+            byte_NRK, _ = self._rounded(both, inputs[False].select(experts), kind)
+            rows[GATE], rows[UP] = (all_experts(experts, half) for half in byte_NRK.chunk(2, dim=1))
+        for part in sorted(part for part, experts in chosen.items() if experts and part not in rows):
+            experts = chosen[part]
+            byte_NRK, _ = self._rounded(matrices[part][experts].float(), inputs[part == DOWN].select(experts), kind)
+            rows[part] = all_experts(experts, byte_NRK)
+        return rows
 
 
 def packed_names(source: Source, plan: Plan) -> frozenset[str]:
     """Return the names on disk of all tensors that are stored in blocks."""
-    return frozenset(name for weight in source.weights if weight.pattern in plan.types for name in weight.names)
+    return frozenset(name for weight in typed(source.weights, plan.types) for name in weight.names)

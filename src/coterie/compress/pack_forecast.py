@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from coterie.compress.plan import Plan
 from coterie.compress.quantisers import get_quantiser
 from coterie.compress.quantisers.gptq import FACTOR_BYTES, HESSIAN_ELEMENTS
 from coterie.compress.source import Source
-from coterie.compress.weights import Weight, weights_among
+from coterie.compress.weights import Weight, typed, weights_among
 from coterie.model.disk.encodings.ggml.rounding import ROUNDING_BYTES
 from coterie.model.stream.memory import (
     COMPRESS_COPIES,
@@ -41,7 +42,7 @@ def seconds_of_type(name: str) -> float:
     return SECONDS.get(name, _OTHERS)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class PackForecast:
     """Says what storing weights in fewer bits takes.
 
@@ -117,8 +118,11 @@ class PackForecast:
         return get_quantiser(self.plan.quantiser[0]).corrects
 
     def _of_unit(self, unit: Unit) -> list[Weight]:
-        typed = (weight for weight in self.source.weights if weight.pattern in self.plan.types)
-        return weights_among(typed, unit.disk_names)
+        return weights_among(self._typed, unit.disk_names)
+
+    @cached_property
+    def _typed(self) -> list[Weight]:
+        return typed(self.source.weights, self.plan.types)
 
     @staticmethod
     def _together(weights: Sequence[Weight]) -> dict[str, int]:

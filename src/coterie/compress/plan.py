@@ -65,8 +65,10 @@ class Plan:
         seed: seed of everything random in the passes.
         inputs: digests of the model (and the profile's text) that the plan was made from.
         quantiser: (name, options) of what chooses the codes of weights that are stored in blocks; None where none are.
-        types: GGML type of every matrix that is stored in blocks, by its name on disk, a star for the expert's number.
+        types: GGML type of every matrix that is stored in blocks, by its name on disk; a star for the expert's number
+            stands for all experts of a layer but those that are named themselves.
         damage: rise of the loss that the allocator expects, in nats a token; None where it expects none in numbers.
+        gap: by which share of its own `damage` may exceed the least that these bytes allow; None where it is not known.
     """
 
     recipe: str
@@ -85,6 +87,7 @@ class Plan:
     quantiser: Step | None = None
     types: Mapping[str, str] = field(default_factory=dict)
     damage: float | None = None
+    gap: float | None = None
 
     def body(self) -> dict[str, Any]:
         """Return the plan as JSON content (without the input digests)."""
@@ -99,6 +102,7 @@ class Plan:
             **({} if self.quantiser is None else {"quantiser": [self.quantiser[0], dict(self.quantiser[1])]}),
             **({"types": dict(self.types)} if self.types else {}),
             **({} if self.damage is None else {"damage": self.damage}),
+            **({} if self.gap is None else {"gap": self.gap}),
             **{name: getattr(self, name) for name in _COUNTS},
         }
 
@@ -165,6 +169,7 @@ class Plan:
                 quantiser=content.pair("quantiser") if content.said("quantiser") else None,
                 types=content.texts_by_name("types") if content.said("types") else {},
                 damage=content.number("damage", least=0.0) if content.said("damage") else None,
+                gap=content.number("gap", least=0.0) if content.said("gap") else None,
                 **{name: content.whole(name, least=None if name == "seed" else 0) for name in _COUNTS},
                 inputs=dict(inputs),
             )

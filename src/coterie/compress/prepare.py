@@ -189,7 +189,7 @@ class Job:
         measuring = () if self.measure is None or here else (self.measure.time(self.stream, layers),)
         steps = (stage for prepared in self.result_steps.values() if prepared is not None for stage in prepared.times)
         compressing = compressing_time(self.stream, self.outline, self.seconds, self.measure if here else None)
-        pricing = () if self.pricing is None else (self.pricing.time(),)
+        pricing = () if self.pricing is None else (self.pricing.forecast.time(),)
         return (*measuring, *pricing, compressing, *steps, checking_time(self.outline))
 
     @property
@@ -294,7 +294,7 @@ def prepare(
         forecast=(
             _forecast(stream, source, measure, profile, options.inputs)
             if packing is None
-            else Forecast(stages=(*(() if pricing is None else pricing.stages()), *packing.stages()))
+            else Forecast(stages=(*(() if pricing is None else pricing.forecast.stages()), *packing.stages()))
         ),
         prices=prices,
         pricing=pricing,
@@ -391,16 +391,16 @@ def _prices(
         StaleArtifact: they are of another model.
     """
     given = options.prices
+    if given is not None and (request is None or not request.recipe.takes_prices):
+        raise InputError("--prices is for recipes that choose types by what they cost, such as coterie-bits")
     if request is None or not request.recipe.prices:
-        if given is not None:
-            raise InputError("--prices is for recipes that choose types by what they cost, such as coterie-bits")
         return None, None
     if isinstance(given, Prices):
         return given, None
     if given is not None and (user_path(given) / PRICES_FILE).exists():
         return Prices.load(given, model_digest=source.checkpoint.digest), None
     assert calibration is not None
-    return None, pricing_of(stream, source, calibration, min(PRICED_TOKENS, options.tokens))
+    return None, pricing_of(stream, source, calibration, min(PRICED_TOKENS, options.tokens), request.recipe.allocator)
 
 
 def _on(on: On | None, profile: Profile | None) -> On:

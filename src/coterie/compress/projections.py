@@ -16,6 +16,9 @@ from coterie.model.arch.layers import MoELayer
 #: Marks that stand for gate, up and down projection.
 GATE, UP, DOWN = 1, 2, 3
 
+#: What marks of the experts are apart.
+_PARTS = 4
+
 
 def projections_of(experts: Experts) -> dict[int, Tensor]:
     """Return the projections that there are, (E, rows, columns) each."""
@@ -40,11 +43,16 @@ class Projections:
         self._model, self._layer, self._conversion, self._conversions = model, layer, conversion, conversions
         self.experts = canonical_experts(model.get_submodule(layer.experts))
         marks = {
-            part: torch.full((*matrix.shape[:-1], 1), part, dtype=torch.uint8)
+            part: (part + _PARTS * torch.arange(len(matrix), dtype=torch.int32))[:, None, None]
+            .expand(*matrix.shape[:-1], 1)
+            .contiguous()
             for part, matrix in projections_of(self.experts).items()
         }
+        marked = {name: set(tensor.flatten().tolist()) for name, tensor in self.on_disk(marks).items()}
         #: By name on disk, which projections the tensor holds; found out by storing marks in their place.
-        self.held = {name: frozenset(tensor.flatten().tolist()) for name, tensor in self.on_disk(marks).items()}
+        self.held = {name: frozenset(mark % _PARTS for mark in values) for name, values in marked.items()}
+        #: By name on disk, the experts whose projections it holds.
+        self.experts_in = {name: frozenset(mark // _PARTS for mark in values) for name, values in marked.items()}
 
     def on_disk(self, rows: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Return rows, of numbers or of bytes, by name on disk.

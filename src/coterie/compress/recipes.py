@@ -84,8 +84,13 @@ class Recipe:
 
     @property
     def prices(self) -> bool:
-        """Whether it is measured first what every matrix would cost in every type."""
-        return ALLOCATORS[self.allocator].prices
+        """Whether matrices are measured first, so that their types can be chosen by that."""
+        return ALLOCATORS[self.allocator].meter is not None
+
+    @property
+    def takes_prices(self) -> bool:
+        """Whether that is what every matrix would cost in every type, which may be known (`coterie.price`)."""
+        return self.allocator == "mixed-types"
 
     def with_router(self, router: str) -> tuple[Step, ...]:
         """Return the passes for a router form, one of `ROUTERS`.
@@ -321,6 +326,30 @@ RECIPES: dict[str, Recipe] = {
             summary="gptq, which makes good what the layers before have changed as well",
             paper="2504.02692",
             measures=(), passes=(), allocator="one-type", quantiser=("corrected-gptq", {}),
+        ),
+        Recipe(
+            name="pmq",
+            summary="a type for each expert by how often it is chosen and how far its output is off, gptq",
+            paper="2410.06270",
+            measures=(), passes=(), allocator="pmq", quantiser=("gptq", {}),
+        ),
+        Recipe(
+            name="mxmoe",
+            summary="a type for each projection of each expert by how far the layer's output is off, gptq",
+            paper="2505.05799",
+            measures=(), passes=(), allocator="mxmoe", quantiser=("gptq", {}),
+        ),
+        Recipe(
+            name="alphaq",
+            summary="a type for each projection of each expert by how heavy-tailed its spectrum is, gptq",
+            paper="2606.04980",
+            measures=(), passes=(), allocator="alphaq", quantiser=("gptq", {}),
+        ),
+        Recipe(
+            name="edgemoe",
+            summary="the lower of two types for the experts that matter least, each number the nearest",
+            paper="2308.14352",
+            measures=(), passes=(), allocator="edgemoe", quantiser=("nearest", {}),
         ),
         Recipe(
             name="coterie-bits",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from coterie.compress.plan import Plan
 from coterie.errors import Infeasible
@@ -31,6 +31,7 @@ class Weight:
         kind: "expert", "linear" or "embedding".
         plain_bytes: what all of them take as plain numbers.
         head: what logits are computed with; of a tied model its embedding.
+        expert: the number of the expert whose it alone is; None for those of all experts of a layer, and for any other.
     """
 
     pattern: str
@@ -41,6 +42,7 @@ class Weight:
     kind: str
     plain_bytes: int
     head: bool = False
+    expert: int | None = None
 
     @property
     def columns(self) -> int:
@@ -62,6 +64,34 @@ class Weight:
         """Return the bytes of all of them in a type."""
         return len(self.names) * GgmlBlocks(type=kind, axis=self.axis).num_bytes(self.shape)
 
+    def only(self, names: Sequence[str]) -> Weight:
+        """Return those of some of its names."""
+        return replace(self, names=tuple(names), plain_bytes=self.plain_bytes // len(self.names) * len(names))
+
+    def apart(self) -> tuple[Weight, ...]:
+        """Return the matrices of each expert, by their own names; itself where they are stored as one tensor."""
+        place = next((place for place, each in enumerate(self.pattern.split(".")) if each == "*"), None)
+        if place is None:
+            return (self,)
+        return tuple(
+            replace(self.only((name,)), pattern=name, expert=int(name.split(".")[place])) for name in self.names
+        )
+
+
+def typed(weights: Iterable[Weight], types: Container[str]) -> list[Weight]:
+    """Return the matrices that are given types, each with the pattern that it is given one by.
+
+    One that is named itself has its own, the others of its layer have that of the pattern with a star, if any.
+    """
+    chosen: list[Weight] = []
+    for weight in weights:
+        singled = {name for name in weight.names if name in types} - {weight.pattern}
+        if singled:
+            chosen += [each for each in weight.apart() if each.pattern in singled]
+        if weight.pattern in types and (names := [name for name in weight.names if name not in singled]):
+            chosen.append(weight.only(names))
+    return chosen
+
 
 def weights_among(weights: Iterable[Weight], names: Collection[str]) -> list[Weight]:
     """Return the matrices all of whose tensors are among those of some names on disk, such as a unit's."""
@@ -82,6 +112,7 @@ def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) ->
             they are; says what can be.
     """
     by_pattern = {weight.pattern: weight for weight in weights}
+    by_type = {weight.pattern: weight for weight in typed(weights, plan.types)}
     if plan.quantiser is None:
         raise Infeasible("the plan gives types to weights, and names no quantiser that chooses their codes")
     changed = [
@@ -96,7 +127,11 @@ def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) ->
             "the plan empty, its router plain and its layers whole"
         )
     for pattern, kind in plan.types.items():
-        weight = by_pattern.get(pattern)
+        weight = by_type.get(pattern)
+        if weight is None and pattern in by_pattern:
+            raise Infeasible(
+                f"the plan stores {pattern} as {kind}, and names every expert of that layer itself: leave it out"
+            )
         if weight is None:
             raise Infeasible(
                 f"the plan stores {pattern} as {kind}; matrices that can be stored so are named like "
@@ -114,14 +149,12 @@ def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) ->
 
 def bytes_saved(weights: Sequence[Weight], types: Mapping[str, str]) -> int:
     """Return how many bytes fewer the matrices take in the types that they are given, by pattern."""
-    return sum(
-        weight.plain_bytes - weight.num_bytes(types[weight.pattern]) for weight in weights if weight.pattern in types
-    )
+    return sum(weight.plain_bytes - weight.num_bytes(types[weight.pattern]) for weight in typed(weights, types))
 
 
 def encodings_of(weights: Sequence[Weight], types: Mapping[str, str]) -> dict[str, GgmlBlocks]:
     """Return the encoding of each pattern that a plan gives a type."""
-    by_pattern = {weight.pattern: weight for weight in weights}
     return {
-        pattern: GgmlBlocks(type=kind, axis=by_pattern[pattern].axis, dtype="F32") for pattern, kind in types.items()
+        weight.pattern: GgmlBlocks(type=types[weight.pattern], axis=weight.axis, dtype="F32")
+        for weight in typed(weights, types)
     }

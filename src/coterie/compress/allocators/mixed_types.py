@@ -6,24 +6,31 @@ knapsack (`coterie.compress.allocators.knapsack`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.allocators import one_type
-from coterie.compress.allocators.knapsack import Option, choose
+from coterie.compress.allocators.knapsack import Option, choose, choose_exactly, gap_of
 from coterie.compress.allocators.problem import Allocation, Problem
+from coterie.compress.damages import PRICED_TYPES
 from coterie.compress.weights import Weight
 from coterie.errors import Infeasible
 
+log = logging.getLogger(__name__)
+
+#: Where more of the damage could be saved than this share, an integer program is asked as well.
+GAP = 0.01
+
 
 def allocate(problem: Problem) -> Allocation:
-    """Choose the types; before anything was measured one type for all, which is no larger.
+    """Choose the types; before anything was measured one type for all, or the smallest that there are.
 
     Raises:
         Infeasible: a budget below the smallest result; says what that takes.
     """
     if problem.damages is None:
-        return one_type.allocate(problem)
+        return _outline(problem)
     layers = problem.whole()
     plain = problem.num_bytes(layers, {})
     weights = [weight for weight in problem.weights if problem.damages.get(weight.pattern)]
@@ -35,15 +42,56 @@ def allocate(problem: Problem) -> Allocation:
         ]
         for weight in weights
     ]
-    chosen = choose(items, _room(problem, weights, rest))
+    room = _room(problem, weights, rest)
+    chosen = choose(items, room)
     if chosen is None:
-        least = rest + sum(min(option.num_bytes for option in options) for options in items)
-        raise Infeasible(f"a budget this small cannot be met with fewer bits alone: {format_bytes(least)} is the least")
+        raise _too_small(problem, weights, rest, sum(min(each.num_bytes for each in options) for options in items))
+    gap = gap_of(items, chosen, room)
+    if gap > GAP:
+        better = choose_exactly(items, room)
+        assert better is not None
+        log.info("up to %.1f %% of the damage could be saved: an integer program was asked as well", 100 * gap)
+        chosen, gap = better, gap_of(items, better, room)
     types = {weight.pattern: option.name for weight, option in zip(weights, chosen, strict=True)}
     return Allocation(
         layers=layers, num_bytes=problem.num_bytes(layers, types), damage=sum(option.damage for option in chosen),
-        types=types,
+        types=types, gap=gap,
     )  # fmt: skip
+
+
+def _outline(problem: Problem) -> Allocation:
+    """Say what can be said from headers alone: whether types can be mixed so that the target is met, and one way.
+
+    That way is one type for all where one fits, which is no larger than what will be chosen; else the smallest types.
+    """
+    layers = problem.whole()
+    types: dict[str, str] = {}
+    for weight in problem.weights:
+        fitting = [kind for wanted in PRICED_TYPES if (kind := weight.fitting(wanted)) is not None]
+        if fitting:
+            types[weight.pattern] = min(fitting, key=weight.num_bytes)
+    weights = [weight for weight in problem.weights if weight.pattern in types]
+    smallest = Allocation(layers=layers, num_bytes=problem.num_bytes(layers, types), types=types)
+    taken = sum(weight.num_bytes(types[weight.pattern]) for weight in weights)
+    rest = smallest.num_bytes - taken
+    if taken > _room(problem, weights, rest):
+        raise _too_small(problem, weights, rest, taken)
+    try:
+        return one_type.allocate(problem)
+    except Infeasible:
+        return smallest
+
+
+def _too_small(problem: Problem, weights: Sequence[Weight], rest: int, taken: int) -> Infeasible:
+    """Return what to raise where matrices take `taken` bytes at least, and all else `rest`."""
+    if problem.target.bits is not None:
+        least = 8 * taken / sum(weight.num_elements for weight in weights)
+        return Infeasible(
+            f"--bits {problem.target.bits:g} cannot be met: blocks that fit into the rows of this model take "
+            f"{least:.3f} bits a number at least"
+        )
+    least_bytes = format_bytes(rest + taken)
+    return Infeasible(f"a budget this small cannot be met with fewer bits alone: {least_bytes} is the least")
 
 
 def _room(problem: Problem, weights: Sequence[Weight], rest: int) -> int:

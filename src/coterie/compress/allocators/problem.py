@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.allocators import ALLOCATORS
@@ -17,6 +17,13 @@ from coterie.compress.weights import Weight, bytes_saved
 from coterie.errors import Infeasible, UnknownName
 from coterie.model.arch.layers import Architecture
 from coterie.profile.profile import Profile
+
+
+class Meter(Protocol):
+    """Measures matrices, unit by unit."""
+
+    def measure(self, skip: Collection[str] = ()) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+        """Yield what was measured last, and numbers by name and by what they are; what is to be skipped is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +38,8 @@ class Problem:
         profile: what was measured; None where nothing was yet. An allocator that cannot do without then shares out
             evenly, which only serves to see whether the target can be met, and in how many bytes.
         find_weights: what finds the matrices that can be stored in fewer bits.
-        damages: what each of them would cost in each type, nats a token, by pattern; None before that is measured.
+        damages: what the allocator's meter measured, by name and by what it is: for most what each matrix would cost in
+            each type, nats a token, by pattern; None before that is measured.
     """
 
     architecture: Architecture
@@ -123,18 +131,41 @@ class Allocation:
         num_bytes: bytes of all tensors of the result.
         damage: expected rise of the loss in nats a token; None where the allocator predicts none.
         types: GGML type of each matrix that is stored in blocks, by its pattern.
+        gap: by which share of its own `damage` may exceed the least that is possible, 0 to 1; None where no such bound
+            is known.
     """
 
     layers: tuple[LayerPlan, ...]
     num_bytes: int
     damage: float | None = None
     types: Mapping[str, str] = field(default_factory=dict)
+    gap: float | None = None
 
 
 def load_allocator(name: str) -> Callable[[Problem], Allocation]:
     """Return an allocator by name; raises UnknownName."""
     if name not in ALLOCATORS:
         raise UnknownName("allocator", name, ALLOCATORS)
-    module, _, attribute = ALLOCATORS[name].function.partition(":")
-    function: Callable[[Problem], Allocation] = getattr(import_module(module), attribute)
+    function: Callable[[Problem], Allocation] = _load(ALLOCATORS[name].function)
     return function
+
+
+def load_meter(name: str) -> Callable[..., Meter]:
+    """Return what makes the meter of an allocator, of a stream, a source, batches of text and which tokens count.
+
+    Raises:
+        UnknownName: no such allocator.
+        ValueError: one that measures nothing.
+    """
+    if name not in ALLOCATORS:
+        raise UnknownName("allocator", name, ALLOCATORS)
+    where = ALLOCATORS[name].meter
+    if where is None:
+        raise ValueError(f"the allocator {name} has no meter")
+    make: Callable[..., Meter] = _load(where)
+    return make
+
+
+def _load(where: str) -> Any:
+    module, _, attribute = where.partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,53 @@
+"""MxMoE: a type for each projection of each expert, by how far the layer's output is off where it alone is rounded.
+
+2505.05799. In every MoE layer the sum of ``Delta_ijk x_ijk`` over experts i, projections j and types k is made least
+within the layer's bytes, with Delta the Euclidean distance between the outputs of the layer. The paper weighs that
+against the time that kernels take, ``L^r T^(1-r)``; here r is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from coterie.compress.allocators.expert_types import Room, by_matrix
+from coterie.compress.allocators.knapsack import choose_exactly
+from coterie.compress.allocators.problem import Allocation, Problem
+from coterie.compress.output_errors import OutputErrors
+from coterie.compress.source import Source
+from coterie.model.stream.stream import Stream
+
+#: The types that are chosen from.
+TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q8_0")
+
+#: What is no expert's stays in 16 bits in the paper; in eight it loses next to nothing.
+LINEAR = "Q8_0"
+
+
+def meter(stream: Stream, source: Source, batches: Sequence[Tensor], counts: Sequence[Tensor | None]) -> OutputErrors:
+    """Return what measures how far outputs are off."""
+    return OutputErrors(stream=stream, source=source, batches=batches, counts=counts, types=TYPES, groups=by_matrix)
+
+
+def allocate(problem: Problem) -> Allocation:
+    """Choose a type for each projection; before anything was measured as if all numbers mattered alike.
+
+    Raises:
+        Infeasible: a target below the smallest types; says what those take.
+    """
+    room, groups = Room(problem=problem, linear=LINEAR), by_matrix(problem.weights)
+    wanted: dict[str, str] = {}
+    for layer, num_bytes in room.by_layer(groups).items():
+        of_layer = [group for group in groups if group.layer == layer]
+        costs = [
+            group.even_costs(TYPES)
+            if problem.damages is None
+            else {kind: problem.damages[group.key][kind] for kind in TYPES}
+            for group in of_layer
+        ]
+        chosen = choose_exactly([group.options(each) for group, each in zip(of_layer, costs, strict=True)], num_bytes)
+        if chosen is None:
+            raise room.too_small(groups, TYPES)
+        wanted |= {group.key: option.name for group, option in zip(of_layer, chosen, strict=True)}
+    return room.allocation(groups, [wanted[group.key] for group in groups])
