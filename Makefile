@@ -22,7 +22,8 @@ PYTEST      := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n $(
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
-demo: $(VENV)/.stamp ## compress the bundled model, evaluate it, draw the report (minutes, CPU)
+demo: $(VENV)/.stamp ## compress the bundled model, evaluate it, draw the report, run it in llama.cpp (minutes, CPU)
+	@$(PIP) -e '.[llama]'
 	$(BIN)/python benchmarks/demo.py
 
 test: lint ## lint, types and the fast tests (5 minutes on two cores)

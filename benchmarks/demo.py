@@ -6,18 +6,23 @@
 
 Compresses the model to a share of its bytes with `PRECISE`, profiles it on the calibration text, compresses it with
 `SHOWN` to a share of its experts, evaluates all results against the original
-on the test text, prints the tables (in Markdown: OUT/tables.md) and writes the report.
+on the test text, prints the tables (in Markdown: OUT/tables.md) and writes the report. At the end a second model goes
+the way to llama.cpp: in fewer bits, exported as GGUF, and a real llama.cpp goes on with `PROMPTS`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from coterie.amounts import format_bytes
@@ -25,6 +30,7 @@ from coterie.compress.apply import compress
 from coterie.compress.recipes import RECIPES
 from coterie.evaluate.run import evaluate
 from coterie.evaluate.scorecard import Scorecard
+from coterie.export.run import export
 from coterie.model.arch.inspect import inspect
 from coterie.outputs import check_output
 from coterie.profile.run import profile
@@ -52,6 +58,10 @@ SHOWN = (
 
 #: Recipes that store weights in fewer bits: our own, and what one would take instead.
 PRECISE = ("coterie-bits", "gptq", "nearest")
+
+#: A model of a family that llama.cpp computes as transformers does, and what it is to go on with.
+FOR_LLAMA = HERE / "reference" / "qwen3_moe"
+PROMPTS = ("Q: 37 + 58 = ?\nA:", "import os\nimport re\n\n\ndef ", "The king ")
 
 HEADERS = ("model", "size", "KL", "perplexity", "top-1 agreement", "exact answers", "speed", "seconds to make")
 
@@ -99,6 +109,39 @@ def markdown(headers: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
     """Return a table as Markdown."""
     lines = [headers, ("---", *("---:" for _ in headers[1:])), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def run_in_llama(console: Console, out: Path, share: float, tokens: int, seed: int) -> None:
+    """Bring `FOR_LLAMA` to a share of its bytes, export it, and let a real llama.cpp write text with it."""
+    if find_spec("xllamacpp") is None or find_spec("gguf") is None:
+        console.print("for the way to llama.cpp: pip install gguf xllamacpp, and run the demo again")
+        return
+    folder, file = out / FOR_LLAMA.name, out / f"{FOR_LLAMA.name}.gguf"
+    budget = int(share * inspect(FOR_LLAMA).file_bytes)
+    console.print(f"compressing {FOR_LLAMA.name} with {PRECISE[0]} to {format_bytes(budget)}, for llama.cpp")
+    compress(FOR_LLAMA, folder, budget=budget, recipe=PRECISE[0], text=CALIBRATION, tokens=tokens, seed=seed)
+    export(folder, file)
+    console.print(f"{file.relative_to(out)}: {format_bytes(file.stat().st_size)}; llama.cpp goes on with it:")
+    for prompt, text in zip(PROMPTS, continued(file, PROMPTS), strict=True):
+        shown = escape(repr(prompt + text))
+        console.print(f"  {shown}", highlight=False)
+
+
+def continued(file: Path, prompts: Sequence[str], num_tokens: int = 24) -> list[str]:
+    """Return what llama.cpp writes after each prompt, always the likeliest token."""
+    import xllamacpp
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(file)
+    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = 512, 1, 0
+    settings.warmup, settings.fit_params, settings.verbosity = False, False, 0
+    server = xllamacpp.Server(settings)
+    texts = []
+    for prompt in prompts:
+        answer = server.handle_completions({"prompt": prompt, "n_predict": num_tokens, "temperature": 0})
+        answer = json.loads(answer) if isinstance(answer, str | bytes) else answer
+        texts.append(str(answer["choices"][0]["text"]))
+    return texts
 
 
 def main() -> None:
@@ -176,10 +219,12 @@ def main() -> None:
     (options.markdown or options.out / "tables.md").write_text(tables)
     page = report(options.out)
     console.print(f"report: {page}")
+    run_in_llama(console, options.out, options.share, options.tokens, options.seed)
     console.print(f"all in {time.perf_counter() - started:.0f} seconds; now to your own model:")
     console.print("  coterie inspect  MODEL --budget 12GiB")
     console.print("  coterie compress MODEL OUT --budget 12GiB --text DIR")
     console.print("  coterie evaluate OUT --against MODEL --text DIR")
+    console.print("  coterie export   OUT FILE.gguf")
 
 
 if __name__ == "__main__":

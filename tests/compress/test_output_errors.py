@@ -133,13 +133,11 @@ def test_losses_by_expert_are_those_of_the_layer(tmp_path, monkeypatch):
     monkeypatch.setattr(damages_module, "ROWS", 10**6)
     monkeypatch.setattr(damages_module, "MATRICES", 10**6)
     folder = tiny_checkpoint(tmp_path / "model", "olmoe", **FAMILIES["olmoe"])
-    source, batches = Source.open(folder), list(IDS.split(2))
+    source, batches, nothing = Source.open(folder), list(IDS.split(2)), [None] * 2
     with Stream(source.checkpoint) as stream:
-        apart = {
-            k: v for _, some in edgemoe.meter(stream, source, batches, [None] * 2).measure() for k, v in some.items()
-        }
+        apart = {k: v for _, some in edgemoe.meter(stream, source, batches, nothing).measure() for k, v in some.items()}
         meter = damages_module.DamageMeter(
-            stream=stream, source=source, batches=batches, counts=[None] * 2, types=edgemoe.TYPES
+            stream=stream, source=source, batches=batches, counts=nothing, types=edgemoe.TYPES
         )
         together = {k: v for _, some in meter.measure() for k, v in some.items()}
     assert apart.keys() == {group.key for group in by_matrix(source.weights)}

@@ -259,8 +259,6 @@ def _decide(work: Work) -> None:
             assert job.pricing is not None
             prices = job.pricing.in_run(work.run)
         work.plan = with_types(job.source, work.plan, job.request, prices.damages)
-    if job.request is not None and job.measuring is not None:
-        work.plan = with_types(job.source, work.plan, job.request, job.measuring.in_run(work.run))
     if profile is None:
         return
     work.plan = completed(job.source, work.plan, job.request, profile)

@@ -70,7 +70,7 @@ class DamageMeter:
     source: Source
     batches: Sequence[Tensor]
     counts: Sequence[Tensor | None]
-    types: Sequence[str]
+    types: Sequence[str] = PRICED_TYPES
     weights: Sequence[Weight] | None = None
 
     def measure(self, skip: Collection[str] = ()) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:

@@ -97,7 +97,7 @@ def plan(
             f"recipe {request.recipe.name} ranks the hidden neurons of all layers by what was measured: give a profile "
             "that was made with --gradients"
         )
-    if prices is not None and not request.recipe.prices:
+    if prices is not None and not request.recipe.takes_prices:
         raise InputError(f"recipe {request.recipe.name} does not choose types by what they cost; leave the prices out")
     if isinstance(prices, str | Path):
         prices = Prices.load(prices, model_digest=source.checkpoint.digest)

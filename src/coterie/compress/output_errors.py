@@ -9,7 +9,7 @@ Legend: T tokens, N tokens of one expert, D model width, K chosen experts, R row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,7 +48,7 @@ class OutputErrors:
         stream: the model, open.
         source: the same by its headers.
         batches: the text, ids (B, S) each.
-        counts: of each batch, which tokens count (B, S), bool; None where all do.
+        counts: of each batch, which of its tokens count (B, S), bool; None where all do.
         types: the types that are wanted for matrices.
         groups: returns which matrices of a layer are rounded together.
     """
@@ -60,14 +60,19 @@ class OutputErrors:
     types: Sequence[str]
     groups: Callable[[Sequence[Weight]], Sequence[Group]]
 
-    def measure(self) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+    def measure(self, skip: Collection[str] = ()) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
         """Yield for each unit its name and what was measured of its groups, by their keys.
 
         By the name of a type that is wanted: the Frobenius norm over all tokens of what the layer's output is off. And
         "usage", how many tokens chose the group's experts, and "gate_mass", the sum of their routing weights.
+
+        Args:
+            skip: units that are left out.
         """
         jobs = [self.stream.base_job(ids_BS) for ids_BS in self.batches]
         for stage in self.stream.run(jobs):
+            if stage.unit.name in skip:
+                continue
             layers = tuple(layer for layer in self.source.architecture.layers if stage.unit.holds(layer.experts))
             routed = self._forward(stage, layers)
             weights = weights_among(self.source.weights, stage.unit.disk_names)
@@ -81,14 +86,14 @@ class OutputErrors:
     def _forward(self, stage: Stage, layers: tuple[MoELayer, ...]) -> dict[int, Routed]:
         """Send a unit's calls on; return what reached the experts of its layers."""
         seen: dict[int, list[Routed]] = {layer.index: [] for layer in layers}
-        for call in stage.calls:
+        for call, counts_BS in zip(stage.calls, self.counts, strict=True):
             if not layers:
                 call.finish(call.compute())
                 continue
             with observed(self.stream.model, layers, fields=()) as observations:
                 call.finish(call.compute())
-            counts_BS = self.counts[call.job]
-            for each in observations if counts_BS is None else (e.select(counts_BS.flatten()) for e in observations):
+            for observation in observations:
+                each = observation if counts_BS is None else observation.select(counts_BS.flatten())
                 seen[each.layer.index].append(
                     Routed(hidden_TD=each.hidden_TD, index_TK=each.index_TK, weight_TK=each.weight_TK)
                 )

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coterie.amounts import parse_bytes, parse_share
-from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.damages import PRICED_TOKENS
 from coterie.compress.decide import check_profile, check_sequential, checked, completed, needs_of_plan, outline
-from coterie.compress.measuring import Measuring
 from coterie.compress.output import check_space
 from coterie.compress.pack_forecast import PackForecast
 from coterie.compress.plan import Mtp, Plan
@@ -34,7 +32,7 @@ from coterie.outputs import check_output, is_empty_folder
 from coterie.paths import user_path
 from coterie.profile.calibration import TokenSet
 from coterie.profile.data_sets import local_place
-from coterie.profile.measure import Measure, ProfileSettings, check_predicts
+from coterie.profile.measure import Measure, ProfileSettings
 from coterie.profile.profile import FILE as PROFILE_FILE
 from coterie.profile.profile import Profile
 from coterie.profile.sources import On, check_on
@@ -150,7 +148,6 @@ class Job:
         numerics: what is computed with, see `coterie.model.numerics`.
         prices: what types cost, where that was measured before.
         pricing: what measures it; None where that is done or not asked for.
-        measuring: what measures something else of matrices for the allocator; None where nothing is.
     """
 
     options: Options
@@ -168,7 +165,6 @@ class Job:
     seconds: Mapping[str, float] = field(default_factory=dict)
     prices: Prices | None = None
     pricing: Pricing | None = None
-    measuring: Measuring | None = None
 
     @cached_property
     def needs(self) -> tuple[str, ...]:
@@ -193,7 +189,7 @@ class Job:
         measuring = () if self.measure is None or here else (self.measure.time(self.stream, layers),)
         steps = (stage for prepared in self.result_steps.values() if prepared is not None for stage in prepared.times)
         compressing = compressing_time(self.stream, self.outline, self.seconds, self.measure if here else None)
-        pricing = tuple(each.time() for each in (self.pricing, self.measuring) if each is not None)
+        pricing = () if self.pricing is None else (self.pricing.forecast.time(),)
         return (*measuring, *pricing, compressing, *steps, checking_time(self.outline))
 
     @property
@@ -283,7 +279,6 @@ def prepare(
         assert calibration is not None
         measure = _measure(source, options, needs, calibration)
     prices, pricing = _prices(options, request, source, stream, calibration)
-    measuring = _measuring(options, request, source, stream, calibration)
     packing = None
     if outlined.packed:
         assert measure is not None
@@ -299,16 +294,10 @@ def prepare(
         forecast=(
             _forecast(stream, source, measure, profile, options.inputs)
             if packing is None
-            else Forecast(
-                stages=(
-                    *(stage for each in (pricing, measuring) if each is not None for stage in each.stages()),
-                    *packing.stages(),
-                )
-            )
+            else Forecast(stages=(*(() if pricing is None else pricing.forecast.stages()), *packing.stages()))
         ),
         prices=prices,
         pricing=pricing,
-        measuring=measuring,
         calibration=calibration,
         recorded=(recorded or {}).get("result_steps", {}),
         numerics=numerics or {},
@@ -402,34 +391,16 @@ def _prices(
         StaleArtifact: they are of another model.
     """
     given = options.prices
+    if given is not None and (request is None or not request.recipe.takes_prices):
+        raise InputError("--prices is for recipes that choose types by what they cost, such as coterie-bits")
     if request is None or not request.recipe.prices:
-        if given is not None:
-            raise InputError("--prices is for recipes that choose types by what they cost, such as coterie-bits")
         return None, None
     if isinstance(given, Prices):
         return given, None
     if given is not None and (user_path(given) / PRICES_FILE).exists():
         return Prices.load(given, model_digest=source.checkpoint.digest), None
     assert calibration is not None
-    return None, pricing_of(stream, source, calibration, min(PRICED_TOKENS, options.tokens))
-
-
-def _measuring(
-    options: Options, request: Request | None, source: Source, stream: Stream, calibration: CalibrationText | None
-) -> Measuring | None:
-    """Return what measures matrices for an allocator that has a meter; None for others.
-
-    Raises:
-        ArchitectureMismatch: the gradient of a loss is wanted, and the model predicts no next token.
-    """
-    if request is None or not request.recipe.meters:
-        return None
-    assert calibration is not None
-    name = request.recipe.allocator
-    if ALLOCATORS[name].measures == "losses":
-        check_predicts(source.architecture)
-    token_set = calibration.draw(min(PRICED_TOKENS, options.tokens), up_to=True)
-    return Measuring(stream=stream, source=source, token_set=token_set, allocator=name)
+    return None, pricing_of(stream, source, calibration, min(PRICED_TOKENS, options.tokens), request.recipe.allocator)
 
 
 def _on(on: On | None, profile: Profile | None) -> On:

@@ -15,11 +15,13 @@ from typing import Any, cast, get_args
 
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.artifact import digest_of, open_artifact, write_artifact
-from coterie.compress.damages import MATRICES, PRICED_TOKENS, PRICED_TYPES, ROWS, DamageMeter, Damages
-from coterie.compress.pack_forecast import seconds_of_type
+from coterie.compress.allocators import ALLOCATORS
+from coterie.compress.allocators.problem import load_meter
+from coterie.compress.damages import PRICED_TOKENS, PRICED_TYPES, Damages
 from coterie.compress.plan import Mtp
+from coterie.compress.price_forecast import BATCH, PRICING, PricingForecast
 from coterie.compress.source import Source
-from coterie.compress.weights import Weight, weights_among
+from coterie.compress.weights import Weight
 from coterie.errors import CorruptArtifact, StaleArtifact
 from coterie.fields import Fields, shown
 from coterie.journal import Run, open_run
@@ -27,20 +29,11 @@ from coterie.journal_lines import begun
 from coterie.model.device import check_device
 from coterie.model.disk.encodings.ggml import SIZES, bits_of
 from coterie.model.numerics import as_begun
-from coterie.model.stream.loss import logits_bytes
 from coterie.model.stream.memory import (
-    LOGITS,
     Forecast,
-    Stage,
-    batch_lines,
-    head_lines,
     peak_bytes,
-    text_lines,
-    unit_lines,
 )
 from coterie.model.stream.stream import Stream
-from coterie.model.stream.unit import Unit
-from coterie.model.stream.work import WITH_GRADIENTS, unit_work
 from coterie.outputs import check_output, is_empty_folder
 from coterie.paths import user_path
 from coterie.profile.calibration import TokenSet
@@ -48,24 +41,18 @@ from coterie.profile.data_sets import local_place
 from coterie.profile.measure import check_predicts
 from coterie.profile.sources import On, check_on
 from coterie.profile.text import CalibrationText, TextSettings
-from coterie.progress import StageTime, track, waiting
+from coterie.progress import track, waiting
 
 log = logging.getLogger(__name__)
 
 FILE = "prices.json"
 
-#: What is waited for.
-PRICING = "pricing types"
-
-#: Sequences of a batch.
-BATCH = 8
+#: The allocator whose prices are kept for other runs: what all matrices cost in all types.
+KEPT = "mixed-types"
 
 #: A matrix that no token passed has no measured price: it costs nothing in what was read, and is not to become
 #: worthless for what was not. Types of fewer bits than this are not offered to it.
 UNSEEN_BITS = 4.0
-
-#: Names of lines of the forecast.
-ERRORS, HIDDEN = "what errors weigh", "what comes into the head"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,12 +147,14 @@ class Pricing:
         source: the same by its headers.
         token_set: the text.
         seed: seed of its draw.
+        allocator: name of who chooses types by what is measured.
     """
 
     stream: Stream
     source: Source
     token_set: TokenSet
     seed: int
+    allocator: str = KEPT
 
     def header(self) -> dict[str, Any]:
         """Return all that decides what is measured, for the header of a run."""
@@ -174,6 +163,7 @@ class Pricing:
             "model files": self.source.checkpoint.file_stamps(),
             "text": self.token_set.digest,
             "on": self.token_set.on,
+            "allocator": self.allocator,
             "types": list(PRICED_TYPES),
             "device": self.stream.device.type,
             "mtp": self.source.mtp,
@@ -185,9 +175,9 @@ class Pricing:
         Args:
             run: keeps what was measured; the stream is open.
         """
-        meter = DamageMeter(
+        meter = load_meter(self.allocator)(
             stream=self.stream, source=self.source, batches=[ids_BS for _, ids_BS in self.token_set.batches(BATCH)],
-            counts=list(self.token_set.batch_counts(BATCH)), types=PRICED_TYPES,
+            counts=list(self.token_set.batch_counts(BATCH)),
         )  # fmt: skip
         done = {name.removeprefix(_STEP): step for name, step in run.finished.items() if name.startswith(_STEP)}
         if _WHOLE not in run.finished:
@@ -199,10 +189,20 @@ class Pricing:
         for name, step in run.finished.items():
             if name.startswith(_STEP):
                 measured |= step.content["damages"]
+        kept = self.allocator == KEPT
         return Prices(
-            damages=_with_unseen(measured, self.source.weights), model_digest=self.source.checkpoint.digest,
-            text_digest=self.token_set.digest, num_tokens=sum(self.token_set.num_counted.values()),
-            seq_len=self.token_set.seq_len, seed=self.seed, on=self.token_set.on,
+            damages=_with_unseen(measured, self.source.weights) if kept else measured,
+            model_digest=self.source.checkpoint.digest, text_digest=self.token_set.digest,
+            num_tokens=sum(self.token_set.num_counted.values()), seq_len=self.token_set.seq_len, seed=self.seed,
+            on=self.token_set.on,
+        )  # fmt: skip
+
+    @property
+    def forecast(self) -> PricingForecast:
+        """What it takes."""
+        return PricingForecast(
+            stream=self.stream, source=self.source, token_set=self.token_set,
+            measures=ALLOCATORS[self.allocator].measures,
         )  # fmt: skip
 
     def in_folder(self, folder: Path) -> Prices:
@@ -226,42 +226,6 @@ class Pricing:
                 run.finish("prices", files=[FILE])
             run.publish()
         return Prices.load(folder)
-
-    def time(self) -> StageTime:
-        """Reckon how long it takes."""
-        tokens = sum(self.token_set.num_tokens.values())
-        work = unit_work(self.stream, self.source.architecture.layers, tokens=tokens, factor=WITH_GRADIENTS, base=True)
-        numbers = sum(
-            ROWS * weight.columns * (min(MATRICES, len(weight.names)) if weight.kind == "expert" else 1)
-            for weight in self.source.weights
-        )
-        rounding = numbers * sum(map(seconds_of_type, PRICED_TYPES))
-        return StageTime(name=PRICING, seconds=work.total + rounding, tokens=tokens, reading=work.reading)
-
-    def stages(self) -> tuple[Stage, ...]:
-        """Return the memory that each stage takes."""
-        layers = self.source.architecture.layers
-        tokens, seq_len = sum(self.token_set.num_tokens.values()), self.token_set.seq_len
-        batch = batch_lines(self.stream, layers, batch_size=BATCH, seq_len=seq_len, tokens=tokens, gradients=True)
-        weigh = max(4 * sum(weight.num_elements for weight in self._inner(unit)) for unit in self.stream.units)
-        hidden = (HIDDEN, 4 * tokens * layers[0].hidden_size)
-        text = text_lines(tokens)
-        vocab_size = int(self.stream.model.config.get_text_config().vocab_size)
-        logits = logits_bytes(batch_size=BATCH, seq_len=seq_len, vocab_size=vocab_size)
-        heads = max((weight.num_elements for weight in self.source.weights if weight.head), default=0)
-        return (
-            Stage(
-                name="pricing the types of a layer",
-                lines=(*unit_lines(self.stream, (*batch, (ERRORS, weigh + weigh // 2))), hidden, *text),
-            ),
-            Stage(name="the loss and its gradient", lines=(*head_lines(self.stream), (LOGITS, logits), hidden, *text)),
-            # Its numbers as stored and in float32, what errors in them weigh, and the sum that one slice adds.
-            Stage(name="pricing the head", lines=((ERRORS, 4 * 4 * heads), (HIDDEN, 2 * hidden[1]), *text)),
-        )
-
-    def _inner(self, unit: Unit) -> list[Weight]:
-        inner = (each for each in self.source.weights if each.kind != "embedding" and not each.head)
-        return weights_among(inner, unit.disk_names)
 
 
 _STEP, _WHOLE = "prices of ", "all prices"
@@ -319,22 +283,27 @@ def price(
     calibration = CalibrationText(source.checkpoint, settings, device=device, limit=limit, scratch=folder.parent)
     stream = Stream(source.checkpoint, device=device, scratch=folder.parent)
     pricing = pricing_of(stream, source, calibration, tokens)
-    Forecast(stages=pricing.stages()).check(limit)
-    with waiting([pricing.time()]):
+    Forecast(stages=pricing.forecast.stages()).check(limit)
+    with waiting([pricing.forecast.time()]):
         prices = pricing.in_folder(folder)
     log.info("memory: the peak was %s", format_bytes(peak_bytes()))
     return prices
 
 
-def pricing_of(stream: Stream, source: Source, calibration: CalibrationText, tokens: int) -> Pricing:
+def pricing_of(
+    stream: Stream, source: Source, calibration: CalibrationText, tokens: int, allocator: str = KEPT
+) -> Pricing:
     """Return a measurement that can begin, on so many tokens of a text at most.
 
     Raises:
-        ArchitectureMismatch: the model predicts no next token.
+        ArchitectureMismatch: the model predicts no next token, and the allocator goes by the loss.
     """
-    check_predicts(source.architecture)
+    if ALLOCATORS[allocator].measures == "losses":
+        check_predicts(source.architecture)
     token_set = calibration.draw(tokens, up_to=True)
-    return Pricing(stream=stream, source=source, token_set=token_set, seed=calibration.settings.seed)
+    return Pricing(
+        stream=stream, source=source, token_set=token_set, seed=calibration.settings.seed, allocator=allocator
+    )
 
 
 def _with_unseen(measured: Damages, weights: Sequence[Weight]) -> Damages:

@@ -84,13 +84,13 @@ class Recipe:
 
     @property
     def prices(self) -> bool:
-        """Whether it is measured first what every matrix would cost in every type."""
-        return ALLOCATORS[self.allocator].prices
+        """Whether matrices are measured first, so that their types can be chosen by that."""
+        return ALLOCATORS[self.allocator].meter is not None
 
     @property
-    def meters(self) -> bool:
-        """Whether something else is measured of matrices first, for its allocator."""
-        return ALLOCATORS[self.allocator].meter is not None
+    def takes_prices(self) -> bool:
+        """Whether that is what every matrix would cost in every type, which may be known (`coterie.price`)."""
+        return self.allocator == "mixed-types"
 
     def with_router(self, router: str) -> tuple[Step, ...]:
         """Return the passes for a router form, one of `ROUTERS`.

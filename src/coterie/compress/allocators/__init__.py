@@ -21,9 +21,8 @@ class Allocator:
         targets: the targets that it understands, fields of `coterie.compress.target.Target`.
         does: what becomes of the experts, to follow "recipe NAME".
         instead: what other recipes do that understand other targets, to follow "a recipe that".
-        prices: whether it wants to know what every matrix would cost in every type (`coterie.compress.prices`).
-        meter: what else is measured of matrices for it, in the run (`coterie.compress.measuring`), as
-            ``"module:attribute"``; called with the stream, the source and batches of text. None for nothing.
+        meter: what measures the matrices for it before it chooses their types, as ``"module:attribute"``: called with
+            the stream, the source and text, its `measure` yields numbers by name. None where nothing is measured.
         measures: what that takes, for the forecast: "losses" a backward pass, and rounding some rows; "outputs" a
             forward pass, and rounding all experts; "spectra" reading all experts.
     """
@@ -32,7 +31,6 @@ class Allocator:
     targets: tuple[str, ...]
     does: str
     instead: str
-    prices: bool = False
     meter: str | None = None
     measures: Measures = "losses"
 
@@ -82,7 +80,7 @@ ALLOCATORS: dict[str, Allocator] = {
         targets=("bits", "budget"),
         does=_TYPES,
         instead=_STRUCTURE,
-        prices=True,
+        meter="coterie.compress.damages:DamageMeter",
     ),
     "one-type": Allocator(
         function="coterie.compress.allocators.one_type:allocate",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -22,8 +22,8 @@ from coterie.profile.profile import Profile
 class Meter(Protocol):
     """Measures matrices, unit by unit."""
 
-    def measure(self) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
-        """Yield what was measured last, and numbers by name and by what they are."""
+    def measure(self, skip: Collection[str] = ()) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+        """Yield what was measured last, and numbers by name and by what they are; what is to be skipped is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def load_allocator(name: str) -> Callable[[Problem], Allocation]:
 
 
 def load_meter(name: str) -> Callable[..., Meter]:
-    """Return what makes the meter of an allocator, from a stream, a source, batches of text and which tokens count.
+    """Return what makes the meter of an allocator, of a stream, a source, batches of text and which tokens count.
 
     Raises:
         UnknownName: no such allocator.
