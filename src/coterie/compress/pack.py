@@ -157,12 +157,7 @@ class Packer:
             rows[GATE], rows[UP] = self._rounded(both, inputs[False], kind_of[UP])[0].chunk(2, dim=1)
         for part in sorted(kind_of.keys() - rows.keys()):
             rows[part] = self._rounded(matrices[part].float(), inputs[part == DOWN], kind_of[part])[0]
-        packed: dict[str, Tensor] = {}
-        for parts in set(projections.held.values()):
-            if parts <= rows.keys():
-                on_disk = projections.on_disk({part: rows[part] for part in parts})
-                packed |= {name: on_disk[name] for name in type_of if projections.held[name] == parts}
-        return packed
+        return projections.bytes_on_disk(rows, type_of)
 
 
 def packed_names(source: Source, plan: Plan) -> frozenset[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coterie.model.disk.encodings.ggml import SIZES
 from coterie.model.disk.encodings.ggml.bits import in_groups, pack_bits, unpack_bits
 from coterie.model.disk.encodings.ggml.block_type import Codes, Scales, as_half, half_bytes, halves, no_factors, ratio
 
@@ -42,6 +43,12 @@ class Affine:
     from_bytes: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
     scales_first: bool = True
     together: int = 1
+
+    @property
+    def numbers_at(self) -> slice:
+        """Where scale and minimum lie in a block's bytes."""
+        last = SIZES[self.name][1]
+        return slice(0, 4) if self.scales_first else slice(last - 4, last)
 
     @property
     def _free(self) -> bool:

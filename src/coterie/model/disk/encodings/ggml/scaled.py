@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from coterie.model.disk.encodings.ggml import SIZES
 from coterie.model.disk.encodings.ggml.bits import in_groups, pack_bits, pack_words, unpack_bits, unpack_words
 from coterie.model.disk.encodings.ggml.block_type import Codes, Scales, as_half, half_bytes, halves, no_factors, ratio
 
@@ -46,6 +47,12 @@ class Scaled:
     from_bytes: Callable[[Tensor], tuple[Tensor, Tensor]]
     scale_first: bool = True
     together: int = 1
+
+    @property
+    def numbers_at(self) -> slice:
+        """Where the scale lies in a block's bytes."""
+        last = SIZES[self.name][1]
+        return slice(0, 2) if self.scale_first else slice(last - 2, last)
 
     @cached_property
     def _order(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,6 +172,11 @@ class Scaled:
 
 class PowerOfTwo(Scaled):
     """MXFP4: the scale is a power of two, kept as its exponent in one byte (OCP Microscaling Formats 1.0)."""
+
+    @property
+    def numbers_at(self) -> slice:
+        """Nowhere: an exponent is no number that values are linear in."""
+        return slice(0, 0)
 
     def _scales_to_try(self, largest_NR: Tensor) -> list[Tensor]:
         exponent_NR = torch.floor(torch.log2(largest_NR.abs().clamp(min=2.0**-126)))
