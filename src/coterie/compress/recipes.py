@@ -332,7 +332,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             name="coterie-bits",
-            summary="give each matrix the type that the loss needs, gptq, make good what layers before have changed, distil",
+            summary="give each matrix the type that the loss needs, gptq, make good what changed before it, distil",
             measures=(), passes=(), allocator="mixed-types", quantiser=("corrected-gptq", {}),
             result_steps=(("distill-blocks", {}),),
         ),

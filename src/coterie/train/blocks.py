@@ -84,7 +84,7 @@ class Blocks:
         return as_half(self._numbers(some) * multiplier_Gn[some])
 
     def _numbers(self, some: slice) -> Tensor:
-        byte_Gk = self.byte_GK[some, self._place]
+        byte_Gk = self.byte_GK[some, self._place].clone()  # a view of odd bytes cannot be seen as float16
         return halves(byte_Gk.view(len(byte_Gk), self.num_numbers, 2))
 
     def _with_numbers(self, some: slice, number_Gn: Tensor) -> Tensor:
