@@ -26,7 +26,7 @@ from coterie.compress.weights import Weight, weights_among
 from coterie.model.arch.conversion import TORCH_DTYPES, put
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.checkpoint import Checkpoint
-from coterie.model.disk.encodings.ggml import SIZES, get_type
+from coterie.model.disk.encodings.ggml import SIZES, numbers_of
 from coterie.model.disk.header import read_header
 from coterie.model.stream.stream import Stream
 from coterie.train.blocks import Blocks, Stack, experts_in_blocks, train_rounded, train_scales
@@ -215,7 +215,7 @@ def block_sizes(source: Source, stream: Stream, plan: Plan, shards: Sequence[Sha
     in_blocks = sum(weight.num_bytes(plan.types[weight.pattern]) for weight in typed)
     if priced:
         # Each type has so many numbers of its own a byte, and a matrix so many at most.
-        by_bytes = max(_numbers_of(kind) / SIZES[kind][1] for kind in PRICED_TYPES) * in_blocks
+        by_bytes = max(numbers_of(kind) / SIZES[kind][1] for kind in PRICED_TYPES) * in_blocks
         by_weight = sum(
             max(_scales(weight, kind) for kind in PRICED_TYPES if weight.fitting(kind) == kind) for weight in typed
         )
@@ -241,10 +241,5 @@ def block_sizes(source: Source, stream: Stream, plan: Plan, shards: Sequence[Sha
     )  # fmt: skip
 
 
-def _numbers_of(kind: str) -> int:
-    place = get_type(kind).numbers_at
-    return int(place.stop - place.start) // 2
-
-
 def _scales(weight: Weight, kind: str) -> int:
-    return weight.num_elements // SIZES[kind][0] * _numbers_of(kind)
+    return weight.num_elements // SIZES[kind][0] * numbers_of(kind)

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from coterie.model.arch.experts import canonical_experts
 from coterie.model.arch.seam import intercepted, routed_output
-from coterie.model.disk.encodings.ggml import SIZES, get_type
+from coterie.model.disk.encodings.ggml import SIZES, get_type, numbers_of
 from coterie.model.disk.encodings.ggml.block_type import as_half, half_bytes, halves
 
 #: Numbers that are unpacked at a time; each passes through some forty bytes.
@@ -39,6 +39,7 @@ class Blocks:
 
     Attributes:
         byte_GK: the bytes of all blocks, row after row, uint8.
+        num_numbers: how many float16 numbers a block has, n.
         shape: of the values; blocks run along the last axis.
     """
 
@@ -50,16 +51,11 @@ class Blocks:
             bytes: (..., K for each block of a row), uint8.
         """
         self._kind = get_type(type)
-        place = self._kind.numbers_at
-        self._place, self._stored_shape = place, bytes.shape
+        self._place, self._stored_shape = self._kind.numbers_at, bytes.shape
+        self.num_numbers = numbers_of(type)
         size = SIZES[type][1]
         self.byte_GK = bytes.reshape(-1, size)
         self.shape = (*bytes.shape[:-1], bytes.shape[-1] // size * self._kind.block)
-
-    @property
-    def num_numbers(self) -> int:
-        """How many float16 numbers a block has, n."""
-        return int(self._place.stop - self._place.start) // 2
 
     def numbers(self) -> Tensor:
         """Return the float16 numbers (G, n) of the blocks as they were given, float32."""
@@ -182,11 +178,11 @@ def train_scales(model: nn.Module, names: tuple[str, ...], blocks: Blocks) -> nn
         module, leaf = _owner(model, name)
         setattr(module, leaf, nn.Parameter(torch.empty(0, device=blocks.byte_GK.device), requires_grad=False))
         register_parametrization(module, leaf, _Unpacked(blocks), unsafe=True)
-        held: Any = module.parametrizations[leaf]  # type: ignore[index]
+        parametrized: Any = module.parametrizations[leaf]  # type: ignore[index]
         if multipliers is None:
-            multipliers = held.original
+            multipliers = parametrized.original
         else:
-            held.original = multipliers
+            parametrized.original = multipliers
     assert multipliers is not None
     return multipliers
 
@@ -195,8 +191,8 @@ def train_rounded(model: nn.Module, name: str, dtype: torch.dtype) -> nn.Paramet
     """Let a parameter of a model be rounded to a number format where it is used; return what is rounded."""
     module, leaf = _owner(model, name)
     register_parametrization(module, leaf, _Rounded(dtype))
-    held: Any = module.parametrizations[leaf]  # type: ignore[index]
-    original: nn.Parameter = held.original
+    parametrized: Any = module.parametrizations[leaf]  # type: ignore[index]
+    original: nn.Parameter = parametrized.original
     return original
 
 

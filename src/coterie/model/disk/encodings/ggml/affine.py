@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.model.disk.encodings.ggml import SIZES
 from coterie.model.disk.encodings.ggml.bits import in_groups, pack_bits, unpack_bits
 from coterie.model.disk.encodings.ggml.block_type import Codes, Scales, as_half, half_bytes, halves, no_factors, ratio
 
@@ -47,8 +46,7 @@ class Affine:
     @property
     def numbers_at(self) -> slice:
         """Where scale and minimum lie in a block's bytes."""
-        last = SIZES[self.name][1]
-        return slice(0, 4) if self.scales_first else slice(last - 4, last)
+        return slice(0, 4) if self.scales_first else slice(-4, None)
 
     @property
     def _free(self) -> bool:

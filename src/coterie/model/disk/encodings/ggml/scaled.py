@@ -13,7 +13,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from coterie.model.disk.encodings.ggml import SIZES
 from coterie.model.disk.encodings.ggml.bits import in_groups, pack_bits, pack_words, unpack_bits, unpack_words
 from coterie.model.disk.encodings.ggml.block_type import Codes, Scales, as_half, half_bytes, halves, no_factors, ratio
 
@@ -51,8 +50,7 @@ class Scaled:
     @property
     def numbers_at(self) -> slice:
         """Where the scale lies in a block's bytes."""
-        last = SIZES[self.name][1]
-        return slice(0, 2) if self.scale_first else slice(last - 2, last)
+        return slice(0, 2) if self.scale_first else slice(-2, None)
 
     @cached_property
     def _order(self) -> tuple[Tensor, Tensor, Tensor]:
