@@ -13,6 +13,7 @@ from coterie.compress.decide import plan
 from coterie.compress.pack import packed_names
 from coterie.compress.shards import lay_out
 from coterie.compress.source import Source
+from coterie.compress.target import Target
 from coterie.model.stream.memory import FIXED_BYTES
 from coterie.model.stream.stream import Stream
 from coterie.testing import tiny_checkpoint, tiny_text
@@ -29,6 +30,7 @@ from coterie.compress.plan import Plan
 from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import lay_out
 from coterie.compress.source import Source
+from coterie.compress.target import Target
 from coterie.model.stream.memory import peak_bytes
 from coterie.model.stream.stream import Stream
 from coterie.train.distill import KEPT, MICRO, SEQUENCES, divergence_loss
@@ -70,7 +72,7 @@ def said(folder, planned, *, seq_len):
     source = Source.open(folder)
     stream = Stream(source.checkpoint)
     shards = lay_out(source.checkpoint, stream.units, stream.conversion, packed_names(source, planned))
-    sizes = block_sizes(source, stream, planned, shards, priced=False)
+    sizes = block_sizes(source, stream, planned, shards)
     return sizes, block_training_stages(sizes, stream.model, seq_len=seq_len, device=torch.device("cpu"))
 
 
@@ -92,9 +94,9 @@ def test_types_that_are_yet_to_be_chosen_have_as_many_scales_at_most(large):
     stream = Stream(source.checkpoint)
     planned = plan(large, bits=4.5, recipe="coterie-bits")
     shards = lay_out(source.checkpoint, stream.units, stream.conversion, packed_names(source, planned))
-    bound = block_sizes(source, stream, planned, shards, priced=True)
+    bound = block_sizes(source, stream, planned, shards, target=Target(bits=4.5))
     for kind in ("Q4_0", "Q4_K", "Q3_K"):
-        one = block_sizes(source, stream, plan(large, type=kind, recipe="nearest"), shards, priced=False)
+        one = block_sizes(source, stream, plan(large, type=kind, recipe="nearest"), shards)
         assert one.scales <= bound.scales
 
 

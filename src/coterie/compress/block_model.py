@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from coterie.amounts import parse_bytes
 from coterie.compress.damages import PRICED_TYPES
 from coterie.compress.pack import packed_names
 from coterie.compress.plan import Plan
@@ -22,6 +23,7 @@ from coterie.compress.projections import DOWN, GATE, UP, Projections
 from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard
 from coterie.compress.source import Source
+from coterie.compress.target import Target
 from coterie.compress.weights import Weight, weights_among
 from coterie.model.arch.conversion import TORCH_DTYPES, put
 from coterie.model.arch.layers import MoELayer
@@ -200,7 +202,9 @@ def trained_plain(model: PreTrainedModel, source: Source, sources: Mapping[str, 
     ]
 
 
-def block_sizes(source: Source, stream: Stream, plan: Plan, shards: Sequence[Shard], *, priced: bool) -> BlockSizes:
+def block_sizes(
+    source: Source, stream: Stream, plan: Plan, shards: Sequence[Shard], *, target: Target | None = None
+) -> BlockSizes:
     """Say how large what is trained is, from headers.
 
     Args:
@@ -208,12 +212,14 @@ def block_sizes(source: Source, stream: Stream, plan: Plan, shards: Sequence[Sha
         stream: the same.
         plan: which type each matrix has.
         shards: the weight files of the result.
-        priced: whether types are yet to be chosen among those that are priced, within the bytes of the plan.
+        target: where types are yet to be chosen among those that are priced, how large the result may get; then sizes
+            are what they are at most.
     """
     typed = [weight for weight in source.weights if weight.pattern in plan.types]
     numbers = sum(weight.num_elements for weight in typed)
     in_blocks = sum(weight.num_bytes(plan.types[weight.pattern]) for weight in typed)
-    if priced:
+    if target is not None:
+        in_blocks = _most_bytes(target, plan.predicted_bytes - in_blocks, numbers)
         # Each type has so many numbers of its own a byte, and a matrix so many at most.
         by_bytes = max(numbers_of(kind) / SIZES[kind][1] for kind in PRICED_TYPES) * in_blocks
         by_weight = sum(
@@ -239,6 +245,14 @@ def block_sizes(source: Source, stream: Stream, plan: Plan, shards: Sequence[Sha
         largest_layer=max((size for layer, size in layers.items() if layer is not None), default=0),
         largest_file=max(sum(elements[name] for name in shard.names) for shard in shards),
     )  # fmt: skip
+
+
+def _most_bytes(target: Target, rest: int, numbers: int) -> int:
+    """Return the bytes that matrices of so many numbers may take at most; `rest` is what all else takes."""
+    if target.budget is not None:
+        return parse_bytes(target.budget) - rest
+    assert target.bits is not None
+    return int(numbers * target.bits / 8)
 
 
 def _scales(weight: Weight, kind: str) -> int:

@@ -134,7 +134,7 @@ def block_training_stages(
     # What is read of a file is unpacked to be told apart: its plain numbers, and twice while they are converted.
     reading = (lines[0], ("a file, unpacked and converted", 4 * 3 * sizes.largest_file))
     return (
-        Stage(name="reading the result to train it", lines=reading),
+        Stage(name="reading the result to train it", lines=reading, device=device),
         Stage(name="training the result as a whole", lines=lines, device=device),
     )
 

@@ -38,7 +38,7 @@ def prepare(job: Job) -> Prepared | LeftOut | None:
     source, stream, plan = job.source, job.stream, job.outline
     shards = lay_out(source.checkpoint, stream.units, stream.conversion, packed_names(source, plan))
     priced = job.request is not None and job.request.recipe.prices
-    sizes = block_sizes(source, stream, plan, shards, priced=priced)
+    sizes = block_sizes(source, stream, plan, shards, target=job.options.target if priced else None)
     return prepare_training(
         job,
         "distill-blocks",

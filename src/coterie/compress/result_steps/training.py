@@ -94,8 +94,7 @@ def prepare_training(
     result_model = result_meta_model(
         architecture, shape.num_experts, maps=None, dtype=torch.float32, width=shape.width, top_k=shape.top_k
     )
-    *before, training = stages_of(result_model)
-    decided = _decide(job, step, training)
+    decided = _decide(job, step, stages_of(result_model))
     if isinstance(decided, LeftOut):
         return decided
     own = str(options.text) == SELF  # what the model wrote to be measured has to do: writing takes long
@@ -118,8 +117,8 @@ def prepare_training(
         StageTime(name=TRAINING, seconds=max(1e-6, cost.training_seconds), tokens=cost.tokens),
     )
     return Prepared(
-        token_set=token_set, tokens=cost.tokens, batch_size=size, stages=(*predicting, *before, decided),
-        times=times, disk={**_disk(job, decided, text_tokens), **(disk or {})},
+        token_set=token_set, tokens=cost.tokens, batch_size=size, stages=(*predicting, *decided),
+        times=times, disk={**_disk(job, decided[-1], text_tokens), **(disk or {})},
     )  # fmt: skip
 
 
@@ -134,10 +133,11 @@ def _disk(job: Job, training: Stage, text_tokens: int) -> dict[str, int]:
     }
 
 
-def _decide(job: Job, step: str, training: Stage) -> Stage | LeftOut:
+def _decide(job: Job, step: str, stages: tuple[Stage, ...]) -> tuple[Stage, ...] | LeftOut:
     """Return the memory that training takes, or why it is left out; a run that goes on keeps to its decision."""
     options, before = job.options, job.recorded.get(step)
-    reason = too_large(training, limit=options.limit)
+    reasons = ((stage, too_large(stage, limit=options.limit)) for stage in reversed(stages))
+    stage, reason = next((each for each in reasons if each[1] is not None), (stages[-1], None))
     if before is not None:
         as_before = LeftOut.recorded(before)
         if as_before is not None and options.train_tokens is None:
@@ -150,10 +150,10 @@ def _decide(job: Job, step: str, training: Stage) -> Stage | LeftOut:
             log.warning("%s; it was decided when the run began that it trains: it goes on so", reason)
             reason = None
     if reason is None:
-        return replace(training, device=None)  # what is free was asked once
+        return tuple(replace(each, device=None) for each in stages)  # what is free was asked once
     if options.train_tokens is not None:
         raise NotEnoughMemory(
-            f"{training}: {reason}; give fewer --seq-len, --train-tokens 0, or a machine with more memory"
+            f"{stage}: {reason}; give fewer --seq-len, --train-tokens 0, or a machine with more memory"
         )
     log.warning("%s: training is left out", reason)
     return LeftOut(reason)
