@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.compress.allocators.knapsack import Option, choose, choose_exactly, gap_of, least_damage
+from coterie.compress.allocators.knapsack import Option, choose, choose_exactly, choose_within, gap_of, least_damage
 
 OPTIONS = st.builds(
     Option,
@@ -207,3 +207,13 @@ def test_many_items_that_are_alike_are_chosen_in_no_time():
     chosen = choose([options] * 20_000, 150 * 20_000)
     assert size(chosen) == 150 * 20_000
     assert {option.name for option in chosen} == {"0", "1"}
+
+
+@given(ITEMS, st.integers(0, 130), st.sampled_from([0.0, 0.05, 0.5]))
+@settings(max_examples=25)
+def test_it_is_as_near_to_the_best_as_it_has_to_be(items, budget, gap):
+    chosen, best = choose_within(items, budget, gap), least_damage_by_trying(items, budget)
+    assert (chosen is None) == (best is None)
+    if chosen is not None:
+        assert size(chosen) <= budget
+        assert damage(chosen) * (1 - gap) <= best + 1e-9

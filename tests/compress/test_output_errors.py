@@ -105,6 +105,27 @@ def test_it_is_how_far_the_output_of_the_layer_is_off(family, groups, tmp_path):
 
 
 @pytest.mark.long
+def test_tokens_that_do_not_count_are_left_out(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "model", "olmoe", **FAMILIES["olmoe"])
+    source, seen = Source.open(folder), reached(load_model(folder, dtype=torch.float32).double())
+    counts = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    with Stream(source.checkpoint) as stream:
+        meter = OutputErrors(
+            stream=stream, source=source, batches=list(IDS.split(2)), counts=list(counts.split(2)), types=("Q4_0",),
+            groups=by_expert,
+        )  # fmt: skip
+        measured = {key: values for _, some in meter.measure() for key, values in some.items()}
+    for group in by_expert(source.weights)[:4]:
+        experts, hidden, index, weight = seen[group.layer]
+        rows = counts.flatten()
+        hidden, index, weight = hidden[rows], index[rows], weight[rows]
+        changed = with_rounded(experts, group.weights[0].expert, PARTS, "Q4_0")
+        off = output(changed, hidden, index, weight) - output(experts, hidden, index, weight)
+        assert measured[group.key]["Q4_0"] == pytest.approx(float(off.norm()), rel=2e-3, abs=1e-9)
+        assert measured[group.key]["usage"] == int((index == group.weights[0].expert).sum())
+
+
+@pytest.mark.long
 def test_losses_by_expert_are_those_of_the_layer(tmp_path, monkeypatch):
     """Where all rows of all matrices are rounded, what single experts cost adds up to what all of them cost."""
     import coterie.compress.damages as damages_module

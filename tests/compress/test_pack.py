@@ -23,6 +23,7 @@ from coterie.compress.pack_forecast import MOMENTS, PackForecast
 from coterie.compress.plan import Plan
 from coterie.errors import Infeasible, InputError, UnknownName
 from coterie.evaluate.speed import memory_in_use, peak_memory
+from coterie.model.arch.inspect import inspect
 from coterie.model.arch.load import load_model
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.encodings.ggml import SIZES
@@ -190,8 +191,6 @@ def test_wide_blocks_go_where_they_fit(kind, hidden, made):
 
 
 def test_inspect_says_what_is_on_the_disk_and_what_it_stands_for(made):
-    from coterie.model.arch.inspect import inspect
-
     model, result = made()
     before, after = inspect(model), inspect(result.out)
     assert sum(amount.bytes for amount in after.parts.values()) == result.plan.predicted_bytes
@@ -208,8 +207,6 @@ def test_inspect_says_what_is_on_the_disk_and_what_it_stands_for(made):
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3_moe"])
 @pytest.mark.long
 def test_inspect_of_every_layout(family, made):
-    from coterie.model.arch.inspect import inspect
-
     model, result = made(family)
     before, after = inspect(model), inspect(result.out)
     assert {part: amount.parameters for part, amount in after.parts.items()} == {
@@ -310,6 +307,8 @@ def test_types_may_differ_between_the_experts_of_a_layer(recipe, small, text_fol
     assert kinds(0, "up") == ["Q8_0", "Q4_0", "Q5_0", "Q8_0", *rest]
     assert kinds(0, "down") == ["Q8_0", "Q8_0", "Q8_0", "Q4_0", *rest]  # IQ4_NL has blocks of the same size
     assert kinds(1, "down") == ["Q5_1", *[None] * 7]
+    amounts = inspect(result.out).parts.values()
+    assert sum(amount.bytes for amount in amounts) == result.plan.predicted_bytes
     original, packed = states(small, result.out)
     gate_up = packed["model.layers.0.mlp.experts.gate_up_proj"] - original["model.layers.0.mlp.experts.gate_up_proj"]
     assert furthest(original, packed)[0] < 0.2

@@ -1,6 +1,7 @@
 """Prices that are kept: the same as those of a run, from which plans are made in seconds, and the frontier."""
 
 import json
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -10,11 +11,13 @@ from typer.testing import CliRunner
 import coterie.compress.prices as prices_module
 from checkpoints import weight_digests
 from coterie.cli.main import app
+from coterie.cli.plan import print_plan
 from coterie.compress.apply import compress
 from coterie.compress.damages import DamageMeter
 from coterie.compress.decide import plan
 from coterie.compress.dry_run import dry_run
 from coterie.compress.frontier import frontier
+from coterie.compress.plan import Plan
 from coterie.compress.prices import Prices, price
 from coterie.compress.source import Source
 from coterie.errors import Infeasible, InputError, OutputExists, StaleArtifact
@@ -59,6 +62,18 @@ def test_a_plan_with_prices_is_the_plan_of_a_run_that_measures_them(model, price
     assert planned.types == whole.plan.types
     assert len(set(planned.types.values())) > 1
     assert (planned.damage, planned.predicted_bytes) == (whole.plan.damage, whole.plan.predicted_bytes)
+
+
+def test_a_plan_says_how_much_of_what_it_costs_could_be_saved_at_most(model, prices, tmp_path, capsys):
+    planned = plan(model, bits=6.0, prices=prices)
+    assert 0 <= planned.gap < 0.5
+    assert Plan.load(planned.save(tmp_path / "plan.json")).gap == planned.gap
+    print_plan(replace(planned, gap=0.0123))
+    assert "of that, at most 1.2 % could be saved in the same bytes" in capsys.readouterr().out
+    outlined = plan(model, bits=6.0)
+    assert (outlined.gap, outlined.damage) == (None, None)
+    print_plan(outlined)
+    assert "could be saved" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("held", [True, pytest.param(False, marks=pytest.mark.long)])

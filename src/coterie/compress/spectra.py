@@ -34,32 +34,34 @@ class Spectra:
 
     Attributes:
         stream: the model, open.
-        groups: the matrices, one in each.
+        groups: the matrices.
     """
 
     stream: Stream
     groups: Sequence[Group]
 
     def measure(self, skip: Collection[str] = ()) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
-        """Yield for each matrix its name and "alpha", the exponent, and "variance", that of its elements.
+        """Yield for each layer its name, and by matrix "alpha", the exponent, and "variance", that of its elements.
 
         Those of a tensor that holds the matrices of all experts are measured one by one, and have numbers behind.
 
         Args:
-            skip: names that are left out.
+            skip: layers that are left out.
         """
+        by_layer: dict[str, list[Group]] = {}
         for group in self.groups:
-            if group.key in skip:
+            by_layer.setdefault(f"layers.{group.layer}", []).append(group)
+        for layer, groups in by_layer.items():
+            if layer in skip:
                 continue
-            [weight] = group.weights
             measured: dict[str, dict[str, float]] = {}
-            for name in weight.names:
+            for name in (name for group in groups for weight in group.weights for name in weight.names):
                 tensor = self.stream.read(name)
                 if tensor.dim() == 2:
                     measured[name] = _measured(tensor)
                 else:
                     measured |= {f"{name}[{number}]": _measured(matrix) for number, matrix in enumerate(tensor)}
-            yield group.key, measured
+            yield layer, measured
 
 
 def _measured(matrix_RC: Tensor) -> dict[str, float]:

@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 #: Halvings of the price of a byte.
 _HALVINGS = 100
 
-#: Seconds that an integer program may take; what was the best by then is taken.
-SECONDS = 60.0
+#: Nodes of the tree of an integer program that are looked at; what was the best by then is taken. Time is no limit: a
+#: run that goes on has to find what it found before.
+NODES = 2_000
 
 #: What the largest damage counts in an integer program: its solver takes 1e-6 for nothing.
 _SCALE = 1e6
@@ -110,7 +111,7 @@ def choose_exactly(
     budget: int,
     *,
     at_least: Mapping[str, int] | None = None,
-    seconds: float = SECONDS,
+    nodes: int = NODES,
 ) -> list[Option] | None:
     """Return the options of least damage: an integer program, solved by HiGHS.
 
@@ -118,7 +119,7 @@ def choose_exactly(
         items: what there is to choose from.
         budget: the bytes that all options together may take.
         at_least: how many items have to take an option of a name, by name.
-        seconds: what the solver may take; where it is not done by then, its best so far is taken, and that is logged.
+        nodes: how many the solver may look at; where it is not done by then, its best is taken, and that is logged.
 
     Returns:
         An option of each item; None where no choice is within the budget, and has as many of each name as it has to.
@@ -127,9 +128,24 @@ def choose_exactly(
     lagrange = choose(items, budget)
     if lagrange is None:
         return None
-    solved = _solve(items, budget, floors, seconds) if items else []
+    solved = _solve(items, budget, floors, nodes) if items else []
     candidates = [each for each in (solved, lagrange) if each is not None and _enough(each, floors)]
     return min(candidates, key=_damage_of) if candidates else None
+
+
+def choose_within(items: Sequence[Sequence[Option]], budget: int, gap: float) -> list[Option] | None:
+    """Return the options of `choose` where they are near enough to the best, else those of `choose_exactly`.
+
+    Args:
+        items: what there is to choose from.
+        budget: the bytes that all options together may take.
+        gap: the share of the damage that may be more than the least that is possible, see `gap_of`.
+    """
+    chosen = choose(items, budget)
+    if chosen is None or (off := gap_of(items, chosen, budget)) <= gap:
+        return chosen
+    log.info("up to %.2f %% of the damage could be saved: an integer program is asked as well", 100 * off)
+    return choose_exactly(items, budget)
 
 
 def least_damage(items: Sequence[Sequence[Option]], budget: int) -> float:
@@ -192,7 +208,7 @@ def _steps(options: Sequence[Option], now: Option, place: int, version: int) -> 
 
 
 def _solve(
-    items: Sequence[Sequence[Option]], budget: int, floors: Mapping[str, int], seconds: float
+    items: Sequence[Sequence[Option]], budget: int, floors: Mapping[str, int], nodes: int
 ) -> list[Option] | None:
     """Return what HiGHS finds, looked over in whole numbers; None where it finds nothing that is within the budget."""
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -218,12 +234,12 @@ def _solve(
     answer = milp(
         damages * (_SCALE / largest if largest > 0 else 1.0),
         integrality=np.ones(len(flat), dtype=np.int64), bounds=Bounds(0, 1), constraints=constraints,
-        options={"mip_rel_gap": 0.0, "time_limit": seconds},
+        options={"mip_rel_gap": 0.0, "node_limit": nodes},
     )  # fmt: skip
     if answer.x is None:
         return None
     if answer.status != 0:
-        log.info("the integer program was not solved within %g seconds: its best answer so far is taken", seconds)
+        log.info("the integer program was not solved within %d nodes: its best answer so far is taken", nodes)
     taken: list[tuple[float, Option] | None] = [None] * len(items)
     for share, (place, option) in zip(answer.x, flat, strict=True):
         if (best := taken[place]) is None or share > best[0]:

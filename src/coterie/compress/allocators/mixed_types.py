@@ -6,18 +6,15 @@ knapsack (`coterie.compress.allocators.knapsack`).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.allocators import one_type
-from coterie.compress.allocators.knapsack import Option, choose, choose_exactly, gap_of
+from coterie.compress.allocators.knapsack import Option, choose_within, gap_of
 from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.compress.damages import PRICED_TYPES
 from coterie.compress.weights import Weight
 from coterie.errors import Infeasible
-
-log = logging.getLogger(__name__)
 
 #: Where more of the damage could be saved than this share, an integer program is asked as well.
 GAP = 0.01
@@ -43,19 +40,13 @@ def allocate(problem: Problem) -> Allocation:
         for weight in weights
     ]
     room = _room(problem, weights, rest)
-    chosen = choose(items, room)
+    chosen = choose_within(items, room, GAP)
     if chosen is None:
         raise _too_small(problem, weights, rest, sum(min(each.num_bytes for each in options) for options in items))
-    gap = gap_of(items, chosen, room)
-    if gap > GAP:
-        better = choose_exactly(items, room)
-        assert better is not None
-        log.info("up to %.1f %% of the damage could be saved: an integer program was asked as well", 100 * gap)
-        chosen, gap = better, gap_of(items, better, room)
     types = {weight.pattern: option.name for weight, option in zip(weights, chosen, strict=True)}
     return Allocation(
         layers=layers, num_bytes=problem.num_bytes(layers, types), damage=sum(option.damage for option in chosen),
-        types=types, gap=gap,
+        types=types, gap=gap_of(items, chosen, room),
     )  # fmt: skip
 
 

@@ -46,25 +46,27 @@ def allocate(problem: Problem) -> Allocation:
     """
     room, groups = Room(problem=problem, linear=LINEAR), by_expert(problem.weights)
     wanted: dict[str, str] = {}
+    narrow: list[int] = []
     for layer, num_bytes in room.by_layer(groups).items():
         of_layer = [group for group in groups if group.layer == layer]
         items = [group.options(costs) for group, costs in zip(of_layer, _costs(problem, of_layer), strict=True)]
-        chosen = _chosen(items, num_bytes)
+        floors = _floors(items)
+        chosen = choose_exactly(items, num_bytes, at_least=floors)
+        if chosen is None and floors:
+            narrow.append(layer)
+            chosen = choose_exactly(items, num_bytes)
         if chosen is None:
             raise room.too_small(groups, TYPES)
         wanted |= {group.key: option.name for group, option in zip(of_layer, chosen, strict=True)}
+    if narrow:
+        log.info("there is no room for one expert of each type in %d layers, such as layer %d", len(narrow), narrow[0])
     return room.allocation(groups, [wanted[group.key] for group in groups])
 
 
-def _chosen(items: Sequence[Sequence[Option]], num_bytes: int) -> list[Option] | None:
-    """Return the options of a layer; where there is no room for one of each larger type, that is let go."""
+def _floors(items: Sequence[Sequence[Option]]) -> dict[str, int]:
+    """Return of which types a layer should have one expert at least: of all but the smallest, where there are enough."""
     larger = sorted({option.name for options in items for option in options}, key=TYPES.index)[1:]
-    floors = dict.fromkeys(larger, 1) if len(items) >= len(larger) else {}
-    chosen = choose_exactly(items, num_bytes, at_least=floors)
-    if chosen is None and floors:
-        log.info("a layer has no room for one expert of each of %s", ", ".join(larger))
-        chosen = choose_exactly(items, num_bytes)
-    return chosen
+    return dict.fromkeys(larger, 1) if len(items) >= len(larger) else {}
 
 
 def _costs(problem: Problem, groups: Sequence[Group]) -> list[dict[str, float]]:
