@@ -37,9 +37,8 @@ LAYOUTS = [name for name in SIZES_OF if name != "olmoe"]
 
 @pytest.fixture(scope="module", autouse=True)
 def for_random_models():
-    """A random model is told apart from noise by small steps and whole predictions only."""
+    """A random model is told apart from noise by whole predictions only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "RATE", 0.01)
         patch.setattr(distill, "KEPT", 272)
         yield
 
@@ -193,7 +192,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(at, made, text_folder, tmp_path, 
 @pytest.mark.long
 def test_what_does_not_help_is_left_undone(made, text_folder, tmp_path, monkeypatch):
     model, _, plain = made()
-    monkeypatch.setattr(distill, "RATE", 50.0)
+    monkeypatch.setattr(step, "RATE", 50.0)
     out = compress(model, tmp_path / "out", text=text_folder, **SETTINGS)
     assert not out.manifest.distilled["taken"]
     assert weight_digests(out.out) == weight_digests(plain.out)
