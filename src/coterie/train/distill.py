@@ -173,6 +173,7 @@ def distill(
     tokens: int,
     seed: int,
     rounded: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    rate: float | None = None,
     looks: int = 0,
     optimiser: str = "adam",
     held_out: int = HELD_OUT,
@@ -190,6 +191,7 @@ def distill(
         tokens: tokens to train on; with less text, each sequence is seen up to `EPOCHS` times.
         seed: of the order of the sequences.
         rounded: gives tensors as they will be on disk.
+        rate: in place of `RATE`, where all that is trained stands for many weights.
         looks: how often the held-out sequences are looked at on the way, so that the weights that were best there are
             taken; 0 for those of the last step.
         optimiser: which one, see `coterie.train.optimiser.load_optimiser`.
@@ -215,9 +217,10 @@ def distill(
 
         saved = [name for name in run.finished if name.startswith(_STEP)]
         before = float(run.finished[saved[0]].content["before"]) if saved else heldout_divergence()
-        rate = RATE * min(1.0, max(0.0, before) ** 0.5)  # rounding can make it a hair less than 0
+        # Rounding can make it a hair less than 0.
+        largest = (RATE if rate is None else rate) * min(1.0, max(0.0, before) ** 0.5)
         schedule = Schedule(
-            steps=steps, rows=lambda step: fit_N[order(step)], rate=lambda step: rate_at(step, steps, rate)
+            steps=steps, rows=lambda step: fit_N[order(step)], rate=lambda step: rate_at(step, steps, largest)
         )
         look = None
         if looks:
@@ -245,7 +248,7 @@ def distill(
     notes: dict[str, object] = {
         "steps": steps,
         "tokens": steps * batch * ids_BS.shape[1],
-        "rate": rate,
+        "rate": largest,
         "heldout_divergence_before": before,
         "heldout_divergence_after": after,
         "taken": after < before,

@@ -24,6 +24,9 @@ from coterie.compress.work import Work
 from coterie.train.distill import distill, make_predictions
 from coterie.train.memory import block_training_stages
 
+#: As `coterie.train.distill.RATE`: a scale moves all weights of its block the same way, so that less is far.
+RATE = 0.005
+
 #: How often the held-out sequences are looked at.
 LOOKS = 4
 
@@ -78,7 +81,7 @@ def _train(work: Work, prepared: Prepared) -> None:
     outcome = distill(
         run, result.model, result.weights, torch.cat(batches), predictions,
         computing=result.computing(), tokens=prepared.tokens, seed=work.plan.seed, rounded=lambda weights: weights,
-        looks=LOOKS, counts_BS=None if counts is None else torch.cat(list(counts.values())),
+        rate=RATE, looks=LOOKS, counts_BS=None if counts is None else torch.cat(list(counts.values())),
     )  # fmt: skip
     files: list[str] = []
     if outcome.weights is not None:
