@@ -64,7 +64,7 @@ def allocate(problem: Problem) -> Allocation:
 
 
 def _floors(items: Sequence[Sequence[Option]]) -> dict[str, int]:
-    """Return of which types a layer should have one expert at least: of all but the smallest, if there are enough."""
+    """Return of which types a layer should have an expert at least: of all but the smallest, if there are enough."""
     larger = sorted({option.name for options in items for option in options}, key=TYPES.index)[1:]
     return dict.fromkeys(larger, 1) if len(items) >= len(larger) else {}
 
