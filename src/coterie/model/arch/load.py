@@ -31,7 +31,7 @@ from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint, TensorReader
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.manifest import Manifest, ResultForm
-from coterie.model.disk.quantized import dequantized
+from coterie.model.disk.quantized import dequantized, is_read_by_us_alone
 from coterie.model.quiet import quiet
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def load_model(
     stored = Checkpoint.open(model)
     chosen: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
     manifest = Manifest.read(stored.path)
-    if manifest is not None and manifest.form is ResultForm.PACKED:
+    if is_read_by_us_alone(stored):
         stored = dequantized(stored)
     checkpoint = stored if manifest is None else filled_up(stored, manifest.ragged)
     check_chosen(checkpoint.config, str(checkpoint.path))

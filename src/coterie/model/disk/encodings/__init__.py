@@ -19,6 +19,7 @@ ENCODINGS = {
     "block-scaled": "coterie.model.disk.encodings.block_scaled:BlockScaled",
     "ggml": "coterie.model.disk.encodings.ggml_blocks:GgmlBlocks",
     "mxfp4": "coterie.model.disk.encodings.mxfp4:Mxfp4",
+    "packed-integers": "coterie.model.disk.encodings.packed_integers:PackedIntegers",
     "ragged": "coterie.model.disk.encodings.ragged:Ragged",
 }
 

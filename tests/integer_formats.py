@@ -1,0 +1,103 @@
+"""Matrices in integers as other tools store them, made and read number by number: slow, obvious, nothing of ours."""
+
+import torch
+
+#: Columns of a word of AWQ's, from its lowest bits on.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+class Matrix:
+    """Codes, zeros and scales of a matrix, as lists; `values` are what they stand for, in float32.
+
+    Numbers are 0 to 2^bits - 1; the zero is that which stands for 0. `group_of` is the group of each column.
+    """
+
+    def __init__(self, weight, bits, group_of, *, symmetric=False, scale_dtype=torch.float16):
+        rows, self.bits, self.group_of = weight.double().tolist(), bits, list(group_of)
+        top, half = 2**bits - 1, 2 ** (bits - 1)
+        self.codes, self.zeros, scales = [], [], []
+        for row in rows:
+            zeros_of_row, scales_of_row = [], []
+            for group in range(max(self.group_of) + 1):
+                part = [number for number, place in zip(row, self.group_of, strict=True) if place == group] or [1.0]
+                low, high = min(0.0, *part, 0.0), max(0.0, *part, 0.0)
+                scale = max(-low, high) / (half - 1) if symmetric else (high - low) / top
+                scale = float(torch.tensor(scale or 1.0, dtype=torch.float64).to(scale_dtype))
+                zeros_of_row.append(half if symmetric else min(top, round(-low / scale)))
+                scales_of_row.append(scale)
+            self.zeros.append(zeros_of_row)
+            scales.append(scales_of_row)
+            self.codes.append([
+                min(top, max(0, round(number / scales_of_row[group]) + zeros_of_row[group]))
+                for number, group in zip(row, self.group_of, strict=True)
+            ])  # fmt: skip
+        self.scales = torch.tensor(scales, dtype=torch.float64).to(scale_dtype)
+
+    def values(self):
+        scales = self.scales.double().tolist()
+        found = []
+        for row, codes in enumerate(self.codes):
+            found.append([
+                (code - self.zeros[row][group]) * scales[row][group]
+                for code, group in zip(codes, self.group_of, strict=True)
+            ])  # fmt: skip
+        return torch.tensor(found, dtype=torch.float64).float()
+
+
+def word(codes, bits):
+    """Return the signed 32-bit word of a few codes, the first in its lowest bits."""
+    found = 0
+    for place, code in enumerate(codes):
+        assert 0 <= code < 2**bits
+        found += code << bits * place
+    return found - 2**32 if found >= 2**31 else found
+
+
+def words(codes, bits):
+    """Return the words of a list of codes; the last one may have room left."""
+    size = 32 // bits
+    return [word(codes[start : start + size], bits) for start in range(0, len(codes), size)]
+
+
+def transposed(rows):
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def int32(rows):
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def compressed_words(matrix, *, zeros=False, index=False):
+    """Return what compressed-tensors stores of a matrix in words, by what follows the name of its module."""
+    stored = {
+        "weight_packed": int32([words(row, matrix.bits) for row in matrix.codes]),
+        "weight_scale": matrix.scales,
+        "weight_shape": torch.tensor([len(matrix.codes), len(matrix.codes[0])]),
+    }
+    if zeros:
+        stored["weight_zero_point"] = int32(transposed([words(c, matrix.bits) for c in transposed(matrix.zeros)]))
+    if index:
+        stored["weight_g_idx"] = int32(matrix.group_of)
+    return stored
+
+
+def compressed_bytes(matrix, *, zeros=False):
+    """Return what compressed-tensors stores of a matrix in 8-bit integers."""
+    codes = torch.tensor([[code - 128 for code in row] for row in matrix.codes], dtype=torch.int8)
+    stored = {"weight": codes, "weight_scale": matrix.scales}
+    if zeros:
+        stored["weight_zero_point"] = torch.tensor([[z - 128 for z in row] for row in matrix.zeros], dtype=torch.int8)
+    return stored
+
+
+def compressed_config(form="pack-quantized", *, targets=("Linear",), ignore=("lm_head",), **weights):
+    """Return a quantization_config of compressed-tensors with one group."""
+    described = {
+        "num_bits": 4, "type": "int", "symmetric": True, "group_size": None, "strategy": "channel",
+        "block_structure": None, "dynamic": False, "actorder": None, "observer": "minmax", "observer_kwargs": {},
+    } | weights  # fmt: skip
+    group = {"targets": list(targets), "weights": described, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group},
+        "ignore": list(ignore), "kv_cache_scheme": None, "quantization_status": "compressed",
+    }  # fmt: skip

@@ -1,0 +1,507 @@
+"""Checkpoints in integers that other tools wrote: every value as in a slow reference, and what cannot be is refused."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from coterie import compress, inspect, load_model
+from coterie.errors import CorruptCheckpoint, UnsupportedDtype
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.encodings import integers, scaled
+from coterie.model.disk.quantized import dequantized
+from coterie.testing import tiny_text
+from hostile import changed, places, values
+from integer_formats import Matrix, compressed_bytes, compressed_config, compressed_words
+from some import first
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def hand_made(folder, tensors, settings, **config):
+    folder.mkdir(parents=True)
+    described = {"model_type": "olmoe", "dtype": "bfloat16"} | config
+    (folder / "config.json").write_text(json.dumps(described | {"quantization_config": settings}))
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return Checkpoint.open(folder)
+
+
+def read_all(checkpoint):
+    with checkpoint.reader() as reader:
+        return {name: reader.read(name) for name in checkpoint.tensors}
+
+
+def some_matrix(rows, columns, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def under(module, stored):
+    return {f"{module}.{leaf}": tensor for leaf, tensor in stored.items()}
+
+
+# --- words and codes ----------------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from((2, 4, 8)), st.integers(1, 40), st.integers(0, 99))
+@settings(max_examples=20)
+def test_codes_come_back_from_words(bits, count, seed):
+    codes = torch.randint(0, 2**bits, (3, count), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    packed = integers.words_of(codes, bits)
+    assert packed.dtype == torch.int32
+    assert packed.shape == (3, integers.num_words(count, bits))
+    for row in range(3):
+        for place in range(count):
+            at, shift = divmod(place * bits, 32)
+            assert (int(packed[row, at]) >> shift) % 2**bits == codes[row, place]
+    back = integers.codes_of(packed, bits)
+    assert torch.equal(back[:, :count], codes)
+    assert not back[:, count:].any()
+
+
+# --- compressed-tensors -------------------------------------------------------------------------------------------
+
+#: Bits, rows, columns, columns of a group, symmetric, in whatever order.
+IN_WORDS = {
+    "4 bits, groups": (4, 6, 64, 16, True, False),
+    "4 bits, groups with zeros": (4, 11, 64, 32, False, False),
+    "4 bits, groups in any order": (4, 5, 48, 16, True, True),
+    "4 bits, groups in any order with zeros": (4, 9, 32, 8, False, True),
+    "4 bits, channels": (4, 7, 40, None, True, False),
+    "4 bits, channels with zeros": (4, 8, 40, None, False, False),
+    "4 bits, one group wider than the matrix": (4, 3, 24, 128, True, False),
+    "4 bits, a word that is not full": (4, 3, 36, 12, False, False),
+    "8 bits, groups": (8, 6, 32, 16, True, False),
+    "8 bits, groups with zeros": (8, 5, 32, 8, False, False),
+    "8 bits, channels": (8, 6, 20, None, True, False),
+}
+
+
+def in_words(case, scale_dtype=torch.float16):
+    """Return a slow matrix, what is stored of it and the settings."""
+    bits, rows, columns, group, symmetric, shuffled = case
+    group_of = [column // (group or columns) for column in range(columns)]
+    if shuffled:
+        order = torch.randperm(columns, generator=torch.Generator().manual_seed(1)).tolist()
+        group_of = [group_of[place] for place in order]
+    matrix = Matrix(some_matrix(rows, columns), bits, group_of, symmetric=symmetric, scale_dtype=scale_dtype)
+    described = compressed_config(
+        num_bits=bits, symmetric=symmetric, group_size=group, strategy="group" if group else "channel",
+        actorder="group" if shuffled else None,
+    )  # fmt: skip
+    return matrix, compressed_words(matrix, zeros=not symmetric, index=shuffled), described
+
+
+@pytest.mark.parametrize("case", IN_WORDS)
+def test_words_of_compressed_tensors_are_what_they_stand_for(tmp_path, case):
+    for scale_dtype in (torch.float16, torch.bfloat16, torch.float32):
+        matrix, stored, described = in_words(IN_WORDS[case], scale_dtype)
+        plain = {"m.norm.weight": torch.ones(3), "m.gate.weight": torch.ones(2, 3, dtype=torch.bfloat16)}
+        checkpoint = hand_made(tmp_path / str(scale_dtype), under("m.x", stored) | plain, described)
+        for dtype, in_torch in DTYPES.items():
+            view = dequantized(checkpoint, dtype)
+            assert {name: info.shape for name, info in view.tensors.items()} == {
+                "m.x.weight": (len(matrix.codes), len(matrix.codes[0])), "m.norm.weight": (3,), "m.gate.weight": (2, 3),
+            }  # fmt: skip
+            found = read_all(view)
+            assert torch.equal(found["m.x.weight"], matrix.values().to(in_torch))
+            assert torch.equal(found["m.gate.weight"], plain["m.gate.weight"])
+            assert "quantization_config" not in view.config
+            packed = view.tensors["m.x.weight"].packed
+            assert packed.encoding.num_bytes(view.tensors["m.x.weight"].shape) == sum(t.nbytes for t in stored.values())
+
+
+def test_a_matrix_that_compressed_tensors_itself_packed(tmp_path):
+    """Made with compressed-tensors 0.17.0, and read with it."""
+    stored = {
+        "weight_packed": torch.tensor(
+            [[100794384, -4113], [-2003093575, 1872441081], [-1917072727, 1715627075]], dtype=torch.int32
+        ),
+        "weight_zero_point": torch.tensor([[2944, 1151]], dtype=torch.int32),
+        "weight_scale": torch.tensor([[0.25, 0.5], [0.375, 0.25], [0.125, 1.0]]),
+        "weight_shape": torch.tensor([3, 16]),
+    }
+    steps = torch.tensor([
+        [0, 1, 0, 0, 2, 0, 6, 0, 0, -1, 0, -1, 0, 0, 0, 0], [1, 3, -1, -5, 3, 1, 0, 0, 2, 8, 7, -5, 4, 2, 8, -1],
+        [-2, -1, -1, 1, 0, 0, 2, -3, -1, 0, 0, 2, -2, 0, 2, 2],
+    ])  # fmt: skip
+    described = compressed_config(group_size=8, strategy="group", symmetric=False)
+    found = read_all(dequantized(hand_made(tmp_path / "m", under("m.x", stored), described), "F32"))
+    assert torch.equal(found["m.x.weight"], steps * stored["weight_scale"].repeat_interleave(8, dim=1))
+
+
+@pytest.mark.parametrize("form", ["int-quantized", "naive-quantized"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_eight_bit_integers_of_compressed_tensors(tmp_path, form, symmetric):
+    for number, (strategy, group) in enumerate({"channel": None, "group": 16, "tensor": None}.items()):
+        rows, columns = (1, 48) if strategy == "tensor" else (5, 48)
+        matrix = Matrix(
+            some_matrix(rows, columns), 8, [c // (group or columns) for c in range(columns)], symmetric=symmetric
+        )
+        stored = compressed_bytes(matrix, zeros=not symmetric)
+        if strategy == "tensor":  # of a matrix with rows that all have the same scale
+            stored["weight"] = stored["weight"].view(6, 8)
+            for leaf in stored.keys() - {"weight"}:
+                stored[leaf] = stored[leaf].view(1)
+        described = compressed_config(form, num_bits=8, symmetric=symmetric, group_size=group, strategy=strategy)
+        described["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": False}
+        tensors = under("m.x", stored | {"input_scale": torch.ones(1), "input_zero_point": torch.zeros(1)})
+        tensors["ids"] = torch.arange(4, dtype=torch.int8)
+        found = read_all(dequantized(hand_made(tmp_path / str(number), tensors, described), "F32"))
+        assert found.keys() == {"m.x.weight", "ids"}
+        assert torch.equal(found["m.x.weight"].view(rows, columns), matrix.values())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "scale", "block"),
+    [("tensor", (), None), ("tensor", (1,), None), ("channel", (6, 1), None), ("block", (2, 3), [4, 4])],
+)
+def test_eight_bit_floats_of_compressed_tensors(tmp_path, strategy, scale, block):
+    weight, factor = some_matrix(6, 10).mul_(50).to(torch.float8_e4m3fn), torch.rand(scale) + 0.5
+    described = compressed_config("float-quantized", num_bits=8, type="float", strategy=strategy, block_structure=block)
+    described["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+    tensors = {"m.x.weight": weight, "m.x.weight_scale": factor, "m.x.input_scale": torch.ones(1)}
+    tensors["m.attn.k_scale"] = torch.ones(1)
+    found = read_all(dequantized(hand_made(tmp_path / "m", tensors, described), "F32"))
+    assert found.keys() == {"m.x.weight"}
+    for row in range(6):
+        for column in range(10):
+            place = (row // 4, column // 4) if block else (row, 0) if scale == (6, 1) else (0,) * len(scale)
+            assert found["m.x.weight"][row, column] == weight[row, column].float() * factor[place]
+
+
+def test_groups_of_compressed_tensors_are_found_by_name_then_pattern_then_class(tmp_path):
+    four = Matrix(some_matrix(4, 16), 4, [c // 8 for c in range(16)], symmetric=True)
+    eight = Matrix(some_matrix(4, 16), 8, [0] * 16, symmetric=True)
+    described = compressed_config("mixed-precision", group_size=8, strategy="group")
+    groups = described["config_groups"]
+    groups["group_0"]["format"] = "pack-quantized"
+    groups["group_1"] = compressed_config(targets=["re:.*down"], num_bits=8)["config_groups"]["group_0"]
+    groups["group_2"] = compressed_config(targets=["m.named.down"], group_size=8, strategy="group")["config_groups"][
+        "group_0"
+    ]
+    groups["cache"] = {"targets": ["re:.*attn$"], "weights": None, "output_activations": {"num_bits": 8}}
+    tensors = under("m.up", compressed_words(four)) | under("m.down", compressed_words(eight))
+    tensors |= under("m.named.down", compressed_words(four))
+    found = read_all(dequantized(hand_made(tmp_path / "m", tensors, described), "F32"))
+    assert torch.equal(found["m.up.weight"], four.values())
+    assert torch.equal(found["m.down.weight"], eight.values())
+    assert torch.equal(found["m.named.down.weight"], four.values())
+
+
+def test_columns_in_order_may_be_marked_so(tmp_path):
+    matrix, stored, described = in_words(IN_WORDS["4 bits, groups"])
+    stored["weight_g_idx"] = torch.full((64,), -1, dtype=torch.int32)
+    found = read_all(dequantized(hand_made(tmp_path / "m", under("m.x", stored), described), "F32"))
+    assert torch.equal(found["m.x.weight"], matrix.values())
+
+
+@pytest.mark.parametrize("band", [1, 100, 10**6])
+def test_the_size_of_a_band_changes_nothing(tmp_path, monkeypatch, band):
+    monkeypatch.setattr(scaled, "BAND", band)
+    matrix, stored, described = in_words(IN_WORDS["4 bits, groups in any order with zeros"])
+    found = read_all(dequantized(hand_made(tmp_path / "m", under("m.x", stored), described), "F32"))
+    assert torch.equal(found["m.x.weight"], matrix.values())
+
+
+def compressed_example(**changes):
+    """Return tensors and settings of one matrix with zeros and groups in any order."""
+    _, stored, described = in_words(IN_WORDS["4 bits, groups in any order with zeros"])  # (9, 32) in groups of 8
+    described["config_groups"]["group_0"]["weights"] |= changes
+    return under("m.x", stored), described
+
+
+def told(**changes):
+    """Return the example with other settings beside the groups."""
+    tensors, described = compressed_example()
+    return tensors, described | changes
+
+
+def less(leaf):
+    """Return the example without one of its tensors."""
+    tensors, described = compressed_example()
+    return {name: tensor for name, tensor in tensors.items() if name != f"m.x.{leaf}"}, described
+
+
+def other(leaf, tensor):
+    tensors, described = compressed_example()
+    return tensors | {f"m.x.{leaf}": tensor}, described
+
+
+#: Tensors and settings, and what is said.
+WRONG = {
+    "no scales": (lambda: less("weight_scale"), "'m.x' is packed, and 'm.x.weight_scale' is missing"),
+    "no shape": (lambda: less("weight_shape"), "'m.x' is packed, and 'm.x.weight_shape' is missing"),
+    "no zeros": (lambda: less("weight_zero_point"), "it is not symmetric, and 'm.x.weight_zero_point' is missing"),
+    "no groups of columns": (lambda: less("weight_g_idx"), "it has an actorder, and 'm.x.weight_g_idx' is missing"),
+    "scales alone": (lambda: less("weight_packed"), "belongs to a packed weight, and there is none beside it"),
+    "other bits": (lambda: compressed_example(num_bits=8), r"4 scales a row are no groups of 8 columns"),
+    "another group": (lambda: compressed_example(group_size=16), "4 scales a row are no groups of 16 columns"),
+    "channels": (lambda: compressed_example(group_size=None, strategy="channel", actorder=None), "4 scales a row"),
+    "groups without a size": (lambda: compressed_example(group_size=None, strategy="group"), "group_size = None"),
+    "no group of the module": (
+        lambda: (told()[0], compressed_config(targets=["re:other", "m.y"])),
+        "has no group for 'm.x', which is packed",
+    ),
+    "ignored and packed": (lambda: told(ignore=["re:.*x$"]), "names 'm.x' in ignore, and it is stored as"),
+    "ignored by name": (lambda: told(ignore=["m.x"]), "names 'm.x' in ignore"),
+    "ignore is a number": (lambda: told(ignore=3), "ignore = 3, expected a list of names"),
+    "no pattern": (lambda: told(ignore=["re:("]), "which is no pattern"),
+    "no config_groups": (lambda: told(config_groups=None), "has no config_groups"),
+    "the name of a preset": (lambda: told(config_groups={"W4A16": ["Linear"]}), "expected targets and weights"),
+    "numbers in words of another kind": (
+        lambda: other("weight_packed", torch.zeros(9, 4, dtype=torch.int64)), r"I32 \[9, 4\] was expected"
+    ),
+    "a stack": (lambda: other("weight_packed", torch.zeros(2, 9, 4, dtype=torch.int32)), "a matrix was expected"),
+    "scales of other rows": (lambda: other("weight_scale", torch.ones(8, 4)), "scales of 9 rows were expected"),
+    "scales in integers": (lambda: other("weight_scale", torch.ones(9, 4, dtype=torch.int32)), "one of F32, F16, BF16"),
+    "zeros of other rows": (
+        lambda: other("weight_zero_point", torch.zeros(1, 4, dtype=torch.int32)), r"I32 \[2, 4\] was expected"
+    ),
+    "groups of other columns": (
+        lambda: other("weight_g_idx", torch.zeros(31, dtype=torch.int32)), r"I32 \[32\] was expected"
+    ),
+    "four bits in bytes": (
+        lambda: ({"m.x.weight": torch.ones(9, 32, dtype=torch.int8), "m.x.weight_scale": torch.ones(9, 4)}, told()[1]),
+        "numbers of 4 bits were expected in words",
+    ),
+    "floats where integers were expected": (
+        lambda: (
+            {"m.x.weight": torch.ones(9, 8, dtype=torch.int8), "m.x.weight_scale": torch.ones(9, 1)},
+            compressed_config("float-quantized", num_bits=8, type="float"),
+        ),
+        "8-bit floats without zeros were expected",
+    ),
+    "packed and plain": (lambda: other("weight", torch.ones(2, 2)), r"'m.x.weight' twice, packed"),
+}  # fmt: skip
+
+UNKNOWN = {
+    "another format": (lambda: told(format="marlin-24"), "the format 'marlin-24'; understood are pack-quantized"),
+    "another format of a group": (
+        lambda: told(config_groups={"g": {"format": "nvfp4-pack-quantized"}}), "the format 'nvfp4-pack-quantized'"
+    ),
+    "dense": (lambda: told(format="dense"), "the format 'dense'"),
+    "sparse": (lambda: told(sparsity_config={"format": "sparse-24-bitmask"}), "a sparsity_config"),
+    "rotated": (lambda: told(transform_config={"config_groups": {"R1": {}}}), "its weights are rotated"),
+    "three bits": (lambda: compressed_example(num_bits=3), "3 bits of type 'int' in config_groups.'group_0'"),
+    "bits that are none": (lambda: compressed_example(num_bits="4"), "'4' bits of type 'int'"),
+    "four-bit floats": (lambda: compressed_example(type="float"), "4 bits of type 'float'"),
+    "blocks of integers": (lambda: compressed_example(strategy="block"), "scales by 'block' of int"),
+    "scales of groups of tensors": (lambda: compressed_example(strategy="tensor_group"), "scales by 'tensor_group'"),
+    "an order that is none": (lambda: compressed_example(actorder="up"), "actorder = 'up'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_tensors_and_settings_that_do_not_fit_are_refused_in_a_line(tmp_path, case):
+    make, message = WRONG[case]
+    checkpoint = hand_made(tmp_path / "m", *make())
+    with pytest.raises(CorruptCheckpoint, match=message) as error:
+        dequantized(checkpoint)
+    assert str(error.value).startswith(str(checkpoint.path))
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_ways_of_packing_that_are_not_understood_are_refused_in_a_line(tmp_path, case):
+    make, message = UNKNOWN[case]
+    checkpoint = hand_made(tmp_path / "m", *make())
+    with pytest.raises(UnsupportedDtype, match=message) as error:
+        dequantized(checkpoint)
+    assert str(error.value).startswith(str(checkpoint.path))
+    assert "Use the full-precision checkpoint" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+#: What only shows as a tensor is read.
+INSIDE = {
+    "a scale that is no number": (
+        lambda: other("weight_scale", torch.full((9, 4), math.nan)), "has 36 of 36 scales that are no finite numbers"
+    ),
+    "an infinite scale": (
+        lambda: other("weight_scale", torch.tensor([[1.0, 1.0, 1.0, math.inf]] * 9)), "has 9 of 36 scales"
+    ),
+    "another shape": (lambda: other("weight_shape", torch.tensor([9, 31])), r"is \[9, 31\] as is stored beside it"),
+    "a group that is not there": (
+        lambda: other("weight_g_idx", torch.full((32,), 4, dtype=torch.int32)), "to groups 4 to 4, and there are"
+    ),
+    "a scale of floats that is no number": (
+        lambda: (
+            {"m.x.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "m.x.weight_scale": torch.tensor([math.nan])},
+            compressed_config("float-quantized", num_bits=8, type="float", strategy="tensor"),
+        ),
+        "has 1 of 1 scales that are no finite numbers",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", INSIDE)
+def test_what_shows_as_a_tensor_is_read_is_refused_in_a_line(tmp_path, case):
+    make, message = INSIDE[case]
+    view = dequantized(hand_made(tmp_path / "m", *make()))
+    with view.reader() as reader, pytest.raises(CorruptCheckpoint, match=message) as error:
+        reader.read("m.x.weight")
+    assert str(error.value).startswith(f"{tmp_path / 'm' / 'model.safetensors'}: 'm.x.weight' ")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_value_that_float16_cannot_hold_is_refused(tmp_path):
+    tensors, described = other("weight_scale", torch.full((9, 4), 60000.0))
+    with (
+        dequantized(hand_made(tmp_path / "m", tensors, described), "F16").reader() as reader,
+        pytest.raises(UnsupportedDtype, match=r"'m\.x\.weight' reaches .*, more than F16 can hold; choose BF16"),
+    ):
+        reader.read("m.x.weight")
+
+
+# --- whole checkpoints --------------------------------------------------------------------------------------------
+
+
+def pack_compressed(weight, *, group=None, bits=4, symmetric=True, in_bytes=False):
+    columns = weight.shape[1]
+    group_of = [column // (group or columns) for column in range(columns)]
+    matrix = Matrix(weight, bits, group_of, symmetric=symmetric, scale_dtype=torch.bfloat16)
+    make = compressed_bytes if in_bytes else compressed_words
+    return matrix.values(), make(matrix, zeros=not symmetric)
+
+
+#: How the matrices of a model are packed, and the settings.
+WHOLE = {
+    "compressed-tensors, 4 bits": (
+        lambda weight: pack_compressed(weight, group=16),
+        compressed_config(group_size=16, strategy="group", ignore=["lm_head", "re:.*gate$"]),
+    ),
+    "compressed-tensors, 4 bits with zeros": (
+        lambda weight: pack_compressed(weight, group=16, symmetric=False),
+        compressed_config(group_size=16, strategy="group", symmetric=False, ignore=["re:.*gate$"]),
+    ),
+    "compressed-tensors, 8 bits in bytes": (
+        lambda weight: pack_compressed(weight, bits=8, in_bytes=True),
+        compressed_config("int-quantized", num_bits=8, ignore=["re:.*gate$"]),
+    ),
+}
+FAMILIES = {"qwen3_moe": {"moe_intermediate_size": 32}, "mixtral": {"intermediate_size": 32}}
+
+
+def whole(tiny, folder, family, case):
+    """Return a packed tiny checkpoint, and the plain one that it stands for."""
+    pack, described = WHOLE[case]
+    source = tiny(family, dtype=torch.bfloat16, hidden_size=32, **FAMILIES[family])
+    plain, packed = shutil.copytree(source, folder / "plain"), shutil.copytree(source, folder / "packed")
+    expected, stored = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if "layers" in name and tensor.ndim == 2 and not module.endswith("gate"):
+            value, parts = pack(tensor)
+            expected[name] = value.bfloat16()
+            stored |= under(module, parts)
+        else:
+            expected[name] = stored[name] = tensor
+    save_file(expected, plain / "model.safetensors", metadata={"format": "pt"})
+    stored = {name: tensor.contiguous().clone() for name, tensor in stored.items()}
+    save_file(stored, packed / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": described}))
+    return packed, plain
+
+
+@pytest.mark.parametrize("case", first(1, WHOLE))
+def test_a_packed_checkpoint_is_the_plain_one(tiny, tmp_path, case):
+    packed, plain = whole(tiny, tmp_path, "qwen3_moe", case)
+    view, source = dequantized(Checkpoint.open(packed)), Checkpoint.open(plain)
+    assert view.config == source.config
+    assert {name: info.shape for name, info in view.tensors.items()} == {
+        name: info.shape for name, info in source.tensors.items()
+    }
+    found, wanted = read_all(view), read_all(source)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    seen, expected = inspect(packed), inspect(plain)
+    assert seen.total.parameters == expected.total.parameters
+    assert seen.total.bytes == Checkpoint.open(packed).num_bytes < expected.total.bytes
+    for mine, theirs in zip(seen.moe_layers, expected.moe_layers, strict=True):
+        assert (mine.width, mine.hidden_size, mine.num_experts) == (
+            theirs.width,
+            theirs.hidden_size,
+            theirs.num_experts,
+        )
+        assert mine.experts.parameters == theirs.experts.parameters
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_packed_checkpoint_loads_without_its_packer(tiny, tmp_path, case):
+    packed, plain = whole(tiny, tmp_path, "qwen3_moe", case)
+    found, wanted = load_model(packed).state_dict(), load_model(plain).state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", WHOLE)
+def test_compressing_a_packed_checkpoint_gives_what_compressing_the_plain_one_gives(tiny, tmp_path, family, case):
+    text = tiny_text(tmp_path / "text", documents=3)
+    results = [
+        compress(model, tmp_path / f"half-{model.name}", experts=4, recipe="reap", text=text, tokens=256, seq_len=32)
+        for model in whole(tiny, tmp_path, family, case)
+    ]
+    found, wanted = ({file.name: load_file(file) for file in each.out.glob("*.safetensors")} for each in results)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert found[name].keys() == wanted[name].keys()
+        assert all(torch.equal(found[name][key], wanted[name][key]) for key in wanted[name])
+    assert "quantization_config" not in json.loads((results[0].out / "config.json").read_text())
+
+
+@pytest.mark.long
+def test_a_packed_checkpoint_becomes_one_in_blocks(tiny, tmp_path):
+    text = tiny_text(tmp_path / "text", documents=3)
+    results = [
+        compress(
+            model, tmp_path / f"small-{model.name}", recipe="nearest", type="Q4_0", text=text, tokens=256, seq_len=32
+        )
+        for model in whole(tiny, tmp_path, "qwen3_moe", next(iter(WHOLE)))
+    ]
+    found, wanted = (read_all(Checkpoint.open(each.out)) for each in results)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert json.loads((results[0].out / "config.json").read_text())["quantization_config"]["quant_method"] == "coterie"
+
+
+# --- settings that somebody changed -------------------------------------------------------------------------------
+
+EXAMPLES = {"compressed-tensors": compressed_example}
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    return {name: hand_made(tmp_path_factory.mktemp("example") / "m", *make()) for name, make in EXAMPLES.items()}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", EXAMPLES)
+@given(data=st.data())
+@settings(max_examples=150)
+def test_any_change_of_the_settings_is_read_or_refused_in_a_line(examples, name, data):
+    described = examples[name].config["quantization_config"]
+    path = data.draw(st.sampled_from(list(places(described))))
+    how = data.draw(st.sampled_from(("replace", "remove", "beside")))
+    drawn = data.draw(
+        values | st.sampled_from((2, 3, 4, 8, 16, 32, 128, "group", "channel", "gptq_v2", "re:.*", "re:("))
+    )
+    config = examples[name].config | {"quantization_config": changed(described, path, drawn, how)}
+    said = ""
+    try:
+        view = dequantized(replace(examples[name], config=config))
+        with view.reader() as reader:
+            for tensor in view.tensors:
+                reader.read(tensor)
+    except (CorruptCheckpoint, UnsupportedDtype) as error:
+        said = str(error)
+    assert len(said.splitlines()) <= 1
+    assert len(said) < 2000
