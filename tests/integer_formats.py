@@ -101,3 +101,42 @@ def compressed_config(form="pack-quantized", *, targets=("Linear",), ignore=("lm
         "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group},
         "ignore": list(ignore), "kv_cache_scheme": None, "quantization_status": "compressed",
     }  # fmt: skip
+
+
+def gptq(matrix, *, index=True, offset=1):
+    """Return what GPTQ's tools store of a matrix, by what follows the name of its module."""
+    zeros = [[zero - offset for zero in row] for row in matrix.zeros]
+    stored = {
+        "qweight": int32(transposed([words(row, matrix.bits) for row in matrix.codes])),
+        "qzeros": int32([words(zeros_of_group, matrix.bits) for zeros_of_group in transposed(zeros)]),
+        "scales": matrix.scales.T,
+    }
+    return stored | ({"g_idx": int32(matrix.group_of)} if index else {})
+
+
+def gptq_config(**changes):
+    return {
+        "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "damp_percent": 0.01,
+        "static_groups": False, "true_sequential": True, "lm_head": False, "checkpoint_format": "gptq", "meta": {},
+    } | changes  # fmt: skip
+
+
+def awq_words(codes):
+    """Return the words of a list of codes, each eight of them in AWQ's order."""
+    return words([codes[start + place] for start in range(0, len(codes), 8) for place in AWQ_ORDER], 4)
+
+
+def awq(matrix):
+    """Return what AWQ's tools store of a matrix, by what follows the name of its module."""
+    return {
+        "qweight": int32([awq_words(column) for column in transposed(matrix.codes)]),
+        "qzeros": int32([awq_words(zeros_of_group) for zeros_of_group in transposed(matrix.zeros)]),
+        "scales": matrix.scales.T,
+    }
+
+
+def awq_config(**changes):
+    return {
+        "quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm",
+        "modules_to_not_convert": ["gate"],
+    } | changes  # fmt: skip

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from coterie.errors import ArchitectureMismatch, UnknownName, UnsupportedDtype
 from coterie.model.disk.encodings import ENCODINGS, encoding_from, scaled
+from coterie.model.disk.encodings.awq import Awq
 from coterie.model.disk.encodings.block_scaled import BlockScaled
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
+from coterie.model.disk.encodings.gptq import Gptq
 from coterie.model.disk.encodings.mxfp4 import Mxfp4
 from coterie.model.disk.encodings.packed_integers import PackedIntegers
 from coterie.model.disk.encodings.plain import Plain
@@ -43,6 +45,11 @@ EXAMPLES = [
     (PackedIntegers(bits=8, group=None, zeros="words"), (3, 8)),
     (PackedIntegers(bits=8, words=False, group=None, zeros="plain"), (3, 6)),
     (PackedIntegers(bits=8, words=False, group=None, scale_shape=(1,)), (3, 6)),
+    (Gptq(group=16), (8, 40)),
+    (Gptq(bits=8, group=None, offset=0, index=False, scales="BF16", dtype="F32"), (4, 12)),
+    (Gptq(bits=2, group=32), (16, 32)),
+    (Awq(group=16), (16, 40)),
+    (Awq(group=None, scales="F32"), (8, 5)),
     (GgmlBlocks(type="Q4_K"), (3, 5, 512)),
     (GgmlBlocks(type="Q8_0", axis=-2, dtype="F32"), (2, 64, 3)),
     (Ragged(axis=0, width=2, full=5, inner=Plain(dtype="BF16")), (5, 3)),
@@ -213,8 +220,10 @@ def test_blocks_of_zeros_stay_zeros_and_signs_stay():
 def test_what_is_no_number_is_refused(wrong):
     tensor = torch.ones(2, 4, 8)
     tensor[1, 2, 3] = wrong
-    with pytest.raises(UnsupportedDtype, match="numbers that are not finite"):
-        PackedIntegers().pack(tensor[1])
+    matrix = torch.full((8, 8), wrong)
+    for encoding in (PackedIntegers(), Gptq(), Awq()):
+        with pytest.raises(UnsupportedDtype, match="numbers that are not finite"):
+            encoding.pack(matrix)
     for encoding in (BlockScaled(), Mxfp4(group=4)):
         with pytest.raises(UnsupportedDtype, match="numbers that are not finite"):
             encoding.pack(tensor)
@@ -231,6 +240,8 @@ def test_a_scale_that_is_too_narrow_is_refused():
         (BlockScaled(), (5,), "two axes or more"),
         (BlockScaled(), (0, 5), "none of them empty"),
         (BlockScaled(numbers="I8"), (4, 5), "an even number of columns"),
+        (Gptq(), (8, 9), "both axes a multiple of 8"),
+        (Awq(), (9, 8), "its rows a multiple of 8"),
         (PackedIntegers(), (4,), "that takes a matrix"),
         (PackedIntegers(), (0, 8), "that takes a matrix"),
         (PackedIntegers(), (4, 9), "leave room in their last word"),
@@ -253,6 +264,10 @@ def test_shapes_that_do_not_fit_are_refused(encoding, shape, message):
         lambda: BlockScaled(block=(0, 4)),
         lambda: Mxfp4(group=3),
         lambda: Mxfp4(scales="F32"),
+        lambda: Gptq(bits=3),
+        lambda: Gptq(offset=2),
+        lambda: Gptq(scales="I8"),
+        lambda: Awq(group=0),
         lambda: PackedIntegers(bits=3),
         lambda: PackedIntegers(words=False),
         lambda: PackedIntegers(group=0),
@@ -329,6 +344,8 @@ def test_rows_that_lie_by_themselves_are_the_same_rows(encoding, shape):
             Mxfp4: True,
             GgmlBlocks: True,
             PackedIntegers: False,
+            Gptq: False,
+            Awq: False,
             Ragged: getattr(encoding, "axis", 0) > 0,
         }[type(encoding)]
     )

@@ -18,7 +18,17 @@ from coterie.model.disk.encodings import integers, scaled
 from coterie.model.disk.quantized import dequantized
 from coterie.testing import tiny_text
 from hostile import changed, places, values
-from integer_formats import Matrix, compressed_bytes, compressed_config, compressed_words
+from integer_formats import (
+    Matrix,
+    awq,
+    awq_config,
+    compressed_bytes,
+    compressed_config,
+    compressed_words,
+    gptq,
+    gptq_config,
+    int32,
+)
 from some import first
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -204,9 +214,101 @@ def test_columns_in_order_may_be_marked_so(tmp_path):
 @pytest.mark.parametrize("band", [1, 100, 10**6])
 def test_the_size_of_a_band_changes_nothing(tmp_path, monkeypatch, band):
     monkeypatch.setattr(scaled, "BAND", band)
-    matrix, stored, described = in_words(IN_WORDS["4 bits, groups in any order with zeros"])
-    found = read_all(dequantized(hand_made(tmp_path / "m", under("m.x", stored), described), "F32"))
-    assert torch.equal(found["m.x.weight"], matrix.values())
+    matrix = Matrix(some_matrix(16, 64), 4, [column // 32 for column in range(64)])
+    stored = {
+        "compressed": (compressed_words(matrix, zeros=True), compressed_config(group_size=32, strategy="group")),
+        "gptq": (gptq(matrix), gptq_config(group_size=32)),
+        "awq": (awq(matrix), awq_config(group_size=32)),
+    }
+    for name, (parts, described) in stored.items():
+        found = read_all(dequantized(hand_made(tmp_path / name, under("m.x", parts), described), "F32"))
+        assert torch.equal(found["m.x.weight"], matrix.values())
+
+
+# --- GPTQ and AWQ -------------------------------------------------------------------------------------------------
+
+#: Bits, rows, columns, columns of a group, in whatever order, g_idx is there, what else the settings say.
+IN_GPTQ = {
+    "4 bits": (4, 16, 64, 32, False, True, {}),
+    "4 bits, the older settings": (4, 8, 32, 16, False, True, {"checkpoint_format": None}),
+    "4 bits, no g_idx": (4, 8, 64, 16, False, False, {}),
+    "4 bits, one group": (4, 8, 40, None, False, True, {"group_size": -1}),
+    "4 bits, a last group that is not full": (4, 8, 40, 16, False, True, {}),
+    "4 bits, columns in any order": (4, 8, 64, 16, True, True, {"desc_act": True}),
+    "4 bits, v2": (4, 8, 64, 32, False, True, {"checkpoint_format": "gptq_v2"}),
+    "4 bits, the newer settings": (4, 8, 64, 32, False, True, {"checkpoint_format": None, "format": "gptq_v2"}),
+    "8 bits": (8, 12, 32, 16, False, True, {}),
+    "8 bits in any order": (8, 12, 32, 16, True, True, {"desc_act": True}),
+    "2 bits": (2, 16, 64, 32, False, True, {}),
+    "other bits than most": (8, 12, 64, 16, False, True, {"bits": 4, "group_size": 64, "dynamic": {"x": {"bits": 8}}}),
+}
+
+
+def in_gptq(case, scale_dtype=torch.float16):
+    bits, rows, columns, group, shuffled, index, changes = case
+    group_of = [column // (group or columns) for column in range(columns)]
+    if shuffled:
+        order = torch.randperm(columns, generator=torch.Generator().manual_seed(1)).tolist()
+        group_of = [group_of[place] for place in order]
+    matrix = Matrix(some_matrix(rows, columns), bits, group_of, scale_dtype=scale_dtype)
+    described = gptq_config(bits=bits, group_size=group) | changes
+    described = {key: value for key, value in described.items() if value is not None}
+    v2 = "gptq_v2" in described.values()
+    return matrix, gptq(matrix, index=index, offset=0 if v2 else 1), described
+
+
+@pytest.mark.parametrize("case", IN_GPTQ)
+def test_words_of_gptq_are_what_they_stand_for(tmp_path, case):
+    for scale_dtype in (torch.float16, torch.bfloat16):
+        matrix, stored, described = in_gptq(IN_GPTQ[case], scale_dtype)
+        checkpoint = hand_made(tmp_path / str(scale_dtype), under("m.x", stored | {"bias": torch.ones(2)}), described)
+        check_values(checkpoint, matrix, stored)
+
+
+def check_values(checkpoint, matrix, stored):
+    """Check every value of 'm.x.weight' and the bytes that are said of it."""
+    for dtype, in_torch in DTYPES.items():
+        view = dequantized(checkpoint, dtype)
+        assert view.tensors.keys() == {"m.x.weight", "m.x.bias"}
+        info = view.tensors["m.x.weight"]
+        assert info.shape == (len(matrix.codes), len(matrix.codes[0]))
+        with view.reader() as reader:
+            assert torch.equal(reader.read("m.x.weight"), matrix.values().to(in_torch))
+            assert reader.num_bytes_read == sum(tensor.nbytes for tensor in stored.values())
+        assert info.packed.encoding.num_bytes(info.shape) == sum(tensor.nbytes for tensor in stored.values())
+        assert "quantization_config" not in view.config
+
+
+def test_a_zero_of_zero_borrows_from_its_neighbour_in_a_word(tmp_path):
+    """As GPTQModel writes it: one is subtracted from eight zeros at once."""
+    matrix = Matrix(some_matrix(16, 32), 4, [0] * 32)
+    matrix.zeros = [[zero] for zero in (0, 3, 0, 0, 15, 1, 7, 0, 8, 8, 8, 8, 8, 8, 8, 0)]
+    stored = gptq(matrix, offset=0)
+    numbers = [(int(each) % 2**32 - 0x11111111) % 2**32 for each in stored["qzeros"][0]]
+    stored["qzeros"] = int32([[each - 2**32 if each >= 2**31 else each for each in numbers]])
+    checkpoint = hand_made(tmp_path / "m", under("m.x", stored | {"bias": torch.ones(2)}), gptq_config(group_size=-1))
+    check_values(checkpoint, matrix, stored)
+
+
+@pytest.mark.parametrize("changes", [{}, {"version": "GEMM"}, {"version": None, "checkpoint_format": "gemm"}])
+@pytest.mark.parametrize("group", [16, None])
+def test_words_of_awq_are_what_they_stand_for(tmp_path, group, changes):
+    matrix = Matrix(some_matrix(24, 48), 4, [column // (group or 48) for column in range(48)])
+    stored = awq(matrix)
+    described = awq_config(group_size=group or -1) | changes
+    described = {key: value for key, value in described.items() if value is not None}
+    checkpoint = hand_made(tmp_path / "m", under("m.x", stored | {"bias": torch.ones(2)}), described)
+    check_values(checkpoint, matrix, stored)
+
+
+def test_nibbles_of_awq_stand_where_its_tools_put_them(tmp_path):
+    """Eight rows of one column whose numbers are their rows: the word that AutoAWQ's order gives."""
+    tensors = {
+        "m.x.qweight": int32([[0x75316420]]), "m.x.qzeros": int32([[0]]),
+        "m.x.scales": torch.ones(1, 8, dtype=torch.float16),
+    }  # fmt: skip
+    found = read_all(dequantized(hand_made(tmp_path / "m", tensors, awq_config(group_size=-1)), "F32"))
+    assert found["m.x.weight"].flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 def compressed_example(**changes):
@@ -222,14 +324,28 @@ def told(**changes):
     return tensors, described | changes
 
 
-def less(leaf):
-    """Return the example without one of its tensors."""
-    tensors, described = compressed_example()
+def gptq_example(**changes):
+    """Return tensors and settings of a matrix (8, 64) in groups of 16 columns in any order."""
+    _, stored, described = in_gptq(IN_GPTQ["4 bits, columns in any order"])
+    return under("m.x", stored), described | changes
+
+
+def awq_example(**changes):
+    """Return tensors and settings of a matrix (24, 48) in groups of 16 columns."""
+    return under("m.x", awq(Matrix(some_matrix(24, 48), 4, [c // 16 for c in range(48)]))), awq_config(
+        group_size=16
+    ) | changes
+
+
+def less(leaf, example=compressed_example):
+    """Return an example without one of its tensors."""
+    tensors, described = example()
     return {name: tensor for name, tensor in tensors.items() if name != f"m.x.{leaf}"}, described
 
 
-def other(leaf, tensor):
-    tensors, described = compressed_example()
+def other(leaf, tensor, example=compressed_example):
+    """Return an example with one tensor in place of another, or beside the others."""
+    tensors, described = example()
     return tensors | {f"m.x.{leaf}": tensor}, described
 
 
@@ -277,6 +393,36 @@ WRONG = {
         ),
         "8-bit floats without zeros were expected",
     ),
+    "gptq without zeros": (lambda: less("qzeros", gptq_example), "'m.x' is packed, and 'm.x.qzeros' is missing"),
+    "gptq without scales": (lambda: less("scales", gptq_example), "'m.x' is packed, and 'm.x.scales' is missing"),
+    "gptq without g_idx": (lambda: less("g_idx", gptq_example), "it has desc_act, and 'm.x.g_idx' is missing"),
+    "gptq's zeros alone": (lambda: less("qweight", gptq_example), "'m.x.g_idx' belongs to a packed weight"),
+    "gptq of other bits": (lambda: gptq_example(bits=8), r"'m.x.qzeros' .I32 \[4, 1\]. does not fit: I32 \[2, 2\] was"),
+    "gptq of another group": (lambda: gptq_example(group_size=32), r"'m.x.qzeros'.* does not fit: I32 \[2, 1\] was"),
+    "gptq of no group": (lambda: gptq_example(group_size=0), "says group_size = 0, expected a whole number above 0"),
+    "gptq in an order that is none": (lambda: gptq_example(desc_act="yes"), "says desc_act = 'yes'"),
+    "gptq's words of another kind": (
+        lambda: other("qweight", torch.zeros(8, 8, dtype=torch.int16), gptq_example), r"I32 \[8, 8\] was expected"
+    ),
+    "gptq's rows that fill no word": (
+        lambda: (
+            {
+                "m.x.qweight": torch.zeros(8, 7, dtype=torch.int32), "m.x.qzeros": torch.zeros(4, 1, dtype=torch.int32),
+                "m.x.scales": torch.ones(4, 7),
+            },
+            gptq_config(group_size=16),
+        ),
+        "both axes a multiple of 8",
+    ),
+    "gptq's scales in integers": (
+        lambda: other("scales", torch.ones(4, 8, dtype=torch.int32), gptq_example), "one of F32, F16, BF16"
+    ),
+    "gptq's scales in a list": (lambda: other("scales", torch.ones(8), gptq_example), "a matrix was expected"),
+    "awq without zeros": (lambda: less("qzeros", awq_example), "'m.x' is packed, and 'm.x.qzeros' is missing"),
+    "awq of another group": (lambda: awq_example(group_size=48), r"'m.x.qzeros'.* does not fit: I32 \[1, 3\] was"),
+    "awq's scales of activations": (
+        lambda: other("act.scales", torch.ones(4), awq_example), "'m.x.act.scales' belongs to a packed weight"
+    ),
     "packed and plain": (lambda: other("weight", torch.ones(2, 2)), r"'m.x.weight' twice, packed"),
 }  # fmt: skip
 
@@ -293,6 +439,14 @@ UNKNOWN = {
     "four-bit floats": (lambda: compressed_example(type="float"), "4 bits of type 'float'"),
     "blocks of integers": (lambda: compressed_example(strategy="block"), "scales by 'block' of int"),
     "scales of groups of tensors": (lambda: compressed_example(strategy="tensor_group"), "scales by 'tensor_group'"),
+    "gptq of 3 bits": (lambda: gptq_example(bits=3), "by gptq with 3 bits; understood are 2, 4, 8"),
+    "gptq of bits that are none": (lambda: gptq_example(bits=True), "True bits; understood are 2, 4, 8"),
+    "gptq in another format": (lambda: gptq_example(checkpoint_format="marlin"), "the format 'marlin'; understood are"),
+    "gptq for marlin": (lambda: gptq_example(is_marlin_format=True), "the format 'marlin'"),
+    "awq in another version": (lambda: awq_example(version="gemv"), "by awq with the version 'gemv'; understood"),
+    "awq of 8 bits": (lambda: awq_example(bits=8), "8 bits; understood are 4"),
+    "awq without zeros": (lambda: awq_example(zero_point=False), "zero_point = False; understood is true"),
+    "awq of another tool": (lambda: awq_example(backend="llm-awq"), "the backend 'llm-awq'"),
     "an order that is none": (lambda: compressed_example(actorder="up"), "actorder = 'up'"),
 }  # fmt: skip
 
@@ -329,6 +483,18 @@ INSIDE = {
     "another shape": (lambda: other("weight_shape", torch.tensor([9, 31])), r"is \[9, 31\] as is stored beside it"),
     "a group that is not there": (
         lambda: other("weight_g_idx", torch.full((32,), 4, dtype=torch.int32)), "to groups 4 to 4, and there are"
+    ),
+    "gptq's scale that is no number": (
+        lambda: other("scales", torch.full((4, 8), math.nan), gptq_example), "has 32 of 32 scales that are no finite"
+    ),
+    "gptq's columns out of order": (
+        lambda: gptq_example(desc_act=False), "has columns out of order in g_idx, and config.json says desc_act = false"
+    ),
+    "gptq's group that is not there": (
+        lambda: other("g_idx", int32([-1] * 64), gptq_example), "to groups -1 to -1, and there are groups 0 to 3"
+    ),
+    "awq's scale that is no number": (
+        lambda: other("scales", torch.full((3, 24), math.inf), awq_example), "has 72 of 72 scales that are no finite"
     ),
     "a scale of floats that is no number": (
         lambda: (
@@ -370,6 +536,18 @@ def pack_compressed(weight, *, group=None, bits=4, symmetric=True, in_bytes=Fals
     return matrix.values(), make(matrix, zeros=not symmetric)
 
 
+def pack_gptq(weight, *, bits=4, order=False):
+    group_of = [column // 16 for column in range(weight.shape[1])]
+    group_of = group_of[1::2] + group_of[::2] if order else group_of
+    matrix = Matrix(weight, bits, group_of)
+    return matrix.values(), gptq(matrix)
+
+
+def pack_awq(weight):
+    matrix = Matrix(weight, 4, [column // 16 for column in range(weight.shape[1])])
+    return matrix.values(), awq(matrix)
+
+
 #: How the matrices of a model are packed, and the settings.
 WHOLE = {
     "compressed-tensors, 4 bits": (
@@ -384,6 +562,13 @@ WHOLE = {
         lambda weight: pack_compressed(weight, bits=8, in_bytes=True),
         compressed_config("int-quantized", num_bits=8, ignore=["re:.*gate$"]),
     ),
+    "gptq, 4 bits": (pack_gptq, gptq_config(group_size=16)),
+    "gptq, 4 bits, columns in any order": (
+        lambda weight: pack_gptq(weight, order=True),
+        gptq_config(group_size=16, desc_act=True),
+    ),
+    "gptq, 8 bits": (lambda weight: pack_gptq(weight, bits=8), gptq_config(bits=8, group_size=16)),
+    "awq": (pack_awq, awq_config(group_size=16)),
 }
 FAMILIES = {"qwen3_moe": {"moe_intermediate_size": 32}, "mixtral": {"intermediate_size": 32}}
 
@@ -475,7 +660,7 @@ def test_a_packed_checkpoint_becomes_one_in_blocks(tiny, tmp_path):
 
 # --- settings that somebody changed -------------------------------------------------------------------------------
 
-EXAMPLES = {"compressed-tensors": compressed_example}
+EXAMPLES = {"compressed-tensors": compressed_example, "gptq": gptq_example, "awq": awq_example}
 
 
 @pytest.fixture(scope="module")

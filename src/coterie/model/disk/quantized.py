@@ -7,6 +7,7 @@ What is understood is told apart by ``quantization_config.quant_method`` and the
 - ``mxfp4``: pairs of 4-bit floats in groups along the input axis (`coterie.model.disk.encodings.mxfp4`);
 - ``compressed-tensors``: integers of 4 or 8 bits, or 8-bit floats, as its groups say
   (`coterie.model.disk.quantized_compressed`);
+- ``gptq``, ``awq``: integers in words, matrices transposed (`coterie.model.disk.quantized_words`);
 - ``coterie``: what Coterie writes, where the config names the encoding of every weight (`quantization_config`).
 
 No torch here.
@@ -27,6 +28,7 @@ from coterie.model.disk.patterns import matching
 from coterie.model.disk.quantized_compressed import find_compressed
 from coterie.model.disk.quantized_floats import find_blocks, find_groups
 from coterie.model.disk.quantized_source import PackedTensors, QuantizedSource
+from coterie.model.disk.quantized_words import find_awq, find_gptq
 from coterie.model.disk.tensors import TORCH_NAMES, Encoding, Packed, TensorInfo
 
 #: Number formats that packed tensors can be given out in.
@@ -157,7 +159,8 @@ def _find_own(source: QuantizedSource) -> PackedTensors:
 OWN_METHOD = "coterie"
 
 _METHODS: dict[str, Callable[[QuantizedSource], PackedTensors]] = {
-    "fp8": find_blocks, "mxfp4": find_groups, "compressed-tensors": find_compressed, OWN_METHOD: _find_own,
+    "fp8": find_blocks, "mxfp4": find_groups, "compressed-tensors": find_compressed, "gptq": find_gptq,
+    "awq": find_awq, OWN_METHOD: _find_own,
 }  # fmt: skip
 
 

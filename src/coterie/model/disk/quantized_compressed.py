@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coterie.errors import CorruptCheckpoint, UnsupportedDtype
+from coterie.errors import UnsupportedDtype
 from coterie.model.disk.encodings.block_scaled import FP8_DTYPES
-from coterie.model.disk.encodings.packed_integers import SCALE_DTYPES, PackedIntegers
+from coterie.model.disk.encodings.integers import SCALE_DTYPES
+from coterie.model.disk.encodings.packed_integers import PackedIntegers
 from coterie.model.disk.quantized_floats import blocked
-from coterie.model.disk.quantized_source import PackedTensors, QuantizedSource
+from coterie.model.disk.quantized_source import PackedTensors, QuantizedSource, short
 from coterie.model.disk.tensors import Packed, TensorInfo
 
 #: Formats that are understood; which one a group has may be said by the group alone.
@@ -26,9 +27,9 @@ _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantiz
 _STRATEGIES = ("tensor", "channel", "group", "block")
 
 #: What may stand beside a weight, after the name of its module.
-_BESIDE = (".weight_scale", ".weight_zero_point", ".weight_g_idx", ".weight_shape")
+_BESIDE = ("weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape")
 #: Scales of activations: they serve arithmetic in few bits only, a full-precision checkpoint has none.
-_ACTIVATIONS = (".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point")
+_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
 _CACHE = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")
 
 
@@ -48,7 +49,7 @@ class _Targets:
     def of(cls, source: QuantizedSource, where: str, told: object) -> _Targets:
         """Read a list of names and patterns."""
         if not isinstance(told, list) or not all(isinstance(target, str) for target in told):
-            raise _wrong(source, f"says {where} = {_short(told)}, expected a list of names")
+            raise source.wrong(f"says {where} = {short(told)}, expected a list of names")
         patterns = []
         for target in told:
             if target.startswith("re:"):
@@ -56,8 +57,8 @@ class _Targets:
                     with warnings.catch_warnings(action="ignore"):
                         patterns.append(re.compile(target.removeprefix("re:")))
                 except (re.error, RecursionError, OverflowError) as error:
-                    raise _wrong(
-                        source, f"has in {where} {_short(target)}, which is no pattern ({_short(str(error))})"
+                    raise source.wrong(
+                        f"has in {where} {short(target)}, which is no pattern ({short(str(error))})"
                     ) from None
         return cls(names=frozenset(told), patterns=tuple(patterns))
 
@@ -111,34 +112,15 @@ def find_compressed(source: QuantizedSource) -> PackedTensors:
         if leaf != "weight_packed" and not plain:
             continue
         if module in ignored.names or ignored.match(module):
-            raise _wrong(source, f"names {module!r} in ignore, and it is stored as {name!r} ({info.dtype})")
+            raise source.wrong(f"names {module!r} in ignore, and it is stored as {name!r} ({info.dtype})")
         scheme = _scheme_of(source, module, schemes)
         weights[name] = (_floats if scheme.floats else _integers)(source, scheme, module, info)
-        companions = (module + suffix for suffix in (*_BESIDE, *_ACTIVATIONS))
+        companions = (f"{module}.{leaf}" for leaf in (*_BESIDE, *_ACTIVATIONS))
         dropped.update(companion for companion in companions if companion in source.tensors)
     if isinstance(source.settings.get("kv_cache_scheme"), Mapping):
         dropped.update(name for name in source.tensors if name.endswith(_CACHE))
-    lonely = sorted(name for name in source.tensors if name.endswith(_BESIDE) and name not in dropped)
-    if lonely:
-        raise CorruptCheckpoint(
-            f"{source.where}: {lonely[0]!r} belongs to a packed weight, and there is none beside it; fetch all files"
-        )
+    source.check_none_alone(_BESIDE, dropped)
     return weights, dropped
-
-
-def _short(value: object) -> str:
-    return repr(value)[:80]
-
-
-def _wrong(source: QuantizedSource, what: str) -> CorruptCheckpoint:
-    return CorruptCheckpoint(f"{source.where}: quantization_config {what}; fetch config.json again")
-
-
-def _unknown(source: QuantizedSource, what: str) -> UnsupportedDtype:
-    return UnsupportedDtype(
-        f"{source.where} is quantised by compressed-tensors with {what}. Use the full-precision checkpoint that it was "
-        "made from"
-    )
 
 
 def _check_format(source: QuantizedSource) -> None:
@@ -148,24 +130,24 @@ def _check_format(source: QuantizedSource) -> None:
     for part in parts:
         told = part.get("format") if isinstance(part, Mapping) else None
         if told is not None and told not in _FORMATS:
-            raise _unknown(source, f"the format {_short(told)}; understood are {', '.join(_FORMATS)}")
+            raise source.unknown(f"the format {short(told)}; understood are {', '.join(_FORMATS)}")
     sparse = source.settings.get("sparsity_config")
     if sparse and not (isinstance(sparse, Mapping) and sparse.get("format", "dense") == "dense"):
-        raise _unknown(source, f"a sparsity_config, {_short(sparse)}, which is not understood")
+        raise source.unknown(f"a sparsity_config, {short(sparse)}, which is not understood")
     if source.settings.get("transform_config"):
-        raise _unknown(source, "a transform_config: its weights are rotated")
+        raise source.unknown("a transform_config: its weights are rotated")
 
 
 def _schemes(source: QuantizedSource) -> Iterator[_Scheme]:
     """Yield what the config says of weights, group by group."""
     groups = source.settings.get("config_groups")
     if not isinstance(groups, Mapping):
-        raise _wrong(source, "has no config_groups")
+        raise source.wrong("has no config_groups")
     for name, group in groups.items():
-        where = f"config_groups.{_short(name)}"
+        where = f"config_groups.{short(name)}"
         weights = group.get("weights") if isinstance(group, Mapping) else ""
         if not isinstance(group, Mapping) or not isinstance(weights, Mapping | None):
-            raise _wrong(source, f"says {where} = {_short(group)}, expected targets and weights")
+            raise source.wrong(f"says {where} = {short(group)}, expected targets and weights")
         targets = _Targets.of(source, f"{where}.targets", group.get("targets"))
         if weights is not None:  # else activations alone
             yield _scheme(source, where, targets, weights)
@@ -175,28 +157,27 @@ def _scheme(source: QuantizedSource, where: str, targets: _Targets, weights: Map
     kind, bits, strategy = weights.get("type", "int"), weights.get("num_bits", 8), weights.get("strategy")
     group, order = weights.get("group_size"), weights.get("actorder")
     if group is not None and (type(group) is not int or group < -1 or group == 0):
-        raise _wrong(source, f"says group_size = {_short(group)} in {where}, expected a whole number above 0, or -1")
+        raise source.wrong(f"says group_size = {short(group)} in {where}, expected a whole number above 0, or -1")
     if strategy is None:
         strategy = "tensor" if group is None else "channel" if group == -1 else "group"
     if kind not in ("int", "float") or type(bits) is not int or bits not in ((4, 8) if kind == "int" else (8,)):
-        raise _unknown(
-            source,
-            f"{_short(bits)} bits of type {_short(kind)} in {where}; understood are int of 4 or 8 and float of 8",
+        raise source.unknown(
+            f"{short(bits)} bits of type {short(kind)} in {where}; understood are int of 4 or 8 and float of 8",
         )
     if strategy not in _STRATEGIES or (strategy == "block" and kind == "int"):
-        raise _unknown(source, f"scales by {_short(strategy)} of {kind} in {where}, which is not understood")
+        raise source.unknown(f"scales by {short(strategy)} of {kind} in {where}, which is not understood")
     if strategy == "group" and (group is None or group < 1):
-        raise _wrong(source, f"says group_size = {group} in {where}, and that scales are of groups")
+        raise source.wrong(f"says group_size = {group} in {where}, and that scales are of groups")
     if order not in (None, True, False, "group", "weight", "dynamic", "static"):
-        raise _unknown(source, f"actorder = {_short(order)} in {where}")
+        raise source.unknown(f"actorder = {short(order)} in {where}")
     block = weights.get("block_structure")
     if strategy == "block" and not (
         isinstance(block, list) and len(block) == 2 and all(type(extent) is int and extent > 0 for extent in block)
     ):
-        raise _wrong(source, f"says block_structure = {_short(block)} in {where}, expected two whole numbers above 0")
+        raise source.wrong(f"says block_structure = {short(block)} in {where}, expected two whole numbers above 0")
     symmetric = weights.get("symmetric", True)
     if not isinstance(symmetric, bool) or (kind == "float" and not symmetric):
-        raise _unknown(source, f"symmetric = {_short(symmetric)} of {kind} in {where}")
+        raise source.unknown(f"symmetric = {short(symmetric)} of {kind} in {where}")
     return _Scheme(
         name=where, targets=targets, floats=kind == "float", bits=bits, symmetric=symmetric, strategy=strategy,
         group=group if strategy == "group" else None,
@@ -212,53 +193,39 @@ def _scheme_of(source: QuantizedSource, module: str, schemes: list[_Scheme]) -> 
     candidates += [scheme for scheme in schemes if "Linear" in scheme.targets.names]
     candidates += [scheme for scheme in schemes if any(name.isidentifier() for name in scheme.targets.names)]
     if not candidates:
-        raise _wrong(source, f"has no group for {module!r}, which is packed")
+        raise source.wrong(f"has no group for {module!r}, which is packed")
     return candidates[0]
 
 
 def _floats(source: QuantizedSource, scheme: _Scheme, module: str, weight: TensorInfo) -> TensorInfo:
     """Describe a weight in 8-bit floats."""
     if weight.dtype not in FP8_DTYPES or f"{module}.weight_zero_point" in source.tensors:
-        raise _misfit(source, scheme, weight, "8-bit floats without zeros were expected")
+        raise source.misfit(weight, "8-bit floats without zeros were expected")
     block = scheme.block or ((1, scheme.group) if scheme.group else None)
     settings = {} if block is None else {"weight_block_size": list(block)}
-    return blocked(replace(source, settings=settings), weight, _beside(source, module, ".weight_scale"))
-
-
-def _beside(source: QuantizedSource, module: str, suffix: str) -> TensorInfo:
-    info = source.tensors.get(module + suffix)
-    if info is None:
-        raise CorruptCheckpoint(f"{source.where}: {module!r} is packed, and {module + suffix!r} is missing")
-    return info
-
-
-def _misfit(source: QuantizedSource, scheme: _Scheme, info: TensorInfo, what: str) -> CorruptCheckpoint:
-    return CorruptCheckpoint(
-        f"{source.where}: {info.name!r} ({info.dtype} {list(info.shape)}) does not fit {scheme.name} of "
-        f"quantization_config: {what}; fetch config.json and all files again"
-    )
+    return blocked(replace(source, settings=settings), weight, source.beside(module, "weight_scale"))
 
 
 def _integers(source: QuantizedSource, scheme: _Scheme, module: str, numbers: TensorInfo) -> TensorInfo:
     """Describe a weight in integers."""
     words = numbers.name.endswith("_packed")
-    scale = _beside(source, module, ".weight_scale")
+    scale = source.beside(module, "weight_scale")
     zero, index = (source.tensors.get(module + suffix) for suffix in (".weight_zero_point", ".weight_g_idx"))
     if scale.dtype not in SCALE_DTYPES:
-        raise _misfit(source, scheme, scale, f"scales must be one of {', '.join(SCALE_DTYPES)}")
+        raise source.misfit(scale, f"scales must be one of {', '.join(SCALE_DTYPES)}")
     if len(numbers.shape) != 2 or numbers.num_elements == 0:
-        raise _misfit(source, scheme, numbers, "a matrix was expected")
+        raise source.misfit(numbers, "a matrix was expected")
     if not words and scheme.bits != 8:
-        raise _misfit(source, scheme, numbers, f"numbers of {scheme.bits} bits were expected in words")
+        raise source.misfit(numbers, f"numbers of {scheme.bits} bits were expected in words")
     if zero is None and not scheme.symmetric:
-        raise _misfit(source, scheme, numbers, f"it is not symmetric, and {module + '.weight_zero_point'!r} is missing")
+        raise source.misfit(numbers, f"it is not symmetric, and {module + '.weight_zero_point'!r} is missing")
     if index is None and scheme.index:
-        raise _misfit(source, scheme, numbers, f"it has an actorder, and {module + '.weight_g_idx'!r} is missing")
+        raise source.misfit(numbers, f"it has an actorder, and {module + '.weight_g_idx'!r} is missing")
     rows = numbers.shape[0]
     groups = scale.shape[1] if len(scale.shape) == 2 and scale.num_elements > 1 else 1
     usual = scale.shape == (rows, groups)
     if not usual and scale.num_elements != 1 and scale.shape != (rows,):
-        raise _misfit(source, scheme, scale, f"scales of {rows} rows were expected")
+        raise source.misfit(scale, f"scales of {rows} rows were expected")
     encoding = PackedIntegers(
         bits=scheme.bits, words=words, group=scheme.group, index=index is not None, scales=scale.dtype,
         scale_shape=None if usual else scale.shape, dtype=source.dtype,
@@ -267,14 +234,14 @@ def _integers(source: QuantizedSource, scheme: _Scheme, module: str, numbers: Te
     try:
         shape = encoding.shape_of(numbers.shape, groups)
     except UnsupportedDtype as error:
-        raise _misfit(source, scheme, scale, str(error)) from None
+        raise source.misfit(scale, str(error)) from None
     beside = {"_scale": scale, "_zero_point": zero, "_g_idx": index}
     stored = {"": numbers} | {suffix: info for suffix, info in beside.items() if info is not None}
     if words:
-        stored["_shape"] = _beside(source, module, ".weight_shape")
+        stored["_shape"] = source.beside(module, "weight_shape")
     for suffix, (dtype, extents) in encoding.stored(shape).items():
         if (stored[suffix].dtype, stored[suffix].shape) != (dtype, extents):
-            raise _misfit(source, scheme, stored[suffix], f"{dtype} {list(extents)} was expected")
+            raise source.misfit(stored[suffix], f"{dtype} {list(extents)} was expected")
     return TensorInfo(
         name=f"{module}.weight", dtype=source.dtype, shape=shape, shard=numbers.shard,
         packed=Packed(encoding=encoding, stored=stored),

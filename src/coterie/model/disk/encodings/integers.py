@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 #: Bits of a word.
 WORD = 32
 
+#: Formats of scales.
+SCALE_DTYPES = ("F32", "F16", "BF16")
+
 
 def codes_of(word_PW: Tensor, bits: int) -> Tensor:
     """Return the codes (P, W * 32 / bits), uint8, of words, int32; `bits` divides 8."""
@@ -47,6 +50,15 @@ def words_of(code_PN: Tensor, bits: int) -> Tensor:
 def num_words(count: int, bits: int) -> int:
     """Return the words that hold as many codes."""
     return -(-count * bits // WORD)
+
+
+def added_to_codes(word_PW: Tensor, number: int, bits: int) -> Tensor:
+    """Return words, int32, with a number added to each code; what leaves a code goes to the next one of its word."""
+    import torch
+
+    ones = sum(1 << place for place in range(0, WORD, bits))
+    total_PW = word_PW.to(torch.int64) + number * ones
+    return ((total_PW + 2**31) % 2**32 - 2**31).to(torch.int32)
 
 
 def fill(out_PQ: Tensor, code_PQ: Tensor, zero_PG: Tensor | float, scale_PG: Tensor, group_Q: Tensor) -> None:

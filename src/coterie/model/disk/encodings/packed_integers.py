@@ -18,9 +18,6 @@ from coterie.model.disk.tensors import TORCH_NAMES, Encoding, bytes_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Formats of scales.
-SCALE_DTYPES = ("F32", "F16", "BF16")
-
 _SCALE, _ZERO, _SHAPE, _GROUPS = "_scale", "_zero_point", "_shape", "_g_idx"
 
 
@@ -34,7 +31,7 @@ class PackedIntegers:
         group: columns that share a scale; None where all of a row do.
         zeros: "none"; "words", one a group, packed along a column; "plain", 8-bit integers, as many as scales.
         index: the group of every column is stored; a -1 there means that they are in order.
-        scales: format of the scales, one of `SCALE_DTYPES`.
+        scales: format of the scales, one of `integers.SCALE_DTYPES`.
         scale_shape: shape of the tensor of scales where it is not (rows, groups): one scale for all, or a list.
         dtype: format of what is unpacked.
 
@@ -54,7 +51,7 @@ class PackedIntegers:
     def __post_init__(self) -> None:
         if self.bits not in ((4, 8) if self.words else (8,)) or (self.group is not None and self.group < 1):
             raise ValueError(f"{self.bits} bits are in groups of {self.group}: no such encoding is known")
-        if self.zeros not in ("none", "words", "plain") or self.scales not in SCALE_DTYPES:
+        if self.zeros not in ("none", "words", "plain") or self.scales not in integers.SCALE_DTYPES:
             raise ValueError(f"zeros are {self.zeros!r} and scales {self.scales!r}: no such encoding is known")
 
     def pack(self, tensor: Tensor) -> dict[str, Tensor]:
