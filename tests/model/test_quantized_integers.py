@@ -618,6 +618,23 @@ def test_a_packed_checkpoint_is_the_plain_one(tiny, tmp_path, case):
 
 
 @pytest.mark.long
+def test_matrices_of_several_bits_are_counted_as_what_they_are(tiny, tmp_path):
+    packed, plain = whole(tiny, tmp_path, "qwen3_moe", "compressed-tensors, 4 bits")
+    file, stored = packed / "model.safetensors", load_file(packed / "model.safetensors")
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        if name.endswith("down_proj.weight"):
+            stored |= under(name.removesuffix(".weight"), pack_compressed(tensor, bits=8)[1])
+    save_file({name: tensor.clone() for name, tensor in stored.items()}, file, metadata={"format": "pt"})
+    config = json.loads((packed / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_1"] = compressed_config(targets=["re:.*down_proj"], num_bits=8)["config_groups"]["group_0"]
+    (packed / "config.json").write_text(json.dumps(config))
+    seen, expected = inspect(packed), inspect(plain)
+    assert seen.total.parameters == expected.total.parameters
+    assert [layer.width for layer in seen.moe_layers] == [layer.width for layer in expected.moe_layers]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("case", WHOLE)
 def test_a_packed_checkpoint_loads_without_its_packer(tiny, tmp_path, case):
     packed, plain = whole(tiny, tmp_path, "qwen3_moe", case)
@@ -641,6 +658,26 @@ def test_compressing_a_packed_checkpoint_gives_what_compressing_the_plain_one_gi
         assert found[name].keys() == wanted[name].keys()
         assert all(torch.equal(found[name][key], wanted[name][key]) for key in wanted[name])
     assert "quantization_config" not in json.loads((results[0].out / "config.json").read_text())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
+def test_biases_that_a_quantiser_made_up_are_not_in_the_result(tiny, tmp_path, family):
+    """GPTQ's tools write zeros beside every weight; those of the model itself stay."""
+    packed, plain = whole(tiny, tmp_path, family, "gptq, 4 bits")
+    file = packed / "model.safetensors"
+    stored = load_file(file)
+    made_up = {f"{name[:-7]}bias": torch.zeros(tensor.shape[1]) for name, tensor in stored.items() if "qweight" in name}
+    save_file(stored | made_up, file, metadata={"format": "pt"})
+    text = tiny_text(tmp_path / "text", documents=3)
+    results = [
+        compress(model, tmp_path / f"half-{model.name}", experts=4, recipe="reap", text=text, tokens=256, seq_len=32)
+        for model in (packed, plain)
+    ]
+    found, wanted = (read_all(Checkpoint.open(each.out)) for each in results)
+    assert len(made_up) > 50
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.long

@@ -53,18 +53,9 @@ def dequantized(checkpoint: Checkpoint, dtype: str = "BF16") -> Checkpoint:
     if chosen is None:
         choices = ", ".join(TORCH_NAMES[name] for name in OUTPUT_DTYPES)
         raise UnsupportedDtype(f"weights cannot be unpacked to {dtype!r}; choose from {choices}")
-    settings = _quantization_config(checkpoint.config)
-    if settings is None:
+    if _quantization_config(checkpoint.config) is None:
         return checkpoint
-    method = str(settings.get("quant_method", "")).lower()
-    if method not in _METHODS:
-        *others, last = _METHODS
-        raise UnsupportedDtype(
-            f"{checkpoint.path} is quantised with {method or 'a method that config.json does not name'!r}; understood "
-            f"are {', '.join(others)} and {last}. Use the full-precision checkpoint that it was made from"
-        )
-    where = QuantizedSource(where=str(checkpoint.path), tensors=checkpoint.tensors, settings=settings, dtype=chosen)
-    packed, dropped = _METHODS[method](where)
+    packed, dropped = _find(checkpoint, chosen)
     tensors: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
         if name in dropped:
@@ -76,6 +67,35 @@ def dequantized(checkpoint: Checkpoint, dtype: str = "BF16") -> Checkpoint:
             )
         tensors[plain.name] = plain
     return replace(checkpoint, config=_plain_config(checkpoint.config, chosen), tensors=tensors)
+
+
+def _find(checkpoint: Checkpoint, dtype: str) -> PackedTensors:
+    """Find what is packed in a quantised checkpoint; raises as `dequantized`."""
+    settings = _quantization_config(checkpoint.config) or {}
+    method = str(settings.get("quant_method", "")).lower()
+    if method not in _METHODS:
+        *others, last = _METHODS
+        raise UnsupportedDtype(
+            f"{checkpoint.path} is quantised with {method or 'a method that config.json does not name'!r}; understood "
+            f"are {', '.join(others)} and {last}. Use the full-precision checkpoint that it was made from"
+        )
+    source = QuantizedSource(where=str(checkpoint.path), tensors=checkpoint.tensors, settings=settings, dtype=dtype)
+    return _METHODS[method](source)
+
+
+def shapes_of_packed(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that packed weights are read with, by the names of what is stored of them.
+
+    Scales and all else that is stored beside a packed weight has the shape (0,). Nothing where nothing is packed, or
+    where what is packed cannot be read.
+    """
+    if _quantization_config(checkpoint.config) is None:
+        return {}
+    try:
+        packed, dropped = _find(checkpoint, OUTPUT_DTYPES[0])
+    except (CorruptCheckpoint, UnsupportedDtype):
+        return {}
+    return dict.fromkeys(dropped, (0,)) | {name: info.shape for name, info in packed.items()}
 
 
 def is_read_by_us_alone(checkpoint: Checkpoint) -> bool:
