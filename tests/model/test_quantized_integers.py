@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -523,6 +525,61 @@ def test_a_value_that_float16_cannot_hold_is_refused(tmp_path):
         pytest.raises(UnsupportedDtype, match=r"'m\.x\.weight' reaches .*, more than F16 can hold; choose BF16"),
     ):
         reader.read("m.x.weight")
+
+
+#: What is stored of a matrix of 4096 x 4096 numbers, and the settings.
+LARGE = {
+    "compressed-tensors": (
+        {
+            "weight_packed": ((4096, 512), torch.int32), "weight_scale": ((4096, 32), torch.bfloat16),
+            "weight_zero_point": ((512, 32), torch.int32), "weight_shape": ((2,), torch.int64),
+        },
+        compressed_config(group_size=128, strategy="group", symmetric=False),
+    ),
+    "gptq": (
+        {
+            "qweight": ((512, 4096), torch.int32), "qzeros": ((32, 512), torch.int32),
+            "scales": ((32, 4096), torch.float16), "g_idx": ((4096,), torch.int32),
+        },
+        gptq_config(desc_act=True),
+    ),
+    "awq": (
+        {
+            "qweight": ((4096, 512), torch.int32), "qzeros": ((32, 512), torch.int32),
+            "scales": ((32, 4096), torch.float16),
+        },
+        awq_config(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+@pytest.mark.parametrize("case", LARGE)
+def test_unpacking_holds_the_packed_tensor_the_result_and_a_band(tmp_path, case):
+    parts, described = LARGE[case]
+    tensors = {f"m.x.{leaf}": torch.zeros(shape, dtype=dtype) for leaf, (shape, dtype) in parts.items()}
+    if "m.x.weight_shape" in tensors:
+        tensors["m.x.weight_shape"] += 4096
+    checkpoint = hand_made(tmp_path / "m", tensors, described)  # 8 MiB, 32 MiB unpacked
+    code = f"""
+import torch
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.quantized import dequantized
+torch.set_num_threads(1)
+def status(key):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))
+view = dequantized(Checkpoint.open({str(checkpoint.path)!r}))
+torch.ones(100, 100).to(torch.int32).bfloat16()
+with view.reader() as reader:
+    before = status("VmRSS")
+    tensor = reader.read("m.x.weight")
+    print(status("VmHWM") - before, tuple(tensor.shape))
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
+    peak, shape = result.stdout.split(maxsplit=1)
+    assert shape.strip() == "(4096, 4096)"
+    assert 40 < float(peak) < 40 + 32, "packed, result, zeros and scales in float32, some bands"
 
 
 # --- whole checkpoints --------------------------------------------------------------------------------------------

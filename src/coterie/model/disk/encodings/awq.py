@@ -59,8 +59,8 @@ class Awq:
         self.stored(tuple(tensor.shape))
         code_RC, zero_RG, scale_RG = integers.rounded(tensor, self.group or tensor.shape[1], _BITS, zero=None)
         return {
-            "": integers.words_of(_permuted(code_RC.T, _ORDER), _BITS),
-            _ZEROS: integers.words_of(_permuted(zero_RG.to(torch.uint8).T, _ORDER), _BITS),
+            "": integers.words_of(_permuted(code_RC, _ORDER).T.contiguous(), _BITS),
+            _ZEROS: integers.words_of(_permuted(zero_RG.to(torch.uint8), _ORDER).T.contiguous(), _BITS),
             _SCALES: scale_RG.T.contiguous().to(getattr(torch, TORCH_NAMES[self.scales])),
         }
 
@@ -75,15 +75,15 @@ class Awq:
 
         word_CW, scale_RG = stored[""], stored[_SCALES].to(torch.float32).T
         scaled.check_scales(scale_RG)
-        zero_RG = _permuted(integers.codes_of(stored[_ZEROS], _BITS), _PLACES).to(torch.float32).T
+        zero_RG = _permuted(integers.codes_of(stored[_ZEROS], _BITS).T, _PLACES).to(torch.float32)
         rows, columns = len(scale_RG), len(word_CW)
         group_C = integers.groups_in_order(columns, self.group or columns)
         out_RC = torch.empty(rows, columns, dtype=getattr(torch, TORCH_NAMES[self.dtype]))
         band = max(1, scaled.BAND // rows)
         for start in range(0, columns, band):
             part = slice(start, start + band)
-            code_BR = _permuted(integers.codes_of(word_CW[part], _BITS), _PLACES)
-            integers.fill(out_RC[:, part], code_BR.T, zero_RG, scale_RG, group_C[part])
+            code_RB = _permuted(integers.codes_of(word_CW[part], _BITS).T, _PLACES)
+            integers.fill(out_RC[:, part], code_RB, zero_RG, scale_RG, group_C[part])
         return out_RC
 
     def stored(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -120,6 +120,6 @@ class Awq:
         return {"encoding": "awq", "group": self.group, "scales": self.scales, "dtype": self.dtype}
 
 
-def _permuted(code_PR: Tensor, places: tuple[int, ...]) -> Tensor:
-    """Return codes with each eight of an axis in another order."""
-    return code_PR.reshape(len(code_PR), -1, _SIZE)[:, :, list(places)].flatten(1)
+def _permuted(code_RP: Tensor, places: tuple[int, ...]) -> Tensor:
+    """Return codes with each eight rows in another order."""
+    return code_RP.reshape(-1, _SIZE, code_RP.shape[1])[:, list(places)].flatten(0, 1)
