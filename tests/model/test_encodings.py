@@ -42,7 +42,7 @@ EXAMPLES = [
     (Mxfp4(scales="F8_E8M0", dtype="F32"), (1, 64, 2)),
     (PackedIntegers(group=4), (5, 20)),
     (PackedIntegers(group=8, zeros="words", index=True, scales="F16", dtype="F32"), (9, 16)),
-    (PackedIntegers(bits=8, group=None, zeros="words"), (3, 8)),
+    (PackedIntegers(bits=8, group=None, zeros="words", shapes="I32"), (3, 8)),
     (PackedIntegers(bits=8, words=False, group=None, zeros="plain"), (3, 6)),
     (PackedIntegers(bits=8, words=False, group=None, scale_shape=(1,)), (3, 6)),
     (Gptq(group=16), (8, 40)),

@@ -206,6 +206,13 @@ def test_groups_of_compressed_tensors_are_found_by_name_then_pattern_then_class(
     assert torch.equal(found["m.named.down.weight"], four.values())
 
 
+def test_the_shape_may_be_in_32_bits(tmp_path):
+    matrix, stored, described = in_words(IN_WORDS["4 bits, groups"])
+    stored["weight_shape"] = stored["weight_shape"].to(torch.int32)
+    found = read_all(dequantized(hand_made(tmp_path / "m", under("m.x", stored), described), "F32"))
+    assert torch.equal(found["m.x.weight"], matrix.values())
+
+
 def test_columns_in_order_may_be_marked_so(tmp_path):
     matrix, stored, described = in_words(IN_WORDS["4 bits, groups"])
     stored["weight_g_idx"] = torch.full((64,), -1, dtype=torch.int32)
@@ -782,5 +789,30 @@ def test_any_change_of_the_settings_is_read_or_refused_in_a_line(examples, name,
                 reader.read(tensor)
     except (CorruptCheckpoint, UnsupportedDtype) as error:
         said = str(error)
+    assert len(said.splitlines()) <= 1
+    assert len(said) < 2000
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", EXAMPLES)
+@given(data=st.data())
+@settings(max_examples=100)
+def test_any_tensor_of_another_kind_or_shape_is_read_or_refused_in_a_line(tmp_path_factory, name, data):
+    tensors, described = EXAMPLES[name]()
+    leaf = data.draw(st.sampled_from(sorted(tensors)))
+    dtype = data.draw(st.sampled_from((torch.int8, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32,
+                                       torch.float8_e4m3fn)))  # fmt: skip
+    extents = st.sampled_from((0, 1, 2, 3, 4, 8, 9, 16, 24, 32, 48, 64))
+    shape = data.draw(st.just(tuple(tensors[leaf].shape)) | st.lists(extents, max_size=3).map(tuple))
+    tensors[leaf] = torch.full(shape, data.draw(st.sampled_from((0, 1, 3))), dtype=torch.float32).to(dtype)
+    checkpoint = hand_made(tmp_path_factory.mktemp("any") / "m", tensors, described)
+    said = ""
+    try:
+        view = dequantized(checkpoint)
+        for tensor, value in read_all(view).items():
+            assert tuple(value.shape) == view.tensors[tensor].shape
+    except (CorruptCheckpoint, UnsupportedDtype) as error:
+        said = str(error)
+        assert said.startswith(str(checkpoint.path))
     assert len(said.splitlines()) <= 1
     assert len(said) < 2000

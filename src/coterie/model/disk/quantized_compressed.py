@@ -226,19 +226,19 @@ def _integers(source: QuantizedSource, scheme: _Scheme, module: str, numbers: Te
     usual = scale.shape == (rows, groups)
     if not usual and scale.num_elements != 1 and scale.shape != (rows,):
         raise source.misfit(scale, f"scales of {rows} rows were expected")
+    shape_there = source.beside(module, "weight_shape") if words else None
+    in_32_bits = shape_there is not None and shape_there.dtype == "I32"
     encoding = PackedIntegers(
         bits=scheme.bits, words=words, group=scheme.group, index=index is not None, scales=scale.dtype,
-        scale_shape=None if usual else scale.shape, dtype=source.dtype,
+        shapes="I32" if in_32_bits else "I64", scale_shape=None if usual else scale.shape, dtype=source.dtype,
         zeros="none" if zero is None else "plain" if zero.dtype == "I8" else "words",
     )  # fmt: skip
     try:
         shape = encoding.shape_of(numbers.shape, groups)
     except UnsupportedDtype as error:
         raise source.misfit(scale, str(error)) from None
-    beside = {"_scale": scale, "_zero_point": zero, "_g_idx": index}
+    beside = {"_scale": scale, "_zero_point": zero, "_g_idx": index, "_shape": shape_there}
     stored = {"": numbers} | {suffix: info for suffix, info in beside.items() if info is not None}
-    if words:
-        stored["_shape"] = source.beside(module, "weight_shape")
     for suffix, (dtype, extents) in encoding.stored(shape).items():
         if (stored[suffix].dtype, stored[suffix].shape) != (dtype, extents):
             raise source.misfit(stored[suffix], f"{dtype} {list(extents)} was expected")

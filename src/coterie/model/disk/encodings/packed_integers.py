@@ -32,6 +32,7 @@ class PackedIntegers:
         zeros: "none"; "words", one a group, packed along a column; "plain", 8-bit integers, as many as scales.
         index: the group of every column is stored; a -1 there means that they are in order.
         scales: format of the scales, one of `integers.SCALE_DTYPES`.
+        shapes: format of the shape, "I64" or "I32".
         scale_shape: shape of the tensor of scales where it is not (rows, groups): one scale for all, or a list.
         dtype: format of what is unpacked.
 
@@ -45,13 +46,18 @@ class PackedIntegers:
     zeros: str = "none"
     index: bool = False
     scales: str = "BF16"
+    shapes: str = "I64"
     scale_shape: tuple[int, ...] | None = None
     dtype: str = "BF16"
 
     def __post_init__(self) -> None:
         if self.bits not in ((4, 8) if self.words else (8,)) or (self.group is not None and self.group < 1):
             raise ValueError(f"{self.bits} bits are in groups of {self.group}: no such encoding is known")
-        if self.zeros not in ("none", "words", "plain") or self.scales not in integers.SCALE_DTYPES:
+        if (
+            self.shapes not in ("I64", "I32")
+            or self.zeros not in ("none", "words", "plain")
+            or self.scales not in integers.SCALE_DTYPES
+        ):
             raise ValueError(f"zeros are {self.zeros!r} and scales {self.scales!r}: no such encoding is known")
 
     def pack(self, tensor: Tensor) -> dict[str, Tensor]:
@@ -74,6 +80,7 @@ class PackedIntegers:
         code_RC = code_PC.reshape(rows, columns)
         if self.words:
             stored = {"": integers.words_of(code_RC, self.bits), _SHAPE: torch.tensor([rows, columns])}
+            stored[_SHAPE] = stored[_SHAPE].to(getattr(torch, TORCH_NAMES[self.shapes]))
         else:
             stored = {"": (code_RC.to(torch.int16) - int(half)).to(torch.int8)}
         stored[_SCALE] = scale_PG.to(getattr(torch, TORCH_NAMES[self.scales])).reshape(expected[_SCALE][1])
@@ -169,7 +176,7 @@ class PackedIntegers:
         scales = (rows, groups) if self.scale_shape is None else self.scale_shape
         stored: dict[str, tuple[str, tuple[int, ...]]] = {"": ("I8", shape)}
         if self.words:
-            stored = {"": ("I32", (rows, integers.num_words(columns, self.bits))), _SHAPE: ("I64", (2,))}
+            stored = {"": ("I32", (rows, integers.num_words(columns, self.bits))), _SHAPE: (self.shapes, (2,))}
         stored[_SCALE] = (self.scales, scales)
         if self.zeros == "words":
             stored[_ZERO] = ("I32", (integers.num_words(rows, self.bits), groups))
@@ -191,6 +198,6 @@ class PackedIntegers:
         """Return what makes it again."""
         return {
             "encoding": "packed-integers", "bits": self.bits, "words": self.words, "group": self.group,
-            "zeros": self.zeros, "index": self.index, "scales": self.scales,
+            "zeros": self.zeros, "index": self.index, "scales": self.scales, "shapes": self.shapes,
             "scale_shape": None if self.scale_shape is None else list(self.scale_shape), "dtype": self.dtype,
         }  # fmt: skip
