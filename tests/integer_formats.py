@@ -1,6 +1,11 @@
 """Matrices in integers as other tools store them, made and read number by number: slow, obvious, nothing of ours."""
 
+import json
+
 import torch
+from safetensors.torch import save_file
+
+from coterie.model.disk.checkpoint import Checkpoint
 
 #: Columns of a word of AWQ's, from its lowest bits on.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -140,3 +145,23 @@ def awq_config(**changes):
         "quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm",
         "modules_to_not_convert": ["gate"],
     } | changes  # fmt: skip
+
+
+def hand_made(folder, tensors, settings, **config):
+    """Write and open a checkpoint of some tensors, with a quantization_config."""
+    folder.mkdir(parents=True)
+    described = {"model_type": "olmoe", "dtype": "bfloat16"} | config
+    (folder / "config.json").write_text(json.dumps(described | {"quantization_config": settings}))
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return Checkpoint.open(folder)
+
+
+def read_all(checkpoint):
+    """Return all tensors of a checkpoint."""
+    with checkpoint.reader() as reader:
+        return {name: reader.read(name) for name in checkpoint.tensors}
+
+
+def under(module, stored):
+    """Return what is stored of a matrix by its names in a checkpoint."""
+    return {f"{module}.{leaf}": tensor for leaf, tensor in stored.items()}

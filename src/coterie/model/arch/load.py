@@ -45,6 +45,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a checkpoint, plain, mapped or ragged, with nothing missing; what its class has no place for is logged.
 
+    What is stored quantised becomes plain numbers: by transformers' own hands FP8 and MXFP4, by ours all else.
+
     Args:
         model: a model folder or a hub id.
         dtype: number format in memory; float32 on the CPU and the checkpoint's own elsewhere when None.
