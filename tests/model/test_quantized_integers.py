@@ -460,6 +460,14 @@ def test_ways_of_packing_that_are_not_understood_are_refused_in_a_line(tmp_path,
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("make", [compressed_example, gptq_example])
+def test_packed_weights_that_no_config_speaks_of_are_refused_in_a_line(tmp_path, make):
+    checkpoint = hand_made(tmp_path / "m", make()[0], None)
+    with pytest.raises(UnsupportedDtype, match=r"m has packed weights, such as 'm\.x.*no quantization_config") as error:
+        dequantized(checkpoint)
+    assert len(str(error.value).splitlines()) == 1
+
+
 #: What only shows as a tensor is read.
 INSIDE = {
     "a scale that is no number": (

@@ -45,7 +45,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a checkpoint, plain, mapped or ragged, with nothing missing; what its class has no place for is logged.
 
-    What is stored quantised becomes plain numbers: by transformers' own hands FP8 and MXFP4, by ours all else.
+    What is stored quantised becomes plain numbers: transformers unpacks FP8 and MXFP4, Coterie all else, in bfloat16.
 
     Args:
         model: a model folder or a hub id.

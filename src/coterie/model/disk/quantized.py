@@ -46,7 +46,8 @@ def dequantized(checkpoint: Checkpoint, dtype: str = "BF16") -> Checkpoint:
         dtype: number format of the tensors that are unpacked, one of `OUTPUT_DTYPES` or torch's name of one.
 
     Raises:
-        UnsupportedDtype: the checkpoint was quantised by a method that is not understood, or `dtype` is no choice.
+        UnsupportedDtype: the checkpoint was quantised by a method that is not understood or that its config does not
+            name, or `dtype` is no choice.
         CorruptCheckpoint: scales are missing or do not fit their weights.
     """
     chosen = next((name for name in OUTPUT_DTYPES if dtype in (name, TORCH_NAMES[name])), None)
@@ -54,6 +55,7 @@ def dequantized(checkpoint: Checkpoint, dtype: str = "BF16") -> Checkpoint:
         choices = ", ".join(TORCH_NAMES[name] for name in OUTPUT_DTYPES)
         raise UnsupportedDtype(f"weights cannot be unpacked to {dtype!r}; choose from {choices}")
     if _quantization_config(checkpoint.config) is None:
+        _check_not_packed(checkpoint)
         return checkpoint
     packed, dropped = _find(checkpoint, chosen)
     tensors: dict[str, TensorInfo] = {}
@@ -69,6 +71,16 @@ def dequantized(checkpoint: Checkpoint, dtype: str = "BF16") -> Checkpoint:
     return replace(checkpoint, config=_plain_config(checkpoint.config, chosen), tensors=tensors)
 
 
+def _check_not_packed(checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedDtype where names say that weights are packed; older tools said how in a file of its own."""
+    packed = next((name for name in checkpoint.tensors if name.endswith((".qweight", ".weight_packed"))), None)
+    if packed is not None:
+        raise UnsupportedDtype(
+            f"{checkpoint.path} has packed weights, such as {packed!r}, and config.json has no quantization_config: "
+            "copy into it what quantize_config.json says, and the quant_method, or use the full-precision checkpoint"
+        )
+
+
 def _find(checkpoint: Checkpoint, dtype: str) -> PackedTensors:
     """Find what is packed in a quantised checkpoint; raises as `dequantized`."""
     settings = _quantization_config(checkpoint.config) or {}
@@ -76,7 +88,7 @@ def _find(checkpoint: Checkpoint, dtype: str) -> PackedTensors:
     if method not in _METHODS:
         *others, last = _METHODS
         raise UnsupportedDtype(
-            f"{checkpoint.path} is quantised with {method or 'a method that config.json does not name'!r}; understood "
+            f"{checkpoint.path} is quantised with {method[:80] or 'a method that config.json does not name'!r}; understood "
             f"are {', '.join(others)} and {last}. Use the full-precision checkpoint that it was made from"
         )
     source = QuantizedSource(where=str(checkpoint.path), tensors=checkpoint.tensors, settings=settings, dtype=dtype)
