@@ -468,6 +468,12 @@ def test_packed_weights_that_no_config_speaks_of_are_refused_in_a_line(tmp_path,
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_a_method_of_any_length_is_refused_in_a_line(tmp_path):
+    with pytest.raises(UnsupportedDtype, match="m is quantised with 'xxx") as error:
+        dequantized(hand_made(tmp_path / "m", gptq_example()[0], {"quant_method": "x" * 10**5}))
+    assert len(str(error.value)) < 500
+
+
 #: What only shows as a tensor is read.
 INSIDE = {
     "a scale that is no number": (

@@ -88,8 +88,8 @@ def _find(checkpoint: Checkpoint, dtype: str) -> PackedTensors:
     if method not in _METHODS:
         *others, last = _METHODS
         raise UnsupportedDtype(
-            f"{checkpoint.path} is quantised with {method[:80] or 'a method that config.json does not name'!r}; understood "
-            f"are {', '.join(others)} and {last}. Use the full-precision checkpoint that it was made from"
+            f"{checkpoint.path} is quantised with {method[:80] or 'a method that config.json does not name'!r}; "
+            f"understood are {', '.join(others)} and {last}. Use the full-precision checkpoint that it was made from"
         )
     source = QuantizedSource(where=str(checkpoint.path), tensors=checkpoint.tensors, settings=settings, dtype=dtype)
     return _METHODS[method](source)
