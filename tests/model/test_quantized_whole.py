@@ -160,7 +160,7 @@ def test_compressing_a_packed_checkpoint_gives_what_compressing_the_plain_one_gi
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
-def test_biases_that_a_quantiser_made_up_are_not_in_the_result(tiny, tmp_path, family):
+def test_biases_that_a_quantiser_made_up_are_not_in_the_result(tiny, tmp_path, caplog, family):
     """GPTQ's tools write zeros beside every weight; those of the model itself stay."""
     packed, plain = whole(tiny, tmp_path, family, "gptq, 4 bits")
     file = packed / "model.safetensors"
@@ -174,6 +174,10 @@ def test_biases_that_a_quantiser_made_up_are_not_in_the_result(tiny, tmp_path, f
     ]
     found, wanted = (read_all(Checkpoint.open(each.out)) for each in results)
     assert len(made_up) > 50
+    caplog.clear()
+    load_model(packed)
+    [record] = caplog.records
+    assert record.getMessage().endswith(f"and {len(made_up) - 20} more"), "the line does not grow with the model"
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 

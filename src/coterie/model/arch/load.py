@@ -92,7 +92,9 @@ def load_model(
         raise CorruptCheckpoint(f"{checkpoint.path} does not match its config: {listed}")
     if info.get("unexpected_keys"):
         # As in transformers: heads for multi-token prediction and the like stay on disk.
-        log.warning("%s: not part of the model class, not loaded: %s", checkpoint.path, sorted(info["unexpected_keys"]))
+        unexpected = sorted(info["unexpected_keys"])
+        rest = f" and {len(unexpected) - 20} more" if len(unexpected) > 20 else ""
+        log.warning("%s: not part of the model class, not loaded: %s%s", checkpoint.path, unexpected[:20], rest)
     loaded.to(target)  # type: ignore[arg-type]
     loaded.eval()  # type: ignore[no-untyped-call]
     return loaded
