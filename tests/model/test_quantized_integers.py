@@ -219,7 +219,7 @@ def test_the_size_of_a_band_changes_nothing(tmp_path, monkeypatch, band):
 IN_GPTQ = {
     "4 bits": (4, 16, 64, 32, False, True, {}),
     "4 bits, the older settings": (4, 8, 32, 16, False, True, {"checkpoint_format": None}),
-    "4 bits, no g_idx": (4, 8, 64, 16, False, False, {}),
+    "4 bits, no g_idx": (4, 8, 64, 16, False, False, {"desc_act": None}),
     "4 bits, one group": (4, 8, 40, None, False, True, {"group_size": -1}),
     "4 bits, a last group that is not full": (4, 8, 40, 16, False, True, {}),
     "4 bits, columns in any order": (4, 8, 64, 16, True, True, {"desc_act": True}),

@@ -36,8 +36,8 @@ def find_gptq(source: QuantizedSource) -> PackedTensors:
     bits = source.settings.get("bits")
     if type(bits) is not int or bits not in BITS:
         raise source.unknown(f"{short(bits)} bits; understood are {', '.join(map(str, BITS))}")
-    group, ordered = _group_size(source, "group_size"), source.settings.get("desc_act", False)
-    if not isinstance(ordered, bool):
+    group, ordered = _group_size(source, "group_size"), source.settings.get("desc_act")
+    if not isinstance(ordered, bool | None):
         raise source.wrong(f"says desc_act = {short(ordered)}, expected true or false")
     own = bool(source.settings.get("dynamic"))  # modules may have bits and groups of their own
 
