@@ -4,6 +4,8 @@
                               [--recipes coterie-bits ...] [--tokens 65536] [--test-tokens 16384] [--seeds 0 ...]
                               [--again RECIPE ...] [--markdown FILE] [--json FILE]
 
+A recipe may be followed by an effort, such as coterie-bits:balanced: its result is trained as long; else it is not.
+
 Every format of `llama-quantize` is made with the types that it gives to each tensor and the code that it rounds numbers
 with, see `llama_quantiser.py`; its importance matrix comes from the same calibration text as our recipes have. Each of
 these gets the bytes of that file, and no more; and as many as `--shares` names, where llama.cpp has no format. Bytes
@@ -187,11 +189,12 @@ class Comparison:
     def _ours(self, file_format: str, recipe: str, seed: int, size: int, extra: int, plain: int) -> None:
         """Compress to the bytes of a file, less what GGUF would add to them, and evaluate."""
         begun, settings, key = time.perf_counter(), self.settings, self._key(file_format, recipe, seed)
+        name, _, effort = recipe.partition(":")
         folder = self.work / "ours"
         try:
             result = compress(
-                self.model, folder, recipe=recipe, budget=size - extra, text=settings.text, tokens=settings.tokens,
-                seq_len=settings.seq_len, seed=seed, prices=self._prices(recipe, seed),
+                self.model, folder, recipe=name, budget=size - extra, text=settings.text, tokens=settings.tokens,
+                seq_len=settings.seq_len, seed=seed, prices=self._prices(name, seed), effort=effort or "fast",
             )  # fmt: skip
         except Infeasible:
             empty = {"expected": None, "bytes": None, "share": None, "kl": None, "kl_error": None, "agreement": None}

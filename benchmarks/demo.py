@@ -119,7 +119,9 @@ def run_in_llama(console: Console, out: Path, share: float, tokens: int, seed: i
     folder, file = out / FOR_LLAMA.name, out / f"{FOR_LLAMA.name}.gguf"
     budget = int(share * inspect(FOR_LLAMA).file_bytes)
     console.print(f"compressing {FOR_LLAMA.name} with {PRECISE[0]} to {format_bytes(budget)}, for llama.cpp")
-    compress(FOR_LLAMA, folder, budget=budget, recipe=PRECISE[0], text=CALIBRATION, tokens=tokens, seed=seed)
+    compress(
+        FOR_LLAMA, folder, budget=budget, recipe=PRECISE[0], text=CALIBRATION, tokens=tokens, seed=seed, effort="fast"
+    )
     export(folder, file)
     console.print(f"{file.relative_to(out)}: {format_bytes(file.stat().st_size)}; llama.cpp goes on with it:")
     for prompt, text in zip(PROMPTS, continued(file, PROMPTS), strict=True):
@@ -152,7 +154,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.25, help="share of the bytes, for recipes of fewer bits")
     parser.add_argument("--keep", type=float, default=0.5, help="share of the experts to keep")
     parser.add_argument("--tokens", type=int, default=40_960, help="calibration tokens")
-    parser.add_argument("--train-tokens", type=int, default=65_536, help="tokens that `coterie` trains its result on")
+    parser.add_argument("--train-tokens", type=int, default=65_536, help="tokens that recipes train results on")
     parser.add_argument("--test-tokens", type=int, default=20_480, help="test tokens")
     parser.add_argument("--questions", type=int, default=100, help="questions with exact answers")
     parser.add_argument("--seed", type=int, default=0)
@@ -176,6 +178,7 @@ def main() -> None:
         compress(
             options.model, out, budget=budget, recipe=recipe, text=CALIBRATION, tokens=options.tokens,
             seed=options.seed, device=options.device,
+            train_tokens=options.train_tokens if RECIPES[recipe].trains else None,
         )  # fmt: skip
         results[name] = (out, time.perf_counter() - begin)
     console.print(f"profiling {options.model.name} on {options.tokens} tokens of {CALIBRATION.relative_to(HERE)}")

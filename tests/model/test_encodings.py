@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 
 from coterie.errors import ArchitectureMismatch, UnknownName, UnsupportedDtype
 from coterie.model.disk.encodings import ENCODINGS, encoding_from, scaled
+from coterie.model.disk.encodings.awq import Awq
 from coterie.model.disk.encodings.block_scaled import BlockScaled
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
+from coterie.model.disk.encodings.gptq import Gptq
 from coterie.model.disk.encodings.mxfp4 import Mxfp4
+from coterie.model.disk.encodings.packed_integers import PackedIntegers
 from coterie.model.disk.encodings.plain import Plain
 from coterie.model.disk.encodings.ragged import Ragged
 from coterie.model.disk.tensors import DTYPE_BITS, TORCH_NAMES
@@ -37,6 +40,16 @@ EXAMPLES = [
     (BlockScaled(numbers="F4", block=(1, 4), scales="U8"), (2, 3, 8)),
     (Mxfp4(group=4), (2, 8, 3)),
     (Mxfp4(scales="F8_E8M0", dtype="F32"), (1, 64, 2)),
+    (PackedIntegers(group=4), (5, 20)),
+    (PackedIntegers(group=8, zeros="words", index=True, scales="F16", dtype="F32"), (9, 16)),
+    (PackedIntegers(bits=8, group=None, zeros="words", shapes="I32"), (3, 8)),
+    (PackedIntegers(bits=8, words=False, group=None, zeros="plain"), (3, 6)),
+    (PackedIntegers(bits=8, words=False, group=None, scale_shape=(1,)), (3, 6)),
+    (Gptq(group=16), (8, 40)),
+    (Gptq(bits=8, group=None, offset=0, index=False, scales="BF16", dtype="F32"), (4, 12)),
+    (Gptq(bits=2, group=32), (16, 32)),
+    (Awq(group=16), (16, 40)),
+    (Awq(group=None, scales="F32"), (8, 5)),
     (GgmlBlocks(type="Q4_K"), (3, 5, 512)),
     (GgmlBlocks(type="Q8_0", axis=-2, dtype="F32"), (2, 64, 3)),
     (Ragged(axis=0, width=2, full=5, inner=Plain(dtype="BF16")), (5, 3)),
@@ -207,6 +220,10 @@ def test_blocks_of_zeros_stay_zeros_and_signs_stay():
 def test_what_is_no_number_is_refused(wrong):
     tensor = torch.ones(2, 4, 8)
     tensor[1, 2, 3] = wrong
+    matrix = torch.full((8, 8), wrong)
+    for encoding in (PackedIntegers(), Gptq(), Awq()):
+        with pytest.raises(UnsupportedDtype, match="numbers that are not finite"):
+            encoding.pack(matrix)
     for encoding in (BlockScaled(), Mxfp4(group=4)):
         with pytest.raises(UnsupportedDtype, match="numbers that are not finite"):
             encoding.pack(tensor)
@@ -223,6 +240,11 @@ def test_a_scale_that_is_too_narrow_is_refused():
         (BlockScaled(), (5,), "two axes or more"),
         (BlockScaled(), (0, 5), "none of them empty"),
         (BlockScaled(numbers="I8"), (4, 5), "an even number of columns"),
+        (Gptq(), (8, 9), "both axes a multiple of 8"),
+        (Awq(), (9, 8), "its rows a multiple of 8"),
+        (PackedIntegers(), (4,), "that takes a matrix"),
+        (PackedIntegers(), (0, 8), "that takes a matrix"),
+        (PackedIntegers(), (4, 9), "leave room in their last word"),
         (Mxfp4(), (4, 32), "a stack of matrices"),
         (Mxfp4(), (4, 33, 2), "groups of 32"),
     ],
@@ -242,6 +264,15 @@ def test_shapes_that_do_not_fit_are_refused(encoding, shape, message):
         lambda: BlockScaled(block=(0, 4)),
         lambda: Mxfp4(group=3),
         lambda: Mxfp4(scales="F32"),
+        lambda: Gptq(bits=3),
+        lambda: Gptq(offset=2),
+        lambda: Gptq(scales="I8"),
+        lambda: Awq(group=0),
+        lambda: PackedIntegers(bits=3),
+        lambda: PackedIntegers(words=False),
+        lambda: PackedIntegers(group=0),
+        lambda: PackedIntegers(zeros="some"),
+        lambda: PackedIntegers(scales="I8"),
         lambda: Ragged(axis=0, width=4, full=3, inner=Plain(dtype="F32")),
         lambda: Ragged(axis=-1, width=4, full=5, inner=Plain(dtype="F32")),
     ],
@@ -249,6 +280,19 @@ def test_shapes_that_do_not_fit_are_refused(encoding, shape, message):
 def test_settings_that_cannot_be_are_refused(make):
     with pytest.raises(ValueError, match=r"is|are"):
         make()
+
+
+@pytest.mark.parametrize("zeros", ["none", "words"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_are_rounded_to_the_nearest(bits, zeros):
+    encoding = PackedIntegers(bits=bits, group=8, zeros=zeros, scales="F32", dtype="F32")
+    tensor = values_of(encoding, (5, 24))
+    stored = encoding.pack(tensor)
+    step = stored["_scale"].double().repeat_interleave(8, dim=1)
+    # With zeros, the zero itself is rounded: the ends of a group may then be cut off by half a step.
+    assert bool(((encoding.unpack(stored) - tensor).abs() <= step * (0.5001 if zeros == "none" else 1.0001)).all())
+    largest = tensor.view(5, 3, 8).abs().amax(dim=2)
+    assert bool((stored["_scale"] <= largest / (2 ** (bits - 1) - 1) * 1.001).all())
 
 
 @given(width=st.integers(0, 5), axis=st.integers(0, 1), seed=st.integers(0, 99))
@@ -299,6 +343,9 @@ def test_rows_that_lie_by_themselves_are_the_same_rows(encoding, shape):
             BlockScaled: len(shape) > 2,
             Mxfp4: True,
             GgmlBlocks: True,
+            PackedIntegers: False,
+            Gptq: False,
+            Awq: False,
             Ragged: getattr(encoding, "axis", 0) > 0,
         }[type(encoding)]
     )

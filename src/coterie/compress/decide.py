@@ -25,8 +25,8 @@ from coterie.compress.request import Request
 from coterie.compress.source import Source
 from coterie.compress.state import Measured
 from coterie.compress.target import Target
-from coterie.compress.weights import bytes_saved, check_types
-from coterie.errors import ArchitectureMismatch, InputError, StaleArtifact
+from coterie.compress.weights import BLOCK_STEPS, bytes_saved, check_types
+from coterie.errors import ArchitectureMismatch, Infeasible, InputError, StaleArtifact
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.ragged import places_of
 from coterie.model.disk.manifest import RouterForm
@@ -247,6 +247,8 @@ def weighed(source: Source, plan: Plan) -> Plan:
     if plan.packed:
         check_types(source.weights, plan, [layer.num_experts for layer in source.architecture.layers])
         check_quantiser(plan.quantiser)
+    elif steps := [name for name, _ in plan.result_steps if name in BLOCK_STEPS]:
+        raise Infeasible(f"{steps[0]} trains what is stored in blocks, and the plan stores nothing so: leave it out")
     result_config(source, plan)
     check_prediction(source, plan)
     sizing = source.sizing(keeps_rows=plan.mapped)

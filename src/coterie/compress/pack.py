@@ -155,14 +155,7 @@ class Packer:
         packed: dict[str, Tensor] = {}
         for kind in sorted(set(type_of.values())):
             rows = self._rows_of(kind, kind_of, matrices, inputs)
-            for parts in set(projections.held.values()):
-                if parts <= rows.keys():
-                    on_disk = projections.on_disk({part: rows[part] for part in parts})
-                    packed |= {
-                        name: on_disk[name]
-                        for name, other in type_of.items()
-                        if other == kind and projections.held[name] == parts
-                    }
+            packed |= projections.bytes_on_disk(rows, {name for name, other in type_of.items() if other == kind})
         return packed
 
     def _rows_of(

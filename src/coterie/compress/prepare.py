@@ -16,7 +16,7 @@ from coterie.compress.pack_forecast import PackForecast
 from coterie.compress.plan import Mtp, Plan
 from coterie.compress.prices import FILE as PRICES_FILE
 from coterie.compress.prices import Prices, Pricing, pricing_of
-from coterie.compress.recipes import Recipe, get_recipe, training_tokens
+from coterie.compress.recipes import Recipe, get_recipe, training_tokens, trains_in
 from coterie.compress.request import Request
 from coterie.compress.result_steps import LeftOut, load_result_step
 from coterie.compress.source import Source
@@ -251,7 +251,7 @@ def prepare(
     if not user_path(options.model).exists():
         _outlined(options, request, given, fetch="samples")  # what cannot be is said before weights are fetched
     source, outlined = _outlined(options, request, given)
-    trains = any(name == "distill" for name, _ in outlined.result_steps)
+    trains = trains_in(outlined.result_steps)
     training_tokens(outlined.recipe, options.effort, options.train_tokens, trains=trains)
     needs = needs_of_plan(outlined)
     if outlined.packed:  # codes are chosen for what really comes in

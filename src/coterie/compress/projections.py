@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 
 import torch
@@ -18,6 +18,9 @@ GATE, UP, DOWN = 1, 2, 3
 
 #: What marks of the experts are apart.
 _PARTS = 4
+
+#: What numbers of rows of different projections lie apart by.
+_APART = 2**48
 
 
 def projections_of(experts: Experts) -> dict[int, Tensor]:
@@ -53,6 +56,46 @@ class Projections:
         self.held = {name: frozenset(mark % _PARTS for mark in values) for name, values in marked.items()}
         #: By name on disk, the experts whose projections it holds.
         self.experts_in = {name: frozenset(mark // _PARTS for mark in values) for name, values in marked.items()}
+
+    def from_disk(self, disk: Mapping[str, Tensor], axes: Mapping[str, int]) -> dict[int, Tensor]:
+        """Return bytes (E, rows, bytes of a row) by projection: the inverse of `on_disk`.
+
+        Args:
+            disk: by name on disk; of a projection all of its tensors or none.
+            axes: by name on disk, the axis -1 or -2 along which the bytes of a row lie.
+        """
+        matrices = projections_of(self.experts)
+        numbers = {  # of all rows, those of different projections apart
+            part: (torch.arange(matrix[..., 0].numel()) + part * _APART).view(*matrix.shape[:-1], 1)
+            for part, matrix in matrices.items()
+        }
+        rows: dict[int, Tensor] = {}
+        for name, where in self.on_disk(numbers).items():
+            if name not in disk:
+                continue
+            byte_RK = disk[name].transpose(axes[name], -1).flatten(0, -2)
+            number_R = where.transpose(axes[name], -1).flatten()
+            for part in self.held[name]:
+                num_experts, num_rows = matrices[part].shape[:2]
+                if part not in rows:
+                    rows[part] = byte_RK.new_empty(num_experts * num_rows, byte_RK.shape[-1])
+                own_R = number_R // _APART == part
+                rows[part][number_R[own_R] % _APART] = byte_RK[own_R]
+        return {part: rows[part].view(*matrices[part].shape[:2], -1) for part in rows}
+
+    def bytes_on_disk(self, rows: Mapping[int, Tensor], names: Container[str]) -> dict[str, Tensor]:
+        """Return bytes of some projections by name on disk; of those names whose projections are all there.
+
+        Args:
+            rows: (E, rows, bytes of a row) by projection; those of one tensor have as many bytes.
+            names: names on disk that are asked for.
+        """
+        packed: dict[str, Tensor] = {}
+        for parts in set(self.held.values()):
+            if parts <= rows.keys():
+                on_disk = self.on_disk({part: rows[part] for part in parts})
+                packed |= {name: on_disk[name] for name in on_disk if name in names and self.held[name] == parts}
+        return packed
 
     def on_disk(self, rows: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Return rows, of numbers or of bytes, by name on disk.

@@ -5,7 +5,7 @@ No torch here: what a recipe measures stands beside it, and `check_method` holds
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -27,6 +27,9 @@ ROUTERS: dict[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
 #: How much a recipe that distils may take: tokens that its result is trained on.
 EFFORTS: dict[str, int] = {"fast": 0, "balanced": 262_144, "thorough": 1_048_576}
 
+
+#: Steps that train the whole result: as plain numbers, and in blocks.
+TRAINING_STEPS = ("distill", "distill-blocks")
 
 #: A step with its options.
 Step = tuple[str, Mapping[str, Any]]
@@ -80,7 +83,7 @@ class Recipe:
     @property
     def trains(self) -> bool:
         """Whether the whole result is trained at the end."""
-        return any(name == "distill" for name, _ in self.result_steps)
+        return trains_in(self.result_steps)
 
     @property
     def prices(self) -> bool:
@@ -114,6 +117,11 @@ class Recipe:
         raise Infeasible(
             f"recipe {self.name} {does}, so there is nothing to {action}; use --router plain or --router refit"
         )
+
+
+def trains_in(result_steps: Iterable[Step]) -> bool:
+    """Tell whether one of the steps on the whole result trains it."""
+    return any(name in TRAINING_STEPS for name, _ in result_steps)
 
 
 def _recipe(
@@ -353,8 +361,9 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             name="coterie-bits",
-            summary="give each matrix the type that the loss needs, gptq, make good what layers before have changed",
+            summary="give each matrix the type that the loss needs, gptq, make good what changed before it, distil",
             measures=(), passes=(), allocator="mixed-types", quantiser=("corrected-gptq", {}),
+            result_steps=(("distill-blocks", {}),),
         ),
     )
 }  # fmt: skip

@@ -52,7 +52,7 @@ class ResultModel:
             self._places = places_of(stream.conversion, source.architecture, expert_names)
         self._widths = {index: layer.widths for index, layer in enumerate(plan.layers) if layer.widths is not None}
         self.encodings = encodings_of(source.weights, plan.types) if plan.packed else {}
-        self.model = self._meta_model()
+        self.model = self.empty_model(stream.dtype)
         self._scratch: PreTrainedModel | None = None
 
     @property
@@ -86,6 +86,11 @@ class ResultModel:
         """Read all tensors of a weight file of the result, by name in memory, as a loader will see them."""
         return self._open(folder, shard)[1]
 
+    def opened(self, folder: Path, shard: Shard) -> tuple[dict[str, Tensor], list[Any]]:
+        """Return `read_all`, and the conversions that were used, for `WeightConversion.write`."""
+        _, memory, conversions = self._open(folder, shard)
+        return memory, conversions
+
     def changed(self, folder: Path, shard: Shard, memory: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Return the tensors of a weight file by name on disk, with some replaced; None when it holds none of those."""
         raw, tensors, conversions = self._open(folder, shard)
@@ -103,7 +108,7 @@ class ResultModel:
         config = {"quantization_config": quantization_config(inside)} if inside else {}
         shard_alone = dequantized(Checkpoint(path=folder, config=config, tensors=tensors, digest=""))
         shard_alone = filled_up(shard_alone, self.ragged)
-        self._scratch = self._scratch or self._meta_model()
+        self._scratch = self._scratch or self.empty_model(self._stream.dtype)
         with shard_alone.reader() as reader:
             raw = {name: reader.read(name) for name in shard_alone.tensors}
         return raw, *WeightConversion(shard_alone, self._scratch).convert(dict(raw), lambda name: torch.float32)
@@ -163,13 +168,14 @@ class ResultModel:
                     "use a recipe that lowers the number of experts, and please report it"
                 )
 
-    def _meta_model(self) -> PreTrainedModel:
+    def empty_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Return a meta model of the result that is nobody else's, with parameters of a number format."""
         unset = [torch.zeros(layer.num_experts, dtype=torch.int64) for layer in self._architecture.layers]
         return result_meta_model(
             self._architecture,
             self.shape.num_experts,
             maps=unset if self._mapped else None,
-            dtype=self._stream.dtype,
+            dtype=dtype,
             width=self.shape.width,
             top_k=self.shape.top_k,
         )

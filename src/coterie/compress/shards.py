@@ -84,7 +84,12 @@ def _groups(names: list[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 def write_shard(
-    folder: Path, shard: Shard, tensors: Mapping[str, Tensor], *, known: Container[str] | None = None
+    folder: Path,
+    shard: Shard,
+    tensors: Mapping[str, Tensor],
+    *,
+    known: Container[str] | None = None,
+    file: str | None = None,
 ) -> None:
     """Write one weight file, atomically; a layer that lost experts, or has more, has other tensors than it had.
 
@@ -93,10 +98,11 @@ def write_shard(
         shard: the file.
         tensors: what goes into it, by name on disk.
         known: names beside which they may be; those of the shard when None.
+        file: its name there; that of the shard when None.
     """
     strange = [name for name in tensors if sibling(name, known or shard.names) is None]
     assert not strange, f"{shard.file}: {strange}"
-    with atomic_path(folder / shard.file) as temporary:
+    with atomic_path(folder / (file or shard.file)) as temporary:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary, metadata={"format": "pt"})
 

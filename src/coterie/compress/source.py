@@ -15,6 +15,7 @@ from coterie.errors import InputError, UnsupportedDtype
 from coterie.model.arch.accounting import Accounting, LayerTensors, layer_tensors
 from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion
 from coterie.model.arch.head import with_head
+from coterie.model.arch.idle import without_idle_biases
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.prediction import Prediction, without_prediction
 from coterie.model.disk.checkpoint import Checkpoint, Fetch
@@ -72,9 +73,12 @@ class Source:
         manifest = Manifest.read(checkpoint.path)
         if manifest is not None and manifest.form is not ResultForm.PLAIN:
             raise InputError(f"{checkpoint.path} is a {manifest.form} result; compress the model that it was made from")
-        original = checkpoint = with_head(checkpoint)
+        checkpoint = with_head(checkpoint)
         architecture = Architecture.of(checkpoint)
         conversion = WeightConversion(checkpoint, architecture.model)
+        original = without_idle_biases(checkpoint, architecture.model, conversion)
+        if original is not checkpoint:
+            checkpoint, conversion = original, WeightConversion(original, architecture.model)
         prediction = Prediction.of(checkpoint, architecture, conversion)
         if prediction.names and mtp == "drop":
             checkpoint = replace(

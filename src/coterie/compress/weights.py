@@ -11,6 +11,9 @@ from coterie.errors import Infeasible
 from coterie.model.disk.encodings.ggml import SIZES
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 
+#: Steps on the whole result that leave codes as they are.
+BLOCK_STEPS = ("distill-blocks",)
+
 #: What stands in for a type whose blocks are wider than a row, as in llama.cpp: about as many bits, blocks of 32.
 _NARROW = {
     "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "IQ4_XS": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ3_S": "IQ4_NL",
@@ -120,11 +123,12 @@ def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) ->
         for number, (layer, count) in enumerate(zip(plan.layers, counts, strict=False))
         if layer.num_experts != count or (layer.width, layer.top_k, layer.experts) != (None, None, None)
     ]
-    if plan.mapped or plan.passes or plan.result_steps or changed:
+    steps = [name for name, _ in plan.result_steps if name not in BLOCK_STEPS]
+    if plan.mapped or plan.passes or steps or changed:
         what = f"layer {changed[0]} changes its experts" if changed else "the plan has a router form, passes or steps"
         raise Infeasible(
-            f"{what}; weights in fewer bits go with experts that stay as they are: leave passes and result_steps of "
-            "the plan empty, its router plain and its layers whole"
+            f"{what}; weights in fewer bits go with experts that stay as they are: leave the passes of the plan empty, "
+            f"its result_steps too, or {' and '.join(BLOCK_STEPS)} alone, its router plain and its layers whole"
         )
     for pattern, kind in plan.types.items():
         weight = by_type.get(pattern)

@@ -184,7 +184,7 @@ class Work:
             seed=plan.seed,
             logits_error=self.logits_error,
             ragged=self.result.ragged,
-            distilled=self.notes.get("distill"),
+            distilled=self.notes.get("distill", self.notes.get("distill-blocks")),
             prediction=self._prediction(),
             layers=tuple(self._entry(layer) for layer in self.job.source.architecture.layers),
             bytes_before=plan.original_bytes,

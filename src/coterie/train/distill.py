@@ -1,4 +1,4 @@
-"""Distil: train the experts and routers of a compressed model towards what the original model predicts.
+"""Distil: train a compressed model, as a rule its experts and routers, towards what the original model predicts.
 
 The original streams by one layer at a time while its predictions are made; only the compressed model is in memory as a
 whole. Steps are those of Adam on float32 weights, relative to the size of each tensor. Sequences are seen once an
@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +27,12 @@ from transformers import PreTrainedModel
 from coterie.artifact import atomic_path, digest_of
 from coterie.errors import CorruptArtifact
 from coterie.journal import Run
-from coterie.model.arch.layers import MoELayer
 from coterie.model.stream.likelihood import position_slices
 from coterie.model.stream.loss import LOSS_ELEMENTS
 from coterie.model.stream.reading import logits_at, read
 from coterie.model.stream.stream import Stream
 from coterie.progress import track
-from coterie.train.loop import Loop, Loss, mean_loss
-from coterie.train.model import experts_apart, trainable
+from coterie.train.loop import Look, Loop, Loss, mean_loss
 from coterie.train.optimiser import load_optimiser
 from coterie.train.predictions import PredictionFile, Predictions, writing_predictions
 from coterie.train.schedule import Schedule, rate_at, shuffled
@@ -166,13 +165,16 @@ def divergence_loss(
 def distill(
     run: Run,
     model: PreTrainedModel,
-    layers: Sequence[MoELayer],
+    weights: Mapping[str, Tensor],
     ids_BS: Tensor,
     predictions: Predictions | PredictionFile,
     *,
+    computing: AbstractContextManager[None],
     tokens: int,
     seed: int,
     rounded: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    rate: float | None = None,
+    looks: int = 0,
     optimiser: str = "adam",
     held_out: int = HELD_OUT,
     counts_BS: Tensor | None = None,
@@ -181,19 +183,23 @@ def distill(
 
     Args:
         run: where states go.
-        model: the compressed model, float32; its experts and routers are changed.
-        layers: its MoE layers, or those of the original, which have the same names.
+        model: the compressed model, float32; all that is not trained needs no gradients.
+        weights: what is trained of it, by name; see `coterie.train.model.trainable`.
         ids_BS: token ids.
         predictions: what the original predicts there.
+        computing: within it the model computes so that gradients reach the weights.
         tokens: tokens to train on; with less text, each sequence is seen up to `EPOCHS` times.
         seed: of the order of the sequences.
         rounded: gives tensors as they will be on disk.
+        rate: in place of `RATE`, where all that is trained stands for many weights.
+        looks: how often the held-out sequences are looked at on the way, so that the weights that were best there are
+            taken; 0 for those of the last step.
         optimiser: which one, see `coterie.train.optimiser.load_optimiser`.
         held_out: every so many-th sequence is held out, and one at least.
         counts_BS: the predictions of which tokens count, bool; None for all.
 
     Returns:
-        The outcome; the model holds the trained weights, rounded.
+        The outcome; the model holds the trained weights, rounded, or where they are not taken, the last ones.
 
     Raises:
         UnknownName: no such optimiser.
@@ -203,23 +209,26 @@ def distill(
     steps, batch = max(1, round(sequences / SEQUENCES)), min(SEQUENCES, len(fit_N))
     order = shuffled(len(fit_N), batch, seed)
     workers = 1 if model.device.type != "cpu" else torch.get_num_threads()
-    model.requires_grad_(False)
-    weights = trainable(model, layers)
     loss = divergence_loss(model, ids_BS, predictions, counts_BS)
-    with experts_apart(model):
+    with computing:
 
         def heldout_divergence() -> float:
             return mean_loss(loss, heldout_N, micro=MICRO, workers=workers)
 
         saved = [name for name in run.finished if name.startswith(_STEP)]
         before = float(run.finished[saved[0]].content["before"]) if saved else heldout_divergence()
-        rate = RATE * min(1.0, max(0.0, before) ** 0.5)  # rounding can make it a hair less than 0
+        # Rounding can make it a hair less than 0.
+        largest = (RATE if rate is None else rate) * min(1.0, max(0.0, before) ** 0.5)
         schedule = Schedule(
-            steps=steps, rows=lambda step: fit_N[order(step)], rate=lambda step: rate_at(step, steps, rate)
+            steps=steps, rows=lambda step: fit_N[order(step)], rate=lambda step: rate_at(step, steps, largest)
         )
+        look = None
+        if looks:
+            look = Look(every=max(1, -(-steps // looks)), measure=heldout_divergence, least=before)
         loop = Loop(
-            weights, loss, optimiser=load_optimiser(optimiser)(weights), schedule=schedule, micro=MICRO, workers=workers
-        )
+            weights, loss, optimiser=load_optimiser(optimiser)(weights), schedule=schedule, micro=MICRO,
+            workers=workers, look=look,
+        )  # fmt: skip
         if saved:
             loop.restore(load_file(run.private / _state_file(saved[-1])))
 
@@ -233,13 +242,13 @@ def distill(
 
         loop.run(says=TRAINING, save=save, save_seconds=SAVE_SECONDS)
         with torch.no_grad():
-            for name, tensor in rounded(weights).items():
+            for name, tensor in rounded(loop.best or weights).items():
                 weights[name].copy_(tensor)
         after = heldout_divergence()
     notes: dict[str, object] = {
         "steps": steps,
         "tokens": steps * batch * ids_BS.shape[1],
-        "rate": rate,
+        "rate": largest,
         "heldout_divergence_before": before,
         "heldout_divergence_after": after,
         "taken": after < before,

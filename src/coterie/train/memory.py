@@ -1,13 +1,14 @@
 """How much memory distilling a result takes, said before it begins.
 
-The result is in memory as a whole, in float32. It does not matter how much text there is: predictions are read for the
-sequences of a step alone.
+The result is in memory as a whole, in float32 or, where its matrices are stored in blocks, as those. It does not matter
+how much text there is: predictions are read for the sequences of a step alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,17 +20,21 @@ from coterie.model.stream.loss import logits_bytes
 from coterie.model.stream.memory import LOGITS, Stage, batch_lines, head_lines, text_lines, unit_lines
 from coterie.model.stream.stream import Stream
 from coterie.profile.calibration import TokenSet
+from coterie.train.blocks import NUMBERS_AT_ONCE
 from coterie.train.distill import KEPT, MICRO, SEQUENCES
 from coterie.train.model import trainable
 
-#: What a line of the forecast is about, as it is named there.
-MOMENTS = "moments of the gradients"
+#: What lines of the forecast are about, as they are named there.
+MOMENTS, BEST = "moments of the gradients", "the best weights"
 
 #: Numbers of the model's width that a token leaves behind in a layer for its gradients.
 _ACTIVATIONS = 24
 
 #: Copies of a layer's tensors while their gradients are put together from those of each expert, gate and up apart.
 _LAYER = 4
+
+#: Bytes that each number passes through while it is unpacked: its code as a whole number of eight, values, products.
+UNPACKING_BYTES = 64
 
 #: Copies of the logits of a token: they, their softmax, and the gradients of both and of the chosen ones.
 _LOGITS = 5
@@ -51,10 +56,8 @@ def training_bytes(
     """
     weights = sum(parameter.numel() for parameter in model.parameters())
     sizes = [sum(parameter.numel() for parameter in trainable(model, [layer]).values()) for layer in layers]
-    config: Any = model.config.get_text_config()
     micro_batches = math.ceil(SEQUENCES / MICRO)
     at_once = min(workers, micro_batches)
-    tokens = at_once * MICRO * seq_len
     # One thread adds the gradients of a micro-batch to those of all before; of several, those that end early wait.
     sets = min(micro_batches, 2) if at_once == 1 else micro_batches
     computing = sets * sum(sizes) + at_once * _LAYER * max(sizes, default=0)
@@ -63,6 +66,83 @@ def training_bytes(
         ("weights", 4 * weights),
         (MOMENTS, 2 * 4 * sum(sizes)),
         ("gradients", 4 * max(computing, adding)),
+        *_batch_lines(model, tokens=at_once * MICRO * seq_len),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockSizes:
+    """How large a result in blocks is, and what is trained of it.
+
+    Attributes:
+        stored_bytes: bytes of all matrices in blocks.
+        plain: numbers of all other parameters.
+        trained_plain: those of them that are trained.
+        scales: float16 numbers of all blocks, each of which has a multiplier that is trained.
+        outer: numbers of matrices in blocks that are no experts'.
+        largest_outer: those of the largest of them.
+        largest_layer: those of the experts of a layer.
+        largest_file: numbers of the largest weight file.
+    """
+
+    stored_bytes: int
+    plain: int
+    trained_plain: int
+    scales: int
+    outer: int
+    largest_outer: int
+    largest_layer: int
+    largest_file: int
+
+
+def block_training_bytes(
+    sizes: BlockSizes, model: PreTrainedModel, *, seq_len: int, workers: int
+) -> tuple[tuple[str, int], ...]:
+    """Say what the memory of training a result in blocks consists of at most, see `coterie.train.blocks`.
+
+    Args:
+        sizes: how large it is.
+        model: the result; a meta model will do.
+        seq_len: S, tokens of a sequence.
+        workers: threads that share out a step.
+
+    Returns:
+        What, and its bytes, line by line.
+    """
+    micro_batches = math.ceil(SEQUENCES / MICRO)
+    at_once = min(workers, micro_batches)
+    trained = sizes.scales + sizes.trained_plain
+    sets = min(micro_batches, 2) if at_once == 1 else micro_batches
+    # Those of a layer's experts exist while it is computed; the others from the way forward until the way back is past.
+    unpacked = at_once * (sizes.outer + max(_LAYER * sizes.largest_layer, 3 * sizes.largest_outer))
+    return (
+        ("weights", sizes.stored_bytes + 4 * (sizes.plain + sizes.scales)),
+        (MOMENTS, 2 * 4 * trained),
+        ("gradients", 4 * (sets + 1) * trained),
+        (BEST, 4 * trained),
+        ("unpacked matrices", 4 * unpacked + at_once * UNPACKING_BYTES * NUMBERS_AT_ONCE),
+        *_batch_lines(model, tokens=at_once * MICRO * seq_len),
+    )
+
+
+def block_training_stages(
+    sizes: BlockSizes, model: PreTrainedModel, *, seq_len: int, device: torch.device
+) -> tuple[Stage, Stage]:
+    """Say how much memory it takes at most to read a result in blocks, and to train it, see `block_training_bytes`."""
+    workers = torch.get_num_threads() if device.type == "cpu" else 1
+    lines = block_training_bytes(sizes, model, seq_len=seq_len, workers=workers)
+    # What is read of a file is unpacked to be told apart: its plain numbers, and twice while they are converted.
+    reading = (lines[0], ("a file, unpacked and converted", 4 * 3 * sizes.largest_file))
+    return (
+        Stage(name="reading the result to train it", lines=reading, device=device),
+        Stage(name="training the result as a whole", lines=lines, device=device),
+    )
+
+
+def _batch_lines(model: PreTrainedModel, *, tokens: int) -> tuple[tuple[str, int], ...]:
+    """Return what the tokens take that are computed at once."""
+    config: Any = model.config.get_text_config()
+    return (
         ("activations", 4 * _ACTIVATIONS * tokens * int(config.hidden_size) * int(config.num_hidden_layers)),
         ("logits", 4 * _LOGITS * tokens * int(config.vocab_size)),
         # Tokens as int32 and int64, log-probabilities of both models, probabilities, and gradients.

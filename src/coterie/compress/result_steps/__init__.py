@@ -45,7 +45,10 @@ class LeftOut:
         return cls(reason) if isinstance(reason, str) else None
 
 
-RESULT_STEPS: dict[str, str] = {"distill": "coterie.compress.result_steps.distill"}
+RESULT_STEPS: dict[str, str] = {
+    "distill": "coterie.compress.result_steps.distill",
+    "distill-blocks": "coterie.compress.result_steps.distill_blocks",
+}
 
 
 def load_result_step(name: str) -> Any:

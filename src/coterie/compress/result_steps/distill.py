@@ -2,150 +2,31 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from coterie.compress.prepare import Job
-from coterie.compress.recipes import training_tokens
 from coterie.compress.result_steps import LeftOut
+from coterie.compress.result_steps.training import Prepared, prepare_training
 from coterie.compress.shards import write_shard
 from coterie.compress.work import Work
-from coterie.errors import InputError, NotEnoughMemory
-from coterie.model.arch.load import load_model, result_meta_model
-from coterie.model.stream.memory import Stage, fitting_batch
-from coterie.model.stream.work import head_seconds, unit_work
-from coterie.profile.calibration import TokenSet
-from coterie.profile.self_text import SELF
-from coterie.progress import StageTime
-from coterie.train.cost import say_cost
-from coterie.train.distill import KEPT, PREDICTING, PREDICTING_HEAD, TRAINING, distill, make_predictions
-from coterie.train.memory import MOMENTS, predicting_stages, too_large, training_stage
-
-log = logging.getLogger(__name__)
-
-#: Sequences of a batch that the original predicts, at most.
-BATCH_SIZE = 8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
-    """What the result is trained on.
-
-    Attributes:
-        token_set: the text.
-        tokens: tokens to train on; where the text has fewer, it is seen again.
-        batch_size: sequences of a batch that the original predicts.
-        stages: the memory that it takes.
-        times: the time that it is reckoned to take.
-        disk: the bytes that are written while it trains, by what they are.
-    """
-
-    token_set: TokenSet
-    tokens: int
-    batch_size: int
-    stages: tuple[Stage, ...]
-    times: tuple[StageTime, ...]
-    disk: Mapping[str, int]
-
-    def header(self) -> list[Any]:
-        """Return what training hangs on."""
-        return [self.token_set.digest, self.tokens]
+from coterie.model.arch.load import load_model
+from coterie.train.distill import distill, make_predictions
+from coterie.train.memory import training_stage
+from coterie.train.model import experts_apart, trainable
 
 
 def prepare(job: Job) -> Prepared | LeftOut | None:
-    """Draw the text and announce what training takes.
-
-    Whether it fits is asked of the memory that is free when the run begins, or of the limit; a run that goes on keeps
-    to what was decided.
-
-    Returns:
-        What was prepared; `LeftOut` where it does not fit, which is said; None where it was not asked for.
-
-    Raises:
-        InputError: no text to train on, or a number of tokens that cannot be.
-        NotEnoughMemory: it does not fit, and the number of tokens was given.
-    """
-    options, plan = job.options, job.outline
-    num_tokens = training_tokens(plan.recipe, options.effort, options.train_tokens, trains=True)
-    if not num_tokens or plan.predicted_bytes >= plan.original_bytes:
-        return None
-    if options.text is None:
-        raise InputError(
-            f"recipe {plan.recipe} trains its result on text at effort {options.effort}: give it with --text beside "
-            "the profile, or take --effort fast"
-        )
-    architecture, shape, device = job.source.architecture, plan.shape, job.stream.device
-    layers = architecture.layers
-    result_model = result_meta_model(
-        architecture, shape.num_experts, maps=None, dtype=torch.float32, width=shape.width, top_k=shape.top_k
+    """Draw the text and announce what training takes; see `coterie.compress.result_steps.training`."""
+    return prepare_training(
+        job,
+        "distill",
+        lambda model: (
+            training_stage(
+                model, job.source.architecture.layers, seq_len=job.options.seq_len, device=job.stream.device
+            ),
+        ),
     )
-    training = training_stage(result_model, layers, seq_len=options.seq_len, device=device)
-    decided = _decide(job, training)
-    if isinstance(decided, LeftOut):
-        return decided
-    own = str(options.text) == SELF  # what the model wrote to be measured has to do: writing takes long
-    token_set = job.text(min(num_tokens, options.tokens) if own else num_tokens, up_to=True)
-    if sum(map(len, token_set.sequences.values())) < 2:
-        reason = "one sequence of text is too little to train on and to see whether it helped"
-        log.warning("%s: left out", reason)
-        return LeftOut(reason)
-    text_tokens = sum(token_set.num_tokens.values())
-    cost = say_cost(
-        architecture.model, result_model, layers, text_tokens=text_tokens, tokens=num_tokens,
-        top_k=shape.top_k or layers[0].top_k, device=device,
-    )  # fmt: skip
-    size = fitting_batch(BATCH_SIZE, seq_len=token_set.seq_len, hidden_size=layers[0].hidden_size)
-    predicting = predicting_stages(job.stream, layers, token_set, batch_size=size)
-    work = unit_work(job.stream, layers, tokens=text_tokens, base=True)
-    times = (
-        StageTime(name=PREDICTING, seconds=work.total, tokens=text_tokens, reading=work.reading),
-        StageTime(name=PREDICTING_HEAD, seconds=head_seconds(job.stream, tokens=text_tokens), tokens=text_tokens),
-        StageTime(name=TRAINING, seconds=max(1e-6, cost.training_seconds), tokens=cost.tokens),
-    )
-    return Prepared(
-        token_set=token_set, tokens=cost.tokens, batch_size=size, stages=(*predicting, decided), times=times,
-        disk=_disk(job, decided, text_tokens),
-    )  # fmt: skip
-
-
-def _disk(job: Job, training: Stage, text_tokens: int) -> dict[str, int]:
-    vocab_size = int(job.stream.model.config.get_text_config().vocab_size)
-    moments = next(size for what, size in training.lines if what == MOMENTS)
-    return {
-        # A token and its log-probability for each that is kept.
-        "the original's predictions, while it trains": 8 * min(KEPT, vocab_size) * text_tokens,
-        "the state of training, while it trains": 2 * (moments + moments // 2),
-    }
-
-
-def _decide(job: Job, training: Stage) -> Stage | LeftOut:
-    """Return the memory that training takes, or why it is left out; a run that goes on keeps to its decision."""
-    options, before = job.options, job.recorded.get("distill")
-    reason = too_large(training, limit=options.limit)
-    if before is not None:
-        as_before = LeftOut.recorded(before)
-        if as_before is not None and options.train_tokens is None:
-            log.warning(
-                "training is left out, as when the run began: %s; remove what was begun to decide anew",
-                as_before.reason,
-            )  # fmt: skip
-            return as_before
-        if as_before is None and reason is not None and options.limit is None:
-            log.warning("%s; it was decided when the run began that it trains: it goes on so", reason)
-            reason = None
-    if reason is None:
-        return replace(training, device=None)  # what is free was asked once
-    if options.train_tokens is not None:
-        raise NotEnoughMemory(
-            f"{training}: {reason}; give fewer --seq-len, --train-tokens 0, or a machine with more memory"
-        )
-    log.warning("%s: training is left out", reason)
-    return LeftOut(reason)
 
 
 def run(work: Work, prepared: Prepared) -> None:
@@ -154,10 +35,11 @@ def run(work: Work, prepared: Prepared) -> None:
     batches = [ids_BS for _, ids_BS in prepared.token_set.batches(prepared.batch_size)]
     predictions = make_predictions(run, job.stream, batches, cache=job.options.cache)
     model = load_model(run.folder, dtype=torch.float32, device=str(job.stream.device))
-    counts = prepared.token_set.counts
+    model.requires_grad_(False)
+    layers, counts = job.source.architecture.layers, prepared.token_set.counts
     outcome = distill(
-        run, model, job.source.architecture.layers, torch.cat(batches), predictions,
-        tokens=prepared.tokens, seed=work.plan.seed, rounded=work.result.rounded,
+        run, model, trainable(model, layers), torch.cat(batches), predictions,
+        computing=experts_apart(model), tokens=prepared.tokens, seed=work.plan.seed, rounded=work.result.rounded,
         counts_BS=None if counts is None else torch.cat(list(counts.values())),
     )  # fmt: skip
     work.notes["distill"] = outcome.notes

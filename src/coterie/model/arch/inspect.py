@@ -8,6 +8,7 @@ Legend: E experts, K chosen experts, F expert width, D model width. All names he
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +37,7 @@ from coterie.model.arch.structure import (
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.manifest import Manifest, ResultForm
-from coterie.model.disk.quantized import OWN_METHOD, as_read
+from coterie.model.disk.quantized import OWN_METHOD, as_read, shapes_of_packed
 from coterie.model.disk.tensors import DTYPE_BITS, TensorInfo
 
 #: Parts of a model, in the order of printing. "shared" is everything in a MoE block but routed experts and router;
@@ -311,16 +312,16 @@ class _Storage:
         entries = [value for key, value in config.items() if key in ("quantization_config", "compression_config")]
         self.quantised = bool(entries) and isinstance(entries[0], Mapping)
         self.bits = _quantised_bits(entries[0]) if self.quantised else 16
-        #: What tensors are read as, where bytes do not tell: of weights in blocks of our own.
-        self.read_as = as_read(checkpoint).tensors
+        #: Shapes of what packed tensors are read as, where that is known.
+        self.shapes = shapes_of_packed(checkpoint)
         self.companions = self.quantised and str(entries[0].get("quant_method", "")).lower() != OWN_METHOD
 
     def parameters(self, info: TensorInfo) -> int:
         """Return the weights that a tensor stands for; 0 for the scales and zeros of a quantised one."""
+        if info.name in self.shapes:
+            return math.prod(self.shapes[info.name])
         if not self.quantised:
             return info.num_elements
-        if (read := self.read_as[info.name]).packed is not None:
-            return read.num_elements
         if self.is_companion(info):
             return 0
         packed = info.dtype in ("U8", "I32", "U32") and self.bits < DTYPE_BITS[info.dtype]
@@ -328,6 +329,8 @@ class _Storage:
 
     def is_companion(self, info: TensorInfo) -> bool:
         """Tell whether a tensor only says how to read another one."""
+        if info.name in self.shapes:
+            return self.shapes[info.name] == (0,)
         return self.companions and bool(_COMPANION.search(info.name.rpartition(".")[2]) or "quant_state" in info.name)
 
     def amount(self, infos: Iterable[TensorInfo]) -> Amount:
@@ -413,7 +416,7 @@ def _expert_shape(
     shapes: list[tuple[int, ...]] = []
     sizes: list[int] = []
     for info in first:
-        shape = info.shape[skip:]
+        shape = storage.shapes.get(info.name, info.shape)[skip:]
         if len(shape) >= 2 and min(shape) > 1 and not storage.is_companion(info):
             shapes.append(shape)
             sizes.append(storage.parameters(info) // (block.num_experts if block.fused else 1))

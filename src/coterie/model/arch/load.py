@@ -31,7 +31,7 @@ from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint, TensorReader
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.manifest import Manifest, ResultForm
-from coterie.model.disk.quantized import dequantized
+from coterie.model.disk.quantized import dequantized, is_read_by_us_alone
 from coterie.model.quiet import quiet
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ def load_model(
     model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
     """Load a checkpoint, plain, mapped or ragged, with nothing missing; what its class has no place for is logged.
+
+    What is stored quantised becomes plain numbers: transformers unpacks FP8 and MXFP4, Coterie all else, in bfloat16.
 
     Args:
         model: a model folder or a hub id.
@@ -59,7 +61,7 @@ def load_model(
     stored = Checkpoint.open(model)
     chosen: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
     manifest = Manifest.read(stored.path)
-    if manifest is not None and manifest.form is ResultForm.PACKED:
+    if is_read_by_us_alone(stored):
         stored = dequantized(stored)
     checkpoint = stored if manifest is None else filled_up(stored, manifest.ragged)
     check_chosen(checkpoint.config, str(checkpoint.path))
@@ -90,7 +92,9 @@ def load_model(
         raise CorruptCheckpoint(f"{checkpoint.path} does not match its config: {listed}")
     if info.get("unexpected_keys"):
         # As in transformers: heads for multi-token prediction and the like stay on disk.
-        log.warning("%s: not part of the model class, not loaded: %s", checkpoint.path, sorted(info["unexpected_keys"]))
+        unexpected = sorted(info["unexpected_keys"])
+        rest = f" and {len(unexpected) - 20} more" if len(unexpected) > 20 else ""
+        log.warning("%s: not part of the model class, not loaded: %s%s", checkpoint.path, unexpected[:20], rest)
     loaded.to(target)  # type: ignore[arg-type]
     loaded.eval()  # type: ignore[no-untyped-call]
     return loaded

@@ -174,7 +174,8 @@ class TensorReader:
         """Return one tensor on the CPU, in the number format and shape that the checkpoint states for it.
 
         Raises:
-            CorruptCheckpoint: the file was cut off or removed since the checkpoint was opened.
+            CorruptCheckpoint: the file was cut off or removed since the checkpoint was opened, or what is packed in it
+                contradicts itself.
             UnsupportedDtype: a packed value is too large for the number format that was chosen.
         """
         return self._read(self._checkpoint.tensors[name])
@@ -207,8 +208,8 @@ class TensorReader:
         stored = {suffix: self._read(stored_info) for suffix, stored_info in info.packed.stored.items()}
         try:
             return info.packed.encoding.unpack(stored)
-        except UnsupportedDtype as error:
-            raise UnsupportedDtype(f"{info.shard}: {info.name!r} {error}") from None
+        except (CorruptCheckpoint, UnsupportedDtype) as error:
+            raise type(error)(f"{self._checkpoint.path / info.shard}: {info.name!r} {error}") from None
 
     def _read_stored(self, info: TensorInfo) -> torch.Tensor:
         import torch

@@ -1,10 +1,13 @@
 """Checkpoints stored in few bits, seen as the full-precision checkpoints that they were made from.
 
-Three ways of storing are understood, told apart by ``quantization_config.quant_method`` and the names' suffixes:
+What is understood is told apart by ``quantization_config.quant_method`` and the names' suffixes:
 
 - ``fp8``: weights in 8-bit floats, or in pairs of 4-bit ones, with one scale for each block of rows and columns, each
   row or each matrix (`coterie.model.disk.encodings.block_scaled`);
 - ``mxfp4``: pairs of 4-bit floats in groups along the input axis (`coterie.model.disk.encodings.mxfp4`);
+- ``compressed-tensors``: integers of 4 or 8 bits, or 8-bit floats, as its groups say
+  (`coterie.model.disk.quantized_compressed`);
+- ``gptq``, ``awq``: integers in words, matrices transposed (`coterie.model.disk.quantized_words`);
 - ``coterie``: what Coterie writes, where the config names the encoding of every weight (`quantization_config`).
 
 No torch here.
@@ -13,29 +16,23 @@ No torch here.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from coterie.errors import CorruptCheckpoint, CoterieError, UnsupportedDtype
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.encodings import encoding_from
-from coterie.model.disk.encodings.block_scaled import FP4_DTYPES, FP8_DTYPES, SCALE_DTYPES, BlockScaled
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
-from coterie.model.disk.encodings.mxfp4 import Mxfp4
 from coterie.model.disk.patterns import matching
+from coterie.model.disk.quantized_compressed import find_compressed
+from coterie.model.disk.quantized_floats import find_blocks, find_groups
+from coterie.model.disk.quantized_source import PackedTensors, QuantizedSource
+from coterie.model.disk.quantized_words import find_awq, find_gptq
 from coterie.model.disk.tensors import TORCH_NAMES, Encoding, Packed, TensorInfo
 
 #: Number formats that packed tensors can be given out in.
 OUTPUT_DTYPES = ("BF16", "F16", "F32")
-
-#: What follows a weight's name in the name of its scale, and what stands in place of ".weight" there.
-_SCALE_SUFFIXES = ("_scale_inv", "_scale")
-_SCALE_LEAVES = (".scale", ".qscale_weight")
-#: Scales of activations: they serve 8-bit arithmetic only, a full-precision checkpoint has none.
-_ACTIVATION_SUFFIXES = ("_activation_scale", "_input_scale")
-_ACTIVATION_LEAVES = (".activation_scale", ".input_scale", ".qscale_act")
 
 
 def dequantized(checkpoint: Checkpoint, dtype: str = "BF16") -> Checkpoint:
@@ -49,24 +46,18 @@ def dequantized(checkpoint: Checkpoint, dtype: str = "BF16") -> Checkpoint:
         dtype: number format of the tensors that are unpacked, one of `OUTPUT_DTYPES` or torch's name of one.
 
     Raises:
-        UnsupportedDtype: the checkpoint was quantised by a method that is not understood, or `dtype` is no choice.
+        UnsupportedDtype: the checkpoint was quantised by a method that is not understood or that its config does not
+            name, or `dtype` is no choice.
         CorruptCheckpoint: scales are missing or do not fit their weights.
     """
     chosen = next((name for name in OUTPUT_DTYPES if dtype in (name, TORCH_NAMES[name])), None)
     if chosen is None:
         choices = ", ".join(TORCH_NAMES[name] for name in OUTPUT_DTYPES)
         raise UnsupportedDtype(f"weights cannot be unpacked to {dtype!r}; choose from {choices}")
-    settings = _quantization_config(checkpoint.config)
-    if settings is None:
+    if _quantization_config(checkpoint.config) is None:
+        _check_not_packed(checkpoint)
         return checkpoint
-    method = str(settings.get("quant_method", "")).lower()
-    if method not in _METHODS:
-        raise UnsupportedDtype(
-            f"{checkpoint.path} is quantised with {method or 'a method that config.json does not name'!r}; understood "
-            f"are {' and '.join(_METHODS)}. Use the full-precision checkpoint that it was made from"
-        )
-    where = _QuantizedSource(where=str(checkpoint.path), tensors=checkpoint.tensors, settings=settings, dtype=chosen)
-    packed, dropped = _METHODS[method](where)
+    packed, dropped = _find(checkpoint, chosen)
     tensors: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
         if name in dropped:
@@ -78,6 +69,52 @@ def dequantized(checkpoint: Checkpoint, dtype: str = "BF16") -> Checkpoint:
             )
         tensors[plain.name] = plain
     return replace(checkpoint, config=_plain_config(checkpoint.config, chosen), tensors=tensors)
+
+
+def _check_not_packed(checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedDtype where names say that weights are packed; older tools said how in a file of its own."""
+    packed = next((name for name in checkpoint.tensors if name.endswith((".qweight", ".weight_packed"))), None)
+    if packed is not None:
+        raise UnsupportedDtype(
+            f"{checkpoint.path} has packed weights, such as {packed!r}, and config.json has no quantization_config: "
+            "copy into it what quantize_config.json says, and the quant_method, or use the full-precision checkpoint"
+        )
+
+
+def _find(checkpoint: Checkpoint, dtype: str) -> PackedTensors:
+    """Find what is packed in a quantised checkpoint; raises as `dequantized`."""
+    settings = _quantization_config(checkpoint.config) or {}
+    method = str(settings.get("quant_method", "")).lower()
+    if method not in _METHODS:
+        *others, last = _METHODS
+        raise UnsupportedDtype(
+            f"{checkpoint.path} is quantised with {method[:80] or 'a method that config.json does not name'!r}; "
+            f"understood are {', '.join(others)} and {last}. Use the full-precision checkpoint that it was made from"
+        )
+    source = QuantizedSource(where=str(checkpoint.path), tensors=checkpoint.tensors, settings=settings, dtype=dtype)
+    return _METHODS[method](source)
+
+
+def shapes_of_packed(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that packed weights are read with, by the names of what is stored of them.
+
+    Scales and all else that is stored beside a packed weight has the shape (0,). Nothing where nothing is packed, or
+    where what is packed cannot be read.
+    """
+    if _quantization_config(checkpoint.config) is None:
+        return {}
+    try:
+        packed, dropped = _find(checkpoint, OUTPUT_DTYPES[0])
+    except (CorruptCheckpoint, UnsupportedDtype):
+        return {}
+    return dict.fromkeys(dropped, (0,)) | {name: info.shape for name, info in packed.items()}
+
+
+def is_read_by_us_alone(checkpoint: Checkpoint) -> bool:
+    """Tell whether a checkpoint is packed in a way that transformers reads with other packages only, or wrongly."""
+    settings = _quantization_config(checkpoint.config)
+    method = "" if settings is None else str(settings.get("quant_method", "")).lower()
+    return method in _METHODS and method not in _STOCK_METHODS
 
 
 def as_read(checkpoint: Checkpoint) -> Checkpoint:
@@ -93,146 +130,6 @@ def as_read(checkpoint: Checkpoint) -> Checkpoint:
     return dequantized(checkpoint) if own else checkpoint
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _QuantizedSource:
-    """What is known of a quantised checkpoint while it is looked through."""
-
-    where: str
-    tensors: Mapping[str, TensorInfo]
-    settings: Mapping[str, Any]
-    dtype: str
-
-
-#: Stored name of a packed weight -> what it becomes; and the stored names that are no tensors of the view.
-_PackedTensors = tuple[dict[str, TensorInfo], set[str]]
-
-
-def _find_blocks(source: _QuantizedSource) -> _PackedTensors:
-    """Find 8-bit (and 4-bit) weights with their scales beside them."""
-    weights: dict[str, TensorInfo] = {}
-    dropped: set[str] = set()
-    for name, weight in source.tensors.items():
-        if weight.dtype not in (*FP8_DTYPES, *FP4_DTYPES):
-            continue
-        scales = _companions(source.tensors, name, _SCALE_SUFFIXES, _SCALE_LEAVES)
-        if not scales and weight.dtype in FP4_DTYPES:
-            continue  # integers that are no weight
-        if len(scales) != 1:
-            raise CorruptCheckpoint(
-                f"{source.where}: tensor {name!r} is {weight.dtype} and should have one tensor of scales, found "
-                f"{', '.join(map(repr, scales)) or f'none (looked for {name + _SCALE_SUFFIXES[0]!r})'}"
-            )
-        weights[name] = _blocked(source, weight, source.tensors[scales[0]])
-        dropped.update(scales, _companions(source.tensors, name, _ACTIVATION_SUFFIXES, _ACTIVATION_LEAVES))
-    lonely = sorted(name for name in source.tensors if name.endswith("_scale_inv") and name not in dropped)
-    if lonely:
-        raise CorruptCheckpoint(f"{source.where}: {lonely[0]!r} are scales, but there are no 8-bit weights beside them")
-    return weights, dropped
-
-
-def _companions(
-    tensors: Mapping[str, TensorInfo], name: str, suffixes: tuple[str, ...], leaves: tuple[str, ...]
-) -> list[str]:
-    """Return the names that exist of those that a companion of a weight can have."""
-    names = [name + suffix for suffix in suffixes]
-    if name.endswith(".weight"):
-        names += [name.removesuffix(".weight") + leaf for leaf in leaves]
-    return [candidate for candidate in names if candidate in tensors]
-
-
-def _blocked(source: _QuantizedSource, weight: TensorInfo, scale: TensorInfo) -> TensorInfo:
-    """Describe one weight with scales in blocks along its last two axes."""
-
-    def wrong(what: str) -> CorruptCheckpoint:
-        return CorruptCheckpoint(
-            f"{source.where}: {scale.name!r} ({scale.dtype} {scale.shape}) does not fit {weight.name!r} "
-            f"({weight.dtype} {weight.shape}): {what}"
-        )
-
-    shape = (*weight.shape[:-1], weight.shape[-1] * 2) if weight.dtype == "I8" and weight.shape else weight.shape
-    if scale.dtype not in SCALE_DTYPES:
-        raise wrong(f"scales must be one of {', '.join(SCALE_DTYPES)}")
-    if len(shape) < 2 or math.prod(shape) == 0:
-        raise wrong("weights must have two axes or more, and none without extent")
-    rows, columns = shape[-2:]
-    num_matrices = math.prod(shape[:-2])
-    # Whatever number of axes a writer gives to a single scale, or to one scale a matrix.
-    scale_shape = scale.shape
-    if scale.num_elements == 1:
-        scale_shape = (1, 1)
-    elif len(scale_shape) == 1 and len(shape) == 3 and scale_shape[0] == num_matrices:
-        scale_shape = (num_matrices, 1, 1)
-    if len(scale_shape) < 2 or (scale_shape[:-2] and scale_shape[:-2] != shape[:-2]):
-        raise wrong("expected one scale, one a matrix, or one a block of each matrix")
-    configured = _block_size(source)
-    block = []
-    for extent, count, size in zip((rows, columns), scale_shape[-2:], configured, strict=True):
-        shared = _shared_extent(extent, count, size)
-        if shared is None:
-            raise wrong(f"{count} scales along an axis of {extent}, weight_block_size is {list(configured)}")
-        block.append(shared)
-    usual = (*shape[:-2], *scale_shape[-2:])
-    encoding = BlockScaled(
-        numbers=weight.dtype, scales=scale.dtype, block=(block[0], block[1]), dtype=source.dtype,
-        scale_shape=None if scale.shape == usual else scale.shape,
-    )  # fmt: skip
-    packed = Packed(encoding=encoding, stored=dict(zip(encoding.stored(shape), (weight, scale), strict=True)))
-    return TensorInfo(name=weight.name, dtype=source.dtype, shape=shape, shard=weight.shard, packed=packed)
-
-
-def _block_size(source: _QuantizedSource) -> tuple[int, int]:
-    """Return rows and columns of a block as the config states them, 0 where it states none."""
-    size = source.settings.get("weight_block_size")
-    if size is None:
-        return 0, 0
-    if not isinstance(size, list) or len(size) != 2 or not all(type(extent) is int and extent > 0 for extent in size):
-        raise CorruptCheckpoint(f"{source.where}: weight_block_size must be two whole numbers above 0, found {size!r}")
-    return size[0], size[1]
-
-
-def _shared_extent(extent: int, count: int, configured: int) -> int | None:
-    """Return how many rows (or columns) share a scale when `extent` of them have `count` scales; None if unclear.
-
-    The config's block counts first. Otherwise the grid must divide the axis into blocks of a power of two: that is how
-    4-bit experts (1 x 32) lie in a checkpoint whose config speaks of 128 x 128, and it leaves out grids that were put
-    together from two halves with a remainder each, where even division would give wrong blocks without a word.
-    """
-    if count == 1:
-        return extent
-    if configured and count == -(-extent // configured):
-        return configured
-    if count > 0 and extent % count == 0 and (extent // count).bit_count() == 1:
-        return extent // count
-    return None
-
-
-def _find_groups(source: _QuantizedSource) -> _PackedTensors:
-    """Find stacks of matrices stored as ``*_blocks`` (N, rows, groups, bytes) and ``*_scales`` (N, rows, groups)."""
-    stacks: dict[str, TensorInfo] = {}
-    dropped: set[str] = set()
-    for name, blocks in source.tensors.items():
-        if not name.endswith("_blocks") or blocks.dtype != "U8":
-            continue
-        plain = name.removesuffix("_blocks")
-        scales = source.tensors.get(plain + "_scales")
-        if (
-            scales is None or scales.dtype not in ("U8", "F8_E8M0")
-            or len(blocks.shape) != 4 or blocks.shape[:-1] != scales.shape or not blocks.num_elements
-        ):  # fmt: skip
-            has = "is missing" if scales is None else f"is {scales.dtype} {scales.shape}"
-            raise CorruptCheckpoint(
-                f"{source.where}: {name!r} is {blocks.dtype} {blocks.shape}, a stack of matrices in groups, and its "
-                f"scales {plain + '_scales'!r} should be U8 {blocks.shape[:-1]}; that tensor {has}"
-            )
-        num_matrices, rows, groups, size = blocks.shape
-        shape = (num_matrices, groups * size * 2, rows)
-        encoding = Mxfp4(group=size * 2, scales=scales.dtype, dtype=source.dtype)
-        packed = Packed(encoding=encoding, stored=dict(zip(encoding.stored(shape), (blocks, scales), strict=True)))
-        stacks[name] = TensorInfo(name=plain, dtype=source.dtype, shape=shape, shard=blocks.shard, packed=packed)
-        dropped.add(scales.name)
-    return stacks, dropped
-
-
 def quantization_config(encodings: Mapping[str, Encoding]) -> dict[str, Any]:
     """Return what config.json says of weights in encodings of their own; stock loaders refuse it by its method.
 
@@ -246,7 +143,7 @@ def quantization_config(encodings: Mapping[str, Encoding]) -> dict[str, Any]:
     return {"quant_method": OWN_METHOD, "groups": groups}
 
 
-def _find_own(source: _QuantizedSource) -> _PackedTensors:
+def _find_own(source: QuantizedSource) -> PackedTensors:
     """Find the weights whose encodings the config names."""
 
     def wrong(what: str) -> CorruptCheckpoint:
@@ -293,9 +190,14 @@ def _find_own(source: _QuantizedSource) -> _PackedTensors:
 #: ``quant_method`` of what Coterie writes.
 OWN_METHOD = "coterie"
 
-_METHODS: dict[str, Callable[[_QuantizedSource], _PackedTensors]] = {
-    "fp8": _find_blocks, "mxfp4": _find_groups, OWN_METHOD: _find_own,
+_METHODS: dict[str, Callable[[QuantizedSource], PackedTensors]] = {
+    "fp8": find_blocks, "mxfp4": find_groups, "compressed-tensors": find_compressed, "gptq": find_gptq,
+    "awq": find_awq, OWN_METHOD: _find_own,
 }  # fmt: skip
+
+
+#: Those that transformers unpacks by itself.
+_STOCK_METHODS = ("fp8", "mxfp4")
 
 
 #: Keys under which configs describe how weights are packed.

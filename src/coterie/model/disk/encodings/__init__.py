@@ -15,10 +15,13 @@ from coterie.model.disk.tensors import Encoding
 
 #: Name of each encoding, as ``config()["encoding"]`` says it.
 ENCODINGS = {
+    "awq": "coterie.model.disk.encodings.awq:Awq",
+    "gptq": "coterie.model.disk.encodings.gptq:Gptq",
     "plain": "coterie.model.disk.encodings.plain:Plain",
     "block-scaled": "coterie.model.disk.encodings.block_scaled:BlockScaled",
     "ggml": "coterie.model.disk.encodings.ggml_blocks:GgmlBlocks",
     "mxfp4": "coterie.model.disk.encodings.mxfp4:Mxfp4",
+    "packed-integers": "coterie.model.disk.encodings.packed_integers:PackedIntegers",
     "ragged": "coterie.model.disk.encodings.ragged:Ragged",
 }
 

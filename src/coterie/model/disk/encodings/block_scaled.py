@@ -74,11 +74,14 @@ class BlockScaled:
         """Return the values.
 
         Raises:
+            CorruptCheckpoint: scales that are no powers of two are no finite numbers.
             UnsupportedDtype: a value is too large for `dtype`.
         """
         import torch
 
         numbers = stored[""]
+        if self.scales not in scaled.EXPONENTS:
+            scaled.check_scales(stored[_SCALE])
         bytes_ = numbers.view(torch.uint8)
         rows, columns = numbers.shape[-2], numbers.shape[-1] * (2 if self.numbers in FP4_DTYPES else 1)
         bytes_NRc = bytes_.view(-1, rows, numbers.shape[-1])

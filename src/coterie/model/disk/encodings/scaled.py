@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from coterie.errors import UnsupportedDtype
+from coterie.errors import CorruptCheckpoint, UnsupportedDtype
 from coterie.model.disk.tensors import TORCH_NAMES
 
 if TYPE_CHECKING:
@@ -65,12 +65,30 @@ def unpack_matrices(
             places = bytes_NRc[number, start:stop].reshape(-1).to(torch.int32)
             values_BC = value_of.index_select(0, places).view(torch.float32).view(-1, columns)
             values_BC *= _spread(scale_Ngh[number], start, stop, block, columns)
-            if narrow and bool((values_BC.abs() > torch.finfo(torch.float16).max).any()):
-                raise UnsupportedDtype(
-                    f"reaches {float(values_BC.abs().max()):.4g}, more than F16 can hold; choose BF16 or F32"
-                )
+            if narrow:
+                check_narrow(values_BC)
             # Converted before it is transposed, which costs by the byte.
             out_NRC[number, start:stop] = values_BC.to(out_NRC.dtype)
+
+
+def check_narrow(value_BC: Tensor) -> None:
+    """Raise UnsupportedDtype where a value is too large for float16."""
+    import torch
+
+    if bool((value_BC.abs() > torch.finfo(torch.float16).max).any()):
+        raise UnsupportedDtype(f"reaches {float(value_BC.abs().max()):.4g}, more than F16 can hold; choose BF16 or F32")
+
+
+def check_scales(scale: Tensor) -> None:
+    """Raise CorruptCheckpoint where scales are no finite numbers."""
+    import torch
+
+    wrong = scale.numel() - int(torch.isfinite(scale).sum())
+    if wrong:
+        raise CorruptCheckpoint(
+            f"has {wrong} of {scale.numel()} scales that are no finite numbers: fetch the file again, or use the "
+            "full-precision checkpoint that it was made from"
+        )
 
 
 def pack_matrices(

@@ -31,6 +31,11 @@ def bits_of(name: str) -> float:
     return 8 * size / block
 
 
+def numbers_of(name: str) -> int:
+    """Return how many float16 numbers a block of a type has that all its values are linear in: 0, 1 or 2."""
+    return len(range(SIZES[name][1])[get_type(name).numbers_at]) // 2
+
+
 @cache
 def get_type(name: str) -> BlockType:
     """Return a type by its name in GGML, like Q4_K.

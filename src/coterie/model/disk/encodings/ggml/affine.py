@@ -44,6 +44,11 @@ class Affine:
     together: int = 1
 
     @property
+    def numbers_at(self) -> slice:
+        """Where scale and minimum lie in a block's bytes."""
+        return slice(0, 4) if self.scales_first else slice(-4, None)
+
+    @property
     def _free(self) -> bool:
         return self.largest_factor == 1
 

@@ -87,6 +87,10 @@ class BlockType(Protocol):
     def together(self) -> int:
         """Columns that are coded together."""
 
+    @property
+    def numbers_at(self) -> slice:
+        """Where in a block's bytes the float16 numbers lie that all its values are linear in; nowhere without any."""
+
     def fit(self, weight_NRB: Tensor, importance_NRB: Tensor) -> Scales:
         """Choose scales so that the error of nearest codes, weighted by importance, is small; all float32."""
 

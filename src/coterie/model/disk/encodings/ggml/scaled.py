@@ -47,6 +47,11 @@ class Scaled:
     scale_first: bool = True
     together: int = 1
 
+    @property
+    def numbers_at(self) -> slice:
+        """Where the scale lies in a block's bytes."""
+        return slice(0, 2) if self.scale_first else slice(-2, None)
+
     @cached_property
     def _order(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes in the order of their levels, the levels, and the borders between them."""
@@ -165,6 +170,11 @@ class Scaled:
 
 class PowerOfTwo(Scaled):
     """MXFP4: the scale is a power of two, kept as its exponent in one byte (OCP Microscaling Formats 1.0)."""
+
+    @property
+    def numbers_at(self) -> slice:
+        """Nowhere: an exponent is no number that values are linear in."""
+        return slice(0, 0)
 
     def _scales_to_try(self, largest_NR: Tensor) -> list[Tensor]:
         exponent_NR = torch.floor(torch.log2(largest_NR.abs().clamp(min=2.0**-126)))

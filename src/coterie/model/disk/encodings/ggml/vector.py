@@ -54,6 +54,11 @@ class Vector:
     to_bytes: Callable[[Tensor, Tensor, Tensor], Tensor]
     from_bytes: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
+    @property
+    def numbers_at(self) -> slice:
+        """Where the scale lies in a block's bytes."""
+        return slice(0, 2)
+
     @cached_property
     def grid(self) -> Tensor:
         """The entries (G, V), float32.
