@@ -237,6 +237,19 @@ def test_a_plan_may_leave_matrices_plain(small, text_folder, tmp_path):
             assert torch.equal(before[name], after[name]), name
 
 
+@pytest.mark.long
+def test_blocks_without_scales_stay_and_the_rest_is_trained(small, text_folder, tmp_path):
+    result = compress(small, tmp_path / "out", text=text_folder, **SETTINGS | {"type": "MXFP4", "train_tokens": 512})
+    plain = compress(small, tmp_path / "plain", text=text_folder, **SETTINGS | {"type": "MXFP4", "train_tokens": 0})
+    assert result.manifest.distilled["taken"]
+    assert result.logits_error == 0
+    before, after = tensors_of(plain.out), tensors_of(result.out)
+    four = [name for name, kind in open_checkpoint(result.out).tensors.items()
+            if kind.packed is not None and kind.packed.encoding.type == "MXFP4"]  # fmt: skip
+    assert four
+    assert all(torch.equal(before[name], after[name]) for name in four)
+
+
 def test_the_step_without_blocks_is_refused(small, text_folder, tmp_path):
     wrong = replace(plan(small, type="Q8_0", recipe="nearest"), result_steps=TRAINED.result_steps, types={})
     with pytest.raises(Infeasible, match="distill-blocks trains what is stored in blocks, and the plan stores nothing"):

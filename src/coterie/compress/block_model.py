@@ -89,19 +89,23 @@ class BlockModel:
         """Return the tensors of a weight file by name on disk, with these weights in it."""
         stored = self._stored(shard)
         inside = [name for name, sources in self.stream.conversion.sources.items() if not set(sources) - set(stored)]
-        plain = {name: weights[name].detach() for name in inside if name in self._plain}
+        plain = {name: weights[name].detach().cpu() for name in inside if name in self._plain}
         stored |= self.stream.conversion.write(self.result.model, plain, self._conversions[shard.file])
         for weight in self._outer(shard):
             [name] = weight.names
-            stored[name] = self._blocks[name].bytes(weights[name]).cpu()
+            stored[name] = self._bytes(name, weights)
         for layer, _ in self._layers(shard):
             rows = {
-                part: self._blocks[name].bytes(weights[name]).cpu()
+                part: self._bytes(name, weights)
                 for part in _FIELDS
                 if (name := _stack_name(layer, part)) in self._blocks
             }
             stored |= self._projections(layer, shard).bytes_on_disk(rows, self._packed)
         return stored
+
+    def _bytes(self, name: str, weights: Mapping[str, Tensor]) -> Tensor:
+        blocks = self._blocks[name]
+        return blocks.bytes(weights.get(name, blocks.ones())).cpu()
 
     def _load(self, shard: Shard) -> None:
         """Put the tensors of a weight file into the model."""
@@ -138,7 +142,7 @@ class BlockModel:
 
     def _add(self, name: str, blocks: Blocks, multiplier_Gn: Tensor) -> None:
         self._blocks[name] = blocks
-        if multiplier_Gn.numel():
+        if multiplier_Gn.numel():  # MXFP4 has powers of two in place of scales
             self.weights[name] = multiplier_Gn
 
     def _round(self, shard: Shard) -> None:
