@@ -217,7 +217,7 @@ def test_the_command_lists_what_there_is_and_draws_it(model, prices, tmp_path):
         result = CliRunner().invoke(app, ["frontier", str(model), str(folder), "--picture", str(picture)])
         assert result.exit_code == 0, result.stderr
     for point in found.mixed:
-        assert f"{point.damage:.2g}" in result.stdout
+        assert f"{point.expected_kl:.2g}" in result.stdout
     drawn = picture.read_text()
     assert drawn.count("<title>types mixed") == len(found.mixed) + 1  # its line and its marks
     assert len(ElementTree.fromstring(drawn)) > len(found.mixed)

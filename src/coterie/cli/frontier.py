@@ -20,7 +20,7 @@ def frontier(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """List sizes, and the damage to expect at each.
+    """List sizes, and the divergence to expect at each.
 
     Beside each mixture of types stands the best single type that is no larger. No weights are touched: this takes
     seconds.
@@ -47,13 +47,13 @@ def frontier(
             (
                 format_bytes(point.num_bytes),
                 percent(point.num_bytes / listed.original_bytes),
-                f"{point.damage:.2g}",
+                f"{point.expected_kl:.2g}",
                 f"{main} and {len(point.types) - 1} more" if len(point.types) > 1 else main,
-                "-" if plain is None else f"{plain.damage:.2g}",
+                "-" if plain is None else f"{plain.expected_kl:.2g}",
                 "-" if plain is None else plain.name,
             )
         )
-    print_table(("bytes", "share", "mixed: nats", "mostly", "one type: nats", "which"), rows)
+    print_table(("bytes", "share", "mixed: KL", "mostly", "one type: KL", "which"), rows)
     if picture is not None:
         print_text()
         print_text(f"drawn in {picture}")

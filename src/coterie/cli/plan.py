@@ -115,8 +115,8 @@ def print_plan(plan: "Plan") -> None:
         start += count
     for text in _type_texts(plan):
         print_text(text)
-    if plan.damage is not None:
-        print_text(f"expected rise of the loss: {plan.damage:.3g} nats a token")
+    if plan.expected_kl is not None:
+        print_text(f"expected divergence from the original: about {plan.expected_kl:.2g} nats a token")
     if plan.gap is not None:
         print_text(f"of that, at most {percent(plan.gap)} could be saved in the same bytes")
     for name in plan.untouched:

@@ -13,6 +13,7 @@ from typing import Any
 
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.decide import allocate
+from coterie.compress.plan import KL_OVER_DAMAGE
 from coterie.compress.prices import Prices
 from coterie.compress.recipes import get_recipe
 from coterie.compress.request import Request
@@ -40,6 +41,11 @@ class Point:
     num_bytes: int
     damage: float
     types: dict[str, float]
+
+    @property
+    def expected_kl(self) -> float:
+        """What the divergence from the original is expected to be, nats a token."""
+        return KL_OVER_DAMAGE * self.damage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +78,7 @@ class Frontier:
                     "bytes": point.num_bytes,
                     "share": round(point.num_bytes / self.original_bytes, 4),
                     "damage": point.damage,
+                    "expected_kl": point.expected_kl,
                     "types": {name: round(share, 4) for name, share in point.types.items()},
                 }
                 for point in points

@@ -13,7 +13,7 @@ from coterie.outputs import check_output, claim_output
 from coterie.report.curves import Curve, draw_curves
 
 CAPTION_X = "bytes"
-CAPTION_Y = "expected rise of the loss in nats a token (log scale)"
+CAPTION_Y = "expected KL to the original in nats a token (log scale)"
 
 
 def check_picture(path: Path, reads: Mapping[str, Iterable[str | Path | None]]) -> None:
@@ -61,4 +61,4 @@ def _is_picture(path: Path) -> bool:
 
 def _placed(points: tuple[Point, ...]) -> tuple[tuple[float, float, float], ...]:
     """Return points from small to large; what costs nothing has no place on a logarithmic axis."""
-    return tuple(sorted((float(point.num_bytes), point.damage, 0.0) for point in points if point.damage > 0))
+    return tuple(sorted((float(point.num_bytes), point.expected_kl, 0.0) for point in points if point.damage > 0))
