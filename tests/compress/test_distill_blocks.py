@@ -14,7 +14,7 @@ from coterie.compress.decide import plan
 from coterie.compress.dry_run import dry_run
 from coterie.compress.recipes import RECIPES
 from coterie.compress.result_steps import distill_blocks as step
-from coterie.errors import Infeasible
+from coterie.errors import CorruptArtifact, Infeasible
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.encodings.ggml import SIZES, get_type
 from coterie.model.disk.open import open_checkpoint
@@ -162,28 +162,30 @@ def test_bytes_on_disk_are_what_the_trained_model_computed_with(made, text_folde
     assert loaded.keys() == seen.keys() | stacked.keys()
 
 
+def killing(real, after):
+    """Return a function that ends the run when it is called once more than so often."""
+    calls = itertools.count()
+
+    def call(*arguments, **options):
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    return call
+
+
 @pytest.mark.parametrize("at", ["training", "new files", "first in place"])
 @pytest.mark.long
 def test_a_killed_run_goes_on_to_the_same_bits(at, made, text_folder, tmp_path, monkeypatch):
     model, trained, _ = made()
     monkeypatch.setattr(distill, "SAVE_SECONDS", 0.0)
-    done = []
-
-    def killing(real, after):
-        def call(*arguments, **options):
-            if len(done) == after:
-                raise KeyboardInterrupt
-            done.append(1)
-            return real(*arguments, **options)
-
-        return call
 
     if at == "training":
         monkeypatch.setattr(Loop, "advance", killing(Loop.advance, 7))
     elif at == "new files":
         monkeypatch.setattr(BlockModel, "changed", killing(BlockModel.changed, 1))
-    else:  # its place is empty then
-        monkeypatch.setattr(step.shutil, "copyfile", killing(step.shutil.copyfile, 1))
+    else:  # logits are written, one file is in its place, and that of the second is empty
+        monkeypatch.setattr(step, "atomic_path", killing(step.atomic_path, 2))
     with pytest.raises(KeyboardInterrupt):
         compress(model, tmp_path / "out", text=text_folder, **SETTINGS)
     assert not (tmp_path / "out").exists()
@@ -193,6 +195,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(at, made, text_folder, tmp_path, 
     assert again.logits_error == 0
     manifests = [json.loads((each.out / "coterie.json").read_text()) for each in (again, trained)]
     assert manifests[0] == manifests[1]
+
+
+@pytest.mark.long
+def test_files_are_not_trained_twice_where_new_ones_were_damaged(made, text_folder, tmp_path, monkeypatch):
+    model, trained, _ = made()
+    monkeypatch.setattr(step, "atomic_path", killing(step.atomic_path, 2))
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, tmp_path / "out", text=text_folder, **SETTINGS)
+    monkeypatch.undo()
+    file, *_ = (tmp_path / ".out.partial" / "private").glob("distilled-model*")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CorruptArtifact, match="is trained already"):
+        compress(model, tmp_path / "out", text=text_folder, **SETTINGS)
+    again = compress(model, tmp_path / "out", text=text_folder, **SETTINGS)
+    assert weight_digests(again.out) == weight_digests(trained.out)
 
 
 @pytest.mark.long

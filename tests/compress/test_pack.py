@@ -163,7 +163,7 @@ def test_what_comes_into_the_head_decides_its_codes(made):
 @pytest.mark.long
 @pytest.mark.parametrize("recipe", ["gptaq", pytest.param("coterie-bits", marks=pytest.mark.long)])
 def test_other_recipes_write_what_they_said_and_what_loads(recipe, made):
-    target = {"bits": 5.5} if recipe == "coterie-bits" else {"type": "Q4_0"}
+    target = {"bits": 5.5, "train_tokens": 256} if recipe == "coterie-bits" else {"type": "Q4_0"}
     model, result = made("olmoe", recipe, target=target, dtype=torch.bfloat16)
     original, packed = states(model, result.out)
     assert furthest(original, packed)[0] < 0.5
@@ -557,6 +557,8 @@ class Killed(BaseException):
 )
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(recipe, small, text_folder, tmp_path, monkeypatch):
     settings = {"recipe": recipe, "bits": 5.5, "text": text_folder, **TEXT}
+    if recipe == "coterie-bits":
+        settings["train_tokens"] = 256
     whole = compress(small, tmp_path / "whole", **settings)
     real, done = layers_module.write_shard, []
 
@@ -640,7 +642,7 @@ def test_choosing_codes_and_pricing_types_take_time_that_is_announced(small, tex
 
 @pytest.mark.long
 def test_prices_are_measured_once(small, text_folder, tmp_path, monkeypatch):
-    settings = {"recipe": "coterie-bits", "bits": 5.5, "text": text_folder, **TEXT}
+    settings = {"recipe": "coterie-bits", "bits": 5.5, "train_tokens": 0, "text": text_folder, **TEXT}
     whole = compress(small, tmp_path / "whole", **settings)
     steps = apply_module.STEPS
 

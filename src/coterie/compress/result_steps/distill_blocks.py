@@ -21,6 +21,7 @@ from coterie.compress.result_steps import LeftOut
 from coterie.compress.result_steps.training import Prepared, prepare_training
 from coterie.compress.shards import lay_out, write_shard
 from coterie.compress.work import Work
+from coterie.errors import CorruptArtifact
 from coterie.train.distill import distill, make_predictions
 from coterie.train.memory import block_training_stages
 
@@ -32,6 +33,9 @@ LOOKS = 4
 
 #: The step of the run after which the new weight files are there, and what their names begin with.
 _DONE, _NEW = "distilled blocks", "distilled-"
+
+#: What the step of a weight file says once it is the new one.
+_IN_PLACE = "trained"
 
 _LOGITS = f"{_NEW}logits.safetensors"
 
@@ -53,16 +57,26 @@ def prepare(job: Job) -> Prepared | LeftOut | None:
 
 
 def run(work: Work, prepared: Prepared) -> None:
-    """Train the result, and write its weight files anew where that helped."""
+    """Train the result, and write its weight files anew where that helped.
+
+    Raises:
+        CorruptArtifact: new weight files were damaged while the run stood still, and some of them in their place
+            already: what they were made from is gone.
+    """
     run = work.run
     if _DONE not in run.finished:
+        if placed := [shard.file for shard in work.shards if _IN_PLACE in run.finished[shard.file].content]:
+            raise CorruptArtifact(
+                f"{run.private} lacks a file of the trained result, and {placed[0]} is trained already; what was begun "
+                "is removed: give the same command again"
+            )
         _train(work, prepared)
     done = run.finished[_DONE]
     work.notes["distill-blocks"] = done.content
     if not done.content["taken"]:
         return
     for shard in work.shards:
-        content = run.finished[shard.file].content
+        content = {**run.finished[shard.file].content, _IN_PLACE: True}
         run.forget(shard.file)
         with atomic_path(run.folder / shard.file) as temporary:
             shutil.copyfile(run.private / f"{_NEW}{shard.file}", temporary)
