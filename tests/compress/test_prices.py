@@ -27,6 +27,9 @@ from coterie.testing import tiny_checkpoint
 
 TEXT = {"tokens": 256, "seq_len": 32}
 
+#: Of compressions: nothing is trained.
+MAKE = {**TEXT, "effort": "fast"}
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -40,7 +43,7 @@ def prices(model, text_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(model, text_folder, tmp_path_factory):
-    return compress(model, tmp_path_factory.mktemp("whole") / "out", bits=6.0, text=text_folder, **TEXT)
+    return compress(model, tmp_path_factory.mktemp("whole") / "out", bits=6.0, text=text_folder, **MAKE)
 
 
 def place(prices, folder):
@@ -86,15 +89,15 @@ def test_compress_with_prices_gives_the_same_bytes_and_measures_nothing(
 
     given = prices if held else place(prices, tmp_path / "prices")
     monkeypatch.setattr(DamageMeter, "measure", refuse)
-    again = compress(model, tmp_path / "again", bits=6.0, text=text_folder, prices=given, **TEXT)
+    again = compress(model, tmp_path / "again", bits=6.0, text=text_folder, prices=given, **MAKE)
     assert weight_digests(again.out) == weight_digests(whole.out)
-    foretold = dry_run(model, tmp_path / "other", bits=6.0, text=text_folder, prices=given, **TEXT)
+    foretold = dry_run(model, tmp_path / "other", bits=6.0, text=text_folder, prices=given, **MAKE)
     assert "pricing types" not in {time.name for time in foretold.outlook.times}
 
 
 @pytest.mark.long
 def test_compress_keeps_prices_where_it_is_told_to(model, prices, text_folder, tmp_path):
-    compress(model, tmp_path / "out", bits=6.0, text=text_folder, prices=tmp_path / "new" / "prices", **TEXT)
+    compress(model, tmp_path / "out", bits=6.0, text=text_folder, prices=tmp_path / "new" / "prices", **MAKE)
     assert Prices.load(tmp_path / "new" / "prices") == prices
     assert {path.name for path in tmp_path.iterdir()} == {"new", "out"}
 
@@ -144,7 +147,7 @@ def test_prices_of_another_model_are_refused(prices, text_folder, tmp_path):
     for act in (
         lambda: plan(other, bits=6.0, prices=folder),
         lambda: frontier(other, folder),
-        lambda: compress(other, tmp_path / "out", bits=6.0, text=text_folder, prices=folder, **TEXT),
+        lambda: compress(other, tmp_path / "out", bits=6.0, text=text_folder, prices=folder, **MAKE),
     ):
         with pytest.raises(StaleArtifact, match=r"of another model.*run coterie price again"):
             act()
@@ -155,7 +158,7 @@ def test_prices_are_refused_where_nobody_chooses_by_them(model, prices, text_fol
     with pytest.raises(InputError, match="does not choose types by what they cost"):
         plan(model, type="Q8_0", prices=prices)
     with pytest.raises(InputError, match="--prices is for recipes that choose types"):
-        compress(model, tmp_path / "out", type="Q8_0", text=text_folder, prices=prices, **TEXT)
+        compress(model, tmp_path / "out", type="Q8_0", text=text_folder, prices=prices, **MAKE)
 
 
 def test_a_place_that_is_taken_is_refused_before_any_work(model, text_folder, tmp_path, monkeypatch):
@@ -165,7 +168,7 @@ def test_a_place_that_is_taken_is_refused_before_any_work(model, text_folder, tm
     with pytest.raises(OutputExists):
         price(model, tmp_path / "p", text=text_folder, **TEXT)
     with pytest.raises(OutputExists):
-        compress(model, tmp_path / "out", bits=6.0, text=text_folder, prices=tmp_path / "p", **TEXT)
+        compress(model, tmp_path / "out", bits=6.0, text=text_folder, prices=tmp_path / "p", **MAKE)
 
 
 def test_a_matrix_that_no_token_passes_keeps_enough_bits(model, prices):

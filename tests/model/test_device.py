@@ -37,6 +37,7 @@ FUNCTIONS = {
 }
 COMMANDS = {
     "profile": ("nowhere", "out", "--text", "nowhere"),
+    "price": ("nowhere", "out", "--text", "nowhere"),
     "compress": ("nowhere", "out", "--keep", "0.5"),
     "evaluate": ("nowhere", "--text", "nowhere"),
     "calibrate": ("nowhere", "--text", "nowhere"),
