@@ -22,6 +22,7 @@ from coterie.compress.pack import Packer
 from coterie.compress.pack_forecast import MOMENTS, PackForecast
 from coterie.compress.plan import Plan
 from coterie.errors import Infeasible, InputError, UnknownName
+from coterie.evaluate.run import evaluate
 from coterie.evaluate.speed import memory_in_use, peak_memory
 from coterie.model.arch.inspect import inspect
 from coterie.model.arch.load import load_model
@@ -662,3 +663,13 @@ def test_prices_are_measured_once(small, text_folder, tmp_path, monkeypatch):
     assert weight_digests(again.out) == weight_digests(whole.out)
     assert again.manifest == whole.manifest
     assert again.plan == whole.plan == Plan.from_body(whole.plan.body(), whole.plan.inputs, where="here")
+
+
+def test_speed_and_memory_of_a_packed_result_are_measured(small, text_folder, tmp_path):
+    result = compress(small, tmp_path / "out", recipe="nearest", type="Q8_0", text=text_folder, **TEXT)
+    [card] = evaluate(
+        result.out, against=small, text=text_folder, tokens=128, seq_len=32, questions=0, speed_seconds=0.05
+    )
+    assert card.tokens_per_second > 0
+    assert card.speed_ratio > 0
+    assert card.memory_bytes > result.plan.predicted_bytes  # plain numbers in memory

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from coterie.errors import InputError
 from coterie.model.arch.load import load_model
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.quantized import is_read_by_us_alone
 from coterie.model.stream.likelihood import logits_of
 from coterie.model.stream.memory import Stage, whole_lines
 from coterie.model.stream.stream import Stream
@@ -73,7 +75,8 @@ def whole_stage(models: Mapping[str, Stream], *, option: str = "--speed") -> Sta
     """
     for stream in models.values():
         checkpoint = stream.checkpoint
-        if checkpoint.pickled or any(info.packed is not None for info in checkpoint.tensors.values()):
+        packed = any(info.packed is not None for info in checkpoint.tensors.values())
+        if checkpoint.pickled or (packed and not is_read_by_us_alone(Checkpoint.open(checkpoint.path))):
             stored = "as pickles" if checkpoint.pickled else "quantised"
             raise InputError(
                 f"{checkpoint.path} is stored {stored} and cannot be loaded as a whole; leave {option} out, or measure "
