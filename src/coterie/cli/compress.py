@@ -54,9 +54,7 @@ def compress(
             help=f"{options.TEXT_HELP} Needed where there is no profile yet.",
         ),
     ] = None,
-    domains: Annotated[
-        str | None, typer.Option(help="Only these domains, like math,python; with weights, like math=2,python=1.")
-    ] = None,
+    domains: options.Domains = None,
     tokens: options.Tokens = 131_072,
     seq_len: options.SequenceLength = 512,
     seed: options.Seed = 0,

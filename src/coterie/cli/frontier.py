@@ -25,14 +25,16 @@ def frontier(
     Beside each mixture of types stands the best single type that is no larger. No weights are touched: this takes
     seconds.
     """
-    from coterie.report.frontier import check_picture, write_picture
-
     if picture is not None:
+        from coterie.report.frontier import check_picture
+
         check_picture(picture, {"model folder": [model], "prices": [prices]})
     from coterie.compress.frontier import frontier as run
 
     listed = run(model, prices, budgets=None if budgets is None else options.names(budgets))
     if picture is not None:
+        from coterie.report.frontier import write_picture
+
         write_picture(listed, picture, title=Path(model).name)
     if json:
         print_json(listed.content())

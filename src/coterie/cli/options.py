@@ -101,6 +101,9 @@ MultipleOf = Annotated[
         help="The number of experts or their width, whichever is lowered, is the nearest multiple of this.",
     ),
 ]
+Domains = Annotated[
+    str | None, typer.Option(help="Only these domains, like math,python; with weights, like math=2,python=1.")
+]
 Prices = Annotated[
     Path | None,
     typer.Option(

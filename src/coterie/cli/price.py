@@ -16,9 +16,7 @@ def price(
     tokens: options.Tokens = 32_768,
     seq_len: options.SequenceLength = 512,
     seed: options.Seed = 0,
-    domains: Annotated[
-        str | None, typer.Option(help="Only these domains, like math,python; with weights, like math=2,python=1.")
-    ] = None,
+    domains: options.Domains = None,
     device: options.Device = "cpu",
     on: options.On = "all",
     mtp: options.Mtp = None,

@@ -21,9 +21,7 @@ def profile(
     seq_len: options.SequenceLength = 512,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
-    domains: Annotated[
-        str | None, typer.Option(help="Only these domains, like math,python; with weights, like math=2,python=1.")
-    ] = None,
+    domains: options.Domains = None,
     sample_tokens: options.SampleTokens = 8_192,
     statistics: Annotated[
         str | None,

@@ -19,7 +19,7 @@ from coterie.amounts import parse_bytes
 from coterie.compress.damages import PRICED_TYPES
 from coterie.compress.pack import packed_names
 from coterie.compress.plan import Plan
-from coterie.compress.projections import DOWN, GATE, UP, Projections
+from coterie.compress.projections import FIELDS, Projections
 from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard
 from coterie.compress.source import Source
@@ -33,9 +33,6 @@ from coterie.model.disk.header import read_header
 from coterie.model.stream.stream import Stream
 from coterie.train.blocks import Blocks, Stack, experts_in_blocks, train_rounded, train_scales
 from coterie.train.memory import BlockSizes
-
-#: Which field of `coterie.model.arch.experts.Experts` a projection is.
-_FIELDS = {GATE: "gate_EFD", UP: "up_EFD", DOWN: "down_EDF"}
 
 
 @dataclass(kw_only=True)
@@ -97,7 +94,7 @@ class BlockModel:
         for layer, _ in self._layers(shard):
             rows = {
                 part: self._bytes(name, weights)
-                for part in _FIELDS
+                for part in FIELDS
                 if (name := _stack_name(layer, part)) in self._blocks
             }
             stored |= self._projections(layer, shard).bytes_on_disk(rows, self._packed)
@@ -138,7 +135,7 @@ class BlockModel:
             multiplier_Gn = blocks.ones()
             self._add(_stack_name(layer, part), blocks, multiplier_Gn)
             stack = Stack(blocks=blocks, multiplier_Gn=multiplier_Gn)
-            self._stacks.setdefault(layer.experts, {})[_FIELDS[part]] = stack
+            self._stacks.setdefault(layer.experts, {})[FIELDS[part]] = stack
 
     def _add(self, name: str, blocks: Blocks, multiplier_Gn: Tensor) -> None:
         self._blocks[name] = blocks
@@ -182,7 +179,7 @@ class BlockModel:
 
 
 def _stack_name(layer: MoELayer, part: int) -> str:
-    return f"{layer.experts}.{_FIELDS[part]}"
+    return f"{layer.experts}.{FIELDS[part]}"
 
 
 def trained_plain(model: PreTrainedModel, source: Source, sources: Mapping[str, tuple[str, ...]]) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from coterie.compress.allocators.expert_types import Group
-from coterie.compress.projections import DOWN, GATE, UP, Projections, projections_of
+from coterie.compress.projections import FIELDS, Projections, projections_of
 from coterie.compress.source import Source
 from coterie.compress.weights import Weight, weights_among
 from coterie.model.arch.experts import Experts
@@ -26,9 +26,6 @@ from coterie.model.disk.encodings.ggml import get_type
 from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
 from coterie.model.stream.stream import Stage, Stream
 from coterie.profile.observation import observed
-
-#: The field of `Experts` that holds a projection.
-_FIELDS = {GATE: "gate_EFD", UP: "up_EFD", DOWN: "down_EDF"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,5 +182,5 @@ def _rounded(one: Experts, kinds: dict[int, str]) -> Experts:
     for part, kind in kinds.items():
         matrix_1RC = matrices[part]
         importance_1C = torch.ones(1, matrix_1RC.shape[-1], device=matrix_1RC.device)
-        _, changed[_FIELDS[part]] = round_to_nearest(matrix_1RC, importance_1C, get_type(kind))
+        _, changed[FIELDS[part]] = round_to_nearest(matrix_1RC, importance_1C, get_type(kind))
     return replace(one, **changed)

@@ -1,8 +1,6 @@
 """Prices: what storing each matrix in each type would cost, measured once (`coterie.compress.damages`) and kept.
 
 They are kept in a folder as ``prices.json``, so that any number of budgets can be planned with them in seconds.
-
-Legend: B sequences of a batch, S tokens of a sequence, V vocabulary, D model width.
 """
 
 from __future__ import annotations
@@ -24,21 +22,17 @@ from coterie.compress.source import Source
 from coterie.compress.weights import Weight
 from coterie.errors import CorruptArtifact, StaleArtifact
 from coterie.fields import Fields, shown
-from coterie.journal import Run, open_run
-from coterie.journal_lines import begun
+from coterie.journal import Run
 from coterie.model.device import check_device
 from coterie.model.disk.encodings.ggml import SIZES, bits_of
-from coterie.model.numerics import as_begun
-from coterie.model.stream.memory import (
-    Forecast,
-    peak_bytes,
-)
+from coterie.model.stream.memory import Forecast, peak_bytes
 from coterie.model.stream.stream import Stream
 from coterie.outputs import check_output, is_empty_folder
 from coterie.paths import user_path
 from coterie.profile.calibration import TokenSet
 from coterie.profile.data_sets import local_place
 from coterie.profile.measure import check_predicts
+from coterie.profile.run import measuring_run
 from coterie.profile.sources import On, check_on
 from coterie.profile.text import CalibrationText, TextSettings
 from coterie.progress import track, waiting
@@ -175,15 +169,15 @@ class Pricing:
         Args:
             run: keeps what was measured; the stream is open.
         """
-        meter = load_meter(self.allocator)(
-            stream=self.stream, source=self.source, batches=[ids_BS for _, ids_BS in self.token_set.batches(BATCH)],
-            counts=list(self.token_set.batch_counts(BATCH)),
-        )  # fmt: skip
-        done = {name.removeprefix(_STEP): step for name, step in run.finished.items() if name.startswith(_STEP)}
         if _WHOLE not in run.finished:
-            for name, damages in track(meter.measure(skip=done.keys()), PRICING, len(self.stream.units)):
-                if name not in done:
-                    run.finish(_STEP + name, files=[], content={"damages": damages})
+            meter = load_meter(self.allocator)(
+                stream=self.stream, source=self.source,
+                batches=[ids_BS for _, ids_BS in self.token_set.batches(BATCH)],
+                counts=list(self.token_set.batch_counts(BATCH)),
+            )  # fmt: skip
+            done = {name.removeprefix(_STEP) for name in run.finished if name.startswith(_STEP)}
+            for name, damages in track(meter.measure(skip=done), PRICING, len(self.stream.units)):
+                run.finish(_STEP + name, files=[], content={"damages": damages})
             run.finish(_WHOLE, files=[])
         measured: dict[str, dict[str, float]] = {}
         for name, step in run.finished.items():
@@ -211,16 +205,7 @@ class Pricing:
         Raises:
             OutputExists: the folder is taken.
         """
-        check_output(folder, kind="prices", accepts=is_empty_folder, folder=True)
-        if is_empty_folder(folder):
-            folder.rmdir()
-        document = begun(folder)
-        notes = None if document is None else document["notes"].get("numerics")
-        with (
-            as_begun(notes, str(self.stream.device), what=f"the prices {folder}") as computed_with,
-            open_run(folder, self.header(), what="prices", notes={"numerics": computed_with}) as run,
-            self.stream,
-        ):
+        with measuring_run(folder, self.stream, self.header(), kind="prices") as run:
             self.in_run(run).write(run.folder)
             if "prices" not in run.finished:
                 run.finish("prices", files=[FILE])

@@ -16,6 +16,9 @@ from coterie.model.arch.layers import MoELayer
 #: Marks that stand for gate, up and down projection.
 GATE, UP, DOWN = 1, 2, 3
 
+#: The field of `coterie.model.arch.experts.Experts` that holds a projection.
+FIELDS = {GATE: "gate_EFD", UP: "up_EFD", DOWN: "down_EDF"}
+
 #: What marks of the experts are apart.
 _PARTS = 4
 
@@ -25,8 +28,7 @@ _APART = 2**48
 
 def projections_of(experts: Experts) -> dict[int, Tensor]:
     """Return the projections that there are, (E, rows, columns) each."""
-    every = {GATE: experts.gate_EFD, UP: experts.up_EFD, DOWN: experts.down_EDF}
-    return {part: matrix for part, matrix in every.items() if matrix is not None}
+    return {part: matrix for part, field in FIELDS.items() if (matrix := getattr(experts, field)) is not None}
 
 
 class Projections:

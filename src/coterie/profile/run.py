@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -206,19 +208,38 @@ def profile_in_folder(folder: Path, stream: Stream, layers: tuple[MoELayer, ...]
     Raises:
         OutputExists: the folder is taken.
     """
-    check_output(folder, kind="profile", accepts=is_empty_folder, folder=True)
+    with measuring_run(folder, stream, measure.header(stream), kind="profile") as run:
+        profile_in_run(run, stream, layers, measure, private=False)
+        run.publish()
+    return Profile.load(folder)
+
+
+@contextmanager
+def measuring_run(folder: Path, stream: Stream, header: Mapping[str, Any], *, kind: str) -> Iterator[Run]:
+    """Yield the run that makes a folder of what is measured of a model: a new one, or the one that was killed.
+
+    Within the block the stream is open, and what is computed with is what the run began with.
+
+    Args:
+        folder: where it will be; not there, or empty.
+        stream: the model, not open.
+        header: all that decides what is measured.
+        kind: what it is, such as "profile".
+
+    Raises:
+        OutputExists: the folder is taken.
+    """
+    check_output(folder, kind=kind, accepts=is_empty_folder, folder=True)
     if is_empty_folder(folder):
         folder.rmdir()
     document = begun(folder)
     notes = None if document is None else document["notes"].get("numerics")
     with (
-        as_begun(notes, str(stream.device), what=f"the profile {folder}") as computed_with,
-        open_run(folder, measure.header(stream), what="profile", notes={"numerics": computed_with}) as run,
+        as_begun(notes, str(stream.device), what=f"the {kind} {folder}") as computed_with,
+        open_run(folder, header, what=kind, notes={"numerics": computed_with}) as run,
         stream,
     ):
-        profile_in_run(run, stream, layers, measure, private=False)
-        run.publish()
-    return Profile.load(folder)
+        yield run
 
 
 def profile_in_run(run: Run, stream: Stream, layers: tuple[MoELayer, ...], measure: Measure, *, private: bool) -> None:

@@ -40,13 +40,9 @@ def write_picture(frontier: Frontier, path: Path, *, title: str) -> None:
 
 def draw(frontier: Frontier, *, title: str) -> str:
     """Return the picture as an SVG document that needs nothing else."""
-    curves = [
-        Curve(series=number, name=name, dashed=dashed, points=_placed(points))
-        for number, (name, points, dashed) in enumerate(
-            (("one type for all", frontier.single, True), ("types mixed", frontier.mixed, False))
-        )
-        if _placed(points)
-    ]
+    single = Curve(series=0, name="one type for all", dashed=True, points=_placed(frontier.single))
+    mixed = Curve(series=1, name="types mixed", dashed=False, points=_placed(frontier.mixed))
+    curves = [curve for curve in (single, mixed) if curve.points]
     panel = (f"{title}, {format_bytes(frontier.original_bytes)}", curves)
     return draw_curves([panel], across=CAPTION_X, upward=CAPTION_Y)
 

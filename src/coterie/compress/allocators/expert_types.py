@@ -7,7 +7,7 @@ they are one matrix here, and have one type.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -130,19 +130,37 @@ class Room:
 
     def num_bytes(self, groups: Sequence[Group]) -> int:
         """Return the bytes that groups may take together."""
-        target = self.problem.target
-        if target.budget is not None:
-            return parse_bytes(target.budget) - self._beside(groups)
-        assert target.bits is not None
-        return int(sum(group.num_elements for group in groups) * target.bits / 8)
+        num_elements = sum(group.num_elements for group in groups)
+        return self.problem.room(num_elements=num_elements, beside=self._beside(groups))
 
-    def by_layer(self, groups: Sequence[Group]) -> dict[int, int]:
-        """Return the bytes that the groups of each layer may take: the same number of bits in every layer."""
+    def allocate_by_layer(
+        self,
+        groups: Sequence[Group],
+        ladder: Sequence[str],
+        choose: Callable[[Sequence[Group], int], Sequence[Option] | None],
+    ) -> Allocation:
+        """Return the allocation in which each layer chooses for itself, with the same number of bits in every layer.
+
+        Args:
+            groups: of all layers.
+            ladder: the types that are chosen from.
+            choose: tells from the groups of a layer, and the bytes that they may take, what each becomes; None where
+                nothing fits.
+
+        Raises:
+            Infeasible: nothing fits in a layer; says what the smallest types take.
+        """
         room, total = self.num_bytes(groups), sum(group.num_elements for group in groups)
-        elements: dict[int, int] = {}
+        by_layer: dict[int, list[Group]] = {}
         for group in groups:
-            elements[group.layer] = elements.get(group.layer, 0) + group.num_elements
-        return {layer: room * count // total for layer, count in elements.items()}
+            by_layer.setdefault(group.layer, []).append(group)
+        wanted: dict[str, str] = {}
+        for of_layer in by_layer.values():
+            chosen = choose(of_layer, room * sum(group.num_elements for group in of_layer) // total)
+            if chosen is None:
+                raise self.too_small(groups, ladder)
+            wanted |= {group.key: option.name for group, option in zip(of_layer, chosen, strict=True)}
+        return self.allocation(groups, [wanted[group.key] for group in groups])
 
     def too_small(self, groups: Sequence[Group], ladder: Sequence[str]) -> Infeasible:
         """Return what to raise where even the smallest types of a ladder take more."""

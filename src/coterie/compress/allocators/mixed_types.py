@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from coterie.amounts import format_bytes, parse_bytes
+from coterie.amounts import format_bytes
 from coterie.compress.allocators import one_type
 from coterie.compress.allocators.knapsack import Option, choose_within, gap_of
 from coterie.compress.allocators.problem import Allocation, Problem
@@ -87,8 +87,4 @@ def _too_small(problem: Problem, weights: Sequence[Weight], rest: int, taken: in
 
 def _room(problem: Problem, weights: Sequence[Weight], rest: int) -> int:
     """Return the bytes that matrices may take; `rest` is what takes bytes beside them."""
-    target = problem.target
-    if target.budget is not None:
-        return parse_bytes(target.budget) - rest
-    assert target.bits is not None
-    return int(sum(weight.num_elements for weight in weights) * target.bits / 8)
+    return problem.room(num_elements=sum(weight.num_elements for weight in weights), beside=rest)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from coterie.compress.allocators.expert_types import Room, by_matrix
-from coterie.compress.allocators.knapsack import choose_exactly
+from coterie.compress.allocators.expert_types import Group, Room, by_matrix
+from coterie.compress.allocators.knapsack import Option, choose_exactly
 from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.compress.output_errors import OutputErrors
 from coterie.compress.source import Source
@@ -36,18 +36,16 @@ def allocate(problem: Problem) -> Allocation:
     Raises:
         Infeasible: a target below the smallest types; says what those take.
     """
-    room, groups = Room(problem=problem, linear=LINEAR), by_matrix(problem.weights)
-    wanted: dict[str, str] = {}
-    for layer, num_bytes in room.by_layer(groups).items():
-        of_layer = [group for group in groups if group.layer == layer]
-        costs = [
-            group.even_costs(TYPES)
-            if problem.damages is None
-            else {kind: problem.damages[group.key][kind] for kind in TYPES}
-            for group in of_layer
-        ]
-        chosen = choose_exactly([group.options(each) for group, each in zip(of_layer, costs, strict=True)], num_bytes)
-        if chosen is None:
-            raise room.too_small(groups, TYPES)
-        wanted |= {group.key: option.name for group, option in zip(of_layer, chosen, strict=True)}
-    return room.allocation(groups, [wanted[group.key] for group in groups])
+
+    def choose(groups: Sequence[Group], num_bytes: int) -> list[Option] | None:
+        return choose_exactly([group.options(_costs(problem, group)) for group in groups], num_bytes)
+
+    groups = by_matrix(problem.weights)
+    return Room(problem=problem, linear=LINEAR).allocate_by_layer(groups, TYPES, choose)
+
+
+def _costs(problem: Problem, group: Group) -> dict[str, float]:
+    """Return what types cost a projection."""
+    if problem.damages is None:
+        return group.even_costs(TYPES)
+    return {kind: problem.damages[group.key][kind] for kind in TYPES}

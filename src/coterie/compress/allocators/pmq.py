@@ -44,23 +44,22 @@ def allocate(problem: Problem) -> Allocation:
     Raises:
         Infeasible: a target below the smallest types; says what those take.
     """
-    room, groups = Room(problem=problem, linear=LINEAR), by_expert(problem.weights)
-    wanted: dict[str, str] = {}
     narrow: list[int] = []
-    for layer, num_bytes in room.by_layer(groups).items():
-        of_layer = [group for group in groups if group.layer == layer]
-        items = [group.options(costs) for group, costs in zip(of_layer, _costs(problem, of_layer), strict=True)]
+
+    def choose(groups: Sequence[Group], num_bytes: int) -> list[Option] | None:
+        items = [group.options(costs) for group, costs in zip(groups, _costs(problem, groups), strict=True)]
         floors = _floors(items)
         chosen = choose_exactly(items, num_bytes, at_least=floors)
         if chosen is None and floors:
-            narrow.append(layer)
+            narrow.append(groups[0].layer)
             chosen = choose_exactly(items, num_bytes)
-        if chosen is None:
-            raise room.too_small(groups, TYPES)
-        wanted |= {group.key: option.name for group, option in zip(of_layer, chosen, strict=True)}
+        return chosen
+
+    groups = by_expert(problem.weights)
+    allocation = Room(problem=problem, linear=LINEAR).allocate_by_layer(groups, TYPES, choose)
     if narrow:
         log.info("there is no room for one expert of each type in %d layers, such as layer %d", len(narrow), narrow[0])
-    return room.allocation(groups, [wanted[group.key] for group in groups])
+    return allocation
 
 
 def _floors(items: Sequence[Sequence[Option]]) -> dict[str, int]:

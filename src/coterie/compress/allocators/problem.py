@@ -59,6 +59,18 @@ class Problem:
         """Return the bytes of all tensors when layers become what their plans say, and matrices get these types."""
         return self.sizing.num_bytes(layers) - bytes_saved(self.weights, types)
 
+    def room(self, *, num_elements: int, beside: int) -> int:
+        """Return the bytes that some matrices may take, by the budget or by bits a number, whichever the target is.
+
+        Args:
+            num_elements: numbers in the matrices.
+            beside: bytes of all other tensors.
+        """
+        if self.target.budget is not None:
+            return parse_bytes(self.target.budget) - beside
+        assert self.target.bits is not None
+        return int(num_elements * self.target.bits / 8)
+
     def option(self, name: str) -> Any:
         """Return an option of the first pass that has one of that name."""
         return next(options[name] for _, options in self.passes if name in options)
