@@ -28,7 +28,7 @@ from coterie.compress.weights import Weight, weights_among
 from coterie.model.arch.conversion import TORCH_DTYPES, put
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.checkpoint import Checkpoint
-from coterie.model.disk.encodings.ggml import SIZES, numbers_of
+from coterie.model.disk.encodings.ggml import ACROSS, SIZES, along, numbers_of
 from coterie.model.disk.header import read_header
 from coterie.model.stream.stream import Stream
 from coterie.train.blocks import Blocks, Stack, experts_in_blocks, train_rounded, train_scales
@@ -127,9 +127,13 @@ class BlockModel:
     ) -> None:
         projections = self._projections(layer, shard)
         of_name = {name: weight for weight in weights for name in weight.names}
-        kinds = {part: self.plan.types[of_name[name].pattern] for name in of_name for part in projections.held[name]}
+        kind_of = {name: self.plan.types[weight.pattern] for name, weight in of_name.items()}
+        kinds = {part: kind_of[name] for name in of_name for part in projections.held[name]}
         disk = {name: stored[name] for name in of_name}
-        rows = projections.from_disk(disk, {name: weight.axis for name, weight in of_name.items()})
+        rows = projections.from_disk(
+            disk, {name: of_name[name].encoding(kind_of[name]).axis for name in of_name},
+            crosses=[part for part, kind in kinds.items() if kind.endswith(ACROSS)],
+        )  # fmt: skip
         for part, byte_ERK in rows.items():
             blocks = Blocks(kinds[part], byte_ERK.to(self.stream.device))
             multiplier_Gn = blocks.ones()
@@ -224,7 +228,8 @@ def block_sizes(
         # Each type has so many numbers of its own a byte, and a matrix so many at most.
         by_bytes = max(numbers_of(kind) / SIZES[kind][1] for kind in PRICED_TYPES) * in_blocks
         by_weight = sum(
-            max(_scales(weight, kind) for kind in PRICED_TYPES if weight.fitting(kind) == kind) for weight in typed
+            max(_scales(weight, kind) for wanted in PRICED_TYPES for kind in weight.fittings(wanted))
+            for weight in typed
         )
         scales = int(min(by_bytes, by_weight))
     else:
@@ -257,4 +262,4 @@ def _most_bytes(target: Target, rest: int, numbers: int) -> int:
 
 
 def _scales(weight: Weight, kind: str) -> int:
-    return weight.num_elements // SIZES[kind][0] * numbers_of(kind)
+    return weight.num_elements // SIZES[along(kind)][0] * numbers_of(kind)

@@ -59,6 +59,7 @@ def find_weights(
                 Weight(
                     pattern=pattern, names=tuple(listed), shape=shape, axis=axis, layer=layer.index, kind="expert",
                     plain_bytes=sum(tensors[name].num_bytes for name in listed),
+                    can_cross=conversion.memory_names[listed[0]].endswith("down_proj"),
                 )
             )  # fmt: skip
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
@@ -82,6 +83,7 @@ def find_weights(
                 Weight(
                     pattern=name, names=(name,), shape=tensors[name].shape, axis=-1, layer=None, kind=kind,
                     plain_bytes=tensors[name].num_bytes, head=memory_name in heads,
+                    can_cross=kind == "linear" and memory_name not in heads,
                 )
             )  # fmt: skip
     return tuple(sorted(weights, key=lambda weight: weight.pattern))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import replace
 
 import torch
@@ -59,18 +59,25 @@ class Projections:
         #: By name on disk, the experts whose projections it holds.
         self.experts_in = {name: frozenset(mark // _PARTS for mark in values) for name, values in marked.items()}
 
-    def from_disk(self, disk: Mapping[str, Tensor], axes: Mapping[str, int]) -> dict[int, Tensor]:
+    def from_disk(
+        self, disk: Mapping[str, Tensor], axes: Mapping[str, int], crosses: Collection[int] = ()
+    ) -> dict[int, Tensor]:
         """Return bytes (E, rows, bytes of a row) by projection: the inverse of `on_disk`.
 
         Args:
             disk: by name on disk; of a projection all of its tensors or none.
             axes: by name on disk, the axis -1 or -2 along which the bytes of a row lie.
+            crosses: projections whose bytes are (E, bytes of a column, columns), as `on_disk` was given them.
         """
-        matrices = projections_of(self.experts)
+        matrices = {
+            part: matrix.transpose(1, 2) if part in crosses else matrix
+            for part, matrix in projections_of(self.experts).items()
+        }
         numbers = {  # of all rows, those of different projections apart
             part: (torch.arange(matrix[..., 0].numel()) + part * _APART).view(*matrix.shape[:-1], 1)
             for part, matrix in matrices.items()
         }
+        numbers |= {part: numbers[part].transpose(1, 2) for part in crosses}
         rows: dict[int, Tensor] = {}
         for name, where in self.on_disk(numbers).items():
             if name not in disk:
@@ -83,13 +90,15 @@ class Projections:
                     rows[part] = byte_RK.new_empty(num_experts * num_rows, byte_RK.shape[-1])
                 own_R = number_R // _APART == part
                 rows[part][number_R[own_R] % _APART] = byte_RK[own_R]
-        return {part: rows[part].view(*matrices[part].shape[:2], -1) for part in rows}
+        whole = {part: rows[part].view(*matrices[part].shape[:2], -1) for part in rows}
+        return {part: each.transpose(1, 2).contiguous() if part in crosses else each for part, each in whole.items()}
 
     def bytes_on_disk(self, rows: Mapping[int, Tensor], names: Container[str]) -> dict[str, Tensor]:
         """Return bytes of some projections by name on disk; of those names whose projections are all there.
 
         Args:
-            rows: (E, rows, bytes of a row) by projection; those of one tensor have as many bytes.
+            rows: (E, rows, bytes of a row) by projection; those of one tensor have as many bytes. A projection that has
+                a tensor of its own may be (E, bytes of a column, columns) as well.
             names: names on disk that are asked for.
         """
         packed: dict[str, Tensor] = {}

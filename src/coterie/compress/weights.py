@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from coterie.compress.plan import Plan
 from coterie.errors import Infeasible
-from coterie.model.disk.encodings.ggml import SIZES
+from coterie.model.disk.encodings.ggml import ACROSS, SIZES, along
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 
 #: Steps on the whole result that leave codes as they are.
@@ -35,6 +35,9 @@ class Weight:
         plain_bytes: what all of them take as plain numbers.
         head: what logits are computed with; of a tied model its embedding.
         expert: the number of the expert whose it alone is; None for those of all experts of a layer, and for any other.
+        can_cross: whether blocks can run across its rows, along its outputs: those of down projections and of linear
+            layers. Rows of an embedding are looked up; gate and up may take turns in one tensor.
+        crosses: whether they do where a row is no whole blocks, and not a type with smaller blocks stands in.
     """
 
     pattern: str
@@ -46,11 +49,22 @@ class Weight:
     plain_bytes: int
     head: bool = False
     expert: int | None = None
+    can_cross: bool = False
+    crosses: bool = False
 
     @property
     def columns(self) -> int:
         """Numbers of a row, which are summed over."""
         return self.shape[self.axis]
+
+    @property
+    def rows(self) -> int:
+        """Numbers of a column: outputs."""
+        return self.shape[self._across]
+
+    @property
+    def _across(self) -> int:
+        return -3 - self.axis
 
     @property
     def num_elements(self) -> int:
@@ -61,11 +75,30 @@ class Weight:
         """Return a type, or what stands in for it where its blocks are wider than a row; None where nothing fits."""
         if self.columns % SIZES[kind][0] == 0:
             return kind
+        if self.crosses and self.holds(kind + ACROSS):
+            return kind + ACROSS
         return _NARROW.get(kind) if self.columns % 32 == 0 else None
+
+    def fittings(self, kind: str) -> tuple[str, ...]:
+        """Return what `fitting` returns with blocks that run along rows only, and where they may cross them."""
+        both = (replace(self, crosses=False).fitting(kind), self.fitting(kind))
+        return tuple(dict.fromkeys(each for each in both if each is not None))
+
+    def holds(self, kind: str) -> bool:
+        """Tell whether it can be stored in a type as that is."""
+        crosses = kind.endswith(ACROSS)
+        if crosses and not self.can_cross:
+            return False
+        return (self.rows if crosses else self.columns) % SIZES[along(kind)][0] == 0
+
+    def encoding(self, kind: str) -> GgmlBlocks:
+        """Return the encoding of one of them in a type."""
+        axis = self._across if kind.endswith(ACROSS) else self.axis
+        return GgmlBlocks(type=along(kind), axis=axis, dtype="F32")
 
     def num_bytes(self, kind: str) -> int:
         """Return the bytes of all of them in a type."""
-        return len(self.names) * GgmlBlocks(type=kind, axis=self.axis).num_bytes(self.shape)
+        return len(self.names) * self.encoding(kind).num_bytes(self.shape)
 
     def only(self, names: Sequence[str]) -> Weight:
         """Return those of some of its names."""
@@ -141,9 +174,16 @@ def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) ->
                 f"the plan stores {pattern} as {kind}; matrices that can be stored so are named like "
                 f"{', '.join(sorted(by_pattern)[:3])}"
             )
-        if kind not in SIZES:
+        if along(kind) not in SIZES:
             raise Infeasible(f"the plan stores {pattern} as {kind}; types that can be written are {', '.join(SIZES)}")
-        if weight.columns % SIZES[kind][0]:
+        if kind.endswith(ACROSS) and not weight.holds(kind):
+            why = (
+                f"its columns have {weight.rows} numbers, which are no blocks of {SIZES[along(kind)][0]}"
+                if weight.can_cross
+                else "they cross those of down projections and of linear layers alone"
+            )
+            raise Infeasible(f"the plan stores {pattern} as {kind}, in blocks across its rows; {why}")
+        if not weight.holds(kind):
             near = weight.fitting(kind)
             raise Infeasible(
                 f"the plan stores {pattern} as {kind}, in blocks of {SIZES[kind][0]}; its rows have {weight.columns} "
@@ -158,7 +198,4 @@ def bytes_saved(weights: Sequence[Weight], types: Mapping[str, str]) -> int:
 
 def encodings_of(weights: Sequence[Weight], types: Mapping[str, str]) -> dict[str, GgmlBlocks]:
     """Return the encoding of each pattern that a plan gives a type."""
-    return {
-        weight.pattern: GgmlBlocks(type=types[weight.pattern], axis=weight.axis, dtype="F32")
-        for weight in typed(weights, types)
-    }
+    return {weight.pattern: weight.encoding(types[weight.pattern]) for weight in typed(weights, types)}

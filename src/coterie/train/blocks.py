@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from coterie.model.arch.experts import canonical_experts
 from coterie.model.arch.seam import intercepted, routed_output
-from coterie.model.disk.encodings.ggml import SIZES, get_type, numbers_of
+from coterie.model.disk.encodings.ggml import ACROSS, SIZES, along, get_type, numbers_of
 from coterie.model.disk.encodings.ggml.block_type import as_half, half_bytes, halves
 
 #: Numbers that are unpacked at a time; each passes through some forty bytes.
@@ -35,27 +35,34 @@ NUMBERS_AT_ONCE = 2**19
 
 
 class Blocks:
-    """Rows of whole blocks, as bytes.
+    """Matrices in whole blocks, as bytes.
 
     Attributes:
-        byte_GK: the bytes of all blocks, row after row, uint8.
+        byte_GK: the bytes of all blocks, row after row, uint8; where blocks run across rows, column after column.
         num_numbers: how many float16 numbers a block has, n.
-        shape: of the values; blocks run along the last axis.
+        shape: of the values.
     """
 
     def __init__(self, type: str, bytes: Tensor) -> None:
         """Take bytes.
 
         Args:
-            type: the name in GGML.
-            bytes: (..., K for each block of a row), uint8.
+            type: the name in GGML; with `coterie.model.disk.encodings.ggml.ACROSS` where blocks run across rows.
+            bytes: (..., K for each block of a row), uint8; across rows (..., K for each block of a column, columns).
         """
-        self._kind = get_type(type)
-        self._place, self._stored_shape = self._kind.numbers_at, bytes.shape
+        self._kind, self._crosses = get_type(along(type)), type.endswith(ACROSS)
+        row_bytes = self._turned(bytes)
+        self._place, self._stored_shape = self._kind.numbers_at, row_bytes.shape
         self.num_numbers = numbers_of(type)
-        size = SIZES[type][1]
-        self.byte_GK = bytes.reshape(-1, size)
-        self.shape = (*bytes.shape[:-1], bytes.shape[-1] // size * self._kind.block)
+        size = SIZES[along(type)][1]
+        self.byte_GK = row_bytes.reshape(-1, size)
+        self._row_shape = (*row_bytes.shape[:-1], row_bytes.shape[-1] // size * self._kind.block)
+        *others, rows, columns = self._row_shape
+        self.shape = (*others, columns, rows) if self._crosses else self._row_shape
+
+    def _turned(self, tensor: Tensor) -> Tensor:
+        """Return a tensor in which blocks run along rows, or turn one of those back."""
+        return tensor.transpose(-1, -2) if self._crosses else tensor
 
     def numbers(self) -> Tensor:
         """Return the float16 numbers (G, n) of the blocks as they were given, float32."""
@@ -68,13 +75,13 @@ class Blocks:
     def values(self, multiplier_Gn: Tensor) -> Tensor:
         """Return the values (`shape`), float32; gradients reach the multipliers."""
         values: Tensor = _Values.apply(multiplier_Gn, self)  # type: ignore[no-untyped-call]
-        return values
+        return self._turned(values)
 
     @torch.no_grad()
     def bytes(self, multiplier_Gn: Tensor) -> Tensor:
         """Return the bytes of these values, in the shape in which bytes were given; codes are the same."""
         byte_GK = self._with_numbers(slice(None), self._rounded(multiplier_Gn, slice(None)))
-        return byte_GK.reshape(self._stored_shape)
+        return self._turned(byte_GK.reshape(self._stored_shape)).contiguous()
 
     def _rounded(self, multiplier_Gn: Tensor, some: slice) -> Tensor:
         return as_half(self._numbers(some) * multiplier_Gn[some])
@@ -93,7 +100,7 @@ class Blocks:
         for some in self._slices():
             byte_GK = self._with_numbers(some, self._rounded(multiplier_Gn, some))
             value_GC[some] = self._kind.unpack(byte_GK[None])[0]
-        return value_GC.reshape(self.shape)
+        return value_GC.reshape(self._row_shape)
 
     def _gradient(self, gradient: Tensor) -> Tensor:
         """Return the gradient (G, n) for the multipliers from that for the values."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from coterie.errors import UnknownName
 
 if TYPE_CHECKING:
-    from coterie.model.disk.encodings.ggml.block_type import BlockType
+    from coterie.model.disk.encodings.ggml.block_type import BlockType, Layout
 
 #: (columns of a block, bytes of a block) of every type that can be written, from most bits to fewest.
 SIZES = {
@@ -25,15 +25,24 @@ SIZES = {
 }  # fmt: skip
 
 
+#: What a type's name ends with where blocks run across the rows of a matrix, along its outputs: no GGUF file says so.
+ACROSS = ".T"
+
+
+def along(name: str) -> str:
+    """Return the name of a type without what says that its blocks run across rows."""
+    return name.removesuffix(ACROSS)
+
+
 def bits_of(name: str) -> float:
     """Return the bits of a number in a type, scales counted."""
-    block, size = SIZES[name]
+    block, size = SIZES[along(name)]
     return 8 * size / block
 
 
 def numbers_of(name: str) -> int:
     """Return how many float16 numbers a block of a type has that all its values are linear in: 0, 1 or 2."""
-    return len(range(SIZES[name][1])[get_type(name).numbers_at]) // 2
+    return len(range(SIZES[along(name)][1])[get_type(along(name)).numbers_at]) // 2
 
 
 @cache
@@ -52,3 +61,15 @@ def get_type(name: str) -> BlockType:
     if name not in types:
         raise UnknownName("GGML type", name, SIZES)
     return types[name]
+
+
+def get_layout(name: str) -> Layout:
+    """Return a type by its name, and with it how its blocks lie: across the rows of a matrix where it ends so.
+
+    Raises:
+        UnknownName: no such type can be written.
+    """
+    from coterie.model.disk.encodings.ggml.block_type import Across
+
+    kind = get_type(along(name))
+    return Across(inner=kind) if name.endswith(ACROSS) else kind

@@ -107,6 +107,24 @@ class BlockType(Protocol):
         """Return the values (N, R, B) of blocks, float32."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Across:
+    """A type whose blocks run across the rows of a matrix, along its outputs: for rows that are no whole blocks.
+
+    Its bytes are those of the transposed matrix, and lie where the numbers stood. A column is rounded as a whole, and
+    each error is made good by the columns that follow.
+
+    Attributes:
+        inner: the type of the blocks.
+    """
+
+    inner: BlockType
+
+
+#: How a matrix lies in blocks: along its rows, as GGUF files hold it, or across them.
+Layout = BlockType | Across
+
+
 def as_half(value: Tensor) -> Tensor:
     """Return numbers rounded to float16, in float32; those beyond its range are its largest."""
     largest = torch.finfo(torch.float16).max

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coterie.model.disk.encodings.ggml.block_type import Codes, join_codes
+from coterie.model.disk.encodings.ggml.block_type import Across, Codes, join_codes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from coterie.model.disk.encodings.ggml.block_type import BlockType
+    from coterie.model.disk.encodings.ggml.block_type import BlockType, Layout
 
 
 #: Columns that an error reaches at once; those behind them are told of the errors of all of them together.
@@ -28,7 +28,7 @@ NUMBERS_AT_ONCE = {False: 2**22, True: 2**18}
 ROUNDING_BYTES = 2**28 + 2**25
 
 
-def round_to_nearest(weight_NRC: Tensor, importance_NC: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
+def round_to_nearest(weight_NRC: Tensor, importance_NC: Tensor, kind: Layout) -> tuple[Tensor, Tensor]:
     """Round matrices to the nearest numbers, scales fitted by the importance of columns; see `round_columns`.
 
     Raises:
@@ -38,7 +38,7 @@ def round_to_nearest(weight_NRC: Tensor, importance_NC: Tensor, kind: BlockType)
 
 
 def round_columns(
-    weight_NRC: Tensor, importance_NC: Tensor, upper_NCC: Tensor | None, kind: BlockType
+    weight_NRC: Tensor, importance_NC: Tensor, upper_NCC: Tensor | None, kind: Layout
 ) -> tuple[Tensor, Tensor]:
     """Round column after column; with an upper factor the later columns make good the error of each.
 
@@ -49,11 +49,14 @@ def round_columns(
         kind: the format.
 
     Returns:
-        Bytes (N, R, K), uint8, and values (N, R, C), float32.
+        Bytes (N, R, K), uint8, and values (N, R, C), float32; where blocks run across rows, (N, K, C) with K bytes of
+        a column.
 
     Raises:
-        ValueError: columns that are no whole blocks.
+        ValueError: columns that are no whole blocks, or rows where blocks run across them.
     """
+    if isinstance(kind, Across):
+        return _round_across(weight_NRC, upper_NCC, kind.inner)
     num_columns = weight_NRC.shape[-1]
     if num_columns % kind.block:
         raise ValueError(f"{num_columns} columns are no whole blocks of {kind.block}, as {kind.name} has them")
@@ -103,6 +106,30 @@ def _round_rows(
             rest_NRC[..., stop:] -= error_NRB @ upper_NCC[:, start:stop, stop:]
         packed.append(kind.pack(scales, join_codes(codes)))
     return torch.cat(packed, dim=-1), value_NRC
+
+
+def _round_across(weight_NRC: Tensor, upper_NCC: Tensor | None, kind: BlockType) -> tuple[Tensor, Tensor]:
+    """Round columns, each in blocks of its own: all numbers of a column weigh the same."""
+    even_NR = torch.ones(weight_NRC.shape[:2], device=weight_NRC.device)
+    if upper_NCC is None:
+        byte_NCK, value_NCR = round_to_nearest(weight_NRC.transpose(1, 2), even_NR, kind)
+        return byte_NCK.transpose(1, 2).contiguous(), value_NCR.transpose(1, 2).contiguous()
+    num_columns = weight_NRC.shape[-1]
+    rest_NRC = weight_NRC.to(torch.float32).clone()
+    value_NRC, packed = torch.empty_like(rest_NRC), []
+    for start in range(0, num_columns, _NEAR):
+        stop = min(start + _NEAR, num_columns)
+        error_NRn = torch.zeros_like(rest_NRC[..., start:stop])
+        for column in range(start, stop):
+            byte_N1K, value_N1R = round_to_nearest(rest_NRC[..., column][:, None], even_NR, kind)
+            packed.append(byte_N1K[:, 0])
+            value_NRC[..., column] = value_N1R[:, 0]
+            wrong_NR = rest_NRC[..., column] - value_NRC[..., column]
+            error_NR1 = (wrong_NR / upper_NCC[:, column, column, None])[..., None]
+            error_NRn[..., column - start] = error_NR1[..., 0]
+            rest_NRC[..., column + 1 : stop] -= error_NR1 @ upper_NCC[:, column, None, column + 1 : stop]
+        rest_NRC[..., stop:] -= error_NRn @ upper_NCC[:, start:stop, stop:]
+    return torch.stack(packed, dim=-1), value_NRC
 
 
 def _inverse_of_upper(upper_Nvv: Tensor) -> Tensor:
