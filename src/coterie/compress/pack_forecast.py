@@ -14,7 +14,7 @@ from coterie.compress.quantisers import get_quantiser
 from coterie.compress.quantisers.gptq import FACTOR_BYTES, HESSIAN_ELEMENTS
 from coterie.compress.source import Source
 from coterie.compress.weights import Weight, typed, weights_among
-from coterie.model.disk.encodings.ggml import along
+from coterie.model.disk.encodings.ggml import unwrapped
 from coterie.model.disk.encodings.ggml.rounding import ROUNDING_BYTES
 from coterie.model.stream.memory import (
     COMPRESS_COPIES,
@@ -40,7 +40,7 @@ _OTHERS = 2.5e-6
 
 def seconds_of_type(name: str) -> float:
     """Return the seconds that choosing the code of a number takes on one core."""
-    return SECONDS.get(along(name), _OTHERS)
+    return SECONDS.get(unwrapped(name), _OTHERS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ class Target:
         multiple_of: the number of experts, or their width, whichever the recipe lowers, is the nearest multiple of this
             that can be; None for any.
         reader: who is to read weights in fewer bits: "gguf" (when None), for what GGUF files can say, or "packed", for
-            what Coterie alone reads: there blocks run across the rows of matrices whose rows are no whole blocks.
+            what Coterie alone reads: there blocks run on from row to row where a row is no whole blocks.
     """
 
     keep: float | None = None
