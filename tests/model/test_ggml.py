@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.errors import UnknownName
-from coterie.model.disk.encodings.ggml import SIZES, affine, get_type, scaled, vector
+from coterie.model.disk.encodings.ggml import SIZES, affine, get_type, scaled, ternary, vector
 from coterie.model.disk.encodings.ggml.bits import pack_bits, pack_words, unpack_bits, unpack_words
 from coterie.model.disk.encodings.ggml.block_type import join_codes
 
 #: Where the float16 numbers of a block lie; of MXFP4 the exponent.
 HALVES = {
     "Q6_K": (208,), "Q3_K": (108,), "Q2_K": (80, 82), "Q5_K": (0, 2), "Q4_K": (0, 2), "Q5_1": (0, 2), "Q4_1": (0, 2),
-    "MXFP4": (),
+    "MXFP4": (), "TQ2_0": (64,), "TQ1_0": (52,),
 }  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def rounded(kind, weight_NRB, importance_N1B):
 
 def test_sizes_are_those_of_gguf():
     assert {name: tuple(GGML_QUANT_SIZES[GGMLQuantizationType[name]]) for name in SIZES} == SIZES
-    assert {*affine.TYPES, *scaled.TYPES, *vector.TYPES} == set(SIZES)
+    assert {*affine.TYPES, *scaled.TYPES, *ternary.TYPES, *vector.TYPES} == set(SIZES)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -98,7 +98,7 @@ def test_odd_blocks_stay_numbers(name, weight):
         assert (values - 1).abs().max() < (0.35 if name in vector.TYPES else 0.15)  # grids hold few even vectors
 
 
-@pytest.mark.parametrize("name", [*affine.TYPES, *scaled.TYPES])
+@pytest.mark.parametrize("name", [*affine.TYPES, *scaled.TYPES, *ternary.TYPES])
 def test_codes_are_the_nearest_of_all(name):
     kind = get_type(name)
     weight, importance = random_weights(name, rows=2, blocks=1, seed=3)
@@ -155,7 +155,7 @@ def test_scales_beat_the_plain_choice(name):
         low, high = sub.amin(-1, keepdim=True).clamp(max=0), sub.amax(-1, keepdim=True)
         step = (high - low) / (2**kind.bits - 1)
         plain = ((sub - low) / step).round() * step + low
-    elif name in scaled.TYPES:
+    elif name in {**scaled.TYPES, **ternary.TYPES}:
         step = sub.abs().amax(-1, keepdim=True) / max(kind.levels)
         if name == "MXFP4":  # a power of two, at which nothing is cut off
             step = torch.exp2(torch.log2(step).ceil())
@@ -166,6 +166,32 @@ def test_scales_beat_the_plain_choice(name):
         nearest = kind.grid[torch.cdist(groups.flatten(0, -2), kind.grid).argmin(dim=-1)]
         plain = nearest.view(sub.shape) * step * sub.sign()
     assert error < (importance * (plain.flatten(-2) - weight).square()).sum()
+
+
+@pytest.mark.parametrize("name", ternary.TYPES)
+def test_scales_of_three_levels_are_the_best_of_all(name):
+    """A search in float64 through scales close together, codes the nearest at each."""
+    kind = get_type(name)
+    weight, importance = random_weights(name, rows=4, blocks=1, seed=7)
+    _, codes, values = rounded(kind, weight, importance)
+    assert set(codes.code_NRc.unique().tolist()) == {0, 1, 2}
+    for row in range(4):
+        numbers, weighing = weight[0, row].double(), importance[0, 0].double()
+        step_S1 = torch.linspace(0, numbers.abs().max(), 20_001, dtype=torch.float64)[1:, None]
+        wrong_SB = numbers - (numbers / step_S1).round().clamp(-1, 1) * step_S1
+        least = (weighing * wrong_SB.square()).sum(dim=-1).min()
+        # What rounding the scale to float16 costs is far less than that.
+        assert (weighing * (numbers - values[0, row]).square()).sum() < least * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("name", ternary.TYPES)
+def test_numbers_on_the_grid_of_three_levels_give_the_bytes_of_gguf(name):
+    generator = torch.Generator().manual_seed(8)
+    weight = torch.randint(-1, 2, (1, 5, 256), generator=generator) * torch.rand(1, 5, 1, generator=generator).half()
+    packed = get_type(name).pack(*rounded(get_type(name), weight.float(), torch.ones(1, 1, 256))[:2])
+    expected = quants.quantize(weight[0].float().numpy(), GGMLQuantizationType[name])
+    assert np.array_equal(packed[0].numpy(), expected)
+    assert np.array_equal(quants.dequantize(expected, GGMLQuantizationType[name]), weight[0].float().numpy())
 
 
 def test_an_unknown_type_is_named():

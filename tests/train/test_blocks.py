@@ -22,6 +22,7 @@ PLACES = {
     "Q8_0": [0], "Q6_K": [208], "Q5_1": [0, 2], "Q5_0": [0], "Q5_K": [0, 2], "Q4_1": [0, 2], "Q4_0": [0],
     "Q4_K": [0, 2], "IQ4_NL": [0], "IQ4_XS": [0], "MXFP4": [], "Q3_K": [108], "IQ3_S": [0], "IQ3_XXS": [0],
     "Q2_K": [80, 82], "IQ2_S": [0], "IQ2_XS": [0], "IQ2_XXS": [0],
+    "TQ2_0": [64], "TQ1_0": [52],
 }  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def test_multipliers_of_one_give_the_very_bytes(kind):
     assert blocks.num_numbers == len(PLACES[kind])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SIZES if kind != "MXFP4"])
+@pytest.mark.parametrize("kind", [kind for kind in SIZES if PLACES[kind]])
 def test_codes_and_factors_stay_whatever_the_multipliers(kind):
     byte_RK = torch.from_numpy(random_bytes(kind))
     blocks = Blocks(kind, byte_RK)
@@ -84,7 +85,7 @@ def test_codes_and_factors_stay_whatever_the_multipliers(kind):
     assert {place + 1 for place in PLACES[kind]} <= changed
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SIZES if kind != "MXFP4"])
+@pytest.mark.parametrize("kind", [kind for kind in SIZES if PLACES[kind]])
 def test_gradients_are_what_a_doubled_scale_adds(kind):
     """Values are linear in each number, and a power of two is not rounded: what it adds is the derivative."""
     blocks = Blocks(kind, torch.from_numpy(random_bytes(kind)))

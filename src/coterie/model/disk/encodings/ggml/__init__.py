@@ -1,9 +1,10 @@
 """The block formats of GGML, which GGUF files hold: what a block of numbers is, in bits, and how codes are chosen.
 
-A type is a plain object of one of three kinds: numbers times a scale (`scaled`), numbers times a scale less a minimum
-(`affine`), or entries of a grid of small vectors (`vector`). Each says how a block's scales are fitted, how codes are
-chosen for columns once they are fixed, and how both become bytes; so nearest rounding and GPTQ are the same few lines
-for all of them. Facts of the layouts: llama.cpp's ``ggml-common.h``, and ``quants.py`` of its package gguf.
+A type is a plain object of one of four kinds: numbers times a scale (`scaled`), of which there are three (`ternary`),
+numbers times a scale less a minimum (`affine`), or entries of a grid of small vectors (`vector`). Each says how a
+block's scales are fitted, how codes are chosen for columns once they are fixed, and how both become bytes; so nearest
+rounding and GPTQ are the same few lines for all of them. Facts of the layouts: llama.cpp's ``ggml-common.h``, and
+``quants.py`` of its package gguf.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SIZES = {
     "Q8_0": (32, 34), "Q6_K": (256, 210), "Q5_1": (32, 24), "Q5_0": (32, 22), "Q5_K": (256, 176), "Q4_1": (32, 20),
     "Q4_0": (32, 18), "Q4_K": (256, 144), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "MXFP4": (32, 17),
     "Q3_K": (256, 110), "IQ3_S": (256, 110), "IQ3_XXS": (256, 98), "Q2_K": (256, 84), "IQ2_S": (256, 82),
-    "IQ2_XS": (256, 74), "IQ2_XXS": (256, 66),
+    "IQ2_XS": (256, 74), "IQ2_XXS": (256, 66), "TQ2_0": (256, 66), "TQ1_0": (256, 54),
 }  # fmt: skip
 
 
@@ -61,10 +62,11 @@ def get_type(name: str) -> BlockType:
     Raises:
         UnknownName: no such type can be written.
     """
-    from coterie.model.disk.encodings.ggml import affine, scaled, vector
+    from coterie.model.disk.encodings.ggml import affine, scaled, ternary, vector
 
     types: dict[str, BlockType] = {}
     types.update(scaled.TYPES)
+    types.update(ternary.TYPES)
     types.update(affine.TYPES)
     types.update(vector.TYPES)
     if name not in types:
