@@ -71,7 +71,12 @@ STORED_IN_BLOCKS = {
     "qwen3_moe": ("qwen3_moe", MIXED, WIDE),
     # The smallest types that there are.
     "two bits and fewer": (
-        "qwen3_moe", {"gate_proj.weight": ("TQ2_0", -1), "up_proj.weight": ("TQ1_0", -1)}, WIDE,
+        "qwen3_moe",
+        {
+            "gate_proj.weight": ("TQ2_0", -1), "up_proj.weight": ("TQ1_0", -1), "down_proj.weight": ("IQ1_S", -1),
+            "q_proj.weight": ("IQ1_M", -1),
+        },
+        WIDE,
     ),
     # Rows of queries and keys change places there.
     "mixtral": (
@@ -184,6 +189,13 @@ def test_experts_of_one_projection_in_several_types_are_refused(tmp_path):
     model = packed(tmp_path / "model", "qwen3_moe", types, **WIDE)
     with pytest.raises(InputError, match="its experts are stored as Q4_0 and plain numbers"):
         export(model, tmp_path / "model.gguf")
+
+
+def test_types_that_no_gguf_file_can_hold_are_refused(tmp_path):
+    model = packed(tmp_path / "model", "qwen3_moe", {"up_proj.weight": ("TURBO3", -1)}, **WIDE)
+    with pytest.raises(InputError, match=r"experts\.0\.up_proj\.weight is stored as TURBO3, .* like --type Q4_K"):
+        export(model, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_a_result_with_fewer_experts_says_what_was_done_and_is_predicted_alike(tiny, text, tmp_path):

@@ -18,7 +18,8 @@ BLOCK_STEPS = ("distill-blocks",)
 _NARROW = {
     "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "IQ4_XS": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ3_S": "IQ4_NL",
     "IQ3_XXS": "IQ4_NL", "Q2_K": "IQ4_NL", "IQ2_S": "IQ4_NL", "IQ2_XS": "IQ4_NL", "IQ2_XXS": "IQ4_NL",
-    "TQ2_0": "IQ4_NL", "TQ1_0": "IQ4_NL",
+    "TQ2_0": "IQ4_NL", "IQ1_M": "IQ4_NL", "TQ1_0": "IQ4_NL", "IQ1_S": "IQ4_NL",
+    "TURBO4": "IQ4_NL", "TURBO3": "IQ4_NL", "TURBO2": "IQ4_NL",
 }  # fmt: skip
 
 

@@ -22,23 +22,27 @@ class Ternary(Scaled):
     """A type of this kind; see `block_type.BlockType` for what it does."""
 
     def fit(self, weight_NRB: Tensor, importance_NRB: Tensor) -> Scales:
-        """Return the scales at which the error of nearest codes, weighted by importance, is least.
-
-        With the k largest magnitudes coded as -1 or 1 the best scale is s = sum(d |w|) / sum(d) over these, d their
-        importance, and takes sum(d |w|)^2 / sum(d) off the error of zeros; the k that takes most is taken.
-        """
-        magnitude_NRB, order_NRB = weight_NRB.abs().sort(dim=-1, descending=True)
-        weighing_NRB = importance_NRB.expand_as(weight_NRB).gather(-1, order_NRB)
-        above_NRB, below_NRB = (weighing_NRB * magnitude_NRB).cumsum(dim=-1), weighing_NRB.cumsum(dim=-1)
-        scale_NRB = ratio(above_NRB, below_NRB)
-        best_NR1 = (above_NRB * scale_NRB).argmax(dim=-1, keepdim=True)
-        scale_NR1 = as_half(scale_NRB.gather(-1, best_NR1))
-        return Scales(scale_NR=scale_NR1.squeeze(-1), factor_NRS=torch.ones_like(scale_NR1))
+        """Return the scales at which the error of nearest codes, weighted by importance, is least."""
+        scale_NR = as_half(best_scale(weight_NRB, importance_NRB.expand_as(weight_NRB)))
+        return Scales(scale_NR=scale_NR, factor_NRS=torch.ones_like(scale_NR[..., None]))
 
     def unpack(self, byte_NRK: Tensor) -> Tensor:
         """Return the values of blocks; the fourth code of TQ2_0, which nobody writes, is read as 2 like in GGML."""
         _, code_NRB = self.from_bytes(byte_NRK[..., :-2])
         return (code_NRB.to(torch.float32) - 1) * halves(byte_NRK[..., -2:])[..., None]
+
+
+def best_scale(weight_C: Tensor, importance_C: Tensor) -> Tensor:
+    """Return the scale (...) at which -1, 0 or 1 times it is nearest to numbers (..., C), weighted by importance.
+
+    With the k largest magnitudes coded as -1 or 1 the best scale is s = sum(d |w|) / sum(d) over these, d their
+    importance, and takes sum(d |w|)^2 / sum(d) off the error of zeros; the k that takes most is taken.
+    """
+    magnitude_C, order_C = weight_C.abs().sort(dim=-1, descending=True)
+    weighing_C = importance_C.gather(-1, order_C)
+    above_C, below_C = (weighing_C * magnitude_C).cumsum(dim=-1), weighing_C.cumsum(dim=-1)
+    scale_C = ratio(above_C, below_C)
+    return scale_C.gather(-1, (above_C * scale_C).argmax(dim=-1, keepdim=True)).squeeze(-1)
 
 
 def _tq2_0_to(factor_NRS: Tensor, code_NRB: Tensor) -> Tensor:
