@@ -392,19 +392,20 @@ def test_a_dry_run_says_the_bytes_and_writes_nothing(small, text_folder, tmp_pat
 # Targets.
 
 
-@pytest.mark.parametrize("recipe", ["nearest", "gptaq"])
-def test_our_own_types_are_written_and_read(recipe, wide, text_folder, tmp_path):
-    result = compress(wide, tmp_path / "out", recipe=recipe, type="turbo3", text=text_folder, **TEXT)
+def test_our_own_types_are_written_and_read(wide, text_folder, tmp_path):
+    result = compress(wide, tmp_path / "out", type="turbo3", target="packed", text=text_folder, **TEXT)
     assert result.logits_error <= 1e-6
     kinds = {name.rpartition(".layers.0.")[2]: kind for name, kind in result.plan.types.items()}
     assert kinds["mlp.experts.*.gate_proj.weight"] == "TURBO3"
-    assert kinds["mlp.experts.*.down_proj.weight"] == "IQ4_NL"  # rows of 64
+    assert kinds["mlp.experts.*.down_proj.weight"] == "TURBO3.T"  # rows of 64, columns of 256
     assert result.plan.predicted_bytes == Checkpoint.open(result.out).num_bytes
     original, packed = states(wide, result.out)
     assert 0.1 < furthest(original, packed)[0] < 0.5  # a row in the place of another one would be off by 1.4
 
 
 def test_our_own_types_are_never_chosen_by_themselves(wide):
+    with pytest.raises(InputError, match=r"TURBO3 is a type that Coterie alone reads: say --target packed"):
+        plan(wide, type="TURBO3", recipe="nearest")
     for bits in (4.07, 3.07, 2.07):
         assert not set(plan(wide, bits=bits, recipe="nearest").types.values()) & set(OWN_TYPES)
     assert not set(PRICED_TYPES) & set(OWN_TYPES)
@@ -463,7 +464,7 @@ def test_a_mixture_meets_budgets_below_the_smallest_single_type(wide):
     assert mixture < single
     outlined = plan(wide, budget=mixture, recipe="coterie-bits")
     assert outlined.predicted_bytes == mixture
-    assert outlined.types["lm_head.weight"] == "IQ2_XXS"  # a single type gives the head Q6_K at least
+    assert outlined.types["lm_head.weight"] == "IQ1_S"  # a single type gives the head Q6_K at least
     with pytest.raises(Infeasible, match="cannot be met with fewer bits alone"):
         plan(wide, budget=mixture - 1, recipe="coterie-bits")
 

@@ -91,11 +91,15 @@ class Rotated:
     def choose(self, weight_NRv: Tensor, scales: Scales, column: int, metric_Nvv: Tensor) -> tuple[Codes, Tensor]:
         """Choose codes of a block one rotated number after the other, errors made good as by GPTQ.
 
-        With e the error in rotated coordinates and T upper triangular, the error of a row is |e T|^2. Its j-th term is
-        zero where e_j T_jj = -(sum over i < j of e_i T_ij), so that is what the j-th number is rounded towards.
+        Where all errors weigh the same there is nothing to make good, and they are the nearest. Else, with e the error
+        in rotated coordinates and T upper triangular, the error of a row is |e T|^2. Its j-th term is zero where
+        e_j T_jj = -(sum over i < j of e_i T_ij), so that is what the j-th number is rounded towards.
         """
         scale_NR1 = scales.scale_NR[..., None]
         rotated_NRv = rotate(weight_NRv)
+        if _is_even(metric_Nvv):
+            code_NRv, level_NRv = self._nearest(rotated_NRv, scale_NR1)
+            return Codes(code_NRc=code_NRv.to(torch.int16)), rotate_back(level_NRv * scale_NR1)
         upper_Nvv = _triangular(metric_Nvv)
         pull_Nvv = upper_Nvv / upper_Nvv.diagonal(dim1=-2, dim2=-1)[:, None]
         code_NRv = torch.empty_like(rotated_NRv, dtype=torch.int16)
@@ -150,6 +154,12 @@ def _transformed(value_B: Tensor) -> Tensor:
         value_B = torch.cat((pair_H2[..., 0] + pair_H2[..., 1], pair_H2[..., 0] - pair_H2[..., 1]), dim=-1)
     numbers: Tensor = value_B / 16
     return numbers
+
+
+def _is_even(metric_Nvv: Tensor) -> bool:
+    """Tell whether errors of all columns weigh the same: then those of all rotated numbers do."""
+    first_N11 = metric_Nvv[:, :1, :1]
+    return torch.equal(metric_Nvv, first_N11 * torch.eye(metric_Nvv.shape[-1], device=metric_Nvv.device))
 
 
 def _triangular(metric_Nvv: Tensor) -> Tensor:
