@@ -42,6 +42,9 @@ _SHARES = (0.85, 0.92, 1.0, 1.08, 1.16)
 #: Share of the mean weight of a block's columns that every direction weighs more: some columns may weigh nothing.
 _DAMPING = 1e-3
 
+#: Matrices whose metrics are factored at once, in float64: each takes some three MB meanwhile.
+_MATRICES_AT_ONCE = 16
+
 
 @dataclass(frozen=True, kw_only=True, slots=False)
 class Rotated:
@@ -164,6 +167,10 @@ def _is_even(metric_Nvv: Tensor) -> bool:
 
 def _triangular(metric_Nvv: Tensor) -> Tensor:
     """Return T (N, v, v), upper triangular, with |e T| = |e' M| for errors e' of columns that are e when rotated."""
+    return torch.cat([_factor(some_Nvv) for some_Nvv in torch.split(metric_Nvv, _MATRICES_AT_ONCE)])
+
+
+def _factor(metric_Nvv: Tensor) -> Tensor:
     turned_Nvv = rotate(metric_Nvv.to(torch.float64).mT).mT
     gram_Nvv = turned_Nvv @ turned_Nvv.mT
     mean_N = gram_Nvv.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
