@@ -397,10 +397,17 @@ def test_our_own_types_are_written_and_read(wide, text_folder, tmp_path):
     assert result.logits_error <= 1e-6
     kinds = {name.rpartition(".layers.0.")[2]: kind for name, kind in result.plan.types.items()}
     assert kinds["mlp.experts.*.gate_proj.weight"] == "TURBO3"
-    assert kinds["mlp.experts.*.down_proj.weight"] == "TURBO3.T"  # rows of 64, columns of 256
+    assert kinds["mlp.experts.*.down_proj.weight"] == "IQ4_NL"  # rows of 64
     assert result.plan.predicted_bytes == Checkpoint.open(result.out).num_bytes
     original, packed = states(wide, result.out)
     assert 0.1 < furthest(original, packed)[0] < 0.5  # a row in the place of another one would be off by 1.4
+
+
+def test_our_own_types_do_not_run_on_from_row_to_row(wide, text_folder, tmp_path):
+    whole = plan(wide, type="Q4_0", recipe="nearest")
+    wrong = replace(whole, types={**whole.types, "model.layers.0.mlp.experts.*.down_proj.weight": "TURBO3.W"})
+    with pytest.raises(Infeasible, match=r"row to row; blocks of TURBO3 are coded as a whole, each within one row"):
+        compress(wide, tmp_path / "out", plan=wrong, text=text_folder, **TEXT)
 
 
 def test_our_own_types_are_never_chosen_by_themselves(wide):

@@ -19,12 +19,16 @@ _RUNS = ((32, 5), (16, 5), (4, 4))
 
 
 class Ternary(Scaled):
-    """A type of this kind; see `block_type.BlockType` for what it does."""
+    """A type of this kind; see `block_type.BlockType` for what it does.
+
+    All columns of a block share a step; they count as sub-blocks of 32, as many as rows are a multiple of.
+    """
 
     def fit(self, weight_NRB: Tensor, importance_NRB: Tensor) -> Scales:
         """Return the scales at which the error of nearest codes, weighted by importance, is least."""
         scale_NR = as_half(best_scale(weight_NRB, importance_NRB.expand_as(weight_NRB)))
-        return Scales(scale_NR=scale_NR, factor_NRS=torch.ones_like(scale_NR[..., None]))
+        factor_NRS = torch.ones_like(scale_NR[..., None]).expand(*scale_NR.shape, self.block // self.sub_block)
+        return Scales(scale_NR=scale_NR, factor_NRS=factor_NRS)
 
     def unpack(self, byte_NRK: Tensor) -> Tensor:
         """Return the values of blocks; the fourth code of TQ2_0, which nobody writes, is read as 2 like in GGML."""
@@ -76,11 +80,11 @@ def _tq1_0_from(byte_NRK: Tensor) -> tuple[Tensor, Tensor]:
 
 TYPES = {
     "TQ2_0": Ternary(
-        name="TQ2_0", block=256, sub_block=256, levels=(-1, 0, 1), factors=(1, 1), to_bytes=_tq2_0_to,
+        name="TQ2_0", block=256, sub_block=32, levels=(-1, 0, 1), factors=(1, 1), to_bytes=_tq2_0_to,
         from_bytes=_tq2_0_from, scale_first=False,
     ),
     "TQ1_0": Ternary(
-        name="TQ1_0", block=256, sub_block=256, levels=(-1, 0, 1), factors=(1, 1), to_bytes=_tq1_0_to,
+        name="TQ1_0", block=256, sub_block=32, levels=(-1, 0, 1), factors=(1, 1), to_bytes=_tq1_0_to,
         from_bytes=_tq1_0_from, scale_first=False,
     ),
 }  # fmt: skip
