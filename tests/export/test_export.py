@@ -66,15 +66,27 @@ MIXED = {
     "gate_proj.weight": ("Q4_K", -1), "up_proj.weight": ("Q4_0", -1), "down_proj.weight": ("Q6_K", -1),
     "q_proj.weight": ("Q4_K", -1), "embed_tokens.weight": ("Q6_K", -1),
 }  # fmt: skip
+#: Family, types and sizes.
 STORED_IN_BLOCKS = {
-    "qwen3_moe": (MIXED, WIDE),
+    "qwen3_moe": ("qwen3_moe", MIXED, WIDE),
+    # The smallest types that there are.
+    "two bits and fewer": (
+        "qwen3_moe",
+        {
+            "gate_proj.weight": ("TQ2_0", -1), "up_proj.weight": ("TQ1_0", -1), "down_proj.weight": ("IQ1_S", -1),
+            "q_proj.weight": ("IQ1_M", -1),
+        },
+        WIDE,
+    ),
     # Rows of queries and keys change places there.
     "mixtral": (
+        "mixtral",
         {"q_proj.weight": ("Q4_K", -1), "k_proj.weight": ("Q4_0", -1), "w1.weight": ("Q4_K", -1)},
         {"hidden_size": 256, "head_dim": 32, "num_key_value_heads": 2, "sliding_window": None},
     ),
     # Blocks along the axis that is the input one, where matrices lie transposed; gate and up in turn.
     "gpt_oss": (
+        "gpt_oss",
         {"gate_up_proj": ("Q4_K", -2), "down_proj": ("Q6_K", -2)},
         {"hidden_size": 256, "intermediate_size": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     ),
@@ -136,9 +148,9 @@ def test_blocks_go_over_byte_for_byte(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", STORED_IN_BLOCKS)
-def test_a_file_of_several_types_predicts_what_the_checkpoint_predicts(family, tmp_path):
-    types, changes = STORED_IN_BLOCKS[family]
+@pytest.mark.parametrize("which", STORED_IN_BLOCKS)
+def test_a_file_of_several_types_predicts_what_the_checkpoint_predicts(which, tmp_path):
+    family, types, changes = STORED_IN_BLOCKS[which]
     model = packed(tmp_path / "model", family, types, **changes)
     done = export(model, tmp_path / "model.gguf", type="f32")
     assert {kind for kind, _ in types.values()} <= set(done.types)
@@ -177,6 +189,13 @@ def test_experts_of_one_projection_in_several_types_are_refused(tmp_path):
     model = packed(tmp_path / "model", "qwen3_moe", types, **WIDE)
     with pytest.raises(InputError, match="its experts are stored as Q4_0 and plain numbers"):
         export(model, tmp_path / "model.gguf")
+
+
+def test_types_that_no_gguf_file_can_hold_are_refused(tmp_path):
+    model = packed(tmp_path / "model", "qwen3_moe", {"up_proj.weight": ("TURBO3", -1)}, **WIDE)
+    with pytest.raises(InputError, match=r"experts\.0\.up_proj\.weight is stored as TURBO3, .* like --type Q4_K"):
+        export(model, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_a_result_with_fewer_experts_says_what_was_done_and_is_predicted_alike(tiny, text, tmp_path):
