@@ -139,7 +139,8 @@ class Vector:
         rows_RB = weight_NRB.flatten(0, 1)
         importance_RB = importance_NRB.expand_as(weight_NRB).flatten(0, 1)
         at_once = _FITTED_AT_ONCE.get(rows_RB.device.type, _FITTED_ELSEWHERE) // self.block
-        parts = [self._fit(*some) for some in zip(rows_RB.split(at_once), importance_RB.split(at_once), strict=True)]
+        some = zip(torch.split(rows_RB, at_once), torch.split(importance_RB, at_once), strict=True)
+        parts = [self._fit(*each) for each in some]
         shape = weight_NRB.shape[:2]
         return Scales(
             scale_NR=torch.cat([scale_R for scale_R, _ in parts]).view(shape),
