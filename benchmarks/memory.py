@@ -6,8 +6,8 @@
 For each size a synthetic checkpoint is made (`make_large.py`), and each command runs on it in a process of its own, the
 checkpoint being out of the file cache. "compress" halves the experts; "bits", which takes minutes a GB and runs when it
 is named, brings the model to a quarter of its bytes in fewer bits (coterie-bits, not trained). With --bundled the
-bundled model is measured as well: profile with and without gradients, with long text, and the recipe coterie with all its
-stages. Prints tables in Markdown, and exits with status 1 when a promise is broken:
+bundled model is measured as well: profile with and without gradients, with long text, and the recipe coterie with all
+its stages. Prints tables in Markdown, and exits with status 1 when a promise is broken:
 
 - the peak of a command's memory does not grow with the model (by at most 10 %), stays under what the command announced,
   and under --limit; what is announced is no more than 1.6 times the peak where that is above a GiB;

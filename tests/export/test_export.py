@@ -36,8 +36,10 @@ def field(file, key):
     return gguf.GGUFReader(file).get_field(key).contents()
 
 
-def packed(folder, family, types, **changes):
+def packed(folder, family, types, *, columns=None, **changes):
     """Write a tiny model, some tensors of which are stored in blocks: type and axis by the end of their names.
+
+    With `columns`, the numbers of a row, blocks run on from row to row.
 
     Rows are packed by themselves, so what was packed once serves all tensors of a kind, turned by some rows.
     """
@@ -46,7 +48,7 @@ def packed(folder, family, types, **changes):
     # Smaller numbers than in narrow models: a router should not turn on the last bit.
     content = {name: t / 4 if t.ndim > 1 else t for name, t in load_file(model / "model.safetensors").items()}
     for ending, (kind, axis) in types.items():
-        encoding = GgmlBlocks(type=kind, axis=axis, dtype="F32")
+        encoding = GgmlBlocks(type=kind, axis=axis, dtype="F32", columns=columns)
         names = [name for name in content if name.endswith(ending)]
         [once] = encoding.pack(content[names[0]][:1] if content[names[0]].ndim == 3 else content[names[0]]).values()
         for turn, name in enumerate(names):
@@ -189,6 +191,20 @@ def test_experts_of_one_projection_in_several_types_are_refused(tmp_path):
     model = packed(tmp_path / "model", "qwen3_moe", types, **WIDE)
     with pytest.raises(InputError, match="its experts are stored as Q4_0 and plain numbers"):
         export(model, tmp_path / "model.gguf")
+
+
+def test_blocks_that_run_on_from_row_to_row_become_numbers_and_it_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", logger="coterie")
+    model = packed(
+        tmp_path / "model", "qwen3_moe", {"down_proj.weight": ("Q4_K", -1)}, columns=96, moe_intermediate_size=96
+    )
+    export(model, tmp_path / "model.gguf", type="f32")
+    with dequantized(Checkpoint.open(model), "float32").reader() as reader:
+        expected = reader.read("model.layers.0.mlp.experts.1.down_proj.weight")
+    stack = tensors(tmp_path / "model.gguf")["blk.0.ffn_down_exps.weight"]
+    assert stack.tensor_type.name == "F32"
+    assert torch.equal(torch.from_numpy(stack.data[1].copy()), expected)
+    assert "lose their blocks, such as blk.0.ffn_down_exps.weight" in caplog.text
 
 
 def test_types_that_no_gguf_file_can_hold_are_refused(tmp_path):
