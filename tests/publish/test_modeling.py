@@ -9,16 +9,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+import coterie
+import coterie.publish.modeling_coterie as modeling
 from checkpoints import IDS, logits
 from coterie.compress.apply import compress
+from coterie.model.arch.layers import Architecture
 from coterie.model.arch.load import load_model
 from coterie.model.disk.beside import MODELING_FILE
-from coterie.model.disk.manifest import ResultForm
-from coterie.testing import tiny_checkpoint
+from coterie.model.disk.checkpoint import Checkpoint, read_config
+from coterie.model.disk.encodings.ggml import SIZES
+from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
+from coterie.model.disk.manifest import MANIFEST, ResultForm
+from coterie.model.quiet import quiet
+from coterie.publish.modeling_coterie import CoterieModel
+from coterie.publish.stock import auto_map
+from coterie.testing import tiny_checkpoint, tiny_text
 
 #: The entry that says how wide experts are; 64, so that their matrices can be stored in blocks.
 FAMILIES = {
@@ -42,6 +53,10 @@ from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 ids = torch.tensor(json.loads(sys.argv[1]))
 for folder in sys.argv[2:]:
+    packed = "quantization_config" in json.load(open(folder + "/config.json"))
+    sys.modules.pop("gguf", None)
+    if not packed:
+        sys.modules["gguf"] = None  # nor does it take what unpacks blocks
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers.models."), type(model)
     with torch.no_grad():
@@ -54,27 +69,29 @@ for folder in sys.argv[2:]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, text_folder):
-    """Return a function that makes results and hands them to stock transformers: those of a form, by family."""
-    folder = tmp_path_factory.mktemp("results")
+def made(tmp_path_factory):
+    """Return a factory of results, each made once; copy one before you change it."""
+    folder, done = tmp_path_factory.mktemp("results"), {}
+    text = tiny_text(folder / "text")
 
-    def make(forms, **changes):
-        made = {}
-        for form, family in forms:
-            model = folder / f"{family}-{changes}"
-            if not model.exists():
-                tiny_checkpoint(model, family, hidden_size=64, **{FAMILIES[family]: 64}, **changes)
-            made[form, family] = compress(model, folder / f"{form}-{family}", text=text_folder, **TEXT, **TARGETS[form])
-        return made
+    def make(form, family="olmoe", **sizes):
+        if (form, family) not in done:
+            sizes = sizes or {FAMILIES[family]: 64}
+            model = tiny_checkpoint(folder / f"{form}-{family}-model", family, **{"hidden_size": 64, **sizes})
+            done[form, family] = compress(model, folder / f"{form}-{family}", text=text, **TEXT, **TARGETS[form])
+        return done[form, family]
 
     return make
 
 
-@pytest.fixture(scope="module")
-def text_folder(tmp_path_factory):
-    from coterie.testing import tiny_text
+@pytest.fixture
+def copied(made, tmp_path):
+    """Return a function that makes a result, and copies it to a place where it may be changed."""
 
-    return tiny_text(tmp_path_factory.mktemp("words"))
+    def copy(*result):
+        return Path(shutil.copytree(made(*result).out, tmp_path / "copy"))
+
+    return copy
 
 
 def load_without_coterie(folders, tmp_path):
@@ -103,30 +120,183 @@ def check_same(out, copy):
     assert torch.equal(found.float(), logits(model))
 
 
-def check(results, forms, tmp_path):
-    made = results(forms)
-    copies = load_without_coterie([result.out for result in made.values()], tmp_path)
-    for (form, _), copy in zip(made, copies, strict=True):
-        result = made[form, _]
-        assert result.manifest.form is form
+def check(results, tmp_path):
+    copies = load_without_coterie([result.out for result in results], tmp_path)
+    for result, copy in zip(results, copies, strict=True):
         check_same(result.out, copy)
-        saved = copy / "saved"
-        config = json.loads((saved / "config.json").read_text())
+        config = json.loads((copy / "saved" / "config.json").read_text())
         assert not config.keys() & {"auto_map", "quantization_config"}
-        assert not (saved / MODELING_FILE).exists()
-        assert torch.equal(logits(load_model(saved)), logits(load_model(result.out)))
+        assert not (copy / "saved" / MODELING_FILE).exists()
+        with quiet():
+            stock = AutoModelForCausalLM.from_pretrained(copy / "saved", dtype=torch.float32)
+        assert torch.equal(logits(stock), logits(load_model(result.out)))
 
 
-def test_it_loads_what_coterie_loads(results, tmp_path):
-    check(
-        results,
-        [(ResultForm.PACKED, "qwen3_moe"), (ResultForm.MAPPED, "olmoe"), (ResultForm.RAGGED, "mixtral")],
-        tmp_path,
-    )
+def test_stock_transformers_loads_what_coterie_loads(made, tmp_path):
+    results = [made(ResultForm.PACKED, "qwen3_moe"), made(ResultForm.MAPPED), made(ResultForm.RAGGED, "mixtral")]
+    assert [result.manifest.form for result in results] == list(TARGETS)
+    check(results, tmp_path)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_loads_every_form_of_a_family(results, tmp_path, family):
-    forms = [form for form in TARGETS if (form, family) != (ResultForm.RAGGED, "gpt_oss")]  # all experts in one tensor
-    check(results, [(form, family) for form in forms], tmp_path)
+def test_it_loads_every_form_of_a_family(made, tmp_path, family):
+    forms = [form for form in TARGETS if (form, family) != (ResultForm.RAGGED, "gpt_oss")]  # experts in one tensor
+    check([made(form, family) for form in forms], tmp_path)
+
+
+#: Other ways to lay out experts, routers and towers; see test_pack.
+OTHERS = {
+    "granitemoe": {"intermediate_size": 64},
+    "qwen3_next": {"moe_intermediate_size": 64},
+    "qwen3_vl_moe": {"moe_intermediate_size": 64},
+    "gemma4_text": {"moe_intermediate_size": 64},
+    "muse_spark": {"hidden_size": 32, "moe_intermediate_size": 64, "moe_hidden_size": 32},
+    "zaya": {"moe_intermediate_size": 64, "router_hidden_size": 32},
+}
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("form", [ResultForm.PACKED, ResultForm.MAPPED])
+@pytest.mark.parametrize("family", OTHERS)
+def test_it_loads_other_families(made, family, form):
+    out = made(form, family, **OTHERS[family]).out
+    expected = load_model(out)
+    loaded = CoterieModel.from_pretrained(out, dtype=torch.float32)
+    found = loaded.state_dict()
+    assert found.keys() == expected.state_dict().keys()
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(found[name], weight), name
+    assert torch.equal(logits(loaded), logits(expected))
+
+
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_blocks_of_every_type_are_unpacked_to_the_same_bits(kind, axis):
+    encoding = GgmlBlocks(type=kind, axis=axis)
+    blocks = torch.randint(256, encoding.stored((2, 512, 1024))[""][1], dtype=torch.uint8)  # also scales that are none
+    with np.errstate(all="ignore"):
+        found, expected = modeling._unpacked(blocks, encoding.config()), encoding.unpack({"": blocks})
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert expected.isfinite().float().mean() > 0.5
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_blocks_never_have_the_shape_of_numbers():
+    """So stock loaders, which overlook a ``quant_method`` that they do not know, refuse every matrix in blocks."""
+    assert all(block != size for block, size in SIZES.values())
+
+
+@pytest.mark.parametrize("form", TARGETS)
+def test_without_the_code_stock_transformers_refuses(made, form):
+    with quiet(), pytest.raises(RuntimeError, match=r"mismatched_sizes|conversion of the weights"):
+        AutoModelForCausalLM.from_pretrained(made(form).out)
+
+
+@pytest.mark.parametrize("form", TARGETS)
+def test_the_file_is_that_of_the_package_and_named(made, form):
+    out = made(form).out
+    assert (out / MODELING_FILE).read_bytes() == Path(modeling.__file__).read_bytes()
+    named = {"AutoModelForCausalLM": "modeling_coterie.CoterieModel"}
+    assert json.loads((out / "config.json").read_text())["auto_map"] == named
+
+
+def test_a_family_with_images_is_named_for_its_auto_classes(tiny):
+    family = Architecture.of(Checkpoint.open(tiny("qwen3_vl_moe"))).model.config
+    names = ["AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
+    assert list(auto_map({}, type(family))) == names
+
+
+def test_a_plain_result_has_none(tiny, text, tmp_path):
+    out = compress(tiny(), tmp_path / "out", recipe="reap", keep=0.5, text=text, **TEXT).out
+    assert not (out / MODELING_FILE).exists()
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
+
+
+def test_coterie_does_not_run_it(copied):
+    copy = copied(ResultForm.PACKED)
+    expected = logits(load_model(copy))
+    (copy / MODELING_FILE).write_text("raise SystemExit")
+    coterie.inspect(copy)
+    loaded = load_model(copy)
+    assert torch.equal(logits(loaded), expected)
+    assert not hasattr(loaded.config, "auto_map")
+    assert "auto_map" not in read_config(copy)
+
+
+def test_what_the_original_names_is_replaced_and_said(tiny, text, tmp_path, caplog):
+    """DeepSeek-V3 and others name code for the versions of transformers that did not know them."""
+    model = Path(shutil.copytree(tiny("deepseek_v3"), tmp_path / "model"))
+    named = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.Base", "AutoModelForCausalLM": "own.OwnModel"}
+    others = {"AutoProcessor": "own.OwnProcessor"}
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": named | others}))
+    (model / "own.py").write_text("raise SystemExit")
+    out = compress(model, tmp_path / "out", text=text, **TEXT, **TARGETS[ResultForm.MAPPED]).out
+    own = {"AutoModelForCausalLM": "modeling_coterie.CoterieModel"}
+    assert json.loads((out / "config.json").read_text())["auto_map"] == others | own
+    assert read_config(out)["auto_map"] == others
+    [message] = [record.message for record in caplog.records if "auto_map" in record.message]
+    assert "AutoConfig: own.OwnConfig, AutoModel: own.Base, AutoModelForCausalLM: own.OwnModel" in message
+    assert (out / "own.py").is_file()
+    assert torch.equal(logits(CoterieModel.from_pretrained(out)), logits(load_model(out)))
+
+
+def test_options_reach_the_stock_class(made):
+    out = made(ResultForm.PACKED).out
+    model, info = CoterieModel.from_pretrained(
+        out, dtype=torch.bfloat16, output_loading_info=True, attn_implementation="eager"
+    )
+    assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+    assert not info["missing_keys"]
+    assert model.config.name_or_path == str(out)
+    stored = GenerationConfig.from_pretrained(out)
+    assert model.generation_config.to_diff_dict() == stored.to_diff_dict()
+
+
+def test_a_config_that_says_no_number_format(copied):
+    copy = copied(ResultForm.RAGGED)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "dtype"}))
+    assert CoterieModel.from_pretrained(copy).dtype == torch.float32
+
+
+def test_a_model_without_weights(made):
+    config = AutoConfig.from_pretrained(made(ResultForm.PACKED).out)
+    model = CoterieModel._from_config(config)
+    assert type(model).__name__ == "OlmoeForCausalLM"
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_files_are_fetched_from_the_hub(made, monkeypatch):
+    out, asked = made(ResultForm.MAPPED).out, []
+
+    def fetch(name, **options):
+        asked.append((name, options))
+        return str(out)
+
+    monkeypatch.setattr(modeling, "snapshot_download", fetch)
+    model = CoterieModel.from_pretrained("some/model", revision="abc", token="secret", proxies=None, subfolder="")
+    assert torch.equal(logits(model), logits(load_model(out)))
+    patterns = ["*.json", "*.safetensors"]
+    assert asked == [("some/model", {"allow_patterns": patterns, "revision": "abc", "token": "secret"})]
+    assert model.config.name_or_path == "some/model"
+
+
+def test_what_is_missing_is_said(copied, monkeypatch):
+    copy = copied(ResultForm.PACKED)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "gguf", None)
+        with pytest.raises(ImportError, match="pip install gguf"):
+            CoterieModel.from_pretrained(copy)
+    with pytest.raises(ValueError, match=r"is an adapter: load .* first"):
+        CoterieModel.from_pretrained(copy, adapter_kwargs={"_adapter_model_path": "mine"})
+    index = json.loads((copy / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with quiet(), pytest.raises(ValueError, match=r"no tensors for \['model.norm.weight'\]; fetch its files again"):
+        CoterieModel.from_pretrained(copy)
+    (copy / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"has no coterie\.json"):
+        CoterieModel.from_pretrained(copy)

@@ -84,7 +84,8 @@ def write_config(source: Source, plan: Plan, folder: Path) -> None:
     write_modeling_file(folder)
     if replaced := replaced_code(source.architecture.config):
         log.warning(
-            "config.json of the original names code of its own (%s), which loads no %s: the result names %s instead",
+            "auto_map in config.json of the original names code of its own (%s), which loads no %s: that of the result "
+            "names %s instead",
             ", ".join(f"{name}: {code}" for name, code in sorted(replaced.items())),
             "weights in blocks" if plan.packed else "mapped or ragged result",
             MODELING_FILE,

@@ -22,8 +22,9 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,9 @@ def _packed(folder: Path) -> dict[str, Mapping[str, Any]]:
     """Return how tensors are packed: name, or pattern with a star for one number in it -> type, axis, dtype."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
     if settings.get("quant_method", _METHOD) != _METHOD:
-        raise ValueError(f"{folder} says that it is packed by {settings['quant_method']!r}; that file is not Coterie's")
+        raise ValueError(
+            f"{folder}: config.json says {settings['quant_method']!r} of its weights, which is not Coterie's"
+        )
     return {pattern: group for group in settings.get("groups", ()) for pattern in group["tensors"]}
 
 
@@ -168,18 +171,21 @@ def _tensors(
     folder: Path, packed: Mapping[str, Mapping[str, Any]], ragged: Mapping[str, Any] | None
 ) -> dict[str, _StoredTensor]:
     """Return all tensors by name, each to be read when it is wanted."""
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
+    opened: Any = lru_cache(maxsize=1)(partial(safe_open, framework="pt"))  # one file at a time
+    index, single = folder / "model.safetensors.index.json", "model.safetensors"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    else:
+        files = dict.fromkeys(opened(folder / single).keys(), single)
     tensors = {}
-    for file in files:
-        reader: Any = safe_open(folder / file, framework="pt")
-        for name in reader.keys():  # noqa: SIM118 - it is no dict
-            group = _of_pattern(name, packed)
-            axis = None if ragged is None else _of_pattern(name, ragged["axes"])
-            width = None if ragged is None or axis is None else (axis, ragged["width"])
-            tensors[name] = _StoredTensor(reader, name, group, width)
+    for name, file in files.items():
+        axis = None if ragged is None else _of_pattern(name, ragged["axes"])
+        tensors[name] = _StoredTensor(
+            partial(opened, folder / file),
+            name,
+            group=_of_pattern(name, packed),
+            full=None if ragged is None or axis is None else (axis, ragged["width"]),
+        )
     return tensors
 
 
@@ -193,15 +199,22 @@ def _of_pattern(name: str, patterns: Mapping[str, Any]) -> Any:
 class _StoredTensor:
     """A tensor that is read when it is indexed, as slices of safetensors are."""
 
-    def __init__(self, reader: Any, name: str, group: Mapping[str, Any] | None, width: tuple[int, int] | None) -> None:
-        self.reader, self.name, self.group, self.width = reader, name, group, width
+    def __init__(
+        self,
+        file: Callable[[], Any],
+        name: str,
+        *,
+        group: Mapping[str, Any] | None,
+        full: tuple[int, int] | None,
+    ) -> None:
+        self.file, self.name, self.group, self.full = file, name, group, full
 
     def __getitem__(self, index: Any) -> Tensor:
-        tensor: Tensor = self.reader.get_tensor(self.name)
+        tensor: Tensor = self.file().get_tensor(self.name)
         if self.group is not None:
             tensor = _unpacked(tensor, self.group)
-        if self.width is not None:
-            tensor = _filled_up(tensor, *self.width)
+        if self.full is not None:
+            tensor = _filled_up(tensor, *self.full)
         return tensor[index]
 
 
@@ -221,13 +234,12 @@ def _gguf() -> tuple[Any, Any]:
 def _unpacked(blocks: Tensor, group: Mapping[str, Any]) -> Tensor:
     """Return the numbers of a tensor of bytes, in whose rows along one axis lie blocks."""
     types, dequantize = _gguf()
+    kind, dtype = types[group["type"]], _DTYPES[group["dtype"]]
     byte_RK = blocks.transpose(group["axis"], -1).contiguous()
     rows = byte_RK.reshape(-1, byte_RK.shape[-1])
     count = max(_NUMBERS_AT_ONCE // rows.shape[-1], 1)
     values = [
-        torch.from_numpy(dequantize(rows[start : start + count].numpy(), types[group["type"]])).to(
-            _DTYPES[group["dtype"]]
-        )
+        torch.from_numpy(dequantize(rows[start : start + count].numpy(), kind)).to(dtype)
         for start in range(0, len(rows), count)
     ]
     return torch.cat(values).reshape(*byte_RK.shape[:-1], -1).transpose(group["axis"], -1).contiguous()
@@ -255,9 +267,8 @@ def _mapped_class(stock: Any, layers: list[Mapping[str, Any]]) -> Any:
         for layer in layers:
             for _, module in _experts(self, layer):
                 for name, parameter in module.named_parameters(recurse=False):
-                    module.register_parameter(
-                        name, nn.Parameter(parameter.detach()[: layer["num_experts_after"]].clone())
-                    )
+                    fewer = parameter.detach()[: layer["num_experts_after"]].clone()
+                    module.register_parameter(name, nn.Parameter(fewer))
                 module.num_experts = layer["num_experts_after"]
 
     def save_pretrained(self: Any, save_directory: Any, **options: Any) -> None:
