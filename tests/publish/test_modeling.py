@@ -156,6 +156,29 @@ OTHERS = {
 }
 
 
+IMAGES = """
+import json, sys
+sys.modules["coterie"] = None
+import torch, transformers
+ids = torch.tensor(json.loads(sys.argv[2]))
+for name in ("AutoModelForImageTextToText", "AutoModelForCausalLM"):
+    model = getattr(transformers, name).from_pretrained(sys.argv[1], trust_remote_code=True)
+    assert type(model).__name__ == "Qwen3VLMoeForConditionalGeneration"
+    with torch.no_grad():
+        print(model(input_ids=ids, use_cache=False).logits.double().sum().item())
+"""
+
+
+@pytest.mark.long
+def test_a_family_with_images_loads_by_either_auto_class(made, tmp_path):
+    out = made(ResultForm.PACKED, "qwen3_vl_moe", **OTHERS["qwen3_vl_moe"]).out
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-c", IMAGES, str(out), json.dumps(IDS.tolist())]
+    run = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert set(map(float, run.stdout.split())) == {logits(load_model(out)).double().sum().item()}
+
+
 @pytest.mark.families
 @pytest.mark.parametrize("form", [ResultForm.PACKED, ResultForm.MAPPED])
 @pytest.mark.parametrize("family", OTHERS)
@@ -300,3 +323,31 @@ def test_what_is_missing_is_said(copied, monkeypatch):
     (copy / MANIFEST).unlink()
     with pytest.raises(ValueError, match=r"has no coterie\.json"):
         CoterieModel.from_pretrained(copy)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_loading_takes_the_model_its_files_and_one_layer(tmp_path):
+    text, sizes = tiny_text(tmp_path / "text"), {"hidden_size": 512, "intermediate_size": 512, "num_experts": 16}
+    outs = []
+    for name, changes in (("small", {"num_hidden_layers": 1}), ("big", {"num_hidden_layers": 8})):
+        model = tiny_checkpoint(tmp_path / f"{name}-model", dtype=torch.bfloat16, **sizes | changes)
+        settings = {"text": text, "tokens": 128, "seq_len": 32, **TARGETS[ResultForm.PACKED]}
+        outs.append(compress(model, tmp_path / name, **settings).out)
+    code = f"""
+import torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+AutoModelForCausalLM.from_pretrained({str(outs[0])!r}, trust_remote_code=True)
+before = status("VmRSS")
+model = AutoModelForCausalLM.from_pretrained({str(outs[1])!r}, trust_remote_code=True)
+print(sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 2**20, status("VmHWM") - before)
+"""
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    size, peak = map(float, run.stdout.split())
+    files = sum(file.stat().st_size for file in outs[1].glob("*.safetensors")) / 2**20
+    # A layer as numbers, once as they are wanted and once in the fused tensor.
+    assert peak < size * (1 + 2 / 8) + files + 64

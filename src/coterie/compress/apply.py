@@ -135,7 +135,7 @@ def compress(
         train_tokens: tokens that such a recipe trains on, in place of what `effort` says; 0 for none. They are drawn
             from `text` beside those that are measured; less text is seen again, up to `EPOCHS` times.
         router: form of the router, see `Plan`: "plain" (when None), "mean" and "refit" load anywhere; "map" is the form
-            of the merging papers and needs Coterie to load.
+            of the merging papers; it loads with Coterie, or the code beside it.
         profile: a profile, or the folder of one; a folder that holds none gets the one that is made here.
         text: folder with calibration text, needed when there is no profile yet.
         weights: share of the text by domain, see `coterie.profile.run.profile`.
