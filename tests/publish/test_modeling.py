@@ -307,7 +307,7 @@ def test_files_are_fetched_from_the_hub(made, monkeypatch):
     assert model.config.name_or_path == "some/model"
 
 
-def test_what_is_missing_is_said(copied, monkeypatch):
+def test_what_cannot_be_is_refused_and_said(copied, monkeypatch):
     copy = copied(ResultForm.PACKED)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "gguf", None)
@@ -315,6 +315,12 @@ def test_what_is_missing_is_said(copied, monkeypatch):
             CoterieModel.from_pretrained(copy)
     with pytest.raises(ValueError, match=r"is an adapter: load .* first"):
         CoterieModel.from_pretrained(copy, adapter_kwargs={"_adapter_model_path": "mine"})
+    with pytest.raises(ValueError, match=r"puts parts of .* on the disk"):
+        CoterieModel.from_pretrained(copy, device_map={"": "cpu", "lm_head": "disk"})
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling.transformers, "__version__", "4.57.1")
+        with pytest.raises(ImportError, match=r"transformers 5 or newer, and 4\.57\.1 is installed"):
+            CoterieModel.from_pretrained(copy)
     index = json.loads((copy / "model.safetensors.index.json").read_text())
     del index["weight_map"]["model.norm.weight"]
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -69,14 +69,10 @@ class CoterieModel:
             **options: as there, for example ``dtype`` or ``device_map``.
 
         Raises:
-            ImportError: weights are in blocks, and the package gguf is not installed.
-            ValueError: files are missing, or contradict each other.
+            ImportError: weights are in blocks, and the package gguf is not installed; or transformers is too old.
+            ValueError: files are missing, or contradict each other; or an option that asks for what cannot be.
         """
-        adapter = (options.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
-        if adapter is not None:
-            raise ValueError(
-                f"{adapter} is an adapter: load {name} first, and then the adapter with its load_adapter()"
-            )
+        _check_possible(name, options)
         folder = _folder(name, options)
         packed, manifest = _packed(folder), _manifest(folder)
         if packed:
@@ -114,6 +110,23 @@ class CoterieModel:
         """Make a model of the stock class with random weights, as ``AutoModelForCausalLM.from_config`` does."""
         plain = _plain(config)
         return _stock_class(plain)._from_config(plain, **options)
+
+
+def _check_possible(name: str | Path, options: dict[str, Any]) -> None:
+    """Refuse early what would fail late, and without a word on why."""
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        raise ImportError(
+            f"{name} takes transformers 5 or newer, and {transformers.__version__} is installed: upgrade it"
+        )
+    adapter = (options.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
+    if adapter is not None:
+        raise ValueError(f"{adapter} is an adapter: load {name} first, and then the adapter with its load_adapter()")
+    places = options.get("device_map")
+    if isinstance(places, Mapping) and "disk" in places.values():
+        raise ValueError(
+            f"device_map puts parts of {name} on the disk, where tensors are not as they are needed: load it without "
+            "that, save_pretrained() it, and load what was saved"
+        )
 
 
 def _folder(name: str | Path, options: dict[str, Any]) -> Path:
