@@ -104,8 +104,8 @@ MultipleOf = Annotated[
 Target = Annotated[
     Literal["gguf", "packed"] | None,
     typer.Option(
-        help="Who reads weights in fewer bits. gguf: llama.cpp, by `coterie export`. packed: Coterie alone; smaller "
-        "where rows are no multiple of 256.",
+        help="Who reads weights in fewer bits. gguf: llama.cpp, by `coterie export`. packed: what loads the result "
+        "itself; smaller where rows are no multiple of 256.",
         show_default="gguf",
     ),
 ]
