@@ -194,13 +194,16 @@ def test_it_loads_other_families(made, family, form):
 
 
 @pytest.mark.parametrize("kind", SIZES)
-@pytest.mark.parametrize("axis", [-1, -2])
-def test_blocks_of_every_type_are_unpacked_to_the_same_bits(kind, axis):
-    encoding = GgmlBlocks(type=kind, axis=axis)
-    blocks = torch.randint(256, encoding.stored((2, 512, 1024))[""][1], dtype=torch.uint8)  # also scales that are none
+@pytest.mark.parametrize(("axis", "columns"), [(-1, None), (-2, None), (-1, 96), (-2, 96)])
+def test_blocks_of_every_type_are_unpacked_to_the_same_bits(kind, axis, columns):
+    encoding = GgmlBlocks(type=kind, axis=axis, columns=columns)
+    shape = [2, 512, 512]
+    shape[axis] = columns or 512
+    blocks = torch.randint(256, encoding.stored(tuple(shape))[""][1], dtype=torch.uint8)  # also scales that are none
     with np.errstate(all="ignore"):
         found, expected = modeling._unpacked(blocks, encoding.config()), encoding.unpack({"": blocks})
     assert found.dtype == expected.dtype == torch.bfloat16
+    assert list(found.shape) == shape
     assert expected.isfinite().float().mean() > 0.5
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 

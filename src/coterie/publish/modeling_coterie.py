@@ -245,7 +245,10 @@ def _gguf() -> tuple[Any, Any]:
 
 
 def _unpacked(blocks: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """Return the numbers of a tensor of bytes, in whose rows along one axis lie blocks."""
+    """Return the numbers of a tensor of bytes, in whose rows along one axis lie blocks.
+
+    Where the group says how many columns there are, several rows of numbers are one of bytes.
+    """
     types, dequantize = _gguf()
     kind, dtype = types[group["type"]], _DTYPES[group["dtype"]]
     byte_RK = blocks.transpose(group["axis"], -1).contiguous()
@@ -255,7 +258,10 @@ def _unpacked(blocks: Tensor, group: Mapping[str, Any]) -> Tensor:
         torch.from_numpy(dequantize(rows[start : start + count].numpy(), kind)).to(dtype)
         for start in range(0, len(rows), count)
     ]
-    return torch.cat(values).reshape(*byte_RK.shape[:-1], -1).transpose(group["axis"], -1).contiguous()
+    numbers = torch.cat(values).reshape(*byte_RK.shape[:-1], -1)
+    if "columns" in group:
+        numbers = numbers.reshape(*numbers.shape[:-2], -1, group["columns"])
+    return numbers.transpose(group["axis"], -1).contiguous()
 
 
 def _filled_up(tensor: Tensor, axis: int, width: int) -> Tensor:
