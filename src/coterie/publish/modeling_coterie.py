@@ -44,8 +44,8 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-#: Numbers that are unpacked at once; they pass through float32.
-_NUMBERS_AT_ONCE = 2**24
+#: Bytes of blocks that are unpacked at once; their numbers, of two bits and more, pass through float32.
+_BYTES_AT_ONCE = 2**22
 
 #: The switch by which transformers reads tensors when it wants them, not in threads that run ahead of it.
 _SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -253,7 +253,7 @@ def _unpacked(blocks: Tensor, group: Mapping[str, Any]) -> Tensor:
     kind, dtype = types[group["type"]], _DTYPES[group["dtype"]]
     byte_RK = blocks.transpose(group["axis"], -1).contiguous()
     rows = byte_RK.reshape(-1, byte_RK.shape[-1])
-    count = max(_NUMBERS_AT_ONCE // rows.shape[-1], 1)
+    count = max(_BYTES_AT_ONCE // rows.shape[-1], 1)
     values = [
         torch.from_numpy(dequantize(rows[start : start + count].numpy(), kind)).to(dtype)
         for start in range(0, len(rows), count)
