@@ -23,7 +23,7 @@ from coterie.model.arch.layers import Architecture
 from coterie.model.arch.load import load_model
 from coterie.model.disk.beside import MODELING_FILE
 from coterie.model.disk.checkpoint import Checkpoint, read_config
-from coterie.model.disk.encodings.ggml import SIZES
+from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 from coterie.model.disk.manifest import MANIFEST, ResultForm
 from coterie.model.quiet import quiet
@@ -193,8 +193,13 @@ def test_it_loads_other_families(made, family, form):
     assert torch.equal(logits(loaded), logits(expected))
 
 
-@pytest.mark.parametrize("kind", SIZES)
-@pytest.mark.parametrize(("axis", "columns"), [(-1, None), (-2, None), (-1, 96), (-2, 96)])
+@pytest.mark.parametrize(
+    ("kind", "axis", "columns"),
+    [
+        *((kind, axis, None) for kind in SIZES for axis in (-1, -2)),
+        *((kind, axis, 96) for kind in SIZES for axis in (-1, -2) if kind not in OWN_TYPES),
+    ],
+)
 def test_blocks_of_every_type_are_unpacked_to_the_same_bits(kind, axis, columns):
     encoding = GgmlBlocks(type=kind, axis=axis, columns=columns)
     shape = [2, 512, 512]
@@ -206,6 +211,16 @@ def test_blocks_of_every_type_are_unpacked_to_the_same_bits(kind, axis, columns)
     assert list(found.shape) == shape
     assert expected.isfinite().float().mean() > 0.5
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.long
+def test_rotated_blocks_load(text, tmp_path):
+    model = tiny_checkpoint(tmp_path / "model", hidden_size=256, intermediate_size=256, vocab_size=272)
+    settings = {"recipe": "nearest", "type": "TURBO3", "target": "packed"}
+    out = compress(model, tmp_path / "out", text=text, **TEXT, **settings).out
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["groups"]
+    assert "TURBO3" in {group["type"] for group in groups}
+    assert torch.equal(logits(CoterieModel.from_pretrained(out)), logits(load_model(out)))
 
 
 def test_blocks_never_have_the_shape_of_numbers():

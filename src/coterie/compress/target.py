@@ -80,7 +80,7 @@ class Target:
             raise UnknownName("GGML type", self.type, SIZES)
         if self.type in OWN_TYPES and self.reader != "packed":
             raise InputError(
-                f"{self.type} is a type that Coterie alone reads: say --target packed as well, or take one of GGML, "
+                f"{self.type} is a type that no GGUF file holds: say --target packed as well, or take one of GGML, "
                 "such as --type Q4_K"
             )
         if self.bits is not None and not LEAST_BITS <= self.bits <= 16:

@@ -5,7 +5,7 @@ What comes out is a model of transformers' own class for the family, so all that
 this file only reads what that class cannot:
 
 - packed: matrices in blocks of GGML types (``quantization_config`` in config.json says which), which are unpacked as
-  they are read. The package gguf does that.
+  they are read. The package gguf does that, but for Coterie's own types, whose blocks are rotated.
 - ragged: experts of differing widths (coterie.json says along which axes), which are filled up with zeros: a hidden
   neuron whose weights are zero adds nothing.
 - mapped: a router with a row for each expert of the original, and a map from those to the experts that there are
@@ -14,7 +14,7 @@ this file only reads what that class cannot:
 ``save_pretrained`` then writes an ordinary checkpoint of the family, which needs no code: matrices in the number format
 in memory, experts at their full width and, of a mapped one, an expert for each row of the router.
 
-Legend: R rows, K bytes in a row, T tokens, D model width.
+Legend: R rows, K bytes in a row, G blocks, B numbers in a block, T tokens, D model width.
 """
 
 from __future__ import annotations
@@ -47,6 +47,16 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 #: Bytes of blocks that are unpacked at once; their numbers, of two bits and more, pass through float32.
 _BYTES_AT_ONCE = 2**22
 
+#: Coterie's own types: the positive levels that codes of 2, 3 and 4 bits stand for, in units of a block's scale.
+_LEVELS = {
+    "TURBO2": (0.4527800, 1.5104176),
+    "TURBO3": (0.2450942, 0.7560053, 1.3439093, 2.1519457),
+    "TURBO4": (0.1283950, 0.3880483, 0.6567591, 0.9423405, 1.2562312, 1.6180464, 2.0690172, 2.7325896),
+}
+
+#: A bit for each of 256 numbers, the first the highest: 1 where the rotation of a block turns its sign.
+_SIGNS = 0x243F6A8885A308D313198A2E03707344A4093822299F31D0082EFA98EC4E6C89
+
 #: The switch by which transformers reads tensors when it wants them, not in threads that run ahead of it.
 _SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"
 
@@ -75,7 +85,7 @@ class CoterieModel:
         _check_possible(name, options)
         folder = _folder(name, options)
         packed, manifest = _packed(folder), _manifest(folder)
-        if packed:
+        if any(group["type"] not in _LEVELS for group in packed.values()):
             _gguf()
         plain = _plain(AutoConfig.from_pretrained(folder, trust_remote_code=False) if config is None else config)
         stock = _stock_class(plain)
@@ -249,19 +259,51 @@ def _unpacked(blocks: Tensor, group: Mapping[str, Any]) -> Tensor:
 
     Where the group says how many columns there are, several rows of numbers are one of bytes.
     """
-    types, dequantize = _gguf()
-    kind, dtype = types[group["type"]], _DTYPES[group["dtype"]]
+    kind, dtype = group["type"], _DTYPES[group["dtype"]]
+    unpack = _rotated_back if kind in _LEVELS else _dequantized
     byte_RK = blocks.transpose(group["axis"], -1).contiguous()
     rows = byte_RK.reshape(-1, byte_RK.shape[-1])
     count = max(_BYTES_AT_ONCE // rows.shape[-1], 1)
-    values = [
-        torch.from_numpy(dequantize(rows[start : start + count].numpy(), kind)).to(dtype)
-        for start in range(0, len(rows), count)
-    ]
+    values = [unpack(rows[start : start + count], kind).to(dtype) for start in range(0, len(rows), count)]
     numbers = torch.cat(values).reshape(*byte_RK.shape[:-1], -1)
     if "columns" in group:
         numbers = numbers.reshape(*numbers.shape[:-2], -1, group["columns"])
     return numbers.transpose(group["axis"], -1).contiguous()
+
+
+def _dequantized(byte_RK: Tensor, kind: str) -> Tensor:
+    """Return the numbers of rows of blocks of a GGML type, float32."""
+    types, dequantize = _gguf()
+    return torch.from_numpy(dequantize(byte_RK.numpy(), types[kind]))
+
+
+def _rotated_back(byte_RK: Tensor, kind: str) -> Tensor:
+    """Return the numbers of rows of blocks of one of Coterie's own types, float32.
+
+    A block is a scale in float16 and codes of 256 numbers, of three bits the lower two first. What codes stand for was
+    rotated: signs were turned, and a Hadamard matrix applied, which undoes itself.
+    """
+    upper = torch.tensor(_LEVELS[kind])
+    levels, bits = torch.cat((-upper.flip(0), upper)), len(upper).bit_length()
+    byte_GK = byte_RK.reshape(-1, 2 + 32 * bits)
+    scale_G1 = byte_GK[:, :2].contiguous().view(torch.float16).float()
+    if bits == 3:
+        code_GB = _codes(byte_GK[:, 2:66], 2) | _codes(byte_GK[:, 66:], 1) << 2
+    else:
+        code_GB = _codes(byte_GK[:, 2:], bits)
+    value_GB: Tensor = levels[code_GB.long()] * scale_G1
+    for _ in range(8):
+        even, odd = value_GB[:, 0::2], value_GB[:, 1::2]
+        value_GB = torch.cat((even + odd, even - odd), dim=-1)
+    turned = torch.tensor([_SIGNS >> place & 1 for place in reversed(range(256))], dtype=torch.float32)
+    return (value_GB / 16 * (1 - 2 * turned)).reshape(len(byte_RK), -1)
+
+
+def _codes(byte_GK: Tensor, bits: int) -> Tensor:
+    """Return codes in bytes: those of 32 bytes in their lowest bits are followed by those in the bits above."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
+    code_GB: Tensor = (byte_GK.reshape(len(byte_GK), -1, 1, 32) >> shifts & 2**bits - 1).flatten(1)
+    return code_GB
 
 
 def _filled_up(tensor: Tensor, axis: int, width: int) -> Tensor:
