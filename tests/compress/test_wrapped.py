@@ -22,6 +22,7 @@ from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.encodings import encoding_from
 from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES, get_layout, get_type
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
+from coterie.publish.modeling_coterie import CoterieModel
 from coterie.testing import tiny_checkpoint
 from coterie.train import distill
 from coterie.train.blocks import Blocks
@@ -170,6 +171,8 @@ def test_every_weight_is_near_to_what_it_was_and_in_its_place(family, model_of, 
     for name, tensor in original.items():
         off = (tensor - packed[name]).norm() / tensor.norm().clamp(min=1e-9)
         assert off < 0.04, name
+    for name, tensor in CoterieModel.from_pretrained(out, dtype=torch.float32).state_dict().items():
+        assert torch.equal(tensor, packed[name]), name
     assert result.logits_error <= 1e-6
     assert sum(info.num_bytes for info in Checkpoint.open(out).tensors.values()) == result.plan.predicted_bytes
 
