@@ -1,10 +1,13 @@
 """Results in rotated blocks, which Coterie alone reads: written where they are named, never chosen by themselves."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from coterie.cli.main import app
 from coterie.compress.apply import compress
 from coterie.compress.damages import PRICED_TYPES
 from coterie.compress.decide import plan
@@ -39,6 +42,19 @@ def test_a_result_is_read_as_it_was_written_and_no_gguf_file_is_made_of_it(model
     with pytest.raises(InputError, match=r"is stored as TURBO3, a type of Coterie's own, .* like --type Q4_K"):
         export(result.out, tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_the_commands_take_them_together_with_their_reader(model, text_folder, tmp_path):
+    wanted = ["--type", "turbo3", "--target", "packed"]
+    planned = CliRunner().invoke(app, ["plan", str(model), *wanted, "--json"])
+    assert planned.exit_code == 0, planned.output
+    assert "TURBO3" in json.loads(planned.stdout)["types"].values()
+    made = ["compress", str(model), str(tmp_path / "out"), "--text", str(text_folder), "--tokens", "128"]
+    foretold = CliRunner().invoke(app, [*made, *wanted, "--seq-len", "32", "--dry-run"])
+    assert foretold.exit_code == 0, foretold.output
+    refused = CliRunner().invoke(app, [*made, *wanted[:2]])
+    assert refused.exit_code != 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_they_do_not_run_on_from_row_to_row(model, text_folder, tmp_path):
