@@ -8,6 +8,7 @@ import typer
 
 from coterie.cli import options
 from coterie.cli.output import percent, print_json, print_table, print_text
+from coterie.cli.ways import print_ways
 
 if TYPE_CHECKING:
     from coterie.model.arch.inspect import BudgetFit, Inspection, MoEBlock
@@ -18,20 +19,34 @@ _LABEL = 17
 
 def inspect(
     model: options.Model,
-    budget: Annotated[str | None, typer.Option(help="Ask how many experts fit into it, like 12GiB or 800MB.")] = None,
+    budget: Annotated[str | None, typer.Option(help="List the ways to fit into it, like 12GiB or 800MB.")] = None,
     json: options.Json = False,
 ) -> None:
     """Show what is in a model and what would fit.
 
+    With --budget it lists the ways to meet it, fewer bits and fewer experts, and what each is about to cost.
+
     Only config.json and the headers of the weight files are read.
     """
-    from coterie.model.arch.inspect import inspect as look
+    from coterie.amounts import parse_bytes
+    from coterie.model.arch.inspect import inspect_headers, read_headers
+    from coterie.model.disk.checkpoint import Checkpoint
 
-    inspection = look(model, budget=budget)
+    limit = None if budget is None else parse_bytes(budget)
+    headers = read_headers(Checkpoint.open(model, fetch="headers"))
+    inspection = inspect_headers(headers, limit)
+    listed = None
+    if limit is not None:
+        from coterie.compress.ways import ways_of
+
+        listed = ways_of(headers, limit)
     if json:
-        print_json(inspection.to_json())
+        print_json(inspection.to_json() | ({} if listed is None else {"ways": listed.content()}))
         return
     _print(inspection)
+    if listed is not None:
+        print_text()
+        print_ways(listed)
 
 
 def _print(inspection: "Inspection") -> None:

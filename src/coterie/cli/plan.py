@@ -9,6 +9,7 @@ import typer
 
 from coterie.cli import options
 from coterie.cli.output import percent, print_json, print_table, print_text
+from coterie.cli.ways import print_ways
 from coterie.model.disk.manifest import RouterForm
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def plan(
 ) -> None:
     """Decide what every layer gets.
 
-    No weights are touched: this takes seconds. The file that --out names can be read, edited, and given to `coterie
-    compress --plan`.
+    No weights are touched: this takes seconds. With --budget the ways to meet it are listed too, with --prices by what
+    they cost on this model. The file that --out names can be read, edited, and given to `coterie compress --plan`.
     """
     targets = options.one_target(keep=keep, experts=experts, width=width, budget=budget, bits=bits, type=type)
     check_request(model, {**targets, "reader": target}, recipe, router, seed)
@@ -64,10 +65,18 @@ def plan(
     )
     if out is not None:
         decided_plan.save(out)
+    listed = None
+    if budget is not None:
+        from coterie.compress.ways import ways
+
+        listed = ways(model, budget, prices=prices, target=target or "gguf")
     if json:
-        print_json(decided_plan.body() | {"inputs": dict(decided_plan.inputs)})
+        content = decided_plan.body() | {"inputs": dict(decided_plan.inputs)}
+        print_json(content if listed is None else content | {"ways": listed.content()})
         return
     print_plan(decided_plan)
+    if listed is not None:
+        print_ways(listed)
     if out is not None:
         print_text(f"plan written to {out}")
 
