@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from coterie.amounts import format_bytes
@@ -78,16 +80,21 @@ class Ways:
 
     @property
     def best(self) -> Way | None:
-        """The way that is expected to cost least; of those about as good the simplest; None where nothing is known.
+        """The way that is expected to cost least; of those about as good the simplest.
 
-        What was measured on the model itself goes before what is known of others.
+        What was measured on the model itself goes before what is known of others. None where nothing is known, or where
+        another one may cost less, since only a bound from below is known of it.
         """
-        ranked = self._comparable()
         best = None
-        for way, kl in ranked:
+        for way, kl in self._comparable():
             if best is None or kl < _BETTER * best[1]:
                 best = way, kl
-        return None if best is None else best[0]
+        if best is None or any(bound < best[1] for bound in self._bounds()):
+            return None
+        return best[0]
+
+    def _bounds(self) -> list[float]:
+        return [way.expected.kl for way in self.ways if way.expected is not None and not way.expected.is_known]
 
     def _comparable(self) -> list[tuple[Way, float]]:
         known = [(way, way.expected) for way in self.ways if way.expected is not None and way.expected.is_known]
@@ -105,7 +112,7 @@ class Ways:
                 "and with fewer experts as well it is too large"
             )
         if best is None:
-            return "which way is best is not known this far down"
+            return "which way is best is not known: nothing so small was measured"
         if not best.options:
             return f"best: {best.name}, it fits"
         command = ", then ".join(f"coterie compress {options}" for options in best.options)
@@ -231,9 +238,11 @@ def with_fewer_experts(model: Sized, limit: int) -> Iterator[Way]:
     routable: Sequence[int] = model.headers.routable()
     for name in _WITH_FEWER_EXPERTS:
         types = {} if name is None else one_type(model.weights, name)
-        count = max((each for each in routable if model.num_bytes(types, each) <= limit), default=None)
-        if count is None or count == model.num_experts:
+        # More experts are never fewer bytes.
+        fitting = bisect_right(routable, limit, key=partial(model.num_bytes, types))
+        if not fitting or routable[fitting - 1] == model.num_experts:
             continue
+        count = routable[fitting - 1]
         size, keep = model.num_bytes(types, count), count / model.num_experts
         expected = expected_at(FEWER_EXPERTS, keep)
         options: tuple[str, ...] = (f"--keep {keep:.3g}",)
