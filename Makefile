@@ -66,6 +66,7 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 	$(BIN)/python benchmarks/calibration.py --tokens 16384 --test-tokens 10240 --markdown benchmarks/calibration.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/overhead.py --tokens 131072 --repeats 3 --large-size 0 --recipes reap \
 		--markdown benchmarks/overhead.md
+	$(BIN)/python benchmarks/run_memory.py --markdown benchmarks/run_memory.md
 	$(BIN)/python benchmarks/memory.py --tokens 2048 --markdown benchmarks/memory.md
 	$(BIN)/python benchmarks/memory.py --sizes 2GB 4GB --bundled --tokens 2048 --markdown benchmarks/memory-stages.md
 	$(BIN)/python benchmarks/memory.py --sizes 2GB 4GB 16GB --commands bits --tokens 16384 --markdown benchmarks/memory-bits.md

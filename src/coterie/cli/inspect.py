@@ -20,6 +20,10 @@ _LABEL = 17
 def inspect(
     model: options.Model,
     budget: Annotated[str | None, typer.Option(help="List the ways to fit into it, like 12GiB or 800MB.")] = None,
+    budget_for: options.BudgetFor = "file",
+    context: options.Context = None,
+    batch: options.Batch = None,
+    kv_type: options.KvType = None,
     json: options.Json = False,
 ) -> None:
     """Show what is in a model and what would fit.
@@ -28,18 +32,16 @@ def inspect(
 
     Only config.json and the headers of the weight files are read.
     """
-    from coterie.amounts import parse_bytes
-    from coterie.model.arch.inspect import inspect_headers, read_headers
-    from coterie.model.disk.checkpoint import Checkpoint
-
-    limit = None if budget is None else parse_bytes(budget)
-    headers = read_headers(Checkpoint.open(model, fetch="headers"))
-    inspection = inspect_headers(headers, limit)
+    how = options.running(budget, budget_for, context, batch, kv_type)
     listed = None
-    if limit is not None:
-        from coterie.compress.ways import ways_of
+    if budget is None:
+        from coterie.model.arch.inspect import inspect as look
 
-        listed = ways_of(headers, limit)
+        inspection = look(model)
+    else:
+        from coterie.compress.ways import inspect_with_ways
+
+        inspection, listed = inspect_with_ways(model, budget, running=how)
     if json:
         print_json(inspection.to_json() | ({} if listed is None else {"ways": listed.content()}))
         return

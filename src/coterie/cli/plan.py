@@ -26,6 +26,10 @@ def plan(
     experts: options.Experts = None,
     width: options.Width = None,
     budget: options.Budget = None,
+    budget_for: options.BudgetFor = "file",
+    context: options.Context = None,
+    batch: options.Batch = None,
+    kv_type: options.KvType = None,
     bits: options.Bits = None,
     type: options.Type = None,
     recipe: options.Recipe = None,
@@ -44,6 +48,7 @@ def plan(
     they cost on this model. The file that --out names can be read, edited, and given to `coterie compress --plan`.
     """
     targets = options.one_target(keep=keep, experts=experts, width=width, budget=budget, bits=bits, type=type)
+    how = options.running(budget, budget_for, context, batch, kv_type)
     check_request(model, {**targets, "reader": target}, recipe, router, seed)
     from coterie.outputs import check_output
 
@@ -62,6 +67,7 @@ def plan(
         multiple_of=multiple_of,
         target=target,
         prices=prices,
+        running=how,
     )
     if out is not None:
         decided_plan.save(out)
@@ -69,7 +75,7 @@ def plan(
     if budget is not None:
         from coterie.compress.ways import ways
 
-        listed = ways(model, budget, prices=prices, target=target or "gguf")
+        listed = ways(model, budget, prices=prices, target=target or "gguf", running=how)
     if json:
         content = decided_plan.body() | {"inputs": dict(decided_plan.inputs)}
         print_json(content if listed is None else content | {"ways": listed.content()})

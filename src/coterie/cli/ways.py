@@ -25,6 +25,9 @@ def print_ways(listed: "Ways") -> None:
     """Print the ways to meet a budget, and which is best."""
     from coterie.amounts import format_bytes
 
+    if listed.memory is not None:
+        print_text(listed.memory.sentence())
+        print_text()
     bases = {way.expected.basis for way in listed.ways if way.expected is not None}
     if listed.ways:
         rows = []

@@ -15,6 +15,7 @@ from coterie.amounts import parse_share
 from coterie.compress.allocators.problem import Allocation, Problem, load_allocator
 from coterie.compress.check import check_layers, check_prediction
 from coterie.compress.layer_plan import LayerPlan
+from coterie.compress.memory_budget import weights_budget
 from coterie.compress.methods import load_decide, load_pass, needs_of
 from coterie.compress.output import result_config
 from coterie.compress.plan import Mtp, Plan
@@ -29,6 +30,7 @@ from coterie.compress.weights import BLOCK_STEPS, bytes_saved, check_types
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError, StaleArtifact
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.ragged import places_of
+from coterie.model.arch.run_settings import Running
 from coterie.model.disk.manifest import RouterForm
 from coterie.profile.measure import check_predicts
 from coterie.profile.profile import Profile, summed
@@ -52,6 +54,7 @@ def plan(
     multiple_of: int | None = None,
     prices: Prices | str | Path | None = None,
     target: Reader | None = None,
+    running: Running | None = None,
 ) -> Plan:
     """Decide what every layer becomes. Exactly one of `keep`, `experts`, `width`, `budget`, `bits` and `type` says it.
 
@@ -75,6 +78,8 @@ def plan(
         prices: what storing each matrix in each type would cost (`coterie.price`), or the folder of that, for a recipe
             that chooses types by it; without them it says no more than how large the result is.
         target: who is to read weights in fewer bits, "gguf" or "packed", see `coterie.compress.target.Target.reader`.
+        running: how the result is to run in llama.cpp, where `budget` is for all memory that this takes, not for the
+            weights alone: keys, values and buffers are put aside, see `coterie.compress.memory_budget`.
 
     Raises:
         InputError: not exactly one target, one out of range or not for this recipe, or no profile for a ragged one.
@@ -84,6 +89,7 @@ def plan(
         StaleArtifact: the profile is of another model.
     """
     share = None if keep is None else parse_share(keep)
+    budget = weights_budget(model, budget, running)
     size = Target(
         keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of,
         reader=target,

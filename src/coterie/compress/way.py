@@ -11,6 +11,7 @@ from typing import Any
 from coterie.amounts import format_bytes
 from coterie.compress.expected import FEWER_EXPERTS, ONE_TYPE, Expected, expected_at
 from coterie.compress.header_weights import weights_of_headers
+from coterie.compress.memory_budget import MemoryBudget
 from coterie.compress.target import Reader
 from coterie.compress.weights import Weight, bytes_saved, one_type
 from coterie.model.arch.accounting import Accounting
@@ -69,6 +70,7 @@ class Ways:
         num_experts: of a layer of the model.
         ways: those that meet it, the simplest first.
         refused: why the model cannot be compressed at all, such as a result in fewer bits; else None.
+        memory: where the whole budget goes, where it is for the memory of a run; `limit` is what it leaves for weights.
     """
 
     limit: int
@@ -77,6 +79,7 @@ class Ways:
     num_experts: int
     ways: tuple[Way, ...]
     refused: str | None = None
+    memory: MemoryBudget | None = None
 
     @property
     def best(self) -> Way | None:
@@ -136,6 +139,7 @@ class Ways:
             "ways": [way.content() for way in self.ways],
             "best": None if best is None else best.name,
             "refused": self.refused,
+            **({} if self.memory is None else {"memory": self.memory.content()}),
             "verdict": self.verdict(),
         }
 

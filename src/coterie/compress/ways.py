@@ -7,16 +7,19 @@ With prices (`coterie.price`) types cost what was measured on this one. No torch
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coterie.amounts import parse_bytes
 from coterie.compress.expected import MIXED, ONE_TYPE, expected_at
+from coterie.compress.memory_budget import memory_budget, memory_budget_of
 from coterie.compress.target import Reader
 from coterie.compress.way import Sized, Way, Ways, as_it_is, mixed_way, single_way, with_fewer_experts
 from coterie.compress.weights import one_type, smallest_types
 from coterie.errors import UnsupportedDtype
-from coterie.model.arch.inspect import Headers, read_headers
+from coterie.model.arch.inspect import Headers, Inspection, inspect_headers, read_headers
+from coterie.model.arch.run_settings import Running
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES, bits_of
 from coterie.model.disk.manifest import Manifest, ResultForm
@@ -32,6 +35,7 @@ def ways(
     *,
     prices: Prices | str | Path | None = None,
     target: Reader = "gguf",
+    running: Running | None = None,
     allow_pickle: bool = False,
 ) -> Ways:
     """List the ways to meet a budget, each with its bytes and what it is expected to cost.
@@ -42,23 +46,36 @@ def ways(
         prices: what types cost on this model (`coterie.price`), or the folder of that. Without them costs are those of
             the bundled models in as many bytes.
         target: who is to read weights in fewer bits, "gguf" or "packed", see `coterie.compress.target.Target.reader`.
+        running: how the result is to run in llama.cpp, where the budget is for the memory that this takes.
         allow_pickle: read the headers of weights that are stored as pickles.
 
     Raises:
         NotACheckpoint, CorruptCheckpoint, NotAMoE, ArchitectureMismatch: the model cannot be used.
         InputError: the budget is no amount of bytes.
         StaleArtifact: the prices are of another model.
+        Infeasible: a run takes all of the budget, see `coterie.compress.memory_budget.memory_budget`.
     """
-    limit = parse_bytes(budget)
     if prices is not None:
         from coterie.compress.frontier import priced_ways
 
-        return priced_ways(model, prices, limit, target)
+        memory = None if running is None else memory_budget(model, budget, running)
+        limit = parse_bytes(budget) if memory is None else memory.weights
+        return replace(priced_ways(model, prices, limit, target), memory=memory)
     headers = read_headers(Checkpoint.open(model, allow_pickle=allow_pickle, fetch="headers"))
-    return ways_of(headers, limit, target)
+    return ways_of(headers, parse_bytes(budget), target, running)
 
 
-def ways_of(headers: Headers, limit: int, target: Reader = "gguf") -> Ways:
+def inspect_with_ways(
+    model: str | Path, budget: str | int, *, running: Running | None = None
+) -> tuple[Inspection, Ways]:
+    """Look into a model and list the ways to meet a budget, its headers read once; see `coterie.inspect`, `ways`."""
+    limit = parse_bytes(budget)
+    headers = read_headers(Checkpoint.open(model, fetch="headers"))
+    listed = ways_of(headers, limit, running=running)
+    return inspect_headers(headers, listed.limit), listed
+
+
+def ways_of(headers: Headers, limit: int, target: Reader = "gguf", running: Running | None = None) -> Ways:
     """List the ways to meet a budget by headers alone; see `ways`."""
     checkpoint = headers.checkpoint
     manifest, refused = Manifest.read(checkpoint.path), None
@@ -74,11 +91,15 @@ def ways_of(headers: Headers, limit: int, target: Reader = "gguf") -> Ways:
         return Ways(
             limit=limit, original_bytes=size, least_bytes=size, num_experts=most, ways=(), refused=refused
         )  # fmt: skip
-    model = Sized.of(headers if plain is checkpoint else read_headers(plain), target)
+    headers = headers if plain is checkpoint else read_headers(plain)
+    memory = None if running is None else memory_budget_of(headers, limit, running)
+    limit = limit if memory is None else memory.weights
+    model = Sized.of(headers, target)
     return Ways(
         limit=limit, original_bytes=model.num_bytes({}), least_bytes=model.num_bytes(smallest_types(model.weights)),
         num_experts=model.num_experts,
         ways=as_it_is(model, limit) or (*_in_fewer_bits(model, limit), *with_fewer_experts(model, limit)),
+        memory=memory,
     )  # fmt: skip
 
 
