@@ -1,22 +1,29 @@
 """A budget for memory: what a run takes beside weights is put aside, said, and refused where nothing is left."""
 
+import importlib
 import json
 import logging
+from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import coterie
 from coterie.cli.main import app
 from coterie.compress.apply import compress
 from coterie.compress.decide import plan
 from coterie.compress.dry_run import dry_run
 from coterie.compress.memory_budget import memory_budget
+from coterie.compress.prices import Prices
+from coterie.compress.source import Source
 from coterie.compress.ways import ways
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError
 from coterie.model.arch.inspect import read_headers
 from coterie.model.arch.run_memory import run_memory
 from coterie.model.arch.run_settings import Running
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.encodings.ggml import bits_of
 from coterie.testing import tiny_checkpoint
 
 RUNNING = Running(context=1024)
@@ -43,8 +50,6 @@ def test_weights_get_what_the_run_leaves(model):
 
 
 def test_what_is_no_matrix_grows_to_32_bits_in_a_file_for_llama_cpp(tmp_path):
-    import torch
-
     half = tiny_checkpoint(tmp_path / "m", "qwen3_moe", dtype=torch.bfloat16)
     small = [info for info in Checkpoint.open(half).tensors.values() if len(info.shape) < 2]
     routers = [info for name, info in Checkpoint.open(half).tensors.items() if name.endswith("mlp.gate.weight")]
@@ -63,6 +68,31 @@ def test_a_plan_a_run_and_what_it_would_be_have_the_same_budget(model, text_fold
     listed = ways(model, total, running=RUNNING)
     assert (listed.limit, listed.memory.total) == (120_000, total)
     assert all(way.num_bytes <= 120_000 for way in listed.ways)
+
+
+@pytest.mark.long
+def test_what_llama_cpp_reserves_for_the_result_is_the_budget(text_folder, tmp_path, monkeypatch):
+    pytest.importorskip("xllamacpp", reason="llama.cpp comes with xllamacpp, which is not installed")
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    benchmark = importlib.import_module("run_memory")
+    wide = {"hidden_size": 256, "moe_intermediate_size": 256, "num_attention_heads": 4}
+    model = tiny_checkpoint(tmp_path / "m", "qwen3_moe", dtype=torch.bfloat16, **wide)
+    source = Source.open(model)
+    # Nobody measured these: each bit less costs four times as much.
+    damages = {
+        weight.pattern: {kind: weight.num_elements * 4.0 ** -bits_of(kind) for kind in ("Q8_0", "Q5_0", "Q4_0")}
+        for weight in source.weights
+    }
+    prices = Prices(
+        damages=damages, model_digest=source.checkpoint.digest, text_digest="t", num_tokens=1, seq_len=1, seed=0,
+        on="all",
+    )  # fmt: skip
+    running = Running(context=1024, batch=2, kv_type="q8_0")
+    total = beside(model, running) + int(0.4 * Checkpoint.open(model).num_bytes)
+    asked = {"budget": total, "running": running, "prices": prices, "text": text_folder, "tokens": 128, "seq_len": 32}
+    made = compress(model, tmp_path / "out", effort="fast", **asked)
+    coterie.export(made.out, tmp_path / "out.gguf")
+    assert 0.95 * total <= sum(benchmark.reserved(tmp_path / "out.gguf", running).values()) <= 1.01 * total
 
 
 def test_a_budget_that_the_run_takes_alone_is_refused_with_the_context_that_fits(model):
