@@ -3,9 +3,9 @@
     python benchmarks/run_memory.py [--model reference/qwen3_moe] [--types bf16 Q4_K] [--markdown FILE]
 
 The model is exported as it is, and compressed to one type first; llama.cpp, from the package xllamacpp, loads the file
-in a process of its own and says what it reserves: weights, keys and values, buffers. Weights are not mapped from the
-file (``--load-mode none``): on a CPU it lays out some types anew, and the pages of the file that it read them from,
-which it can give back at any time, would be counted a second time.
+in a process of its own and says what it reserves: weights, keys and values, buffers. Weights are read, not mapped, and
+no type is laid out anew for the CPU (``--no-repack``): pages of the file, which can be given back at any time, would be
+counted beside the copy that was made of them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ settings = xllamacpp.CommonParams()
 settings.model.path, settings.n_gpu_layers, settings.verbosity = file, 0, 5
 settings.n_ctx, settings.n_parallel = int(context) * int(batch), int(batch)
 settings.warmup, settings.fit_params = False, False
-settings.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
+settings.load_mode, settings.no_extra_bufts = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE, True
 settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
 settings.cache_type_k = settings.cache_type_v = getattr(xllamacpp.ggml_type, "GGML_TYPE_" + kv_type.upper())
 server = xllamacpp.Server(settings)

@@ -119,6 +119,8 @@ def test_what_nobody_can_tell_is_refused_before_anything_is_done(tiny, model, tm
         memory_budget(tiny("jamba"), "1GiB", RUNNING)
     with pytest.raises(InputError, match="give --budget"):
         plan(model, bits=6.0, running=RUNNING)
+    with pytest.raises(InputError, match="reads no --target packed"):
+        plan(model, budget="1GiB", running=RUNNING, target="packed")
     with pytest.raises(InputError, match="out of range"):
         plan(model, budget="1GiB", running=Running(context=0))
 

@@ -89,7 +89,7 @@ def plan(
         StaleArtifact: the profile is of another model.
     """
     share = None if keep is None else parse_share(keep)
-    budget = weights_budget(model, budget, running)
+    budget = weights_budget(model, budget, running, target)
     size = Target(
         keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of,
         reader=target,

@@ -60,7 +60,8 @@ def _of_experts(layer: LayerAccount, index: int, hidden_size: int) -> Iterator[W
         yield Weight(
             pattern=tensor.name, names=names, shape=tensor.shape, axis=axis, layer=index, kind="expert",
             plain_bytes=len(names) * bytes_of(tensor.dtype, tensor.shape),
-            can_wrap=axis == -1,  # what lies transposed has gate and up in turn as well
+            # Where experts lie transposed, gate and up take turns, along twice the width; down is by itself.
+            can_wrap=axis == -1 or 2 * (layer.width or 0) not in tensor.shape,
         )  # fmt: skip
 
 

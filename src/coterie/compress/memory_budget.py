@@ -9,6 +9,7 @@ from typing import Any
 
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.header_weights import weights_of_headers
+from coterie.compress.target import Reader
 from coterie.compress.weights import bytes_saved, smallest_types
 from coterie.errors import Infeasible, InputError
 from coterie.model.arch.inspect import Headers, read_headers
@@ -72,21 +73,28 @@ def memory_budget(model: str | Path, budget: str | int, running: Running) -> Mem
     return memory_budget_of(read_headers(dequantized(Checkpoint.open(model, fetch="headers"))), limit, running)
 
 
-def weights_budget(model: str | Path, budget: str | int | None, running: Running | None) -> str | int | None:
+def weights_budget(
+    model: str | Path, budget: str | int | None, running: Running | None, reader: Reader | None = None
+) -> str | int | None:
     """Return what a budget is for weights: all of it, or what a run leaves of it, which is said.
 
     Args:
         model: a model folder or a hub id.
         budget: what is asked for; None where the size of the result is said otherwise.
         running: how the result is to run, where the budget is for the memory of that; else None.
+        reader: who is to read the result, see `coterie.compress.target.Target`.
 
     Raises:
-        InputError: a run, and no budget. For more see `memory_budget`.
+        InputError: a run, and no budget, or a result that llama.cpp cannot read. For more see `memory_budget`.
     """
     if running is None:
         return budget
     if budget is None:
         raise InputError("--budget-for memory says what a budget is for; give --budget, or leave it out")
+    if reader == "packed":
+        raise InputError(
+            "--budget-for memory is about llama.cpp, which reads no --target packed: leave one of them out"
+        )
     planned = memory_budget(model, budget, running)
     log.info("%s", planned.sentence())
     return planned.weights

@@ -94,7 +94,7 @@ class Options:
     ) -> Options:
         """Return the arguments of `coterie.compress` in one."""
         share = None if keep is None else parse_share(keep)
-        budget = weights_budget(others["model"], budget, running)
+        budget = weights_budget(others["model"], budget, running, target)
         size = Target(
             keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of,
             reader=target,
