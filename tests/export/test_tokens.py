@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from coterie import export
 from coterie.errors import InputError
-from coterie.export.tokens import BYTE_LEVEL
+from coterie.model.disk.gguf.tokens import BYTE_LEVEL
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.testing import tiny_checkpoint
 from llama_runtime import llama, token_ids

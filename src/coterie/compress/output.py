@@ -15,8 +15,8 @@ from coterie.compress.weights import encodings_of
 from coterie.errors import OutOfSpace
 from coterie.model.arch.resize import resized_config
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.encodings import quantization_config
 from coterie.model.disk.manifest import MANIFEST
-from coterie.model.disk.quantized import quantization_config
 from coterie.outputs import free_space
 
 #: Files that say what the original is and scores, which is not what its result is and scores: the result gets a card of

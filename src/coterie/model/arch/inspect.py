@@ -35,10 +35,11 @@ from coterie.model.arch.structure import (
     split_name,
 )
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.encodings import OWN_METHOD
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.manifest import Manifest, ResultForm
-from coterie.model.disk.quantized import OWN_METHOD, as_read, shapes_of_packed
-from coterie.model.disk.tensors import DTYPE_BITS, TensorInfo
+from coterie.model.disk.quantized import as_read, shapes_of_packed
+from coterie.model.disk.tensors import DTYPE_BITS, TensorInfo, file_bytes
 
 #: Parts of a model, in the order of printing. "shared" is everything in a MoE block but routed experts and router;
 #: "attention" is any mixing of tokens; "unused" is what transformers does not run (multi-token prediction).
@@ -236,7 +237,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, budget: str | int | None = Non
         active_parameters=active + used - routed,
         tied_embeddings=not any(part == "embeddings" and not _INPUT.search(name) for name, part in part_of.items()),
         bytes_by_dtype=dict(dtypes.most_common()),
-        file_bytes=_file_bytes(tensors.values()),
+        file_bytes=file_bytes(tensors.values()),
         estimates=_estimates(used, routed),
         budget=None
         if limit is None
@@ -249,14 +250,6 @@ def _prediction(places: Mapping[str, Place | None], part_of: Mapping[str, str]) 
     layers = {(place[0], place[1]) for _, place in unused if place is not None}
     modules = {name.partition(".")[0] for name, place in unused if place is None}
     return (*(f"{stack}.{layer}" for stack, layer in sorted(layers)), *sorted(modules))
-
-
-def _file_bytes(infos: Iterable[TensorInfo]) -> int:
-    """Return the size of all weight files, in which tensors follow each other to the end."""
-    ends: dict[str, int] = {}
-    for info in infos:
-        ends[info.shard] = max(info.end, ends.get(info.shard, 0))
-    return sum(ends.values())
 
 
 def accounting_of(checkpoint: Checkpoint) -> Accounting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,14 @@ class Weights:
         index: file of each tensor by its name, as the index says; empty where there is one file and no index.
         index_name: the index.
         pickled: they are pickles.
+        gguf: they are GGUF files.
     """
 
     shards: list[str]
     index: Mapping[str, str]
     index_name: str = ""
     pickled: bool = False
+    gguf: bool = False
 
 
 def find_weights(folder: Path, *, allow_pickle: bool, elsewhere: Collection[str] = ()) -> Weights:
@@ -71,6 +74,9 @@ def find_weights(folder: Path, *, allow_pickle: bool, elsewhere: Collection[str]
             f"{folder} has {names[0]}, but neither {SINGLE_NAME} nor {INDEX_NAME}: fetch the index as well"
         )
     pickles = sorted(name for name in there if name.endswith(".bin"))
+    parts = sorted(file.name for file in folder.glob("*.gguf"))
+    if not pickles and (len(parts) == 1 or (parts and re.fullmatch(r".+-\d{5}-of-\d{5}\.gguf", parts[0]))):
+        return Weights(shards=parts, index={}, gguf=True)
     hint = ""
     if pickles and allow_pickle:
         hint = f"; it has {pickles[0]}, but neither {PICKLE_NAME} nor {PICKLE_INDEX_NAME}"

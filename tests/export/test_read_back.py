@@ -1,0 +1,326 @@
+"""GGUF files as input: what was exported reads back as the checkpoint that it was made from, bit for bit."""
+
+import json
+import shutil
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import coterie
+from coterie import export, load_model
+from coterie.errors import CorruptCheckpoint, InputError, NotACheckpoint, UnsupportedDtype
+from coterie.model.arch.meta import parse_config
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.gguf.families import FAMILIES
+from coterie.model.disk.open import open_checkpoint
+from coterie.model.disk.quantized import dequantized
+from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.testing import tiny_checkpoint
+from export_cases import CASES, RIGHT, STORED_IN_BLOCKS, packed
+from llama_runtime import numbers
+
+
+def same_config(first, second):
+    """Compare what transformers makes of two configs; a head's width may be said or follow from others."""
+    configs = [parse_config(checkpoint.config).to_dict() for checkpoint in (first, second)]
+    for config in configs:
+        config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        positions = config["rope_parameters"]
+        if positions["rope_type"] == "yarn":
+            config["rope_parameters"] = {"beta_fast": 32.0, "beta_slow": 1.0, **positions, "truncate": None}
+        if config.get("n_group", 1) == config.get("topk_group", 1) or config["model_type"] == "deepseek_v2":
+            config["n_group"] = config["topk_group"] = None  # all of them are chosen, or none first
+    assert configs[0] == configs[1]
+
+
+def same_tensors(first, second, *, values_alone=False):
+    """Compare names, shapes and values of all tensors, and their number formats."""
+    assert first.tensors.keys() == second.tensors.keys()
+    with first.reader() as one, second.reader() as other:
+        for name in first.tensors:
+            a, b = one.read(name), other.read(name)
+            assert second.tensors[name].shape == tuple(b.shape)
+            if values_alone:
+                a, b = a.float(), b.float()
+            assert a.dtype == b.dtype, name
+            assert torch.equal(a, b), name
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.tensor([numbers(40)])).logits
+
+
+def exported(checkpoint, file, **options):
+    export(checkpoint, file, **{"type": "f32", **options})
+    return file
+
+
+FIRST = {family: (family, changes) for family, changes in reversed(CASES)}
+
+
+@pytest.mark.parametrize("family", sorted(FIRST))
+def test_what_was_exported_reads_back_as_the_checkpoint(family, tmp_path):
+    _, changes = FIRST[family]
+    checkpoint = tiny_checkpoint(tmp_path / "model", family, **changes)
+    file = exported(checkpoint, tmp_path / "model.gguf")
+    same_config(Checkpoint.open(checkpoint), Checkpoint.open(file))
+    same_tensors(Checkpoint.open(checkpoint), Checkpoint.open(file))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "changes"), CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_case_reads_back_with_the_same_logits(family, changes, tmp_path):
+    # Whether boundaries of positions are rounded no file says.
+    if "truncate" in changes.get("rope_parameters", {}):
+        changes = changes | {"rope_parameters": changes["rope_parameters"] | {"truncate": False}}
+    checkpoint = tiny_checkpoint(tmp_path / "model", family, **changes)
+    file = exported(checkpoint, tmp_path / "model.gguf")
+    same_config(Checkpoint.open(checkpoint), Checkpoint.open(file))
+    same_tensors(Checkpoint.open(checkpoint), Checkpoint.open(file))
+    assert torch.equal(logits(load_model(checkpoint)), logits(load_model(file)))
+
+
+def test_the_loaded_model_and_its_tokenizer_are_those_of_the_checkpoint(tiny, tmp_path):
+    checkpoint = tiny("qwen3_moe")
+    file = exported(checkpoint, tmp_path / "model.gguf")
+    stock = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, trust_remote_code=False)
+    assert torch.equal(logits(stock), logits(load_model(file)))
+    theirs, ours = load_tokenizer(checkpoint), load_tokenizer(file)
+    text = "Grüße, 你好 <|endoftext|> 12 + 3"
+    assert theirs(text)["input_ids"] == ours(text)["input_ids"]
+    assert theirs.special_tokens_map == ours.special_tokens_map
+    messages = [{"role": "user", "content": "hello"}]
+    assert theirs.apply_chat_template(messages, tokenize=False) == ours.apply_chat_template(messages, tokenize=False)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_sixteen_bits_read_back_as_the_same_numbers(family, tmp_path):
+    checkpoint = tiny_checkpoint(tmp_path / "model", family, dtype=torch.bfloat16, **RIGHT.get(family, {}))
+    file = exported(checkpoint, tmp_path / "model.gguf", type="bf16")
+    back = Checkpoint.open(file)
+    same_tensors(Checkpoint.open(checkpoint), back, values_alone=True)
+    assert back.config["dtype"] == "bfloat16"
+    formats = {info.dtype for name, info in back.tensors.items() if "experts" in name}
+    assert formats == {"BF16"}  # vectors and routers are in 32 bits there
+
+
+@pytest.mark.parametrize("family", STORED_IN_BLOCKS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_blocks_read_back_as_their_values(family, dtype, tmp_path):
+    types, changes = STORED_IN_BLOCKS[family]
+    model = packed(tmp_path / "model", family, types, **changes)
+    file = exported(model, tmp_path / "model.gguf")
+    stored, back = Checkpoint.open(file), open_checkpoint(file, output_dtype=dtype)
+    kinds = {kind for kind, _ in types.values()}
+    assert {group["type"] for group in stored.config["quantization_config"]["groups"]} == kinds
+    expected = dequantized(Checkpoint.open(model), "float32")
+    with expected.reader() as one, back.reader() as other:
+        for name, info in back.tensors.items():
+            value = one.read(name).to(other.read(name).dtype)
+            assert torch.equal(value, other.read(name)), name
+            if any(name.endswith(ending) for ending in types):
+                assert info.dtype == {"bfloat16": "BF16", "float32": "F32"}[dtype]
+
+
+@pytest.mark.parametrize("family", STORED_IN_BLOCKS)
+def test_what_is_exported_again_is_the_same_byte_for_byte(family, tmp_path):
+    types, changes = STORED_IN_BLOCKS[family]
+    model = packed(tmp_path / "model", family, types, **changes)
+    first = exported(model, tmp_path / "model.gguf")
+    exported(first, tmp_path / "again.gguf")
+    one, other = (gguf.GGUFReader(tmp_path / name) for name in ("model.gguf", "again.gguf"))
+    assert [tensor.name for tensor in one.tensors] == [tensor.name for tensor in other.tensors]
+    for a, b in zip(one.tensors, other.tensors, strict=True):
+        assert a.tensor_type == b.tensor_type, a.name
+        assert a.data.tobytes() == b.data.tobytes(), a.name
+
+
+def test_parts_in_different_types_become_numbers_as_they_are_read(tmp_path):
+    changes = {"kv_lora_rank": 256, "num_hidden_layers": 2}
+    model = packed(tmp_path / "model", "deepseek_v3", {"kv_b_proj.weight": ("Q4_0", -1)}, **changes)
+    file = exported(model, tmp_path / "model.gguf")  # keys are turned, so they are numbers there; values stay in blocks
+    expected = dequantized(Checkpoint.open(model), "float32")
+    for dtype in ("float32", "bfloat16"):
+        back = open_checkpoint(file, output_dtype=dtype)
+        name = "model.layers.1.self_attn.kv_b_proj.weight"
+        with expected.reader() as one, back.reader() as other:
+            value = other.read(name)
+            assert torch.equal(one.read(name).to(getattr(torch, dtype)), value)
+            assert back.tensors[name].num_bytes == value.numel() * value.element_size()
+
+
+def test_experts_of_a_stack_are_read_by_themselves(tmp_path):
+    model = tiny_checkpoint(tmp_path / "model", "gpt_oss", **RIGHT["gpt_oss"])
+    file = exported(model, tmp_path / "model.gguf")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    with Checkpoint.open(model).reader() as one, Checkpoint.open(file).reader() as other:
+        assert torch.equal(one.read(name)[3:5], other.read_rows(name, 3, 5))
+        assert other.num_bytes_read == 2 * 32 * 48 * 4
+
+
+def split(file, folder, count):
+    """Write a file in parts, with the package gguf."""
+    folder.mkdir()
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(folder / "model.gguf", "qwen3moe", split_max_tensors=-(-len(reader.tensors) // count))
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        sub_type = field.types[1] if len(field.types) > 1 else None
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.iterdir())
+
+
+def test_a_file_in_parts_and_a_folder_with_one_are_the_model(tiny, tmp_path):
+    file = exported(tiny("qwen3_moe"), tmp_path / "model.gguf")
+    parts = split(file, tmp_path / "parts", 3)
+    assert [part.name for part in parts] == [f"model-0000{part}-of-00003.gguf" for part in (1, 2, 3)]
+    for place in (parts[0], parts[2], tmp_path / "parts"):
+        same_tensors(Checkpoint.open(tiny("qwen3_moe")), Checkpoint.open(place))
+    shutil.copy(parts[1], tmp_path / "alone.gguf")
+    with pytest.raises(CorruptCheckpoint):
+        Checkpoint.open(tmp_path / "alone.gguf")
+    parts[1].unlink()
+    with pytest.raises(CorruptCheckpoint, match=r"model-00002-of-00003.gguf: this part of 3 is missing"):
+        Checkpoint.open(parts[0])
+    (tmp_path / "two").mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        shutil.copy(file, tmp_path / "two" / name)
+    with pytest.raises(NotACheckpoint, match=r"holds 2 GGUF models \(a.gguf, b.gguf\)"):
+        Checkpoint.open(tmp_path / "two")
+
+
+def test_files_beside_it_in_a_folder_come_first(tiny, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = exported(tiny("qwen3_moe"), folder / "model.gguf")
+    (folder / "LICENSE").write_text("free", encoding="utf-8")
+    content = json.loads((tiny("qwen3_moe") / "tokenizer.json").read_text(encoding="utf-8"))
+    content["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert load_tokenizer(folder)("ABC")["input_ids"] == load_tokenizer(file)("abc")["input_ids"]
+    assert [path.name for path in Checkpoint.open(folder).other_files() if path.name.isupper()] == ["LICENSE"]
+    # With a config.json of its own it is a model folder already.
+    shutil.copy(tiny("qwen3_moe") / "config.json", folder)
+    opened = Checkpoint.open(folder)
+    assert opened.path == folder
+    same_tensors(Checkpoint.open(tiny("qwen3_moe")), opened)
+    shutil.copy(tiny("olmoe") / "config.json", folder)
+    with pytest.raises(CorruptCheckpoint, match="is of a olmoe, and"):
+        Checkpoint.open(folder)
+
+
+def test_a_file_is_made_a_folder_of_once_and_again_when_it_was_written_to(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("COTERIE_CACHE", str(tmp_path / "cache"))
+    file = exported(tiny("qwen3_moe"), tmp_path / "model.gguf")
+    first = Checkpoint.open(file)
+    assert first.path == Checkpoint.open(str(file)).path
+    assert first.path.name == "model"
+    assert first.digest == Checkpoint.open(file).digest
+    file.unlink()
+    exported(tiny_checkpoint(tmp_path / "other", "qwen3_moe", num_hidden_layers=3), file)
+    second = Checkpoint.open(file)
+    assert second.path != first.path
+    assert second.config["num_hidden_layers"] == 3
+    (tmp_path / "in the way").touch()
+    monkeypatch.setenv("COTERIE_CACHE", str(tmp_path / "in the way"))
+    with pytest.raises(InputError, match="COTERIE_CACHE"):
+        Checkpoint.open(file)
+
+
+def test_a_compressed_file_is_an_ordinary_result(tiny, text, tmp_path):
+    file = exported(tiny("qwen3_moe"), tmp_path / "model.gguf")
+    options = {"keep": 0.5, "recipe": "reap", "text": text, "tokens": 512, "seq_len": 64}
+    coterie.compress(file, tmp_path / "half", **options)
+    coterie.compress(tiny("qwen3_moe"), tmp_path / "expected", **options)
+    same_tensors(Checkpoint.open(tmp_path / "expected"), Checkpoint.open(tmp_path / "half"))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32, trust_remote_code=False)
+    assert stock.config.num_experts == 4
+    assert AutoTokenizer.from_pretrained(tmp_path / "half", trust_remote_code=False)("abc")["input_ids"]
+    manifest = json.loads((tmp_path / "half" / "coterie.json").read_text(encoding="utf-8"))
+    assert str(tmp_path) not in json.dumps(manifest)
+    assert not any((tmp_path / "half").glob("*.gguf"))
+
+
+def rewritten(file, target, change):
+    """Write a file with other fields, with the package gguf."""
+    reader = gguf.GGUFReader(file)
+    fields = {
+        name: (field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
+        for name, field in reader.fields.items()
+        if not name.startswith("GGUF.")
+    }
+    change(fields)
+    writer = gguf.GGUFWriter(target, fields.pop("general.architecture")[0])
+    for name, entry in fields.items():
+        writer.add_key_value(name, *entry)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+TEXT, WHOLE, NUMBER = gguf.GGUFValueType.STRING, gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32
+WRONG = [
+    ("general.architecture", ("mamba", TEXT, None), "architecture 'mamba', and what its tensors are .* known are deep"),
+    ("qwen3moe.block_count", None, "qwen3moe.block_count is missing"),
+    ("qwen3moe.block_count", (1, WHOLE, None), None),
+    ("qwen3moe.block_count", (3.0, NUMBER, None), "block_count is '3.0', which is no whole number"),
+    ("qwen3moe.rope.scaling.type", ("longrope", TEXT, None), "rotary positions are 'longrope'"),
+    ("qwen3moe.rope.scaling.attn_factor", (0.5, NUMBER, None), "attn_factor is set"),
+    ("qwen3moe.attention.head_count", (0, WHOLE, None), "head_count is 0"),
+]
+
+
+@pytest.mark.parametrize(("key", "entry", "words"), WRONG, ids=[f"{k}-{e and e[0]}" for k, e, _ in WRONG])
+def test_what_cannot_be_read_is_said(key, entry, words, tiny, tmp_path):
+    def change(fields):
+        if entry is None:
+            del fields[key]
+        else:
+            fields[key] = entry
+
+    file = rewritten(exported(tiny("qwen3_moe"), tmp_path / "model.gguf"), tmp_path / "changed.gguf", change)
+    if words is None:
+        # Layers behind those that are run are prediction layers, and left out.
+        assert not any(name.startswith("model.layers.1.") for name in Checkpoint.open(file).tensors)
+        return
+    with pytest.raises(InputError, match=words) as caught:
+        Checkpoint.open(file)
+    assert "changed.gguf" in str(caught.value)
+
+
+def test_types_that_are_not_read_are_named(tiny, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3moe")
+    writer.add_tensor_info("x.weight", (4, 256), torch.zeros(1).numpy().dtype, 4 * 50, gguf.GGMLQuantizationType.IQ1_S)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedDtype, match=r"'x\.weight' is stored as IQ1_S, which is not read; read are F32"):
+        Checkpoint.open(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_places_are_those_that_the_package_gguf_knows(family):
+    architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == FAMILIES[family].architecture)
+    names = gguf.get_tensor_name_map(architecture, 3)
+    numbers = {"layer": 2, "expert": 5, "kind": "weight"}
+    for row in FAMILIES[family].rows:
+        # Parts, stacks and single experts are names of the package's own, those of whole tensors the family's.
+        if row.cut in ("whole", "heads of queries", "heads of keys") and "expert}" not in row.disk:
+            disk = row.disk.format(**numbers).removesuffix(".weight").removesuffix("_bias")
+            there = row.gguf.format(**numbers).removesuffix(".weight").removesuffix(".bias")
+            assert names.get_name(disk) == there, row
