@@ -358,6 +358,7 @@ def test_rows_that_lie_by_themselves_are_the_same_rows(encoding, shape):
             Gptq: False,
             Awq: False,
             Ragged: getattr(encoding, "axis", 0) > 0,
+            Rearranged: getattr(encoding, "stack", None) is not None,
         }[type(encoding)]
     )
     assert (rows is not None) == alone

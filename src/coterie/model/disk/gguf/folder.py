@@ -82,7 +82,7 @@ def model_folder(place: Path) -> Path:
         NotACheckpoint, CorruptCheckpoint: there is not one such file, or a damaged one.
         InputError: its architecture is not known, or the cache cannot be written.
     """
-    files = [file.resolve() for file in files_of(place)]
+    files = [file.absolute() for file in files_of(place)]
     beside = [] if place.is_file() else [file for file in files_beside(place) if file.parent == place]
     name = match["stem"] if (match := _PART.fullmatch(files[0].name)) else files[0].stem
     folder = _cache() / "gguf" / _key([*files, *beside]) / name
@@ -135,7 +135,8 @@ def read_tensors(
         InputError, CorruptCheckpoint: files and config are not of one model, or not of one that is known.
     """
     headers = read_headers([folder / shard for shard in shards])
-    where = str(folder / shards[0])
+    link = folder / shards[0]
+    where = str(link.readlink() if link.is_symlink() else link)
     stored = _stored(headers)
     name = model_type_of(GgufFields.of(where, headers[0].fields), {n: tensor.shape for n, tensor in stored.items()})
     family = FAMILIES[name]
@@ -173,6 +174,8 @@ def _stored(headers: Sequence[GgufHeader]) -> dict[str, StoredTensor]:
             name = min(twice)
             raise CorruptCheckpoint(f"{header.path}: tensor {name!r} is also in {stored[name].shard}")
         stored |= header.tensors
+    if not stored:
+        raise CorruptCheckpoint(f"{headers[0].path}: it holds no tensors; fetch this file again, or take another")
     return stored
 
 
