@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,12 +16,13 @@ from coterie import export, load_model
 from coterie.errors import CorruptCheckpoint, InputError, NotACheckpoint, UnsupportedDtype
 from coterie.model.arch.meta import parse_config
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.encodings.ggml import SIZES
 from coterie.model.disk.gguf.families import FAMILIES
 from coterie.model.disk.open import open_checkpoint
 from coterie.model.disk.quantized import dequantized
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.testing import tiny_checkpoint
-from export_cases import CASES, RIGHT, STORED_IN_BLOCKS, packed
+from export_cases import CASES, MIXED, RIGHT, STORED_IN_BLOCKS, WIDE, packed
 from llama_runtime import numbers
 
 
@@ -56,6 +60,28 @@ def logits(model):
 def exported(checkpoint, file, **options):
     export(checkpoint, file, **{"type": "f32", **options})
     return file
+
+
+def rewritten(file, target, change=lambda fields: None, tensor_of=None, **options):
+    """Write a file again, with other fields or tensors, or in parts, with the package gguf."""
+    reader = gguf.GGUFReader(file)
+    fields = {
+        name: (field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
+        for name, field in reader.fields.items()
+        if not name.startswith("GGUF.")
+    }
+    change(fields)
+    writer = gguf.GGUFWriter(target, fields.pop("general.architecture")[0], **options)
+    for name, entry in fields.items():
+        writer.add_key_value(name, *entry)
+    for tensor in reader.tensors:
+        data, kind = (tensor.data, tensor.tensor_type) if tensor_of is None else tensor_of(tensor)
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
 
 
 FIRST = {family: (family, changes) for family, changes in reversed(CASES)}
@@ -107,35 +133,49 @@ def test_sixteen_bits_read_back_as_the_same_numbers(family, tmp_path):
     assert formats == {"BF16"}  # vectors and routers are in 32 bits there
 
 
-@pytest.mark.parametrize("family", STORED_IN_BLOCKS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_blocks_read_back_as_their_values(family, dtype, tmp_path):
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=pytest.mark.long) if family == "qwen3_moe" else family for family in STORED_IN_BLOCKS],
+)
+def test_blocks_read_back_as_their_values_and_are_exported_again_byte_for_byte(family, tmp_path):
     types, changes = STORED_IN_BLOCKS[family]
     model = packed(tmp_path / "model", family, types, **changes)
     file = exported(model, tmp_path / "model.gguf")
-    stored, back = Checkpoint.open(file), open_checkpoint(file, output_dtype=dtype)
-    kinds = {kind for kind, _ in types.values()}
-    assert {group["type"] for group in stored.config["quantization_config"]["groups"]} == kinds
+    groups = Checkpoint.open(file).config["quantization_config"]["groups"]
+    assert {group["type"] for group in groups} == {kind for kind, _ in types.values()}
     expected = dequantized(Checkpoint.open(model), "float32")
-    with expected.reader() as one, back.reader() as other:
-        for name, info in back.tensors.items():
-            value = one.read(name).to(other.read(name).dtype)
-            assert torch.equal(value, other.read(name)), name
-            if any(name.endswith(ending) for ending in types):
-                assert info.dtype == {"bfloat16": "BF16", "float32": "F32"}[dtype]
-
-
-@pytest.mark.parametrize("family", STORED_IN_BLOCKS)
-def test_what_is_exported_again_is_the_same_byte_for_byte(family, tmp_path):
-    types, changes = STORED_IN_BLOCKS[family]
-    model = packed(tmp_path / "model", family, types, **changes)
-    first = exported(model, tmp_path / "model.gguf")
-    exported(first, tmp_path / "again.gguf")
-    one, other = (gguf.GGUFReader(tmp_path / name) for name in ("model.gguf", "again.gguf"))
-    assert [tensor.name for tensor in one.tensors] == [tensor.name for tensor in other.tensors]
-    for a, b in zip(one.tensors, other.tensors, strict=True):
-        assert a.tensor_type == b.tensor_type, a.name
+    for dtype, format_ in (("bfloat16", "BF16"), ("float32", "F32")):
+        back = open_checkpoint(file, output_dtype=dtype)
+        with expected.reader() as one, back.reader() as other:
+            for name, info in back.tensors.items():
+                value = other.read(name)
+                assert torch.equal(one.read(name).to(value.dtype), value), name
+                assert info.dtype == format_ or not name.endswith(tuple(types))
+    exported(file, tmp_path / "again.gguf")
+    first, again = (gguf.GGUFReader(tmp_path / name) for name in ("model.gguf", "again.gguf"))
+    for a, b in zip(first.tensors, again.tensors, strict=True):
+        assert (a.name, a.tensor_type) == (b.name, b.tensor_type)
         assert a.data.tobytes() == b.data.tobytes(), a.name
+
+
+@pytest.mark.long
+def test_a_file_in_blocks_is_compressed_as_its_values_are(text, tmp_path):
+    model = packed(tmp_path / "model", "qwen3_moe", MIXED, **WIDE)
+    file = exported(model, tmp_path / "model.gguf")
+    # A result in blocks, exported and read back, has the values of the result.
+    options = {
+        "type": "Q4_0",
+        "recipe": "nearest",
+        "text": text,
+        "tokens": 512,
+        "seq_len": 64,
+        "output_dtype": "float32",
+    }
+    coterie.compress(model, tmp_path / "one", **options)
+    coterie.compress(file, tmp_path / "other", **options)
+    one, other = (open_checkpoint(tmp_path / name, output_dtype="float32") for name in ("one", "other"))
+    same_tensors(one, other)
+    same_tensors(one, open_checkpoint(exported(tmp_path / "other", tmp_path / "result.gguf"), output_dtype="float32"))
 
 
 def test_parts_in_different_types_become_numbers_as_they_are_read(tmp_path):
@@ -161,28 +201,11 @@ def test_experts_of_a_stack_are_read_by_themselves(tmp_path):
         assert other.num_bytes_read == 2 * 32 * 48 * 4
 
 
-def split(file, folder, count):
-    """Write a file in parts, with the package gguf."""
-    folder.mkdir()
-    reader = gguf.GGUFReader(file)
-    writer = gguf.GGUFWriter(folder / "model.gguf", "qwen3moe", split_max_tensors=-(-len(reader.tensors) // count))
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":
-            continue
-        sub_type = field.types[1] if len(field.types) > 1 else None
-        writer.add_key_value(name, field.contents(), field.types[0], sub_type)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return sorted(folder.iterdir())
-
-
 def test_a_file_in_parts_and_a_folder_with_one_are_the_model(tiny, tmp_path):
     file = exported(tiny("qwen3_moe"), tmp_path / "model.gguf")
-    parts = split(file, tmp_path / "parts", 3)
+    (tmp_path / "parts").mkdir()
+    rewritten(file, tmp_path / "parts" / "model.gguf", split_max_tensors=10)
+    parts = sorted((tmp_path / "parts").iterdir())
     assert [part.name for part in parts] == [f"model-0000{part}-of-00003.gguf" for part in (1, 2, 3)]
     for place in (parts[0], parts[2], tmp_path / "parts"):
         same_tensors(Checkpoint.open(tiny("qwen3_moe")), Checkpoint.open(place))
@@ -251,27 +274,6 @@ def test_a_compressed_file_is_an_ordinary_result(tiny, text, tmp_path):
     assert not any((tmp_path / "half").glob("*.gguf"))
 
 
-def rewritten(file, target, change):
-    """Write a file with other fields, with the package gguf."""
-    reader = gguf.GGUFReader(file)
-    fields = {
-        name: (field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
-        for name, field in reader.fields.items()
-        if not name.startswith("GGUF.")
-    }
-    change(fields)
-    writer = gguf.GGUFWriter(target, fields.pop("general.architecture")[0])
-    for name, entry in fields.items():
-        writer.add_key_value(name, *entry)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
-
-
 TEXT, WHOLE, NUMBER = gguf.GGUFValueType.STRING, gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32
 WRONG = [
     ("general.architecture", ("mamba", TEXT, None), "architecture 'mamba', and what its tensors are .* known are deep"),
@@ -311,6 +313,57 @@ def test_types_that_are_not_read_are_named(tiny, tmp_path):
     writer.close()
     with pytest.raises(UnsupportedDtype, match=r"'x\.weight' is stored as IQ1_S, which is not read; read are F32"):
         Checkpoint.open(tmp_path / "model.gguf")
+
+
+def test_every_block_type_reads_as_the_package_gguf_reads_it(tmp_path):
+    model = tiny_checkpoint(tmp_path / "model", "qwen3_moe", hidden_size=256, moe_intermediate_size=256,
+                            num_hidden_layers=6, num_experts=2)  # fmt: skip
+    base = exported(model, tmp_path / "base.gguf", type="bf16")
+    names = [f"blk.{layer}.ffn_{part}_exps.weight" for layer in range(6) for part in ("gate", "up", "down")]
+    kinds = dict(zip(names, SIZES, strict=True))
+    # Any bytes are blocks; these hold no scales beyond two.
+    numbers = np.random.default_rng(0)
+    contents = {
+        name: numbers.integers(0, 64, (2, 256, 256 // SIZES[kind][0] * SIZES[kind][1]), dtype=np.uint8)
+        for name, kind in kinds.items()
+    }
+
+    def replaced(tensor):
+        if tensor.name not in kinds:
+            return tensor.data, tensor.tensor_type
+        return contents[tensor.name], gguf.GGMLQuantizationType[kinds[tensor.name]]
+
+    file = rewritten(base, tmp_path / "model.gguf", tensor_of=replaced)
+    with open_checkpoint(file, output_dtype="float32").reader() as ours:
+        for name, kind in kinds.items():
+            expected = torch.from_numpy(gguf.dequantize(contents[name], gguf.GGMLQuantizationType[kind]))
+            _, layer, part, _ = name.split(".")
+            part = part.removeprefix("ffn_").removesuffix("_exps")
+            for expert in (0, 1):
+                value = ours.read(f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight")
+                torch.testing.assert_close(value, expected[expert], rtol=1e-6, atol=0, msg=kind)
+
+
+@pytest.mark.long
+def test_the_bundled_model_read_back_predicts_text_as_it_does(bundled, tmp_path):
+    file = tmp_path / "model.gguf"
+    export(bundled / "qwen3_moe", file)
+    options = {"text": bundled / "text" / "test", "tokens": 8192}
+    [card] = coterie.evaluate([file], against=bundled / "qwen3_moe", **options)
+    assert card.overall["kl"] == 0
+    assert card.overall["perplexity_rise"] == 0
+
+
+def test_a_look_into_a_file_takes_headers_alone(tiny, tmp_path):
+    file = exported(tiny("mixtral", **RIGHT["mixtral"]), tmp_path / "model.gguf")
+    command = [sys.executable, "-X", "importtime", "-m", "coterie.cli.main", "inspect", str(file), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"torch", "transformers", "numpy", "gguf"}
+    told = json.loads(done.stdout)
+    assert told["path"] == str(file)
+    assert told["file_bytes"] == file.stat().st_size
+    assert [layer["num_experts"] for layer in told["moe_layers"]] == [8, 8]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

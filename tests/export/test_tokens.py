@@ -98,7 +98,14 @@ def model_with(tokenizer, folder):
 
 def compare(checkpoint, file, texts=TEXTS):
     export(checkpoint, file)
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer, read_back = load_tokenizer(checkpoint), load_tokenizer(file)
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert read_back(text)["input_ids"] == ids, text
+        if tokenizer.backend_tokenizer.decoder is not None:
+            assert read_back.decode(ids) == tokenizer.decode(ids)
+        assert read_back.decode(ids, skip_special_tokens=True) == re.sub(r"<\|\w+\|>", "", text)
+    assert read_back.special_tokens_map == tokenizer.special_tokens_map
     with llama(file) as server:
         for text in texts:
             assert token_ids(server, text) == tokenizer(text)["input_ids"], text

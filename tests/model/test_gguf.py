@@ -127,7 +127,7 @@ def test_a_pointer_of_git_is_told(tmp_path):
 HOSTILE = [0, 1, 2, 9, 31, 2**8, 2**16, 2**24 + 1, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_damaged_file_is_never_a_traceback_nor_gigabytes(data, small, tmp_path_factory):
     content = bytearray(small.read_bytes())

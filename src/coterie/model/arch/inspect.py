@@ -37,6 +37,7 @@ from coterie.model.arch.structure import (
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.encodings import OWN_METHOD
 from coterie.model.disk.filled import filled_up
+from coterie.model.disk.gguf.folder import place_of
 from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.quantized import as_read, shapes_of_packed
 from coterie.model.disk.tensors import DTYPE_BITS, TensorInfo, file_bytes
@@ -224,7 +225,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, budget: str | int | None = Non
         layer.experts.parameters * min(layer.top_k, layer.num_experts) // layer.num_experts for layer in moe_layers
     )
     return Inspection(
-        path=checkpoint.path,
+        path=place_of(checkpoint.path),
         model_type=str(config["model_type"]),
         layers=_num_layers(places, part_of, set(depths)),
         expert_key=path or None,

@@ -100,6 +100,13 @@ def model_folder(place: Path) -> Path:
     return folder
 
 
+def place_of(folder: Path) -> Path:
+    """Return the GGUF file that a model folder in the cache was made of; any other folder as it is."""
+    if folder.parent.parent != _cache() / "gguf":
+        return folder
+    return next((file.readlink() for file in sorted(folder.glob(f"*{SUFFIX}")) if file.is_symlink()), folder)
+
+
 def read_headers(files: Sequence[Path]) -> list[GgufHeader]:
     """Read the headers of all parts of a file, the one with the fields first, and check that they are one model's.
 
@@ -135,8 +142,7 @@ def read_tensors(
         InputError, CorruptCheckpoint: files and config are not of one model, or not of one that is known.
     """
     headers = read_headers([folder / shard for shard in shards])
-    link = folder / shards[0]
-    where = str(link.readlink() if link.is_symlink() else link)
+    where = str(folder / shards[0] if (place := place_of(folder)) == folder else place)
     stored = _stored(headers)
     name = model_type_of(GgufFields.of(where, headers[0].fields), {n: tensor.shape for n, tensor in stored.items()})
     family = FAMILIES[name]
@@ -240,7 +246,9 @@ def _write(folder: Path, content: dict[str, Any], links: Sequence[Path]) -> None
             (inner / link.name).symlink_to(link.absolute())
         for name, said in content.items():
             if not (inner / name).exists():
-                text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False, indent=2)
+                # A vocabulary would have hundreds of thousands of lines.
+                indent = None if name == "tokenizer.json" else 2
+                text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False, indent=indent)
                 (inner / name).write_text(text + "\n", encoding="utf-8")
         try:
             temporary.rename(folder.parent)

@@ -254,6 +254,18 @@ class _Bytes:
         except UnicodeDecodeError as error:
             raise self.wrong(f"the text at byte {begin} of the header is not UTF-8 ({error.reason})") from None
 
+    def _skip_texts(self, count: int) -> None:
+        """Walk over texts: a vocabulary has hundreds of thousands."""
+        length, position, last = struct.Struct("<Q").unpack_from, self.position, self.size - 8
+        for _ in range(count):
+            if position > last:
+                break
+            position += 8 + length(self._content, position)[0]
+        else:
+            self.skip(position - self.position)
+            return
+        self.skip(self.size)  # which is too much
+
     def value(self, kind: int, name: str) -> Any:
         if kind == _TEXT:
             return self.text()
@@ -266,8 +278,7 @@ class _Bytes:
             raise self.wrong(f"the field {name!r} is a list of the kind {inner}, which is not read")
         whole = List(path=self.path, kind=inner, count=count, begin=self.position)
         if inner == _TEXT:
-            for _ in range(count):
-                self.skip(self.number("Q"))
+            self._skip_texts(count)
         else:
             self.skip(count * struct.calcsize(f"<{_FORMATS[inner]}"))
         return whole
