@@ -85,6 +85,8 @@ def find_weights(folder: Path, *, allow_pickle: bool, elsewhere: Collection[str]
             f"; it has {pickles[0]}, a pickle, and reading a pickle can run code: convert it with transformers' "
             "save_pretrained, or pass --allow-pickle (allow_pickle=True) if you trust where it comes from"
         )
+    elif parts:
+        hint = f"; it has {parts[0]} and other GGUF files: pass the file of the one that is meant"
     raise NotACheckpoint(f"{folder} has no *.safetensors weights{hint}")
 
 

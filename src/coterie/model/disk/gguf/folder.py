@@ -225,7 +225,7 @@ def _short(fields: GgufFields, key: str) -> str | None:
 def _cache() -> Path:
     said = os.environ.get("COTERIE_CACHE")
     if said:
-        return Path(said).expanduser()
+        return Path(said).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coterie"
 
 

@@ -259,12 +259,9 @@ class _Bytes:
         length, position, last = struct.Struct("<Q").unpack_from, self.position, self.size - 8
         for _ in range(count):
             if position > last:
-                break
+                raise self.wrong(f"a list of {count} texts goes beyond its {self.size} bytes: it is cut off or damaged")
             position += 8 + length(self._content, position)[0]
-        else:
-            self.skip(position - self.position)
-            return
-        self.skip(self.size)  # which is too much
+        self.skip(position - self.position)
 
     def value(self, kind: int, name: str) -> Any:
         if kind == _TEXT:

@@ -162,7 +162,7 @@ def config_of(fields: GgufFields, shapes: Mapping[str, tuple[int, ...]], dtype: 
         config["norm_topk_prob"] = family.normalised
     if family.grouped:
         config["num_nextn_predict_layers"] = 0  # those behind are left out; the classes have one by default
-    return config | _groups(family, fields) | _tokens(fields)
+    return config | _groups(family, fields) | _tokens(fields, config["vocab_size"])
 
 
 def _value(fields: GgufFields, entry: Entry) -> Any:
@@ -261,10 +261,11 @@ def _groups(family: Family, fields: GgufFields) -> dict[str, Any]:
     return groups
 
 
-def _tokens(fields: GgufFields) -> dict[str, Any]:
+def _tokens(fields: GgufFields, num_tokens: int) -> dict[str, Any]:
     """Return the ids of special tokens."""
-    ids = ((role, f"tokenizer.ggml.{role}_token_id", name) for role, name in _ROLES.items())
-    return {name: fields.whole(key) for _, key, name in ids if key in fields}
+    keys = {name: f"tokenizer.ggml.{role}_token_id" for role, name in _ROLES.items()}
+    ids = {name: fields.whole(key, most=2**32 - 1) for name, key in keys.items() if key in fields}
+    return {name: token for name, token in ids.items() if token < num_tokens}  # the largest number stands for none
 
 
 _ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
