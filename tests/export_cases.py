@@ -2,6 +2,7 @@
 
 import json
 
+import gguf
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -91,3 +92,25 @@ STORED_IN_BLOCKS = {
         {"hidden_size": 256, "intermediate_size": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     ),
 }  # fmt: skip
+
+
+def rewritten(file, target, change=lambda fields: None, tensor_of=None, **options):
+    """Write a file again, with other fields or tensors, or in parts, with the package gguf."""
+    reader = gguf.GGUFReader(file)
+    fields = {
+        name: (field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
+        for name, field in reader.fields.items()
+        if not name.startswith("GGUF.")
+    }
+    change(fields)
+    writer = gguf.GGUFWriter(target, fields.pop("general.architecture")[0], **options)
+    for name, entry in fields.items():
+        writer.add_key_value(name, *entry)
+    for tensor in reader.tensors:
+        data, kind = (tensor.data, tensor.tensor_type) if tensor_of is None else tensor_of(tensor)
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target

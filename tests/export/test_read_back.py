@@ -21,8 +21,9 @@ from coterie.model.disk.gguf.families import FAMILIES
 from coterie.model.disk.open import open_checkpoint
 from coterie.model.disk.quantized import dequantized
 from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.publish.original import card_of, hub_id
 from coterie.testing import tiny_checkpoint
-from export_cases import CASES, MIXED, RIGHT, STORED_IN_BLOCKS, WIDE, packed
+from export_cases import CASES, MIXED, RIGHT, STORED_IN_BLOCKS, WIDE, packed, rewritten
 from llama_runtime import numbers
 
 
@@ -60,28 +61,6 @@ def logits(model):
 def exported(checkpoint, file, **options):
     export(checkpoint, file, **{"type": "f32", **options})
     return file
-
-
-def rewritten(file, target, change=lambda fields: None, tensor_of=None, **options):
-    """Write a file again, with other fields or tensors, or in parts, with the package gguf."""
-    reader = gguf.GGUFReader(file)
-    fields = {
-        name: (field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
-        for name, field in reader.fields.items()
-        if not name.startswith("GGUF.")
-    }
-    change(fields)
-    writer = gguf.GGUFWriter(target, fields.pop("general.architecture")[0], **options)
-    for name, entry in fields.items():
-        writer.add_key_value(name, *entry)
-    for tensor in reader.tensors:
-        data, kind = (tensor.data, tensor.tensor_type) if tensor_of is None else tensor_of(tensor)
-        writer.add_tensor(tensor.name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
 
 
 FIRST = {family: (family, changes) for family, changes in reversed(CASES)}
@@ -302,6 +281,31 @@ def test_what_cannot_be_read_is_said(key, entry, words, tiny, tmp_path):
     with pytest.raises(InputError, match=words) as caught:
         Checkpoint.open(file)
     assert "changed.gguf" in str(caught.value)
+
+
+def test_what_is_known_of_a_model_beside_its_weights_comes_along(tmp_path):
+    checkpoint = tiny_checkpoint(tmp_path / "model", "qwen3_moe")
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    (checkpoint / "config.json").write_text(json.dumps(config | {"_name_or_path": "someone/big"}), encoding="utf-8")
+    (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Big\n", encoding="utf-8")
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [256, 7]}', encoding="utf-8")
+    back = Checkpoint.open(exported(checkpoint, tmp_path / "model.gguf"))
+    assert load_model(tmp_path / "model.gguf").generation_config.eos_token_id == [256, 7]
+    assert hub_id(tmp_path / "model.gguf", back.path, back.config) == "someone/big"
+    assert card_of(back.path) == {"license": "apache-2.0"}
+
+
+def test_what_other_converters_leave_out_follows_from_the_rest(tmp_path):
+    checkpoint = tiny_checkpoint(tmp_path / "model", "deepseek_v3", num_hidden_layers=2)
+
+    def change(fields):
+        for key in ("deepseek2.expert_gating_func", "tokenizer.ggml.merges", "tokenizer.ggml.add_bos_token"):
+            del fields[key]
+        fields["tokenizer.ggml.eot_token_id"] = (2**32 - 1, WHOLE, None)  # none
+
+    file = rewritten(exported(checkpoint, tmp_path / "model.gguf"), tmp_path / "less.gguf", change)
+    same_config(Checkpoint.open(checkpoint), Checkpoint.open(file))
+    assert load_tokenizer(file)("abc")["input_ids"] == load_tokenizer(checkpoint)("abc")["input_ids"]
 
 
 def test_types_that_are_not_read_are_named(tiny, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from coterie.errors import CorruptCheckpoint, InputError
 from coterie.model.disk.gguf.families import FAMILIES, Family
 from coterie.model.disk.gguf.fields import GgufFields, shortest
+from coterie.model.disk.gguf.names import is_known
 
 #: Numbers that stand for what a router's scores are; ``llama_expert_gating_func_type`` in ``llama-hparams.h``.
 SCORES = {"softmax": 1, "sigmoid": 2}
@@ -118,14 +119,15 @@ def model_type_of(fields: GgufFields, names: Mapping[str, tuple[int, ...]]) -> s
         )
     if len(candidates) == 1:
         return candidates[0]
-    # Two families are one architecture there: what tells them apart is their router's scores, or shared experts.
-    scores = fields.whole("expert_gating_func", SCORES["softmax"])
-    alike = [name for name in candidates if SCORES[FAMILIES[name].scores or "softmax"] == scores]
-    shared = any("_shexp." in name for name in names)
-    by_width = [name for name in alike if (FAMILIES[name].shared_width is not None) == shared]
-    if not alike:
-        raise fields.wrong("expert_gating_func", f"is {scores}, which stands for no scores of this architecture")
-    return alike[0] if len(alike) == 1 else by_width[0]
+    # Several families are one architecture there: what tells them apart is their router's scores, where a file says
+    # them, and else which has a place for the most tensors.
+    if "expert_gating_func" in fields:
+        said = fields.whole("expert_gating_func")
+        alike = [name for name in candidates if SCORES.get(FAMILIES[name].scores or "", said) == said]
+        if not alike:
+            raise fields.wrong("expert_gating_func", f"is {said}, which stands for no scores of this architecture")
+        candidates = alike
+    return max(candidates, key=lambda name: sum(is_known(FAMILIES[name], tensor) for tensor in names))
 
 
 def config_of(fields: GgufFields, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, Any]:

@@ -151,6 +151,11 @@ def _targets(family: Family, heads: Heads, name: str, info: TensorInfo) -> Itera
         )
 
 
+def is_known(family: Family, name: str) -> bool:
+    """Tell whether a family has a place for a tensor of a file."""
+    return any(pattern_of(row.gguf).fullmatch(name) for row in family.rows)
+
+
 def is_stack(row: Row) -> bool:
     """Tell whether a tensor on disk is a stack of all experts' matrices, or of the vectors that biases are."""
     return "_exps." in row.gguf and "{expert}" not in row.disk

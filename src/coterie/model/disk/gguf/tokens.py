@@ -164,12 +164,13 @@ def _of_bytes(fields: GgufFields, vocabulary: Mapping[str, int]) -> tuple[dict[s
     ]
     last = bytes_ | {"use_regex": "words" in steps}
     merges = []
-    for merge in fields.list_of("tokenizer.ggml.merges", str):
+    key = "tokenizer.ggml.merges"
+    for merge in fields.list_of(key, str) if key in fields else ():
         left, _, right = merge.partition(" ")
         if left in vocabulary and right in vocabulary and left + right in vocabulary:
             merges.append([left, right])
         elif merge != NO_MERGE:
-            raise fields.wrong("tokenizer.ggml.merges", f"joins {merge[:40]!r}, which are no tokens")
+            raise fields.wrong(key, f"joins {merge[:40]!r}, which are no tokens")
     return {
         "normalizer": {"type": "NFC"} if name in _COMPOSED else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*split, last]},
