@@ -191,3 +191,23 @@ def test_words_come_back(words):
     packed = pack_words(torch.tensor(words), 4)
     assert packed.numpy().view("<u4").tolist() == words
     assert unpack_words(packed, 4).tolist() == words
+
+
+@pytest.mark.parametrize("name", vector.TYPES)
+def test_sums_over_nearest_entries_are_those_of_a_search_through_all(name):
+    kind, generator = get_type(name), torch.Generator().manual_seed(0)
+    magnitude, importance = torch.rand(2, 64, generator=generator), torch.rand(2, 64, generator=generator)
+    step = torch.rand(2, 64 // kind.sub_block, generator=generator) / float(kind.grid.max()) * 2
+    step[0, 0] = 0  # a sub-block of zeros has no step
+    product, square = vector._Search(magnitude, importance, kind.grid, kind.sub_block).sums(step)
+    for row, place in itertools.product(range(2), range(step.shape[1])):
+        expected = [0.0, 0.0]
+        for start in range(place * kind.sub_block, (place + 1) * kind.sub_block, kind.group):
+            x, w = (each[row, start : start + kind.group].double() for each in (magnitude, importance))
+            entries, s = kind.grid.double(), step[row, place].double()
+            inverse = 1 / s if s else 0.0
+            entry = entries[((w * entries.square()).sum(-1) - 2 * inverse * (w * x * entries).sum(-1)).argmin()]
+            expected[0] += float((w * x * entry).sum())
+            expected[1] += float((w * entry.square()).sum())
+        assert float(product[row, place]) == pytest.approx(expected[0], rel=0.02)
+        assert float(square[row, place]) == pytest.approx(expected[1], rel=0.02)

@@ -17,7 +17,9 @@ log = logging.getLogger(__name__)
 
 #: Groups of the help, in order, and the options in each; an option has the same place in every command.
 PANELS: dict[str, tuple[str, ...]] = {
-    "How small": ("keep", "experts", "width", "budget", "bits", "type", "removed", "multiple_of", "plan", "budgets"),
+    "How small": (
+        "keep", "experts", "width", "budget", "bits", "type", "removed", "multiple_of", "target", "plan", "budgets",
+    ),
     "How": (
         "recipe", "recipes", "router", "routers", "effort", "train_tokens", "inputs", "output_dtype", "mtp",
         "statistics", "gradients", "profile", "prices", "number_type", "seed", "seeds", "temperature", "first_token",

@@ -82,6 +82,7 @@ def compress(
     allow_pickle: options.AllowPickle = False,
     mtp: options.Mtp = None,
     multiple_of: options.MultipleOf = None,
+    target: options.Target = None,
     prices: options.Prices = None,
     push_to_hub: Annotated[
         str | None,
@@ -144,6 +145,7 @@ def compress(
         "allow_pickle": allow_pickle,
         "mtp": mtp,
         "multiple_of": multiple_of,
+        "target": target,
         "prices": prices,
         "on": on,
     }

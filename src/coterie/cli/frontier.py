@@ -15,6 +15,7 @@ def frontier(
     budgets: Annotated[
         str | None, typer.Option(help="List these sizes, like 12GiB,8GiB; shares of the model when left out.")
     ] = None,
+    target: options.Target = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw it, as an SVG file like frontier.svg.")
     ] = None,
@@ -31,7 +32,7 @@ def frontier(
         check_picture(picture, {"model folder": [model], "prices": [prices]})
     from coterie.compress.frontier import frontier as run
 
-    listed = run(model, prices, budgets=None if budgets is None else options.names(budgets))
+    listed = run(model, prices, budgets=None if budgets is None else options.names(budgets), target=target or "gguf")
     if picture is not None:
         from coterie.report.frontier import write_picture
 

@@ -101,6 +101,14 @@ MultipleOf = Annotated[
         help="The number of experts or their width, whichever is lowered, is the nearest multiple of this.",
     ),
 ]
+Target = Annotated[
+    Literal["gguf", "packed"] | None,
+    typer.Option(
+        help="Who reads weights in fewer bits. gguf: llama.cpp, by `coterie export`. packed: Coterie alone; smaller "
+        "where rows are no multiple of 256.",
+        show_default="gguf",
+    ),
+]
 Domains = Annotated[
     str | None, typer.Option(help="Only these domains, like math,python; with weights, like math=2,python=1.")
 ]

@@ -32,6 +32,7 @@ def plan(
     seed: options.Seed = 0,
     mtp: options.Mtp = None,
     multiple_of: options.MultipleOf = None,
+    target: options.Target = None,
     prices: options.Prices = None,
     out: Annotated[Path | None, typer.Option(help="File for the plan, like plan.json.")] = None,
     json: options.Json = False,
@@ -58,6 +59,7 @@ def plan(
         seed=seed,
         mtp=mtp or "keep",
         multiple_of=multiple_of,
+        target=target,
         prices=prices,
     )
     if out is not None:

@@ -28,6 +28,7 @@ from coterie.compress.recipes import Recipe
 from coterie.compress.reload import check_reload
 from coterie.compress.result_steps import LeftOut, load_result_step
 from coterie.compress.shards import lay_out, write_shard
+from coterie.compress.target import Reader
 from coterie.compress.times import CHECKING
 from coterie.compress.work import Work
 from coterie.errors import CoterieError, OutOfSpace
@@ -106,6 +107,7 @@ def compress(
     prices: Prices | str | Path | None = None,
     mtp: Mtp | None = None,
     multiple_of: int | None = None,
+    target: Reader | None = None,
     on: On | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
@@ -155,6 +157,8 @@ def compress(
             experts of the same numbers and width as in the last layer, or "drop". A plan says it already.
         multiple_of: the number of experts or their width, whichever the recipe lowers, is the nearest multiple of this,
             such as 8 for expert parallelism or 256 for K-quants.
+        target: who is to read weights in fewer bits: "gguf" (when None), what GGUF files can say, or "packed", what
+            Coterie alone reads, which is smaller where rows are no multiple of 256. A plan says it already.
         on: which tokens count where experts are measured and the result is trained: "all" (when None), or those of
             answers in conversations and of completions, "assistant". With a profile that is there, its own.
         push_to_hub: id of a repository on the model hub that the result is uploaded to once it is whole; that this can
@@ -174,8 +178,8 @@ def compress(
     """
     options = Options.of(
         model=model, out=out, keep=keep, experts=experts, width=width, budget=budget, bits=bits, type=type,
-        multiple_of=multiple_of, plan=plan, recipe=recipe, effort=effort, train_tokens=train_tokens, router=router,
-        profile=profile, text=text, weights=weights, tokens=tokens, seq_len=seq_len, seed=seed,
+        multiple_of=multiple_of, target=target, plan=plan, recipe=recipe, effort=effort, train_tokens=train_tokens,
+        router=router, profile=profile, text=text, weights=weights, tokens=tokens, seq_len=seq_len, seed=seed,
         sample_tokens=sample_tokens, device=device, inputs=inputs, output_dtype=output_dtype, max_memory=max_memory,
         allow_pickle=allow_pickle, cache=cache, prices=prices, mtp=mtp, on=on,
     )  # fmt: skip

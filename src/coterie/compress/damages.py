@@ -22,7 +22,7 @@ from coterie.compress.projections import DOWN, GATE, UP, Projections, projection
 from coterie.compress.source import Source
 from coterie.compress.weights import Weight, weights_among
 from coterie.model.arch.experts import Experts
-from coterie.model.disk.encodings.ggml import get_type
+from coterie.model.disk.encodings.ggml import get_layout, rows_together
 from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
 from coterie.model.stream.stream import Stage, Stream
 from coterie.profile.observation import Observation, observed
@@ -179,19 +179,19 @@ class DamageMeter:
             return {}
         whole = sum(float((fisher_RC * matrix_RC.square()).sum()) for matrix_RC, fisher_RC in pairs)
         step = max(1, len(pairs) // MATRICES)
-        few = [_some_rows(*pair) for pair in pairs[::step]]
-        matrix_NRC, fisher_NRC = (torch.stack(each) for each in zip(*few, strict=True))
-        part = float((fisher_NRC * matrix_NRC.square()).sum())
-        importance_NC = fisher_NRC.mean(dim=1)
-        importance_NC = torch.where(importance_NC.sum(dim=-1, keepdim=True) > 0, importance_NC, 1.0)
         prices: dict[str, float] = {}
         for wanted in self.types:
-            kind = weight.fitting(wanted)
-            if kind is None or kind in prices:
-                continue
-            _, value_NRC = round_to_nearest(matrix_NRC, importance_NC, get_type(kind))
-            lost = float((fisher_NRC * (matrix_NRC - value_NRC).square()).sum())
-            prices[kind] = 0.5 * whole * (lost / part if part > 0 else 0.0) / self._tokens
+            for kind in weight.fittings(wanted):
+                if kind in prices:
+                    continue
+                few = [_some_rows(*pair, rows_together(kind, weight.columns)) for pair in pairs[::step]]
+                matrix_NRC, fisher_NRC = (torch.stack(each) for each in zip(*few, strict=True))
+                part = float((fisher_NRC * matrix_NRC.square()).sum())
+                importance_NC = fisher_NRC.mean(dim=1)
+                importance_NC = torch.where(importance_NC.sum(dim=-1, keepdim=True) > 0, importance_NC, 1.0)
+                _, value_NRC = round_to_nearest(matrix_NRC, importance_NC, get_layout(kind))
+                lost = float((fisher_NRC * (matrix_NRC - value_NRC).square()).sum())
+                prices[kind] = 0.5 * whole * (lost / part if part > 0 else 0.0) / self._tokens
         return prices
 
     def _price_embedding(self, weight: Weight, fisher_VD: Tensor) -> dict[str, float]:
@@ -212,9 +212,12 @@ class DamageMeter:
         return self._prices(weight, [(matrix_VD, fisher_VD)])
 
 
-def _some_rows(matrix_RC: Tensor, fisher_RC: Tensor) -> tuple[Tensor, Tensor]:
-    step = max(1, len(matrix_RC) // ROWS)
-    return matrix_RC[::step], fisher_RC[::step]
+def _some_rows(matrix_RC: Tensor, fisher_RC: Tensor, together: int) -> tuple[Tensor, Tensor]:
+    """Return rows of a matrix, as many side by side as are stored together, and their weights."""
+    step = max(1, len(matrix_RC) // max(ROWS, together) // together)
+    columns = matrix_RC.shape[-1]
+    some = [each.reshape(-1, together, columns)[::step].flatten(0, 1) for each in (matrix_RC, fisher_RC)]
+    return some[0], some[1]
 
 
 def _through(experts: Experts, expert: int, input_ND: Tensor, gradient_ND: Tensor) -> dict[int, tuple[Tensor, Tensor]]:

@@ -24,7 +24,7 @@ from coterie.compress.recipes import Recipe, Step, get_recipe
 from coterie.compress.request import Request
 from coterie.compress.source import Source
 from coterie.compress.state import Measured
-from coterie.compress.target import Target
+from coterie.compress.target import Reader, Target
 from coterie.compress.weights import BLOCK_STEPS, bytes_saved, check_types
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError, StaleArtifact
 from coterie.model.arch.layers import MoELayer
@@ -51,6 +51,7 @@ def plan(
     mtp: Mtp = "keep",
     multiple_of: int | None = None,
     prices: Prices | str | Path | None = None,
+    target: Reader | None = None,
 ) -> Plan:
     """Decide what every layer becomes. Exactly one of `keep`, `experts`, `width`, `budget`, `bits` and `type` says it.
 
@@ -73,6 +74,7 @@ def plan(
         multiple_of: the number of experts or their width, whichever the recipe lowers, is the nearest multiple of this.
         prices: what storing each matrix in each type would cost (`coterie.price`), or the folder of that, for a recipe
             that chooses types by it; without them it says no more than how large the result is.
+        target: who is to read weights in fewer bits, "gguf" or "packed", see `coterie.compress.target.Target.reader`.
 
     Raises:
         InputError: not exactly one target, one out of range or not for this recipe, or no profile for a ragged one.
@@ -82,13 +84,14 @@ def plan(
         StaleArtifact: the profile is of another model.
     """
     share = None if keep is None else parse_share(keep)
-    target = Target(
-        keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of
-    )
-    chosen = target.usual_recipe if recipe is None else recipe
-    request = Request(recipe=get_recipe(chosen), target=target, router=router, seed=seed)
+    size = Target(
+        keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of,
+        reader=target,
+    )  # fmt: skip
+    chosen = size.usual_recipe if recipe is None else recipe
+    request = Request(recipe=get_recipe(chosen), target=size, router=router, seed=seed)
     request.check()
-    source = Source.open(model, mtp=mtp, fetch="samples")
+    source = Source.open(model, mtp=mtp, fetch="samples", target=target or "gguf")
     if isinstance(profile, str | Path):
         profile = Profile.load(profile, model_digest=source.checkpoint.digest)
     if profile is None and request.recipe.allocator == "ragged":

@@ -18,7 +18,7 @@ from coterie.compress.prices import Prices
 from coterie.compress.recipes import get_recipe
 from coterie.compress.request import Request
 from coterie.compress.source import Source
-from coterie.compress.target import Target
+from coterie.compress.target import Reader, Target
 from coterie.errors import Infeasible
 from coterie.model.disk.encodings.ggml import SIZES, bits_of
 
@@ -87,20 +87,27 @@ class Frontier:
         return {"original_bytes": self.original_bytes, "mixed": listed(self.mixed), "single": listed(self.single)}
 
 
-def frontier(model: str | Path, prices: Prices | str | Path, *, budgets: Sequence[str | int] | None = None) -> Frontier:
+def frontier(
+    model: str | Path,
+    prices: Prices | str | Path,
+    *,
+    budgets: Sequence[str | int] | None = None,
+    target: Reader = "gguf",
+) -> Frontier:
     """List what a model can become in fewer bits, and what that is expected to cost.
 
     Args:
         model: a model folder or hub id; only headers are read.
         prices: what types cost (`coterie.price`), or the folder of that.
         budgets: bytes, or amounts like "12GiB", of the mixtures that are listed; `SHARES` of the model when None.
+        target: who is to read the result, "gguf" or "packed", see `coterie.compress.target.Target.reader`.
 
     Raises:
         StaleArtifact: the prices are of another model.
         Infeasible: none of the budgets can be met.
         InputError: the model or a budget is not usable.
     """
-    source = Source.open(model, fetch="samples")
+    source = Source.open(model, fetch="samples", target=target)
     if not isinstance(prices, Prices):
         prices = Prices.load(prices, model_digest=source.checkpoint.digest)
     original = source.original.num_bytes

@@ -22,7 +22,7 @@ from coterie.compress.source import Source
 from coterie.compress.weights import Weight, weights_among
 from coterie.model.arch.experts import Experts
 from coterie.model.arch.layers import MoELayer
-from coterie.model.disk.encodings.ggml import get_type
+from coterie.model.disk.encodings.ggml import get_layout
 from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
 from coterie.model.stream.stream import Stage, Stream
 from coterie.profile.observation import observed
@@ -182,5 +182,5 @@ def _rounded(one: Experts, kinds: dict[int, str]) -> Experts:
     for part, kind in kinds.items():
         matrix_1RC = matrices[part]
         importance_1C = torch.ones(1, matrix_1RC.shape[-1], device=matrix_1RC.device)
-        _, changed[FIELDS[part]] = round_to_nearest(matrix_1RC, importance_1C, get_type(kind))
+        _, changed[FIELDS[part]] = round_to_nearest(matrix_1RC, importance_1C, get_layout(kind))
     return replace(one, **changed)

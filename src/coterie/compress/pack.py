@@ -20,7 +20,7 @@ from coterie.compress.source import Source
 from coterie.compress.weights import Weight, typed, weights_among
 from coterie.errors import ArchitectureMismatch
 from coterie.model.arch.layers import MoELayer
-from coterie.model.disk.encodings.ggml import get_type
+from coterie.model.disk.encodings.ggml import get_layout
 from coterie.model.stream.stream import Stage, Stream
 from coterie.model.stream.unit import Unit
 
@@ -121,7 +121,7 @@ class Packer:
         return Inputs(hessian_NCC=zeros_1CC, missed_NCC=None, num_tokens=(0,))
 
     def _rounded(self, weight_NRC: Tensor, inputs: Inputs, name: str) -> tuple[Tensor, Tensor]:
-        return self._quantise(weight_NRC, inputs, get_type(name), **self._options)
+        return self._quantise(weight_NRC, inputs, get_layout(name), **self._options)
 
     def _measure(self, stage: Stage, layers: Sequence[MoELayer], linear: Sequence[str]) -> Moments:
         """Send the text through a unit in both lanes, and sum up what comes into its matrices."""
@@ -165,7 +165,9 @@ class Packer:
         matrices: Mapping[int, Tensor],
         inputs: Mapping[bool, Inputs],
     ) -> dict[int, Tensor]:
-        """Return the rows in bytes of projections of experts that are stored in a type, (E, R, K) by projection.
+        """Return the bytes of projections of experts that are stored in a type, by projection.
+
+        They are (E, R, K), K bytes of a row, or of rows that are stored together.
 
         Args:
             kind: the type.

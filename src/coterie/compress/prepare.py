@@ -20,7 +20,7 @@ from coterie.compress.recipes import Recipe, get_recipe, training_tokens, trains
 from coterie.compress.request import Request
 from coterie.compress.result_steps import LeftOut, load_result_step
 from coterie.compress.source import Source
-from coterie.compress.target import Target
+from coterie.compress.target import Reader, Target
 from coterie.compress.times import checking_time, compressing_time, unit_seconds
 from coterie.errors import InputError
 from coterie.model.device import check_device
@@ -85,15 +85,17 @@ class Options:
         bits: float | None,
         type: str | None,
         multiple_of: int | None,
+        target: Reader | None,
         cache: str | Path | None,
         **others: Any,
     ) -> Options:
         """Return the arguments of `coterie.compress` in one."""
         share = None if keep is None else parse_share(keep)
-        target = Target(
-            keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of
-        )
-        return cls(out=user_path(out), target=target, cache=None if cache is None else Path(cache), **others)
+        size = Target(
+            keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of,
+            reader=target,
+        )  # fmt: skip
+        return cls(out=user_path(out), target=size, cache=None if cache is None else Path(cache), **others)
 
     @property
     def limit(self) -> int | None:
@@ -116,7 +118,8 @@ class Options:
                 "--recipe": self.recipe,
                 "--router": self.router,
                 "--mtp": self.mtp,
-                "--multiple-of": self.target.multiple_of,
+                "--multiple-of": target.multiple_of,
+                "--target": target.reader,
             }
             if given := [name for name, value in settings.items() if value is not None]:
                 raise InputError(f"the plan says how small and how; leave {', '.join(given)} out, or --plan")
@@ -325,7 +328,7 @@ def _outlined(
     mtp = options.mtp if given is None else given.mtp
     source = Source.open(
         options.model, output_dtype=options.output_dtype, allow_pickle=options.allow_pickle, mtp=mtp or "keep",
-        fetch=fetch,
+        fetch=fetch, target=options.target.reader or "gguf",
     )  # fmt: skip
     if request is not None:
         return source, outline(source, request)

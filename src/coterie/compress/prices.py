@@ -24,7 +24,7 @@ from coterie.errors import CorruptArtifact, StaleArtifact
 from coterie.fields import Fields, shown
 from coterie.journal import Run
 from coterie.model.device import check_device
-from coterie.model.disk.encodings.ggml import SIZES, bits_of
+from coterie.model.disk.encodings.ggml import SIZES, bits_of, unwrapped
 from coterie.model.stream.memory import Forecast, peak_bytes
 from coterie.model.stream.stream import Stream
 from coterie.outputs import check_output, is_empty_folder
@@ -115,7 +115,7 @@ class Prices:
             }
             on = content.text("on", choices=get_args(On))
             counts = {name: content.whole(name) for name in ("num_tokens", "seq_len", "seed")}
-        unknown = sorted({name for by_type in damages.values() for name in by_type} - SIZES.keys())
+        unknown = sorted({unwrapped(name) for by_type in damages.values() for name in by_type} - SIZES.keys())
         if unknown:
             raise CorruptArtifact(f"{file}: damages name the type {shown(unknown[0])}, which there is not")
         missing = {"model", "text"} - artifact.inputs.keys()
@@ -159,6 +159,7 @@ class Pricing:
             "on": self.token_set.on,
             "allocator": self.allocator,
             "types": list(PRICED_TYPES),
+            **({} if self.source.target == "gguf" else {"target": self.source.target}),
             "device": self.stream.device.type,
             "mtp": self.source.mtp,
         }
@@ -262,7 +263,7 @@ def price(
     folder = user_path(out)
     reads = {"model folder": [model], "text folder": [local_place(text)]}
     check_output(folder, kind="prices", reads=reads, accepts=is_empty_folder, folder=True)
-    source = Source.open(model, allow_pickle=allow_pickle, mtp=mtp or "keep")
+    source = Source.open(model, allow_pickle=allow_pickle, mtp=mtp or "keep", target="packed")
     limit = None if max_memory is None else parse_bytes(max_memory)
     settings = TextSettings(source=text, weights=weights, tokens=tokens, seq_len=seq_len, seed=seed, on=on)
     calibration = CalibrationText(source.checkpoint, settings, device=device, limit=limit, scratch=folder.parent)
@@ -296,8 +297,8 @@ def _with_unseen(measured: Damages, weights: Sequence[Weight]) -> Damages:
     whole = {pattern: dict(by_type) for pattern, by_type in measured.items()}
     for weight in weights:
         if not whole.get(weight.pattern):
-            fitting = {weight.fitting(name) for name in PRICED_TYPES} - {None}
-            free = {kind: 0.0 for kind in sorted(map(str, fitting)) if bits_of(kind) >= UNSEEN_BITS}
+            fitting = {kind for name in PRICED_TYPES for kind in weight.fittings(name)}
+            free = {kind: 0.0 for kind in sorted(fitting) if bits_of(kind) >= UNSEEN_BITS}
             if free:
                 log.info("%s: no token passes it; it gets %g bits or more", weight.pattern, UNSEEN_BITS)
                 whole[weight.pattern] = free

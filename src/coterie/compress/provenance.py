@@ -79,12 +79,14 @@ def _commands(job: Job, profile: Profile | None, model: str) -> tuple[str, ...]:
     if options.plan is not None:
         words += ["--plan", "PLAN"]
     else:
-        for name in ("keep", "experts", "width", "budget"):
+        for name in ("keep", "experts", "width", "budget", "bits", "type"):
             value = getattr(target, name)
             if value is not None:
                 words += [f"--{name}", f"{value:g}" if isinstance(value, float) else value]
         if target.multiple_of is not None:
             words += ["--multiple-of", target.multiple_of]
+        if target.reader is not None:
+            words += ["--target", target.reader]
         words += ["--recipe", job.outline.recipe]
         if job.outline.router != "plain":
             words += ["--router", job.outline.router]

@@ -10,6 +10,7 @@ from pathlib import Path
 from coterie.compress.find_weights import find_weights
 from coterie.compress.plan import Mtp
 from coterie.compress.sizes import Sizing
+from coterie.compress.target import Reader
 from coterie.compress.weights import Weight
 from coterie.errors import InputError, UnsupportedDtype
 from coterie.model.arch.accounting import Accounting, LayerTensors, layer_tensors
@@ -35,6 +36,7 @@ class Source:
         dropped: names of the prediction layers that are left out.
         architecture: what it computes.
         conversion: between its names on disk and in memory.
+        target: who is to read matrices in blocks, which decides how blocks may lie.
     """
 
     original: Checkpoint
@@ -44,6 +46,7 @@ class Source:
     dropped: tuple[str, ...]
     architecture: Architecture
     conversion: WeightConversion
+    target: Reader = "gguf"
 
     @classmethod
     def open(
@@ -54,6 +57,7 @@ class Source:
         allow_pickle: bool = False,
         mtp: Mtp = "keep",
         fetch: Fetch = "weights",
+        target: Reader = "gguf",
     ) -> Source:
         """Open a model folder or a hub id by its headers.
 
@@ -63,6 +67,7 @@ class Source:
             allow_pickle: read weights that are stored as pickles.
             mtp: what becomes of prediction layers, if there are any.
             fetch: what of the weights of a hub id is fetched; "samples" is enough to plan.
+            target: who is to read matrices in blocks, see `coterie.compress.target.Target`.
 
         Raises:
             NotACheckpoint, NotAMoE, CorruptCheckpoint, ArchitectureMismatch: the model cannot be used.
@@ -96,6 +101,7 @@ class Source:
             dropped=prediction.layers if mtp == "drop" else (),
             architecture=architecture,
             conversion=conversion,
+            target=target,
         )
         source.conversion.check_whole(architecture.model)
         source.check_dtypes()
@@ -109,7 +115,10 @@ class Source:
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
         """The matrices that can be stored in fewer bits."""
-        return find_weights(self.checkpoint, self.architecture, self.conversion, self.tensors)
+        weights = find_weights(self.checkpoint, self.architecture, self.conversion, self.tensors)
+        if self.target == "gguf":
+            return weights
+        return tuple(replace(weight, wraps=weight.can_wrap) for weight in weights)
 
     def sizing(self, *, keeps_rows: bool) -> Sizing:
         """Return what says how many bytes a result takes; `keeps_rows` for a mapped one."""

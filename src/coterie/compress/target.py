@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 from coterie.amounts import parse_bytes
 from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.recipes import RECIPES, Recipe
 from coterie.errors import InputError, UnknownName
 from coterie.model.disk.encodings.ggml import SIZES, bits_of
+
+#: Who is to read matrices in blocks: llama.cpp, by way of `coterie export`, or Coterie alone.
+Reader = Literal["gguf", "packed"]
 
 #: Bits of the smallest type.
 LEAST_BITS = min(bits_of(name) for name in SIZES)
@@ -28,6 +32,8 @@ class Target:
         type: the GGML type that matrices are stored in, like "Q4_K", in capitals or not.
         multiple_of: the number of experts, or their width, whichever the recipe lowers, is the nearest multiple of this
             that can be; None for any.
+        reader: who is to read weights in fewer bits: "gguf" (when None), for what GGUF files can say, or "packed", for
+            what Coterie alone reads: there blocks run on from row to row where a row is no whole blocks.
     """
 
     keep: float | None = None
@@ -37,6 +43,7 @@ class Target:
     bits: float | None = None
     type: str | None = None
     multiple_of: int | None = None
+    reader: Reader | None = None
 
     def __post_init__(self) -> None:
         if self.type is not None:
@@ -58,7 +65,7 @@ class Target:
         given = [
             field.name
             for field in fields(self)
-            if field.name != "multiple_of" and getattr(self, field.name) is not None
+            if field.name not in ("multiple_of", "reader") and getattr(self, field.name) is not None
         ]
         if len(given) != 1:
             raise InputError(
@@ -74,6 +81,13 @@ class Target:
         if self.bits is not None and not LEAST_BITS <= self.bits <= 16:
             raise InputError(f"--bits {self.bits:g} is out of range: {LEAST_BITS:g} to 16")
         allocator = ALLOCATORS[recipe.allocator]
+        if self.reader not in (None, *get_args(Reader)):
+            raise UnknownName("target", str(self.reader), get_args(Reader))
+        if self.reader is not None and recipe.quantiser is None:
+            raise InputError(
+                f"--target {self.reader} is about weights in fewer bits, and recipe {recipe.name} {allocator.does}: "
+                "leave it out; its result is a plain checkpoint, which `coterie export` makes a GGUF file of as well"
+            )
         if self.multiple_of is not None and self.multiple_of < 1:
             raise InputError(f"--multiple-of {self.multiple_of} is out of range: it must be 1 or more")
         if self.multiple_of is not None and recipe.allocator == "ragged":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from coterie.compress.plan import Plan
 from coterie.errors import Infeasible
-from coterie.model.disk.encodings.ggml import SIZES
+from coterie.model.disk.encodings.ggml import GRAIN, SIZES, WRAPPED, rows_together, unwrapped
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 
 #: Steps on the whole result that leave codes as they are.
@@ -35,6 +35,9 @@ class Weight:
         plain_bytes: what all of them take as plain numbers.
         head: what logits are computed with; of a tied model its embedding.
         expert: the number of the expert whose it alone is; None for those of all experts of a layer, and for any other.
+        can_wrap: whether its blocks can run on from row to row: not where rows are looked up, or take turns with those
+            of another matrix.
+        wraps: whether they do where a row is no whole blocks, and not a type with smaller blocks stands in.
     """
 
     pattern: str
@@ -46,11 +49,18 @@ class Weight:
     plain_bytes: int
     head: bool = False
     expert: int | None = None
+    can_wrap: bool = False
+    wraps: bool = False
 
     @property
     def columns(self) -> int:
         """Numbers of a row, which are summed over."""
         return self.shape[self.axis]
+
+    @property
+    def rows(self) -> int:
+        """Numbers of a column: outputs."""
+        return self.shape[-3 - self.axis]
 
     @property
     def num_elements(self) -> int:
@@ -61,11 +71,29 @@ class Weight:
         """Return a type, or what stands in for it where its blocks are wider than a row; None where nothing fits."""
         if self.columns % SIZES[kind][0] == 0:
             return kind
+        if self.wraps and self.holds(kind + WRAPPED):
+            return kind + WRAPPED
         return _NARROW.get(kind) if self.columns % 32 == 0 else None
+
+    def fittings(self, kind: str) -> tuple[str, ...]:
+        """Return what `fitting` returns where every row has blocks of its own, and where they may run on."""
+        both = (replace(self, wraps=False).fitting(kind), self.fitting(kind))
+        return tuple(dict.fromkeys(each for each in both if each is not None))
+
+    def holds(self, kind: str) -> bool:
+        """Tell whether it can be stored in a type as that is."""
+        if not kind.endswith(WRAPPED):
+            return self.columns % SIZES[kind][0] == 0
+        return self.can_wrap and self.columns % GRAIN == 0 and self.rows % rows_together(kind, self.columns) == 0
+
+    def encoding(self, kind: str) -> GgmlBlocks:
+        """Return the encoding of one of them in a type."""
+        columns = self.columns if kind.endswith(WRAPPED) else None
+        return GgmlBlocks(type=unwrapped(kind), axis=self.axis, dtype="F32", columns=columns)
 
     def num_bytes(self, kind: str) -> int:
         """Return the bytes of all of them in a type."""
-        return len(self.names) * GgmlBlocks(type=kind, axis=self.axis).num_bytes(self.shape)
+        return len(self.names) * self.encoding(kind).num_bytes(self.shape)
 
     def only(self, names: Sequence[str]) -> Weight:
         """Return those of some of its names."""
@@ -141,9 +169,17 @@ def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) ->
                 f"the plan stores {pattern} as {kind}; matrices that can be stored so are named like "
                 f"{', '.join(sorted(by_pattern)[:3])}"
             )
-        if kind not in SIZES:
+        if unwrapped(kind) not in SIZES:
             raise Infeasible(f"the plan stores {pattern} as {kind}; types that can be written are {', '.join(SIZES)}")
-        if weight.columns % SIZES[kind][0]:
+        if kind.endswith(WRAPPED) and not weight.holds(kind):
+            why = (
+                f"that takes rows of a multiple of {GRAIN} numbers, and as many of them as are whole blocks of "
+                f"{SIZES[unwrapped(kind)][0]}; it has {weight.rows} of {weight.columns}"
+                if weight.can_wrap
+                else "its rows are looked up, or take turns with those of another matrix"
+            )
+            raise Infeasible(f"the plan stores {pattern} as {kind}, in blocks that run on from row to row; {why}")
+        if not weight.holds(kind):
             near = weight.fitting(kind)
             raise Infeasible(
                 f"the plan stores {pattern} as {kind}, in blocks of {SIZES[kind][0]}; its rows have {weight.columns} "
@@ -158,7 +194,4 @@ def bytes_saved(weights: Sequence[Weight], types: Mapping[str, str]) -> int:
 
 def encodings_of(weights: Sequence[Weight], types: Mapping[str, str]) -> dict[str, GgmlBlocks]:
     """Return the encoding of each pattern that a plan gives a type."""
-    return {
-        weight.pattern: GgmlBlocks(type=types[weight.pattern], axis=weight.axis, dtype="F32")
-        for weight in typed(weights, types)
-    }
+    return {weight.pattern: weight.encoding(types[weight.pattern]) for weight in typed(weights, types)}

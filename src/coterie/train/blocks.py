@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from coterie.model.arch.experts import canonical_experts
 from coterie.model.arch.seam import intercepted, routed_output
-from coterie.model.disk.encodings.ggml import SIZES, get_type, numbers_of
+from coterie.model.disk.encodings.ggml import SIZES, get_type, numbers_of, unwrapped
 from coterie.model.disk.encodings.ggml.block_type import as_half, half_bytes, halves
 
 #: Numbers that are unpacked at a time; each passes through some forty bytes.
@@ -35,27 +35,30 @@ NUMBERS_AT_ONCE = 2**19
 
 
 class Blocks:
-    """Rows of whole blocks, as bytes.
+    """Matrices in whole blocks, as bytes.
 
     Attributes:
         byte_GK: the bytes of all blocks, row after row, uint8.
         num_numbers: how many float16 numbers a block has, n.
-        shape: of the values; blocks run along the last axis.
+        shape: of the values.
     """
 
-    def __init__(self, type: str, bytes: Tensor) -> None:
+    def __init__(self, type: str, bytes: Tensor, columns: int | None = None) -> None:
         """Take bytes.
 
         Args:
-            type: the name in GGML.
-            bytes: (..., K for each block of a row), uint8.
+            type: the name in GGML, with `coterie.model.disk.encodings.ggml.WRAPPED` where blocks run on between rows.
+            bytes: (..., K for each block of a row, or of rows that are stored together), uint8.
+            columns: numbers of a row; needed where blocks run on.
         """
-        self._kind = get_type(type)
+        self._kind = get_type(unwrapped(type))
         self._place, self._stored_shape = self._kind.numbers_at, bytes.shape
         self.num_numbers = numbers_of(type)
-        size = SIZES[type][1]
+        size = SIZES[unwrapped(type)][1]
         self.byte_GK = bytes.reshape(-1, size)
-        self.shape = (*bytes.shape[:-1], bytes.shape[-1] // size * self._kind.block)
+        along = bytes.shape[-1] // size * self._kind.block
+        columns = along if columns is None else columns
+        self.shape = (*bytes.shape[:-2], bytes.shape[-2] * (along // columns), columns)
 
     def numbers(self) -> Tensor:
         """Return the float16 numbers (G, n) of the blocks as they were given, float32."""

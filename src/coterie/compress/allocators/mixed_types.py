@@ -15,9 +15,13 @@ from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.compress.damages import PRICED_TYPES
 from coterie.compress.weights import Weight
 from coterie.errors import Infeasible
+from coterie.model.disk.encodings.ggml import WRAPPED
 
 #: Where more of the damage could be saved than this share, an integer program is asked as well.
 GAP = 0.01
+
+#: Columns of a block of the types of few bits.
+_WIDE = 256
 
 
 def allocate(problem: Problem) -> Allocation:
@@ -36,6 +40,7 @@ def allocate(problem: Problem) -> Allocation:
         [
             Option(name=kind, num_bytes=weight.num_bytes(kind), damage=damage)
             for kind, damage in problem.damages[weight.pattern].items()
+            if weight.wraps or not kind.endswith(WRAPPED)
         ]
         for weight in weights
     ]
@@ -79,10 +84,23 @@ def _too_small(problem: Problem, weights: Sequence[Weight], rest: int, taken: in
         least = 8 * taken / sum(weight.num_elements for weight in weights)
         return Infeasible(
             f"--bits {problem.target.bits:g} cannot be met: blocks that fit into the rows of this model take "
-            f"{least:.3f} bits a number at least"
+            f"{least:.3f} bits a number at least{_less(weights)}"
         )
     least_bytes = format_bytes(rest + taken)
-    return Infeasible(f"a budget this small cannot be met with fewer bits alone: {least_bytes} is the least")
+    return Infeasible(
+        f"a budget this small cannot be met with fewer bits alone: {least_bytes} is the least{_less(weights)}"
+    )
+
+
+def _less(weights: Sequence[Weight]) -> str:
+    """Return what to add where rows are no whole blocks of small types: who would read smaller ones."""
+    narrow = next((weight for weight in weights if weight.can_wrap and weight.columns % _WIDE), None)
+    if narrow is None or narrow.wraps:
+        return ""
+    return (
+        f", because rows of {narrow.columns} numbers, as in {narrow.pattern}, are no blocks of {_WIDE}; --target "
+        "packed lets blocks run on from row to row, for a result that Coterie alone loads"
+    )
 
 
 def _room(problem: Problem, weights: Sequence[Weight], rest: int) -> int:

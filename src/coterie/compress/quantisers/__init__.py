@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from coterie.compress.moments import Inputs
-    from coterie.model.disk.encodings.ggml.block_type import BlockType
+    from coterie.model.disk.encodings.ggml.block_type import Layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ QUANTISERS: dict[str, Quantiser] = {
 class Quantise(Protocol):
     """What a quantiser does."""
 
-    def __call__(self, weight_NRC: Tensor, inputs: Inputs, kind: BlockType, **options: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, weight_NRC: Tensor, inputs: Inputs, kind: Layout, **options: Any) -> tuple[Tensor, Tensor]:
         """Return bytes (N, R, K), uint8, and values (N, R, C), float32."""
 
 

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from coterie.compress.moments import Inputs
-    from coterie.model.disk.encodings.ggml.block_type import BlockType
+    from coterie.model.disk.encodings.ggml.block_type import Layout
 
 #: Share of the mean of the Hessian's diagonal that lambda is. A small sample tells little about how inputs differ.
 RIDGE = 0.1
 
 
 def corrected(
-    weight_NRC: Tensor, inputs: Inputs, kind: BlockType, *, damping: float = DAMPING, ridge: float = RIDGE
+    weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = DAMPING, ridge: float = RIDGE
 ) -> tuple[Tensor, Tensor]:
     """Correct matrices for what comes in, and round them; return bytes (N, R, K), uint8, and values (N, R, C), float32.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from coterie.compress.moments import Inputs
-    from coterie.model.disk.encodings.ggml.block_type import BlockType
+    from coterie.model.disk.encodings.ggml.block_type import Layout
 
 #: Share of the mean of the Hessian's diagonal that is added to it, as the paper's own code does.
 DAMPING = 0.01
@@ -29,7 +29,7 @@ DAMPING = 0.01
 HESSIAN_ELEMENTS, FACTOR_BYTES = 2**23, 5 * 8 + 4
 
 
-def gptq(weight_NRC: Tensor, inputs: Inputs, kind: BlockType, *, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+def gptq(weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     """Round matrices; return their bytes (N, R, K), uint8, and their values (N, R, C), float32.
 
     Args:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from coterie.compress.moments import Inputs
-    from coterie.model.disk.encodings.ggml.block_type import BlockType
+    from coterie.model.disk.encodings.ggml.block_type import Layout
 
 
-def nearest(weight_NRC: Tensor, inputs: Inputs, kind: BlockType) -> tuple[Tensor, Tensor]:
+def nearest(weight_NRC: Tensor, inputs: Inputs, kind: Layout) -> tuple[Tensor, Tensor]:
     """Round matrices; return their bytes (N, R, K), uint8, and their values (N, R, C), float32.
 
     Args:

@@ -8,13 +8,14 @@ for all of them. Facts of the layouts: llama.cpp's ``ggml-common.h``, and ``quan
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import TYPE_CHECKING
 
 from coterie.errors import UnknownName
 
 if TYPE_CHECKING:
-    from coterie.model.disk.encodings.ggml.block_type import BlockType
+    from coterie.model.disk.encodings.ggml.block_type import BlockType, Layout
 
 #: (columns of a block, bytes of a block) of every type that can be written, from most bits to fewest.
 SIZES = {
@@ -25,15 +26,32 @@ SIZES = {
 }  # fmt: skip
 
 
+#: What a type's name ends with where blocks run on from one row of a matrix to the next: no GGUF file says so.
+WRAPPED = ".W"
+
+#: Columns that a row has a multiple of where blocks run on from row to row: sub-blocks of all types divide it.
+GRAIN = 32
+
+
+def unwrapped(name: str) -> str:
+    """Return the name of a type without what says that its blocks run on from row to row."""
+    return name.removesuffix(WRAPPED)
+
+
+def rows_together(name: str, columns: int) -> int:
+    """Return how many rows of so many columns a type stores together: as few as are whole blocks, 1 as a rule."""
+    return math.lcm(columns, SIZES[unwrapped(name)][0]) // columns if name.endswith(WRAPPED) else 1
+
+
 def bits_of(name: str) -> float:
     """Return the bits of a number in a type, scales counted."""
-    block, size = SIZES[name]
+    block, size = SIZES[unwrapped(name)]
     return 8 * size / block
 
 
 def numbers_of(name: str) -> int:
     """Return how many float16 numbers a block of a type has that all its values are linear in: 0, 1 or 2."""
-    return len(range(SIZES[name][1])[get_type(name).numbers_at]) // 2
+    return len(range(SIZES[unwrapped(name)][1])[get_type(unwrapped(name)).numbers_at]) // 2
 
 
 @cache
@@ -52,3 +70,15 @@ def get_type(name: str) -> BlockType:
     if name not in types:
         raise UnknownName("GGML type", name, SIZES)
     return types[name]
+
+
+def get_layout(name: str) -> Layout:
+    """Return a type by its name, and with it how its blocks lie: from row to row where it ends so.
+
+    Raises:
+        UnknownName: no such type can be written.
+    """
+    from coterie.model.disk.encodings.ggml.block_type import Wrapped
+
+    kind = get_type(unwrapped(name))
+    return Wrapped(inner=kind) if name.endswith(WRAPPED) else kind
