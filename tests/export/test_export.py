@@ -88,9 +88,9 @@ def test_blocks_go_over_byte_for_byte(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", STORED_IN_BLOCKS)
-def test_a_file_of_several_types_predicts_what_the_checkpoint_predicts(family, tmp_path):
-    types, changes = STORED_IN_BLOCKS[family]
+@pytest.mark.parametrize("which", STORED_IN_BLOCKS)
+def test_a_file_of_several_types_predicts_what_the_checkpoint_predicts(which, tmp_path):
+    family, types, changes = STORED_IN_BLOCKS[which]
     model = packed(tmp_path / "model", family, types, **changes)
     done = export(model, tmp_path / "model.gguf", type="f32")
     assert {kind for kind, _ in types.values()} <= set(done.types)
@@ -129,6 +129,27 @@ def test_experts_of_one_projection_in_several_types_are_refused(tmp_path):
     model = packed(tmp_path / "model", "qwen3_moe", types, **WIDE)
     with pytest.raises(InputError, match="its experts are stored as Q4_0 and plain numbers"):
         export(model, tmp_path / "model.gguf")
+
+
+def test_blocks_that_run_on_from_row_to_row_become_numbers_and_it_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", logger="coterie")
+    model = packed(
+        tmp_path / "model", "qwen3_moe", {"down_proj.weight": ("Q4_K", -1)}, columns=96, moe_intermediate_size=96
+    )
+    export(model, tmp_path / "model.gguf", type="f32")
+    with dequantized(Checkpoint.open(model), "float32").reader() as reader:
+        expected = reader.read("model.layers.0.mlp.experts.1.down_proj.weight")
+    stack = tensors(tmp_path / "model.gguf")["blk.0.ffn_down_exps.weight"]
+    assert stack.tensor_type.name == "F32"
+    assert torch.equal(torch.from_numpy(stack.data[1].copy()), expected)
+    assert "lose their blocks, such as blk.0.ffn_down_exps.weight" in caplog.text
+
+
+def test_types_that_no_gguf_file_can_hold_are_refused(tmp_path):
+    model = packed(tmp_path / "model", "qwen3_moe", {"up_proj.weight": ("TURBO3", -1)}, **WIDE)
+    with pytest.raises(InputError, match=r"experts\.0\.up_proj\.weight is stored as TURBO3, .* like --type Q4_K"):
+        export(model, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_a_result_with_fewer_experts_says_what_was_done_and_is_predicted_alike(tiny, text, tmp_path):

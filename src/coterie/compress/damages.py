@@ -33,7 +33,8 @@ ROWS, MATRICES = 32, 8
 #: Tokens that types are priced on: fewer, and what is chosen fits those and no others.
 PRICED_TOKENS = 32_768
 
-#: The types that are priced: those of three and fewer bits whose codes take long to choose are left to who names them.
+#: The types that are priced. Left to who names them: IQ3_S, IQ2_S and IQ2_XS, whose codes take longest to choose; TQ2_0
+#: and TQ1_0, which cost more than IQ2_XXS and IQ1_S and are no smaller; and what no GGUF file can hold.
 PRICED_TYPES = (
     "Q8_0",
     "Q6_K",
@@ -44,6 +45,8 @@ PRICED_TYPES = (
     "IQ3_XXS",
     "Q2_K",
     "IQ2_XXS",
+    "IQ1_M",
+    "IQ1_S",
     "Q4_0",
     "Q5_0",
     "IQ4_NL",

@@ -9,7 +9,7 @@ from coterie.amounts import parse_bytes
 from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.recipes import RECIPES, Recipe
 from coterie.errors import InputError, UnknownName
-from coterie.model.disk.encodings.ggml import SIZES, bits_of
+from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES, bits_of
 
 #: Who is to read matrices in blocks: llama.cpp, by way of `coterie export`, or Coterie alone.
 Reader = Literal["gguf", "packed"]
@@ -29,7 +29,7 @@ class Target:
         width: hidden neurons of each expert; for a ragged result, on average.
         budget: bytes of all tensors, as a number or like "12GiB".
         bits: most bits that a number of a matrix takes, scales counted, where weights are stored in fewer bits.
-        type: the GGML type that matrices are stored in, like "Q4_K", in capitals or not.
+        type: the type that matrices are stored in, like "Q4_K", in capitals or not.
         multiple_of: the number of experts, or their width, whichever the recipe lowers, is the nearest multiple of this
             that can be; None for any.
         reader: who is to read weights in fewer bits: "gguf" (when None), for what GGUF files can say, or "packed", for
@@ -78,6 +78,11 @@ class Target:
             parse_bytes(self.budget)
         if self.type is not None and self.type not in SIZES:
             raise UnknownName("GGML type", self.type, SIZES)
+        if self.type in OWN_TYPES and self.reader != "packed":
+            raise InputError(
+                f"{self.type} is a type that Coterie alone reads: say --target packed as well, or take one of GGML, "
+                "such as --type Q4_K"
+            )
         if self.bits is not None and not LEAST_BITS <= self.bits <= 16:
             raise InputError(f"--bits {self.bits:g} is out of range: {LEAST_BITS:g} to 16")
         allocator = ALLOCATORS[recipe.allocator]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from coterie.compress.plan import Plan
 from coterie.errors import Infeasible
-from coterie.model.disk.encodings.ggml import GRAIN, SIZES, WRAPPED, rows_together, unwrapped
+from coterie.model.disk.encodings.ggml import GRAIN, OWN_TYPES, SIZES, WRAPPED, rows_together, unwrapped
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 
 #: Steps on the whole result that leave codes as they are.
@@ -18,6 +18,8 @@ BLOCK_STEPS = ("distill-blocks",)
 _NARROW = {
     "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "IQ4_XS": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ3_S": "IQ4_NL",
     "IQ3_XXS": "IQ4_NL", "Q2_K": "IQ4_NL", "IQ2_S": "IQ4_NL", "IQ2_XS": "IQ4_NL", "IQ2_XXS": "IQ4_NL",
+    "TQ2_0": "IQ4_NL", "IQ1_M": "IQ4_NL", "TQ1_0": "IQ4_NL", "IQ1_S": "IQ4_NL",
+    "TURBO4": "IQ4_NL", "TURBO3": "IQ4_NL", "TURBO2": "IQ4_NL",
 }  # fmt: skip
 
 
@@ -84,6 +86,8 @@ class Weight:
         """Tell whether it can be stored in a type as that is."""
         if not kind.endswith(WRAPPED):
             return self.columns % SIZES[kind][0] == 0
+        if unwrapped(kind) in OWN_TYPES:  # their blocks are coded as a whole, so within a row
+            return False
         return self.can_wrap and self.columns % GRAIN == 0 and self.rows % rows_together(kind, self.columns) == 0
 
     def encoding(self, kind: str) -> GgmlBlocks:
@@ -172,12 +176,15 @@ def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) ->
         if unwrapped(kind) not in SIZES:
             raise Infeasible(f"the plan stores {pattern} as {kind}; types that can be written are {', '.join(SIZES)}")
         if kind.endswith(WRAPPED) and not weight.holds(kind):
-            why = (
-                f"that takes rows of a multiple of {GRAIN} numbers, and as many of them as are whole blocks of "
-                f"{SIZES[unwrapped(kind)][0]}; it has {weight.rows} of {weight.columns}"
-                if weight.can_wrap
-                else "its rows are looked up, or take turns with those of another matrix"
-            )
+            if not weight.can_wrap:
+                why = "its rows are looked up, or take turns with those of another matrix"
+            elif unwrapped(kind) in OWN_TYPES:
+                why = f"blocks of {unwrapped(kind)} are coded as a whole, each within one row"
+            else:
+                why = (
+                    f"that takes rows of a multiple of {GRAIN} numbers, and as many of them as are whole blocks of "
+                    f"{SIZES[unwrapped(kind)][0]}; it has {weight.rows} of {weight.columns}"
+                )
             raise Infeasible(f"the plan stores {pattern} as {kind}, in blocks that run on from row to row; {why}")
         if not weight.holds(kind):
             near = weight.fitting(kind)

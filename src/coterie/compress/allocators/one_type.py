@@ -9,7 +9,7 @@ from __future__ import annotations
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.errors import Infeasible
-from coterie.model.disk.encodings.ggml import SIZES, bits_of
+from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES, bits_of
 
 #: The least that a head gets.
 HEAD = "Q6_K"
@@ -24,7 +24,7 @@ def allocate(problem: Problem) -> Allocation:
     target = problem.target
     if target.type is not None:
         return _allocation(problem, target.type)
-    ladder = sorted(SIZES, key=bits_of, reverse=True)
+    ladder = sorted((name for name in SIZES if name not in OWN_TYPES), key=bits_of, reverse=True)
     if target.bits is not None:
         limit = target.bits
         return _allocation(problem, next(name for name in ladder if bits_of(name) <= limit))

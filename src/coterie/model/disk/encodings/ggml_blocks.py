@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import UnknownName, UnsupportedDtype
-from coterie.model.disk.encodings.ggml import GRAIN, SIZES, WRAPPED, get_layout, get_type, rows_together
+from coterie.model.disk.encodings.ggml import GRAIN, OWN_TYPES, SIZES, WRAPPED, get_layout, get_type, rows_together
 from coterie.model.disk.tensors import TORCH_NAMES, Encoding, bytes_of
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class GgmlBlocks:
             raise ValueError(f"columns is {self.columns}: it should be a multiple of {GRAIN}")
         if self.type not in SIZES:
             raise UnknownName("GGML type", self.type, SIZES)
+        if self.columns is not None and self.type in OWN_TYPES:
+            raise ValueError(f"columns is {self.columns}: blocks of {self.type} do not run on from row to row")
         if self.axis not in (-1, -2):
             raise ValueError(f"axis is {self.axis}: it should be -1 or -2")
         if self.dtype not in _DTYPES:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.artifact import full_disk
-from coterie.errors import CorruptCheckpoint, InputError, NotACheckpoint
+from coterie.errors import CorruptCheckpoint, InputError, NotACheckpoint, OutOfSpace
 from coterie.model.disk.beside import TOKENIZER_FILES, files_beside
 from coterie.model.disk.encodings import quantization_config
 from coterie.model.disk.gguf.families import FAMILIES
@@ -81,6 +81,7 @@ def model_folder(place: Path) -> Path:
     Raises:
         NotACheckpoint, CorruptCheckpoint: there is not one such file, or a damaged one.
         InputError: its architecture is not known, or the cache cannot be written.
+        OutOfSpace: the disk of the cache is full.
     """
     files = [file.absolute() for file in files_of(place)]
     beside = [] if place.is_file() else [file for file in files_beside(place) if file.parent == place]
@@ -92,6 +93,8 @@ def model_folder(place: Path) -> Path:
         try:
             with full_disk(f"{folder} was written"):
                 _write(folder, content, links=[*files, *beside])
+        except OutOfSpace:
+            raise
         except OSError as error:
             raise InputError(
                 f"{folder}, where config and tokenizer of a GGUF file are kept, cannot be written "

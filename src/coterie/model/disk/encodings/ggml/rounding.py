@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 #: Columns that an error reaches at once; those behind them are told of the errors of all of them together.
 _NEAR = 32
 
-#: Numbers of a block of columns that are rounded at once, by whether codes are looked up in a grid: searching it takes
-#: hundreds of bytes a number, all else some forty.
+#: Numbers of a block of columns that are rounded at once, by whether codes are looked up in a grid of some columns:
+#: searching it takes hundreds of bytes a number, all else some forty.
 NUMBERS_AT_ONCE = {False: 2**22, True: 2**18}
 
 #: Bytes that this takes at most.
@@ -63,7 +63,7 @@ def round_columns(
     num_columns = weight_NRC.shape[-1]
     if num_columns % kind.block:
         raise ValueError(f"{num_columns} columns are no whole blocks of {kind.block}, as {kind.name} has them")
-    at_once = max(1, NUMBERS_AT_ONCE[kind.together > 1] // (len(weight_NRC) * kind.block))
+    at_once = max(1, NUMBERS_AT_ONCE[1 < kind.together < kind.block] // (len(weight_NRC) * kind.block))
     parts = [
         _round_rows(some_NRC, importance_NC, upper_NCC, kind) for some_NRC in torch.split(weight_NRC, at_once, dim=1)
     ]

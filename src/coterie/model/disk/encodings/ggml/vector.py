@@ -105,16 +105,7 @@ class Vector:
         Raises:
             InputError: the package gguf is not installed.
         """
-        try:
-            from gguf import quants
-        except ImportError:
-            raise InputError(
-                f"{self.name} has a grid that the package gguf holds, which is not installed: "
-                "pip install 'coterie[gguf]'"
-            ) from None
-        holder = getattr(quants, self.name)
-        holder.init_grid()
-        return torch.from_numpy(holder.grid.copy()).view(-1, self.group)
+        return read_grid(self.name, self.group)
 
     def signs(self, weight_v: Tensor, importance_v: Tensor) -> Tensor:
         """Return which columns (..., v) become negative; where that must be an even number, the cheapest one turns."""
@@ -148,7 +139,8 @@ class Vector:
         rows_RB = weight_NRB.flatten(0, 1)
         importance_RB = importance_NRB.expand_as(weight_NRB).flatten(0, 1)
         at_once = _FITTED_AT_ONCE.get(rows_RB.device.type, _FITTED_ELSEWHERE) // self.block
-        parts = [self._fit(*some) for some in zip(rows_RB.split(at_once), importance_RB.split(at_once), strict=True)]
+        some = zip(torch.split(rows_RB, at_once), torch.split(importance_RB, at_once), strict=True)
+        parts = [self._fit(*each) for each in some]
         shape = weight_NRB.shape[:2]
         return Scales(
             scale_NR=torch.cat([scale_R for scale_R, _ in parts]).view(shape),
@@ -230,6 +222,23 @@ class Vector:
         sign_NRB = 1.0 - 2.0 * unpack_bits(sign_NRk, 1, 1).to(torch.float32)
         unit_NRB = self.grid.to(byte_NRK.device)[code_NRg.long()].flatten(-2)
         return unit_NRB * sign_NRB * self.steps(scales).repeat_interleave(self.sub_block, dim=-1)
+
+
+def read_grid(name: str, group: int) -> Tensor:
+    """Return the entries (G, V) of a type's grid, V of them columns, float32.
+
+    Raises:
+        InputError: the package gguf is not installed.
+    """
+    try:
+        from gguf import quants
+    except ImportError:
+        raise InputError(
+            f"{name} has a grid that the package gguf holds, which is not installed: pip install 'coterie[gguf]'"
+        ) from None
+    holder = getattr(quants, name)
+    holder.init_grid()
+    return torch.from_numpy(holder.grid.copy()).view(-1, group)
 
 
 def _even_byte(low_NRk: Tensor) -> Tensor:
