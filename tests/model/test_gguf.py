@@ -16,6 +16,7 @@ from coterie.model.disk.gguf import header
 from coterie.model.disk.gguf.fields import GgufFields, shortest
 from coterie.model.disk.gguf.header import List, read_gguf
 from coterie.model.disk.gguf.tokens import tokenizer_files
+from coterie.model.disk.tokenizer import load_tokenizer
 
 #: Bytes that no damaged file of some kilobytes may make anyone allocate.
 MUCH = 64 * 2**20
@@ -179,3 +180,11 @@ def fields_of(small, **changes):
 def test_a_tokenizer_that_is_not_known_is_said(changes, words, small):
     with pytest.raises(InputError, match=words):
         tokenizer_files(fields_of(small, **changes))
+
+
+def test_a_file_without_a_tokenizer_that_is_known_opens_and_says_so_when_text_is_read(small, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(small.read_bytes().replace(b"qwen2", b"qwen9"))  # the name of its way to cut text up
+    assert Checkpoint.open(file).tensors
+    with pytest.raises(InputError, match=rf"{file}: its tokenizer cuts text up in the way 'qwen9'.*tokenizer\.json"):
+        load_tokenizer(file)

@@ -93,6 +93,7 @@ def model_folder(place: Path) -> Path:
         try:
             with full_disk(f"{folder} was written"):
                 _write(folder, content, links=[*files, *beside])
+            log.info("%s: its config and tokenizer are kept in %s", files[0], folder)
         except OutOfSpace:
             raise
         except OSError as error:
@@ -170,9 +171,9 @@ def read_tensors(
 
 def check_tokenizer(folder: Path) -> None:
     """Raise InputError where a model folder was made from a GGUF file whose tokenizer is not known, and say why."""
-    if not any(TOKENIZER_FILES.search(file.name) for file in folder.iterdir()) and any(folder.glob(f"*{SUFFIX}")):
-        header = read_headers(files_of(folder))[0]
-        tokenizer_files(GgufFields.of(str(header.path.resolve()), header.fields))
+    file = place_of(folder)
+    if file != folder and not any(TOKENIZER_FILES.search(beside.name) for beside in folder.iterdir()):
+        tokenizer_files(GgufFields.of(str(file), read_gguf(file).fields))
 
 
 def _stored(headers: Sequence[GgufHeader]) -> dict[str, StoredTensor]:

@@ -170,7 +170,7 @@ def _tensors(content: _Bytes, entries: list[_Entry], data: int, alignment: int) 
         if name in tensors:
             raise content.wrong(f"tensor {name!r} occurs twice")
         block, size = (1, PLAIN[kind]) if kind in PLAIN else SIZES[kind]
-        if min(shape, default=1) < 1 or (shape or (1,))[-1] % block:
+        if min(shape, default=1) < 1 or (kind not in PLAIN and (len(shape) < 2 or shape[-1] % block)):
             raise content.wrong(f"tensor {name!r} has the shape {list(shape)}, which {kind} cannot hold")
         begin, length = data + offset, math.prod(shape) // block * size
         if offset % alignment or begin + length > content.size:

@@ -65,6 +65,11 @@ def tensors_on_disk(
     encodings: dict[str, Encoding] = {}
     for disk, parts in groups.items():
         _check_whole(family, disk, parts, where)
+        if "{expert}" in disk and len(parts[0][1].shape) != 3:
+            shape = list(parts[0][1].shape)
+            raise CorruptCheckpoint(
+                f"{where}: {parts[0][1].name!r} has the shape {shape}, which is no stack of matrices"
+            )
         info, encoding = _put_together(disk, parts, heads, where)
         for single in _experts(info) if "{expert}" in disk else (info,):
             tensors[single.name] = single
