@@ -260,7 +260,7 @@ TEXT, WHOLE, NUMBER = gguf.GGUFValueType.STRING, gguf.GGUFValueType.UINT32, gguf
 WRONG = [
     ("general.architecture", ("mamba", TEXT, None), "architecture 'mamba', and what its tensors are .* known are deep"),
     ("qwen3moe.block_count", None, "qwen3moe.block_count is missing"),
-    ("qwen3moe.block_count", (1, WHOLE, None), None),
+    ("qwen3moe.block_count", (1, WHOLE, None), r"is in layer 1, and there should be 1 and 0 prediction layers"),
     ("qwen3moe.block_count", (3.0, NUMBER, None), "block_count is '3.0', which is no whole number"),
     ("qwen3moe.rope.scaling.type", ("longrope", TEXT, None), "rotary positions are 'longrope'"),
     ("qwen3moe.rope.scaling.attn_factor", (0.5, NUMBER, None), "attn_factor is set"),
@@ -277,13 +277,22 @@ def test_what_cannot_be_read_is_said(key, entry, words, tiny, tmp_path):
             fields[key] = entry
 
     file = rewritten(exported(tiny("qwen3_moe"), tmp_path / "model.gguf"), tmp_path / "changed.gguf", change)
-    if words is None:
-        # Layers behind those that are run are prediction layers, and left out.
-        assert not any(name.startswith("model.layers.1.") for name in Checkpoint.open(file).tensors)
-        return
     with pytest.raises(InputError, match=words) as caught:
         Checkpoint.open(file)
     assert "changed.gguf" in str(caught.value)
+
+
+def test_prediction_layers_are_left_out_and_it_is_said(tiny, tmp_path, caplog):
+    caplog.set_level("INFO", logger="coterie")
+
+    def change(fields):
+        fields["qwen3moe.nextn_predict_layers"] = (1, WHOLE, None)
+
+    file = rewritten(exported(tiny("qwen3_moe"), tmp_path / "model.gguf"), tmp_path / "changed.gguf", change)
+    opened = Checkpoint.open(file)
+    assert opened.config["num_hidden_layers"] == 1
+    assert not any(name.startswith("model.layers.1.") for name in opened.tensors)
+    assert "tensors of prediction layers are left out, such as blk.1." in caplog.text
 
 
 def test_what_is_known_of_a_model_beside_its_weights_comes_along(tmp_path):

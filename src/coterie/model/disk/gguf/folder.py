@@ -148,7 +148,8 @@ def read_tensors(
     headers = read_headers([folder / shard for shard in shards])
     where = str(folder / shards[0] if (place := place_of(folder)) == folder else place)
     stored = _stored(headers)
-    name = model_type_of(GgufFields.of(where, headers[0].fields), {n: tensor.shape for n, tensor in stored.items()})
+    fields = GgufFields.of(where, headers[0].fields)
+    name = model_type_of(fields, {tensor.name: tensor.shape for tensor in stored.values()})
     family = FAMILIES[name]
     said = FAMILIES.get(config["model_type"])
     if said is None or said.architecture != family.architecture:
@@ -160,7 +161,8 @@ def read_tensors(
             raise CorruptCheckpoint(f"{folder / 'config.json'} says {key} = {str(number)[:40]}, which cannot be")
         numbers.append(number)
     heads = Heads(queries=numbers[1], keys=numbers[2], latent_keys=numbers[3])
-    tensors, encodings = tensors_on_disk(said, heads, numbers[0], stored, where)
+    behind = fields.whole("nextn_predict_layers", 0)
+    tensors, encodings = tensors_on_disk(said, heads, numbers[0], behind, stored, where)
     if not encodings:
         return tensors, config
     packing = quantization_config(encodings)

@@ -29,14 +29,15 @@ _Part = tuple[Row, StoredTensor]
 
 
 def tensors_on_disk(
-    family: Family, heads: Heads, num_layers: int, stored: Mapping[str, StoredTensor], where: str
+    family: Family, heads: Heads, num_layers: int, num_behind: int, stored: Mapping[str, StoredTensor], where: str
 ) -> tuple[dict[str, TensorInfo], dict[str, Encoding]]:
     """Return the tensors that a checkpoint of the family has on disk, and the encodings of those in blocks.
 
     Args:
         family: the family.
         heads: the model's.
-        num_layers: layers that are run; those behind are left out.
+        num_layers: layers that are run.
+        num_behind: prediction layers behind them, which are left out.
         stored: what the files hold.
         where: the file, for messages.
 
@@ -48,6 +49,11 @@ def tensors_on_disk(
     behind = []
     for tensor in stored.values():
         layer = layer_of(tensor.name)
+        if layer is not None and layer >= num_layers + num_behind:
+            raise CorruptCheckpoint(
+                f"{where}: {tensor.name!r} is in layer {layer}, and there should be {num_layers} and {num_behind} "
+                "prediction layers behind them; fetch this file again"
+            )
         if layer is not None and layer >= num_layers:
             behind.append(tensor.name)
             continue
