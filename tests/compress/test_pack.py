@@ -411,7 +411,7 @@ def test_our_own_types_do_not_run_on_from_row_to_row(wide, text_folder, tmp_path
 
 
 def test_our_own_types_are_never_chosen_by_themselves(wide):
-    with pytest.raises(InputError, match=r"TURBO3 is a type that Coterie alone reads: say --target packed"):
+    with pytest.raises(InputError, match=r"TURBO3 is a type that no GGUF file holds: say --target packed"):
         plan(wide, type="TURBO3", recipe="nearest")
     for bits in (4.07, 3.07, 2.07):
         assert not set(plan(wide, bits=bits, recipe="nearest").types.values()) & set(OWN_TYPES)

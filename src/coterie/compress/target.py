@@ -11,7 +11,7 @@ from coterie.compress.recipes import RECIPES, Recipe
 from coterie.errors import InputError, UnknownName
 from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES, bits_of
 
-#: Who is to read matrices in blocks: llama.cpp, by way of `coterie export`, or Coterie alone.
+#: Who is to read matrices in blocks: llama.cpp, by way of `coterie export`, or whoever loads the result itself.
 Reader = Literal["gguf", "packed"]
 
 #: Bits of the smallest type.
@@ -33,7 +33,7 @@ class Target:
         multiple_of: the number of experts, or their width, whichever the recipe lowers, is the nearest multiple of this
             that can be; None for any.
         reader: who is to read weights in fewer bits: "gguf" (when None), for what GGUF files can say, or "packed", for
-            what Coterie alone reads: there blocks run on from row to row where a row is no whole blocks.
+            what they cannot: there blocks run on from row to row where a row is no whole blocks.
     """
 
     keep: float | None = None
@@ -80,7 +80,7 @@ class Target:
             raise UnknownName("GGML type", self.type, SIZES)
         if self.type in OWN_TYPES and self.reader != "packed":
             raise InputError(
-                f"{self.type} is a type that Coterie alone reads: say --target packed as well, or take one of GGML, "
+                f"{self.type} is a type that no GGUF file holds: say --target packed as well, or take one of GGML, "
                 "such as --type Q4_K"
             )
         if self.bits is not None and not LEAST_BITS <= self.bits <= 16:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from coterie.amounts import format_bytes, format_count
 from coterie.artifact import atomic_path
+from coterie.model.disk.beside import MODELING_FILE
 from coterie.model.disk.files import is_hub_id
 from coterie.model.disk.manifest import LayerEntry, Manifest, ResultForm
 from coterie.outputs import claim_output
@@ -142,7 +143,7 @@ def render_card(
         "## What it costs\n",
         *_measured(cost),
         "## How to load it\n",
-        _loading(manifest),
+        _loading(manifest, files),
         "## Calibration text\n",
         _calibration(manifest),
         "## How to make it again\n",
@@ -166,7 +167,8 @@ def _head(manifest: Manifest, files: Sequence[str], model_id: str | None) -> str
     """
     from huggingface_hub import ModelCardData
 
-    origin, plain_form = manifest.provenance, manifest.form is ResultForm.PLAIN
+    origin = manifest.provenance
+    stock = manifest.form is ResultForm.PLAIN or MODELING_FILE in files
     languages = list(origin.languages)
     legal = _legal_files(files)
     license_word, license_name, license_link = origin.license, origin.license_name, origin.license_link
@@ -177,7 +179,7 @@ def _head(manifest: Manifest, files: Sequence[str], model_id: str | None) -> str
         license=license_word,
         license_name=license_name,
         license_link=_absolute(license_link, files, model_id),
-        library_name="transformers" if plain_form else "coterie",
+        library_name="transformers" if stock else "coterie",
         base_model=model_id,
         tags=["moe", "coterie", manifest.recipe],
         pipeline_tag=origin.pipeline_tag or "text-generation",
@@ -322,25 +324,34 @@ def _percent(share: float | None) -> str:
     return _MISSING if share is None else f"{100 * share:.1f} %"
 
 
-def _loading(manifest: Manifest) -> str:
+def _loading(manifest: Manifest, files: Sequence[str]) -> str:
+    trust = "" if manifest.form is ResultForm.PLAIN else ", trust_remote_code=True"
+    stock = block(
+        (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'folder = "FOLDER"  # or the id of this repository',
+            f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        ),
+        "python",
+    )
     if manifest.form is ResultForm.PLAIN:
-        return block(
-            (
-                "from transformers import AutoModelForCausalLM, AutoTokenizer",
-                "",
-                'folder = "FOLDER"  # or the id of this repository',
-                "model = AutoModelForCausalLM.from_pretrained(folder)",
-                "tokenizer = AutoTokenizer.from_pretrained(folder)",
-            ),
-            "python",
-        )
+        return stock
     why = {
         ResultForm.MAPPED: "Its routers keep the original's rows and point them at the experts that are left",
         ResultForm.RAGGED: "Every expert has a width of its own",
         ResultForm.PACKED: "Its weights are stored in an encoding of their own",
     }[manifest.form]
     lines = ("import coterie  # pip install coterie", "", 'model = coterie.load_model("FOLDER")')
-    return f"{why}, which stock transformers cannot load.\n\n{block(lines, 'python')}"
+    alone = f"{why}, which the classes of transformers cannot load."
+    if MODELING_FILE not in files:  # an earlier version of Coterie made the result
+        return f"{alone}\n\n{block(lines, 'python')}"
+    packages = "transformers 5 and `pip install gguf`" if manifest.form is ResultForm.PACKED else "transformers 5"
+    return (
+        f"{alone} The code in `{MODELING_FILE}` here does, and takes {packages}; what comes out is a model of the "
+        f"family's own class.\n\n{stock}\n\nWithout code from this folder:\n\n{block(lines, 'python')}"
+    )
 
 
 def _calibration(manifest: Manifest) -> str:

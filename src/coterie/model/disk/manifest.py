@@ -30,16 +30,16 @@ _SAID_HOW_TO_LOAD = ("loads_with", "how_to_load")  # in version 1
 
 
 class ResultForm(StrEnum):
-    """What a result is on disk."""
+    """What a result is on disk; all but a plain one take Coterie, or the code that is beside them, to load."""
 
     PLAIN = "plain"
     """A checkpoint of its family; loads anywhere."""
     MAPPED = "mapped"
-    """The router keeps the original's rows and points them at fewer experts; needs Coterie to load."""
+    """The router keeps the original's rows and points them at fewer experts."""
     RAGGED = "ragged"
-    """Every expert has a width of its own; needs Coterie to load."""
+    """Every expert has a width of its own."""
     PACKED = "packed"
-    """Weights are stored in an encoding of their own; needs Coterie to load."""
+    """Weights are stored in an encoding of their own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,7 +234,7 @@ class Manifest:
 
     @property
     def loads_with(self) -> Literal["transformers", "coterie"]:
-        """Who can load the result: anybody through transformers, or Coterie alone."""
+        """Whose classes can load the result: those of transformers, or Coterie's, or the code beside the weights."""
         return "transformers" if self.form is ResultForm.PLAIN else "coterie"
 
     def how_to_load(self, folder: str | Path) -> str:
