@@ -41,7 +41,9 @@ Bits = Annotated[
 ]
 Type = Annotated[
     str | None,
-    typer.Option(help="Type that weights are stored in, named as in llama.cpp, like Q4_K; for such recipes."),
+    typer.Option(
+        help="Type that weights are stored in: as in llama.cpp, like Q4_K, or INT4 and INT8 for compressed-tensors."
+    ),
 ]
 #: The recipe that is taken where none is named, in the words of the help.
 USUAL_RECIPE = "coterie; with --budget or --bits coterie-bits, with --type gptaq"

@@ -28,6 +28,7 @@ from coterie.compress.recipes import Recipe
 from coterie.compress.reload import check_reload
 from coterie.compress.result_steps import LeftOut, load_result_step
 from coterie.compress.shards import lay_out, write_shard
+from coterie.compress.stock import check_stock
 from coterie.compress.target import Reader
 from coterie.compress.times import CHECKING
 from coterie.compress.work import Work
@@ -38,7 +39,7 @@ from coterie.journal_lines import begun
 from coterie.model.device import check_device
 from coterie.model.disk.manifest import Manifest, RouterForm
 from coterie.model.numerics import as_begun
-from coterie.model.stream.memory import peak_bytes
+from coterie.model.stream.memory import Stage, peak_bytes
 from coterie.paths import user_path
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile_in_folder, profile_in_run
@@ -306,7 +307,8 @@ def _write_rest(work: Work) -> None:
     for shard in work.shards:
         if shard.file not in work.run.finished:
             # Experts of a prediction layer may lie in several files.
-            write_shard(work.run.folder, shard, work.rest_of(shard), known=work.job.source.checkpoint.tensors)
+            rest, known = work.rest_of(shard), work.job.source.checkpoint.tensors
+            write_shard(work.run.folder, shard, rest, known=known.keys() | rest.keys() if work.plan.integers else known)
             work.run.finish(shard.file, files=[shard.file])
     work.write_small_files()
 
@@ -326,6 +328,8 @@ def _check(work: Work) -> None:
     device = work.job.options.device
     with stage(CHECKING):
         work.logits_error = check_reload(work.run.folder, work.check_ids(), work.logits_BSV, device=device)
+        if isinstance(work.job.stock, Stage):
+            check_stock(work.run.folder, work.result, work.shards, work.check_ids()[:1, :2])
 
 
 #: What a compression does, in order; the name is that of the stage whose seconds are counted.

@@ -131,7 +131,7 @@ class BlockModel:
         kinds = {part: kind_of[name] for name in of_name for part in projections.held[name]}
         disk = {name: stored[name] for name in of_name}
         rows = projections.from_disk(
-            disk, {name: of_name[name].encoding(kind_of[name]).axis for name in of_name},
+            disk, {name: of_name[name].axis_of(kind_of[name]) for name in of_name},
             crosses=[part for part, kind in kinds.items() if kind.endswith(ACROSS)],
         )  # fmt: skip
         for part, byte_ERK in rows.items():

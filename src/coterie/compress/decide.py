@@ -14,6 +14,7 @@ from pathlib import Path
 from coterie.amounts import parse_share
 from coterie.compress.allocators.problem import Allocation, Problem, load_allocator
 from coterie.compress.check import check_layers, check_prediction
+from coterie.compress.integers import check_integers, loader_of
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods import load_decide, load_pass, needs_of
 from coterie.compress.output import result_config
@@ -29,6 +30,7 @@ from coterie.compress.weights import BLOCK_STEPS, bytes_saved, check_types
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError, StaleArtifact
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.ragged import places_of
+from coterie.model.disk.encodings.integer_types import INTEGERS
 from coterie.model.disk.manifest import RouterForm
 from coterie.profile.measure import check_predicts
 from coterie.profile.profile import Profile, summed
@@ -250,9 +252,17 @@ def weighed(source: Source, plan: Plan) -> Plan:
     if plan.packed:
         check_types(source.weights, plan, [layer.num_experts for layer in source.architecture.layers])
         check_quantiser(plan.quantiser)
+        if any(kind in INTEGERS for kind in plan.types.values()):
+            check_integers(source.weights, plan.types)
+            if plan.result_steps:
+                raise Infeasible(
+                    f"{plan.result_steps[0][0]} trains float16 scales of GGML's types, and the plan stores integers "
+                    "for compressed-tensors: leave it out"
+                )
     elif steps := [name for name, _ in plan.result_steps if name in BLOCK_STEPS]:
         raise Infeasible(f"{steps[0]} trains what is stored in blocks, and the plan stores nothing so: leave it out")
     result_config(source, plan)
+    vllm_only = plan.integers and loader_of(source.weights, plan.types) == "vllm"
     check_prediction(source, plan)
     sizing = source.sizing(keeps_rows=plan.mapped)
     return replace(
@@ -262,6 +272,7 @@ def weighed(source: Source, plan: Plan) -> Plan:
         original_bytes=source.original.num_bytes,
         mtp=source.mtp,
         untouched=source.untouched_prefixes(),
+        vllm_only=vllm_only,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.amounts import format_bytes
+from coterie.compress.integers import compressed_config
 from coterie.compress.plan import Plan
 from coterie.compress.source import Source
 from coterie.compress.weights import encodings_of
@@ -49,6 +50,8 @@ def result_config(source: Source, plan: Plan) -> dict[str, Any]:
         Infeasible, ArchitectureMismatch: config.json cannot say what the plan does.
     """
     architecture = source.architecture
+    if plan.integers:
+        return dict(architecture.config) | {"quantization_config": compressed_config(source, plan.types)}
     if plan.packed:
         encodings = encodings_of(source.weights, plan.types)
         return dict(architecture.config) | {"quantization_config": quantization_config(encodings)}

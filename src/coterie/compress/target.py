@@ -10,6 +10,7 @@ from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.recipes import RECIPES, Recipe
 from coterie.errors import InputError, UnknownName
 from coterie.model.disk.encodings.ggml import SIZES, bits_of
+from coterie.model.disk.encodings.integer_types import INTEGER_BITS, INTEGERS
 
 #: Who is to read matrices in blocks: llama.cpp, by way of `coterie export`, or Coterie alone.
 Reader = Literal["gguf", "packed"]
@@ -29,7 +30,8 @@ class Target:
         width: hidden neurons of each expert; for a ragged result, on average.
         budget: bytes of all tensors, as a number or like "12GiB".
         bits: most bits that a number of a matrix takes, scales counted, where weights are stored in fewer bits.
-        type: the GGML type that matrices are stored in, like "Q4_K", in capitals or not.
+        type: the type that matrices are stored in, in capitals or not: one of GGML, like "Q4_K", or integers as
+            compressed-tensors stores them, like "INT4_G128", or "INT4" with the largest groups that fit.
         multiple_of: the number of experts, or their width, whichever the recipe lowers, is the nearest multiple of this
             that can be; None for any.
         reader: who is to read weights in fewer bits: "gguf" (when None), for what GGUF files can say, or "packed", for
@@ -76,8 +78,9 @@ class Target:
             raise InputError(f"--keep {self.keep:g} is not a share: it must be above 0 and at most 1 (0.5 keeps half)")
         if self.budget is not None:
             parse_bytes(self.budget)
-        if self.type is not None and self.type not in SIZES:
-            raise UnknownName("GGML type", self.type, SIZES)
+        known = (*SIZES, *INTEGER_BITS, *INTEGERS)
+        if self.type is not None and self.type not in known:
+            raise UnknownName("type", self.type, known)
         if self.bits is not None and not LEAST_BITS <= self.bits <= 16:
             raise InputError(f"--bits {self.bits:g} is out of range: {LEAST_BITS:g} to 16")
         allocator = ALLOCATORS[recipe.allocator]

@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 
 from coterie.compress.plan import Plan
 from coterie.errors import Infeasible
-from coterie.model.disk.encodings.ggml import ACROSS, SIZES, along
+from coterie.model.disk.encodings.block_types import SIZES
+from coterie.model.disk.encodings.ggml import ACROSS, along
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
+from coterie.model.disk.encodings.integer_types import INTEGERS, integer_encoding
+from coterie.model.disk.encodings.packed_integers import PackedIntegers
 
 #: Steps on the whole result that leave codes as they are.
 BLOCK_STEPS = ("distill-blocks",)
@@ -71,8 +74,16 @@ class Weight:
         """Numbers in all of them."""
         return len(self.names) * math.prod(self.shape)
 
+    @property
+    def takes_integers(self) -> bool:
+        """Whether compressed-tensors stores it: the weight of a linear module by itself, and no head."""
+        alone = len(self.shape) == 2 and self.axis == -1 and self.pattern.endswith(".weight")
+        return alone and self.kind in ("expert", "linear") and not self.head
+
     def fitting(self, kind: str) -> str | None:
         """Return a type, or what stands in for it where its blocks are wider than a row; None where nothing fits."""
+        if kind in INTEGERS:
+            return kind if self.takes_integers and self.columns % SIZES[kind][0] == 0 else None
         if self.columns % SIZES[kind][0] == 0:
             return kind
         if self.crosses and self.holds(kind + ACROSS):
@@ -91,10 +102,15 @@ class Weight:
             return False
         return (self.rows if crosses else self.columns) % SIZES[along(kind)][0] == 0
 
-    def encoding(self, kind: str) -> GgmlBlocks:
+    def axis_of(self, kind: str) -> int:
+        """Return the axis that blocks of a type run along."""
+        return self._across if kind.endswith(ACROSS) else self.axis
+
+    def encoding(self, kind: str) -> GgmlBlocks | PackedIntegers:
         """Return the encoding of one of them in a type."""
-        axis = self._across if kind.endswith(ACROSS) else self.axis
-        return GgmlBlocks(type=along(kind), axis=axis, dtype="F32")
+        if kind in INTEGERS:
+            return integer_encoding(kind)
+        return GgmlBlocks(type=along(kind), axis=self.axis_of(kind), dtype="F32")
 
     def num_bytes(self, kind: str) -> int:
         """Return the bytes of all of them in a type."""
@@ -196,6 +212,6 @@ def bytes_saved(weights: Sequence[Weight], types: Mapping[str, str]) -> int:
     return sum(weight.plain_bytes - weight.num_bytes(types[weight.pattern]) for weight in typed(weights, types))
 
 
-def encodings_of(weights: Sequence[Weight], types: Mapping[str, str]) -> dict[str, GgmlBlocks]:
+def encodings_of(weights: Sequence[Weight], types: Mapping[str, str]) -> dict[str, GgmlBlocks | PackedIntegers]:
     """Return the encoding of each pattern that a plan gives a type."""
     return {weight.pattern: weight.encoding(types[weight.pattern]) for weight in typed(weights, types)}

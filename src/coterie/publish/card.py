@@ -166,7 +166,7 @@ def _head(manifest: Manifest, files: Sequence[str], model_id: str | None) -> str
     """
     from huggingface_hub import ModelCardData
 
-    origin, plain_form = manifest.provenance, manifest.form is ResultForm.PLAIN
+    origin = manifest.provenance
     languages = list(origin.languages)
     legal = _legal_files(files)
     license_word, license_name, license_link = origin.license, origin.license_name, origin.license_link
@@ -177,7 +177,7 @@ def _head(manifest: Manifest, files: Sequence[str], model_id: str | None) -> str
         license=license_word,
         license_name=license_name,
         license_link=_absolute(license_link, files, model_id),
-        library_name="transformers" if plain_form else "coterie",
+        library_name=manifest.loads_with,
         base_model=model_id,
         tags=["moe", "coterie", manifest.recipe],
         pipeline_tag=origin.pipeline_tag or "text-generation",
@@ -323,8 +323,21 @@ def _percent(share: float | None) -> str:
 
 
 def _loading(manifest: Manifest) -> str:
-    if manifest.form is ResultForm.PLAIN:
-        return block(
+    if manifest.form is ResultForm.COMPRESSED_TENSORS_BY_LAYER:
+        lines = ("from vllm import LLM", "", 'model = LLM("FOLDER")  # or the id of this repository')
+        return (
+            "Its weights are integers as compressed-tensors stores them, in some layers' experts otherwise than in "
+            "others'. vLLM loads that; transformers does not, and may load wrong numbers without a word.\n\n"
+            f"{block(lines, 'python')}"
+        )
+    if manifest.loads_with == "transformers":
+        with_package = (
+            "Its weights are integers as compressed-tensors stores them, which transformers loads with the package "
+            "`compressed-tensors`, and vLLM by itself.\n\n"
+            if manifest.form is ResultForm.COMPRESSED_TENSORS
+            else ""
+        )
+        return with_package + block(
             (
                 "from transformers import AutoModelForCausalLM, AutoTokenizer",
                 "",

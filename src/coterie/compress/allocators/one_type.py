@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.allocators.problem import Allocation, Problem
+from coterie.compress.integers import choose_integers
 from coterie.errors import Infeasible
 from coterie.model.disk.encodings.ggml import SIZES, bits_of
+from coterie.model.disk.encodings.integer_types import INTEGER_BITS, INTEGERS
 
 #: The least that a head gets.
 HEAD = "Q6_K"
@@ -22,6 +24,8 @@ def allocate(problem: Problem) -> Allocation:
         Infeasible: a budget below the smallest result; says what that takes.
     """
     target = problem.target
+    if target.type in INTEGER_BITS or target.type in INTEGERS:
+        return _integers(problem, target.type)
     if target.type is not None:
         return _allocation(problem, target.type)
     ladder = sorted(SIZES, key=bits_of, reverse=True)
@@ -39,6 +43,12 @@ def allocate(problem: Problem) -> Allocation:
             f"{format_bytes(least.num_bytes)}"
         )
     return max(fitting, key=lambda option: option.num_bytes)
+
+
+def _integers(problem: Problem, name: str) -> Allocation:
+    types = choose_integers(problem.weights, name)
+    layers = problem.whole()
+    return Allocation(layers=layers, num_bytes=problem.num_bytes(layers, types), types=types)
 
 
 def _allocation(problem: Problem, name: str) -> Allocation:
