@@ -34,7 +34,7 @@ TEXT = {"tokens": 128, "seq_len": 32}
 FAMILIES = {
     "qwen3_moe": {"moe_intermediate_size": 64},
     "olmoe": {"intermediate_size": 64},
-    "mixtral": {},
+    "mixtral": {"intermediate_size": 64},
     "deepseek_v3": {"moe_intermediate_size": 64},
     "glm4_moe": {"moe_intermediate_size": 64},
     "qwen2_moe": {"moe_intermediate_size": 64},
