@@ -21,7 +21,7 @@ from coterie.compress.dry_run import dry_run
 from coterie.compress.integers import compressed_config
 from coterie.compress.plan import Plan
 from coterie.compress.source import Source
-from coterie.errors import Infeasible, ReloadMismatch, UnknownName
+from coterie.errors import Infeasible, InputError, ReloadMismatch, UnknownName
 from coterie.evaluate.run import evaluate
 from coterie.model.arch.load import load_model
 from coterie.model.disk.checkpoint import Checkpoint
@@ -251,6 +251,40 @@ def test_widths_that_no_group_divides_are_refused(small, tmp_path):
         plan(small, type="INT3", recipe="nearest")
 
 
+def test_a_budget_takes_the_largest_type_that_fits(small):
+    def decided(**target):
+        return plan(small, target="compressed-tensors", **target)
+
+    sizes = {name: plan(small, type=name) for name in ("INT8_G32", "INT8_G64", "INT4_G32", "INT4_G64")}
+    sizes = {name: each.predicted_bytes for name, each in sizes.items()}
+    assert list(sizes) == sorted(sizes, key=sizes.__getitem__, reverse=True)
+    for name, size in sizes.items():
+        chosen = decided(budget=size)
+        assert (set(chosen.types.values()), chosen.predicted_bytes) == ({name}, size)
+        assert chosen.recipe == "gptaq"
+    with pytest.raises(Infeasible, match="the smallest type takes"):
+        decided(budget=sizes["INT4_G64"] - 1)
+    assert set(decided(bits=8.3).types.values()) == {"INT8_G64"}
+    assert set(decided(bits=5).types.values()) == {"INT4_G32"}
+    with pytest.raises(Infeasible, match=r"--bits 4\.2 cannot be met .* INT4_G64 takes 4\.25 a number"):
+        decided(bits=4.2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"type": "INT4", "target": "gguf"}, "--type INT4 is for transformers and vLLM: take --target compressed-"),
+        ({"type": "Q4_K", "target": "compressed-tensors"}, "--type Q4_K is a type of GGML"),
+        ({"budget": "1MB", "target": "compressed-tensors", "recipe": "coterie-bits"}, "take nearest, gptq or gptaq$"),
+        ({"keep": 0.5, "target": "compressed-tensors"}, "is about weights in fewer bits"),
+        ({"type": "INT4", "recipe": "reap"}, "take a recipe that stores weights in fewer bits"),
+    ],
+)
+def test_targets_types_and_recipes_that_do_not_go_together_are_refused(settings, words, small):
+    with pytest.raises(InputError, match=words):
+        plan(small, **settings)
+
+
 def test_linear_modules_that_no_group_divides_stay_plain(tmp_path):
     model = tiny_checkpoint(
         tmp_path / "model", "qwen2_moe", hidden_size=64, moe_intermediate_size=64, shared_expert_intermediate_size=24
@@ -280,6 +314,7 @@ def of_layer(layer, kind):
         ({**of_layer(0, None), **of_layer(1, None)}, "leaves all experts plain numbers"),
         ({"lm_head.weight": "INT8_G64"}, "lm_head.weight, an embedding or a head"),
         ({"model.layers.1.self_attn.q_proj.weight": "INT8_G64"}, "linear modules that are no experts have one type"),
+        ({EXPERTS.format(0, "down"): "INT4_G64.T"}, r"down_proj.weight as INT4_G64\.T; types that can be written are"),
         ({EXPERTS.format(0, "up"): "INT4_G128"}, "INT4_G128, in blocks of 128; its rows have 64 numbers"),
     ],
 )  # fmt: skip

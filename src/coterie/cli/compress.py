@@ -112,12 +112,12 @@ def compress(
     }
     if plan is None:
         options.one_target(**targets)
-        check_request(model, targets, recipe, router or "plain", seed)
+        check_request(model, targets | {"reader": target}, recipe, router or "plain", seed)
     from coterie.compress.recipes import get_recipe, training_tokens
     from coterie.compress.target import Target
 
     if plan is None:
-        chosen = get_recipe(recipe or Target(**targets).usual_recipe)
+        chosen = get_recipe(recipe or Target(**targets, reader=target).usual_recipe)
         training_tokens(chosen.name, effort, train_tokens, trains=chosen.trains)
     from coterie.profile.shares import parse_domains
 

@@ -46,7 +46,7 @@ Type = Annotated[
     ),
 ]
 #: The recipe that is taken where none is named, in the words of the help.
-USUAL_RECIPE = "coterie; with --budget or --bits coterie-bits, with --type gptaq"
+USUAL_RECIPE = "coterie; with --budget or --bits coterie-bits, with --type or --target compressed-tensors gptaq"
 Recipe = Annotated[
     str | None,
     typer.Option(
@@ -103,14 +103,18 @@ MultipleOf = Annotated[
         help="The number of experts or their width, whichever is lowered, is the nearest multiple of this.",
     ),
 ]
+_TARGET_HELP = (
+    "Who reads weights in fewer bits. gguf: llama.cpp, by `coterie export`. packed: Coterie alone; smaller where rows "
+    "are no multiple of 256."
+)
 Target = Annotated[
-    Literal["gguf", "packed"] | None,
+    Literal["gguf", "packed", "compressed-tensors"] | None,
     typer.Option(
-        help="Who reads weights in fewer bits. gguf: llama.cpp, by `coterie export`. packed: Coterie alone; smaller "
-        "where rows are no multiple of 256.",
-        show_default="gguf",
+        help=f"{_TARGET_HELP} compressed-tensors: transformers and vLLM; integers of 4 or 8 bits.", show_default="gguf"
     ),
 ]
+#: Of types that can be priced.
+BlocksTarget = Annotated[Literal["gguf", "packed"] | None, typer.Option(help=_TARGET_HELP, show_default="gguf")]
 Domains = Annotated[
     str | None, typer.Option(help="Only these domains, like math,python; with weights, like math=2,python=1.")
 ]

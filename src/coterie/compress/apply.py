@@ -126,7 +126,8 @@ def compress(
         width: hidden neurons to keep in each expert, for a recipe that slims them; on average, for a ragged one.
         budget: largest size of the weight files, such as "12GiB".
         bits: most bits that a number of a matrix takes, for a recipe that stores weights in fewer bits.
-        type: the GGML type that matrices are stored in, like "Q4_K", for such a recipe.
+        type: the type that matrices are stored in, for such a recipe: one of GGML, like "Q4_K", or one that
+            compressed-tensors stores, like "INT4".
         plan: a plan, or its file, perhaps edited; it says how small, with which recipe and which router.
         recipe: name of a recipe, see `coterie.compress.recipes`; ``"module:attribute"`` of your own, or the recipe
             itself; None for the usual one, see `coterie.compress.target.Target.usual_recipe`.
@@ -159,7 +160,8 @@ def compress(
         multiple_of: the number of experts or their width, whichever the recipe lowers, is the nearest multiple of this,
             such as 8 for expert parallelism or 256 for K-quants.
         target: who is to read weights in fewer bits: "gguf" (when None), what GGUF files can say, or "packed", what
-            Coterie alone reads, which is smaller where rows are no multiple of 256. A plan says it already.
+            Coterie alone reads, which is smaller where rows are no multiple of 256, or "compressed-tensors", integers
+            that transformers and vLLM read. A plan says it already.
         on: which tokens count where experts are measured and the result is trained: "all" (when None), or those of
             answers in conversations and of completions, "assistant". With a profile that is there, its own.
         push_to_hub: id of a repository on the model hub that the result is uploaded to once it is whole; that this can

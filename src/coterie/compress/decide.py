@@ -67,7 +67,7 @@ def plan(
         width: hidden neurons to keep in each expert, for a recipe that slims them.
         budget: largest size of the weight files, such as "12GiB", "800MB" or a number of bytes.
         bits: most bits that a number of a matrix takes, for a recipe that stores weights in fewer.
-        type: the GGML type that matrices are stored in, for such a recipe.
+        type: the type that matrices are stored in, for such a recipe, see `coterie.compress.target.Target.type`.
         recipe: name of a recipe, ``"module:attribute"`` of your own, or the recipe itself; None for the usual one, see
             `coterie.compress.target.Target.usual_recipe`.
         router: form of the router: "plain", "mean", "refit" or "map", see `Plan`.
@@ -76,7 +76,8 @@ def plan(
         multiple_of: the number of experts or their width, whichever the recipe lowers, is the nearest multiple of this.
         prices: what storing each matrix in each type would cost (`coterie.price`), or the folder of that, for a recipe
             that chooses types by it; without them it says no more than how large the result is.
-        target: who is to read weights in fewer bits, "gguf" or "packed", see `coterie.compress.target.Target.reader`.
+        target: who is to read weights in fewer bits, "gguf", "packed" or "compressed-tensors", see
+            `coterie.compress.target.Target.reader`.
 
     Raises:
         InputError: not exactly one target, one out of range or not for this recipe, or no profile for a ragged one.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.decide import allocate
@@ -18,7 +18,7 @@ from coterie.compress.prices import Prices
 from coterie.compress.recipes import get_recipe
 from coterie.compress.request import Request
 from coterie.compress.source import Source
-from coterie.compress.target import Reader, Target
+from coterie.compress.target import Target
 from coterie.errors import Infeasible
 from coterie.model.disk.encodings.ggml import SIZES, bits_of
 
@@ -92,7 +92,7 @@ def frontier(
     prices: Prices | str | Path,
     *,
     budgets: Sequence[str | int] | None = None,
-    target: Reader = "gguf",
+    target: Literal["gguf", "packed"] = "gguf",
 ) -> Frontier:
     """List what a model can become in fewer bits, and what that is expected to cost.
 

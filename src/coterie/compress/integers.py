@@ -56,6 +56,15 @@ def choose_integers(weights: Sequence[Weight], name: str) -> dict[str, str]:
     )
 
 
+def fitting_integers(weights: Sequence[Weight]) -> list[str]:
+    """Return the types that all experts can have, from most bits to fewest; raises as `choose_integers`."""
+    experts = [weight for weight in weights if weight.kind == "expert"]
+    fitting = [name for name in INTEGERS if all(weight.fitting(name) for weight in experts)]
+    if not fitting:
+        choose_integers(weights, "INT4")
+    return fitting
+
+
 def check_integers(weights: Sequence[Weight], types: Mapping[str, str]) -> None:
     """Check what a plan stores in integers, beside what `coterie.compress.weights.check_types` does.
 

@@ -12,8 +12,8 @@ from coterie.errors import InputError, UnknownName
 from coterie.model.disk.encodings.ggml import SIZES, bits_of
 from coterie.model.disk.encodings.integer_types import INTEGER_BITS, INTEGERS
 
-#: Who is to read matrices in blocks: llama.cpp, by way of `coterie export`, or Coterie alone.
-Reader = Literal["gguf", "packed"]
+#: Who is to read matrices in blocks: llama.cpp, by way of `coterie export`; Coterie alone; transformers and vLLM.
+Reader = Literal["gguf", "packed", "compressed-tensors"]
 
 #: Bits of the smallest type.
 LEAST_BITS = min(bits_of(name) for name in SIZES)
@@ -35,7 +35,8 @@ class Target:
         multiple_of: the number of experts, or their width, whichever the recipe lowers, is the nearest multiple of this
             that can be; None for any.
         reader: who is to read weights in fewer bits: "gguf" (when None), for what GGUF files can say, or "packed", for
-            what Coterie alone reads: there blocks run across the rows of matrices whose rows are no whole blocks.
+            what Coterie alone reads: there blocks run across the rows of matrices whose rows are no whole blocks; or
+            "compressed-tensors" (when None and `type` is one of its), for integers that transformers and vLLM read.
     """
 
     keep: float | None = None
@@ -52,13 +53,18 @@ class Target:
             object.__setattr__(self, "type", self.type.upper())
 
     @property
+    def integers(self) -> bool:
+        """Whether matrices are stored in integers, as compressed-tensors does."""
+        return self.reader == "compressed-tensors" or self.type in (*INTEGER_BITS, *INTEGERS)
+
+    @property
     def usual_recipe(self) -> str:
         """The recipe that is taken where none is named.
 
         Bytes are spent on precision first: at equal bytes that costs a small part of what removing experts costs
         (benchmarks/bits.md). A share, or a number of experts or neurons, asks for structure.
         """
-        if self.type is not None:
+        if self.type is not None or (self.integers and (self.bits, self.budget) != (None, None)):
             return "gptaq"
         return "coterie" if self.bits is None and self.budget is None else "coterie-bits"
 
@@ -91,6 +97,7 @@ class Target:
                 f"--target {self.reader} is about weights in fewer bits, and recipe {recipe.name} {allocator.does}: "
                 "leave it out; its result is a plain checkpoint, which `coterie export` makes a GGUF file of as well"
             )
+        self._check_integers(recipe)
         if self.multiple_of is not None and self.multiple_of < 1:
             raise InputError(f"--multiple-of {self.multiple_of} is out of range: it must be 1 or more")
         if self.multiple_of is not None and recipe.allocator == "ragged":
@@ -104,4 +111,22 @@ class Target:
             raise InputError(
                 f"recipe {recipe.name} {allocator.does}; say how small with {', '.join(most)} or {last}, or take a "
                 f"{instead}"
+            )
+
+    def _check_integers(self, recipe: Recipe) -> None:
+        """Raise InputError where type, reader and recipe do not go together."""
+        if self.integers and self.reader not in (None, "compressed-tensors"):
+            raise InputError(
+                f"--type {self.type} is for transformers and vLLM: take --target compressed-tensors, or leave it out"
+            )
+        if self.integers and self.type in SIZES:
+            raise InputError(
+                f"--type {self.type} is a type of GGML, which --target compressed-tensors cannot say; it has "
+                f"{', '.join((*INTEGER_BITS, *INTEGERS))}"
+            )
+        if self.integers and recipe.quantiser is not None and recipe.allocator != "one-type":
+            alike = [name for name, each in RECIPES.items() if each.allocator == "one-type"]
+            raise InputError(
+                f"recipe {recipe.name} mixes types, and what reads compressed-tensors wants all experts alike: take "
+                f"{', '.join(alike[:-1])} or {alike[-1]}"
             )

@@ -190,7 +190,7 @@ def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) ->
                 f"the plan stores {pattern} as {kind}; matrices that can be stored so are named like "
                 f"{', '.join(sorted(by_pattern)[:3])}"
             )
-        if along(kind) not in SIZES:
+        if along(kind) not in SIZES or (kind.endswith(ACROSS) and along(kind) in INTEGERS):
             raise Infeasible(f"the plan stores {pattern} as {kind}; types that can be written are {', '.join(SIZES)}")
         if kind.endswith(ACROSS) and not weight.holds(kind):
             why = (
