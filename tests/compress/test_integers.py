@@ -241,6 +241,13 @@ def test_experts_in_one_tensor_are_refused(family, tmp_path):
         plan(model, type="INT4", recipe="nearest")
 
 
+@pytest.mark.parametrize("family", ["kimi_linear", pytest.param("bailing_hybrid", marks=pytest.mark.long)])
+def test_other_tensors_that_transformers_would_put_together_are_refused(family, tmp_path):
+    model = tiny_checkpoint(tmp_path / "model", family, hidden_size=64, moe_intermediate_size=64)
+    with pytest.raises(Infeasible, match=r"self_attn.conv1d.weight is put together from 3 tensors, such as .*k_conv1d"):
+        plan(model, type="INT4", recipe="nearest")
+
+
 def test_widths_that_no_group_divides_are_refused(small, tmp_path):
     narrow = tiny_checkpoint(tmp_path / "narrow", "qwen3_moe", hidden_size=64, moe_intermediate_size=48)
     with pytest.raises(Infeasible, match=r"down_proj.weight have 48 numbers, which are no whole groups of 32: take a"):

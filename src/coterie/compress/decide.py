@@ -14,7 +14,7 @@ from pathlib import Path
 from coterie.amounts import parse_share
 from coterie.compress.allocators.problem import Allocation, Problem, load_allocator
 from coterie.compress.check import check_layers, check_prediction
-from coterie.compress.integers import check_integers, loader_of
+from coterie.compress.integers import check_integers, check_joined, loader_of
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods import load_decide, load_pass, needs_of
 from coterie.compress.output import result_config
@@ -255,6 +255,7 @@ def weighed(source: Source, plan: Plan) -> Plan:
         check_quantiser(plan.quantiser)
         if any(kind in INTEGERS for kind in plan.types.values()):
             check_integers(source.weights, plan.types)
+            check_joined(source)
             if plan.result_steps:
                 raise Infeasible(
                     f"{plan.result_steps[0][0]} trains float16 scales of GGML's types, and the plan stores integers "

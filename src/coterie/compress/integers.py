@@ -100,6 +100,22 @@ def check_integers(weights: Sequence[Weight], types: Mapping[str, str]) -> None:
         )
 
 
+def check_joined(source: Source) -> None:
+    """Check that no tensor beside experts is put together from several, which transformers then looks for in vain.
+
+    Raises:
+        Infeasible: one is; names it.
+    """
+    experts = tuple(f"{layer.experts}." for layer in source.architecture.layers)
+    for name, parts in source.conversion.sources.items():
+        if len(parts) > 1 and not name.startswith(experts):
+            raise Infeasible(
+                f"{source.checkpoint.path}: {name} is put together from {len(parts)} tensors, such as {parts[0]}; in a "
+                "checkpoint of compressed-tensors transformers (5.23) does that for experts alone, and fails: "
+                f"{_INSTEAD.format('Q4_0 or Q8_0')}"
+            )
+
+
 def loader_of(weights: Sequence[Weight], types: Mapping[str, str]) -> Literal["transformers", "vllm"]:
     """Return who loads such a result: both, said as "transformers", or vLLM alone, where layers' experts differ."""
     kinds = {kind for _, kind in _experts_with_types(weights, types)}
