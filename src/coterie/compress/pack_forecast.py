@@ -34,7 +34,7 @@ MOMENTS, FACTORS, CODES = "sums of what comes in", "factors of Hessians", "choos
 
 #: Seconds that choosing the code of a number takes on one core, by type; entries of a grid take long to find.
 SECONDS = {"IQ4_NL": 4e-6, "MXFP4": 4e-6, "IQ2_XXS": 1e-5, "IQ3_XXS": 1.5e-5, "IQ2_XS": 2e-5, "IQ2_S": 4e-5,
-           "IQ3_S": 4e-5}  # fmt: skip
+           "IQ3_S": 4e-5, "INT8_G32": 1e-6, "INT8_G64": 1e-6, "INT8_G128": 1e-6}  # fmt: skip
 _OTHERS = 2.5e-6
 
 
