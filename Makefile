@@ -67,6 +67,7 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 		--markdown benchmarks/overhead.md
 	$(BIN)/python benchmarks/memory.py --tokens 2048 --markdown benchmarks/memory.md
 	$(BIN)/python benchmarks/memory.py --sizes 2GB 4GB --bundled --tokens 2048 --markdown benchmarks/memory-stages.md
+	$(BIN)/python benchmarks/memory.py --sizes 2GB 4GB 16GB --commands bits --tokens 16384 --markdown benchmarks/memory-bits.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory_units.py --markdown benchmarks/memory_units.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/research.py --sample-tokens 32768 --markdown benchmarks/research.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/research.py --sample-tokens 32768 --keep 0.75 --only form,refit,rate \

@@ -4,7 +4,8 @@
                               [--recipes coterie-bits ...] [--tokens 65536] [--test-tokens 16384] [--seeds 0 ...]
                               [--again RECIPE ...] [--markdown FILE] [--json FILE]
 
-A recipe may be followed by an effort, such as coterie-bits:balanced: its result is trained as long; else it is not.
+A recipe may be followed by an effort, such as coterie-bits:balanced: its result is trained as long; else it is not. And
+by a target, such as coterie-bits@packed, for the form that Coterie alone reads.
 
 Every format of `llama-quantize` is made with the types that it gives to each tensor and the code that it rounds numbers
 with, see `llama_quantiser.py`; its importance matrix comes from the same calibration text as our recipes have. Each of
@@ -189,12 +190,14 @@ class Comparison:
     def _ours(self, file_format: str, recipe: str, seed: int, size: int, extra: int, plain: int) -> None:
         """Compress to the bytes of a file, less what GGUF would add to them, and evaluate."""
         begun, settings, key = time.perf_counter(), self.settings, self._key(file_format, recipe, seed)
-        name, _, effort = recipe.partition(":")
+        spelled, _, target = recipe.partition("@")
+        name, _, effort = spelled.partition(":")
         folder = self.work / "ours"
         try:
             result = compress(
                 self.model, folder, recipe=name, budget=size - extra, text=settings.text, tokens=settings.tokens,
-                seq_len=settings.seq_len, seed=seed, prices=self._prices(name, seed), effort=effort or "fast",
+                seq_len=settings.seq_len, seed=seed, prices=self._prices(name, seed, target), effort=effort or "fast",
+                target=target or None,
             )  # fmt: skip
         except Infeasible:
             empty = {"expected": None, "bytes": None, "share": None, "kl": None, "kl_error": None, "agreement": None}
@@ -205,9 +208,9 @@ class Comparison:
         made = {"types": dict(result.plan.types), "expected": result.plan.damage}
         self._score(key | made, folder, num_bytes, plain, begun)
 
-    def _prices(self, recipe: str, seed: int) -> Path | None:
-        """Return the folder of what types cost, for a recipe that asks; whoever asks first measures it."""
-        return self.work / f"prices {seed}" if get_recipe(recipe).prices else None
+    def _prices(self, recipe: str, seed: int, target: str) -> Path | None:
+        """Return the folder of what types cost, for a recipe that takes it; whoever asks first measures it."""
+        return self.work / f"prices {seed} {target}" if get_recipe(recipe).takes_prices else None
 
     def _score(self, key: dict[str, Any], folder: Path, num_bytes: int, plain: int, begun: float) -> None:
         scores = self.evaluation.score(folder).overall

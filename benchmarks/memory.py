@@ -1,12 +1,13 @@
 """What profile, compress and evaluate take on models of growing size: memory, bytes read and written, time.
 
     python benchmarks/memory.py [--sizes 4GB 8GB 16GB] [--work DIR] [--keep-files] [--json FILE] [--bundled]
-                                [--commands profile gradients compress evaluate] [--limit 4GiB]
+                                [--commands profile gradients compress bits evaluate] [--limit 4GiB]
 
 For each size a synthetic checkpoint is made (`make_large.py`), and each command runs on it in a process of its own, the
-checkpoint being out of the file cache. With --bundled the bundled model is measured as well: profile with and without
-gradients, with long text, and the recipe coterie with all its stages. Prints tables in Markdown, and exits with status
-1 when a promise is broken:
+checkpoint being out of the file cache. "compress" halves the experts; "bits", which takes minutes a GB and runs when it
+is named, brings the model to a quarter of its bytes in fewer bits (coterie-bits, not trained). With --bundled the
+bundled model is measured as well: profile with and without gradients, with long text, and the recipe coterie with all
+its stages. Prints tables in Markdown, and exits with status 1 when a promise is broken:
 
 - the peak of a command's memory does not grow with the model (by at most 10 %), stays under what the command announced,
   and under --limit; what is announced is no more than 1.6 times the peak where that is above a GiB;
@@ -39,7 +40,7 @@ from coterie.amounts import format_bytes, parse_bytes
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = HERE.parent / "reference"
-COMMANDS = ("profile", "gradients", "compress", "evaluate")
+COMMANDS = ("profile", "gradients", "compress", "bits", "evaluate")
 
 #: Size and commands of the bundled model, and how much text is long.
 BUNDLED = "bundled"
@@ -208,6 +209,16 @@ def measure_size(size: str, work: Path, options: argparse.Namespace) -> Iterator
         "profile": ["profile", str(model), str(profile_folder), *sample],
         "gradients": ["profile", str(model), str(work / "gradients"), "--gradients", *sample],
         "compress": ["compress", str(model), str(result_folder), "--keep", "0.5", "--recipe", options.recipe, *sample],
+        "bits": [
+            "compress",
+            str(model),
+            str(work / "bits"),
+            "--budget",
+            str(weight_bytes(model) // 4),
+            "--effort",
+            "fast",
+            *sample,
+        ],
         "evaluate": ["evaluate", str(result_folder), "--against", str(model), *sample, "--questions", "0"],
     }
     for command in (name for name in COMMANDS if name in options.commands):
@@ -216,10 +227,9 @@ def measure_size(size: str, work: Path, options: argparse.Namespace) -> Iterator
             line += ["--profile", str(profile_folder)]
         if command == "evaluate" and not result_folder.exists():
             continue
-        yield measure_command(
-            command, line, model, work, size=size,
-            out={"profile": profile_folder, "compress": result_folder}.get(command, work / "none"),
-        )  # fmt: skip
+        shutil.rmtree(work / "bits", ignore_errors=True)
+        places = {"profile": profile_folder, "compress": result_folder, "bits": work / "bits"}
+        yield measure_command(command, line, model, work, size=size, out=places.get(command, work / "none"))
 
 
 def measure_bundled(work: Path, options: argparse.Namespace) -> Iterator[Measured]:
@@ -345,7 +355,9 @@ def main() -> None:
     parser.add_argument("--keep-files", action="store_true", help="leave checkpoints and results in place")
     parser.add_argument("--json", type=Path, help="where all figures go as JSON")
     parser.add_argument("--markdown", type=Path, help="where the table goes as well")
-    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
+    parser.add_argument(
+        "--commands", nargs="+", choices=COMMANDS, default=[name for name in COMMANDS if name != "bits"]
+    )
     parser.add_argument("--limit", default="4GiB", help="memory that no command may exceed")
     parser.add_argument("--recipe", default="reap")
     parser.add_argument("--tokens", type=int, default=16_384, help="tokens of text for each command")

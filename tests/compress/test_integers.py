@@ -321,7 +321,7 @@ def of_layer(layer, kind):
         ({**of_layer(0, None), **of_layer(1, None)}, "leaves all experts plain numbers"),
         ({"lm_head.weight": "INT8_G64"}, "lm_head.weight, an embedding or a head"),
         ({"model.layers.1.self_attn.q_proj.weight": "INT8_G64"}, "linear modules that are no experts have one type"),
-        ({EXPERTS.format(0, "down"): "INT4_G64.T"}, r"down_proj.weight as INT4_G64\.T; types that can be written are"),
+        ({EXPERTS.format(0, "down"): "INT4_G64.W"}, r"down_proj.weight as INT4_G64\.W; types that can be written are"),
         ({EXPERTS.format(0, "up"): "INT4_G128"}, "INT4_G128, in blocks of 128; its rows have 64 numbers"),
     ],
 )  # fmt: skip

@@ -36,8 +36,10 @@ def field(file, key):
     return gguf.GGUFReader(file).get_field(key).contents()
 
 
-def packed(folder, family, types, **changes):
+def packed(folder, family, types, *, columns=None, **changes):
     """Write a tiny model, some tensors of which are stored in blocks: type and axis by the end of their names.
+
+    With `columns`, the numbers of a row, blocks run on from row to row.
 
     Rows are packed by themselves, so what was packed once serves all tensors of a kind, turned by some rows.
     """
@@ -46,7 +48,7 @@ def packed(folder, family, types, **changes):
     # Smaller numbers than in narrow models: a router should not turn on the last bit.
     content = {name: t / 4 if t.ndim > 1 else t for name, t in load_file(model / "model.safetensors").items()}
     for ending, (kind, axis) in types.items():
-        encoding = GgmlBlocks(type=kind, axis=axis, dtype="F32")
+        encoding = GgmlBlocks(type=kind, axis=axis, dtype="F32", columns=columns)
         names = [name for name in content if name.endswith(ending)]
         [once] = encoding.pack(content[names[0]][:1] if content[names[0]].ndim == 3 else content[names[0]]).values()
         for turn, name in enumerate(names):
@@ -66,15 +68,27 @@ MIXED = {
     "gate_proj.weight": ("Q4_K", -1), "up_proj.weight": ("Q4_0", -1), "down_proj.weight": ("Q6_K", -1),
     "q_proj.weight": ("Q4_K", -1), "embed_tokens.weight": ("Q6_K", -1),
 }  # fmt: skip
+#: Family, types and sizes.
 STORED_IN_BLOCKS = {
-    "qwen3_moe": (MIXED, WIDE),
+    "qwen3_moe": ("qwen3_moe", MIXED, WIDE),
+    # The smallest types that there are.
+    "two bits and fewer": (
+        "qwen3_moe",
+        {
+            "gate_proj.weight": ("TQ2_0", -1), "up_proj.weight": ("TQ1_0", -1), "down_proj.weight": ("IQ1_S", -1),
+            "q_proj.weight": ("IQ1_M", -1),
+        },
+        WIDE,
+    ),
     # Rows of queries and keys change places there.
     "mixtral": (
+        "mixtral",
         {"q_proj.weight": ("Q4_K", -1), "k_proj.weight": ("Q4_0", -1), "w1.weight": ("Q4_K", -1)},
         {"hidden_size": 256, "head_dim": 32, "num_key_value_heads": 2, "sliding_window": None},
     ),
     # Blocks along the axis that is the input one, where matrices lie transposed; gate and up in turn.
     "gpt_oss": (
+        "gpt_oss",
         {"gate_up_proj": ("Q4_K", -2), "down_proj": ("Q6_K", -2)},
         {"hidden_size": 256, "intermediate_size": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     ),
@@ -136,9 +150,9 @@ def test_blocks_go_over_byte_for_byte(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", STORED_IN_BLOCKS)
-def test_a_file_of_several_types_predicts_what_the_checkpoint_predicts(family, tmp_path):
-    types, changes = STORED_IN_BLOCKS[family]
+@pytest.mark.parametrize("which", STORED_IN_BLOCKS)
+def test_a_file_of_several_types_predicts_what_the_checkpoint_predicts(which, tmp_path):
+    family, types, changes = STORED_IN_BLOCKS[which]
     model = packed(tmp_path / "model", family, types, **changes)
     done = export(model, tmp_path / "model.gguf", type="f32")
     assert {kind for kind, _ in types.values()} <= set(done.types)
@@ -177,6 +191,27 @@ def test_experts_of_one_projection_in_several_types_are_refused(tmp_path):
     model = packed(tmp_path / "model", "qwen3_moe", types, **WIDE)
     with pytest.raises(InputError, match="its experts are stored as Q4_0 and plain numbers"):
         export(model, tmp_path / "model.gguf")
+
+
+def test_blocks_that_run_on_from_row_to_row_become_numbers_and_it_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", logger="coterie")
+    model = packed(
+        tmp_path / "model", "qwen3_moe", {"down_proj.weight": ("Q4_K", -1)}, columns=96, moe_intermediate_size=96
+    )
+    export(model, tmp_path / "model.gguf", type="f32")
+    with dequantized(Checkpoint.open(model), "float32").reader() as reader:
+        expected = reader.read("model.layers.0.mlp.experts.1.down_proj.weight")
+    stack = tensors(tmp_path / "model.gguf")["blk.0.ffn_down_exps.weight"]
+    assert stack.tensor_type.name == "F32"
+    assert torch.equal(torch.from_numpy(stack.data[1].copy()), expected)
+    assert "lose their blocks, such as blk.0.ffn_down_exps.weight" in caplog.text
+
+
+def test_types_that_no_gguf_file_can_hold_are_refused(tmp_path):
+    model = packed(tmp_path / "model", "qwen3_moe", {"up_proj.weight": ("TURBO3", -1)}, **WIDE)
+    with pytest.raises(InputError, match=r"experts\.0\.up_proj\.weight is stored as TURBO3, .* like --type Q4_K"):
+        export(model, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_a_result_with_fewer_experts_says_what_was_done_and_is_predicted_alike(tiny, text, tmp_path):

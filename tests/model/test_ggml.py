@@ -10,15 +10,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.errors import UnknownName
-from coterie.model.disk.encodings.ggml import SIZES, affine, get_type, scaled, vector
+from coterie.model.disk.encodings.ggml import (
+    OWN_TYPES,
+    SIZES,
+    affine,
+    get_type,
+    rotated,
+    scaled,
+    shifted,
+    ternary,
+    vector,
+)
 from coterie.model.disk.encodings.ggml.bits import pack_bits, pack_words, unpack_bits, unpack_words
 from coterie.model.disk.encodings.ggml.block_type import join_codes
 
-#: Where the float16 numbers of a block lie; of MXFP4 the exponent.
+#: Where the float16 numbers of a block lie: MXFP4 has an exponent, and that of IQ1_M is in four parts.
 HALVES = {
     "Q6_K": (208,), "Q3_K": (108,), "Q2_K": (80, 82), "Q5_K": (0, 2), "Q4_K": (0, 2), "Q5_1": (0, 2), "Q4_1": (0, 2),
-    "MXFP4": (),
+    "MXFP4": (), "TQ2_0": (64,), "TQ1_0": (52,), "IQ1_M": (),
 }  # fmt: skip
+
+#: Types that GGUF files can hold.
+OF_GGML = [name for name in SIZES if name not in OWN_TYPES]
+
+#: Types whose codes are entries of grids.
+GRIDS = {*vector.TYPES, *shifted.TYPES}
 
 
 def random_blocks(name, rows, seed=0):
@@ -31,6 +47,8 @@ def random_blocks(name, rows, seed=0):
         blocks[..., place : place + 2] = number.view(torch.uint8)
     if name == "MXFP4":
         blocks[..., 0] = blocks[..., 0].clamp(100, 150)
+    if name == "IQ1_M":  # the exponent's highest bit: then the scale is a number
+        blocks[..., 55] &= 191
     return blocks
 
 
@@ -53,11 +71,13 @@ def rounded(kind, weight_NRB, importance_N1B):
 
 
 def test_sizes_are_those_of_gguf():
-    assert {name: tuple(GGML_QUANT_SIZES[GGMLQuantizationType[name]]) for name in SIZES} == SIZES
-    assert {*affine.TYPES, *scaled.TYPES, *vector.TYPES} == set(SIZES)
+    ours = {name: SIZES[name] for name in OWN_TYPES}
+    assert {name: tuple(GGML_QUANT_SIZES[GGMLQuantizationType[name]]) for name in OF_GGML} | ours == SIZES
+    assert {*affine.TYPES, *scaled.TYPES, *ternary.TYPES, *vector.TYPES, *shifted.TYPES} == set(OF_GGML)
+    assert tuple(rotated.TYPES) == OWN_TYPES
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", OF_GGML)
 def test_any_bits_are_the_numbers_that_gguf_reads(name):
     blocks = random_blocks(name, rows=40)
     values = get_type(name).unpack(blocks)
@@ -94,11 +114,11 @@ def test_odd_blocks_stay_numbers(name, weight):
     assert (values - tensor).square().sum() <= 2 * tensor.square().sum()
     if weight == "zeros":
         assert not values.any()
-    if weight == "one":
-        assert (values - 1).abs().max() < (0.35 if name in vector.TYPES else 0.15)  # grids hold few even vectors
+    if weight == "one" and name not in OWN_TYPES:  # which are alike for all blocks
+        assert (values - 1).abs().max() < (0.35 if name in GRIDS else 0.15)  # they hold few even vectors
 
 
-@pytest.mark.parametrize("name", [*affine.TYPES, *scaled.TYPES])
+@pytest.mark.parametrize("name", [*affine.TYPES, *scaled.TYPES, *ternary.TYPES])
 def test_codes_are_the_nearest_of_all(name):
     kind = get_type(name)
     weight, importance = random_weights(name, rows=2, blocks=1, seed=3)
@@ -143,7 +163,54 @@ def test_entries_are_the_best_of_all(name):
             assert torch.equal(codes.negative_NRv[0, row], weight[0, row, :together] < 0)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", shifted.TYPES)
+def test_shifted_entries_are_the_best_of_all(name):
+    """In float64, one entry after the other; a sub-block of IQ1_S has the shift that its scales say."""
+    kind = get_type(name)
+    weight, importance = random_weights(name, rows=3, blocks=1, seed=9)
+    scales = kind.fit(weight, importance)
+    grid = quants.IQ1_S.grid.reshape(2048, 8)
+    metric = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(5)).triu() * 0.2 + torch.eye(8)
+    for column in (0, 40, 248):
+        here = slice(column, column + 8)
+        _, values = kind.choose(weight[..., here], scales, column, metric)
+        for row in range(3):
+            factor = int(scales.factor_NRS[0, row, column // kind.sub_block])
+            step = scales.scale_NR[0, row].double() * (2 * (factor % 8) + 1)
+            sides = [0.125, -0.125] if name == "IQ1_M" else [-0.125 if factor >= 8 else 0.125]
+            every = torch.cat([torch.from_numpy(grid).double() + side for side in sides]) * step
+            errors = ((weight[0, row, here].double() - every) @ metric[0].double()).square().sum(dim=1)
+            mine = ((weight[0, row, here] - values[0, row]).double() @ metric[0].double()).square().sum()
+            assert mine <= errors.min() * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("name", shifted.TYPES)
+def test_scales_of_shifted_entries_are_near_the_best_of_all(name):
+    """The first sub-block at every step of a fine scale, its entries searched for on either side, in float64."""
+    kind = get_type(name)
+    weight, importance = random_weights(name, rows=4, blocks=1, seed=10)
+    _, _, values = rounded(kind, weight, importance)
+    grid = torch.from_numpy(quants.IQ1_S.grid.reshape(2048, 8)).double()
+    mine, least = 0.0, 0.0
+    for row in range(4):
+        numbers = weight[0, row, : kind.sub_block].double().view(-1, 8)
+        weighing = importance[0, 0, : kind.sub_block].double().view(-1, 8)
+        errors = []
+        for step in torch.linspace(0.05, 1.2, 60, dtype=torch.float64) * numbers.abs().max():
+            wrong_2gG = torch.stack(
+                [
+                    (weighing[:, None] * (numbers[:, None] - (grid + side) * step).square()).sum(-1)
+                    for side in (-1 / 8, 1 / 8)
+                ]
+            )
+            by_side = wrong_2gG.amin(dim=-1)
+            errors.append(by_side.amin(dim=0).sum() if name == "IQ1_M" else by_side.sum(dim=1).min())
+        least += float(min(errors))
+        mine += float((weighing * (numbers - values[0, row, : kind.sub_block].double().view(-1, 8)).square()).sum())
+    assert mine < 1.1 * least  # steps of sub-blocks are odd multiples of one scale
+
+
+@pytest.mark.parametrize("name", OF_GGML)
 def test_scales_beat_the_plain_choice(name):
     """The largest weight on the largest level, in every sub-block, is what anybody would write."""
     kind = get_type(name)
@@ -155,17 +222,44 @@ def test_scales_beat_the_plain_choice(name):
         low, high = sub.amin(-1, keepdim=True).clamp(max=0), sub.amax(-1, keepdim=True)
         step = (high - low) / (2**kind.bits - 1)
         plain = ((sub - low) / step).round() * step + low
-    elif name in scaled.TYPES:
+    elif name in {**scaled.TYPES, **ternary.TYPES}:
         step = sub.abs().amax(-1, keepdim=True) / max(kind.levels)
         if name == "MXFP4":  # a power of two, at which nothing is cut off
             step = torch.exp2(torch.log2(step).ceil())
         plain = kind.nearest(sub, step)[1] * step
     else:
         step = sub.abs().amax(-1, keepdim=True) / kind.grid.max()
-        groups = (sub.abs() / step).unflatten(-1, (-1, kind.group))
+        signs = sub.sign() if name in vector.TYPES else 1  # the others have their signs in the grid
+        groups = (sub * signs / step).unflatten(-1, (-1, kind.grid.shape[-1]))
         nearest = kind.grid[torch.cdist(groups.flatten(0, -2), kind.grid).argmin(dim=-1)]
-        plain = nearest.view(sub.shape) * step * sub.sign()
+        plain = nearest.view(sub.shape) * step * signs
     assert error < (importance * (plain.flatten(-2) - weight).square()).sum()
+
+
+@pytest.mark.parametrize("name", ternary.TYPES)
+def test_scales_of_three_levels_are_the_best_of_all(name):
+    """A search in float64 through scales close together, codes the nearest at each."""
+    kind = get_type(name)
+    weight, importance = random_weights(name, rows=4, blocks=1, seed=7)
+    _, codes, values = rounded(kind, weight, importance)
+    assert set(codes.code_NRc.unique().tolist()) == {0, 1, 2}
+    for row in range(4):
+        numbers, weighing = weight[0, row].double(), importance[0, 0].double()
+        step_S1 = torch.linspace(0, numbers.abs().max(), 20_001, dtype=torch.float64)[1:, None]
+        wrong_SB = numbers - (numbers / step_S1).round().clamp(-1, 1) * step_S1
+        least = (weighing * wrong_SB.square()).sum(dim=-1).min()
+        # What rounding the scale to float16 costs is far less than that.
+        assert (weighing * (numbers - values[0, row]).square()).sum() < least * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("name", ternary.TYPES)
+def test_numbers_on_the_grid_of_three_levels_give_the_bytes_of_gguf(name):
+    generator = torch.Generator().manual_seed(8)
+    weight = torch.randint(-1, 2, (1, 5, 256), generator=generator) * torch.rand(1, 5, 1, generator=generator).half()
+    packed = get_type(name).pack(*rounded(get_type(name), weight.float(), torch.ones(1, 1, 256))[:2])
+    expected = quants.quantize(weight[0].float().numpy(), GGMLQuantizationType[name])
+    assert np.array_equal(packed[0].numpy(), expected)
+    assert np.array_equal(quants.dequantize(expected, GGMLQuantizationType[name]), weight[0].float().numpy())
 
 
 def test_an_unknown_type_is_named():
@@ -191,3 +285,23 @@ def test_words_come_back(words):
     packed = pack_words(torch.tensor(words), 4)
     assert packed.numpy().view("<u4").tolist() == words
     assert unpack_words(packed, 4).tolist() == words
+
+
+@pytest.mark.parametrize("name", vector.TYPES)
+def test_sums_over_nearest_entries_are_those_of_a_search_through_all(name):
+    kind, generator = get_type(name), torch.Generator().manual_seed(0)
+    magnitude, importance = torch.rand(2, 64, generator=generator), torch.rand(2, 64, generator=generator)
+    step = torch.rand(2, 64 // kind.sub_block, generator=generator) / float(kind.grid.max()) * 2
+    step[0, 0] = 0  # a sub-block of zeros has no step
+    product, square = vector._Search(magnitude, importance, kind.grid, kind.sub_block).sums(step)
+    for row, place in itertools.product(range(2), range(step.shape[1])):
+        expected = [0.0, 0.0]
+        for start in range(place * kind.sub_block, (place + 1) * kind.sub_block, kind.group):
+            x, w = (each[row, start : start + kind.group].double() for each in (magnitude, importance))
+            entries, s = kind.grid.double(), step[row, place].double()
+            inverse = 1 / s if s else 0.0
+            entry = entries[((w * entries.square()).sum(-1) - 2 * inverse * (w * x * entries).sum(-1)).argmin()]
+            expected[0] += float((w * x * entry).sum())
+            expected[1] += float((w * entry.square()).sum())
+        assert float(product[row, place]) == pytest.approx(expected[0], rel=0.02)
+        assert float(square[row, place]) == pytest.approx(expected[1], rel=0.02)

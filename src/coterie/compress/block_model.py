@@ -19,7 +19,7 @@ from coterie.amounts import parse_bytes
 from coterie.compress.damages import PRICED_TYPES
 from coterie.compress.pack import packed_names
 from coterie.compress.plan import Plan
-from coterie.compress.projections import FIELDS, Projections
+from coterie.compress.projections import FIELDS, Projections, projections_of
 from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard
 from coterie.compress.source import Source
@@ -28,7 +28,7 @@ from coterie.compress.weights import Weight, weights_among
 from coterie.model.arch.conversion import TORCH_DTYPES, put
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.checkpoint import Checkpoint
-from coterie.model.disk.encodings.ggml import ACROSS, SIZES, along, numbers_of
+from coterie.model.disk.encodings.ggml import SIZES, numbers_of, rows_together, unwrapped
 from coterie.model.disk.header import read_header
 from coterie.model.stream.stream import Stream
 from coterie.train.blocks import Blocks, Stack, experts_in_blocks, train_rounded, train_scales
@@ -115,7 +115,8 @@ class BlockModel:
                 put(self.model, name, tensor.to(device))
         del memory, by_source
         for weight in self._outer(shard):
-            blocks = Blocks(self.plan.types[weight.pattern], stored[weight.names[0]].to(device))
+            kind = self.plan.types[weight.pattern]
+            blocks = Blocks(kind, stored[weight.names[0]].to(device), weight.columns)
             names = tuple(name for name, sources in self._sources.items() if sources == weight.names)
             self._add(weight.names[0], blocks, train_scales(self.model, names, blocks))
         for layer, weights in self._layers(shard):
@@ -129,13 +130,14 @@ class BlockModel:
         of_name = {name: weight for weight in weights for name in weight.names}
         kind_of = {name: self.plan.types[weight.pattern] for name, weight in of_name.items()}
         kinds = {part: kind_of[name] for name in of_name for part in projections.held[name]}
+        columns = {part: matrix.shape[-1] for part, matrix in projections_of(projections.experts).items()}
         disk = {name: stored[name] for name in of_name}
         rows = projections.from_disk(
-            disk, {name: of_name[name].axis_of(kind_of[name]) for name in of_name},
-            crosses=[part for part, kind in kinds.items() if kind.endswith(ACROSS)],
+            disk, {name: weight.axis for name, weight in of_name.items()},
+            together={part: rows_together(kind, columns[part]) for part, kind in kinds.items()},
         )  # fmt: skip
         for part, byte_ERK in rows.items():
-            blocks = Blocks(kinds[part], byte_ERK.to(self.stream.device))
+            blocks = Blocks(kinds[part], byte_ERK.to(self.stream.device), columns[part])
             multiplier_Gn = blocks.ones()
             self._add(_stack_name(layer, part), blocks, multiplier_Gn)
             stack = Stack(blocks=blocks, multiplier_Gn=multiplier_Gn)
@@ -262,4 +264,4 @@ def _most_bytes(target: Target, rest: int, numbers: int) -> int:
 
 
 def _scales(weight: Weight, kind: str) -> int:
-    return weight.num_elements // SIZES[along(kind)][0] * numbers_of(kind)
+    return weight.num_elements // SIZES[unwrapped(kind)][0] * numbers_of(kind)

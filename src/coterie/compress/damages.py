@@ -22,7 +22,7 @@ from coterie.compress.projections import DOWN, GATE, UP, Projections, projection
 from coterie.compress.source import Source
 from coterie.compress.weights import Weight, weights_among
 from coterie.model.arch.experts import Experts
-from coterie.model.disk.encodings.ggml import ACROSS, along, get_type
+from coterie.model.disk.encodings.ggml import get_layout, rows_together
 from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
 from coterie.model.stream.stream import Stage, Stream
 from coterie.profile.observation import Observation, observed
@@ -33,7 +33,8 @@ ROWS, MATRICES = 32, 8
 #: Tokens that types are priced on: fewer, and what is chosen fits those and no others.
 PRICED_TOKENS = 32_768
 
-#: The types that are priced: those of three and fewer bits whose codes take long to choose are left to who names them.
+#: The types that are priced. Left to who names them: IQ3_S, IQ2_S and IQ2_XS, whose codes take longest to choose; TQ2_0
+#: and TQ1_0, which cost more than IQ2_XXS and IQ1_S and are no smaller; and what no GGUF file can hold.
 PRICED_TYPES = (
     "Q8_0",
     "Q6_K",
@@ -44,6 +45,8 @@ PRICED_TYPES = (
     "IQ3_XXS",
     "Q2_K",
     "IQ2_XXS",
+    "IQ1_M",
+    "IQ1_S",
     "Q4_0",
     "Q5_0",
     "IQ4_NL",
@@ -178,25 +181,21 @@ class DamageMeter:
         if not pairs:  # no token passed it
             return {}
         whole = sum(float((fisher_RC * matrix_RC.square()).sum()) for matrix_RC, fisher_RC in pairs)
-        few = pairs[:: max(1, len(pairs) // MATRICES)]
-        kinds = list(dict.fromkeys(kind for wanted in self.types for kind in weight.fittings(wanted)))
+        step = max(1, len(pairs) // MATRICES)
         prices: dict[str, float] = {}
-        for crosses in (False, True):
-            if not any(kind.endswith(ACROSS) == crosses for kind in kinds):
-                continue
-            # Where blocks run across rows, a matrix is rounded as its transpose.
-            some = [_some_rows(*((each.T for each in pair) if crosses else pair)) for pair in few]
-            matrix_NRC, fisher_NRC = (torch.stack(each) for each in zip(*some, strict=True))
-            part = float((fisher_NRC * matrix_NRC.square()).sum())
-            importance_NC = fisher_NRC.mean(dim=1)
-            unseen_N1 = importance_NC.sum(dim=-1, keepdim=True) <= 0
-            # Outputs weigh the same in the codes that are chosen in the end (`round_columns`).
-            importance_NC = torch.where(unseen_N1 | crosses, 1.0, importance_NC)
-            for kind in (kind for kind in kinds if kind.endswith(ACROSS) == crosses):
-                _, value_NRC = round_to_nearest(matrix_NRC, importance_NC, get_type(along(kind)))
+        for wanted in self.types:
+            for kind in weight.fittings(wanted):
+                if kind in prices:
+                    continue
+                few = [_some_rows(*pair, rows_together(kind, weight.columns)) for pair in pairs[::step]]
+                matrix_NRC, fisher_NRC = (torch.stack(each) for each in zip(*few, strict=True))
+                part = float((fisher_NRC * matrix_NRC.square()).sum())
+                importance_NC = fisher_NRC.mean(dim=1)
+                importance_NC = torch.where(importance_NC.sum(dim=-1, keepdim=True) > 0, importance_NC, 1.0)
+                _, value_NRC = round_to_nearest(matrix_NRC, importance_NC, get_layout(kind))
                 lost = float((fisher_NRC * (matrix_NRC - value_NRC).square()).sum())
                 prices[kind] = 0.5 * whole * (lost / part if part > 0 else 0.0) / self._tokens
-        return {kind: prices[kind] for kind in kinds}
+        return prices
 
     def _price_embedding(self, weight: Weight, fisher_VD: Tensor) -> dict[str, float]:
         matrix_VD = self.stream.read(weight.names[0]).float()
@@ -216,9 +215,12 @@ class DamageMeter:
         return self._prices(weight, [(matrix_VD, fisher_VD)])
 
 
-def _some_rows(matrix_RC: Tensor, fisher_RC: Tensor) -> tuple[Tensor, Tensor]:
-    step = max(1, len(matrix_RC) // ROWS)
-    return matrix_RC[::step], fisher_RC[::step]
+def _some_rows(matrix_RC: Tensor, fisher_RC: Tensor, together: int) -> tuple[Tensor, Tensor]:
+    """Return rows of a matrix, as many side by side as are stored together, and their weights."""
+    step = max(1, len(matrix_RC) // max(ROWS, together) // together)
+    columns = matrix_RC.shape[-1]
+    some = [each.reshape(-1, together, columns)[::step].flatten(0, 1) for each in (matrix_RC, fisher_RC)]
+    return some[0], some[1]
 
 
 def _through(experts: Experts, expert: int, input_ND: Tensor, gradient_ND: Tensor) -> dict[int, tuple[Tensor, Tensor]]:

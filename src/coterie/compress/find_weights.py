@@ -37,7 +37,8 @@ def find_weights(
     expert_names = {name for names in layer_names for name in (*names.experts, *names.router)}
     memory = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for layer, names in zip(architecture.layers, layer_names, strict=True):
-        transposed = bool(model.get_submodule(layer.experts).is_transposed)
+        experts = model.get_submodule(layer.experts)
+        transposed = bool(experts.is_transposed)
         matrices = [
             name
             for name in names.experts
@@ -59,7 +60,9 @@ def find_weights(
                 Weight(
                     pattern=pattern, names=tuple(listed), shape=shape, axis=axis, layer=layer.index, kind="expert",
                     plain_bytes=sum(tensors[name].num_bytes for name in listed),
-                    can_cross=conversion.memory_names[listed[0]].endswith("down_proj"),
+                    can_wrap=bool(experts.is_concatenated)
+                    or not experts.has_gate
+                    or conversion.memory_names[listed[0]].endswith("down_proj"),
                 )
             )  # fmt: skip
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
@@ -83,7 +86,7 @@ def find_weights(
                 Weight(
                     pattern=name, names=(name,), shape=tensors[name].shape, axis=-1, layer=None, kind=kind,
                     plain_bytes=tensors[name].num_bytes, head=memory_name in heads,
-                    can_cross=kind == "linear" and memory_name not in heads,
+                    can_wrap=kind == "linear",
                 )
             )  # fmt: skip
     return tuple(sorted(weights, key=lambda weight: weight.pattern))

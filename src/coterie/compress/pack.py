@@ -174,7 +174,7 @@ class Packer:
     ) -> dict[int, Tensor]:
         """Return the bytes of projections of experts that are stored in a type, by projection.
 
-        They are (E, R, K), K bytes of a row; where blocks run across rows (E, K, C), K bytes of a column.
+        They are (E, R, K), K bytes of a row, or of rows that are stored together.
 
         Args:
             kind: the type.

@@ -14,7 +14,7 @@ from coterie.compress.quantisers import get_quantiser
 from coterie.compress.quantisers.gptq import FACTOR_BYTES, HESSIAN_ELEMENTS
 from coterie.compress.source import Source
 from coterie.compress.weights import Weight, typed, weights_among
-from coterie.model.disk.encodings.ggml import along
+from coterie.model.disk.encodings.ggml import unwrapped
 from coterie.model.disk.encodings.ggml.rounding import ROUNDING_BYTES
 from coterie.model.stream.memory import (
     COMPRESS_COPIES,
@@ -33,14 +33,14 @@ from coterie.profile.measure import Measure
 MOMENTS, FACTORS, CODES = "sums of what comes in", "factors of Hessians", "choosing codes"
 
 #: Seconds that choosing the code of a number takes on one core, by type; entries of a grid take long to find.
-SECONDS = {"IQ4_NL": 4e-6, "MXFP4": 4e-6, "IQ2_XXS": 1e-5, "IQ3_XXS": 1.5e-5, "IQ2_XS": 2e-5, "IQ2_S": 4e-5,
-           "IQ3_S": 4e-5, "INT8_G32": 1e-6, "INT8_G64": 1e-6, "INT8_G128": 1e-6}  # fmt: skip
-_OTHERS = 2.5e-6
+SECONDS = {"IQ4_NL": 2e-6, "IQ4_XS": 1.5e-6, "MXFP4": 2e-6, "IQ2_XXS": 2.5e-6, "IQ3_XXS": 3e-6, "IQ2_XS": 4e-6,
+           "IQ2_S": 5e-6, "IQ3_S": 5e-6, "IQ1_M": 1.5e-5, "IQ1_S": 1.5e-5}  # fmt: skip
+_OTHERS = 1e-6
 
 
 def seconds_of_type(name: str) -> float:
     """Return the seconds that choosing the code of a number takes on one core."""
-    return SECONDS.get(along(name), _OTHERS)
+    return SECONDS.get(unwrapped(name), _OTHERS)
 
 
 @dataclass(frozen=True, kw_only=True)

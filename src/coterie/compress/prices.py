@@ -24,7 +24,7 @@ from coterie.errors import CorruptArtifact, StaleArtifact
 from coterie.fields import Fields, shown
 from coterie.journal import Run
 from coterie.model.device import check_device
-from coterie.model.disk.encodings.ggml import SIZES, along, bits_of
+from coterie.model.disk.encodings.ggml import SIZES, bits_of, unwrapped
 from coterie.model.stream.memory import Forecast, peak_bytes
 from coterie.model.stream.stream import Stream
 from coterie.outputs import check_output, is_empty_folder
@@ -115,7 +115,7 @@ class Prices:
             }
             on = content.text("on", choices=get_args(On))
             counts = {name: content.whole(name) for name in ("num_tokens", "seq_len", "seed")}
-        unknown = sorted({along(name) for by_type in damages.values() for name in by_type} - SIZES.keys())
+        unknown = sorted({unwrapped(name) for by_type in damages.values() for name in by_type} - SIZES.keys())
         if unknown:
             raise CorruptArtifact(f"{file}: damages name the type {shown(unknown[0])}, which there is not")
         missing = {"model", "text"} - artifact.inputs.keys()

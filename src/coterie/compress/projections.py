@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Mapping
+import math
+from collections.abc import Container, Mapping
 from dataclasses import replace
 
 import torch
@@ -60,24 +61,22 @@ class Projections:
         self.experts_in = {name: frozenset(mark // _PARTS for mark in values) for name, values in marked.items()}
 
     def from_disk(
-        self, disk: Mapping[str, Tensor], axes: Mapping[str, int], crosses: Collection[int] = ()
+        self, disk: Mapping[str, Tensor], axes: Mapping[str, int], together: Mapping[int, int] | None = None
     ) -> dict[int, Tensor]:
         """Return bytes (E, rows, bytes of a row) by projection: the inverse of `on_disk`.
 
         Args:
             disk: by name on disk; of a projection all of its tensors or none.
             axes: by name on disk, the axis -1 or -2 along which the bytes of a row lie.
-            crosses: projections whose bytes are (E, bytes of a column, columns), as `on_disk` was given them.
+            together: by projection, how many of its rows are one row of bytes; 1 where it is not named.
         """
-        matrices = {
-            part: matrix.transpose(1, 2) if part in crosses else matrix
+        shapes = {
+            part: (matrix.shape[0], matrix.shape[1] // (together or {}).get(part, 1))
             for part, matrix in projections_of(self.experts).items()
         }
         numbers = {  # of all rows, those of different projections apart
-            part: (torch.arange(matrix[..., 0].numel()) + part * _APART).view(*matrix.shape[:-1], 1)
-            for part, matrix in matrices.items()
+            part: (torch.arange(math.prod(shape)) + part * _APART).view(*shape, 1) for part, shape in shapes.items()
         }
-        numbers |= {part: numbers[part].transpose(1, 2) for part in crosses}
         rows: dict[int, Tensor] = {}
         for name, where in self.on_disk(numbers).items():
             if name not in disk:
@@ -85,20 +84,17 @@ class Projections:
             byte_RK = disk[name].transpose(axes[name], -1).flatten(0, -2)
             number_R = where.transpose(axes[name], -1).flatten()
             for part in self.held[name]:
-                num_experts, num_rows = matrices[part].shape[:2]
                 if part not in rows:
-                    rows[part] = byte_RK.new_empty(num_experts * num_rows, byte_RK.shape[-1])
+                    rows[part] = byte_RK.new_empty(math.prod(shapes[part]), byte_RK.shape[-1])
                 own_R = number_R // _APART == part
                 rows[part][number_R[own_R] % _APART] = byte_RK[own_R]
-        whole = {part: rows[part].view(*matrices[part].shape[:2], -1) for part in rows}
-        return {part: each.transpose(1, 2).contiguous() if part in crosses else each for part, each in whole.items()}
+        return {part: rows[part].view(*shapes[part], -1) for part in rows}
 
     def bytes_on_disk(self, rows: Mapping[int, Tensor], names: Container[str]) -> dict[str, Tensor]:
         """Return bytes of some projections by name on disk; of those names whose projections are all there.
 
         Args:
-            rows: (E, rows, bytes of a row) by projection; those of one tensor have as many bytes. A projection that has
-                a tensor of its own may be (E, bytes of a column, columns) as well.
+            rows: (E, rows, bytes of a row) by projection; those of one tensor have as many bytes.
             names: names on disk that are asked for.
         """
         packed: dict[str, Tensor] = {}

@@ -118,7 +118,7 @@ class Source:
         weights = find_weights(self.checkpoint, self.architecture, self.conversion, self.tensors)
         if self.target != "packed":
             return weights
-        return tuple(replace(weight, crosses=weight.can_cross) for weight in weights)
+        return tuple(replace(weight, wraps=weight.can_wrap) for weight in weights)
 
     def sizing(self, *, keeps_rows: bool) -> Sizing:
         """Return what says how many bytes a result takes; `keeps_rows` for a mapped one."""

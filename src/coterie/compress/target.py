@@ -9,7 +9,7 @@ from coterie.amounts import parse_bytes
 from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.recipes import RECIPES, Recipe
 from coterie.errors import InputError, UnknownName
-from coterie.model.disk.encodings.ggml import SIZES, bits_of
+from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES, bits_of
 from coterie.model.disk.encodings.integer_types import INTEGER_BITS, INTEGERS
 
 #: Who is to read matrices in blocks: llama.cpp, by way of `coterie export`; Coterie alone; transformers and vLLM.
@@ -35,7 +35,7 @@ class Target:
         multiple_of: the number of experts, or their width, whichever the recipe lowers, is the nearest multiple of this
             that can be; None for any.
         reader: who is to read weights in fewer bits: "gguf" (when None), for what GGUF files can say, or "packed", for
-            what Coterie alone reads: there blocks run across the rows of matrices whose rows are no whole blocks; or
+            what Coterie alone reads: there blocks run on from row to row where a row is no whole blocks; or
             "compressed-tensors" (when None and `type` is one of its), for integers that transformers and vLLM read.
     """
 
@@ -87,6 +87,11 @@ class Target:
         known = (*SIZES, *INTEGER_BITS, *INTEGERS)
         if self.type is not None and self.type not in known:
             raise UnknownName("type", self.type, known)
+        if self.type in OWN_TYPES and self.reader != "packed":
+            raise InputError(
+                f"{self.type} is a type that Coterie alone reads: say --target packed as well, or take one of GGML, "
+                "such as --type Q4_K"
+            )
         if self.bits is not None and not LEAST_BITS <= self.bits <= 16:
             raise InputError(f"--bits {self.bits:g} is out of range: {LEAST_BITS:g} to 16")
         allocator = ALLOCATORS[recipe.allocator]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from coterie.compress.plan import Plan
 from coterie.errors import Infeasible
 from coterie.model.disk.encodings.block_types import SIZES
-from coterie.model.disk.encodings.ggml import ACROSS, along
+from coterie.model.disk.encodings.ggml import GRAIN, OWN_TYPES, WRAPPED, rows_together, unwrapped
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 from coterie.model.disk.encodings.integer_types import INTEGERS, integer_encoding
 from coterie.model.disk.encodings.packed_integers import PackedIntegers
@@ -21,6 +21,8 @@ BLOCK_STEPS = ("distill-blocks",)
 _NARROW = {
     "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "IQ4_XS": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ3_S": "IQ4_NL",
     "IQ3_XXS": "IQ4_NL", "Q2_K": "IQ4_NL", "IQ2_S": "IQ4_NL", "IQ2_XS": "IQ4_NL", "IQ2_XXS": "IQ4_NL",
+    "TQ2_0": "IQ4_NL", "IQ1_M": "IQ4_NL", "TQ1_0": "IQ4_NL", "IQ1_S": "IQ4_NL",
+    "TURBO4": "IQ4_NL", "TURBO3": "IQ4_NL", "TURBO2": "IQ4_NL",
 }  # fmt: skip
 
 
@@ -38,9 +40,9 @@ class Weight:
         plain_bytes: what all of them take as plain numbers.
         head: what logits are computed with; of a tied model its embedding.
         expert: the number of the expert whose it alone is; None for those of all experts of a layer, and for any other.
-        can_cross: whether blocks can run across its rows, along its outputs: those of down projections and of linear
-            layers. Rows of an embedding are looked up; gate and up may take turns in one tensor.
-        crosses: whether they do where a row is no whole blocks, and not a type with smaller blocks stands in.
+        can_wrap: whether its blocks can run on from row to row: not where rows are looked up, or take turns with those
+            of another matrix.
+        wraps: whether they do where a row is no whole blocks, and not a type with smaller blocks stands in.
     """
 
     pattern: str
@@ -52,8 +54,8 @@ class Weight:
     plain_bytes: int
     head: bool = False
     expert: int | None = None
-    can_cross: bool = False
-    crosses: bool = False
+    can_wrap: bool = False
+    wraps: bool = False
 
     @property
     def columns(self) -> int:
@@ -63,11 +65,7 @@ class Weight:
     @property
     def rows(self) -> int:
         """Numbers of a column: outputs."""
-        return self.shape[self._across]
-
-    @property
-    def _across(self) -> int:
-        return -3 - self.axis
+        return self.shape[-3 - self.axis]
 
     @property
     def num_elements(self) -> int:
@@ -86,31 +84,29 @@ class Weight:
             return kind if self.takes_integers and self.columns % SIZES[kind][0] == 0 else None
         if self.columns % SIZES[kind][0] == 0:
             return kind
-        if self.crosses and self.holds(kind + ACROSS):
-            return kind + ACROSS
+        if self.wraps and self.holds(kind + WRAPPED):
+            return kind + WRAPPED
         return _NARROW.get(kind) if self.columns % 32 == 0 else None
 
     def fittings(self, kind: str) -> tuple[str, ...]:
-        """Return what `fitting` returns with blocks that run along rows only, and where they may cross them."""
-        both = (replace(self, crosses=False).fitting(kind), self.fitting(kind))
+        """Return what `fitting` returns where every row has blocks of its own, and where they may run on."""
+        both = (replace(self, wraps=False).fitting(kind), self.fitting(kind))
         return tuple(dict.fromkeys(each for each in both if each is not None))
 
     def holds(self, kind: str) -> bool:
         """Tell whether it can be stored in a type as that is."""
-        crosses = kind.endswith(ACROSS)
-        if crosses and not self.can_cross:
+        if not kind.endswith(WRAPPED):
+            return self.columns % SIZES[kind][0] == 0
+        if unwrapped(kind) in OWN_TYPES:  # their blocks are coded as a whole, so within a row
             return False
-        return (self.rows if crosses else self.columns) % SIZES[along(kind)][0] == 0
-
-    def axis_of(self, kind: str) -> int:
-        """Return the axis that blocks of a type run along."""
-        return self._across if kind.endswith(ACROSS) else self.axis
+        return self.can_wrap and self.columns % GRAIN == 0 and self.rows % rows_together(kind, self.columns) == 0
 
     def encoding(self, kind: str) -> GgmlBlocks | PackedIntegers:
         """Return the encoding of one of them in a type."""
         if kind in INTEGERS:
             return integer_encoding(kind)
-        return GgmlBlocks(type=along(kind), axis=self.axis_of(kind), dtype="F32")
+        columns = self.columns if kind.endswith(WRAPPED) else None
+        return GgmlBlocks(type=unwrapped(kind), axis=self.axis, dtype="F32", columns=columns)
 
     def num_bytes(self, kind: str) -> int:
         """Return the bytes of all of them in a type."""
@@ -190,15 +186,19 @@ def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) ->
                 f"the plan stores {pattern} as {kind}; matrices that can be stored so are named like "
                 f"{', '.join(sorted(by_pattern)[:3])}"
             )
-        if along(kind) not in SIZES or (kind.endswith(ACROSS) and along(kind) in INTEGERS):
+        if unwrapped(kind) not in SIZES or (kind.endswith(WRAPPED) and unwrapped(kind) in INTEGERS):
             raise Infeasible(f"the plan stores {pattern} as {kind}; types that can be written are {', '.join(SIZES)}")
-        if kind.endswith(ACROSS) and not weight.holds(kind):
-            why = (
-                f"its columns have {weight.rows} numbers, which are no blocks of {SIZES[along(kind)][0]}"
-                if weight.can_cross
-                else "they cross those of down projections and of linear layers alone"
-            )
-            raise Infeasible(f"the plan stores {pattern} as {kind}, in blocks across its rows; {why}")
+        if kind.endswith(WRAPPED) and not weight.holds(kind):
+            if not weight.can_wrap:
+                why = "its rows are looked up, or take turns with those of another matrix"
+            elif unwrapped(kind) in OWN_TYPES:
+                why = f"blocks of {unwrapped(kind)} are coded as a whole, each within one row"
+            else:
+                why = (
+                    f"that takes rows of a multiple of {GRAIN} numbers, and as many of them as are whole blocks of "
+                    f"{SIZES[unwrapped(kind)][0]}; it has {weight.rows} of {weight.columns}"
+                )
+            raise Infeasible(f"the plan stores {pattern} as {kind}, in blocks that run on from row to row; {why}")
         if not weight.holds(kind):
             near = weight.fitting(kind)
             raise Infeasible(

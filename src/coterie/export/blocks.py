@@ -29,10 +29,14 @@ def block_size(type_: str) -> tuple[int, int]:
 
 
 def block_type(info: TensorInfo) -> tuple[str, int] | None:
-    """Return the GGML type that a tensor is stored in and the axis that blocks run along; None for other encodings."""
+    """Return the GGML type that a tensor is stored in and the axis that blocks run along; None for other encodings.
+
+    Blocks that run on from row to row run along no axis, which is said with 0.
+    """
     if info.packed is None or not isinstance(info.packed.encoding, GgmlBlocks):
         return None
-    return info.packed.encoding.type, info.packed.encoding.axis
+    encoding = info.packed.encoding
+    return encoding.type, encoding.axis if encoding.columns is None else 0
 
 
 def stored_blocks(info: TensorInfo) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from coterie.errors import InputError
 from coterie.export import blocks
+from coterie.model.disk.encodings.ggml import OWN_TYPES
 from coterie.model.disk.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -198,6 +199,13 @@ def _output(
     elif len(shape) == 2 and shape[0] == 1 and "_gate_inp_shexp" in name:
         shape = shape[1:]  # the gate of a shared expert is a vector there
     stored = {blocks.block_type(tensors[part.source]) for part in parts}
+    for part in parts:
+        kind = blocks.block_type(tensors[part.source])
+        if kind is not None and kind[0] in OWN_TYPES:
+            raise InputError(
+                f"{part.source} is stored as {kind[0]}, a type of Coterie's own, which no GGUF file can hold; compress "
+                "the original again with types of GGML, like --type Q4_K"
+            )
     copied, type_ = False, number_type
     if len(shape) < 2 or _FULL_PRECISION.search(name):
         type_ = "F32"

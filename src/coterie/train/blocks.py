@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from coterie.model.arch.experts import canonical_experts
 from coterie.model.arch.seam import intercepted, routed_output
-from coterie.model.disk.encodings.ggml import ACROSS, SIZES, along, get_type, numbers_of
+from coterie.model.disk.encodings.ggml import SIZES, get_type, numbers_of, unwrapped
 from coterie.model.disk.encodings.ggml.block_type import as_half, half_bytes, halves
 
 #: Numbers that are unpacked at a time; each passes through some forty bytes.
@@ -38,31 +38,27 @@ class Blocks:
     """Matrices in whole blocks, as bytes.
 
     Attributes:
-        byte_GK: the bytes of all blocks, row after row, uint8; where blocks run across rows, column after column.
+        byte_GK: the bytes of all blocks, row after row, uint8.
         num_numbers: how many float16 numbers a block has, n.
         shape: of the values.
     """
 
-    def __init__(self, type: str, bytes: Tensor) -> None:
+    def __init__(self, type: str, bytes: Tensor, columns: int | None = None) -> None:
         """Take bytes.
 
         Args:
-            type: the name in GGML; with `coterie.model.disk.encodings.ggml.ACROSS` where blocks run across rows.
-            bytes: (..., K for each block of a row), uint8; across rows (..., K for each block of a column, columns).
+            type: the name in GGML, with `coterie.model.disk.encodings.ggml.WRAPPED` where blocks run on between rows.
+            bytes: (..., K for each block of a row, or of rows that are stored together), uint8.
+            columns: numbers of a row; needed where blocks run on.
         """
-        self._kind, self._crosses = get_type(along(type)), type.endswith(ACROSS)
-        row_bytes = self._turned(bytes)
-        self._place, self._stored_shape = self._kind.numbers_at, row_bytes.shape
+        self._kind = get_type(unwrapped(type))
+        self._place, self._stored_shape = self._kind.numbers_at, bytes.shape
         self.num_numbers = numbers_of(type)
-        size = SIZES[along(type)][1]
-        self.byte_GK = row_bytes.reshape(-1, size)
-        self._row_shape = (*row_bytes.shape[:-1], row_bytes.shape[-1] // size * self._kind.block)
-        *others, rows, columns = self._row_shape
-        self.shape = (*others, columns, rows) if self._crosses else self._row_shape
-
-    def _turned(self, tensor: Tensor) -> Tensor:
-        """Return a tensor in which blocks run along rows, or turn one of those back."""
-        return tensor.transpose(-1, -2) if self._crosses else tensor
+        size = SIZES[unwrapped(type)][1]
+        self.byte_GK = bytes.reshape(-1, size)
+        along = bytes.shape[-1] // size * self._kind.block
+        columns = along if columns is None else columns
+        self.shape = (*bytes.shape[:-2], bytes.shape[-2] * (along // columns), columns)
 
     def numbers(self) -> Tensor:
         """Return the float16 numbers (G, n) of the blocks as they were given, float32."""
@@ -75,13 +71,13 @@ class Blocks:
     def values(self, multiplier_Gn: Tensor) -> Tensor:
         """Return the values (`shape`), float32; gradients reach the multipliers."""
         values: Tensor = _Values.apply(multiplier_Gn, self)  # type: ignore[no-untyped-call]
-        return self._turned(values)
+        return values
 
     @torch.no_grad()
     def bytes(self, multiplier_Gn: Tensor) -> Tensor:
         """Return the bytes of these values, in the shape in which bytes were given; codes are the same."""
         byte_GK = self._with_numbers(slice(None), self._rounded(multiplier_Gn, slice(None)))
-        return self._turned(byte_GK.reshape(self._stored_shape)).contiguous()
+        return byte_GK.reshape(self._stored_shape)
 
     def _rounded(self, multiplier_Gn: Tensor, some: slice) -> Tensor:
         return as_half(self._numbers(some) * multiplier_Gn[some])
@@ -100,7 +96,7 @@ class Blocks:
         for some in self._slices():
             byte_GK = self._with_numbers(some, self._rounded(multiplier_Gn, some))
             value_GC[some] = self._kind.unpack(byte_GK[None])[0]
-        return value_GC.reshape(self._row_shape)
+        return value_GC.reshape(self.shape)
 
     def _gradient(self, gradient: Tensor) -> Tensor:
         """Return the gradient (G, n) for the multipliers from that for the values."""

@@ -15,7 +15,7 @@ from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.compress.damages import PRICED_TYPES
 from coterie.compress.weights import Weight
 from coterie.errors import Infeasible
-from coterie.model.disk.encodings.ggml import ACROSS
+from coterie.model.disk.encodings.ggml import WRAPPED
 
 #: Where more of the damage could be saved than this share, an integer program is asked as well.
 GAP = 0.01
@@ -40,7 +40,7 @@ def allocate(problem: Problem) -> Allocation:
         [
             Option(name=kind, num_bytes=weight.num_bytes(kind), damage=damage)
             for kind, damage in problem.damages[weight.pattern].items()
-            if weight.crosses or not kind.endswith(ACROSS)
+            if weight.wraps or not kind.endswith(WRAPPED)
         ]
         for weight in weights
     ]
@@ -94,12 +94,12 @@ def _too_small(problem: Problem, weights: Sequence[Weight], rest: int, taken: in
 
 def _less(weights: Sequence[Weight]) -> str:
     """Return what to add where rows are no whole blocks of small types: who would read smaller ones."""
-    narrow = next((weight for weight in weights if weight.can_cross and weight.columns % _WIDE), None)
-    if narrow is None or narrow.crosses:
+    narrow = next((weight for weight in weights if weight.can_wrap and weight.columns % _WIDE), None)
+    if narrow is None or narrow.wraps:
         return ""
     return (
         f", because rows of {narrow.columns} numbers, as in {narrow.pattern}, are no blocks of {_WIDE}; --target "
-        "packed lets blocks run across them, for a result that Coterie alone loads"
+        "packed lets blocks run on from row to row, for a result that Coterie alone loads"
     )
 
 

@@ -14,7 +14,7 @@ from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.compress.integers import choose_integers, fitting_integers
 from coterie.errors import Infeasible
 from coterie.model.disk.encodings.block_types import bits_of
-from coterie.model.disk.encodings.ggml import SIZES
+from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES
 
 #: The least that a head gets.
 HEAD = "Q6_K"
@@ -31,7 +31,7 @@ def allocate(problem: Problem) -> Allocation:
         return _integers(problem)
     if target.type is not None:
         return _allocation(problem, target.type)
-    ladder = sorted(SIZES, key=bits_of, reverse=True)
+    ladder = sorted((name for name in SIZES if name not in OWN_TYPES), key=bits_of, reverse=True)
     if target.bits is not None:
         limit = target.bits
         return _allocation(problem, next(name for name in ladder if bits_of(name) <= limit))

@@ -1,7 +1,7 @@
 """Every type that matrices are stored in block by block, with codes that a quantiser chooses. No torch here.
 
-Those of GGML (`coterie.model.disk.encodings.ggml`), which GGUF files hold; and integers in groups of columns
-(`coterie.model.disk.encodings.integer_types`), which compressed-tensors stores.
+Those of GGML, which GGUF files hold, and a few of our own (`coterie.model.disk.encodings.ggml`); and integers in groups
+of columns (`coterie.model.disk.encodings.integer_types`), which compressed-tensors stores.
 """
 
 from __future__ import annotations

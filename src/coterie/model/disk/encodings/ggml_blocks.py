@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import UnknownName, UnsupportedDtype
-from coterie.model.disk.encodings.ggml import SIZES, get_type
+from coterie.model.disk.encodings.ggml import GRAIN, OWN_TYPES, SIZES, WRAPPED, get_layout, get_type, rows_together
 from coterie.model.disk.tensors import TORCH_NAMES, Encoding, bytes_of
 
 if TYPE_CHECKING:
@@ -27,19 +27,27 @@ class GgmlBlocks:
         type: the name in GGML, like Q4_K.
         axis: the axis that blocks run along, from behind: -1, or -2 where matrices lie transposed.
         dtype: format of what is unpacked.
+        columns: numbers of a row, where blocks run on from one row to the next: as many rows as are whole blocks are
+            one row of bytes. None where every row has blocks of its own, as in GGUF files.
 
     Raises:
         UnknownName: no such type can be written.
-        ValueError: another axis, or a number format that cannot hold what is unpacked.
+        ValueError: another axis, a number format that cannot hold what is unpacked, or columns that wrapped blocks
+            cannot have.
     """
 
     type: str
     axis: int = -1
     dtype: str = "BF16"
+    columns: int | None = None
 
     def __post_init__(self) -> None:
+        if self.columns is not None and (self.columns < 1 or self.columns % GRAIN):
+            raise ValueError(f"columns is {self.columns}: it should be a multiple of {GRAIN}")
         if self.type not in SIZES:
             raise UnknownName("GGML type", self.type, SIZES)
+        if self.columns is not None and self.type in OWN_TYPES:
+            raise ValueError(f"columns is {self.columns}: blocks of {self.type} do not run on from row to row")
         if self.axis not in (-1, -2):
             raise ValueError(f"axis is {self.axis}: it should be -1 or -2")
         if self.dtype not in _DTYPES:
@@ -59,8 +67,9 @@ class GgmlBlocks:
         rows = tensor.transpose(self.axis, -1).contiguous()
         weight_NRC = rows.reshape(-1, *rows.shape[-2:]).float()
         importance_NC = torch.ones(len(weight_NRC), weight_NRC.shape[-1])
-        byte_NRK, _ = round_to_nearest(weight_NRC, importance_NC, get_type(self.type))
-        return {"": byte_NRK.reshape(*rows.shape[:-1], -1).transpose(self.axis, -1).contiguous()}
+        layout = get_layout(self.type if self.columns is None else self.type + WRAPPED)
+        byte_NRK, _ = round_to_nearest(weight_NRC, importance_NC, layout)
+        return {"": byte_NRK.reshape(*rows.shape[:-2], *byte_NRK.shape[1:]).transpose(self.axis, -1).contiguous()}
 
     def unpack(self, stored: Mapping[str, Tensor]) -> Tensor:
         """Return the values."""
@@ -74,7 +83,10 @@ class GgmlBlocks:
         values = torch.empty(blocks.shape[1], kind.block, dtype=dtype)
         for start in range(0, len(values), _BLOCKS_AT_ONCE):
             values[start : start + _BLOCKS_AT_ONCE] = kind.unpack(blocks[:, start : start + _BLOCKS_AT_ONCE])[0]
-        return values.reshape(*byte_RK.shape[:-1], -1).transpose(self.axis, -1).contiguous()
+        rows = values.reshape(*byte_RK.shape[:-1], -1)
+        if self.columns is not None:
+            rows = rows.reshape(*rows.shape[:-2], -1, self.columns)
+        return rows.transpose(self.axis, -1).contiguous()
 
     def stored(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return format and shape of the bytes.
@@ -83,14 +95,34 @@ class GgmlBlocks:
             UnsupportedDtype: a shape that cannot be stored so.
         """
         block, size = SIZES[self.type]
-        if len(shape) < 2 or min(shape) < 1 or shape[self.axis] % block:
+        if len(shape) < 2 or min(shape) < 1:
+            raise UnsupportedDtype(f"{list(shape)} cannot be stored as {self.type}: that takes matrices")
+        extents = list(shape)
+        if self.columns is not None:
+            if shape[self.axis] != self.columns or shape[self._rows] % self._together:
+                raise UnsupportedDtype(
+                    f"{list(shape)} cannot be stored as {self.type} from row to row: that takes {self.columns} numbers "
+                    f"along axis {self.axis}, and a multiple of {self._together} along axis {self._rows}"
+                )
+            extents[self._rows] //= self._together
+            extents[self.axis] *= self._together
+        elif shape[self.axis] % block:
             raise UnsupportedDtype(
                 f"{list(shape)} cannot be stored as {self.type}: that takes matrices, axis {self.axis} a multiple of "
                 f"{block}"
             )
-        extents = list(shape)
-        extents[self.axis] = shape[self.axis] // block * size
+        extents[self.axis] = extents[self.axis] // block * size
         return {"": ("U8", tuple(extents))}
+
+    @property
+    def _rows(self) -> int:
+        """The axis, -1 or -2, along which rows lie."""
+        return -3 - self.axis
+
+    @property
+    def _together(self) -> int:
+        """Rows that are one row of bytes."""
+        return 1 if self.columns is None else rows_together(self.type + WRAPPED, self.columns)
 
     def shape_of(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a tensor whose bytes have this one.
@@ -103,6 +135,14 @@ class GgmlBlocks:
             raise UnsupportedDtype(f"{list(stored)} holds no whole blocks of {self.type} along axis {self.axis}")
         extents = list(stored)
         extents[self.axis] = stored[self.axis] // size * block
+        if self.columns is not None:
+            if extents[self.axis] != self._together * self.columns:
+                raise UnsupportedDtype(
+                    f"{list(stored)} holds no rows of {self.columns} numbers of {self.type}, {self._together} together "
+                    f"along axis {self.axis}"
+                )
+            extents[self.axis] = self.columns
+            extents[self._rows] *= self._together
         return tuple(extents)
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
@@ -110,12 +150,13 @@ class GgmlBlocks:
         return sum(bytes_of(dtype, extents) for dtype, extents in self.stored(shape).values())
 
     def rows(self, shape: tuple[int, ...], count: int) -> tuple[Encoding, Collection[str]] | None:
-        """Say that rows lie by themselves where blocks run along another axis."""
-        return None if len(shape) + self.axis == 0 else (self, ())
+        """Say that rows lie by themselves where blocks run along another axis, and not from row to row."""
+        return None if len(shape) + self.axis == 0 or (self._together > 1 and len(shape) == 2) else (self, ())
 
     def config(self) -> dict[str, Any]:
         """Return what makes it again."""
-        return {"encoding": "ggml", "type": self.type, "axis": self.axis, "dtype": self.dtype}
+        wrapped = {} if self.columns is None else {"columns": self.columns}
+        return {"encoding": "ggml", "type": self.type, "axis": self.axis, "dtype": self.dtype, **wrapped}
 
 
 #: What can be unpacked to.

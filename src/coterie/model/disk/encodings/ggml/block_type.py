@@ -6,7 +6,7 @@ together, K bytes of a block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -30,6 +30,11 @@ class Scales:
     factor_NRS: Tensor
     minimum_NR: Tensor | None = None
     minimum_factor_NRS: Tensor | None = None
+
+    def of_rows(self, some: slice) -> Scales:
+        """Return those of some rows."""
+        parts: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return replace(self, **{name: part[:, some] for name, part in parts.items() if part is not None})
 
     def at(self, place: int) -> Scales:
         """Return those of one sub-block."""
@@ -108,11 +113,11 @@ class BlockType(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Across:
-    """A type whose blocks run across the rows of a matrix, along its outputs: for rows that are no whole blocks.
+class Wrapped:
+    """A type whose blocks run on from one row of a matrix to the next, for rows that are no whole blocks.
 
-    Its bytes are those of the transposed matrix, and lie where the numbers stood. A column is rounded as a whole, and
-    each error is made good by the columns that follow.
+    Rows are a multiple of `coterie.model.disk.encodings.ggml.GRAIN` long: columns that share a step, or are coded
+    together, are of one row.
 
     Attributes:
         inner: the type of the blocks.
@@ -121,8 +126,8 @@ class Across:
     inner: BlockType
 
 
-#: How a matrix lies in blocks: along its rows, as GGUF files hold it, or across them.
-Layout = BlockType | Across
+#: How a matrix lies in blocks: every row in blocks of its own, as GGUF files hold it, or from row to row.
+Layout = BlockType | Wrapped
 
 
 def as_half(value: Tensor) -> Tensor:
@@ -149,6 +154,13 @@ def no_factors(byte_NRK: Tensor) -> Tensor:
 def ratio(above: Tensor, below: Tensor) -> Tensor:
     """Return the quotient, 0 where there is nothing to divide by."""
     return torch.where(below == 0, 0.0, above / torch.where(below == 0, 1.0, below))
+
+
+def join_rows(parts: list[Scales]) -> Scales:
+    """Return the scales of rows one below the other."""
+    lists = {name: [getattr(part, name) for part in parts] for name in Scales.__dataclass_fields__}
+    joined: dict[str, Any] = {name: None if each[0] is None else torch.cat(each, dim=1) for name, each in lists.items()}
+    return Scales(**joined)
 
 
 def join_codes(parts: list[Codes]) -> Codes:

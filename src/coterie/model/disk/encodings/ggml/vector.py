@@ -28,7 +28,46 @@ _CANDIDATES = 16
 #: Groups whose distances to all entries are computed at a time.
 _AT_A_TIME = 2**14
 
+#: Numbers whose scales are fitted at a time, by where: tables of their distances to all entries stay in a CPU's cache.
+_FITTED_AT_ONCE, _FITTED_ELSEWHERE = {"cpu": 2**13}, 2**18
+
 _LARGEST_FACTOR = 15
+
+
+class _Search:
+    """Finds the nearest entries to rows of magnitudes over steps, for one choice of steps after another.
+
+    The distance of a group x, with importance w, from step s times entry q is, up to what is the same for all entries,
+    s^2 sum(w q^2) - 2 s sum(w x q): both sums are computed once.
+    """
+
+    def __init__(self, magnitude_RB: Tensor, importance_RB: Tensor, grid_GV: Tensor, sub_block: int) -> None:
+        group = grid_GV.shape[-1]
+        self._magnitude_RSs = in_groups(magnitude_RB, sub_block)
+        magnitude_gV, importance_gV = (each.reshape(-1, group) for each in (magnitude_RB, importance_RB))
+        self._square_gG = importance_gV @ grid_GV.square().T
+        self._product_gG = (importance_gV * magnitude_gV) @ grid_GV.T
+        self._groups = sub_block // group
+        self._place_G = torch.arange(len(grid_GV), dtype=torch.int32, device=grid_GV.device)
+        self._low_bits = (1 << (len(grid_GV) - 1).bit_length()) - 1
+
+    def largest(self) -> Tensor:
+        """Return the largest magnitude of every sub-block, (R, S)."""
+        return self._magnitude_RSs.abs().amax(dim=-1)
+
+    def sums(self, step_RS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sum(w x q) and sum(w q^2) of sub-blocks (R, S), with q the entries that are nearest at these steps."""
+        inverse_g1 = ratio(torch.ones_like(step_RS), step_RS).repeat_interleave(self._groups, dim=-1).reshape(-1, 1)
+        distance_gG = torch.addcmul(self._square_gG, self._product_gG, inverse_g1, value=-2)
+        # The least with its place in the last bits of the number: several times as fast as asking where the least is.
+        bits_gG = distance_gG.view(torch.int32).bitwise_and_(~self._low_bits).bitwise_or_(self._place_G)
+        least_g1 = bits_gG.view(torch.float32).amin(dim=-1, keepdim=True)
+        place_g1 = (least_g1.view(torch.int32) & self._low_bits).long()
+        sums = (
+            each.gather(-1, place_g1).view(*step_RS.shape, -1).sum(-1) for each in (self._product_gG, self._square_gG)
+        )
+        product_RS, square_RS = sums
+        return product_RS, square_RS
 
 
 @dataclass(frozen=True, kw_only=True, slots=False)
@@ -66,16 +105,7 @@ class Vector:
         Raises:
             InputError: the package gguf is not installed.
         """
-        try:
-            from gguf import quants
-        except ImportError:
-            raise InputError(
-                f"{self.name} has a grid that the package gguf holds, which is not installed: "
-                "pip install 'coterie[gguf]'"
-            ) from None
-        holder = getattr(quants, self.name)
-        holder.init_grid()
-        return torch.from_numpy(holder.grid.copy()).view(-1, self.group)
+        return read_grid(self.name, self.group)
 
     def signs(self, weight_v: Tensor, importance_v: Tensor) -> Tensor:
         """Return which columns (..., v) become negative; where that must be an even number, the cheapest one turns."""
@@ -99,61 +129,57 @@ class Vector:
             part_gV, weights_gV = (flat[start : start + _AT_A_TIME] for flat in (flat_gV, flat_importance_gV))
             distance_gG = weights_gV @ grid_GV.square().T - 2 * ((weights_gV * part_gV) @ grid_GV.T)
             if count == 1:
-                places.append(distance_gG.argmin(dim=-1, keepdim=True))
+                places.append(distance_gG.min(dim=-1, keepdim=True).indices)
             else:
                 places.append(distance_gG.topk(count, dim=-1, largest=False).indices)
         return torch.cat(places).view(*shape, count)
 
-    def _magnitudes(self, weight_NRC: Tensor, importance_NRC: Tensor) -> Tensor:
-        """Return weights with the signs that are stored taken off."""
-        return torch.where(self.signs(weight_NRC, importance_NRC), -weight_NRC, weight_NRC)
-
-    def _units(self, magnitude_NRC: Tensor, importance_NRC: Tensor, step_NRC: Tensor) -> Tensor:
-        """Return the numbers of the nearest entries, in units of steps."""
-        place_NRg = self.nearest(ratio(magnitude_NRC, step_NRC), importance_NRC, 1).squeeze(-1)
-        return self.grid.to(magnitude_NRC.device)[place_NRg].flatten(-2)
-
     def fit(self, weight_NRB: Tensor, importance_NRB: Tensor) -> Scales:
-        """Search the steps of sub-blocks, then the scale that they are multiples of."""
-        importance_NRB = importance_NRB.expand_as(weight_NRB)
-        magnitude_NRB = self._magnitudes(weight_NRB, importance_NRB)
-        step_NRS = self._search_steps(magnitude_NRB, importance_NRB)
-        best: Scales | None = None
-        least_NR = torch.full_like(step_NRS[..., 0], torch.inf)
+        """Search the steps of sub-blocks, then the scale that they are multiples of; some rows at a time."""
+        rows_RB = weight_NRB.flatten(0, 1)
+        importance_RB = importance_NRB.expand_as(weight_NRB).flatten(0, 1)
+        at_once = _FITTED_AT_ONCE.get(rows_RB.device.type, _FITTED_ELSEWHERE) // self.block
+        some = zip(torch.split(rows_RB, at_once), torch.split(importance_RB, at_once), strict=True)
+        parts = [self._fit(*each) for each in some]
+        shape = weight_NRB.shape[:2]
+        return Scales(
+            scale_NR=torch.cat([scale_R for scale_R, _ in parts]).view(shape),
+            factor_NRS=torch.cat([factor_RS for _, factor_RS in parts]).view(*shape, -1),
+        )
+
+    def _fit(self, weight_RB: Tensor, importance_RB: Tensor) -> tuple[Tensor, Tensor]:
+        magnitude_RB = torch.where(self.signs(weight_RB, importance_RB), -weight_RB, weight_RB)
+        search = _Search(magnitude_RB, importance_RB, self.grid.to(weight_RB.device), self.sub_block)
+        step_RS = self._search_steps(search)
+        least_R = torch.full_like(step_RS[..., 0], torch.inf)
+        best_scale_R, best_factor_RS = torch.zeros_like(least_R), torch.zeros_like(step_RS)
         top = self.step_first + self.step_each * _LARGEST_FACTOR
         for share in _FACTOR_SHARES:
-            scale_NR = as_half(step_NRS.amax(dim=-1) / (top * share))
-            factor_NRS = (ratio(step_NRS, scale_NR[..., None]) - self.step_first) / self.step_each
-            factor_NRS = factor_NRS.round().clamp(0, _LARGEST_FACTOR)
-            first = Scales(scale_NR=scale_NR, factor_NRS=factor_NRS)
-            multiple_NRB = self._multiples(first).repeat_interleave(self.sub_block, dim=-1)
-            unit_NRB = self._units(magnitude_NRB, importance_NRB, scale_NR[..., None] * multiple_NRB) * multiple_NRB
-            weighted_NRB = importance_NRB * unit_NRB
-            refit_NR = ratio((weighted_NRB * magnitude_NRB).sum(-1), (weighted_NRB * unit_NRB).sum(-1))
-            refit = Scales(scale_NR=as_half(refit_NR), factor_NRS=factor_NRS)
-            error_NR = (importance_NRB * (magnitude_NRB - unit_NRB * refit.scale_NR[..., None]).square()).sum(-1)
-            better_NR = error_NR < least_NR
-            least_NR = torch.where(better_NR, error_NR, least_NR)
-            best = refit.where(better_NR, best)
-        assert best is not None
-        return best
+            scale_R = as_half(step_RS.amax(dim=-1) / (top * share))
+            factor_RS = (ratio(step_RS, scale_R[..., None]) - self.step_first) / self.step_each
+            factor_RS = factor_RS.round().clamp(0, _LARGEST_FACTOR)
+            multiple_RS = self.step_first + self.step_each * factor_RS
+            product_RS, square_RS = search.sums(scale_R[..., None] * multiple_RS)
+            above_R, below_R = (multiple_RS * product_RS).sum(-1), (multiple_RS.square() * square_RS).sum(-1)
+            refit_R = as_half(ratio(above_R, below_R))
+            error_R = refit_R.square() * below_R - 2 * refit_R * above_R  # what does not hang on the scale left out
+            better_R = error_R < least_R
+            least_R = torch.where(better_R, error_R, least_R)
+            best_scale_R = torch.where(better_R, refit_R, best_scale_R)
+            best_factor_RS = torch.where(better_R[..., None], factor_RS, best_factor_RS)
+        return best_scale_R, best_factor_RS
 
-    def _search_steps(self, magnitude_NRB: Tensor, importance_NRB: Tensor) -> Tensor:
-        magnitude_NRSs = in_groups(magnitude_NRB, self.sub_block)
-        importance_NRSs = in_groups(importance_NRB, self.sub_block)
-        start_NRS = magnitude_NRSs.abs().amax(dim=-1) / float(self.grid.max())
-        least_NRS, best_NRS = torch.full_like(start_NRS, torch.inf), torch.zeros_like(start_NRS)
+    def _search_steps(self, search: _Search) -> Tensor:
+        start_RS = search.largest() / float(self.grid.max())
+        least_RS, best_RS = torch.full_like(start_RS, torch.inf), torch.zeros_like(start_RS)
         for share in _SHARES:
-            step_NRB = (start_NRS * share).repeat_interleave(self.sub_block, dim=-1)
-            unit_NRSs = in_groups(self._units(magnitude_NRB, importance_NRB, step_NRB), self.sub_block)
-            weighted_NRSs = importance_NRSs * unit_NRSs
-            step_NRS = ratio((weighted_NRSs * magnitude_NRSs).sum(-1), (weighted_NRSs * unit_NRSs).sum(-1))
-            step_NRS = step_NRS.clamp(min=0)
-            error_NRS = (importance_NRSs * (magnitude_NRSs - unit_NRSs * step_NRS[..., None]).square()).sum(-1)
-            better_NRS = error_NRS < least_NRS
-            least_NRS = torch.where(better_NRS, error_NRS, least_NRS)
-            best_NRS = torch.where(better_NRS, step_NRS, best_NRS)
-        return best_NRS
+            product_RS, square_RS = search.sums(start_RS * share)
+            step_RS = ratio(product_RS, square_RS).clamp(min=0)
+            error_RS = step_RS.square() * square_RS - 2 * step_RS * product_RS
+            better_RS = error_RS < least_RS
+            least_RS = torch.where(better_RS, error_RS, least_RS)
+            best_RS = torch.where(better_RS, step_RS, best_RS)
+        return best_RS
 
     def _multiples(self, scales: Scales) -> Tensor:
         return self.step_first + self.step_each * scales.factor_NRS
@@ -196,6 +222,23 @@ class Vector:
         sign_NRB = 1.0 - 2.0 * unpack_bits(sign_NRk, 1, 1).to(torch.float32)
         unit_NRB = self.grid.to(byte_NRK.device)[code_NRg.long()].flatten(-2)
         return unit_NRB * sign_NRB * self.steps(scales).repeat_interleave(self.sub_block, dim=-1)
+
+
+def read_grid(name: str, group: int) -> Tensor:
+    """Return the entries (G, V) of a type's grid, V of them columns, float32.
+
+    Raises:
+        InputError: the package gguf is not installed.
+    """
+    try:
+        from gguf import quants
+    except ImportError:
+        raise InputError(
+            f"{name} has a grid that the package gguf holds, which is not installed: pip install 'coterie[gguf]'"
+        ) from None
+    holder = getattr(quants, name)
+    holder.init_grid()
+    return torch.from_numpy(holder.grid.copy()).view(-1, group)
 
 
 def _even_byte(low_NRk: Tensor) -> Tensor:
