@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import coterie.compress.decide as decide_module
 import coterie.compress.layers as layers_module
@@ -168,6 +169,29 @@ def test_what_stays_plain_is_named_and_nothing_else(made):
         )
         linear = tensor.ndim == 2 and "embed" not in name
         assert matched == (linear and name not in taken), name
+
+
+@pytest.mark.long
+def test_prediction_layers_stay_plain_and_are_named_as_such(made, text_folder, tmp_path):
+    """Their matrices are called like those of a layer, which are packed."""
+    model = shutil.copytree(made("deepseek_v3")[0], tmp_path / "model")
+    config, tensors = json.loads((model / "config.json").read_text()), tensors_of(model)
+    number = config["num_hidden_layers"]
+    base, prefix = f"model.layers.{number - 1}.", f"model.layers.{number}."
+    tensors |= {name.replace(base, prefix): each.clone() for name, each in tensors.items() if name.startswith(base)}
+    tensors[f"{prefix}eh_proj.weight"] = torch.randn(64, 128).bfloat16()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    (model / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    result = compress(model, tmp_path / "out", recipe="nearest", type="INT4", text=text_folder, **TEXT)
+    written = tensors_of(result.out)
+    plain = {name for name in tensors if name.startswith(prefix)}
+    assert {name for name in written if name.startswith(prefix)} == plain
+    assert all(torch.equal(written[name], tensors[name]) for name in plain)
+    ignored = config_of(result.out)["ignore"]
+    assert rf"re:model\.layers\.{number}\.mlp\.experts\.\d+\.up_proj$" in ignored
+    assert r"re:.*\.eh_proj$" in ignored
+    if there:
+        assert result.manifest.left_out == {}
 
 
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.long)])

@@ -1,14 +1,14 @@
 """Results in integers as compressed-tensors stores them: which matrices, under which names, and what config.json says.
 
 What loads them limits what they can be. transformers (5.23, ``integrations/compressed_tensors``) takes all experts of
-all layers to be stored the same way, and decompresses them wrongly, with an empty load report, where that does not hold
-within a layer; linear modules may be stored another way. vLLM lets layers differ, the projections of one layer not.
+all layers to be stored alike, and where they are not it may make other numbers of them, with an empty load report;
+linear modules may be stored another way. vLLM lets layers differ, but not the projections of one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -47,11 +47,11 @@ def choose_integers(weights: Sequence[Weight], name: str) -> dict[str, str]:
                 return {weight.pattern: kind for weight in (*experts, *linear) if weight.fitting(kind)}
     for weight in experts:
         _check_takes_integers(weight)
-    widest = max(candidates, key=lambda kind: -INTEGERS[kind][1])
-    weight = next(weight for weight in experts if weight.fitting(widest) is None)
-    others = [kind for kind in integers_of_bits(INTEGERS[widest][0]) if all(each.fitting(kind) for each in experts)]
+    bits, group = INTEGERS[candidates[-1]]
+    weight = next(weight for weight in experts if weight.fitting(candidates[-1]) is None)
+    others = [kind for kind in integers_of_bits(bits) if all(each.fitting(kind) for each in experts)]
     raise Infeasible(
-        f"rows of {weight.pattern} have {weight.columns} numbers, which are no whole groups of {INTEGERS[widest][1]}: "
+        f"rows of {weight.pattern} have {weight.columns} numbers, which are no whole groups of {group}: "
         + (f"take {others[0]}" if others else _INSTEAD.format("Q4_0 or Q8_0"))
     )
 
@@ -211,9 +211,12 @@ def _ignored(source: Source, weights: Iterable[Weight]) -> list[str]:
     return sorted(_patterns(on_disk | (linear - in_memory), taken | in_memory))
 
 
-def _patterns(modules: Iterable[str], others: Container[str] | Iterable[str]) -> set[str]:
-    """Return few names and patterns that match some modules and none of others."""
-    listed = list(others)  # type: ignore[arg-type]
+def _patterns(modules: Iterable[str], others: Collection[str]) -> set[str]:
+    """Return few names and patterns that match some modules and none of others.
+
+    For each the shortest that does: how its name ends behind the last number in it; with any numbers in it; with its
+    first number, which is that of a layer; or its name.
+    """
     chosen: set[str] = set()
     known: dict[str, bool] = {}
     for module in sorted(modules):
@@ -222,20 +225,16 @@ def _patterns(modules: Iterable[str], others: Container[str] | Iterable[str]) ->
         if not numbers:
             chosen.add(module)
             continue
-        any_number = [r"\d+" if component.isdigit() else re.escape(component) for component in components]
-        last = [*map(re.escape, components[: numbers[0] + 1]), *any_number[numbers[0] + 1 :]]
-        possible = (
-            [rf"re:.*\.{re.escape('.'.join(components[numbers[-1] + 1 :]))}$"]
-            if numbers[-1] + 1 < len(components)
-            else []
-        )
-        possible += [f"re:{'.'.join(parts)}$" for parts in (any_number, last)]
-        for pattern in possible:
+        exact = list(map(re.escape, components))
+        any_number = [r"\d+" if component.isdigit() else component for component in exact]
+        first, last = numbers[0] + 1, numbers[-1] + 1
+        possible = [[".*", *exact[last:]]] if last < len(exact) else []
+        possible += [any_number, exact[:first] + any_number[first:]]
+        for pattern in (r"\.".join(parts) + "$" for parts in possible):
             if pattern not in known:
-                expression = re.compile(pattern.removeprefix("re:"))
-                known[pattern] = not any(expression.match(other) for other in listed)
+                known[pattern] = not any(re.match(pattern, other) for other in others)
             if known[pattern]:
-                chosen.add(pattern)
+                chosen.add(f"re:{pattern}")
                 break
         else:
             chosen.add(module)

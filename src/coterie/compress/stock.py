@@ -101,6 +101,8 @@ def _loaded(folder: Path, model_class: Any, ids_BS: Tensor) -> dict[str, Tensor]
                 folder, dtype="auto", output_loading_info=True, local_files_only=True, trust_remote_code=False
             )
             model(input_ids=ids_BS, use_cache=False)  # linear modules are unpacked as they are run
+    except (ImportError, MemoryError):  # what is written is right all the same, and kept
+        raise
     except Exception as error:  # whatever its loader raises
         raise ReloadMismatch(
             f"transformers does not load what was written ({type(error).__name__}: {error}); nothing was kept: take a "
