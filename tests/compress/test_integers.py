@@ -148,6 +148,8 @@ def test_what_config_json_says(made):
     assert config["ignore"] == ["lm_head", r"re:.*\.mlp\.gate$"]
     assert config["format"] == "pack-quantized"
     assert config["kv_cache_scheme"] is None
+    assert "auto_map" not in json.loads((result.out / "config.json").read_text())
+    assert not (result.out / "modeling_coterie.py").exists()
     tensors = Checkpoint.open(result.out).tensors
     name = "model.layers.0.mlp.experts.3.up_proj.weight"
     assert name not in tensors

@@ -14,7 +14,7 @@ import coterie.compress.apply as apply_module
 import coterie.compress.layers as layers_module
 from checkpoints import tensors_of, weight_digests
 from coterie.compress.apply import compress
-from coterie.compress.damages import PRICED_TYPES, DamageMeter
+from coterie.compress.damages import DamageMeter
 from coterie.compress.decide import plan
 from coterie.compress.dry_run import dry_run
 from coterie.compress.layer_plan import LayerPlan
@@ -27,7 +27,7 @@ from coterie.evaluate.speed import memory_in_use, peak_memory
 from coterie.model.arch.inspect import inspect
 from coterie.model.arch.load import load_model
 from coterie.model.disk.checkpoint import Checkpoint
-from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES
+from coterie.model.disk.encodings.ggml import SIZES
 from coterie.model.disk.manifest import ResultForm
 from coterie.model.disk.open import open_checkpoint
 from coterie.model.stream.memory import FIXED_BYTES
@@ -390,32 +390,6 @@ def test_a_dry_run_says_the_bytes_and_writes_nothing(small, text_folder, tmp_pat
 
 
 # Targets.
-
-
-def test_our_own_types_are_written_and_read(wide, text_folder, tmp_path):
-    result = compress(wide, tmp_path / "out", type="turbo3", target="packed", text=text_folder, **TEXT)
-    assert result.logits_error <= 1e-6
-    kinds = {name.rpartition(".layers.0.")[2]: kind for name, kind in result.plan.types.items()}
-    assert kinds["mlp.experts.*.gate_proj.weight"] == "TURBO3"
-    assert kinds["mlp.experts.*.down_proj.weight"] == "IQ4_NL"  # rows of 64
-    assert result.plan.predicted_bytes == Checkpoint.open(result.out).num_bytes
-    original, packed = states(wide, result.out)
-    assert 0.1 < furthest(original, packed)[0] < 0.5  # a row in the place of another one would be off by 1.4
-
-
-def test_our_own_types_do_not_run_on_from_row_to_row(wide, text_folder, tmp_path):
-    whole = plan(wide, type="Q4_0", recipe="nearest")
-    wrong = replace(whole, types={**whole.types, "model.layers.0.mlp.experts.*.down_proj.weight": "TURBO3.W"})
-    with pytest.raises(Infeasible, match=r"row to row; blocks of TURBO3 are coded as a whole, each within one row"):
-        compress(wide, tmp_path / "out", plan=wrong, text=text_folder, **TEXT)
-
-
-def test_our_own_types_are_never_chosen_by_themselves(wide):
-    with pytest.raises(InputError, match=r"TURBO3 is a type that Coterie alone reads: say --target packed"):
-        plan(wide, type="TURBO3", recipe="nearest")
-    for bits in (4.07, 3.07, 2.07):
-        assert not set(plan(wide, bits=bits, recipe="nearest").types.values()) & set(OWN_TYPES)
-    assert not set(PRICED_TYPES) & set(OWN_TYPES)
 
 
 def test_types_are_named_in_any_case(small):

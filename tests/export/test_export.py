@@ -207,13 +207,6 @@ def test_blocks_that_run_on_from_row_to_row_become_numbers_and_it_is_said(tmp_pa
     assert "lose their blocks, such as blk.0.ffn_down_exps.weight" in caplog.text
 
 
-def test_types_that_no_gguf_file_can_hold_are_refused(tmp_path):
-    model = packed(tmp_path / "model", "qwen3_moe", {"up_proj.weight": ("TURBO3", -1)}, **WIDE)
-    with pytest.raises(InputError, match=r"experts\.0\.up_proj\.weight is stored as TURBO3, .* like --type Q4_K"):
-        export(model, tmp_path / "model.gguf")
-    assert not (tmp_path / "model.gguf").exists()
-
-
 def test_a_result_with_fewer_experts_says_what_was_done_and_is_predicted_alike(tiny, text, tmp_path):
     result = tmp_path / "half"
     coterie.compress(tiny("qwen3_moe"), result, keep=0.5, recipe="reap", text=text, tokens=512, seq_len=64)

@@ -262,6 +262,25 @@ def test_numbers_on_the_grid_of_three_levels_give_the_bytes_of_gguf(name):
     assert np.array_equal(quants.dequantize(expected, GGMLQuantizationType[name]), weight[0].float().numpy())
 
 
+@settings(deadline=None, max_examples=20)
+@given(
+    name=st.sampled_from([*ternary.TYPES, *shifted.TYPES]),
+    numbers=st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=20),
+    seed=st.integers(0, 2**31),
+)
+def test_below_two_bits_nothing_is_worse_than_zeros(name, numbers, seed):
+    """Whatever a block holds, and its columns weigh; what three levels hold is stored again as it is."""
+    kind, generator = get_type(name), torch.Generator().manual_seed(seed)
+    block = torch.randn(1, 1, 256, generator=generator) * 1e-2
+    block[0, 0, : len(numbers)] = torch.tensor(numbers)
+    importance = torch.rand(1, 1, 256, generator=generator).square() + 1e-3
+    _, _, values = rounded(kind, block, importance)
+    assert (importance * (values - block).square()).sum() <= (importance * block.square()).sum() * (1 + 1e-3)
+    if name in ternary.TYPES:
+        _, _, again = rounded(kind, values, importance)
+        assert torch.equal(again, values)
+
+
 def test_an_unknown_type_is_named():
     with pytest.raises(UnknownName, match="Q4_K"):
         get_type("Q4K")

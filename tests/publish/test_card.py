@@ -189,13 +189,19 @@ def test_results_of_coterie_alone_say_how_they_load():
     for changes, why in (
         ({"form": ResultForm.MAPPED, "router": "map"}, "keep the original's rows"),
         (ragged, "Every expert has a width of its own"),
+        ({"form": ResultForm.PACKED}, "stored in an encoding of their own"),
     ):
         text = card_text(**changes)
         assert why in text
         assert 'coterie.load_model("FOLDER")' in text
-        assert "AutoModel" not in text
+        assert "AutoModel" not in text, "an earlier version made it"
         assert head(text)["library_name"] == "coterie"
-    assert "12 → 3 to 12, 7.5 on average" in text
+        text = card_text(files=["modeling_coterie.py"], **changes)
+        assert 'coterie.load_model("FOLDER")' in text
+        assert "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)" in text
+        assert ("pip install gguf" in text) is (changes["form"] is ResultForm.PACKED)
+        assert head(text)["library_name"] == "transformers"
+    assert "12 → 3 to 12, 7.5 on average" in card_text(**ragged)
 
 
 def test_many_layers_that_differ_are_folded():

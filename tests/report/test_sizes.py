@@ -68,7 +68,7 @@ def test_ragged_experts_are_shown_one_by_one(make_run: Maker) -> None:
     assert "Expert (width): 0 (16), 1 (8), 2 (8), 3 (8), 4 (0), 5 (12), 6 (12), 7 (16)" in text
     assert "neurons of the expert that are left, in percent" in text
     assert "no neuron left (1)" in text
-    assert "Experts that differ in width need Coterie to load." in text
+    assert "Experts that differ in width need Coterie, or the code beside them, to load." in text
     assert "Dropped" not in page.text
 
 

@@ -112,7 +112,7 @@ def compress(
     }
     if plan is None:
         options.one_target(**targets)
-        check_request(model, targets | {"reader": target}, recipe, router or "plain", seed)
+        check_request(model, {**targets, "reader": target}, recipe, router or "plain", seed)
     from coterie.compress.recipes import get_recipe, training_tokens
     from coterie.compress.target import Target
 

@@ -57,7 +57,7 @@ Recipe = Annotated[
 ]
 ROUTER_HELP = (
     "plain: rows of the experts that stay. mean: the mean of the rows of merged ones. refit: rows fitted to the "
-    "output. map: the router stays whole; only Coterie loads that result, stock loaders read the others."
+    "output. map: the router stays whole; stock loaders load that result with trust_remote_code only."
 )
 Router = Annotated[RouterForm, typer.Option(help=ROUTER_HELP)]
 Tokens = Annotated[int, typer.Option(help="Tokens of text in all, shared equally by the domains.")]
@@ -104,8 +104,8 @@ MultipleOf = Annotated[
     ),
 ]
 _TARGET_HELP = (
-    "Who reads weights in fewer bits. gguf: llama.cpp, by `coterie export`. packed: Coterie alone; smaller where rows "
-    "are no multiple of 256."
+    "Who reads weights in fewer bits. gguf: llama.cpp, by `coterie export`. packed: what loads the result itself; "
+    "smaller where rows are no multiple of 256."
 )
 Target = Annotated[
     Literal["gguf", "packed", "compressed-tensors"] | None,

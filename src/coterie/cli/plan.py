@@ -43,7 +43,7 @@ def plan(
     compress --plan`.
     """
     targets = options.one_target(keep=keep, experts=experts, width=width, budget=budget, bits=bits, type=type)
-    check_request(model, targets | {"reader": target}, recipe, router, seed)
+    check_request(model, {**targets, "reader": target}, recipe, router, seed)
     from coterie.outputs import check_output
 
     if out is not None:

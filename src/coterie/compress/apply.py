@@ -137,7 +137,7 @@ def compress(
         train_tokens: tokens that such a recipe trains on, in place of what `effort` says; 0 for none. They are drawn
             from `text` beside those that are measured; less text is seen again, up to `EPOCHS` times.
         router: form of the router, see `Plan`: "plain" (when None), "mean" and "refit" load anywhere; "map" is the form
-            of the merging papers and needs Coterie to load.
+            of the merging papers; it loads with Coterie, or the code beside it.
         profile: a profile, or the folder of one; a folder that holds none gets the one that is made here.
         text: folder with calibration text, needed when there is no profile yet.
         weights: share of the text by domain, see `coterie.profile.run.profile`.
@@ -160,7 +160,7 @@ def compress(
         multiple_of: the number of experts or their width, whichever the recipe lowers, is the nearest multiple of this,
             such as 8 for expert parallelism or 256 for K-quants.
         target: who is to read weights in fewer bits: "gguf" (when None), what GGUF files can say, or "packed", what
-            Coterie alone reads, which is smaller where rows are no multiple of 256, or "compressed-tensors", integers
+            no GGUF file holds, which is smaller where rows are no multiple of 256, or "compressed-tensors", integers
             that transformers and vLLM read. A plan says it already.
         on: which tokens count where experts are measured and the result is trained: "all" (when None), or those of
             answers in conversations and of completions, "assistant". With a profile that is there, its own.

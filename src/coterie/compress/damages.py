@@ -218,8 +218,10 @@ class DamageMeter:
 def _some_rows(matrix_RC: Tensor, fisher_RC: Tensor, together: int) -> tuple[Tensor, Tensor]:
     """Return rows of a matrix, as many side by side as are stored together, and their weights."""
     step = max(1, len(matrix_RC) // max(ROWS, together) // together)
-    columns = matrix_RC.shape[-1]
-    some = [each.reshape(-1, together, columns)[::step].flatten(0, 1) for each in (matrix_RC, fisher_RC)]
+    missing, columns = -len(matrix_RC) % together, matrix_RC.shape[-1]
+    # Rows that are made up weigh nothing; of an embedding only those are here that the text has.
+    padded = [nn.functional.pad(each, (0, 0, 0, missing)) for each in (matrix_RC, fisher_RC)]
+    some = [each.reshape(-1, together, columns)[::step].flatten(0, 1) for each in padded]
     return some[0], some[1]
 
 

@@ -86,7 +86,7 @@ def find_weights(
                 Weight(
                     pattern=name, names=(name,), shape=tensors[name].shape, axis=-1, layer=None, kind=kind,
                     plain_bytes=tensors[name].num_bytes, head=memory_name in heads,
-                    can_wrap=kind == "linear",
+                    can_wrap=True,
                 )
             )  # fmt: skip
     return tuple(sorted(weights, key=lambda weight: weight.pattern))

@@ -34,7 +34,7 @@ MOMENTS, FACTORS, CODES = "sums of what comes in", "factors of Hessians", "choos
 
 #: Seconds that choosing the code of a number takes on one core, by type; entries of a grid take long to find.
 SECONDS = {"IQ4_NL": 2e-6, "IQ4_XS": 1.5e-6, "MXFP4": 2e-6, "IQ2_XXS": 2.5e-6, "IQ3_XXS": 3e-6, "IQ2_XS": 4e-6,
-           "IQ2_S": 5e-6, "IQ3_S": 5e-6, "IQ1_M": 1.5e-5, "IQ1_S": 1.5e-5}  # fmt: skip
+           "IQ2_S": 5e-6, "IQ3_S": 5e-6, "IQ1_M": 1e-5, "IQ1_S": 1e-5}  # fmt: skip
 _OTHERS = 1e-6
 
 

@@ -55,7 +55,7 @@ class Plan:
 
     Attributes:
         recipe: name of the recipe that it was made for.
-        router: "map" (E rows and a map, needs Coterie to load) or a form of M rows, which loads anywhere: "plain"
+        router: "map" (E rows and a map, which no stock class loads) or a form of M rows, which loads anywhere: "plain"
             (those of the centres), "mean" (means over the clusters) or "refit" (fitted to the block's output).
         passes: (name, options) of what is done to each layer, in order.
         result_steps: (name, options) of what is done to the whole result at the end.
@@ -123,17 +123,17 @@ class Plan:
 
     @property
     def ragged(self) -> bool:
-        """Whether experts get widths of their own; such a result needs Coterie to load."""
+        """Whether experts get widths of their own; no stock class loads such a result."""
         return any(layer.widths is not None for layer in self.layers)
 
     @property
     def mapped(self) -> bool:
-        """Whether routers keep a row for each expert of the original; such a result needs Coterie to load."""
+        """Whether routers keep a row for each expert of the original; no stock class loads such a result."""
         return self.router == "map"
 
     @property
     def packed(self) -> bool:
-        """Whether weights are stored in blocks; such a result needs Coterie to load, but for `integers`."""
+        """Whether weights are stored in blocks; no stock class loads such a result, but for `integers`."""
         return bool(self.types)
 
     @property

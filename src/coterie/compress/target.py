@@ -12,7 +12,8 @@ from coterie.errors import InputError, UnknownName
 from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES, bits_of
 from coterie.model.disk.encodings.integer_types import INTEGER_BITS, INTEGERS
 
-#: Who is to read matrices in blocks: llama.cpp, by way of `coterie export`; Coterie alone; transformers and vLLM.
+#: Who is to read matrices in blocks: llama.cpp, by way of `coterie export`; whoever loads the result itself; or stock
+#: transformers and vLLM.
 Reader = Literal["gguf", "packed", "compressed-tensors"]
 
 #: Bits of the smallest type.
@@ -35,7 +36,7 @@ class Target:
         multiple_of: the number of experts, or their width, whichever the recipe lowers, is the nearest multiple of this
             that can be; None for any.
         reader: who is to read weights in fewer bits: "gguf" (when None), for what GGUF files can say, or "packed", for
-            what Coterie alone reads: there blocks run on from row to row where a row is no whole blocks; or
+            what they cannot: there blocks run on from row to row where a row is no whole blocks; or
             "compressed-tensors" (when None and `type` is one of its), for integers that transformers and vLLM read.
     """
 
@@ -89,7 +90,7 @@ class Target:
             raise UnknownName("type", self.type, known)
         if self.type in OWN_TYPES and self.reader != "packed":
             raise InputError(
-                f"{self.type} is a type that Coterie alone reads: say --target packed as well, or take one of GGML, "
+                f"{self.type} is a type that no GGUF file holds: say --target packed as well, or take one of GGML, "
                 "such as --type Q4_K"
             )
         if self.bits is not None and not LEAST_BITS <= self.bits <= 16:

@@ -40,8 +40,7 @@ class Weight:
         plain_bytes: what all of them take as plain numbers.
         head: what logits are computed with; of a tied model its embedding.
         expert: the number of the expert whose it alone is; None for those of all experts of a layer, and for any other.
-        can_wrap: whether its blocks can run on from row to row: not where rows are looked up, or take turns with those
-            of another matrix.
+        can_wrap: whether its blocks can run on from row to row: not where rows take turns with those of another matrix.
         wraps: whether they do where a row is no whole blocks, and not a type with smaller blocks stands in.
     """
 
@@ -190,7 +189,7 @@ def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) ->
             raise Infeasible(f"the plan stores {pattern} as {kind}; types that can be written are {', '.join(SIZES)}")
         if kind.endswith(WRAPPED) and not weight.holds(kind):
             if not weight.can_wrap:
-                why = "its rows are looked up, or take turns with those of another matrix"
+                why = "its rows take turns with those of another matrix in one tensor"
             elif unwrapped(kind) in OWN_TYPES:
                 why = f"blocks of {unwrapped(kind)} are coded as a whole, each within one row"
             else:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from coterie import __version__
-from coterie.artifact import write_json
 from coterie.compress.integers import stored_name
 from coterie.compress.layer import LayerSummary
-from coterie.compress.output import carry_files, result_config
+from coterie.compress.output import carry_files, write_config
 from coterie.compress.plan import Plan
 from coterie.compress.prepare import Job
 from coterie.compress.prices import Prices
@@ -146,7 +145,7 @@ class Work:
         """Write all that makes weight files a checkpoint."""
         num_bytes = write_index(self.run.folder, self.shards)
         assert num_bytes == self.plan.predicted_bytes, f"planned {self.plan.predicted_bytes} bytes, wrote {num_bytes}"
-        write_json(self.run.folder / "config.json", result_config(self.job.source, self.plan))
+        write_config(self.job.source, self.plan, self.run.folder)
         carry_files(self.job.source.checkpoint, self.run.folder)
         self.write_manifest()
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from coterie.amounts import format_bytes, format_count
 from coterie.artifact import atomic_path
+from coterie.model.disk.beside import MODELING_FILE
 from coterie.model.disk.files import is_hub_id
 from coterie.model.disk.manifest import LayerEntry, Manifest, ResultForm
 from coterie.outputs import claim_output
@@ -142,7 +143,7 @@ def render_card(
         "## What it costs\n",
         *_measured(cost),
         "## How to load it\n",
-        _loading(manifest),
+        _loading(manifest, files),
         "## Calibration text\n",
         _calibration(manifest),
         "## How to make it again\n",
@@ -177,7 +178,7 @@ def _head(manifest: Manifest, files: Sequence[str], model_id: str | None) -> str
         license=license_word,
         license_name=license_name,
         license_link=_absolute(license_link, files, model_id),
-        library_name=manifest.loads_with,
+        library_name="transformers" if MODELING_FILE in files else manifest.loads_with,
         base_model=model_id,
         tags=["moe", "coterie", manifest.recipe],
         pipeline_tag=origin.pipeline_tag or "text-generation",
@@ -322,7 +323,7 @@ def _percent(share: float | None) -> str:
     return _MISSING if share is None else f"{100 * share:.1f} %"
 
 
-def _loading(manifest: Manifest) -> str:
+def _loading(manifest: Manifest, files: Sequence[str]) -> str:
     if manifest.form is ResultForm.COMPRESSED_TENSORS_BY_LAYER:
         lines = ("from vllm import LLM", "", 'model = LLM("FOLDER")  # or the id of this repository')
         return (
@@ -330,22 +331,23 @@ def _loading(manifest: Manifest) -> str:
             "others'. vLLM loads that; transformers does not, and may load wrong numbers without a word.\n\n"
             f"{block(lines, 'python')}"
         )
-    if manifest.loads_with == "transformers":
-        with_package = (
+    trust = "" if manifest.loads_with == "transformers" else ", trust_remote_code=True"
+    stock = block(
+        (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'folder = "FOLDER"  # or the id of this repository',
+            f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        ),
+        "python",
+    )
+    if manifest.form is ResultForm.PLAIN:
+        return stock
+    if manifest.form is ResultForm.COMPRESSED_TENSORS:
+        return (
             "Its weights are integers as compressed-tensors stores them, which transformers loads with the package "
-            "`compressed-tensors`, and vLLM by itself.\n\n"
-            if manifest.form is ResultForm.COMPRESSED_TENSORS
-            else ""
-        )
-        return with_package + block(
-            (
-                "from transformers import AutoModelForCausalLM, AutoTokenizer",
-                "",
-                'folder = "FOLDER"  # or the id of this repository',
-                "model = AutoModelForCausalLM.from_pretrained(folder)",
-                "tokenizer = AutoTokenizer.from_pretrained(folder)",
-            ),
-            "python",
+            f"`compressed-tensors`, and vLLM by itself.\n\n{stock}"
         )
     why = {
         ResultForm.MAPPED: "Its routers keep the original's rows and point them at the experts that are left",
@@ -353,7 +355,14 @@ def _loading(manifest: Manifest) -> str:
         ResultForm.PACKED: "Its weights are stored in an encoding of their own",
     }[manifest.form]
     lines = ("import coterie  # pip install coterie", "", 'model = coterie.load_model("FOLDER")')
-    return f"{why}, which stock transformers cannot load.\n\n{block(lines, 'python')}"
+    alone = f"{why}, which the classes of transformers cannot load."
+    if MODELING_FILE not in files:  # an earlier version of Coterie made the result
+        return f"{alone}\n\n{block(lines, 'python')}"
+    packages = "transformers 5 and `pip install gguf`" if manifest.form is ResultForm.PACKED else "transformers 5"
+    return (
+        f"{alone} The code in `{MODELING_FILE}` here does, and takes {packages}; what comes out is a model of the "
+        f"family's own class.\n\n{stock}\n\nWithout code from this folder:\n\n{block(lines, 'python')}"
+    )
 
 
 def _calibration(manifest: Manifest) -> str:

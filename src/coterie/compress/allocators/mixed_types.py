@@ -99,7 +99,7 @@ def _less(weights: Sequence[Weight]) -> str:
         return ""
     return (
         f", because rows of {narrow.columns} numbers, as in {narrow.pattern}, are no blocks of {_WIDE}; --target "
-        "packed lets blocks run on from row to row, for a result that Coterie alone loads"
+        "packed lets blocks run on from row to row, for a result that no GGUF file holds"
     )
 
 

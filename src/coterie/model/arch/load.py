@@ -2,7 +2,8 @@
 
 A mapped checkpoint (``--router map``) keeps the router's E rows and points them at M experts. Its config counts E
 experts while its files hold M, so stock loaders refuse it instead of computing something else. A ragged checkpoint has
-experts of different widths (`coterie.model.disk.filled`).
+experts of different widths (`coterie.model.disk.filled`). The code that a result has beside it, for transformers alone,
+does the same in its own words (`coterie.publish.modeling_coterie`) and is never run here.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ WEIGHT_PATTERNS = (
 _NOT_OURS = frozenset(("original", "__pycache__"))
 _CONSOLIDATED = re.compile(r"consolidated.*\.(safetensors|pth)$")
 
+#: The code with which stock transformers loads a result that its own classes cannot (`coterie.publish.stock`).
+MODELING_FILE = "modeling_coterie.py"
 
 #: Files that a tokenizer may be made from.
 TOKENIZER_FILES = re.compile(r"token|vocab|merges|chat_template|\.(model|tiktoken|jinja)$")

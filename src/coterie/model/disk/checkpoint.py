@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from coterie.errors import CorruptCheckpoint, NotACheckpoint, UnsupportedDtype
-from coterie.model.disk.beside import files_beside
+from coterie.model.disk.beside import MODELING_FILE, files_beside
 from coterie.model.disk.files import Files, HubId, LocalFiles
 from coterie.model.disk.header import absence
 from coterie.model.disk.tensors import TORCH_NAMES, TensorInfo
@@ -309,7 +309,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CorruptCheckpoint(
             f"{file} says architectures = {str(named)[:80]}, expected a list with the name of a class; fetch it again"
         )
-    return config
+    return _without_own_code(config)
+
+
+def _without_own_code(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config without the name of the code that a result brings along for others: nothing here runs it."""
+    named = config.get("auto_map")
+    if not isinstance(named, Mapping):
+        return config
+    others = {name: code for name, code in named.items() if not str(code).startswith(f"{Path(MODELING_FILE).stem}.")}
+    rest = {key: value for key, value in config.items() if key != "auto_map"}
+    return rest | {"auto_map": others} if others else rest
 
 
 def _check_depth(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:

@@ -30,16 +30,16 @@ _SAID_HOW_TO_LOAD = ("loads_with", "how_to_load")  # in version 1
 
 
 class ResultForm(StrEnum):
-    """What a result is on disk."""
+    """What a result is on disk; all but a plain one take Coterie, or the code that is beside them, to load."""
 
     PLAIN = "plain"
     """A checkpoint of its family; loads anywhere."""
     MAPPED = "mapped"
-    """The router keeps the original's rows and points them at fewer experts; needs Coterie to load."""
+    """The router keeps the original's rows and points them at fewer experts."""
     RAGGED = "ragged"
-    """Every expert has a width of its own; needs Coterie to load."""
+    """Every expert has a width of its own."""
     PACKED = "packed"
-    """Weights are stored in an encoding of their own; needs Coterie to load."""
+    """Weights are stored in an encoding of their own."""
     COMPRESSED_TENSORS = "compressed-tensors"
     """Weights are integers as compressed-tensors stores them, those of all experts alike; loads in transformers with
     that package, and in vLLM."""
@@ -239,7 +239,7 @@ class Manifest:
 
     @property
     def loads_with(self) -> Literal["transformers", "vllm", "coterie"]:
-        """Who can load the result beside Coterie: anybody through transformers, vLLM, or nobody."""
+        """Whose classes load it: those of transformers, of vLLM alone, or Coterie's, or the code beside the weights."""
         if self.form in (ResultForm.PLAIN, ResultForm.COMPRESSED_TENSORS):
             return "transformers"
         return "vllm" if self.form is ResultForm.COMPRESSED_TENSORS_BY_LAYER else "coterie"

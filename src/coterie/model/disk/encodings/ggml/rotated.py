@@ -7,7 +7,8 @@ Hadamard matrix are its usual stand-in, which needs additions alone). Each rotat
 block, so a block is coded as a whole; within it, in rotated coordinates, each error is made good by the coordinates
 that follow.
 
-Nothing but Coterie reads these types. Legend: as in `block_type`; L levels.
+Nothing but Coterie, and the code that it puts beside a result (`coterie.publish.modeling_coterie`), reads these types.
+Legend: as in `block_type`; L levels.
 """
 
 from __future__ import annotations
