@@ -61,10 +61,12 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plain_quantisation.py --markdown benchmarks/plain_quantisation.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bits.py --models reference/model reference/qwen3_moe \
 		--formats Q4_K_M IQ4_XS IQ3_XXS IQ2_M IQ2_XS --shares 0.16 --recipes coterie-bits --markdown benchmarks/bits.md --json benchmarks/bits.json
+	$(BIN)/python benchmarks/block_types.py --markdown benchmarks/block_types.md
 	$(BIN)/python benchmarks/inputs.py --markdown benchmarks/inputs.md
 	$(BIN)/python benchmarks/calibration.py --tokens 16384 --test-tokens 10240 --markdown benchmarks/calibration.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/overhead.py --tokens 131072 --repeats 3 --large-size 0 --recipes reap \
 		--markdown benchmarks/overhead.md
+	$(BIN)/python benchmarks/run_memory.py --markdown benchmarks/run_memory.md
 	$(BIN)/python benchmarks/memory.py --tokens 2048 --markdown benchmarks/memory.md
 	$(BIN)/python benchmarks/memory.py --sizes 2GB 4GB --bundled --tokens 2048 --markdown benchmarks/memory-stages.md
 	$(BIN)/python benchmarks/memory.py --sizes 2GB 4GB 16GB --commands bits --tokens 16384 --markdown benchmarks/memory-bits.md

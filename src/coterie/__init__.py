@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from coterie.compress.plan import Plan as Plan
     from coterie.compress.prices import Prices as Prices
     from coterie.compress.prices import price as price
+    from coterie.compress.way import Ways as Ways
+    from coterie.compress.ways import ways as ways
     from coterie.evaluate.card import card as card
     from coterie.evaluate.run import evaluate as evaluate
     from coterie.evaluate.scorecard import Scorecard as Scorecard
@@ -43,6 +45,7 @@ __all__ = [
     "Prices",
     "Profile",
     "Scorecard",
+    "Ways",
     "bench",
     "calibrate",
     "card",
@@ -57,6 +60,7 @@ __all__ = [
     "profile",
     "push",
     "report",
+    "ways",
 ]
 
 _CALLABLE_PACKAGES = ("bench", "compress", "evaluate", "export", "profile", "report")
@@ -66,6 +70,7 @@ _HOMES = {
     "Prices": "coterie.compress.prices",
     "Profile": "coterie.profile.profile",
     "Scorecard": "coterie.evaluate.scorecard",
+    "Ways": "coterie.compress.way",
     "calibrate": "coterie.profile.calibrate",
     "card": "coterie.evaluate.card",
     "inspect": "coterie.model.arch.inspect",
@@ -74,6 +79,7 @@ _HOMES = {
     "plan": "coterie.compress.decide",
     "price": "coterie.compress.prices",
     "push": "coterie.publish.push",
+    "ways": "coterie.compress.ways",
 }
 
 

@@ -50,7 +50,9 @@ def test_inspect_prints_parts_sizes_and_what_fits(tiny):
 
 def test_inspect_as_json_is_the_inspection(tiny):
     shown = json.loads(run("inspect", tiny(), "--budget", "200KiB", "--json").stdout)
-    assert shown == json.loads(json.dumps(coterie.inspect(tiny(), budget="200KiB").to_json()))
+    expected = coterie.inspect(tiny(), budget="200KiB").to_json()
+    expected["ways"] = coterie.ways(tiny(), "200KiB").content()
+    assert shown == json.loads(json.dumps(expected))
 
 
 def test_profile_writes_what_the_library_makes(tiny, text, made, tmp_path):
@@ -94,6 +96,7 @@ def test_plan_prints_and_writes_the_same_plan(tiny, made, tmp_path):
     assert any(line.startswith("bytes 239 KiB 18") for line in lines)
     shown = json.loads(run("plan", tiny(), made / "profile", *options, "--json").stdout)
     assert shown.pop("inputs") == dict(plan.inputs)
+    assert shown.pop("ways") == json.loads(json.dumps(coterie.ways(tiny(), "200KiB").content()))
     assert shown == json.loads(json.dumps(plan.body()))
 
 

@@ -20,6 +20,10 @@ def compress(
     experts: options.Experts = None,
     width: options.Width = None,
     budget: options.Budget = None,
+    budget_for: options.BudgetFor = "file",
+    context: options.Context = None,
+    batch: options.Batch = None,
+    kv_type: options.KvType = None,
     bits: options.Bits = None,
     type: options.Type = None,
     plan: Annotated[
@@ -110,6 +114,7 @@ def compress(
         "bits": bits,
         "type": type,
     }
+    how = options.running(budget, budget_for, context, batch, kv_type)
     if plan is None:
         options.one_target(**targets)
         check_request(model, {**targets, "reader": target}, recipe, router or "plain", seed)
@@ -126,6 +131,7 @@ def compress(
 
     settings: dict[str, Any] = {
         **targets,
+        "running": how,
         "plan": plan,
         "recipe": recipe,
         "effort": effort,

@@ -8,6 +8,7 @@ import typer
 
 from coterie.cli import options
 from coterie.cli.output import percent, print_json, print_table, print_text
+from coterie.cli.ways import print_ways
 
 if TYPE_CHECKING:
     from coterie.model.arch.inspect import BudgetFit, Inspection, MoEBlock
@@ -18,20 +19,36 @@ _LABEL = 17
 
 def inspect(
     model: options.Model,
-    budget: Annotated[str | None, typer.Option(help="Ask how many experts fit into it, like 12GiB or 800MB.")] = None,
+    budget: Annotated[str | None, typer.Option(help="List the ways to fit into it, like 12GiB or 800MB.")] = None,
+    budget_for: options.BudgetFor = "file",
+    context: options.Context = None,
+    batch: options.Batch = None,
+    kv_type: options.KvType = None,
     json: options.Json = False,
 ) -> None:
     """Show what is in a model and what would fit.
 
+    With --budget it lists the ways to meet it, fewer bits and fewer experts, and what each is about to cost.
+
     Only config.json and the headers of the weight files are read.
     """
-    from coterie.model.arch.inspect import inspect as look
+    how = options.running(budget, budget_for, context, batch, kv_type)
+    listed = None
+    if budget is None:
+        from coterie.model.arch.inspect import inspect as look
 
-    inspection = look(model, budget=budget)
+        inspection = look(model)
+    else:
+        from coterie.compress.ways import inspect_with_ways
+
+        inspection, listed = inspect_with_ways(model, budget, running=how)
     if json:
-        print_json(inspection.to_json())
+        print_json(inspection.to_json() | ({} if listed is None else {"ways": listed.content()}))
         return
     _print(inspection)
+    if listed is not None:
+        print_text()
+        print_ways(listed)
 
 
 def _print(inspection: "Inspection") -> None:

@@ -8,6 +8,7 @@ import typer
 from coterie.amounts import parse_share
 from coterie.cli.complete import complete_recipe
 from coterie.errors import InputError
+from coterie.model.arch.run_settings import CacheType, Running
 from coterie.model.device import check_device_name
 from coterie.model.disk.manifest import RouterForm
 from coterie.profile import sources
@@ -115,6 +116,41 @@ Target = Annotated[
 ]
 #: Of types that can be priced.
 BlocksTarget = Annotated[Literal["gguf", "packed"] | None, typer.Option(help=_TARGET_HELP, show_default="gguf")]
+BudgetFor = Annotated[
+    Literal["file", "memory"],
+    typer.Option(help="What --budget is for: the weights, or all memory that the result takes when llama.cpp runs it."),
+]
+Context = Annotated[
+    int | None, typer.Option(help="For --budget-for memory: tokens of a sequence.", show_default="8192")
+]
+Batch = Annotated[int | None, typer.Option(help="For --budget-for memory: sequences at once.", show_default="1")]
+KvType = Annotated[
+    Literal["f16", "q8_0"] | None,
+    typer.Option(help="For --budget-for memory: how keys and values are stored.", show_default="f16"),
+]
+
+
+def running(
+    budget: str | None, budget_for: str, context: int | None, batch: int | None, kv_type: CacheType | None
+) -> Running | None:
+    """Return how the result is to run, where the budget is for the memory of that; a usage error for half of it."""
+    if budget_for == "file":
+        given = {"--context": context, "--batch": batch, "--kv-type": kv_type}
+        if names := [name for name, value in given.items() if value is not None]:
+            raise typer.BadParameter("it is for --budget-for memory", param_hint=names[0])
+        return None
+    if budget is None:
+        raise typer.BadParameter("it says what --budget is for, which is not given", param_hint="--budget-for")
+    usual = Running()
+    how = Running(
+        context=usual.context if context is None else context,
+        batch=usual.batch if batch is None else batch,
+        kv_type=kv_type or usual.kv_type,
+    )
+    how.check()
+    return how
+
+
 Domains = Annotated[
     str | None, typer.Option(help="Only these domains, like math,python; with weights, like math=2,python=1.")
 ]

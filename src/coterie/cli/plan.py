@@ -9,6 +9,7 @@ import typer
 
 from coterie.cli import options
 from coterie.cli.output import percent, print_json, print_table, print_text
+from coterie.cli.ways import print_ways
 from coterie.model.disk.manifest import RouterForm
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ def plan(
     experts: options.Experts = None,
     width: options.Width = None,
     budget: options.Budget = None,
+    budget_for: options.BudgetFor = "file",
+    context: options.Context = None,
+    batch: options.Batch = None,
+    kv_type: options.KvType = None,
     bits: options.Bits = None,
     type: options.Type = None,
     recipe: options.Recipe = None,
@@ -39,10 +44,11 @@ def plan(
 ) -> None:
     """Decide what every layer gets.
 
-    No weights are touched: this takes seconds. The file that --out names can be read, edited, and given to `coterie
-    compress --plan`.
+    No weights are touched: this takes seconds. With --budget the ways to meet it are listed too, with --prices by what
+    they cost on this model. The file that --out names can be read, edited, and given to `coterie compress --plan`.
     """
     targets = options.one_target(keep=keep, experts=experts, width=width, budget=budget, bits=bits, type=type)
+    how = options.running(budget, budget_for, context, batch, kv_type)
     check_request(model, {**targets, "reader": target}, recipe, router, seed)
     from coterie.outputs import check_output
 
@@ -61,13 +67,22 @@ def plan(
         multiple_of=multiple_of,
         target=target,
         prices=prices,
+        running=how,
     )
     if out is not None:
         decided_plan.save(out)
+    listed = None
+    if budget is not None:
+        from coterie.compress.ways import ways
+
+        listed = ways(model, budget, prices=prices, target=target or "gguf", running=how)
     if json:
-        print_json(decided_plan.body() | {"inputs": dict(decided_plan.inputs)})
+        content = decided_plan.body() | {"inputs": dict(decided_plan.inputs)}
+        print_json(content if listed is None else content | {"ways": listed.content()})
         return
     print_plan(decided_plan)
+    if listed is not None:
+        print_ways(listed)
     if out is not None:
         print_text(f"plan written to {out}")
 

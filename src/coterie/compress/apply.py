@@ -36,6 +36,7 @@ from coterie.errors import CoterieError, OutOfSpace
 from coterie.fields import Fields
 from coterie.journal import Run, open_run
 from coterie.journal_lines import begun
+from coterie.model.arch.run_settings import Running
 from coterie.model.device import check_device
 from coterie.model.disk.manifest import Manifest, RouterForm
 from coterie.model.numerics import as_begun
@@ -109,6 +110,7 @@ def compress(
     mtp: Mtp | None = None,
     multiple_of: int | None = None,
     target: Reader | None = None,
+    running: Running | None = None,
     on: On | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
@@ -162,6 +164,8 @@ def compress(
         target: who is to read weights in fewer bits: "gguf" (when None), what GGUF files can say, or "packed", what
             no GGUF file holds, which is smaller where rows are no multiple of 256, or "compressed-tensors", integers
             that transformers and vLLM read. A plan says it already.
+        running: how the result is to run in llama.cpp, where `budget` is for all memory that this takes, not for the
+            weights alone: keys, values and buffers are put aside, see `coterie.compress.memory_budget`.
         on: which tokens count where experts are measured and the result is trained: "all" (when None), or those of
             answers in conversations and of completions, "assistant". With a profile that is there, its own.
         push_to_hub: id of a repository on the model hub that the result is uploaded to once it is whole; that this can
@@ -181,10 +185,11 @@ def compress(
     """
     options = Options.of(
         model=model, out=out, keep=keep, experts=experts, width=width, budget=budget, bits=bits, type=type,
-        multiple_of=multiple_of, target=target, plan=plan, recipe=recipe, effort=effort, train_tokens=train_tokens,
-        router=router, profile=profile, text=text, weights=weights, tokens=tokens, seq_len=seq_len, seed=seed,
-        sample_tokens=sample_tokens, device=device, inputs=inputs, output_dtype=output_dtype, max_memory=max_memory,
-        allow_pickle=allow_pickle, cache=cache, prices=prices, mtp=mtp, on=on,
+        multiple_of=multiple_of, target=target, running=running, plan=plan, recipe=recipe, effort=effort,
+        train_tokens=train_tokens, router=router, profile=profile, text=text, weights=weights, tokens=tokens,
+        seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, device=device, inputs=inputs,
+        output_dtype=output_dtype, max_memory=max_memory, allow_pickle=allow_pickle, cache=cache, prices=prices,
+        mtp=mtp, on=on,
     )  # fmt: skip
     destination = find_destination(push_to_hub, private=private)
     clock = _Clock()

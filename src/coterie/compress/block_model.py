@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coterie.amounts import parse_bytes
-from coterie.compress.damages import PRICED_TYPES
 from coterie.compress.pack import packed_names
 from coterie.compress.plan import Plan
 from coterie.compress.projections import FIELDS, Projections, projections_of
@@ -24,7 +23,7 @@ from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard
 from coterie.compress.source import Source
 from coterie.compress.target import Target
-from coterie.compress.weights import Weight, weights_among
+from coterie.compress.weights import PRICED_TYPES, Weight, weights_among
 from coterie.model.arch.conversion import TORCH_DTYPES, put
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.checkpoint import Checkpoint

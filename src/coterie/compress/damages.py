@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from coterie.compress.projections import DOWN, GATE, UP, Projections, projections_of
 from coterie.compress.source import Source
-from coterie.compress.weights import Weight, weights_among
+from coterie.compress.weights import PRICED_TYPES, Weight, weights_among
 from coterie.model.arch.experts import Experts
 from coterie.model.disk.encodings.ggml import get_layout, rows_together
 from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
@@ -32,25 +32,6 @@ ROWS, MATRICES = 32, 8
 
 #: Tokens that types are priced on: fewer, and what is chosen fits those and no others.
 PRICED_TOKENS = 32_768
-
-#: The types that are priced. Left to who names them: IQ3_S, IQ2_S and IQ2_XS, whose codes take longest to choose; TQ2_0
-#: and TQ1_0, which cost more than IQ2_XXS and IQ1_S and are no smaller; and what no GGUF file can hold.
-PRICED_TYPES = (
-    "Q8_0",
-    "Q6_K",
-    "Q5_K",
-    "Q4_K",
-    "IQ4_XS",
-    "Q3_K",
-    "IQ3_XXS",
-    "Q2_K",
-    "IQ2_XXS",
-    "IQ1_M",
-    "IQ1_S",
-    "Q4_0",
-    "Q5_0",
-    "IQ4_NL",
-)
 
 #: By the pattern of a matrix and the name of a type: the rise of the loss in nats a token.
 Damages = Mapping[str, Mapping[str, float]]

@@ -16,6 +16,7 @@ from coterie.compress.allocators.problem import Allocation, Problem, load_alloca
 from coterie.compress.check import check_layers, check_prediction
 from coterie.compress.integers import check_integers, check_joined, loader_of
 from coterie.compress.layer_plan import LayerPlan
+from coterie.compress.memory_budget import weights_budget
 from coterie.compress.methods import load_decide, load_pass, needs_of
 from coterie.compress.output import result_config
 from coterie.compress.plan import Mtp, Plan
@@ -30,6 +31,7 @@ from coterie.compress.weights import BLOCK_STEPS, bytes_saved, check_types
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError, StaleArtifact
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.ragged import places_of
+from coterie.model.arch.run_settings import Running
 from coterie.model.disk.encodings.integer_types import INTEGERS
 from coterie.model.disk.manifest import RouterForm
 from coterie.profile.measure import check_predicts
@@ -54,6 +56,7 @@ def plan(
     multiple_of: int | None = None,
     prices: Prices | str | Path | None = None,
     target: Reader | None = None,
+    running: Running | None = None,
 ) -> Plan:
     """Decide what every layer becomes. Exactly one of `keep`, `experts`, `width`, `budget`, `bits` and `type` says it.
 
@@ -78,6 +81,8 @@ def plan(
             that chooses types by it; without them it says no more than how large the result is.
         target: who is to read weights in fewer bits, "gguf", "packed" or "compressed-tensors", see
             `coterie.compress.target.Target.reader`.
+        running: how the result is to run in llama.cpp, where `budget` is for all memory that this takes, not for the
+            weights alone: keys, values and buffers are put aside, see `coterie.compress.memory_budget`.
 
     Raises:
         InputError: not exactly one target, one out of range or not for this recipe, or no profile for a ragged one.
@@ -87,6 +92,7 @@ def plan(
         StaleArtifact: the profile is of another model.
     """
     share = None if keep is None else parse_share(keep)
+    budget = weights_budget(model, budget, running, target)
     size = Target(
         keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of,
         reader=target,

@@ -13,13 +13,17 @@ from typing import Any, Literal
 
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.decide import allocate
+from coterie.compress.expected import Expected
 from coterie.compress.plan import KL_OVER_DAMAGE
 from coterie.compress.prices import Prices
 from coterie.compress.recipes import get_recipe
 from coterie.compress.request import Request
 from coterie.compress.source import Source
-from coterie.compress.target import Target
+from coterie.compress.target import Reader, Target
+from coterie.compress.way import Sized, Ways, as_it_is, mixed_way, single_way, with_fewer_experts
+from coterie.compress.weights import smallest_types
 from coterie.errors import Infeasible
+from coterie.model.arch.inspect import read_headers
 from coterie.model.disk.encodings.ggml import SIZES, bits_of
 
 #: Shares of the model's bytes that are listed, where they can be had.
@@ -46,6 +50,11 @@ class Point:
     def expected_kl(self) -> float:
         """What the divergence from the original is expected to be, nats a token."""
         return KL_OVER_DAMAGE * self.damage
+
+    @property
+    def expected(self) -> Expected:
+        """The same, with what it is known by."""
+        return Expected(kl=self.expected_kl, relation="about", basis="prices")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,9 +116,7 @@ def frontier(
         Infeasible: none of the budgets can be met.
         InputError: the model or a budget is not usable.
     """
-    source = Source.open(model, fetch="samples", target=target)
-    if not isinstance(prices, Prices):
-        prices = Prices.load(prices, model_digest=source.checkpoint.digest)
+    source, prices = _open(model, prices, target)
     original = source.original.num_bytes
     limits = [int(share * original) for share in SHARES] if budgets is None else list(map(parse_bytes, budgets))
     mixed = []
@@ -124,13 +131,54 @@ def frontier(
             mixed.append(point)
     if not mixed:
         raise refused or Infeasible(f"{format_bytes(original)} leave nothing to store in fewer bits")
+    return Frontier(
+        original_bytes=original, mixed=_without_twins(mixed), single=_single_types(source, prices)
+    )  # fmt: skip
+
+
+def priced_ways(model: str | Path, prices: Prices | str | Path, limit: int, target: Reader = "gguf") -> Ways:
+    """List the ways to meet a budget, those in fewer bits with what they cost by prices; see `coterie.compress.ways`.
+
+    Args:
+        model: a model folder or hub id; only headers are read.
+        prices: what types cost (`coterie.price`), or the folder of that.
+        limit: bytes that all tensors may take.
+        target: who is to read the result, "gguf" or "packed".
+    """
+    source, prices = _open(model, prices, target)
+    sized = Sized(headers=read_headers(source.checkpoint), accounting=source.accounting, weights=source.weights)
+    listed = [*as_it_is(sized, limit)]
+    if not listed:
+        fitting = [point for point in _single_types(source, prices) if point.num_bytes <= limit]
+        if fitting:
+            plain = min(fitting, key=lambda point: point.damage)
+            listed.append(single_way(sized, plain.name, plain.num_bytes, plain.expected))
+        try:
+            mixed = _point(source, prices, "mixed", Target(budget=limit))
+        except Infeasible:
+            mixed = None
+        if mixed is not None and len(mixed.types) > 1:
+            listed.append(mixed_way(sized, limit, mixed.num_bytes, mixed.expected))
+        listed += with_fewer_experts(sized, limit)
+    return Ways(
+        limit=limit, original_bytes=sized.num_bytes({}), least_bytes=sized.num_bytes(smallest_types(sized.weights)),
+        num_experts=sized.num_experts, ways=tuple(listed),
+    )  # fmt: skip
+
+
+def _open(model: str | Path, prices: Prices | str | Path, target: Reader) -> tuple[Source, Prices]:
+    source = Source.open(model, fetch="samples", target=target)
+    if not isinstance(prices, Prices):
+        prices = Prices.load(prices, model_digest=source.checkpoint.digest)
+    return source, prices
+
+
+def _single_types(source: Source, prices: Prices) -> tuple[Point, ...]:
+    """Return one type for all matrices, each that is priced, from the largest to the smallest."""
     priced = {kind for by_type in prices.damages.values() for kind in by_type}
     ladder = sorted(priced & SIZES.keys(), key=bits_of, reverse=True)
     single = [point for kind in ladder if (point := _point(source, prices, kind, Target(type=kind))) is not None]
-    return Frontier(
-        original_bytes=original, mixed=_without_twins(mixed),
-        single=_without_twins(sorted(single, key=lambda point: -point.num_bytes)),
-    )  # fmt: skip
+    return _without_twins(sorted(single, key=lambda point: -point.num_bytes))
 
 
 def _point(source: Source, prices: Prices, name: str, target: Target) -> Point | None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from coterie.amounts import parse_bytes, parse_share
 from coterie.compress.damages import PRICED_TOKENS
 from coterie.compress.decide import check_profile, check_sequential, checked, completed, needs_of_plan, outline
+from coterie.compress.memory_budget import weights_budget
 from coterie.compress.output import check_space
 from coterie.compress.pack_forecast import PackForecast
 from coterie.compress.plan import Mtp, Plan
@@ -25,6 +26,7 @@ from coterie.compress.stock import prepare_stock
 from coterie.compress.target import Reader, Target
 from coterie.compress.times import checking_time, compressing_time, unit_seconds
 from coterie.errors import InputError
+from coterie.model.arch.run_settings import Running
 from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint, Fetch
 from coterie.model.disk.manifest import RouterForm
@@ -88,11 +90,13 @@ class Options:
         type: str | None,
         multiple_of: int | None,
         target: Reader | None,
+        running: Running | None,
         cache: str | Path | None,
         **others: Any,
     ) -> Options:
         """Return the arguments of `coterie.compress` in one."""
         share = None if keep is None else parse_share(keep)
+        budget = weights_budget(others["model"], budget, running, target)
         size = Target(
             keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of,
             reader=target,

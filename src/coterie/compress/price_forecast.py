@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coterie.compress.allocators import Measures
-from coterie.compress.damages import MATRICES, PRICED_TYPES, ROWS
+from coterie.compress.damages import MATRICES, ROWS
 from coterie.compress.pack_forecast import CODES, seconds_of_type
 from coterie.compress.source import Source
 from coterie.compress.spectra import WINDOW
-from coterie.compress.weights import Weight, weights_among
+from coterie.compress.weights import PRICED_TYPES, Weight, weights_among
 from coterie.model.disk.encodings.ggml.rounding import ROUNDING_BYTES
 from coterie.model.stream.loss import logits_bytes
 from coterie.model.stream.memory import LOGITS, Stage, batch_lines, head_lines, text_lines, unit_lines

@@ -15,11 +15,11 @@ from coterie.amounts import format_bytes, parse_bytes
 from coterie.artifact import digest_of, open_artifact, write_artifact
 from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.allocators.problem import load_meter
-from coterie.compress.damages import PRICED_TOKENS, PRICED_TYPES, Damages
+from coterie.compress.damages import PRICED_TOKENS, Damages
 from coterie.compress.plan import Mtp
 from coterie.compress.price_forecast import BATCH, PRICING, PricingForecast
 from coterie.compress.source import Source
-from coterie.compress.weights import Weight
+from coterie.compress.weights import PRICED_TYPES, Weight
 from coterie.errors import CorruptArtifact, StaleArtifact
 from coterie.fields import Fields, shown
 from coterie.journal import Run

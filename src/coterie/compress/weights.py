@@ -9,13 +9,23 @@ from dataclasses import dataclass, replace
 from coterie.compress.plan import Plan
 from coterie.errors import Infeasible
 from coterie.model.disk.encodings.block_types import SIZES
-from coterie.model.disk.encodings.ggml import GRAIN, OWN_TYPES, WRAPPED, rows_together, unwrapped
+from coterie.model.disk.encodings.ggml import GRAIN, OWN_TYPES, WRAPPED, bits_of, rows_together, unwrapped
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 from coterie.model.disk.encodings.integer_types import INTEGERS, integer_encoding
 from coterie.model.disk.encodings.packed_integers import PackedIntegers
 
 #: Steps on the whole result that leave codes as they are.
 BLOCK_STEPS = ("distill-blocks",)
+
+#: The types that are priced. Left to who names them: IQ3_S, IQ2_S and IQ2_XS, whose codes take longest to choose; TQ2_0
+#: and TQ1_0, which cost more than IQ2_XXS and IQ1_S and are no smaller; and what no GGUF file can hold.
+PRICED_TYPES = (
+    "Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_XXS", "Q2_K", "IQ2_XXS", "IQ1_M", "IQ1_S", "Q4_0", "Q5_0",
+    "IQ4_NL",
+)  # fmt: skip
+
+#: The least that a head gets where all matrices are to have one type.
+HEAD = "Q6_K"
 
 #: What stands in for a type whose blocks are wider than a row, as in llama.cpp: about as many bits, blocks of 32.
 _NARROW = {
@@ -138,6 +148,29 @@ def typed(weights: Iterable[Weight], types: Container[str]) -> list[Weight]:
         if weight.pattern in types and (names := [name for name in weight.names if name not in singled]):
             chosen.append(weight.only(names))
     return chosen
+
+
+def one_type(weights: Iterable[Weight], name: str) -> dict[str, str]:
+    """Return the type of each matrix where all are to have one, by pattern; one whose rows are no blocks has none.
+
+    A head gets `HEAD` at least, and so does an embedding that is the head as well, as in llama.cpp.
+    """
+    types = {}
+    for weight in weights:
+        least = HEAD if weight.head and bits_of(name) < bits_of(HEAD) else name
+        if (kind := weight.fitting(least)) is not None:
+            types[weight.pattern] = kind
+    return types
+
+
+def smallest_types(weights: Iterable[Weight]) -> dict[str, str]:
+    """Return the smallest priced type that each matrix can have, by pattern."""
+    types = {}
+    for weight in weights:
+        fitting = [kind for wanted in PRICED_TYPES if (kind := weight.fitting(wanted)) is not None]
+        if fitting:
+            types[weight.pattern] = min(fitting, key=weight.num_bytes)
+    return types
 
 
 def weights_among(weights: Iterable[Weight], names: Collection[str]) -> list[Weight]:

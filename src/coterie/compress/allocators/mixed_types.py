@@ -12,8 +12,7 @@ from coterie.amounts import format_bytes
 from coterie.compress.allocators import one_type
 from coterie.compress.allocators.knapsack import Option, choose_within, gap_of
 from coterie.compress.allocators.problem import Allocation, Problem
-from coterie.compress.damages import PRICED_TYPES
-from coterie.compress.weights import Weight
+from coterie.compress.weights import Weight, smallest_types
 from coterie.errors import Infeasible
 from coterie.model.disk.encodings.ggml import WRAPPED
 
@@ -61,11 +60,7 @@ def _outline(problem: Problem) -> Allocation:
     That way is one type for all where one fits, which is no larger than what will be chosen; else the smallest types.
     """
     layers = problem.whole()
-    types: dict[str, str] = {}
-    for weight in problem.weights:
-        fitting = [kind for wanted in PRICED_TYPES if (kind := weight.fitting(wanted)) is not None]
-        if fitting:
-            types[weight.pattern] = min(fitting, key=weight.num_bytes)
+    types = smallest_types(problem.weights)
     weights = [weight for weight in problem.weights if weight.pattern in types]
     smallest = Allocation(layers=layers, num_bytes=problem.num_bytes(layers, types), types=types)
     taken = sum(weight.num_bytes(types[weight.pattern]) for weight in weights)

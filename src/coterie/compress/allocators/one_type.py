@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.compress.integers import choose_integers, fitting_integers
+from coterie.compress.weights import one_type
 from coterie.errors import Infeasible
 from coterie.model.disk.encodings.block_types import bits_of
 from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES
-
-#: The least that a head gets.
-HEAD = "Q6_K"
 
 
 def allocate(problem: Problem) -> Allocation:
@@ -75,10 +73,5 @@ def _largest(problem: Problem, options: Sequence[Allocation]) -> Allocation:
 
 
 def _allocation(problem: Problem, name: str) -> Allocation:
-    types = {}
-    for weight in problem.weights:
-        least = HEAD if weight.head and bits_of(name) < bits_of(HEAD) else name
-        if (kind := weight.fitting(least)) is not None:
-            types[weight.pattern] = kind
-    layers = problem.whole()
+    types, layers = one_type(problem.weights, name), problem.whole()
     return Allocation(layers=layers, num_bytes=problem.num_bytes(layers, types), types=types)

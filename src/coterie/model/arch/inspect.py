@@ -8,7 +8,6 @@ Legend: E experts, K chosen experts, F expert width, D model width. All names he
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from coterie.errors import ArchitectureMismatch, NotAMoE
 from coterie.model.arch.accounting import Accounting, LayerShape
 from coterie.model.arch.routing import routing_problem
 from coterie.model.arch.shapes import awkward_shapes
+from coterie.model.arch.storage import Amount, Storage
 from coterie.model.arch.structure import (
     Block,
     DottedName,
@@ -37,8 +37,8 @@ from coterie.model.arch.structure import (
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.manifest import Manifest, ResultForm
-from coterie.model.disk.quantized import OWN_METHOD, as_read, shapes_of_packed
-from coterie.model.disk.tensors import DTYPE_BITS, TensorInfo
+from coterie.model.disk.quantized import as_read
+from coterie.model.disk.tensors import TensorInfo
 
 #: Parts of a model, in the order of printing. "shared" is everything in a MoE block but routed experts and router;
 #: "attention" is any mixing of tokens; "unused" is what transformers does not run (multi-token prediction).
@@ -54,23 +54,6 @@ _DENSE = re.compile(r"(^|_)(mlp|feed_forward|ffn|ff|moe)$|^mixer$")
 _EMBEDDING = re.compile(r"embed_tokens|word_embeddings|\bwte\b|lm_head")
 _INPUT = re.compile(r"embed|\bwte\b")
 _GROUPS = re.compile(r"^n(um)?(_expert)?_group$")
-_COMPANION = re.compile(r"scale|zero|g_idx|absmax|quant_map|quant_state|weight_shape")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Amount:
-    """How much of something there is.
-
-    Attributes:
-        parameters: weights, as the model computes with them: quantised storage is unpacked, its scales do not count.
-        bytes: bytes on disk, scales included.
-    """
-
-    parameters: int = 0
-    bytes: int = 0
-
-    def __add__(self, other: Amount) -> Amount:
-        return Amount(parameters=self.parameters + other.parameters, bytes=self.bytes + other.bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,20 +185,98 @@ def inspect(model: str | Path, *, budget: str | int | None = None) -> Inspection
 def inspect_checkpoint(checkpoint: Checkpoint, *, budget: str | int | None = None) -> Inspection:
     """Look into a MoE checkpoint that is open already; see `inspect`."""
     limit = None if budget is None else parse_bytes(budget)
-    config, tensors = checkpoint.config, checkpoint.tensors
+    return inspect_headers(read_headers(checkpoint), limit)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Headers:
+    """What the headers of a checkpoint say of its MoE layers and of every tensor, before it is added up.
+
+    Attributes:
+        checkpoint: whose they are.
+        storage: counts weights in tensors.
+        blocks: the MoE blocks that the model runs, in order.
+        moe_layers: the same, described.
+        places: where in the model each tensor is, by name; None where its name does not say.
+        part_of: the part of `PARTS` that each tensor belongs to, by name.
+        expert_key: path into config.json of the entry that counts experts; empty when no entry does.
+        num_layers: decoder layers, with and without experts.
+    """
+
+    checkpoint: Checkpoint
+    storage: Storage
+    blocks: tuple[Block, ...]
+    moe_layers: tuple[MoEBlock, ...]
+    places: Mapping[str, Place | None]
+    part_of: Mapping[str, str]
+    expert_key: DottedName
+    num_layers: int
+
+    def accounting(self) -> Accounting:
+        """Return what says how large results are."""
+        return _accounting(self.checkpoint, self.blocks, self.moe_layers)
+
+    def num_bytes(self, accounting: Accounting, experts: int) -> int:
+        """Return the bytes of all tensors with so many experts in each layer, or all where a layer has fewer."""
+        # A map needs all rows of the router.
+        return accounting.num_bytes(
+            [
+                LayerShape(
+                    num_experts=min(experts, layer.num_experts), keeps_rows=layer.router_rows != layer.num_experts
+                )
+                for layer in self.moe_layers
+            ]
+        )
+
+    def routable(self) -> list[int]:
+        """Return the numbers of experts in every layer that the routers can choose from, in order."""
+        config = self.checkpoint.config
+        most = max(layer.num_experts for layer in self.moe_layers)
+        top_k = max(layer.top_k for layer in self.moe_layers)
+        groups = nearest_entry(config, (), lambda key: _GROUPS.search(key) is not None) or 1
+        chosen_groups = nearest_entry(config, (), lambda key: key == "topk_group") or 1
+        counts = [
+            experts
+            for experts in range(1, most + 1)
+            if not routing_problem(experts, top_k=top_k, num_groups=groups, num_chosen_groups=chosen_groups)
+        ]
+        return counts or [most]
+
+
+def read_headers(checkpoint: Checkpoint) -> Headers:
+    """Find the MoE layers of a checkpoint, and the part that each of its tensors belongs to.
+
+    Raises:
+        NotAMoE, ArchitectureMismatch: see `inspect`.
+    """
+    config = checkpoint.config
     check_chosen(config, str(checkpoint.path))
-    places, counts, storage = _places(checkpoint), expert_counts(config), _Storage(checkpoint)
+    places, counts, storage = _places(checkpoint), expert_counts(config), Storage(checkpoint)
     described = _find_layers(checkpoint, places, counts, storage)
-    running, moe_layers = [block for block, _ in described], [layer for _, layer in described]
-    path = _expert_path(counts, running[0])
+    running = [block for block, _ in described]
     depths = {block.stack: _depth(config, _expert_path(counts, block)) for block in running}
     part_of = _parts_of(checkpoint, places, running, depths)
+    return Headers(
+        checkpoint=checkpoint, storage=storage, blocks=tuple(running),
+        moe_layers=tuple(layer for _, layer in described), places=places, part_of=part_of,
+        expert_key=_expert_path(counts, running[0]), num_layers=_num_layers(places, part_of, set(depths)),
+    )  # fmt: skip
+
+
+def inspect_headers(headers: Headers, limit: int | None = None) -> Inspection:
+    """Add up what headers say; see `inspect`.
+
+    Args:
+        headers: of the checkpoint.
+        limit: bytes that all tensors may take; asks what would fit.
+    """
+    checkpoint, moe_layers, part_of = headers.checkpoint, headers.moe_layers, headers.part_of
     by_part: dict[str, list[TensorInfo]] = {part: [] for part in PARTS}
     dtypes = Counter[str]()
-    for name, info in tensors.items():
+    for name, info in checkpoint.tensors.items():
         by_part[part_of[name]].append(info)
         dtypes[info.dtype] += info.num_bytes
-    parts = {part: storage.amount(infos) for part, infos in by_part.items()}
+    parts = {part: headers.storage.amount(infos) for part, infos in by_part.items()}
     total = sum(parts.values(), Amount())
     used = total.parameters - parts["unused"].parameters
     routed = parts["experts"].parameters
@@ -224,11 +285,11 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, budget: str | int | None = Non
     )
     return Inspection(
         path=checkpoint.path,
-        model_type=str(config["model_type"]),
-        layers=_num_layers(places, part_of, set(depths)),
-        expert_key=path or None,
-        moe_layers=tuple(moe_layers),
-        prediction=_prediction(places, part_of),
+        model_type=str(checkpoint.config["model_type"]),
+        layers=headers.num_layers,
+        expert_key=headers.expert_key or None,
+        moe_layers=moe_layers,
+        prediction=_prediction(headers.places, part_of),
         awkward=tuple(
             dict.fromkeys(note for each in moe_layers for note in awkward_shapes(each.num_experts, each.width))
         ),
@@ -236,11 +297,9 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, budget: str | int | None = Non
         active_parameters=active + used - routed,
         tied_embeddings=not any(part == "embeddings" and not _INPUT.search(name) for name, part in part_of.items()),
         bytes_by_dtype=dict(dtypes.most_common()),
-        file_bytes=_file_bytes(tensors.values()),
+        file_bytes=_file_bytes(checkpoint.tensors.values()),
         estimates=_estimates(used, routed),
-        budget=None
-        if limit is None
-        else _fit(limit, moe_layers, _accounting(checkpoint, described), config, _bits(limit, parts)),
+        budget=None if limit is None else _fit(limit, headers, _bits(limit, parts)),
     )
 
 
@@ -266,15 +325,13 @@ def accounting_of(checkpoint: Checkpoint) -> Accounting:
         NotAMoE: no tensors of routed experts.
         ArchitectureMismatch: config.json and tensors disagree.
     """
-    config = checkpoint.config
-    return _accounting(
-        checkpoint, _find_layers(checkpoint, _places(checkpoint), expert_counts(config), _Storage(checkpoint))
-    )
+    described = _find_layers(checkpoint, _places(checkpoint), expert_counts(checkpoint.config), Storage(checkpoint))
+    return _accounting(checkpoint, [block for block, _ in described], [layer for _, layer in described])
 
 
-def _accounting(checkpoint: Checkpoint, described: Sequence[tuple[Block, MoEBlock]]) -> Accounting:
-    inner = [(layer.hidden_size, layer.width) for _, layer in described]
-    return Accounting.of_blocks(checkpoint.tensors, [block for block, _ in described], inner)
+def _accounting(checkpoint: Checkpoint, blocks: Sequence[Block], layers: Sequence[MoEBlock]) -> Accounting:
+    inner = [(layer.hidden_size, layer.width) for layer in layers]
+    return Accounting.of_blocks(checkpoint.tensors, blocks, inner)
 
 
 def _places(checkpoint: Checkpoint) -> dict[str, Place | None]:
@@ -282,7 +339,7 @@ def _places(checkpoint: Checkpoint) -> dict[str, Place | None]:
 
 
 def _find_layers(
-    checkpoint: Checkpoint, places: Mapping[str, Place | None], counts: Mapping[DottedName, int], storage: _Storage
+    checkpoint: Checkpoint, places: Mapping[str, Place | None], counts: Mapping[DottedName, int], storage: Storage
 ) -> list[tuple[Block, MoEBlock]]:
     """Find the MoE blocks that the model runs, in order, and describe each.
 
@@ -302,59 +359,6 @@ def _find_layers(
     if not described:
         raise NotAMoE(_what_was_seen(checkpoint, places, counts))
     return described
-
-
-class _Storage:
-    """Counts weights in tensors, unpacking what a quantised checkpoint packs."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        config = checkpoint.config
-        entries = [value for key, value in config.items() if key in ("quantization_config", "compression_config")]
-        self.quantised = bool(entries) and isinstance(entries[0], Mapping)
-        self.bits = _quantised_bits(entries[0]) if self.quantised else 16
-        #: Shapes of what packed tensors are read as, where that is known.
-        self.shapes = shapes_of_packed(checkpoint)
-        self.companions = self.quantised and str(entries[0].get("quant_method", "")).lower() != OWN_METHOD
-
-    def parameters(self, info: TensorInfo) -> int:
-        """Return the weights that a tensor stands for; 0 for the scales and zeros of a quantised one."""
-        if info.name in self.shapes:
-            return math.prod(self.shapes[info.name])
-        if not self.quantised:
-            return info.num_elements
-        if self.is_companion(info):
-            return 0
-        packed = info.dtype in ("U8", "I32", "U32") and self.bits < DTYPE_BITS[info.dtype]
-        return info.num_elements * DTYPE_BITS[info.dtype] // self.bits if packed else info.num_elements
-
-    def is_companion(self, info: TensorInfo) -> bool:
-        """Tell whether a tensor only says how to read another one."""
-        if info.name in self.shapes:
-            return self.shapes[info.name] == (0,)
-        return self.companions and bool(_COMPANION.search(info.name.rpartition(".")[2]) or "quant_state" in info.name)
-
-    def amount(self, infos: Iterable[TensorInfo]) -> Amount:
-        """Add up tensors."""
-        parameters = size = 0
-        for info in infos:
-            parameters += self.parameters(info)
-            size += info.num_bytes
-        return Amount(parameters=parameters, bytes=size)
-
-
-def _quantised_bits(config: Mapping[str, Any]) -> int:
-    """Return the bits of a quantised weight, from the many ways in which quantisers write it."""
-    bit_entries = [
-        (path, value)
-        for path, value in integer_entries(config)
-        if path[-1] in ("bits", "num_bits", "w_bit", "wbits")
-        and not any("activation" in component for component in path)
-    ]
-    bit_entries.sort(key=lambda entry: "weights" not in entry[0])
-    if bit_entries:
-        return bit_entries[0][1]
-    told = " ".join(f"{key} {value}" for key, value in config.items() if value).lower()
-    return 4 if re.search(r"fp4|4bit true|int4|awq|gptq", told) else 8
 
 
 def _mapped_counts(manifest: Manifest | None) -> list[int]:
@@ -384,7 +388,7 @@ def _is_extra(name: str) -> bool:
 
 
 def _describe(
-    block: Block, config: Mapping[str, Any], path: DottedName, storage: _Storage, tensors: Mapping[str, TensorInfo]
+    block: Block, config: Mapping[str, Any], path: DottedName, storage: Storage, tensors: Mapping[str, TensorInfo]
 ) -> MoEBlock:
     axes = {extent for info in block.router for extent in info.shape}
     rows = next(
@@ -409,7 +413,7 @@ def _describe(
 
 
 def _expert_shape(
-    block: Block, first: list[TensorInfo], config: Mapping[str, Any], path: DottedName, storage: _Storage
+    block: Block, first: list[TensorInfo], config: Mapping[str, Any], path: DottedName, storage: Storage
 ) -> tuple[int, int]:
     """Return D and F of a block's experts: D is the axis that all their matrices have, F * D the smallest matrix."""
     skip = 1 if block.fused else 0
@@ -496,35 +500,22 @@ def _estimates(parameters: int, routed: int) -> dict[str, int]:
     return {"bf16": 2 * parameters, "int8": unrouted + routed + overhead, "int4": unrouted + -(-routed // 2) + overhead}
 
 
-def _fit(
-    limit: int, layers: list[MoEBlock], accounting: Accounting, config: Mapping[str, Any], bits: float
-) -> BudgetFit:
+def _fit(limit: int, headers: Headers, bits: float) -> BudgetFit:
     """Find the most experts a layer whose tensors fit into `limit` bytes; router rows go with their experts."""
-    most = max(layer.num_experts for layer in layers)
-    top_k = max(layer.top_k for layer in layers)
-    groups = nearest_entry(config, (), lambda key: _GROUPS.search(key) is not None) or 1
-    chosen_groups = nearest_entry(config, (), lambda key: key == "topk_group") or 1
-
-    def size(experts: int) -> int:
-        # A map needs all rows of the router.
-        sizes = [(min(experts, layer.num_experts), layer.router_rows != layer.num_experts) for layer in layers]
-        return accounting.num_bytes([LayerShape(num_experts=count, keeps_rows=mapped) for count, mapped in sizes])
-
-    def routes(experts: int) -> bool:
-        return not routing_problem(experts, top_k=top_k, num_groups=groups, num_chosen_groups=chosen_groups)
-
-    feasible = [experts for experts in range(1, most + 1) if routes(experts)] or [most]
-    fitting = [experts for experts in feasible if size(experts) <= limit]
+    most = max(layer.num_experts for layer in headers.moe_layers)
+    accounting, feasible = headers.accounting(), headers.routable()
+    fitting = [experts for experts in feasible if headers.num_bytes(accounting, experts) <= limit]
     if fitting:
         experts = fitting[-1]
     else:
-        experts = max((experts for experts in range(1, most + 1) if size(experts) <= limit), default=0)
+        every = range(1, most + 1)
+        experts = max((experts for experts in every if headers.num_bytes(accounting, experts) <= limit), default=0)
     return BudgetFit(
         limit=limit,
         experts=experts,
         keep=experts / most,
-        bytes=size(experts),
-        smallest=size(feasible[0]),
+        bytes=headers.num_bytes(accounting, experts),
+        smallest=headers.num_bytes(accounting, feasible[0]),
         smallest_experts=feasible[0],
         feasible=bool(fitting),
         bits=bits,
