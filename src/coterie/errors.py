@@ -4,7 +4,7 @@ The tree; catch the root to catch them all::
 
     CoterieError
     ├── InputError (ValueError)       something that the user handed over is wrong
-    │   ├── NotACheckpoint            the path holds no safetensors checkpoint
+    │   ├── NotACheckpoint            the path holds no checkpoint that is read
     │   ├── NotAMoE                   a checkpoint, but without routed experts
     │   ├── CorruptCheckpoint         truncated, missing or overlapping data in a checkpoint
     │   ├── UnsupportedDtype          tensors in a number format that cannot be compressed
@@ -35,7 +35,7 @@ class InputError(CoterieError, ValueError):
 
 
 class NotACheckpoint(InputError):
-    """The path holds no safetensors checkpoint."""
+    """The path holds no checkpoint that is read."""
 
 
 class NotAMoE(InputError):

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import coterie
@@ -19,13 +19,10 @@ from coterie.errors import InputError, NotACheckpoint, OutOfSpace, OutputExists,
 from coterie.export import blocks, run
 from coterie.export.blocks import encode
 from coterie.model.disk.checkpoint import Checkpoint
-from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 from coterie.model.disk.quantized import dequantized
 from coterie.testing import tiny_checkpoint
+from export_cases import MIXED, STORED_IN_BLOCKS, WIDE, packed
 from llama_runtime import after, llama, numbers, predicted, stock_predicted
-
-#: Widths that hold whole blocks of every type.
-WIDE = {"hidden_size": 256, "moe_intermediate_size": 256}
 
 
 def tensors(file):
@@ -34,65 +31,6 @@ def tensors(file):
 
 def field(file, key):
     return gguf.GGUFReader(file).get_field(key).contents()
-
-
-def packed(folder, family, types, *, columns=None, **changes):
-    """Write a tiny model, some tensors of which are stored in blocks: type and axis by the end of their names.
-
-    With `columns`, the numbers of a row, blocks run on from row to row.
-
-    Rows are packed by themselves, so what was packed once serves all tensors of a kind, turned by some rows.
-    """
-    model = tiny_checkpoint(folder, family, **changes)
-    groups = []
-    # Smaller numbers than in narrow models: a router should not turn on the last bit.
-    content = {name: t / 4 if t.ndim > 1 else t for name, t in load_file(model / "model.safetensors").items()}
-    for ending, (kind, axis) in types.items():
-        encoding = GgmlBlocks(type=kind, axis=axis, dtype="F32", columns=columns)
-        names = [name for name in content if name.endswith(ending)]
-        [once] = encoding.pack(content[names[0]][:1] if content[names[0]].ndim == 3 else content[names[0]]).values()
-        for turn, name in enumerate(names):
-            stack = content[name].shape[0] if content[name].ndim == 3 else 0
-            turned = [once.roll(17 * (turn + each), -3 - axis) for each in range(stack or 1)]
-            content[name] = torch.cat(turned).contiguous() if stack else turned[0].contiguous()
-        groups.append(encoding.config() | {"tensors": names})
-    save_file(content, model / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": "coterie", "groups": groups}
-    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return model
-
-
-#: Types by the ends of names: experts and attention in different ones.
-MIXED = {
-    "gate_proj.weight": ("Q4_K", -1), "up_proj.weight": ("Q4_0", -1), "down_proj.weight": ("Q6_K", -1),
-    "q_proj.weight": ("Q4_K", -1), "embed_tokens.weight": ("Q6_K", -1),
-}  # fmt: skip
-#: Family, types and sizes.
-STORED_IN_BLOCKS = {
-    "qwen3_moe": ("qwen3_moe", MIXED, WIDE),
-    # The smallest types that there are.
-    "two bits and fewer": (
-        "qwen3_moe",
-        {
-            "gate_proj.weight": ("TQ2_0", -1), "up_proj.weight": ("TQ1_0", -1), "down_proj.weight": ("IQ1_S", -1),
-            "q_proj.weight": ("IQ1_M", -1),
-        },
-        WIDE,
-    ),
-    # Rows of queries and keys change places there.
-    "mixtral": (
-        "mixtral",
-        {"q_proj.weight": ("Q4_K", -1), "k_proj.weight": ("Q4_0", -1), "w1.weight": ("Q4_K", -1)},
-        {"hidden_size": 256, "head_dim": 32, "num_key_value_heads": 2, "sliding_window": None},
-    ),
-    # Blocks along the axis that is the input one, where matrices lie transposed; gate and up in turn.
-    "gpt_oss": (
-        "gpt_oss",
-        {"gate_up_proj": ("Q4_K", -2), "down_proj": ("Q6_K", -2)},
-        {"hidden_size": 256, "intermediate_size": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    ),
-}  # fmt: skip
 
 
 def test_numbers_are_those_of_the_checkpoint(tiny, tmp_path):

@@ -5,44 +5,9 @@ import torch
 
 from coterie import export
 from coterie.errors import InputError
-from coterie.export.families import FAMILIES
 from coterie.testing import tiny_checkpoint
+from export_cases import CASES, LATENT_YARN, LINEAR, RIGHT, YARN
 from llama_runtime import llama, numbers, predicted, stock_predicted
-
-#: Positions in a model whose text is longer than what it was trained on.
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
-LATENT_YARN = YARN | {"factor": 40.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
-LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-PLAIN = {"rope_type": "default", "rope_theta": 150000.0}
-SINKS_YARN = YARN | {"rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": True}
-
-#: What a tiny config has to say so that llama.cpp computes it.
-RIGHT = {
-    "qwen2_moe": {"norm_topk_prob": False},
-    "deepseek_v2": {"norm_topk_prob": False, "topk_method": "greedy", "routed_scaling_factor": 2.0},
-    "gpt_oss": {"rope_parameters": PLAIN},
-    "mixtral": {"sliding_window": None},
-    "olmoe": {"norm_topk_prob": False, "num_key_value_heads": 2},
-}
-
-CASES = [(family, RIGHT.get(family, {})) for family in sorted(FAMILIES)] + [
-    ("qwen3_moe", {"rope_parameters": YARN}),
-    ("qwen3_moe", {"rope_parameters": LINEAR, "tie_word_embeddings": True}),
-    ("qwen2_moe", RIGHT["qwen2_moe"] | {"rope_parameters": YARN}),
-    ("mixtral", RIGHT["mixtral"] | {"rope_parameters": YARN}),
-    ("mixtral", RIGHT["mixtral"] | {"rope_parameters": LINEAR, "tie_word_embeddings": True}),
-    ("olmoe", RIGHT["olmoe"] | {"rope_parameters": YARN}),
-    ("gpt_oss", {"rope_parameters": SINKS_YARN}),
-    ("deepseek_v2", RIGHT["deepseek_v2"] | {"rope_parameters": LATENT_YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}}),
-    ("deepseek_v2", RIGHT["deepseek_v2"] | {"q_lora_rank": None, "num_hidden_layers": 27}),
-    ("deepseek_v3", {"rope_parameters": LATENT_YARN, "tie_word_embeddings": True}),
-    ("deepseek_v3", {"n_group": 4, "topk_group": 2, "norm_topk_prob": False}),
-    ("glm4_moe", {"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 2.5, "norm_topk_prob": False}),
-    ("glm4_moe", {"tie_word_embeddings": True, "first_k_dense_replace": 2, "n_shared_experts": 2}),
-    ("granitemoe", {"tie_word_embeddings": True}),
-    ("mixtral", RIGHT["mixtral"] | {"head_dim": 24}),
-    ("gpt_oss", RIGHT["gpt_oss"] | {"head_dim": 32}),
-]
 
 #: Tokens of the test: more than a sliding window of the tiny models holds.
 LENGTH = 100

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from coterie import export
 from coterie.errors import InputError
-from coterie.export.tokens import BYTE_LEVEL
+from coterie.model.disk.gguf.tokens import ALIASES, BYTE_LEVEL
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.testing import tiny_checkpoint
+from export_cases import rewritten
 from llama_runtime import llama, token_ids
 
 #: Digits, code, contractions, breaks, scripts, emoji, spaces of all kinds.
@@ -98,7 +99,14 @@ def model_with(tokenizer, folder):
 
 def compare(checkpoint, file, texts=TEXTS):
     export(checkpoint, file)
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer, read_back = load_tokenizer(checkpoint), load_tokenizer(file)
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert read_back(text)["input_ids"] == ids, text
+        if tokenizer.backend_tokenizer.decoder is not None:
+            assert read_back.decode(ids) == tokenizer.decode(ids)
+        assert read_back.decode(ids, skip_special_tokens=True) == re.sub(r"<\|\w+\|>", "", text)
+    assert read_back.special_tokens_map == tokenizer.special_tokens_map
     with llama(file) as server:
         for text in texts:
             assert token_ids(server, text) == tokenizer(text)["input_ids"], text
@@ -108,6 +116,22 @@ def compare(checkpoint, file, texts=TEXTS):
 def test_every_known_way_to_cut_text_up_gives_the_same_tokens(steps, tmp_path):
     checkpoint = model_with(byte_level(steps), tmp_path / "model")
     compare(checkpoint, tmp_path / "model.gguf", [*TEXTS, "<|user|>hello<|end|> there"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("alias", ALIASES)
+def test_other_names_of_a_way_read_back_as_llama_cpp_reads_them(alias, tmp_path):
+    [steps] = [steps for steps, name in BYTE_LEVEL.items() if name == ALIASES[alias]]
+    export(model_with(byte_level(steps), tmp_path / "model"), tmp_path / "model.gguf")
+
+    def renamed(fields):
+        fields["tokenizer.ggml.pre"] = (alias, *fields["tokenizer.ggml.pre"][1:])
+
+    file = rewritten(tmp_path / "model.gguf", tmp_path / "renamed.gguf", renamed)
+    tokenizer = load_tokenizer(file)
+    with llama(file) as server:
+        for text in [*TEXTS, "<|user|>hello<|end|> there"]:
+            assert token_ids(server, text) == tokenizer(text)["input_ids"], text
 
 
 @pytest.mark.parametrize("scheme", ["prepend", "always", "first"])

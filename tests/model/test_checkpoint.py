@@ -521,7 +521,7 @@ def test_shards_without_their_index_are_refused_as_stock_loaders_refuse_them(sha
 def test_places_that_hold_no_checkpoint(tmp_path, sharded):
     with pytest.raises(NotACheckpoint, match=r"nowhere does not exist.*folder with config\.json"):
         Checkpoint.open(tmp_path / "nowhere")
-    with pytest.raises(NotACheckpoint, match=r"config\.json is a file; pass the folder"):
+    with pytest.raises(NotACheckpoint, match=r"config\.json is a file; pass a \*\.gguf, or the folder"):
         Checkpoint.open(sharded / "config.json")
     (tmp_path / "empty").mkdir()
     with pytest.raises(NotACheckpoint, match=r"has no config\.json"):

@@ -20,10 +20,16 @@ from coterie.model.disk.encodings.mxfp4 import Mxfp4
 from coterie.model.disk.encodings.packed_integers import PackedIntegers
 from coterie.model.disk.encodings.plain import Plain
 from coterie.model.disk.encodings.ragged import Ragged
+from coterie.model.disk.encodings.rearranged import Rearranged
+from coterie.model.disk.gguf.take import Take
 from coterie.model.disk.tensors import DTYPE_BITS, TORCH_NAMES
 from some import first
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+EVEN, ODD = Take(rows=(0, 2, 4)), Take(rows=(1, 3, 5))
+TURNED = Take(groups=2, rows=(0,), turned=True, stacked=True)
+STACKED = Take(groups=2, rows=(1, 2), stacked=True)
 
 #: One encoding of each kind, with a shape that it can hold.
 EXAMPLES = [
@@ -55,6 +61,11 @@ EXAMPLES = [
     (Ragged(axis=0, width=2, full=5, inner=Plain(dtype="BF16")), (5, 3)),
     (Ragged(axis=1, width=0, full=5, inner=Plain(dtype="F32")), (4, 5)),
     (Ragged(axis=0, width=2, full=5, inner=BlockScaled(block=(4, 3))), (5, 3)),
+    (Rearranged(takes=(EVEN, ODD), shape=(6, 5)), (6, 5)),
+    (Rearranged(takes=(EVEN, ODD), shape=(6,), stack=2, dtype="F32"), (2, 6)),
+    (Rearranged(takes=(Take(input_first=True),), shape=(3, 4), stack=2), (2, 3, 4)),
+    (Rearranged(takes=(TURNED, STACKED), shape=(6, 5), dtype="F32"), (6, 5)),
+    (Rearranged(takes=(Take(groups=2, rows=(2, 0, 1)),), shape=(6, 5), dtype="F16"), (6, 5)),
 ]
 SCALED = [(encoding, shape) for encoding, shape in EXAMPLES if isinstance(encoding, BlockScaled | Mxfp4)]
 
@@ -347,6 +358,7 @@ def test_rows_that_lie_by_themselves_are_the_same_rows(encoding, shape):
             Gptq: False,
             Awq: False,
             Ragged: getattr(encoding, "axis", 0) > 0,
+            Rearranged: getattr(encoding, "stack", None) is not None,
         }[type(encoding)]
     )
     assert (rows is not None) == alone

@@ -21,9 +21,9 @@ from coterie.errors import CorruptCheckpoint, UnsupportedDtype
 from coterie.model.arch.conversion import WeightConversion
 from coterie.model.arch.layers import Architecture
 from coterie.model.disk.checkpoint import Checkpoint
-from coterie.model.disk.encodings import scaled
+from coterie.model.disk.encodings import quantization_config, scaled
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
-from coterie.model.disk.quantized import as_read, dequantized, quantization_config
+from coterie.model.disk.quantized import as_read, dequantized
 from coterie.model.quiet import quiet
 from coterie.testing import tiny_text
 from hostile import changed, places, values

@@ -11,7 +11,7 @@ from coterie.cli.output import print_json, print_markdown, print_text
 
 
 def bench(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model folders or hub ids.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model folders, GGUF files or hub ids.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for what is found; one that is there goes on.")],
     text: Annotated[
         str,

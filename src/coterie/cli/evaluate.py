@@ -19,7 +19,7 @@ _SPEED_SECONDS = 20.0
 
 
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model folders or hub ids.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model folders, GGUF files or hub ids.")],
     text: Annotated[
         str | None,
         typer.Option(

@@ -11,7 +11,10 @@ from coterie.cli.output import print_json, print_text
 
 def export(
     folder: Annotated[
-        str, typer.Argument(metavar="FOLDER", help="Model folder, or a hub id; a result of `coterie compress` too.")
+        str,
+        typer.Argument(
+            metavar="FOLDER", help="Model folder or GGUF file, or a hub id; a result of `coterie compress` too."
+        ),
     ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write, like model.gguf; it must be new.")],
     number_type: Annotated[

@@ -14,7 +14,7 @@ from coterie.model.disk.manifest import RouterForm
 from coterie.profile import sources
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Model folder, or a hub id: ORG/NAME or ORG/NAME@REVISION.")
+    str, typer.Argument(metavar="MODEL", help="Model folder or GGUF file, or a hub id: ORG/NAME or ORG/NAME@REVISION.")
 ]
 
 

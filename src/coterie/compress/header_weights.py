@@ -44,7 +44,7 @@ def weights_of_headers(headers: Headers, accounting: Accounting, target: Reader 
             weights.append(
                 Weight(
                     pattern=name, names=(name,), shape=info.shape, axis=-1, layer=None, kind=kind,
-                    plain_bytes=info.num_bytes, head=head, can_wrap=kind == "linear",
+                    plain_bytes=info.num_bytes, head=head, can_wrap=True,
                 )
             )  # fmt: skip
     return tuple(replace(weight, wraps=weight.can_wrap and target == "packed") for weight in weights)

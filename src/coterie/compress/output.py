@@ -20,8 +20,8 @@ from coterie.model.arch.layers import Architecture
 from coterie.model.arch.resize import resized_config
 from coterie.model.disk.beside import MODELING_FILE
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.encodings import quantization_config
 from coterie.model.disk.manifest import MANIFEST
-from coterie.model.disk.quantized import quantization_config
 from coterie.outputs import free_space
 from coterie.publish.stock import auto_map, replaced_code, write_modeling_file
 

@@ -12,6 +12,7 @@ from coterie.compress.recipes import get_recipe
 from coterie.errors import CoterieError
 from coterie.model.arch.inspect import inspect_checkpoint
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.gguf.folder import place_of
 from coterie.model.disk.provenance import Provenance
 from coterie.profile.profile import Profile
 from coterie.profile.sources import source_name
@@ -56,7 +57,7 @@ def provenance_of(job: Job, profile: Profile | None, result: Path | None = None)
         text=None if text is None else source_name(text),
         recipe_summary=None if recipe is None else recipe.summary,
         recipe_paper=None if recipe is None else recipe.paper,
-        commands=_commands(job, profile, model_id or checkpoint.path.resolve().name),
+        commands=_commands(job, profile, model_id or place_of(checkpoint.path.resolve()).name),
         active_before=None if result is None else _active(checkpoint),
         active_after=None if result is None else _active(Checkpoint.open(result)),
     )

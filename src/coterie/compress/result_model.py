@@ -23,11 +23,12 @@ from coterie.model.arch.load import result_meta_model
 from coterie.model.arch.ragged import Place, cut, places_of
 from coterie.model.arch.seam import intercepted
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.encodings import quantization_config
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.header import read_header
 from coterie.model.disk.manifest import RaggedWidths
 from coterie.model.disk.patterns import matching
-from coterie.model.disk.quantized import dequantized, quantization_config
+from coterie.model.disk.quantized import dequantized
 from coterie.model.nested import mapped
 from coterie.model.stream.stream import Call, Stream
 from coterie.model.stream.unit import Unit

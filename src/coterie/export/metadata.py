@@ -6,9 +6,11 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from coterie.export.families import Family, head_width
+from coterie.export.checks import head_width
 from coterie.export.tensors import Output
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.gguf.families import Family
+from coterie.model.disk.gguf.metadata import BETA_FAST, BETA_SLOW, LOG_FACTOR, SCORES, entries_of
 from coterie.model.disk.manifest import Manifest
 from coterie.publish.original import card_of, hub_id
 
@@ -35,13 +37,10 @@ def describe(writer: gguf.GGUFWriter, family: Family, config: PreTrainedConfig, 
 
     shapes = {output.name.rpartition(".")[0].rpartition(".")[2]: output.shape for output in outputs}
     num_experts, expert_width, _ = shapes["ffn_gate_exps"]
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(1 if family.latent else config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for entry in entries_of(family):
+        value = getattr(config, entry.config, None)
+        if value is not None:
+            getattr(writer, f"add_{entry.kind}")(f"{family.architecture}.{entry.key}", value)
     writer.add_vocab_size(config.vocab_size)
     if family.latent:
         _describe_latent(writer, config)
@@ -51,46 +50,25 @@ def describe(writer: gguf.GGUFWriter, family: Family, config: PreTrainedConfig, 
         writer.add_key_length(width)
         writer.add_value_length(width)
         writer.add_rope_dimension_count(int(width * share))
-    if getattr(config, "sliding_window", None) and family.architecture == "gpt-oss":
-        writer.add_sliding_window(config.sliding_window)
-    if family.multipliers:
-        writer.add_attention_scale(config.attention_multiplier)
-        writer.add_embedding_scale(config.embedding_multiplier)
-        writer.add_residual_scale(config.residual_multiplier)
-        writer.add_logit_scale(config.logits_scaling)
     _describe_positions(writer, family, config)
 
     writer.add_expert_count(num_experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_expert_feed_forward_length(expert_width)
     if family.scores is not None:
-        scores = gguf.ExpertGatingFuncType
-        writer.add_expert_gating_func(scores.SIGMOID if family.scores == "sigmoid" else scores.SOFTMAX)
-    if family.normalised == "written":
-        writer.add_expert_weights_norm(bool(config.norm_topk_prob))
-    if getattr(config, "routed_scaling_factor", None) is not None:
-        writer.add_expert_weights_scale(config.routed_scaling_factor)
-    if family.dense_first:
-        writer.add_leading_dense_block_count(config.first_k_dense_replace)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType(SCORES[family.scores]))
     if family.grouped and 1 <= (config.topk_group or 1) < (config.n_group or 1):
         writer.add_expert_group_count(config.n_group)
         writer.add_expert_group_used_count(config.topk_group)
-    if getattr(config, "n_shared_experts", None) is not None:
-        writer.add_expert_shared_count(config.n_shared_experts)
     if "ffn_up_shexp" in shapes and not family.dense_first:
         writer.add_expert_shared_feed_forward_length(shapes["ffn_up_shexp"][0])
 
 
 def _describe_latent(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
     """Attention on latent vectors: one head of keys there, the latent vector and the rotary part beside it."""
-    if config.q_lora_rank is not None:
-        writer.add_q_lora_rank(config.q_lora_rank)
-    writer.add_kv_lora_rank(config.kv_lora_rank)
+    writer.add_head_count_kv(1)
     writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
     writer.add_value_length(config.kv_lora_rank)
     writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
-    writer.add_value_length_mla(config.v_head_dim)
-    writer.add_rope_dimension_count(config.qk_rope_head_dim)
 
 
 def _describe_positions(writer: gguf.GGUFWriter, family: Family, config: PreTrainedConfig) -> None:
@@ -107,11 +85,10 @@ def _describe_positions(writer: gguf.GGUFWriter, family: Family, config: PreTrai
         return
     length = positions.get("original_max_position_embeddings") or config.max_position_embeddings
     writer.add_rope_scaling_orig_ctx_len(int(length))
-    writer.add_rope_scaling_yarn_beta_fast(float(positions.get("beta_fast") or 32))
-    writer.add_rope_scaling_yarn_beta_slow(float(positions.get("beta_slow") or 1))
+    writer.add_rope_scaling_yarn_beta_fast(float(positions.get("beta_fast") or BETA_FAST))
+    writer.add_rope_scaling_yarn_beta_slow(float(positions.get("beta_slow") or BETA_SLOW))
     if family.latent and positions.get("mscale_all_dim"):
-        # The tenth is in the graph of no other architecture (llama.cpp, pull request 17945).
-        writer.add_rope_scaling_yarn_log_mul(0.1 * float(positions["mscale_all_dim"]))
+        writer.add_rope_scaling_yarn_log_mul(LOG_FACTOR * float(positions["mscale_all_dim"]))
     if not positions.get("truncate", True):
         log.warning(
             "its YaRN positions change over between frequencies that are not rounded (truncate is false); llama.cpp "

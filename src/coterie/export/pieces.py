@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from coterie.export import blocks
-from coterie.export.tensors import Output, Part, Take
+from coterie.export.tensors import Output, Part
 from coterie.model.disk.checkpoint import Checkpoint, TensorReader
 
 
@@ -30,7 +30,7 @@ class Pieces:
         for part in output.parts:
             if output.copied:
                 name = blocks.stored_blocks(self._tensors[part.source])
-                yield blocks.bytes_of(_taken(_read(self._stored, name, part), part.take).numpy())
+                yield blocks.bytes_of(_taken(_read(self._stored, name, part), part).numpy())
             else:
                 yield from self._numbers(part)
 
@@ -41,7 +41,7 @@ class Pieces:
             for start in range(0, shape[0], rows):
                 yield self._reader.read_rows(part.source, start, min(start + rows, shape[0]))
             return
-        yield _taken(_read(self._reader, part.source, part), part.take)
+        yield _taken(_read(self._reader, part.source, part), part)
 
 
 def _read(reader: TensorReader, name: str, part: Part) -> torch.Tensor:
@@ -50,16 +50,5 @@ def _read(reader: TensorReader, name: str, part: Part) -> torch.Tensor:
     return reader.read_rows(name, part.index, part.index + 1)[0]
 
 
-def _taken(tensor: torch.Tensor, take: Take) -> torch.Tensor:
-    """Return what is taken of a matrix, or of a vector as a matrix of one column."""
-    if take.is_whole:
-        return tensor
-    matrix = tensor if tensor.ndim == 2 else tensor.reshape(-1, 1)
-    if take.input_first:
-        matrix = matrix.T
-    groups = matrix.reshape(take.groups, -1, matrix.shape[-1])
-    if take.rows is not None:
-        groups = groups[:, list(take.rows)]
-    if take.turned:
-        groups = groups.transpose(1, 2)
-    return groups.contiguous()
+def _taken(tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    return tensor if part.take.is_whole else part.take.of(tensor).contiguous()

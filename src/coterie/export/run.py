@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import gguf
 
     from coterie.export.tensors import Output
+    from coterie.model.disk.gguf.families import Family
 
 log = logging.getLogger(__name__)
 
@@ -96,13 +97,15 @@ def export(
     import gguf
 
     from coterie.export.blocks import encode
-    from coterie.export.families import check_config, family_of, targets_of
+    from coterie.export.checks import check_config, heads_of, is_tied
     from coterie.export.metadata import describe, introduce
     from coterie.export.pieces import Pieces
     from coterie.export.tensors import biggest_piece, plan_outputs
     from coterie.export.tokens import describe_vocabulary, read_vocabulary
     from coterie.model.arch.meta import parse_config
     from coterie.model.disk.checkpoint import Checkpoint
+    from coterie.model.disk.gguf.families import family_of
+    from coterie.model.disk.gguf.names import targets_of
     from coterie.model.disk.manifest import Manifest
     from coterie.model.disk.quantized import dequantized
     from coterie.model.stream.spill import trim_memory
@@ -123,12 +126,11 @@ def export(
     config = parse_config(checkpoint.config)
     check_config(family, config, where)
     vocabulary = read_vocabulary(checkpoint.path, config.vocab_size)
-    architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    targets = targets_of(family, config, checkpoint.tensors)
-    outputs = plan_outputs(checkpoint.tensors, targets, names, number_type=type.upper())
+    layers, tied = config.num_hidden_layers, is_tied(config)
+    targets = targets_of(family, heads_of(config), layers, tied, checkpoint.tensors)
+    outputs = plan_outputs(checkpoint.tensors, targets, number_type=type.upper())
     left_out = tuple(sorted(name for name, there in targets.items() if not there))
-    _check_experts(outputs, config, where)
+    _check_experts(outputs, family, config, where)
     exported = Exported(
         path=str(target),
         architecture=family.architecture,
@@ -223,7 +225,7 @@ def _bytes_by_type(outputs: list[Output]) -> dict[str, int]:
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
-def _check_experts(outputs: list[Output], config: Any, where: str) -> None:
+def _check_experts(outputs: list[Output], family: Family, config: Any, where: str) -> None:
     """Check that every layer has as many experts as the config says, all of one width."""
     stacks: dict[str, tuple[int, ...]] = {}
     for output, projection in _stacks(outputs):
@@ -236,11 +238,7 @@ def _check_experts(outputs: list[Output], config: Any, where: str) -> None:
     if not stacks:
         raise InputError(f"{where} cannot be exported: it has no experts under names that are known")
     for projection, shape in stacks.items():
-        count = next(
-            int(getattr(config, key))
-            for key in ("num_local_experts", "num_experts", "n_routed_experts")
-            if hasattr(config, key)
-        )
+        count = int(getattr(config, family.experts))
         if shape[0] != count:
             raise InputError(f"{where}: {projection} has {shape[0]} experts, and config.json says {count}")
 

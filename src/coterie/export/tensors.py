@@ -11,71 +11,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from coterie.errors import InputError
 from coterie.export import blocks
 from coterie.model.disk.encodings.ggml import OWN_TYPES
+from coterie.model.disk.gguf.names import Target
+from coterie.model.disk.gguf.take import Take
 from coterie.model.disk.tensors import TensorInfo
-
-if TYPE_CHECKING:
-    import gguf
 
 #: Kinds of tensors that llama.cpp wants in float32: small ones that everything hangs on.
 _FULL_PRECISION = re.compile(r"(_norm|_gate_inp|_gate_inp_shexp|exp_probs_b|attn_sinks)\.weight$|\.bias$")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Take:
-    """How a matrix is taken from one on disk; a vector counts as a matrix of one column.
-
-    Attributes:
-        input_first: the matrix lies on disk with its input axis first.
-        groups: its rows fall into so many groups of the same size.
-        rows: which rows of each group are taken, in this order; None for all as they are.
-        turned: each group is transposed at last.
-        stacked: groups become matrices of a stack.
-    """
-
-    input_first: bool = False
-    groups: int = 1
-    rows: tuple[int, ...] | None = None
-    turned: bool = False
-    stacked: bool = False
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the matrix is taken as it is."""
-        return self == Take()
-
-    def keeps_blocks(self, axis: int) -> bool:
-        """Tell whether blocks along this axis on disk, -1 or -2, lie along rows of what is taken, as they have to."""
-        return axis == (-2 if self.input_first else -1) and not self.turned
-
-    def shape(self, rows: int, columns: int) -> tuple[int, ...]:
-        """Return the shape of what is taken from a matrix of this shape on disk."""
-        if self.input_first:
-            rows, columns = columns, rows
-        taken = rows // self.groups if self.rows is None else len(self.rows)
-        if self.turned:
-            taken, columns = columns, taken
-        return (self.groups, taken, columns) if self.stacked else (self.groups * taken, columns)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
-    """Where a tensor on disk goes, or a part of it.
-
-    Attributes:
-        name: name that gguf knows, of the family's own or of its own.
-        expert: which expert of a stack it is; None for a tensor that is whole, or a stack already.
-        take: what of it goes there.
-    """
-
-    name: str
-    expert: int | None = None
-    take: Take = field(default_factory=Take)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,8 +71,7 @@ class Output:
 
 def plan_outputs(
     tensors: Mapping[str, TensorInfo],
-    targets: Mapping[str, tuple[Target, ...]],
-    names: gguf.TensorNameMap,
+    targets: Mapping[str, tuple[Target, ...] | None],
     *,
     number_type: str,
 ) -> list[Output]:
@@ -134,33 +79,24 @@ def plan_outputs(
 
     Args:
         tensors: the checkpoint's, by name on disk.
-        targets: where each goes; none at all for one that is left out.
-        names: of the architecture.
+        targets: where each goes; nothing for one that is left out, None where no place is known.
         number_type: type of matrices of plain numbers, by its name in GGML.
 
     Raises:
-        InputError: a tensor that GGUF has no name for, or experts that do not make a stack.
+        InputError: a tensor that has no place there, or experts that do not make a stack.
     """
     by_name: dict[str, list[tuple[int | None, str, Take]]] = {}
     for source in tensors:
-        for target in targets[source]:
-            name = _name(target.name, names)
-            if name is None:
-                raise InputError(
-                    f"{source}: llama.cpp has no place for such a tensor in this architecture, so the model would be "
-                    "computed without it"
-                )
-            by_name.setdefault(name, []).append((target.expert, source, target.take))
+        places = targets[source]
+        if places is None:
+            raise InputError(
+                f"{source}: llama.cpp has no place for such a tensor in this architecture, so the model would be "
+                "computed without it"
+            )
+        for target in places:
+            by_name.setdefault(target.name, []).append((target.expert, source, target.take))
     outputs = [_output(name, entries, tensors, number_type) for name, entries in by_name.items()]
     return sorted(outputs, key=lambda output: _place(output.name))
-
-
-def _name(name: str, names: gguf.TensorNameMap) -> str | None:
-    for suffix in (".weight", ".bias"):
-        if name.endswith(suffix):
-            known = names.get_name(name.removesuffix(suffix))
-            return None if known is None else known + suffix
-    return None
 
 
 def _place(name: str) -> tuple[int, str]:

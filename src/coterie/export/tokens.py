@@ -17,39 +17,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from coterie.errors import InputError
+from coterie.model.disk.gguf.tokens import BYTE_LEVEL, NO_MERGE, SPACE
 from coterie.model.disk.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import gguf
 
 log = logging.getLogger(__name__)
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS_AND_BREAKS = (
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_CASED = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _CONTRACTIONS + "?|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _CONTRACTIONS + "?|"
-    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_ASCII_THEN_LETTERS = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
-    r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-#: How a tokenizer of bytes cuts up text -> the name of that in llama.cpp. A step is a pattern whose matches stand by
-#: themselves, "digits" for each digit by itself, or "words" for what GPT-2 has.
-BYTE_LEVEL: dict[tuple[str, ...], str] = {
-    ("words",): "gpt-2",
-    ("digits", "words"): "starcoder",
-    (_WORDS_AND_BREAKS % "",): "qwen2",
-    (_WORDS_AND_BREAKS % "{1,3}",): "dbrx",
-    (_CASED,): "gpt-4o",
-    (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _ASCII_THEN_LETTERS): "deepseek-v3",
-}
-
-_SPACE = "\u2581"  # what stands for a space in vocabularies made by SentencePiece
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,8 +111,8 @@ def describe_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None
         writer.add_token_scores([-float(index) for index in range(len(vocabulary.tokens))])
         writer.add_add_space_prefix(True)
     else:
-        # A list must not be empty there. This pair never occurs: the letters that stand for bytes are others.
-        writer.add_token_merges(vocabulary.merges or (f"{_SPACE} {_SPACE}",))
+        # A list must not be empty there. The letters that stand for bytes are others than these.
+        writer.add_token_merges(vocabulary.merges or (NO_MERGE,))
     for role, token in vocabulary.special.items():
         getattr(writer, f"add_{role}_token_id")(token)
     writer.add_add_bos_token(vocabulary.add_bos)
@@ -286,11 +260,11 @@ def _check_spaces(content: Mapping[str, Any], folder: Path) -> None:
     if normalizer is not None:
         changes = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
     said = [(change["type"], change.get("prepend") or change.get("content")) for change in changes]
-    if said == [("Prepend", _SPACE), ("Replace", _SPACE)] and changes[1]["pattern"] == {"String": " "} and not steps:
+    if said == [("Prepend", SPACE), ("Replace", SPACE)] and changes[1]["pattern"] == {"String": " "} and not steps:
         return
     if not said and len(steps) == 1 and steps[0]["type"] == "Metaspace":
         step = steps[0]
-        if step["replacement"] == _SPACE and not step["split"] and step["prepend_scheme"] in ("always", "first"):
+        if step["replacement"] == SPACE and not step["split"] and step["prepend_scheme"] in ("always", "first"):
             behind = ", and none behind special tokens" if step["prepend_scheme"] == "first" else ""
             log.warning(
                 "its tokenizer puts a space before a text that begins with none%s; llama.cpp puts one in all of these "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,10 @@ from coterie.model.arch.structure import (
 )
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.filled import filled_up
+from coterie.model.disk.gguf.folder import place_of
 from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.quantized import as_read
-from coterie.model.disk.tensors import TensorInfo
+from coterie.model.disk.tensors import TensorInfo, file_bytes
 
 #: Parts of a model, in the order of printing. "shared" is everything in a MoE block but routed experts and router;
 #: "attention" is any mixing of tokens; "unused" is what transformers does not run (multi-token prediction).
@@ -284,7 +285,7 @@ def inspect_headers(headers: Headers, limit: int | None = None) -> Inspection:
         layer.experts.parameters * min(layer.top_k, layer.num_experts) // layer.num_experts for layer in moe_layers
     )
     return Inspection(
-        path=checkpoint.path,
+        path=place_of(checkpoint.path),
         model_type=str(checkpoint.config["model_type"]),
         layers=headers.num_layers,
         expert_key=headers.expert_key or None,
@@ -297,7 +298,7 @@ def inspect_headers(headers: Headers, limit: int | None = None) -> Inspection:
         active_parameters=active + used - routed,
         tied_embeddings=not any(part == "embeddings" and not _INPUT.search(name) for name, part in part_of.items()),
         bytes_by_dtype=dict(dtypes.most_common()),
-        file_bytes=_file_bytes(checkpoint.tensors.values()),
+        file_bytes=file_bytes(checkpoint.tensors.values()),
         estimates=_estimates(used, routed),
         budget=None if limit is None else _fit(limit, headers, _bits(limit, parts)),
     )
@@ -308,14 +309,6 @@ def _prediction(places: Mapping[str, Place | None], part_of: Mapping[str, str]) 
     layers = {(place[0], place[1]) for _, place in unused if place is not None}
     modules = {name.partition(".")[0] for name, place in unused if place is None}
     return (*(f"{stack}.{layer}" for stack, layer in sorted(layers)), *sorted(modules))
-
-
-def _file_bytes(infos: Iterable[TensorInfo]) -> int:
-    """Return the size of all weight files, in which tensors follow each other to the end."""
-    ends: dict[str, int] = {}
-    for info in infos:
-        ends[info.shard] = max(info.end, ends.get(info.shard, 0))
-    return sum(ends.values())
 
 
 def accounting_of(checkpoint: Checkpoint) -> Accounting:

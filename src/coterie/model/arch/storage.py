@@ -10,7 +10,8 @@ from typing import Any
 
 from coterie.model.arch.structure import integer_entries
 from coterie.model.disk.checkpoint import Checkpoint
-from coterie.model.disk.quantized import OWN_METHOD, shapes_of_packed
+from coterie.model.disk.encodings import OWN_METHOD
+from coterie.model.disk.quantized import shapes_of_packed
 from coterie.model.disk.tensors import DTYPE_BITS, TensorInfo
 
 _COMPANION = re.compile(r"scale|zero|g_idx|absmax|quant_map|quant_state|weight_shape")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from coterie.errors import CorruptCheckpoint, NotACheckpoint, UnsupportedDtype
 from coterie.model.disk.beside import MODELING_FILE, files_beside
 from coterie.model.disk.files import Files, HubId, LocalFiles
+from coterie.model.disk.gguf.folder import is_gguf, model_folder, read_tensors
 from coterie.model.disk.header import absence
 from coterie.model.disk.tensors import TORCH_NAMES, TensorInfo
 from coterie.model.disk.weights import find_weights, read_text
@@ -60,10 +61,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path, *, allow_pickle: bool = False, fetch: Fetch = "weights") -> Checkpoint:
-        """Open a local model folder, or a hub id (``org/name`` or ``org/name@revision``).
+        """Open a local model folder, a GGUF file, or a hub id (``org/name`` or ``org/name@revision``).
 
         Args:
-            path: the folder or the hub id.
+            path: the folder, the file (of one that is split, any part), or the hub id.
             allow_pickle: read ``pytorch_model*.bin`` where there are no safetensors files. torch's reader for
                 tensors only is used, yet a pickle stays a program: allow it for sources that you trust.
             fetch: what of a hub id's weights is fetched: "weights", all; "samples", only headers and what the digest is
@@ -87,13 +88,17 @@ class Checkpoint:
         config = read_config(folder)
         tensors: dict[str, TensorInfo] = {}
         weights = find_weights(folder, allow_pickle=allow_pickle, elsewhere=files.elsewhere)
-        if weights.pickled:
+        headers: list[dict[str, TensorInfo]]
+        if weights.gguf:
+            tensors, config = read_tensors(folder, weights.shards, config)
+            headers = []
+        elif weights.pickled:
             from coterie.model.disk.pickled import read_pickle_header
 
             headers = [read_pickle_header(folder / shard) for shard in weights.shards]
         else:
             headers = files.headers(weights.shards)
-        for shard, header in zip(weights.shards, headers, strict=True):
+        for shard, header in zip(weights.shards, headers, strict=not weights.gguf):
             for name, info in header.items():
                 if name in tensors:
                     raise CorruptCheckpoint(f"{folder}: tensor {name!r} is in both {tensors[name].shard} and {shard}")
@@ -263,10 +268,11 @@ class TensorReader:
 
 
 def resolve(path: str | Path, *, weights: bool = True, allow_pickle: bool = False) -> Path:
-    """Return the folder of a model: a local one as it is, or the one that a hub id is fetched into.
+    """Return the folder of a model: a local one as it is, or the one made of a GGUF file, or that a hub id goes to.
 
     Args:
-        path: the folder, or a hub id like ``org/name``, or with a branch, tag or commit ``org/name@revision``.
+        path: the folder, a GGUF file, or a hub id like ``org/name``, or with a branch, tag or commit
+            ``org/name@revision``.
         weights: fetch all that belongs to a model; else only config, tokenizer and the index of the weights.
         allow_pickle: fetch pickles where there are no safetensors files.
 
@@ -275,10 +281,12 @@ def resolve(path: str | Path, *, weights: bool = True, allow_pickle: bool = Fals
         OutOfSpace: the disk cannot hold the weights.
     """
     folder = user_path(path)
+    if is_gguf(folder):
+        return model_folder(folder)
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise NotACheckpoint(f"{folder} is a file; pass the folder that holds config.json and *.safetensors")
+        raise NotACheckpoint(f"{folder} is a file; pass a *.gguf, or the folder with config.json and *.safetensors")
     hub_id = HubId.of(path)
     if hub_id is not None:
         from coterie.model.disk.hub import fetch_model

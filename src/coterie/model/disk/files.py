@@ -63,8 +63,13 @@ def id_in_cache(folder: Path) -> str | None:
 
 
 def name_of_model(model: str | Path) -> str:
-    """Return what a model is called: its folder's name, of a folder in the cache of the hub its id, or its hub id."""
+    """Return what a model is called: its folder's name, of a folder in the cache of the hub its id, or its hub id.
+
+    A GGUF file is called by its name without the ending.
+    """
     folder = user_path(model)
+    if folder.is_file():
+        return folder.stem
     if not folder.is_dir():
         return str(model)
     return id_in_cache(folder) or folder.resolve().name

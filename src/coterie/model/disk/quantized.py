@@ -8,28 +8,29 @@ What is understood is told apart by ``quantization_config.quant_method`` and the
 - ``compressed-tensors``: integers of 4 or 8 bits, or 8-bit floats, as its groups say
   (`coterie.model.disk.quantized_compressed`);
 - ``gptq``, ``awq``: integers in words, matrices transposed (`coterie.model.disk.quantized_words`);
-- ``coterie``: what Coterie writes, where the config names the encoding of every weight (`quantization_config`).
+- ``coterie``: what Coterie writes, where the config names the encoding of every weight, and what is read of GGUF files
+  (`coterie.model.disk.encodings.quantization_config`).
 
 No torch here.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from coterie.errors import CorruptCheckpoint, CoterieError, UnsupportedDtype
 from coterie.model.disk.checkpoint import Checkpoint
-from coterie.model.disk.encodings import encoding_from
+from coterie.model.disk.encodings import OWN_METHOD, encoding_from
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
+from coterie.model.disk.gguf.tensors import in_format
 from coterie.model.disk.patterns import matching
 from coterie.model.disk.quantized_compressed import find_compressed
 from coterie.model.disk.quantized_floats import find_blocks, find_groups
 from coterie.model.disk.quantized_source import PackedTensors, QuantizedSource
 from coterie.model.disk.quantized_words import find_awq, find_gptq
-from coterie.model.disk.tensors import TORCH_NAMES, Encoding, Packed, TensorInfo
+from coterie.model.disk.tensors import TORCH_NAMES, Packed, TensorInfo
 
 #: Number formats that packed tensors can be given out in.
 OUTPUT_DTYPES = ("BF16", "F16", "F32")
@@ -54,11 +55,14 @@ def dequantized(checkpoint: Checkpoint, dtype: str = "BF16") -> Checkpoint:
     if chosen is None:
         choices = ", ".join(TORCH_NAMES[name] for name in OUTPUT_DTYPES)
         raise UnsupportedDtype(f"weights cannot be unpacked to {dtype!r}; choose from {choices}")
+    if any(info.packed is not None for info in checkpoint.tensors.values()):
+        tensors = {name: in_format(info, chosen) for name, info in checkpoint.tensors.items()}
+        checkpoint = replace(checkpoint, tensors=tensors)
     if _quantization_config(checkpoint.config) is None:
         _check_not_packed(checkpoint)
         return checkpoint
     packed, dropped = _find(checkpoint, chosen)
-    tensors: dict[str, TensorInfo] = {}
+    tensors = {}
     for name, info in checkpoint.tensors.items():
         if name in dropped:
             continue
@@ -111,7 +115,12 @@ def shapes_of_packed(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def is_read_by_us_alone(checkpoint: Checkpoint) -> bool:
-    """Tell whether a checkpoint is packed in a way that transformers reads with other packages only, or wrongly."""
+    """Tell whether a checkpoint is packed in a way that transformers reads with other packages only, or wrongly.
+
+    So are GGUF files, where rows lie in another order than on disk.
+    """
+    if any(info.packed is not None for info in checkpoint.tensors.values()):
+        return True
     settings = _quantization_config(checkpoint.config)
     method = "" if settings is None else str(settings.get("quant_method", "")).lower()
     return method in _METHODS and method not in _STOCK_METHODS
@@ -130,19 +139,6 @@ def as_read(checkpoint: Checkpoint) -> Checkpoint:
     return dequantized(checkpoint) if own else checkpoint
 
 
-def quantization_config(encodings: Mapping[str, Encoding]) -> dict[str, Any]:
-    """Return what config.json says of weights in encodings of their own; stock loaders refuse it by its method.
-
-    Args:
-        encodings: by name on disk, or by pattern with a star for one number in it.
-    """
-    by_content: dict[str, list[str]] = {}
-    for pattern, encoding in encodings.items():
-        by_content.setdefault(json.dumps(encoding.config(), sort_keys=True), []).append(pattern)
-    groups = [{**json.loads(content), "tensors": sorted(patterns)} for content, patterns in by_content.items()]
-    return {"quant_method": OWN_METHOD, "groups": groups}
-
-
 def _find_own(source: QuantizedSource) -> PackedTensors:
     """Find the weights whose encodings the config names."""
 
@@ -159,7 +155,7 @@ def _find_own(source: QuantizedSource) -> PackedTensors:
             raise wrong("has a group without a list of tensors")
         content = {key: value for key, value in group.items() if key != "tensors"}
         try:
-            encoding = encoding_from(content)
+            encoding = encoding_from({"dtype": source.dtype} | content)  # what is read of GGUF files says none
         except (CoterieError, ValueError, TypeError) as error:
             raise wrong(f"names an encoding that cannot be ({error})") from None
         if not isinstance(encoding, GgmlBlocks):
@@ -186,9 +182,6 @@ def _find_own(source: QuantizedSource) -> PackedTensors:
         raise wrong(f"names {lost[0]!r}, and no such tensor is there")
     return weights, set()
 
-
-#: ``quant_method`` of what Coterie writes.
-OWN_METHOD = "coterie"
 
 _METHODS: dict[str, Callable[[QuantizedSource], PackedTensors]] = {
     "fp8": find_blocks, "mxfp4": find_groups, "compressed-tensors": find_compressed, "gptq": find_gptq,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -153,3 +153,15 @@ class TensorInfo:
         if bits % 8:
             return None
         return replace(self, shape=shape, begin=self.begin + start * bits // 8, end=self.begin + stop * bits // 8)
+
+
+def file_bytes(infos: Iterable[TensorInfo]) -> int:
+    """Return the size of all weight files, in which tensors, or what they are made of, follow each other to the end."""
+    ends: dict[str, int] = {}
+    rest = list(infos)
+    while rest:
+        info = rest.pop()
+        ends[info.shard] = max(info.end, ends.get(info.shard, 0))
+        if info.packed is not None:
+            rest += info.packed.stored.values()
+    return sum(ends.values())

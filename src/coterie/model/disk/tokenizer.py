@@ -11,6 +11,7 @@ from coterie.errors import InputError
 from coterie.model.disk.beside import TOKENIZER_FILES
 from coterie.model.disk.checkpoint import read_config, resolve
 from coterie.model.disk.damage import check_no_pointer
+from coterie.model.disk.gguf.folder import check_tokenizer
 from coterie.model.quiet import quiet
 
 CONFIG = "tokenizer_config.json"
@@ -25,6 +26,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """
     path = resolve(model, weights=False)
     read_config(path)
+    check_tokenizer(path)
     for file in sorted(path.iterdir()):
         if TOKENIZER_FILES.search(file.name):
             check_no_pointer(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,14 @@ class Weights:
         index: file of each tensor by its name, as the index says; empty where there is one file and no index.
         index_name: the index.
         pickled: they are pickles.
+        gguf: they are GGUF files.
     """
 
     shards: list[str]
     index: Mapping[str, str]
     index_name: str = ""
     pickled: bool = False
+    gguf: bool = False
 
 
 def find_weights(folder: Path, *, allow_pickle: bool, elsewhere: Collection[str] = ()) -> Weights:
@@ -71,6 +74,9 @@ def find_weights(folder: Path, *, allow_pickle: bool, elsewhere: Collection[str]
             f"{folder} has {names[0]}, but neither {SINGLE_NAME} nor {INDEX_NAME}: fetch the index as well"
         )
     pickles = sorted(name for name in there if name.endswith(".bin"))
+    parts = sorted(file.name for file in folder.glob("*.gguf"))
+    if not pickles and (len(parts) == 1 or (parts and re.fullmatch(r".+-\d{5}-of-\d{5}\.gguf", parts[0]))):
+        return Weights(shards=parts, index={}, gguf=True)
     hint = ""
     if pickles and allow_pickle:
         hint = f"; it has {pickles[0]}, but neither {PICKLE_NAME} nor {PICKLE_INDEX_NAME}"
@@ -79,6 +85,8 @@ def find_weights(folder: Path, *, allow_pickle: bool, elsewhere: Collection[str]
             f"; it has {pickles[0]}, a pickle, and reading a pickle can run code: convert it with transformers' "
             "save_pretrained, or pass --allow-pickle (allow_pickle=True) if you trust where it comes from"
         )
+    elif parts:
+        hint = f"; it has {parts[0]} and other GGUF files: pass the file of the one that is meant"
     raise NotACheckpoint(f"{folder} has no *.safetensors weights{hint}")
 
 

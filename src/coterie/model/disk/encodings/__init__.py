@@ -6,6 +6,7 @@ What an encoding can do is said by `coterie.model.disk.tensors.Encoding`. The JS
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -23,7 +24,11 @@ ENCODINGS = {
     "mxfp4": "coterie.model.disk.encodings.mxfp4:Mxfp4",
     "packed-integers": "coterie.model.disk.encodings.packed_integers:PackedIntegers",
     "ragged": "coterie.model.disk.encodings.ragged:Ragged",
+    "rearranged": "coterie.model.disk.encodings.rearranged:Rearranged",
 }
+
+#: ``quant_method`` of what Coterie writes.
+OWN_METHOD = "coterie"
 
 
 def encoding_from(config: Mapping[str, Any]) -> Encoding:
@@ -42,3 +47,16 @@ def encoding_from(config: Mapping[str, Any]) -> Encoding:
     home, _, attribute = ENCODINGS[name].partition(":")
     encoding: Encoding = getattr(import_module(home), attribute)(**options)
     return encoding
+
+
+def quantization_config(encodings: Mapping[str, Encoding]) -> dict[str, Any]:
+    """Return what config.json says of weights in encodings of their own; stock loaders refuse it by its method.
+
+    Args:
+        encodings: by name on disk, or by pattern with a star for one number in it.
+    """
+    by_content: dict[str, list[str]] = {}
+    for pattern, encoding in encodings.items():
+        by_content.setdefault(json.dumps(encoding.config(), sort_keys=True), []).append(pattern)
+    groups = [{**json.loads(content), "tensors": sorted(patterns)} for content, patterns in by_content.items()]
+    return {"quant_method": OWN_METHOD, "groups": groups}
