@@ -15,7 +15,7 @@ def frontier(
     budgets: Annotated[
         str | None, typer.Option(help="List these sizes, like 12GiB,8GiB; shares of the model when left out.")
     ] = None,
-    target: options.Target = None,
+    target: options.BlocksTarget = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw it, as an SVG file like frontier.svg.")
     ] = None,

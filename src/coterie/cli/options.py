@@ -42,10 +42,12 @@ Bits = Annotated[
 ]
 Type = Annotated[
     str | None,
-    typer.Option(help="Type that weights are stored in, named as in llama.cpp, like Q4_K; for such recipes."),
+    typer.Option(
+        help="Type that weights are stored in: as in llama.cpp, like Q4_K, or INT4 and INT8 for compressed-tensors."
+    ),
 ]
 #: The recipe that is taken where none is named, in the words of the help.
-USUAL_RECIPE = "coterie; with --budget or --bits coterie-bits, with --type gptaq"
+USUAL_RECIPE = "coterie; with --budget or --bits coterie-bits, with --type or --target compressed-tensors gptaq"
 Recipe = Annotated[
     str | None,
     typer.Option(
@@ -102,14 +104,18 @@ MultipleOf = Annotated[
         help="The number of experts or their width, whichever is lowered, is the nearest multiple of this.",
     ),
 ]
+_TARGET_HELP = (
+    "Who reads weights in fewer bits. gguf: llama.cpp, by `coterie export`. packed: what loads the result itself; "
+    "smaller where rows are no multiple of 256."
+)
 Target = Annotated[
-    Literal["gguf", "packed"] | None,
+    Literal["gguf", "packed", "compressed-tensors"] | None,
     typer.Option(
-        help="Who reads weights in fewer bits. gguf: llama.cpp, by `coterie export`. packed: what loads the result "
-        "itself; smaller where rows are no multiple of 256.",
-        show_default="gguf",
+        help=f"{_TARGET_HELP} compressed-tensors: transformers and vLLM; integers of 4 or 8 bits.", show_default="gguf"
     ),
 ]
+#: Of types that can be priced.
+BlocksTarget = Annotated[Literal["gguf", "packed"] | None, typer.Option(help=_TARGET_HELP, show_default="gguf")]
 BudgetFor = Annotated[
     Literal["file", "memory"],
     typer.Option(help="What --budget is for: the weights, or all memory that the result takes when llama.cpp runs it."),

@@ -132,6 +132,8 @@ def print_plan(plan: "Plan") -> None:
         start += count
     for text in _type_texts(plan):
         print_text(text)
+    if plan.vllm_only:
+        print_text("experts of layers are stored in different types: vLLM alone loads that, transformers does not")
     if plan.expected_kl is not None:
         print_text(f"expected divergence from the original: about {plan.expected_kl:.2g} nats a token")
     if plan.gap is not None:

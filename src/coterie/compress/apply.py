@@ -28,6 +28,7 @@ from coterie.compress.recipes import Recipe
 from coterie.compress.reload import check_reload
 from coterie.compress.result_steps import LeftOut, load_result_step
 from coterie.compress.shards import lay_out, write_shard
+from coterie.compress.stock import check_stock
 from coterie.compress.target import Reader
 from coterie.compress.times import CHECKING
 from coterie.compress.work import Work
@@ -39,7 +40,7 @@ from coterie.model.arch.run_settings import Running
 from coterie.model.device import check_device
 from coterie.model.disk.manifest import Manifest, RouterForm
 from coterie.model.numerics import as_begun
-from coterie.model.stream.memory import peak_bytes
+from coterie.model.stream.memory import Stage, peak_bytes
 from coterie.paths import user_path
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile_in_folder, profile_in_run
@@ -127,7 +128,8 @@ def compress(
         width: hidden neurons to keep in each expert, for a recipe that slims them; on average, for a ragged one.
         budget: largest size of the weight files, such as "12GiB".
         bits: most bits that a number of a matrix takes, for a recipe that stores weights in fewer bits.
-        type: the GGML type that matrices are stored in, like "Q4_K", for such a recipe.
+        type: the type that matrices are stored in, for such a recipe: one of GGML, like "Q4_K", or one that
+            compressed-tensors stores, like "INT4".
         plan: a plan, or its file, perhaps edited; it says how small, with which recipe and which router.
         recipe: name of a recipe, see `coterie.compress.recipes`; ``"module:attribute"`` of your own, or the recipe
             itself; None for the usual one, see `coterie.compress.target.Target.usual_recipe`.
@@ -160,7 +162,8 @@ def compress(
         multiple_of: the number of experts or their width, whichever the recipe lowers, is the nearest multiple of this,
             such as 8 for expert parallelism or 256 for K-quants.
         target: who is to read weights in fewer bits: "gguf" (when None), what GGUF files can say, or "packed", what
-            no GGUF file holds, which is smaller where rows are no multiple of 256. A plan says it already.
+            no GGUF file holds, which is smaller where rows are no multiple of 256, or "compressed-tensors", integers
+            that transformers and vLLM read. A plan says it already.
         running: how the result is to run in llama.cpp, where `budget` is for all memory that this takes, not for the
             weights alone: keys, values and buffers are put aside, see `coterie.compress.memory_budget`.
         on: which tokens count where experts are measured and the result is trained: "all" (when None), or those of
@@ -311,7 +314,8 @@ def _write_rest(work: Work) -> None:
     for shard in work.shards:
         if shard.file not in work.run.finished:
             # Experts of a prediction layer may lie in several files.
-            write_shard(work.run.folder, shard, work.rest_of(shard), known=work.job.source.checkpoint.tensors)
+            rest, known = work.rest_of(shard), work.job.source.checkpoint.tensors
+            write_shard(work.run.folder, shard, rest, known=known.keys() | rest.keys() if work.plan.integers else known)
             work.run.finish(shard.file, files=[shard.file])
     work.write_small_files()
 
@@ -331,6 +335,8 @@ def _check(work: Work) -> None:
     device = work.job.options.device
     with stage(CHECKING):
         work.logits_error = check_reload(work.run.folder, work.check_ids(), work.logits_BSV, device=device)
+        if isinstance(work.job.stock, Stage):
+            check_stock(work.run.folder, work.result, work.shards, work.check_ids()[:1, :2])
 
 
 #: What a compression does, in order; the name is that of the stage whose seconds are counted.

@@ -14,6 +14,7 @@ from pathlib import Path
 from coterie.amounts import parse_share
 from coterie.compress.allocators.problem import Allocation, Problem, load_allocator
 from coterie.compress.check import check_layers, check_prediction
+from coterie.compress.integers import check_integers, check_joined, loader_of
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.memory_budget import weights_budget
 from coterie.compress.methods import load_decide, load_pass, needs_of
@@ -31,6 +32,7 @@ from coterie.errors import ArchitectureMismatch, Infeasible, InputError, StaleAr
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.ragged import places_of
 from coterie.model.arch.run_settings import Running
+from coterie.model.disk.encodings.integer_types import INTEGERS
 from coterie.model.disk.manifest import RouterForm
 from coterie.profile.measure import check_predicts
 from coterie.profile.profile import Profile, summed
@@ -68,7 +70,7 @@ def plan(
         width: hidden neurons to keep in each expert, for a recipe that slims them.
         budget: largest size of the weight files, such as "12GiB", "800MB" or a number of bytes.
         bits: most bits that a number of a matrix takes, for a recipe that stores weights in fewer.
-        type: the GGML type that matrices are stored in, for such a recipe.
+        type: the type that matrices are stored in, for such a recipe, see `coterie.compress.target.Target.type`.
         recipe: name of a recipe, ``"module:attribute"`` of your own, or the recipe itself; None for the usual one, see
             `coterie.compress.target.Target.usual_recipe`.
         router: form of the router: "plain", "mean", "refit" or "map", see `Plan`.
@@ -77,7 +79,8 @@ def plan(
         multiple_of: the number of experts or their width, whichever the recipe lowers, is the nearest multiple of this.
         prices: what storing each matrix in each type would cost (`coterie.price`), or the folder of that, for a recipe
             that chooses types by it; without them it says no more than how large the result is.
-        target: who is to read weights in fewer bits, "gguf" or "packed", see `coterie.compress.target.Target.reader`.
+        target: who is to read weights in fewer bits, "gguf", "packed" or "compressed-tensors", see
+            `coterie.compress.target.Target.reader`.
         running: how the result is to run in llama.cpp, where `budget` is for all memory that this takes, not for the
             weights alone: keys, values and buffers are put aside, see `coterie.compress.memory_budget`.
 
@@ -256,9 +259,18 @@ def weighed(source: Source, plan: Plan) -> Plan:
     if plan.packed:
         check_types(source.weights, plan, [layer.num_experts for layer in source.architecture.layers])
         check_quantiser(plan.quantiser)
+        if any(kind in INTEGERS for kind in plan.types.values()):
+            check_integers(source.weights, plan.types)
+            check_joined(source)
+            if plan.result_steps:
+                raise Infeasible(
+                    f"{plan.result_steps[0][0]} trains float16 scales of GGML's types, and the plan stores integers "
+                    "for compressed-tensors: leave it out"
+                )
     elif steps := [name for name, _ in plan.result_steps if name in BLOCK_STEPS]:
         raise Infeasible(f"{steps[0]} trains what is stored in blocks, and the plan stores nothing so: leave it out")
     result_config(source, plan)
+    vllm_only = plan.integers and loader_of(source.weights, plan.types) == "vllm"
     check_prediction(source, plan)
     sizing = source.sizing(keeps_rows=plan.mapped)
     return replace(
@@ -268,6 +280,7 @@ def weighed(source: Source, plan: Plan) -> Plan:
         original_bytes=source.original.num_bytes,
         mtp=source.mtp,
         untouched=source.untouched_prefixes(),
+        vllm_only=vllm_only,
     )
 
 

@@ -32,7 +32,7 @@ class DryRun:
     Attributes:
         plan: what each layer would become; to the byte. Experts are named where a profile is there.
         outlook: what it would take.
-        left_out: why steps of the recipe on the whole result would be left out, by step.
+        left_out: why steps of the recipe on the whole result, or its check, would be left out, by name.
     """
 
     plan: Plan

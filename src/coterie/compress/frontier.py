@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.decide import allocate
@@ -101,7 +101,7 @@ def frontier(
     prices: Prices | str | Path,
     *,
     budgets: Sequence[str | int] | None = None,
-    target: Reader = "gguf",
+    target: Literal["gguf", "packed"] = "gguf",
 ) -> Frontier:
     """List what a model can become in fewer bits, and what that is expected to cost.
 

@@ -118,7 +118,8 @@ class LayerWriter:
                 calls[Lane.CHECK, 0].compute()
             summaries = {layer.index: _unchanged(layer, self.plan.layers[layer.index]) for layer in layers}
             disk = {name: tensor for name, tensor in stage.kept.items() if name in shard.names}
-            write_shard(self.run.folder, shard, disk | self.packer.pack(stage, layers))
+            packed = self.packer.pack(stage, layers)
+            write_shard(self.run.folder, shard, disk | packed, known={*shard.names, *packed})
             content = {str(index): summary.content() for index, summary in summaries.items()}
             self.run.finish(shard.file, files=[shard.file], content={"layers": content})
         if shard is not None:

@@ -91,9 +91,9 @@ def weights_budget(
         return budget
     if budget is None:
         raise InputError("--budget-for memory says what a budget is for; give --budget, or leave it out")
-    if reader == "packed":
+    if reader not in (None, "gguf"):
         raise InputError(
-            "--budget-for memory is about llama.cpp, which reads no --target packed: leave one of them out"
+            f"--budget-for memory is about llama.cpp, which reads no --target {reader}: leave one of them out"
         )
     planned = memory_budget(model, budget, running)
     log.info("%s", planned.sentence())

@@ -11,6 +11,7 @@ from typing import Any
 
 from coterie.amounts import format_bytes
 from coterie.artifact import write_json
+from coterie.compress.integers import compressed_config
 from coterie.compress.plan import Plan
 from coterie.compress.source import Source
 from coterie.compress.weights import encodings_of
@@ -56,6 +57,8 @@ def result_config(source: Source, plan: Plan) -> dict[str, Any]:
         Infeasible, ArchitectureMismatch: config.json cannot say what the plan does.
     """
     architecture = source.architecture
+    if plan.integers:
+        return dict(architecture.config) | {"quantization_config": compressed_config(source, plan.types)}
     if plan.packed:
         encodings = encodings_of(source.weights, plan.types)
         named = {"quantization_config": quantization_config(encodings)}
@@ -79,7 +82,7 @@ def write_config(source: Source, plan: Plan, folder: Path) -> None:
         OutOfSpace: the disk filled up.
     """
     write_json(folder / "config.json", result_config(source, plan))
-    if not (plan.packed or plan.mapped or plan.ragged):
+    if plan.integers or not (plan.packed or plan.mapped or plan.ragged):
         return
     write_modeling_file(folder)
     if replaced := replaced_code(source.architecture.config):

@@ -11,6 +11,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from coterie.compress.integers import stored_name
 from coterie.compress.lanes import Lane, Lanes
 from coterie.compress.moments import Inputs, Moments, Sum, watching
 from coterie.compress.plan import Plan
@@ -20,7 +21,9 @@ from coterie.compress.source import Source
 from coterie.compress.weights import Weight, typed, weights_among
 from coterie.errors import ArchitectureMismatch
 from coterie.model.arch.layers import MoELayer
-from coterie.model.disk.encodings.ggml import get_layout
+from coterie.model.disk.encodings.block_types import get_layout
+from coterie.model.disk.encodings.integer_groups import as_stored
+from coterie.model.disk.encodings.integer_types import INTEGERS
 from coterie.model.stream.stream import Stage, Stream
 from coterie.model.stream.unit import Unit
 
@@ -78,7 +81,7 @@ class Packer:
         self.head.add(hidden_TD, None)
 
     def pack(self, stage: Stage, layers: Sequence[MoELayer]) -> dict[str, Tensor]:
-        """Return the bytes of a unit's matrices by name on disk.
+        """Return what is stored of a unit's matrices by name on disk.
 
         Args:
             stage: the unit, with the weights of the original.
@@ -110,7 +113,11 @@ class Packer:
             of_layer = [weight for weight in weights if weight.layer == layer.index]
             if of_layer:
                 packed |= self._pack_experts(layer, of_layer, moments, stage.conversions)
-        return {name: tensor.cpu() for name, tensor in packed.items()}
+        kinds = {name: self.plan.types[weight.pattern] for weight in weights for name in weight.names}
+        stored: dict[str, Tensor] = {}
+        for name, byte_RK in packed.items():
+            stored |= _stored(name, byte_RK.cpu(), kinds[name])
+        return stored
 
     def _outer_inputs(self, weight: Weight, matrix_1RC: Tensor) -> Inputs:
         """Return what comes into a head; of an embedding, where nothing is summed over, zeros."""
@@ -198,6 +205,13 @@ class Packer:
             byte_NRK, _ = self._rounded(matrices[part][experts].float(), inputs[part == DOWN].select(experts), kind)
             rows[part] = all_experts(experts, byte_NRK)
         return rows
+
+
+def _stored(name: str, byte_RK: Tensor, kind: str) -> dict[str, Tensor]:
+    """Return what is stored of a matrix by name on disk: its blocks as they are, or integers and their scales."""
+    if kind not in INTEGERS:
+        return {name: byte_RK}
+    return {stored_name(name, suffix): tensor for suffix, tensor in as_stored(byte_RK, kind).items()}
 
 
 def packed_names(source: Source, plan: Plan) -> frozenset[str]:

@@ -18,6 +18,7 @@ from coterie.compress.recipes import ROUTERS, Step
 from coterie.errors import Infeasible
 from coterie.fields import Fields
 from coterie.model.arch.shapes import awkward_shapes
+from coterie.model.disk.encodings.integer_types import are_integers
 from coterie.model.disk.manifest import RouterForm
 from coterie.outputs import claim_output
 
@@ -70,9 +71,11 @@ class Plan:
         seed: seed of everything random in the passes.
         inputs: digests of the model (and the profile's text) that the plan was made from.
         quantiser: (name, options) of what chooses the codes of weights that are stored in blocks; None where none are.
-        types: GGML type of every matrix that is stored in blocks, by its name on disk; a star for the expert's number
-            stands for all experts of a layer but those that are named themselves.
+        types: type of every matrix that is stored in blocks, by its name on disk; a star for the expert's number
+            stands for all experts of a layer but those that are named themselves. Types of GGML, or of integers alone.
         damage: rise of the loss that the allocator expects, in nats a token; None where it expects none in numbers.
+        vllm_only: whether experts of layers are stored in different integer types, which vLLM loads and transformers
+            does not; counted anew, as the bytes are, for a plan that was edited.
         gap: by which share of its own `damage` may exceed the least that these bytes allow; None where it is not known.
     """
 
@@ -93,6 +96,7 @@ class Plan:
     types: Mapping[str, str] = field(default_factory=dict)
     damage: float | None = None
     gap: float | None = None
+    vllm_only: bool = False
 
     def body(self) -> dict[str, Any]:
         """Return the plan as JSON content (without the input digests)."""
@@ -108,6 +112,7 @@ class Plan:
             **({"types": dict(self.types)} if self.types else {}),
             **({} if self.damage is None else {"damage": self.damage}),
             **({} if self.gap is None else {"gap": self.gap}),
+            **({"vllm_only": True} if self.vllm_only else {}),
             **{name: getattr(self, name) for name in _COUNTS},
         }
 
@@ -128,8 +133,13 @@ class Plan:
 
     @property
     def packed(self) -> bool:
-        """Whether weights are stored in blocks; no stock class loads such a result."""
+        """Whether weights are stored in blocks; no stock class loads such a result, but for `integers`."""
         return bool(self.types)
+
+    @property
+    def integers(self) -> bool:
+        """Whether weights are stored in integers, as compressed-tensors does."""
+        return are_integers(self.types.values())
 
     @property
     def awkward(self) -> tuple[str, ...]:
@@ -180,6 +190,7 @@ class Plan:
                 types=content.texts_by_name("types") if content.said("types") else {},
                 damage=content.number("damage", least=0.0) if content.said("damage") else None,
                 gap=content.number("gap", least=0.0) if content.said("gap") else None,
+                vllm_only=content.yes_or_no("vllm_only") if content.said("vllm_only") else False,
                 **{name: content.whole(name, least=None if name == "seed" else 0) for name in _COUNTS},
                 inputs=dict(inputs),
             )

@@ -21,6 +21,8 @@ from coterie.compress.recipes import Recipe, get_recipe, training_tokens, trains
 from coterie.compress.request import Request
 from coterie.compress.result_steps import LeftOut, load_result_step
 from coterie.compress.source import Source
+from coterie.compress.stock import NAME as STOCK
+from coterie.compress.stock import prepare_stock
 from coterie.compress.target import Reader, Target
 from coterie.compress.times import checking_time, compressing_time, unit_seconds
 from coterie.errors import InputError
@@ -155,6 +157,7 @@ class Job:
         numerics: what is computed with, see `coterie.model.numerics`.
         prices: what types cost, where that was measured before.
         pricing: what measures it; None where that is done or not asked for.
+        stock: what loading the result with transformers takes, or why that is left out; None where it is not integers.
     """
 
     options: Options
@@ -172,6 +175,7 @@ class Job:
     seconds: Mapping[str, float] = field(default_factory=dict)
     prices: Prices | None = None
     pricing: Pricing | None = None
+    stock: Stage | LeftOut | None = None
 
     @cached_property
     def needs(self) -> tuple[str, ...]:
@@ -186,8 +190,9 @@ class Job:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Why steps of the recipe on the whole result are left out, by step."""
-        return {name: step.reason for name, step in self.result_steps.items() if isinstance(step, LeftOut)}
+        """Why steps of the recipe on the whole result, or its check, are left out, by name."""
+        steps = {**self.result_steps, STOCK: self.stock}
+        return {name: step.reason for name, step in steps.items() if isinstance(step, LeftOut)}
 
     @property
     def times(self) -> tuple[StageTime, ...]:
@@ -315,6 +320,9 @@ def prepare(
         prepared = job.result_steps[name] = load_result_step(name).prepare(job, **step_options)
         if prepared is not None:
             job.forecast = Forecast(stages=(*job.forecast.stages, *prepared.stages))
+    job.stock = prepare_stock(source, outlined, options.limit)
+    if isinstance(job.stock, Stage):
+        job.forecast = Forecast(stages=(*job.forecast.stages, job.stock))
     job.forecast.check(options.limit)
     seconds = unit_seconds(
         stream, source.architecture.layers, outlined, sample_tokens=_sample_tokens(measure, profile),

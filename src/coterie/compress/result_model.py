@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from coterie.compress.integers import compressed_config
 from coterie.compress.plan import Plan
 from coterie.compress.shards import Shard
 from coterie.compress.source import Source
@@ -53,6 +54,7 @@ class ResultModel:
             self._places = places_of(stream.conversion, source.architecture, expert_names)
         self._widths = {index: layer.widths for index, layer in enumerate(plan.layers) if layer.widths is not None}
         self.encodings = encodings_of(source.weights, plan.types) if plan.packed else {}
+        self._integers = compressed_config(source, plan.types) if plan.integers else None
         self.model = self.empty_model(stream.dtype)
         self._scratch: PreTrainedModel | None = None
 
@@ -104,15 +106,20 @@ class ResultModel:
     def _open(self, folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Any]]:
         """Return the tensors of a weight file by name on disk (filled up) and in memory, and the conversions."""
         tensors = read_header(folder / shard.file)
-        patterns = {matching(name, self.encodings) for name in tensors}
-        inside = {pattern: each for pattern, each in self.encodings.items() if pattern in patterns}
-        config = {"quantization_config": quantization_config(inside)} if inside else {}
-        shard_alone = dequantized(Checkpoint(path=folder, config=config, tensors=tensors, digest=""))
+        shard_alone = dequantized(Checkpoint(path=folder, config=self._config_of(tensors), tensors=tensors, digest=""))
         shard_alone = filled_up(shard_alone, self.ragged)
         self._scratch = self._scratch or self.empty_model(self._stream.dtype)
         with shard_alone.reader() as reader:
             raw = {name: reader.read(name) for name in shard_alone.tensors}
         return raw, *WeightConversion(shard_alone, self._scratch).convert(dict(raw), lambda name: torch.float32)
+
+    def _config_of(self, names: Collection[str]) -> dict[str, Any]:
+        """Return what a config.json would say of a weight file alone, by the names of its tensors."""
+        if self._integers is not None:
+            return {"quantization_config": self._integers}
+        patterns = {matching(name, self.encodings) for name in names}
+        inside = {pattern: each for pattern, each in self.encodings.items() if pattern in patterns}
+        return {"quantization_config": quantization_config(inside)} if inside else {}
 
     @contextmanager
     def filled(

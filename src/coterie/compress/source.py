@@ -116,7 +116,7 @@ class Source:
     def weights(self) -> tuple[Weight, ...]:
         """The matrices that can be stored in fewer bits."""
         weights = find_weights(self.checkpoint, self.architecture, self.conversion, self.tensors)
-        if self.target == "gguf":
+        if self.target != "packed":
             return weights
         return tuple(replace(weight, wraps=weight.can_wrap) for weight in weights)
 

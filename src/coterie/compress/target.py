@@ -10,9 +10,11 @@ from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.recipes import RECIPES, Recipe
 from coterie.errors import InputError, UnknownName
 from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES, bits_of
+from coterie.model.disk.encodings.integer_types import INTEGER_BITS, INTEGERS
 
-#: Who is to read matrices in blocks: llama.cpp, by way of `coterie export`, or whoever loads the result itself.
-Reader = Literal["gguf", "packed"]
+#: Who is to read matrices in blocks: llama.cpp, by way of `coterie export`; whoever loads the result itself; or stock
+#: transformers and vLLM.
+Reader = Literal["gguf", "packed", "compressed-tensors"]
 
 #: Bits of the smallest type.
 LEAST_BITS = min(bits_of(name) for name in SIZES)
@@ -29,11 +31,13 @@ class Target:
         width: hidden neurons of each expert; for a ragged result, on average.
         budget: bytes of all tensors, as a number or like "12GiB".
         bits: most bits that a number of a matrix takes, scales counted, where weights are stored in fewer bits.
-        type: the type that matrices are stored in, like "Q4_K", in capitals or not.
+        type: the type that matrices are stored in, in capitals or not: one of GGML, like "Q4_K", or integers as
+            compressed-tensors stores them, like "INT4_G128", or "INT4" with the largest groups that fit.
         multiple_of: the number of experts, or their width, whichever the recipe lowers, is the nearest multiple of this
             that can be; None for any.
         reader: who is to read weights in fewer bits: "gguf" (when None), for what GGUF files can say, or "packed", for
-            what they cannot: there blocks run on from row to row where a row is no whole blocks.
+            what they cannot: there blocks run on from row to row where a row is no whole blocks; or
+            "compressed-tensors" (when None and `type` is one of its), for integers that transformers and vLLM read.
     """
 
     keep: float | None = None
@@ -50,13 +54,18 @@ class Target:
             object.__setattr__(self, "type", self.type.upper())
 
     @property
+    def integers(self) -> bool:
+        """Whether matrices are stored in integers, as compressed-tensors does."""
+        return self.reader == "compressed-tensors" or self.type in (*INTEGER_BITS, *INTEGERS)
+
+    @property
     def usual_recipe(self) -> str:
         """The recipe that is taken where none is named.
 
         Bytes are spent on precision first: at equal bytes that costs a small part of what removing experts costs
         (benchmarks/bits.md). A share, or a number of experts or neurons, asks for structure.
         """
-        if self.type is not None:
+        if self.type is not None or (self.integers and (self.bits, self.budget) != (None, None)):
             return "gptaq"
         return "coterie" if self.bits is None and self.budget is None else "coterie-bits"
 
@@ -76,8 +85,9 @@ class Target:
             raise InputError(f"--keep {self.keep:g} is not a share: it must be above 0 and at most 1 (0.5 keeps half)")
         if self.budget is not None:
             parse_bytes(self.budget)
-        if self.type is not None and self.type not in SIZES:
-            raise UnknownName("GGML type", self.type, SIZES)
+        known = (*SIZES, *INTEGER_BITS, *INTEGERS)
+        if self.type is not None and self.type not in known:
+            raise UnknownName("type", self.type, known)
         if self.type in OWN_TYPES and self.reader != "packed":
             raise InputError(
                 f"{self.type} is a type that no GGUF file holds: say --target packed as well, or take one of GGML, "
@@ -93,6 +103,7 @@ class Target:
                 f"--target {self.reader} is about weights in fewer bits, and recipe {recipe.name} {allocator.does}: "
                 "leave it out; its result is a plain checkpoint, which `coterie export` makes a GGUF file of as well"
             )
+        self._check_integers(recipe)
         if self.multiple_of is not None and self.multiple_of < 1:
             raise InputError(f"--multiple-of {self.multiple_of} is out of range: it must be 1 or more")
         if self.multiple_of is not None and recipe.allocator == "ragged":
@@ -106,4 +117,22 @@ class Target:
             raise InputError(
                 f"recipe {recipe.name} {allocator.does}; say how small with {', '.join(most)} or {last}, or take a "
                 f"{instead}"
+            )
+
+    def _check_integers(self, recipe: Recipe) -> None:
+        """Raise InputError where type, reader and recipe do not go together."""
+        if self.integers and self.reader not in (None, "compressed-tensors"):
+            raise InputError(
+                f"--type {self.type} is for transformers and vLLM: take --target compressed-tensors, or leave it out"
+            )
+        if self.integers and self.type in SIZES:
+            raise InputError(
+                f"--type {self.type} is a type of GGML, which --target compressed-tensors cannot say; it has "
+                f"{', '.join((*INTEGER_BITS, *INTEGERS))}"
+            )
+        if self.integers and recipe.quantiser is not None and recipe.allocator != "one-type":
+            alike = [name for name, each in RECIPES.items() if each.allocator == "one-type"]
+            raise InputError(
+                f"recipe {recipe.name} mixes types, and what reads compressed-tensors wants all experts alike: take "
+                f"{', '.join(alike[:-1])} or {alike[-1]}"
             )

@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 
 from coterie.compress.plan import Plan
 from coterie.errors import Infeasible
-from coterie.model.disk.encodings.ggml import GRAIN, OWN_TYPES, SIZES, WRAPPED, bits_of, rows_together, unwrapped
+from coterie.model.disk.encodings.block_types import SIZES
+from coterie.model.disk.encodings.ggml import GRAIN, OWN_TYPES, WRAPPED, bits_of, rows_together, unwrapped
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
+from coterie.model.disk.encodings.integer_types import INTEGERS, integer_encoding
+from coterie.model.disk.encodings.packed_integers import PackedIntegers
 
 #: Steps on the whole result that leave codes as they are.
 BLOCK_STEPS = ("distill-blocks",)
@@ -78,8 +81,16 @@ class Weight:
         """Numbers in all of them."""
         return len(self.names) * math.prod(self.shape)
 
+    @property
+    def takes_integers(self) -> bool:
+        """Whether compressed-tensors stores it: the weight of a linear module by itself, and no head."""
+        alone = len(self.shape) == 2 and self.axis == -1 and self.pattern.endswith(".weight")
+        return alone and self.kind in ("expert", "linear") and not self.head
+
     def fitting(self, kind: str) -> str | None:
         """Return a type, or what stands in for it where its blocks are wider than a row; None where nothing fits."""
+        if kind in INTEGERS:
+            return kind if self.takes_integers and self.columns % SIZES[kind][0] == 0 else None
         if self.columns % SIZES[kind][0] == 0:
             return kind
         if self.wraps and self.holds(kind + WRAPPED):
@@ -99,8 +110,10 @@ class Weight:
             return False
         return self.can_wrap and self.columns % GRAIN == 0 and self.rows % rows_together(kind, self.columns) == 0
 
-    def encoding(self, kind: str) -> GgmlBlocks:
+    def encoding(self, kind: str) -> GgmlBlocks | PackedIntegers:
         """Return the encoding of one of them in a type."""
+        if kind in INTEGERS:
+            return integer_encoding(kind)
         columns = self.columns if kind.endswith(WRAPPED) else None
         return GgmlBlocks(type=unwrapped(kind), axis=self.axis, dtype="F32", columns=columns)
 
@@ -205,7 +218,7 @@ def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) ->
                 f"the plan stores {pattern} as {kind}; matrices that can be stored so are named like "
                 f"{', '.join(sorted(by_pattern)[:3])}"
             )
-        if unwrapped(kind) not in SIZES:
+        if unwrapped(kind) not in SIZES or (kind.endswith(WRAPPED) and unwrapped(kind) in INTEGERS):
             raise Infeasible(f"the plan stores {pattern} as {kind}; types that can be written are {', '.join(SIZES)}")
         if kind.endswith(WRAPPED) and not weight.holds(kind):
             if not weight.can_wrap:
@@ -231,6 +244,6 @@ def bytes_saved(weights: Sequence[Weight], types: Mapping[str, str]) -> int:
     return sum(weight.plain_bytes - weight.num_bytes(types[weight.pattern]) for weight in typed(weights, types))
 
 
-def encodings_of(weights: Sequence[Weight], types: Mapping[str, str]) -> dict[str, GgmlBlocks]:
+def encodings_of(weights: Sequence[Weight], types: Mapping[str, str]) -> dict[str, GgmlBlocks | PackedIntegers]:
     """Return the encoding of each pattern that a plan gives a type."""
     return {weight.pattern: weight.encoding(types[weight.pattern]) for weight in typed(weights, types)}

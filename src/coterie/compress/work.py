@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from coterie import __version__
+from coterie.compress.integers import stored_name
 from coterie.compress.layer import LayerSummary
 from coterie.compress.output import carry_files, write_config
 from coterie.compress.plan import Plan
@@ -89,11 +90,17 @@ class Work:
     def _packed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Store matrices that text does not pass in their types too: nothing comes in, so codes are the nearest."""
         encodings = self.result.encodings
-        packed = dict(tensors)
+        packed: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            if (pattern := matching(name, encodings)) is not None:
-                log.info("%s: no token passes it; its codes are the nearest", name)
-                packed[name] = encodings[pattern].pack(tensor.float())[""]
+            if (pattern := matching(name, encodings)) is None:
+                packed[name] = tensor
+                continue
+            log.info("%s: no token passes it; its codes are the nearest", name)
+            stored = encodings[pattern].pack(tensor.float())
+            if self.plan.integers:
+                packed |= {stored_name(name, suffix): each for suffix, each in stored.items()}
+            else:
+                packed[name] = stored[""]
         return packed
 
     @cached_property
@@ -168,9 +175,8 @@ class Work:
     def _manifest(self) -> Manifest:
         plan = self.plan
         domains, num_tokens, seq_len, _ = self._text()
-        form = ResultForm.RAGGED if plan.ragged else ResultForm.PACKED if plan.packed else ResultForm.PLAIN
         return Manifest(
-            form=ResultForm.MAPPED if plan.mapped else form,
+            form=self._form(),
             recipe=plan.recipe,
             passes=plan.passes,
             router=plan.router,
@@ -191,6 +197,14 @@ class Work:
             left_out=self.job.left_out,
             numerics=self.job.numerics,
         )
+
+    def _form(self) -> ResultForm:
+        plan = self.plan
+        if plan.integers:
+            return ResultForm.COMPRESSED_TENSORS_BY_LAYER if plan.vllm_only else ResultForm.COMPRESSED_TENSORS
+        if plan.mapped:
+            return ResultForm.MAPPED
+        return ResultForm.RAGGED if plan.ragged else ResultForm.PACKED if plan.packed else ResultForm.PLAIN
 
     def _entry(self, layer: MoELayer) -> LayerEntry:
         summary, plan = self.summaries[layer.index], self.plan.layers[layer.index]

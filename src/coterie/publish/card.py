@@ -168,7 +168,6 @@ def _head(manifest: Manifest, files: Sequence[str], model_id: str | None) -> str
     from huggingface_hub import ModelCardData
 
     origin = manifest.provenance
-    stock = manifest.form is ResultForm.PLAIN or MODELING_FILE in files
     languages = list(origin.languages)
     legal = _legal_files(files)
     license_word, license_name, license_link = origin.license, origin.license_name, origin.license_link
@@ -179,7 +178,7 @@ def _head(manifest: Manifest, files: Sequence[str], model_id: str | None) -> str
         license=license_word,
         license_name=license_name,
         license_link=_absolute(license_link, files, model_id),
-        library_name="transformers" if stock else "coterie",
+        library_name="transformers" if MODELING_FILE in files else manifest.loads_with,
         base_model=model_id,
         tags=["moe", "coterie", manifest.recipe],
         pipeline_tag=origin.pipeline_tag or "text-generation",
@@ -325,7 +324,14 @@ def _percent(share: float | None) -> str:
 
 
 def _loading(manifest: Manifest, files: Sequence[str]) -> str:
-    trust = "" if manifest.form is ResultForm.PLAIN else ", trust_remote_code=True"
+    if manifest.form is ResultForm.COMPRESSED_TENSORS_BY_LAYER:
+        lines = ("from vllm import LLM", "", 'model = LLM("FOLDER")  # or the id of this repository')
+        return (
+            "Its weights are integers as compressed-tensors stores them, in some layers' experts otherwise than in "
+            "others'. vLLM loads that; transformers does not, and may load wrong numbers without a word.\n\n"
+            f"{block(lines, 'python')}"
+        )
+    trust = "" if manifest.loads_with == "transformers" else ", trust_remote_code=True"
     stock = block(
         (
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -338,6 +344,11 @@ def _loading(manifest: Manifest, files: Sequence[str]) -> str:
     )
     if manifest.form is ResultForm.PLAIN:
         return stock
+    if manifest.form is ResultForm.COMPRESSED_TENSORS:
+        return (
+            "Its weights are integers as compressed-tensors stores them, which transformers loads with the package "
+            f"`compressed-tensors`, and vLLM by itself.\n\n{stock}"
+        )
     why = {
         ResultForm.MAPPED: "Its routers keep the original's rows and point them at the experts that are left",
         ResultForm.RAGGED: "Every expert has a width of its own",

@@ -1,16 +1,21 @@
 """One type for all matrices: the largest that fits. The head, which every token passes, gets Q6_K at least.
 
 So does an embedding that is the head as well, as in llama.cpp; matrices whose rows are no whole blocks get the type
-that stands in (`coterie.compress.weights`).
+that stands in (`coterie.compress.weights`). Types of integers are for experts and linear modules alone
+(`coterie.compress.integers`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.allocators.problem import Allocation, Problem
+from coterie.compress.integers import choose_integers, fitting_integers
 from coterie.compress.weights import one_type
 from coterie.errors import Infeasible
-from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES, bits_of
+from coterie.model.disk.encodings.block_types import bits_of
+from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES
 
 
 def allocate(problem: Problem) -> Allocation:
@@ -20,15 +25,43 @@ def allocate(problem: Problem) -> Allocation:
         Infeasible: a budget below the smallest result; says what that takes.
     """
     target = problem.target
+    if target.integers:
+        return _integers(problem)
     if target.type is not None:
         return _allocation(problem, target.type)
     ladder = sorted((name for name in SIZES if name not in OWN_TYPES), key=bits_of, reverse=True)
     if target.bits is not None:
         limit = target.bits
         return _allocation(problem, next(name for name in ladder if bits_of(name) <= limit))
-    assert target.budget is not None
-    budget = parse_bytes(target.budget)
-    options = [_allocation(problem, name) for name in ladder]
+    return _largest(problem, [_allocation(problem, name) for name in ladder])
+
+
+def _integers(problem: Problem) -> Allocation:
+    """Choose one of the types that compressed-tensors stores, which all experts get."""
+    target = problem.target
+    if target.type is not None:
+        return _in_integers(problem, target.type)
+    ladder = fitting_integers(problem.weights)
+    if target.bits is not None:
+        below = [name for name in ladder if bits_of(name) <= target.bits]
+        if not below:
+            raise Infeasible(
+                f"--bits {target.bits:g} cannot be met with --target compressed-tensors: {ladder[-1]} takes "
+                f"{bits_of(ladder[-1]):g} a number; for fewer take --target gguf or packed"
+            )
+        return _in_integers(problem, below[0])
+    return _largest(problem, [_in_integers(problem, name) for name in ladder])
+
+
+def _in_integers(problem: Problem, name: str) -> Allocation:
+    types, layers = choose_integers(problem.weights, name), problem.whole()
+    return Allocation(layers=layers, num_bytes=problem.num_bytes(layers, types), types=types)
+
+
+def _largest(problem: Problem, options: Sequence[Allocation]) -> Allocation:
+    """Return the largest that the budget allows; raises Infeasible where none does."""
+    assert problem.target.budget is not None
+    budget = parse_bytes(problem.target.budget)
     fitting = [option for option in options if option.num_bytes <= budget]
     if not fitting:
         least = min(options, key=lambda option: option.num_bytes)

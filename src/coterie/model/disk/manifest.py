@@ -40,6 +40,11 @@ class ResultForm(StrEnum):
     """Every expert has a width of its own."""
     PACKED = "packed"
     """Weights are stored in an encoding of their own."""
+    COMPRESSED_TENSORS = "compressed-tensors"
+    """Weights are integers as compressed-tensors stores them, those of all experts alike; loads in transformers with
+    that package, and in vLLM."""
+    COMPRESSED_TENSORS_BY_LAYER = "compressed-tensors by layer"
+    """The same, where experts of layers differ; loads in vLLM, while transformers takes them to be alike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,7 +194,7 @@ class Manifest:
         layers: what became of every MoE layer, in order.
         bytes_before: bytes of all tensors of the original, as they are read.
         bytes_after: bytes of all tensors of the result.
-        left_out: why steps of the recipe on the whole result were left out, by step.
+        left_out: why steps of the recipe on the whole result, or the check with transformers, were left out, by name.
         numerics: what it was computed with, see `coterie.model.numerics`: with another number of threads, device or
             version of torch the last bits may differ. Empty where an earlier version wrote it, as for `left_out`.
         provenance: what the card says beside all this.
@@ -233,13 +238,17 @@ class Manifest:
                 raise ValueError(f"layers[{position}].index is {layer.index}: it should be {position}")
 
     @property
-    def loads_with(self) -> Literal["transformers", "coterie"]:
-        """Whose classes can load the result: those of transformers, or Coterie's, or the code beside the weights."""
-        return "transformers" if self.form is ResultForm.PLAIN else "coterie"
+    def loads_with(self) -> Literal["transformers", "vllm", "coterie"]:
+        """Whose classes load it: those of transformers, of vLLM alone, or Coterie's, or the code beside the weights."""
+        if self.form in (ResultForm.PLAIN, ResultForm.COMPRESSED_TENSORS):
+            return "transformers"
+        return "vllm" if self.form is ResultForm.COMPRESSED_TENSORS_BY_LAYER else "coterie"
 
     def how_to_load(self, folder: str | Path) -> str:
         """Return the Python expression that loads the result from a folder."""
-        if self.form is ResultForm.PLAIN:
+        if self.loads_with == "vllm":
+            return f"vllm.LLM({str(folder)!r})"
+        if self.loads_with == "transformers":
             return f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
         return f"coterie.load_model({str(folder)!r})"
 
