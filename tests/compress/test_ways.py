@@ -210,6 +210,7 @@ def test_what_is_known_from_above_is_never_best(model):
     assert replace(found, ways=(poor,)).best is None
     measured = replace(fair, name="measured", expected=replace(known, basis="prices", kl=0.9))
     assert replace(found, ways=(fair, measured)).best is measured
+    assert replace(found, ways=(poor, measured)).best is measured  # a bound of other models says nothing of this one
 
 
 def test_prices_of_another_model_are_refused(model, prices):

@@ -97,12 +97,16 @@ class Ways:
         return best[0]
 
     def _bounds(self) -> list[float]:
-        return [way.expected.kl for way in self.ways if way.expected is not None and not way.expected.is_known]
+        return [expected.kl for _, expected in self._of_one_basis() if not expected.is_known]
 
     def _comparable(self) -> list[tuple[Way, float]]:
-        known = [(way, way.expected) for way in self.ways if way.expected is not None and way.expected.is_known]
-        basis = "prices" if any(expected.basis == "prices" for _, expected in known) else "bundled"
-        return [(way, expected.kl) for way, expected in known if expected.basis == basis]
+        return [(way, expected.kl) for way, expected in self._of_one_basis() if expected.is_known]
+
+    def _of_one_basis(self) -> list[tuple[Way, Expected]]:
+        """Return the ways that can be compared: those with prices where there are any, else all."""
+        known = [(way, way.expected) for way in self.ways if way.expected is not None]
+        priced = [(way, expected) for way, expected in known if expected.basis == "prices"]
+        return priced or known
 
     def verdict(self) -> str:
         """Say which way is best, and by how much, in a sentence."""
@@ -127,7 +131,7 @@ class Ways:
         other, kl = min(others, key=lambda each: each[1])
         if kl < best.expected.kl / _BETTER:
             return f"{said}; {other.name} is not expected to be better"
-        return f"{said}; {other.name} costs {kl / best.expected.kl:.2g} times as much"
+        return f"{said}; {other.name} costs {float(f'{kl / best.expected.kl:.2g}'):g} times as much"
 
     def content(self) -> dict[str, Any]:
         """Return it as JSON content."""
