@@ -197,7 +197,7 @@ def test_prediction_layers_stay_plain_and_are_named_as_such(made, text_folder, t
 
 
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.long)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.long), torch.float16])
 def test_models_in_other_number_formats(dtype, tied, made):
     """Scales are bfloat16 whatever the model is in; what is read differs from what transformers has by a rounding."""
     model, result = made(dtype=dtype, tie_word_embeddings=tied)
@@ -380,7 +380,7 @@ def test_other_linear_modules_may_have_a_type_of_their_own(small, text_folder, t
         check_stock_numbers(result.out)
 
 
-@pytest.mark.parametrize("second", ["INT8_G32", None])
+@pytest.mark.parametrize("second", ["INT8_G32", pytest.param(None, marks=pytest.mark.long)])
 def test_layers_that_differ_are_for_vllm_alone_and_said_to_be(second, small, text_folder, tmp_path, capsys):
     decided = plan(small, type="INT4", recipe="nearest")
     types = {**decided.types, **of_layer(1, second)}
