@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import coterie
@@ -19,6 +19,7 @@ from coterie.errors import InputError, NotACheckpoint, OutOfSpace, OutputExists,
 from coterie.export import blocks, run
 from coterie.export.blocks import encode
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.encodings.mxfp4 import Mxfp4
 from coterie.model.disk.quantized import dequantized
 from coterie.testing import tiny_checkpoint
 from export_cases import MIXED, STORED_IN_BLOCKS, WIDE, packed
@@ -143,6 +144,29 @@ def test_blocks_that_run_on_from_row_to_row_become_numbers_and_it_is_said(tmp_pa
     assert stack.tensor_type.name == "F32"
     assert torch.equal(torch.from_numpy(stack.data[1].copy()), expected)
     assert "lose their blocks, such as blk.0.ffn_down_exps.weight" in caplog.text
+
+
+def test_mxfp4_of_a_checkpoint_stays_mxfp4_to_the_bit(tmp_path):
+    """As gpt-oss comes: experts in pairs of 4-bit floats go over as they are, in llama.cpp's order of numbers."""
+    model = tiny_checkpoint(tmp_path / "model", "gpt_oss", hidden_size=64, intermediate_size=96)
+    content = load_file(model / "model.safetensors")
+    for name in [name for name in content if name.endswith(("gate_up_proj", "down_proj"))]:
+        packed = Mxfp4().pack(content.pop(name).float())
+        content |= {name + suffix: tensor.contiguous() for suffix, tensor in packed.items()}
+    save_file(content, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    exported = export(model, tmp_path / "model.gguf", type="f32")
+    assert "MXFP4" in exported.types
+    there = tensors(tmp_path / "model.gguf")
+    with dequantized(Checkpoint.open(model), "float32").reader() as reader:
+        fused, down = (reader.read(f"model.layers.1.mlp.experts.{name}") for name in ("gate_up_proj", "down_proj"))
+    expected = {"gate": fused[..., ::2], "up": fused[..., 1::2], "down": down}
+    for projection, stack_EDF in expected.items():
+        tensor = there[f"blk.1.ffn_{projection}_exps.weight"]
+        assert tensor.tensor_type.name == "MXFP4"
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert np.array_equal(values, stack_EDF.transpose(1, 2).numpy())
 
 
 def test_a_result_with_fewer_experts_says_what_was_done_and_is_predicted_alike(tiny, text, tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import UnsupportedDtype
+from coterie.model.disk.encodings.ggml import SIZES
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
+from coterie.model.disk.encodings.mxfp4 import BLOCKS, SCALES, Mxfp4
 from coterie.model.disk.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -31,18 +33,45 @@ def block_size(type_: str) -> tuple[int, int]:
 def block_type(info: TensorInfo) -> tuple[str, int] | None:
     """Return the GGML type that a tensor is stored in and the axis that blocks run along; None for other encodings.
 
-    Blocks that run on from row to row run along no axis, which is said with 0.
+    Blocks that run on from row to row run along no axis, which is said with 0. Pairs of 4-bit floats in groups of 32
+    are MXFP4 there as well, their bytes in another order.
     """
-    if info.packed is None or not isinstance(info.packed.encoding, GgmlBlocks):
+    encoding = None if info.packed is None else info.packed.encoding
+    if isinstance(encoding, Mxfp4) and encoding.group == SIZES["MXFP4"][0]:
+        return "MXFP4", -2
+    if not isinstance(encoding, GgmlBlocks):
         return None
-    encoding = info.packed.encoding
     return encoding.type, encoding.axis if encoding.columns is None else 0
 
 
-def stored_blocks(info: TensorInfo) -> str:
-    """Return the name on disk of the bytes that a tensor is stored as, where it is stored in blocks."""
+def stored_bytes(info: TensorInfo, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """Return the bytes of a matrix that is stored in blocks, where its numbers stood, as a GGUF file holds them.
+
+    Args:
+        info: of the tensor that it is, or is one of.
+        read: returns the matrix's part of a tensor by the name on disk.
+    """
     assert info.packed is not None
-    return info.packed.stored[""].name
+    stored = info.packed.stored
+    if isinstance(info.packed.encoding, GgmlBlocks):
+        return read(stored[""].name)
+    return _mxfp4_bytes(read(stored[BLOCKS].name), read(stored[SCALES].name)).T  # the input axis is first
+
+
+def _mxfp4_bytes(pair_RGb: torch.Tensor, exponent_RG: torch.Tensor) -> torch.Tensor:
+    """Return rows of MXFP4 blocks (R, G * 17): an exponent, then numbers j and j + 16 in byte j (``ggml-common.h``).
+
+    Args:
+        pair_RGb: numbers 2 j and 2 j + 1 in byte j, the first in its low half (OCP Microscaling Formats 1.0), 16 bytes
+            for each of G groups of R rows.
+        exponent_RG: powers of two, with the same bias in both.
+    """
+    import torch
+
+    number_RGB = torch.stack((pair_RGb & 15, pair_RGb >> 4), dim=-1).flatten(-2)
+    first_RGb, second_RGb = number_RGB.chunk(2, dim=-1)
+    exponent_RG1 = exponent_RG.view(torch.uint8)[..., None]
+    return torch.cat((exponent_RG1, first_RGb | second_RGb << 4), dim=-1).flatten(-2)
 
 
 def encode(tensor: torch.Tensor, type_: str, where: str) -> Iterator[memoryview]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -29,8 +30,8 @@ class Pieces:
         """Yield a tensor's pieces in order: numbers that are still to be encoded, or bytes as they are."""
         for part in output.parts:
             if output.copied:
-                name = blocks.stored_blocks(self._tensors[part.source])
-                yield blocks.bytes_of(_taken(_read(self._stored, name, part), part).numpy())
+                stored = blocks.stored_bytes(self._tensors[part.source], partial(_read, self._stored, part=part))
+                yield blocks.bytes_of(_taken(stored, part).numpy())
             else:
                 yield from self._numbers(part)
 

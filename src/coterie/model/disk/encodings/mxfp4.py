@@ -16,7 +16,8 @@ from coterie.model.disk.tensors import TORCH_NAMES, Encoding, bytes_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BLOCKS, _SCALES = "_blocks", "_scales"
+#: What is stored of a tensor, by suffix.
+BLOCKS, SCALES = "_blocks", "_scales"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +47,9 @@ class Mxfp4:
         Raises:
             UnsupportedDtype: a shape or a number that cannot be stored so.
         """
-        blocks = self.stored(tuple(tensor.shape))[_BLOCKS][1]
+        blocks = self.stored(tuple(tensor.shape))[BLOCKS][1]
         bytes_NRc, scale_NRh = scaled.pack_matrices(tensor.transpose(1, 2), (1, self.group), "U8", self.scales)
-        return {_BLOCKS: bytes_NRc.view(blocks), _SCALES: scale_NRh}
+        return {BLOCKS: bytes_NRc.view(blocks), SCALES: scale_NRh}
 
     def unpack(self, stored: Mapping[str, Tensor]) -> Tensor:
         """Return the values (N, C, R).
@@ -58,11 +59,11 @@ class Mxfp4:
         """
         import torch
 
-        blocks = stored[_BLOCKS]
+        blocks = stored[BLOCKS]
         num_matrices, rows, groups, size = blocks.shape
         out = torch.empty(num_matrices, groups * size * 2, rows, dtype=getattr(torch, TORCH_NAMES[self.dtype]))
         scaled.unpack_matrices(
-            blocks.view(num_matrices, rows, -1), scaled.scale_values(stored[_SCALES]), (1, size * 2), "U8",
+            blocks.view(num_matrices, rows, -1), scaled.scale_values(stored[SCALES]), (1, size * 2), "U8",
             out.transpose(1, 2),
         )  # fmt: skip
         return out
@@ -80,7 +81,7 @@ class Mxfp4:
             )
         num_matrices, columns, rows = shape
         grid = (num_matrices, rows, columns // self.group)
-        return {_BLOCKS: ("U8", (*grid, self.group // 2)), _SCALES: (self.scales, grid)}
+        return {BLOCKS: ("U8", (*grid, self.group // 2)), SCALES: (self.scales, grid)}
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes of blocks and scales of a tensor of this shape."""
