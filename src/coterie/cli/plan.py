@@ -44,8 +44,8 @@ def plan(
 ) -> None:
     """Decide what every layer gets.
 
-    No weights are touched: this takes seconds. With --budget the ways to meet it are listed too, with --prices by what
-    they cost on this model. The file that --out names can be read, edited, and given to `coterie compress --plan`.
+    No weights are touched: this takes seconds. With --budget the ways to meet it are listed too and, where prices are
+    given, what they cost on this model. The file that --out names can be read, edited, and given to `compress --plan`.
     """
     targets = options.one_target(keep=keep, experts=experts, width=width, budget=budget, bits=bits, type=type)
     how = options.running(budget, budget_for, context, batch, kv_type)
