@@ -2,7 +2,7 @@
 
     python benchmarks/bits.py [--models reference/model ...] [--formats Q8_0 Q4_K_M ...] [--shares 0.16 ...]
                               [--recipes coterie-bits ...] [--tokens 65536] [--test-tokens 16384] [--seeds 0 ...]
-                              [--again RECIPE ...] [--markdown FILE] [--json FILE]
+                              [--again RECIPE ...] [--kept] [--markdown FILE] [--json FILE]
 
 A recipe may be followed by an effort, such as coterie-bits:balanced: its result is trained as long; else it is not. And
 by a target, such as coterie-bits@packed, for the form that Coterie alone reads.
@@ -16,7 +16,8 @@ much of each domain. KL is KL(original || result) in nats, with its standard err
 of calibration text, the mean of both. "expected" is the rise of the loss that a recipe foretold.
 
 Rows are kept in the JSON file as they are made, and those that are there already are not made again, unless `--again`
-names their recipe ("llama.cpp" for the formats themselves). Models that are not there are left out.
+names their recipe ("llama.cpp" for the formats themselves). With --kept no row is made: what is there is printed.
+Models that are not there are left out.
 """
 
 from __future__ import annotations
@@ -340,6 +341,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a sequence")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="draws of calibration text")
     parser.add_argument("--again", nargs="*", default=[], help=f"recipes, or {RIVAL}, whose rows are made anew")
+    parser.add_argument("--kept", action="store_true", help="make nothing, print the rows that are there")
     parser.add_argument("--markdown", type=Path, help="where the tables go as well")
     parser.add_argument("--json", type=Path, help="where rows are kept as they are made")
     options = parser.parse_args()
@@ -351,7 +353,7 @@ def main() -> None:
     if options.again:
         rows.forget(options.again)
     models = [model for model in options.models if (model / "config.json").exists()]
-    for model in models:
+    for model in () if options.kept else models:
         with (
             tempfile.TemporaryDirectory() as folder,
             Evaluation(
