@@ -248,6 +248,18 @@ def test_prices_are_a_half_of_fisher_times_the_square_of_the_error(priced, monke
             assert price == pytest.approx(expected, rel=1e-4)
 
 
+def test_types_that_are_underrated_cost_as_many_times_as_much(priced, monkeypatch):
+    _, source, pairs, _ = priced("olmoe")
+    meter = DamageMeter(stream=None, source=source, batches=[IDS], counts=[None], types=TYPES)
+    meter._tokens, weight = IDS.numel(), source.weights[0]
+    before = meter._prices(weight, pairs[weight.pattern])
+    monkeypatch.setattr(damages_module, "UNDERRATED", {"Q4_0": 3.0})
+    after = meter._prices(weight, pairs[weight.pattern])
+    assert {kind: after[kind] / before[kind] for kind in before} == pytest.approx(
+        {kind: 3.0 if kind == "Q4_0" else 1.0 for kind in before}
+    )
+
+
 def test_fewer_bits_cost_more_and_some_rows_tell_what_all_do(priced, monkeypatch):
     _, source, pairs, prices = priced("olmoe")
     for pattern, by_type in prices.items():
