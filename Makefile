@@ -16,6 +16,10 @@ PYTEST_JOBS ?= logical
 PYTEST      := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n $(PYTEST_JOBS) --maxprocesses=8 \
 	--dist=worksteal
 
+# Fewer bits beside llama.cpp's formats; rows that are kept are not made again.
+BITS := OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bits.py --formats Q4_K_M IQ4_XS IQ3_XXS IQ2_M IQ2_XS \
+	--json benchmarks/bits.json
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-more test-slow test-browser lint picture docs bench clean
 
@@ -59,8 +63,12 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 	$(BIN)/python benchmarks/demo.py --markdown benchmarks/demo.md
 	$(BIN)/python benchmarks/first_steps.py --markdown benchmarks/first_steps.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plain_quantisation.py --markdown benchmarks/plain_quantisation.md
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bits.py --models reference/model reference/qwen3_moe \
-		--formats Q4_K_M IQ4_XS IQ3_XXS IQ2_M IQ2_XS --shares 0.16 --recipes coterie-bits --markdown benchmarks/bits.md --json benchmarks/bits.json
+	$(BITS) --models reference/model reference/qwen3_moe --shares 0.16 --recipes coterie-bits --markdown benchmarks/bits.md
+	$(BITS) --models reference/model reference/glm4_moe --shares 0.29 0.24 0.21 0.16 \
+		--recipes coterie-bits@packed coterie-bits:balanced@packed --markdown benchmarks/bits-packed.md
+	$(BITS) --models reference/qwen3_moe --recipes coterie-bits pmq mxmoe alphaq edgemoe \
+		--markdown benchmarks/bits-published.md
+	$(BIN)/python benchmarks/quantise_speed.py --markdown benchmarks/quantise_speed.md
 	$(BIN)/python benchmarks/block_types.py --markdown benchmarks/block_types.md
 	$(BIN)/python benchmarks/inputs.py --markdown benchmarks/inputs.md
 	$(BIN)/python benchmarks/calibration.py --tokens 16384 --test-tokens 10240 --markdown benchmarks/calibration.md
