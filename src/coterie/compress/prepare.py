@@ -415,6 +415,8 @@ def _prices(
     if given is not None and (user_path(given) / PRICES_FILE).exists():
         return Prices.load(given, model_digest=source.checkpoint.digest), None
     assert calibration is not None
+    if given is not None:  # what is kept serves every target, as what `coterie price` measures
+        source = replace(source, target="packed")
     return None, pricing_of(stream, source, calibration, min(PRICED_TOKENS, options.tokens), request.recipe.allocator)
 
 
