@@ -68,7 +68,8 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 		--recipes coterie-bits@packed coterie-bits:balanced@packed --markdown benchmarks/bits-packed.md
 	$(BITS) --models reference/qwen3_moe --formats IQ4_XS --recipes coterie-bits pmq mxmoe alphaq edgemoe \
 		--markdown benchmarks/bits-published.md
-	$(BIN)/python benchmarks/quantise_speed.py --markdown benchmarks/quantise_speed.md
+	$(BIN)/python benchmarks/quantise_speed.py --repeats 1 --types Q6_K Q4_K IQ4_XS Q3_K IQ3_XXS Q2_K IQ2_S IQ2_XXS \
+		--markdown benchmarks/quantise_speed.md
 	$(BIN)/python benchmarks/block_types.py --markdown benchmarks/block_types.md
 	$(BIN)/python benchmarks/inputs.py --markdown benchmarks/inputs.md
 	$(BIN)/python benchmarks/calibration.py --tokens 16384 --test-tokens 10240 --markdown benchmarks/calibration.md
