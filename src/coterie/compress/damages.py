@@ -168,20 +168,18 @@ class DamageMeter:
             return {}
         whole = sum(float((fisher_RC * matrix_RC.square()).sum()) for matrix_RC, fisher_RC in pairs)
         step = max(1, len(pairs) // MATRICES)
+        # Rows that are rounded, by how many are stored together: the same for all types whose blocks lie alike.
+        samples: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
         prices: dict[str, float] = {}
-        for wanted in self.types:
-            for kind in weight.fittings(wanted):
-                if kind in prices:
-                    continue
-                few = [_some_rows(*pair, rows_together(kind, weight.columns)) for pair in pairs[::step]]
-                matrix_NRC, fisher_NRC = (torch.stack(each) for each in zip(*few, strict=True))
-                part = float((fisher_NRC * matrix_NRC.square()).sum())
-                importance_NC = fisher_NRC.mean(dim=1)
-                importance_NC = torch.where(importance_NC.sum(dim=-1, keepdim=True) > 0, importance_NC, 1.0)
-                _, value_NRC = round_to_nearest(matrix_NRC, importance_NC, get_layout(kind))
-                lost = float((fisher_NRC * (matrix_NRC - value_NRC).square()).sum())
-                factor = 0.5 * UNDERRATED.get(unwrapped(kind), 1.0)
-                prices[kind] = factor * whole * (lost / part if part > 0 else 0.0) / self._tokens
+        for kind in dict.fromkeys(kind for wanted in self.types for kind in weight.fittings(wanted)):
+            together = rows_together(kind, weight.columns)
+            if together not in samples:
+                samples[together] = _sample(pairs[::step], together)
+            matrix_NRC, fisher_NRC, importance_NC, part = samples[together]
+            _, value_NRC = round_to_nearest(matrix_NRC, importance_NC, get_layout(kind))
+            lost = float((fisher_NRC * (matrix_NRC - value_NRC).square()).sum())
+            factor = 0.5 * UNDERRATED.get(unwrapped(kind), 1.0)
+            prices[kind] = factor * whole * (lost / part if part > 0 else 0.0) / self._tokens
         return prices
 
     def _price_embedding(self, weight: Weight, fisher_VD: Tensor) -> dict[str, float]:
@@ -200,6 +198,15 @@ class DamageMeter:
             p_TV = (some_TD @ matrix_VD.T).softmax(dim=-1)
             fisher_VD += (p_TV * (1 - p_TV)).T @ some_TD.square()
         return self._prices(weight, [(matrix_VD, fisher_VD)])
+
+
+def _sample(pairs: Sequence[tuple[Tensor, Tensor]], together: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return some rows of matrices, what their elements and columns weigh, and what all of these rows weigh."""
+    some = [_some_rows(*pair, together) for pair in pairs]
+    matrix_NRC, fisher_NRC = (torch.stack(each) for each in zip(*some, strict=True))
+    importance_NC = fisher_NRC.mean(dim=1)
+    importance_NC = torch.where(importance_NC.sum(dim=-1, keepdim=True) > 0, importance_NC, 1.0)
+    return matrix_NRC, fisher_NRC, importance_NC, float((fisher_NRC * matrix_NRC.square()).sum())
 
 
 def _some_rows(matrix_RC: Tensor, fisher_RC: Tensor, together: int) -> tuple[Tensor, Tensor]:

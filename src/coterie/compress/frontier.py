@@ -74,8 +74,7 @@ class Frontier:
 
     def plain_within(self, num_bytes: int) -> Point | None:
         """Return the single type that costs least in so many bytes; None where none fits."""
-        fitting = [point for point in self.single if point.num_bytes <= num_bytes]
-        return min(fitting, key=lambda point: point.damage, default=None)
+        return _cheapest(self.single, num_bytes)
 
     def content(self) -> dict[str, Any]:
         """Return it as JSON content."""
@@ -149,9 +148,8 @@ def priced_ways(model: str | Path, prices: Prices | str | Path, limit: int, targ
     sized = Sized(headers=read_headers(source.checkpoint), accounting=source.accounting, weights=source.weights)
     listed = [*as_it_is(sized, limit)]
     if not listed:
-        fitting = [point for point in _single_types(source, prices) if point.num_bytes <= limit]
-        if fitting:
-            plain = min(fitting, key=lambda point: point.damage)
+        plain = _cheapest(_single_types(source, prices), limit)
+        if plain is not None:
             listed.append(single_way(sized, plain.name, plain.num_bytes, plain.expected))
         try:
             mixed = _point(source, prices, "mixed", Target(budget=limit))
@@ -164,6 +162,11 @@ def priced_ways(model: str | Path, prices: Prices | str | Path, limit: int, targ
         limit=limit, original_bytes=sized.num_bytes({}), least_bytes=sized.num_bytes(smallest_types(sized.weights)),
         num_experts=sized.num_experts, ways=tuple(listed),
     )  # fmt: skip
+
+
+def _cheapest(points: Sequence[Point], limit: int) -> Point | None:
+    """Return the point that costs least in so many bytes; None where none fits."""
+    return min((point for point in points if point.num_bytes <= limit), key=lambda point: point.damage, default=None)
 
 
 def _open(model: str | Path, prices: Prices | str | Path, target: Reader) -> tuple[Source, Prices]:

@@ -7,10 +7,9 @@ of a tower that sees or of a convolution, the matrix is left out, and what is co
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from coterie.compress.target import Reader
-from coterie.compress.weights import Weight
+from coterie.compress.weights import Weight, read_by
 from coterie.model.arch.accounting import Accounting, LayerAccount, SizedTensor
 from coterie.model.arch.inspect import Headers
 from coterie.model.disk.tensors import bytes_of
@@ -47,7 +46,7 @@ def weights_of_headers(headers: Headers, accounting: Accounting, target: Reader 
                     plain_bytes=info.num_bytes, head=head, can_wrap=True,
                 )
             )  # fmt: skip
-    return tuple(replace(weight, wraps=weight.can_wrap and target == "packed") for weight in weights)
+    return read_by(target, weights)
 
 
 def _of_experts(layer: LayerAccount, index: int, hidden_size: int) -> Iterator[Weight]:

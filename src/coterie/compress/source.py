@@ -11,7 +11,7 @@ from coterie.compress.find_weights import find_weights
 from coterie.compress.plan import Mtp
 from coterie.compress.sizes import Sizing
 from coterie.compress.target import Reader
-from coterie.compress.weights import Weight
+from coterie.compress.weights import Weight, read_by
 from coterie.errors import InputError, UnsupportedDtype
 from coterie.model.arch.accounting import Accounting, LayerTensors, layer_tensors
 from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion
@@ -116,9 +116,7 @@ class Source:
     def weights(self) -> tuple[Weight, ...]:
         """The matrices that can be stored in fewer bits."""
         weights = find_weights(self.checkpoint, self.architecture, self.conversion, self.tensors)
-        if self.target != "packed":
-            return weights
-        return tuple(replace(weight, wraps=weight.can_wrap) for weight in weights)
+        return read_by(self.target, weights)
 
     def sizing(self, *, keeps_rows: bool) -> Sizing:
         """Return what says how many bytes a result takes; `keeps_rows` for a mapped one."""

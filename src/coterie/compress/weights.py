@@ -163,6 +163,11 @@ def one_type(weights: Iterable[Weight], name: str) -> dict[str, str]:
     return types
 
 
+def read_by(target: str, weights: Iterable[Weight]) -> tuple[Weight, ...]:
+    """Return matrices for who is to read the result, see `coterie.compress.target.Target.reader`."""
+    return tuple(replace(weight, wraps=weight.can_wrap and target == "packed") for weight in weights)
+
+
 def smallest_types(weights: Iterable[Weight]) -> dict[str, str]:
     """Return the smallest priced type that each matrix can have, by pattern."""
     types = {}

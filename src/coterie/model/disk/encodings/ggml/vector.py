@@ -128,10 +128,7 @@ class Vector:
         for start in range(0, len(flat_gV), _AT_A_TIME):
             part_gV, weights_gV = (flat[start : start + _AT_A_TIME] for flat in (flat_gV, flat_importance_gV))
             distance_gG = weights_gV @ grid_GV.square().T - 2 * ((weights_gV * part_gV) @ grid_GV.T)
-            if count == 1:
-                places.append(distance_gG.min(dim=-1, keepdim=True).indices)
-            else:
-                places.append(distance_gG.topk(count, dim=-1, largest=False).indices)
+            places.append(distance_gG.topk(count, dim=-1, largest=False).indices)
         return torch.cat(places).view(*shape, count)
 
     def fit(self, weight_NRB: Tensor, importance_NRB: Tensor) -> Scales:
@@ -158,7 +155,7 @@ class Vector:
             scale_R = as_half(step_RS.amax(dim=-1) / (top * share))
             factor_RS = (ratio(step_RS, scale_R[..., None]) - self.step_first) / self.step_each
             factor_RS = factor_RS.round().clamp(0, _LARGEST_FACTOR)
-            multiple_RS = self.step_first + self.step_each * factor_RS
+            multiple_RS = self._multiples(factor_RS)
             product_RS, square_RS = search.sums(scale_R[..., None] * multiple_RS)
             above_R, below_R = (multiple_RS * product_RS).sum(-1), (multiple_RS.square() * square_RS).sum(-1)
             refit_R = as_half(ratio(above_R, below_R))
@@ -181,12 +178,12 @@ class Vector:
             best_RS = torch.where(better_RS, step_RS, best_RS)
         return best_RS
 
-    def _multiples(self, scales: Scales) -> Tensor:
-        return self.step_first + self.step_each * scales.factor_NRS
+    def _multiples(self, factor: Tensor) -> Tensor:
+        return self.step_first + self.step_each * factor
 
     def steps(self, scales: Scales) -> Tensor:
         """Return the steps (N, R, S) of sub-blocks."""
-        return scales.scale_NR[..., None] * self._multiples(scales)
+        return scales.scale_NR[..., None] * self._multiples(scales.factor_NRS)
 
     def choose(self, weight_NRv: Tensor, scales: Scales, column: int, metric_Nvv: Tensor) -> tuple[Codes, Tensor]:
         """Choose entries by the diagonal of the metric, and among the best of them by the whole of it."""
