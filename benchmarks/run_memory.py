@@ -11,11 +11,11 @@ counted beside the copy that was made of them.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,9 +46,11 @@ settings.load_mode, settings.no_extra_bufts = xllamacpp.llama_load_mode.LLAMA_LO
 settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
 settings.cache_type_k = settings.cache_type_v = getattr(xllamacpp.ggml_type, "GGML_TYPE_" + kv_type.upper())
 server = xllamacpp.Server(settings)
-sys.stderr.flush()
+sys.stdin.read()  # its log is written by a thread of its own: who reads it says when all was said
 os._exit(0)  # a server that has not begun to wait for requests does not end
 """
+#: What it says last.
+_LOADED = "model loaded"
 
 
 def reserved(file: Path, running: Running) -> dict[str, float]:
@@ -58,10 +60,19 @@ def reserved(file: Path, running: Running) -> dict[str, float]:
         RuntimeError: it said nothing of it.
     """
     command = [sys.executable, "-c", _LOAD, str(file), str(running.context), str(running.batch), running.kv_type]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=os.environ)
-    found = re.findall(r"(model|KV|RS|compute|output) buffer size += +([\d.]+) MiB", done.stderr)
-    if not found:
-        raise RuntimeError(f"llama.cpp did not load {file}: {done.stderr[-500:]}")
+    said: list[str] = []
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace") as child:
+        given_up = threading.Timer(PATIENCE, child.kill)
+        given_up.start()
+        for line in child.stderr or ():
+            said.append(line)
+            if _LOADED in line:
+                break
+        given_up.cancel()
+        child.kill()
+    found = re.findall(r"(model|KV|RS|compute|output) buffer size += +([\d.]+) MiB", "".join(said))
+    if not said or _LOADED not in said[-1]:
+        raise RuntimeError(f"llama.cpp did not load {file}: {''.join(said)[-500:]}")
     kinds = dict.fromkeys(("model", "KV", "RS", "compute", "output"), 0.0)
     for kind, amount in found:
         kinds[kind] += float(amount) * 2**20
