@@ -1,12 +1,18 @@
 """GPTQ against the paper's own words in float64 loops: eliminate one column, then take it out of the inverse."""
 
+import importlib
+import threading
+
 import pytest
 import torch
 
 from coterie.compress.moments import Inputs
 from coterie.compress.quantisers.gptq import gptq, upper_factor
-from coterie.model.disk.encodings.ggml import SIZES, get_type
+from coterie.model.disk.encodings.block_types import get_layout
+from coterie.model.disk.encodings.ggml import SIZES, get_type, rounding
 from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
+
+gptq_module = importlib.import_module("coterie.compress.quantisers.gptq")
 
 
 def problem(columns, rows=5, matrices=1, tokens=None, seed=0):
@@ -19,6 +25,14 @@ def problem(columns, rows=5, matrices=1, tokens=None, seed=0):
 
 def inputs(hessian):
     return Inputs(hessian_NCC=hessian, missed_NCC=None, num_tokens=(1,) * len(hessian))
+
+
+@pytest.fixture
+def threads():
+    """Return what sets torch's threads; those that were are set again behind the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def loss(weight, value, hessian):
@@ -116,3 +130,34 @@ def test_the_factor_is_that_of_the_inverse():
 def test_columns_that_are_no_whole_blocks_are_refused():
     with pytest.raises(ValueError, match="100 columns are no whole blocks of 256"):
         gptq(torch.zeros(1, 2, 100), inputs(torch.zeros(1, 100, 100)), get_type("Q4_K"))
+
+
+@pytest.mark.parametrize(("name", "rows"), [("Q4_K", 1200), ("IQ2_XXS", 600), ("Q4_K.W", 1200)])
+def test_threads_share_matrices_and_rows_and_change_no_byte(name, rows, threads):
+    columns = 192 if name.endswith(".W") else 256
+    weight, hessian = problem(columns, rows=rows, matrices=4)
+    names, results = set(), []
+    choose = rounding.round_columns
+
+    def watched(*args):
+        names.add(threading.current_thread().name)
+        return choose(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gptq_module, "round_columns", watched)
+        for count in (1, 3):
+            threads(count)
+            results.append(gptq(weight, inputs(hessian), get_layout(name)))
+            assert torch.get_num_threads() == count
+    assert len(names) >= 2  # this one, and others
+    (one, value), (three, other) = results
+    assert torch.equal(one, three)
+    assert torch.equal(value, other)
+
+
+def test_an_error_in_a_thread_comes_out_and_threads_are_set_again(threads):
+    threads(2)
+    weight, hessian = problem(64, rows=4096, matrices=2)
+    with pytest.raises(ValueError, match="no whole blocks"):
+        gptq(weight, inputs(hessian), get_type("Q4_K"))
+    assert torch.get_num_threads() == 2

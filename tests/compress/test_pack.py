@@ -21,6 +21,7 @@ from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.pack import Packer
 from coterie.compress.pack_forecast import MOMENTS, PackForecast
 from coterie.compress.plan import Plan
+from coterie.compress.source import Source
 from coterie.errors import Infeasible, InputError, UnknownName
 from coterie.evaluate.run import evaluate
 from coterie.evaluate.speed import memory_in_use, peak_memory
@@ -473,6 +474,28 @@ def test_published_allocators_say_beforehand_how_large_the_result_is(recipe, wid
         plan(wide, budget="9KiB", recipe=recipe)
 
 
+@pytest.mark.parametrize("recipe", ["nearest", "coterie-bits", "pmq", "mxmoe", "alphaq", "edgemoe"])
+def test_experts_alone_have_the_bits_where_that_is_asked_for(recipe, wide):
+    decided = plan(wide, bits=4.6, recipe=recipe, experts_only=True)
+    assert decided.types
+    assert all(".experts." in name for name in decided.types)
+    weights = Source.open(wide, mtp="keep", fetch="samples").weights
+    experts = [weight for weight in weights if weight.kind == "expert"]
+    saved = sum(weight.plain_bytes for weight in experts) - (decided.original_bytes - decided.predicted_bytes)
+    assert saved * 8 <= 4.6 * sum(weight.num_elements for weight in experts)
+    assert plan(wide, budget=decided.predicted_bytes, recipe=recipe, experts_only=True).types
+
+
+@pytest.mark.long
+def test_all_but_experts_stays_to_the_bit_where_that_is_asked_for(wide, text_folder, tmp_path):
+    result = compress(wide, tmp_path / "out", bits=4.2, experts_only=True, train_tokens=0, text=text_folder, **TEXT)
+    stored = Checkpoint.open(result.out)
+    with Checkpoint.open(wide).reader() as first, stored.reader() as second:
+        for name in stored.tensors:
+            assert (".experts." in name) != torch.equal(first.read(name), second.read(name)), name
+    assert "--experts-only" in (result.out / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("recipe", ["pmq", "mxmoe", "alphaq", "edgemoe"])
 def test_published_allocators_write_what_they_chose(recipe, wide, text_folder, tmp_path):
@@ -495,6 +518,11 @@ def test_recipes_that_change_structure_send_you_to_those_that_do_not(recipe, tar
     like = "coterie-bits" if "bits" in target else "gptaq"
     with pytest.raises(InputError, match=f"or take a recipe that stores weights in fewer bits, such as {like}$"):
         plan(small, recipe=recipe, **target)
+
+
+def test_experts_alone_are_no_choice_of_recipes_that_change_structure(small):
+    with pytest.raises(InputError, match="--experts-only is about weights in fewer bits"):
+        plan(small, recipe="reap", keep=0.5, experts_only=True)
 
 
 @pytest.mark.parametrize("recipe", ["nearest", "gptq", "gptaq", "coterie-bits"])

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 PANELS: dict[str, tuple[str, ...]] = {
     "How small": (
         "keep", "experts", "width", "budget", "budget_for", "context", "batch", "kv_type", "bits", "type", "removed",
-        "multiple_of", "target", "plan", "budgets",
+        "multiple_of", "target", "experts_only", "plan", "budgets",
     ),
     "How": (
         "recipe", "recipes", "router", "routers", "effort", "train_tokens", "inputs", "output_dtype", "mtp",

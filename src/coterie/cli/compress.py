@@ -87,6 +87,7 @@ def compress(
     mtp: options.Mtp = None,
     multiple_of: options.MultipleOf = None,
     target: options.Target = None,
+    experts_only: options.ExpertsOnly = False,
     prices: options.Prices = None,
     push_to_hub: Annotated[
         str | None,
@@ -152,6 +153,7 @@ def compress(
         "mtp": mtp,
         "multiple_of": multiple_of,
         "target": target,
+        "experts_only": experts_only,
         "prices": prices,
         "on": on,
     }

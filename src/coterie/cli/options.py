@@ -104,6 +104,13 @@ MultipleOf = Annotated[
         help="The number of experts or their width, whichever is lowered, is the nearest multiple of this.",
     ),
 ]
+ExpertsOnly = Annotated[
+    bool,
+    typer.Option(
+        "--experts-only",
+        help="With weights in fewer bits: leave all but routed experts as they are; --bits are theirs then.",
+    ),
+]
 _TARGET_HELP = (
     "Who reads weights in fewer bits. gguf: llama.cpp, by `coterie export`. packed: what loads the result itself; "
     "smaller where rows are no multiple of 256."

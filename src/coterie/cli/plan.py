@@ -38,6 +38,7 @@ def plan(
     mtp: options.Mtp = None,
     multiple_of: options.MultipleOf = None,
     target: options.Target = None,
+    experts_only: options.ExpertsOnly = False,
     prices: options.Prices = None,
     out: Annotated[Path | None, typer.Option(help="File for the plan, like plan.json.")] = None,
     json: options.Json = False,
@@ -66,6 +67,7 @@ def plan(
         mtp=mtp or "keep",
         multiple_of=multiple_of,
         target=target,
+        experts_only=experts_only,
         prices=prices,
         running=how,
     )

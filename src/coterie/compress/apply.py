@@ -110,6 +110,7 @@ def compress(
     mtp: Mtp | None = None,
     multiple_of: int | None = None,
     target: Reader | None = None,
+    experts_only: bool = False,
     running: Running | None = None,
     on: On | None = None,
     push_to_hub: str | None = None,
@@ -164,6 +165,7 @@ def compress(
         target: who is to read weights in fewer bits: "gguf" (when None), what GGUF files can say, or "packed", what
             no GGUF file holds, which is smaller where rows are no multiple of 256, or "compressed-tensors", integers
             that transformers and vLLM read. A plan says it already.
+        experts_only: where weights are stored in fewer bits, leave all but those of routed experts as they are.
         running: how the result is to run in llama.cpp, where `budget` is for all memory that this takes, not for the
             weights alone: keys, values and buffers are put aside, see `coterie.compress.memory_budget`.
         on: which tokens count where experts are measured and the result is trained: "all" (when None), or those of
@@ -185,9 +187,9 @@ def compress(
     """
     options = Options.of(
         model=model, out=out, keep=keep, experts=experts, width=width, budget=budget, bits=bits, type=type,
-        multiple_of=multiple_of, target=target, running=running, plan=plan, recipe=recipe, effort=effort,
-        train_tokens=train_tokens, router=router, profile=profile, text=text, weights=weights, tokens=tokens,
-        seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, device=device, inputs=inputs,
+        multiple_of=multiple_of, target=target, experts_only=experts_only, running=running, plan=plan, recipe=recipe,
+        effort=effort, train_tokens=train_tokens, router=router, profile=profile, text=text, weights=weights,
+        tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, device=device, inputs=inputs,
         output_dtype=output_dtype, max_memory=max_memory, allow_pickle=allow_pickle, cache=cache, prices=prices,
         mtp=mtp, on=on,
     )  # fmt: skip

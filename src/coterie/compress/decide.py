@@ -56,6 +56,7 @@ def plan(
     multiple_of: int | None = None,
     prices: Prices | str | Path | None = None,
     target: Reader | None = None,
+    experts_only: bool = False,
     running: Running | None = None,
 ) -> Plan:
     """Decide what every layer becomes. Exactly one of `keep`, `experts`, `width`, `budget`, `bits` and `type` says it.
@@ -81,6 +82,7 @@ def plan(
             that chooses types by it; without them it says no more than how large the result is.
         target: who is to read weights in fewer bits, "gguf", "packed" or "compressed-tensors", see
             `coterie.compress.target.Target.reader`.
+        experts_only: store those of routed experts alone in fewer bits, and leave all other weights as they are.
         running: how the result is to run in llama.cpp, where `budget` is for all memory that this takes, not for the
             weights alone: keys, values and buffers are put aside, see `coterie.compress.memory_budget`.
 
@@ -95,7 +97,7 @@ def plan(
     budget = weights_budget(model, budget, running, target)
     size = Target(
         keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of,
-        reader=target,
+        reader=target, experts_only=experts_only,
     )  # fmt: skip
     chosen = size.usual_recipe if recipe is None else recipe
     request = Request(recipe=get_recipe(chosen), target=size, router=router, seed=seed)
@@ -180,7 +182,9 @@ def allocate(
         target=request.target,
         passes=request.recipe.passes,
         profile=profile,
-        find_weights=lambda: source.weights,
+        find_weights=lambda: tuple(
+            weight for weight in source.weights if weight.kind == "expert" or not request.target.experts_only
+        ),
         damages=damages,
     )
     return load_allocator(request.recipe.allocator)(problem)

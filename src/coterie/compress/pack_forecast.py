@@ -27,15 +27,23 @@ from coterie.model.stream.memory import (
 from coterie.model.stream.stream import Stream
 from coterie.model.stream.unit import Unit
 from coterie.model.stream.work import speed_of
+from coterie.model.threads import workers_on
 from coterie.profile.measure import Measure
 
 #: Names of lines.
 MOMENTS, FACTORS, CODES = "sums of what comes in", "factors of Hessians", "choosing codes"
 
 #: Seconds that choosing the code of a number takes on one core, by type; entries of a grid take long to find.
-SECONDS = {"IQ4_NL": 2e-6, "IQ4_XS": 1.5e-6, "MXFP4": 2e-6, "IQ2_XXS": 2.5e-6, "IQ3_XXS": 3e-6, "IQ2_XS": 4e-6,
-           "IQ2_S": 5e-6, "IQ3_S": 5e-6, "IQ1_M": 1e-5, "IQ1_S": 1e-5}  # fmt: skip
-_OTHERS = 1e-6
+SECONDS = {
+    "IQ2_XXS": 2e-6,
+    "IQ3_XXS": 2.5e-6,
+    "IQ2_XS": 3e-6,
+    "IQ2_S": 4e-6,
+    "IQ3_S": 4e-6,
+    "IQ1_M": 1e-5,
+    "IQ1_S": 1e-5,
+}
+_OTHERS = 5e-7
 
 
 def seconds_of_type(name: str) -> float:
@@ -81,12 +89,12 @@ class PackForecast:
         # Sums of experts are mixed with those of the layer, and put side by side, before codes are chosen.
         elements += 2 * max((count * size**2 for count, size in hessians), default=0)
         widest = max((size for _, size in sums), default=max(weight.columns for weight in weights))
-        rows = max(self._together(weights).values())
+        rows, workers = max(self._together(weights).values()), workers_on(self.stream.device)
         return (
             (MOMENTS, 4 * copies * elements),
-            (FACTORS, FACTOR_BYTES * max(HESSIAN_ELEMENTS, widest**2)),
+            (FACTORS, workers * FACTOR_BYTES * max(HESSIAN_ELEMENTS, widest**2)),
             # The numbers that are left to round, what is wanted of them, their values, and both projections as one.
-            (CODES, 4 * 4 * rows + ROUNDING_BYTES),
+            (CODES, 4 * 4 * rows + workers * ROUNDING_BYTES),
         )
 
     def moments(self, unit: Unit) -> Sequence[tuple[int, int]]:
@@ -110,7 +118,7 @@ class PackForecast:
             for count, size in self.moments(unit):
                 share = 1.0 if count == 1 else max((layer.top_k for layer in layers), default=1) / count
                 operations += count * (16 * size**3 + 2 * (1 + self._compares) * share * tokens * size**2)
-            seconds[unit.name] = codes + operations / speed
+            seconds[unit.name] = codes / workers_on(self.stream.device) + operations / speed
         return seconds
 
     @property

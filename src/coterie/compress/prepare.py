@@ -90,6 +90,7 @@ class Options:
         type: str | None,
         multiple_of: int | None,
         target: Reader | None,
+        experts_only: bool,
         running: Running | None,
         cache: str | Path | None,
         **others: Any,
@@ -99,7 +100,7 @@ class Options:
         budget = weights_budget(others["model"], budget, running, target)
         size = Target(
             keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of,
-            reader=target,
+            reader=target, experts_only=experts_only,
         )  # fmt: skip
         return cls(out=user_path(out), target=size, cache=None if cache is None else Path(cache), **others)
 
@@ -126,6 +127,7 @@ class Options:
                 "--mtp": self.mtp,
                 "--multiple-of": target.multiple_of,
                 "--target": target.reader,
+                "--experts-only": target.experts_only or None,
             }
             if given := [name for name, value in settings.items() if value is not None]:
                 raise InputError(f"the plan says how small and how; leave {', '.join(given)} out, or --plan")

@@ -19,6 +19,7 @@ from coterie.model.stream.memory import LOGITS, Stage, batch_lines, head_lines, 
 from coterie.model.stream.stream import Stream
 from coterie.model.stream.unit import Unit
 from coterie.model.stream.work import BYTES_A_SECOND, WITH_GRADIENTS, speed_of, unit_work
+from coterie.model.threads import workers_on
 from coterie.profile.calibration import TokenSet
 from coterie.progress import StageTime
 
@@ -97,7 +98,12 @@ class PricingForecast:
             # What reaches a layer's experts, in two number formats, what they put out, and what that is off.
             hidden = (HIDDEN, 4 * 4 * tokens * layers[0].hidden_size)
             one = 4 * 4 * max((3 * layer.hidden_size * layer.width for layer in layers), default=0)
-            lines = (*unit_lines(self.stream, batch), hidden, (CODES, one + ROUNDING_BYTES), *text_lines(tokens))
+            lines = (
+                *unit_lines(self.stream, batch),
+                hidden,
+                (CODES, one + workers_on(self.stream.device) * ROUNDING_BYTES),
+                *text_lines(tokens),
+            )
             return (Stage(name="measuring outputs of experts", lines=lines),)
         batch = batch_lines(self.stream, layers, batch_size=BATCH, seq_len=seq_len, tokens=tokens, gradients=True)
         weigh = max(4 * sum(weight.num_elements for weight in self._inner(unit)) for unit in self.stream.units)

@@ -87,6 +87,8 @@ def _commands(job: Job, profile: Profile | None, model: str) -> tuple[str, ...]:
             words += ["--multiple-of", target.multiple_of]
         if target.reader is not None:
             words += ["--target", target.reader]
+        if target.experts_only:
+            words.append("--experts-only")
         words += ["--recipe", job.outline.recipe]
         if job.outline.router != "plain":
             words += ["--router", job.outline.router]

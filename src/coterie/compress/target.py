@@ -38,6 +38,8 @@ class Target:
         reader: who is to read weights in fewer bits: "gguf" (when None), for what GGUF files can say, or "packed", for
             what they cannot: there blocks run on from row to row where a row is no whole blocks; or
             "compressed-tensors" (when None and `type` is one of its), for integers that transformers and vLLM read.
+        experts_only: where weights are stored in fewer bits, leave all but those of routed experts as they are; `bits`
+            are then those of experts.
     """
 
     keep: float | None = None
@@ -48,6 +50,7 @@ class Target:
     type: str | None = None
     multiple_of: int | None = None
     reader: Reader | None = None
+    experts_only: bool = False
 
     def __post_init__(self) -> None:
         if self.type is not None:
@@ -74,7 +77,7 @@ class Target:
         given = [
             field.name
             for field in fields(self)
-            if field.name not in ("multiple_of", "reader") and getattr(self, field.name) is not None
+            if field.name not in ("multiple_of", "reader", "experts_only") and getattr(self, field.name) is not None
         ]
         if len(given) != 1:
             raise InputError(
@@ -102,6 +105,11 @@ class Target:
             raise InputError(
                 f"--target {self.reader} is about weights in fewer bits, and recipe {recipe.name} {allocator.does}: "
                 "leave it out; its result is a plain checkpoint, which `coterie export` makes a GGUF file of as well"
+            )
+        if self.experts_only and recipe.quantiser is None:
+            raise InputError(
+                f"--experts-only is about weights in fewer bits, and recipe {recipe.name} {allocator.does}: leave it "
+                "out; nothing but experts and routers is changed"
             )
         self._check_integers(recipe)
         if self.multiple_of is not None and self.multiple_of < 1:

@@ -31,6 +31,7 @@ from coterie.model.stream.likelihood import position_slices
 from coterie.model.stream.loss import LOSS_ELEMENTS
 from coterie.model.stream.reading import logits_at, read
 from coterie.model.stream.stream import Stream
+from coterie.model.threads import workers_on
 from coterie.progress import track
 from coterie.train.loop import Look, Loop, Loss, mean_loss
 from coterie.train.optimiser import load_optimiser
@@ -208,7 +209,7 @@ def distill(
     sequences = min(tokens // ids_BS.shape[1], EPOCHS * len(fit_N))
     steps, batch = max(1, round(sequences / SEQUENCES)), min(SEQUENCES, len(fit_N))
     order = shuffled(len(fit_N), batch, seed)
-    workers = 1 if model.device.type != "cpu" else torch.get_num_threads()
+    workers = workers_on(model.device)
     loss = divergence_loss(model, ids_BS, predictions, counts_BS)
     with computing:
 

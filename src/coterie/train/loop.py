@@ -11,24 +11,19 @@ that is restored from it goes on with the same bits.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from coterie.model.threads import shared_out
 from coterie.progress import advance, track
 from coterie.train.optimiser import Optimiser
 from coterie.train.schedule import Schedule
 
 #: The mean loss of some rows, by their numbers; a scalar that depends on the weights.
 Loss = Callable[[Tensor], Tensor]
-
-Argument = TypeVar("Argument")
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,7 +163,7 @@ class Loop:
 
         micro_batches = _micro_batches(rows_N, self._micro)
         total, sums = 0.0, list[Tensor]()
-        with _shared_out(compute, micro_batches, self._workers) as results:
+        with shared_out(compute, micro_batches, self._workers) as results:
             for micro_batch_N, (loss, gradients) in zip(micro_batches, results, strict=True):
                 total += loss * len(micro_batch_N)
                 share = len(micro_batch_N) / len(rows_N)
@@ -202,26 +197,9 @@ def mean_loss(loss: Loss, rows_N: Tensor, *, micro: int | None = None, workers: 
         with torch.no_grad():  # holds for one thread only
             return float(loss(micro_batch_N)) * len(micro_batch_N)
 
-    with _shared_out(compute, _micro_batches(rows_N, micro), workers) as losses:
+    with shared_out(compute, _micro_batches(rows_N, micro), workers) as losses:
         return float(sum(losses) / len(rows_N))
 
 
 def _micro_batches(rows_N: Tensor, micro: int | None) -> tuple[Tensor, ...]:
     return torch.split(rows_N, len(rows_N) if micro is None else micro)
-
-
-@contextmanager
-def _shared_out(
-    function: Callable[[Argument], Value], arguments: Sequence[Argument], workers: int
-) -> Iterator[Iterator[Value]]:
-    """Yield what a function makes of each argument, in the order of the arguments."""
-    if workers == 1:
-        yield map(function, arguments)
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            yield pool.map(function, arguments)
-    finally:
-        torch.set_num_threads(before)

@@ -19,6 +19,7 @@ from coterie.model.arch.layers import MoELayer
 from coterie.model.stream.loss import logits_bytes
 from coterie.model.stream.memory import LOGITS, Stage, batch_lines, head_lines, text_lines, unit_lines
 from coterie.model.stream.stream import Stream
+from coterie.model.threads import workers_on
 from coterie.profile.calibration import TokenSet
 from coterie.train.blocks import NUMBERS_AT_ONCE
 from coterie.train.distill import KEPT, MICRO, SEQUENCES
@@ -129,7 +130,7 @@ def block_training_stages(
     sizes: BlockSizes, model: PreTrainedModel, *, seq_len: int, device: torch.device
 ) -> tuple[Stage, Stage]:
     """Say how much memory it takes at most to read a result in blocks, and to train it, see `block_training_bytes`."""
-    workers = torch.get_num_threads() if device.type == "cpu" else 1
+    workers = workers_on(device)
     lines = block_training_bytes(sizes, model, seq_len=seq_len, workers=workers)
     # What is read of a file is unpacked to be told apart: its plain numbers, and twice while they are converted.
     reading = (lines[0], ("a file, unpacked and converted", 4 * 3 * sizes.largest_file))
@@ -152,7 +153,7 @@ def _batch_lines(model: PreTrainedModel, *, tokens: int) -> tuple[tuple[str, int
 
 def training_stage(model: PreTrainedModel, layers: Sequence[MoELayer], *, seq_len: int, device: torch.device) -> Stage:
     """Say how much memory training takes at most on a device, see `training_bytes`."""
-    workers = torch.get_num_threads() if device.type == "cpu" else 1
+    workers = workers_on(device)
     lines = training_bytes(model, layers, seq_len=seq_len, workers=workers)
     return Stage(name="training the result as a whole", lines=lines, device=device)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from coterie.model.disk.encodings.ggml.rounding import round_columns
+from coterie.model.threads import shared_out, workers_on
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 DAMPING = 0.01
 
 #: Elements of Hessians that are factored at once, and bytes that each takes meanwhile: five in float64, one in float32.
-HESSIAN_ELEMENTS, FACTOR_BYTES = 2**23, 5 * 8 + 4
+HESSIAN_ELEMENTS, FACTOR_BYTES = 2**22, 5 * 8 + 4
+
+#: Rows of matrices that are rounded together: as many as pay for the steps from column to column.
+_ROWS = 2**11
 
 
 def gptq(weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
@@ -43,14 +47,20 @@ def gptq(weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = D
         ValueError: columns that are no whole blocks.
     """
     # A few at a time: the factors of all would take many times what the matrices take.
-    at_once = max(1, HESSIAN_ELEMENTS // weight_NRC.shape[-1] ** 2)
-    parts = []
-    for start in range(0, len(weight_NRC), at_once):
-        upper_NCC = upper_factor(inputs.hessian_NCC[start : start + at_once], damping)
+    num_matrices, num_rows, num_columns = weight_NRC.shape
+    at_once = max(1, min(HESSIAN_ELEMENTS // num_columns**2, _ROWS // num_rows))
+
+    @torch.no_grad()  # holds for one thread only
+    def rounded(start: int) -> tuple[Tensor, Tensor]:
+        some = slice(start, start + at_once)
+        upper_NCC = upper_factor(inputs.hessian_NCC[some], damping)
         # What an error in a column costs when the later ones make good what they can.
         importance_NC = upper_NCC.diagonal(dim1=-2, dim2=-1).reciprocal().square()
-        parts.append(round_columns(weight_NRC[start : start + at_once], importance_NC, upper_NCC, kind))
-    byte_parts, value_parts = zip(*parts, strict=True)
+        return round_columns(weight_NRC[some], importance_NC, upper_NCC, kind)
+
+    starts = range(0, num_matrices, at_once)
+    with shared_out(rounded, starts, min(len(starts), workers_on(weight_NRC.device))) as parts:
+        byte_parts, value_parts = zip(*parts, strict=True)
     return torch.cat(byte_parts), torch.cat(value_parts)
 
 

@@ -153,7 +153,7 @@ def no_factors(byte_NRK: Tensor) -> Tensor:
 
 def ratio(above: Tensor, below: Tensor) -> Tensor:
     """Return the quotient, 0 where there is nothing to divide by."""
-    return torch.where(below == 0, 0.0, above / torch.where(below == 0, 1.0, below))
+    return above / torch.where(below == 0, torch.inf, below)
 
 
 def join_rows(parts: list[Scales]) -> Scales:

@@ -13,8 +13,11 @@ import torch
 
 from coterie.model.disk.encodings.ggml import GRAIN
 from coterie.model.disk.encodings.ggml.block_type import Codes, Wrapped, join_codes, join_rows
+from coterie.model.threads import shared_out, workers_on
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from coterie.model.disk.encodings.ggml.block_type import BlockType, Layout, Scales
@@ -25,10 +28,13 @@ _NEAR = 32
 
 #: Numbers of a block of columns that are rounded at once, by whether codes are looked up in a grid of some columns:
 #: searching it takes hundreds of bytes a number, all else some forty.
-NUMBERS_AT_ONCE = {False: 2**22, True: 2**18}
+NUMBERS_AT_ONCE = {False: 2**19, True: 2**18}
 
-#: Bytes that this takes at most.
-ROUNDING_BYTES = 2**28 + 2**25
+#: Numbers whose scales are fitted at a time on a CPU, where what is computed of them stays in its cache.
+_FITTED_AT_ONCE = 2**17
+
+#: Bytes that this takes at most in each thread.
+ROUNDING_BYTES = 2**28
 
 
 def round_to_nearest(weight_NRC: Tensor, importance_NC: Tensor, kind: Layout) -> tuple[Tensor, Tensor]:
@@ -64,10 +70,21 @@ def round_columns(
     if num_columns % kind.block:
         raise ValueError(f"{num_columns} columns are no whole blocks of {kind.block}, as {kind.name} has them")
     at_once = max(1, NUMBERS_AT_ONCE[1 < kind.together < kind.block] // (len(weight_NRC) * kind.block))
-    parts = [
-        _round_rows(some_NRC, importance_NC, upper_NCC, kind) for some_NRC in torch.split(weight_NRC, at_once, dim=1)
-    ]
-    byte_parts, value_parts = zip(*parts, strict=True)
+    return _shared_out(lambda some_NRC: _round_rows(some_NRC, importance_NC, upper_NCC, kind), weight_NRC, at_once)
+
+
+def _shared_out(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]], weight_NRC: Tensor, at_once: int
+) -> tuple[Tensor, Tensor]:
+    """Return what a function makes of rows, some at a time, one below the other."""
+
+    def without_gradients(some_NRC: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():  # holds for one thread only
+            return function(some_NRC)
+
+    some = torch.split(weight_NRC, at_once, dim=1)
+    with shared_out(without_gradients, some, min(len(some), workers_on(weight_NRC.device))) as parts:
+        byte_parts, value_parts = zip(*parts, strict=True)
     return torch.cat(byte_parts, dim=1), torch.cat(value_parts, dim=1)
 
 
@@ -85,7 +102,7 @@ def _round_rows(
     for start in range(0, num_columns, kind.block):
         stop = start + kind.block
         block_NRB, error_NRB = rest_NRC[..., start:stop].clone(), torch.zeros_like(rest_NRC[..., start:stop])
-        scales, codes = kind.fit(block_NRB, importance_NC[:, None, start:stop]), list[Codes]()
+        scales, codes = _fit(block_NRB, importance_NC[:, None, start:stop], kind), list[Codes]()
         for column in range(start, stop, together):
             end = column + together
             here = slice(column - start, end - start)
@@ -127,12 +144,11 @@ def _round_wrapped(
             f"or rows no multiple of {GRAIN}"
         )
     at_once = max(1, NUMBERS_AT_ONCE[kind.together > 1] // (num_matrices * GRAIN) // together_rows) * together_rows
-    parts = [
-        _round_wrapped_rows(some_NRC, importance_NC, upper_NCC, kind, together_rows)
-        for some_NRC in torch.split(weight_NRC, at_once, dim=1)
-    ]
-    byte_parts, value_parts = zip(*parts, strict=True)
-    return torch.cat(byte_parts, dim=1), torch.cat(value_parts, dim=1)
+
+    def rounded(some_NRC: Tensor) -> tuple[Tensor, Tensor]:
+        return _round_wrapped_rows(some_NRC, importance_NC, upper_NCC, kind, together_rows)
+
+    return _shared_out(rounded, weight_NRC, at_once)
 
 
 def _round_wrapped_rows(
@@ -192,8 +208,18 @@ def _fit_wrapped(weight_NRC: Tensor, importance_NC: Tensor, kind: BlockType) -> 
     for start in range(0, block_NGB.shape[1], at_once):
         place_GB = torch.arange(start * kind.block, min(start + at_once, block_NGB.shape[1]) * kind.block)
         importance_NGB = importance_NC[:, (place_GB % num_columns).view(-1, kind.block)]
-        parts.append(kind.fit(block_NGB[:, start : start + at_once], importance_NGB))
+        parts.append(_fit(block_NGB[:, start : start + at_once], importance_NGB, kind))
     return join_rows(parts)
+
+
+def _fit(weight_NRB: Tensor, importance_NRB: Tensor, kind: BlockType) -> Scales:
+    """Fit the scales of blocks, on a CPU as many at a time as its cache holds."""
+    if weight_NRB.device.type != "cpu":
+        return kind.fit(weight_NRB, importance_NRB)
+    at_once = max(1, _FITTED_AT_ONCE // (len(weight_NRB) * kind.block))
+    importance_NRB = importance_NRB.expand_as(weight_NRB)
+    some = zip(torch.split(weight_NRB, at_once, dim=1), torch.split(importance_NRB, at_once, dim=1), strict=True)
+    return join_rows([kind.fit(*each) for each in some])
 
 
 def _inverse_of_upper(upper_Nvv: Tensor) -> Tensor:
