@@ -1,15 +1,17 @@
 """Weights in fewer bits at equal bytes: llama.cpp's own quantiser with an importance matrix, and Coterie's recipes.
 
     python benchmarks/bits.py [--models reference/model ...] [--formats Q8_0 Q4_K_M ...] [--shares 0.16 ...]
-                              [--recipes coterie-bits ...] [--tokens 65536] [--test-tokens 16384] [--seeds 0 ...]
-                              [--again RECIPE ...] [--kept] [--markdown FILE] [--json FILE]
+                              [--expert-shares 0.1 ...] [--recipes coterie-bits ...] [--tokens 65536]
+                              [--test-tokens 16384] [--seeds 0 ...] [--again RECIPE ...] [--kept]
+                              [--markdown FILE] [--json FILE]
 
 A recipe may be followed by an effort, such as coterie-bits:balanced: its result is trained as long; else it is not. And
 by a target, such as coterie-bits@packed, for the form that Coterie alone reads.
 
 Every format of `llama-quantize` is made with the types that it gives to each tensor and the code that it rounds numbers
 with, see `llama_quantiser.py`; its importance matrix comes from the same calibration text as our recipes have. Each of
-these gets the bytes of that file, and no more; and as many as `--shares` names, where llama.cpp has no format. Bytes
+these gets the bytes of that file, and no more; and as many as `--shares` names, where llama.cpp has no format. With
+`--expert-shares` recipes are compared at equal bytes of the routed experts alone, all else staying as it is. Bytes
 are those of all tensors as a GGUF file stores them, norms, biases and routers in 32 bits on both sides; shares are of a
 file whose matrices are bfloat16. All are evaluated by the same function, in float32, on the same held-out text, equally
 much of each domain. KL is KL(original || result) in nats, with its standard error over sequences; with several draws
@@ -38,8 +40,9 @@ import torch
 from safetensors.torch import save_file
 
 from coterie.artifact import write_json
-from coterie.compress.apply import compress
+from coterie.compress.apply import Result, compress
 from coterie.compress.recipes import get_recipe
+from coterie.compress.source import Source
 from coterie.errors import Infeasible
 from coterie.evaluate.evaluation import Evaluation
 from coterie.model.disk.checkpoint import Checkpoint
@@ -61,6 +64,8 @@ REFERENCE = Path(__file__).resolve().parent.parent / "reference"
 MODELS = ("model", "glm4_moe", "qwen3_moe")
 #: Ours; each chooses its codes in types that llama.cpp reads.
 RECIPES = ("nearest", "gptq", "gptaq", "coterie-bits")
+#: What a row says of a size that cannot be had.
+NOTHING = dict.fromkeys(("expected", "bytes", "share", "kl", "kl_error", "agreement"))
 #: The recipe of rows that are a format of `llama-quantize` itself.
 RIVAL = "llama.cpp"
 
@@ -147,7 +152,12 @@ class Comparison:
     work: Path
 
     def run(
-        self, formats: Sequence[str], shares: Sequence[float], recipes: Sequence[str], seeds: Sequence[int]
+        self,
+        formats: Sequence[str],
+        shares: Sequence[float],
+        expert_shares: Sequence[float],
+        recipes: Sequence[str],
+        seeds: Sequence[int],
     ) -> None:
         """Make the rows that are not there: those of llama.cpp first."""
         tensors, shape = gguf_tensors(self.checkpoint), Shape.of(self.checkpoint.config)
@@ -173,6 +183,9 @@ class Comparison:
                 for name, size in ours.items():
                     if self.rows.find(self._key(name, recipe, seed)) is None:
                         self._ours(name, recipe, seed, size, extra, plain)
+                for share in expert_shares:
+                    if self.rows.find(self._key(experts_name(share), recipe, seed)) is None:
+                        self._experts(share, recipe, seed)
 
     def _key(self, file_format: str, recipe: str, seed: int) -> dict[str, Any]:
         return {
@@ -190,24 +203,46 @@ class Comparison:
 
     def _ours(self, file_format: str, recipe: str, seed: int, size: int, extra: int, plain: int) -> None:
         """Compress to the bytes of a file, less what GGUF would add to them, and evaluate."""
-        begun, settings, key = time.perf_counter(), self.settings, self._key(file_format, recipe, seed)
-        spelled, _, target = recipe.partition("@")
-        name, _, effort = spelled.partition(":")
-        folder = self.work / "ours"
-        try:
-            result = compress(
-                self.model, folder, recipe=name, budget=size - extra, text=settings.text, tokens=settings.tokens,
-                seq_len=settings.seq_len, seed=seed, prices=self._prices(name, seed, target), effort=effort or "fast",
-                target=target or None,
-            )  # fmt: skip
-        except Infeasible:
-            empty = {"expected": None, "bytes": None, "share": None, "kl": None, "kl_error": None, "agreement": None}
-            self.rows.put(key | empty | {"seconds": time.perf_counter() - begun})
+        begun, key = time.perf_counter(), self._key(file_format, recipe, seed)
+        result = self._compressed(recipe, seed, budget=size - extra)
+        if result is None:
+            self.rows.put(key | NOTHING | {"seconds": time.perf_counter() - begun})
             return
-        num_bytes = Checkpoint.open(folder).num_bytes + extra
+        num_bytes = Checkpoint.open(result.out).num_bytes + extra
         assert num_bytes <= size, f"{recipe} takes {num_bytes} bytes, and should take {size} at most"
         made = {"types": dict(result.plan.types), "expected": result.plan.damage}
-        self._score(key | made, folder, num_bytes, plain, begun)
+        self._score(key | made, result.out, num_bytes, plain, begun)
+
+    def _experts(self, share: float, recipe: str, seed: int) -> None:
+        """Compress experts alone to a share of what they take in bfloat16, and evaluate."""
+        begun, key = time.perf_counter(), self._key(experts_name(share), recipe, seed)
+        result = self._compressed(recipe, seed, bits=16 * share, experts_only=True)
+        if result is None:
+            self.rows.put(key | NOTHING | {"seconds": time.perf_counter() - begun})
+            return
+        weights = [weight for weight in Source.open(self.model, mtp="keep").weights if weight.kind == "expert"]
+        saved = result.plan.original_bytes - Checkpoint.open(result.out).num_bytes
+        num_bytes, plain = (
+            sum(each.plain_bytes for each in weights) - saved,
+            2 * sum(each.num_elements for each in weights),
+        )
+        assert num_bytes <= share * plain, f"{recipe} takes {num_bytes} of {plain} bytes, and should take {share}"
+        made = {"types": dict(result.plan.types), "expected": result.plan.damage}
+        self._score(key | made, result.out, num_bytes, plain, begun)
+
+    def _compressed(self, recipe: str, seed: int, **target: Any) -> Result | None:
+        """Return the result of a recipe; None where it cannot be that small."""
+        spelled, _, reader = recipe.partition("@")
+        name, _, effort = spelled.partition(":")
+        settings = self.settings
+        try:
+            return compress(
+                self.model, self.work / "ours", recipe=name, text=settings.text, tokens=settings.tokens,
+                seq_len=settings.seq_len, seed=seed, prices=self._prices(name, seed, reader), effort=effort or "fast",
+                target=reader or None, **target,
+            )  # fmt: skip
+        except Infeasible:
+            return None
 
     def _prices(self, recipe: str, seed: int, target: str) -> Path | None:
         """Return the folder of what types cost, for a recipe that takes it; whoever asks first measures it."""
@@ -262,6 +297,11 @@ def write_rival(
 def share_name(share: float) -> str:
     """Return what rows are called of which llama.cpp has no format."""
     return f"{share:g} of bf16"
+
+
+def experts_name(share: float) -> str:
+    """Return what rows are called in which experts alone are made smaller."""
+    return f"{share:g} of experts"
 
 
 def number(value: float) -> str:
@@ -331,8 +371,9 @@ def main() -> None:
     """Quantise, compress, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", type=Path, default=[REFERENCE / name for name in MODELS])
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--shares", nargs="*", type=float, default=[], help="bytes of no format, as shares of bf16")
+    parser.add_argument("--expert-shares", nargs="*", type=float, default=[], help="bytes of experts alone")
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), help="ours, of the same bytes")
     parser.add_argument("--text", type=Path, default=REFERENCE / "text" / "calibration")
     parser.add_argument("--test", type=Path, default=REFERENCE / "text" / "test")
@@ -370,7 +411,7 @@ def main() -> None:
                 model=model, checkpoint=Checkpoint.open(model), settings=settings, evaluation=evaluation, rows=rows,
                 work=Path(folder),
             )  # fmt: skip
-            comparison.run(options.formats, options.shares, options.recipes, options.seeds)
+            comparison.run(options.formats, options.shares, options.expert_shares, options.recipes, options.seeds)
     wanted = [
         row
         for row in rows.all
@@ -378,7 +419,7 @@ def main() -> None:
         and row["seed"] in options.seeds
         and all(row[name] == value for name, value in settings.content().items())
     ]
-    names = [*options.formats, *map(share_name, options.shares)]
+    names = [*options.formats, *map(share_name, options.shares), *map(experts_name, options.expert_shares)]
     lines = [ran(settings, options.seeds), "", *tables(wanted, names, options.recipes)]
     shown = "\n".join(lines).rstrip() + "\n"
     print(shown, end="")  # the result

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.testing import tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("importable")
 
@@ -314,3 +315,30 @@ def test_a_table_shows_sizes_of_no_format_and_what_was_expected(script):
         "| 0.16 of bf16 | 1,000 | 0.160 | - | - | 0.3000 | 0.900 | - | 0.1500 | 0.900 | - | 0.0900 |",
         "",
     ]
+
+
+@pytest.mark.long
+def test_experts_alone_are_compared_at_their_own_bytes(script, tmp_path, text, capsys, monkeypatch):
+    model = tiny_checkpoint(
+        tmp_path / "model", "qwen3_moe", hidden_size=256, moe_intermediate_size=256, dtype=torch.bfloat16
+    )
+    arguments = [
+        "--models",
+        str(model),
+        "--formats",
+        "--expert-shares",
+        "0.3",
+        "0.05",
+        "--recipes",
+        "coterie-bits",
+        "pmq",
+    ]
+    arguments += ["--text", str(text), "--test", str(text), "--tokens", "512", "--test-tokens", "256"]
+    monkeypatch.setattr("sys.argv", ["bits.py", *arguments, "--seq-len", "32", "--json", str(tmp_path / "rows.json")])
+    script.main()
+    rows = {(row["format"], row["recipe"]): row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    for recipe in ("coterie-bits", "pmq"):
+        row = rows["0.3 of experts", recipe]
+        assert 0.25 < row["share"] <= 0.3
+        assert all("experts" in name for name in row["types"])
+    assert "| 0.3 of experts |" in capsys.readouterr().out
