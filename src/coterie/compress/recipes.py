@@ -354,6 +354,12 @@ RECIPES: dict[str, Recipe] = {
             measures=(), passes=(), allocator="alphaq", quantiser=("gptq", {}),
         ),
         Recipe(
+            name="bitsmoe-bits",
+            summary="a type for each projection of each expert by spectral energy in a shared basis, gptq",
+            paper="2606.00079",
+            measures=(), passes=(), allocator="bitsmoe-bits", quantiser=("gptq", {}),
+        ),
+        Recipe(
             name="edgemoe",
             summary="the lower of two types for the experts that matter least, each number the nearest",
             paper="2308.14352",
