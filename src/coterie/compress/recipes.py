@@ -318,6 +318,13 @@ RECIPES: dict[str, Recipe] = {
             allocator="ragged",
             measures="channel_gradient hidden_square usage",
         ),
+        _recipe(
+            "moe-slimming",
+            "keep in each expert the channels with the largest activations; fewer bits in a second run",
+            "2606.18304",
+            "slim-activations",
+            allocator="narrower",
+        ),
         Recipe(
             name="nearest",
             summary="store all matrices in one type, each number the nearest, scales fitted by what comes in",
