@@ -34,17 +34,17 @@ def slow(experts, expert, part, kind, hidden, index, weight):
     """Return the cost of a type for one projection of one expert, token by token and direction by direction."""
     matrices = {"gate": experts.gate_EFD, "up": experts.up_EFD, "down": experts.down_EDF}[part].numpy()
     basis, of_experts = factors(matrices, down=part == "down")
-    total = 0.0
-    for k in range(basis.shape[1]):
-        row = torch.tensor(of_experts[expert][k])
-        rounded = round_to_nearest(row.float()[None, None], torch.ones(1, len(row)), get_type(kind))[1][0, 0]
-        off = (rounded.double() - row).numpy()
-        for token, slot in (index == expert).nonzero().tolist():
-            x, gate = hidden[token : token + 1], float(weight[token, slot])
+    chosen = [(token, float(weight[token, slot])) for token, slot in (index == expert).nonzero().tolist()]
+    inputs = {token: hidden[token].numpy() for token, _ in chosen}
+    between = {token: experts.hidden(expert, hidden[token : token + 1])[0].numpy() for token, _ in chosen}
+    rows, total = torch.tensor(of_experts[expert]), 0.0
+    rounded = round_to_nearest(rows.float()[None], torch.ones(1, rows.shape[1]), get_type(kind))[1][0]
+    for k, off in enumerate((rounded.double() - rows).numpy()):
+        for token, gate in chosen:
             if part == "down":
-                total += gate**2 * float(((off * experts.hidden(expert, x)[0].numpy()) ** 2).sum())
+                total += gate**2 * float(((off * between[token]) ** 2).sum())
             else:
-                total += gate**2 * float((off**2).sum()) * float(basis[:, k] @ x[0].numpy()) ** 2
+                total += gate**2 * float((off**2).sum()) * float(basis[:, k] @ inputs[token]) ** 2
     return total
 
 

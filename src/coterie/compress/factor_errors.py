@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from coterie.compress.output_errors import Routed, members_of, send_on
 from coterie.compress.projections import DOWN, Projections, projections_of
 from coterie.compress.source import Source
 from coterie.compress.weights import Weight, weights_among
+from coterie.model.arch.experts import Experts
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.encodings.ggml import SIZES, get_layout, unwrapped
 from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
@@ -85,29 +87,38 @@ class FactorErrors:
             for expert, weights in members_of(group, projections).items()
             for part, weight in weights.items()
         ]
-        bases: dict[int, Tensor] = {}
-        for part, expert, group, weight in sorted(members, key=lambda member: member[:2]):
-            if part not in bases:  # one at a time: projection after projection
-                bases.clear()
-                bases[part] = shared_basis(matrices[part], down=part == DOWN)
-            matrix, basis_DK = matrices[part][expert].float(), bases[part]
-            factor_KF = basis_DK.T @ matrix if part == DOWN else (matrix @ basis_DK).T
-            token_N, slot_N = (routed.index_TK == expert).nonzero(as_tuple=True)
-            input_ND = routed.hidden_TD[token_N]
-            weight_N1 = routed.weight_TK[token_N, slot_N].float()[:, None]
-            if part == DOWN:
-                carried_KF = (experts.hidden(expert, input_ND).float() * weight_N1).square().sum(0)[None]
-            else:
-                carried_KF = ((input_ND.float() @ basis_DK) * weight_N1).square().sum(0)[:, None]
-            types, costs = group.types, measured[group.key]
-            by_kind: dict[str, float] = {}
-            for wanted in self.types:
-                kind = unwrapped(types(wanted)[weight.pattern])
-                if kind not in by_kind:
-                    off_KF = rounded_rows(factor_KF, kind) - factor_KF
-                    by_kind[kind] = float((off_KF.square() * carried_KF).double().sum())
-                costs[wanted] += by_kind[kind]
+        in_order = sorted(members, key=lambda member: member[:2])
+        for part, of_part in groupby(in_order, key=lambda member: member[0]):
+            basis_DK = shared_basis(matrices[part], down=part == DOWN)
+            for _, expert, group, weight in of_part:
+                matrix = matrices[part][expert].float()
+                factor_KF = basis_DK.T @ matrix if part == DOWN else (matrix @ basis_DK).T
+                carried_KF = _carried(experts, expert, routed, None if part == DOWN else basis_DK)
+                by_kind: dict[str, float] = {}
+                for wanted in self.types:
+                    kind = unwrapped(group.types(wanted)[weight.pattern])
+                    if kind not in by_kind:
+                        off_KF = rounded_rows(factor_KF, kind) - factor_KF
+                        by_kind[kind] = float((off_KF.square() * carried_KF).double().sum())
+                    measured[group.key][wanted] += by_kind[kind]
         return measured
+
+
+def _carried(experts: Experts, expert: int, routed: Routed, basis_DK: Tensor | None) -> Tensor:
+    """Return what the square of an error of an expert's factors counts: (K, 1) in its directions, or (1, F) of down.
+
+    Args:
+        experts: of the layer.
+        expert: which one.
+        routed: what reached them.
+        basis_DK: of gate or up; None for down.
+    """
+    token_N, slot_N = (routed.index_TK == expert).nonzero(as_tuple=True)
+    input_ND = routed.hidden_TD[token_N]
+    weight_N1 = routed.weight_TK[token_N, slot_N].float()[:, None]
+    if basis_DK is None:
+        return (experts.hidden(expert, input_ND).float() * weight_N1).square().sum(0)[None]
+    return ((input_ND.float() @ basis_DK) * weight_N1).square().sum(0)[:, None]
 
 
 def shared_basis(matrices: Tensor, *, down: bool) -> Tensor:
