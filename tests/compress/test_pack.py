@@ -464,7 +464,7 @@ def test_bits_that_no_block_of_the_model_has_are_refused(small):
         plan(small, bits=4, recipe="coterie-bits")
 
 
-@pytest.mark.parametrize("recipe", ["pmq", "mxmoe", "alphaq", "edgemoe"])
+@pytest.mark.parametrize("recipe", ["pmq", "mxmoe", "alphaq", "bitsmoe-bits", "edgemoe"])
 def test_published_allocators_say_beforehand_how_large_the_result_is(recipe, wide):
     outlined = plan(wide, bits=4.2, recipe=recipe)
     assert len(set(outlined.types.values())) > 2
@@ -497,7 +497,7 @@ def test_all_but_experts_stays_to_the_bit_where_that_is_asked_for(wide, text_fol
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("recipe", ["pmq", "mxmoe", "alphaq", "edgemoe"])
+@pytest.mark.parametrize("recipe", ["pmq", "mxmoe", "alphaq", "bitsmoe-bits", "edgemoe"])
 def test_published_allocators_write_what_they_chose(recipe, wide, text_folder, tmp_path):
     budget = plan(wide, bits=4.2, recipe=recipe).predicted_bytes
     foretold = dry_run(wide, tmp_path / "out", recipe=recipe, budget=budget, text=text_folder, **TEXT)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from coterie.compress.allocators import ALLOCATORS, alphaq, edgemoe, mxmoe, pmq
+from coterie.compress.allocators import ALLOCATORS, alphaq, bitsmoe, edgemoe, mxmoe, pmq
 from coterie.compress.allocators.expert_types import by_expert, by_matrix, code_bits
 from coterie.compress.allocators.problem import Problem, load_allocator, load_meter
 from coterie.compress.recipes import RECIPES
@@ -18,7 +18,7 @@ from coterie.errors import Infeasible
 from coterie.model.disk.encodings.ggml import SIZES
 
 LAYERS, EXPERTS, ROWS, COLUMNS = 2, 3, 8, 256
-ALL = {"alphaq": alphaq, "edgemoe": edgemoe, "mxmoe": mxmoe, "pmq": pmq}
+ALL = {"alphaq": alphaq, "bitsmoe-bits": bitsmoe, "edgemoe": edgemoe, "mxmoe": mxmoe, "pmq": pmq}
 
 
 def experts_of(layer, projection, *, stacked=False, columns=COLUMNS, experts=EXPERTS):
@@ -118,20 +118,21 @@ def test_pmq_takes_the_least_of_all_choices_in_every_layer(bits, seed):
 
 @pytest.mark.parametrize("bits", [2.7, 3.3, 4.1, 6.0])
 @pytest.mark.parametrize("seed", range(2))
-def test_mxmoe_takes_the_least_of_all_choices_in_every_layer(bits, seed):
+@pytest.mark.parametrize("module", [bitsmoe, mxmoe])
+def test_by_projection_the_least_of_all_choices_is_taken_in_every_layer(module, bits, seed):
     drawn = random.Random(seed)
     weights = model(experts=2)
     names = [name for weight in weights if weight.kind == "expert" for name in weight.names]
     measured = {
-        name: {kind: drawn.uniform(0.5, 1.5) * 2.0 ** -code_bits(kind) for kind in mxmoe.TYPES} for name in names
+        name: {kind: drawn.uniform(0.5, 1.5) * 2.0 ** -code_bits(kind) for kind in module.TYPES} for name in names
     }
     problem = problem_of(weights, measured, bits=bits)
-    named = kinds(problem, mxmoe.allocate(problem))
+    named = kinds(problem, module.allocate(problem))
     for layer in range(LAYERS):
         own = [name for name in names if name.startswith(f"layers.{layer}.")]
         least = min(
             math.fsum(measured[name][kind] for name, kind in zip(own, chosen, strict=True))
-            for chosen in itertools.product(mxmoe.TYPES, repeat=len(own))
+            for chosen in itertools.product(module.TYPES, repeat=len(own))
             if sum(map(size_of, chosen)) <= bits / 8 * len(own) * ROWS * COLUMNS
         )
         assert sum(size_of(named[name]) for name in own) <= bits / 8 * len(own) * ROWS * COLUMNS
@@ -217,7 +218,7 @@ def test_experts_that_are_stored_as_one_tensor_get_one_type(name):
     drawn = random.Random(1)
     measured = {}
     for weight in weights[: 2 * LAYERS]:
-        measured[weight.pattern] = {kind: drawn.random() for kind in mxmoe.TYPES}
+        measured[weight.pattern] = {kind: drawn.random() for kind in bitsmoe.TYPES}
         measured[f"layers.{weight.layer}.experts.*"] = dict.fromkeys(("usage", "gate_mass", *pmq.TYPES), 1.0)
     if name == "alphaq":
         measured = {
@@ -242,6 +243,7 @@ def test_what_does_not_matter_gets_the_smallest_type_and_narrow_rows_what_stands
     nothing = {
         "pmq": dict.fromkeys(("usage", "gate_mass", *pmq.TYPES), 0.0),
         "mxmoe": dict.fromkeys(mxmoe.TYPES, 0.0),
+        "bitsmoe-bits": dict.fromkeys(bitsmoe.TYPES, 0.0),
         "alphaq": {"alpha": 3.0, "variance": 0.0},
         "edgemoe": {},
     }[name]
@@ -249,6 +251,23 @@ def test_what_does_not_matter_gets_the_smallest_type_and_narrow_rows_what_stands
     named = kinds(problem, ALL[name].allocate(problem))
     assert set(named.values()) <= {"IQ4_NL", "Q5_0", "Q8_0"}
     assert sum(size_of(kind, ROWS * 64) for kind in named.values()) <= 5.0 / 8 * len(named) * ROWS * 64
+
+
+@pytest.mark.parametrize("module", [bitsmoe, mxmoe])
+def test_more_bytes_never_cost_more(module):
+    drawn = random.Random(3)
+    names = [name for weight in model() if weight.kind == "expert" for name in weight.names]
+    measured = {
+        name: {kind: drawn.uniform(0.5, 1.5) * 2.0 ** -code_bits(kind) for kind in module.TYPES} for name in names
+    }
+    costs = []
+    for bits in (2.7, 3.0, 3.5, 4.4, 5.2, 6.6, 8.5):
+        problem = problem_of(model(), measured, bits=bits)
+        named = kinds(problem, module.allocate(problem))
+        assert sum(size_of(named[name]) for name in names) <= bits / 8 * len(names) * ROWS * COLUMNS
+        costs.append(math.fsum(measured[name][named[name]] for name in names))
+    assert costs == sorted(costs, reverse=True)
+    assert len(set(costs)) == len(costs)
 
 
 def test_types_of_all_experts_of_a_layer_are_said_with_a_star():

@@ -71,7 +71,7 @@ class OutputErrors:
             if stage.unit.name in skip:
                 continue
             layers = tuple(layer for layer in self.source.architecture.layers if stage.unit.holds(layer.experts))
-            routed = self._forward(stage, layers)
+            routed = send_on(self.stream, stage, layers, self.counts)
             weights = weights_among(self.source.weights, stage.unit.disk_names)
             measured: dict[str, dict[str, float]] = {}
             for layer in layers:
@@ -80,28 +80,11 @@ class OutputErrors:
             yield stage.unit.name, measured
 
     @torch.no_grad()
-    def _forward(self, stage: Stage, layers: tuple[MoELayer, ...]) -> dict[int, Routed]:
-        """Send a unit's calls on; return what reached the experts of its layers."""
-        seen: dict[int, list[Routed]] = {layer.index: [] for layer in layers}
-        for call, counts_BS in zip(stage.calls, self.counts, strict=True):
-            if not layers:
-                call.finish(call.compute())
-                continue
-            with observed(self.stream.model, layers, fields=()) as observations:
-                call.finish(call.compute())
-            for observation in observations:
-                each = observation if counts_BS is None else observation.select(counts_BS.flatten())
-                seen[each.layer.index].append(
-                    Routed(hidden_TD=each.hidden_TD, index_TK=each.index_TK, weight_TK=each.weight_TK)
-                )
-        return {index: _together(parts) for index, parts in seen.items()}
-
-    @torch.no_grad()
     def _errors(
         self, stage: Stage, layer: MoELayer, groups: Sequence[Group], routed: Routed
     ) -> dict[str, dict[str, float]]:
         projections = Projections(self.stream.model, layer, self.stream.conversion, stage.conversions)
-        members = {group.key: _members(group, projections) for group in groups}
+        members = {group.key: members_of(group, projections) for group in groups}
         measured: dict[str, dict[str, float]] = {}
         ready: dict[int, _Expert] = {}
 
@@ -161,7 +144,34 @@ def _together(parts: Sequence[Routed]) -> Routed:
     )
 
 
-def _members(group: Group, projections: Projections) -> dict[int, dict[int, Weight]]:
+@torch.no_grad()
+def send_on(
+    stream: Stream, stage: Stage, layers: tuple[MoELayer, ...], counts: Sequence[Tensor | None]
+) -> dict[int, Routed]:
+    """Send a unit's calls on; return what reached the experts of its layers, by index.
+
+    Args:
+        stream: the model.
+        stage: the unit.
+        layers: its MoE layers.
+        counts: of each call, which of its tokens count (B, S), bool; None where all do.
+    """
+    seen: dict[int, list[Routed]] = {layer.index: [] for layer in layers}
+    for call, counts_BS in zip(stage.calls, counts, strict=True):
+        if not layers:
+            call.finish(call.compute())
+            continue
+        with observed(stream.model, layers, fields=()) as observations:
+            call.finish(call.compute())
+        for observation in observations:
+            each = observation if counts_BS is None else observation.select(counts_BS.flatten())
+            seen[each.layer.index].append(
+                Routed(hidden_TD=each.hidden_TD, index_TK=each.index_TK, weight_TK=each.weight_TK)
+            )
+    return {index: _together(parts) for index, parts in seen.items()}
+
+
+def members_of(group: Group, projections: Projections) -> dict[int, dict[int, Weight]]:
     """Return, by expert and projection, which matrix of a group holds it."""
     members: dict[int, dict[int, Weight]] = {}
     for weight in group.weights:

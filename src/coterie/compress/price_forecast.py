@@ -30,13 +30,16 @@ PRICING = "pricing types"
 BATCH = 8
 
 #: Names of lines.
-ERRORS, HIDDEN = "what errors weigh", "what comes into the head"
+ERRORS, HIDDEN, BASES = "what errors weigh", "what comes into the head", "directions that experts share"
 
 #: Operations that singular values of a square window take, by its number of elements and its width.
 _SVD = 10
 
-#: Types that experts are rounded to, at most, where their outputs are compared.
-_LADDER = 4
+#: Operations that eigenvectors of a square matrix take, by its width to the third power.
+_EIGENVECTORS = 10
+
+#: Types that experts are rounded to, at most, where their outputs or their factors are compared.
+_LADDER = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +88,10 @@ class PricingForecast:
         again = sum(2 * 3 * 3 * _LADDER * layer.top_k * layer.hidden_size * layer.width for layer in layers)
         rounding = _LADDER * seconds_of_type("Q4_K") * sum(weight.num_elements for weight in experts)
         seconds = work.total + tokens * again / speed + rounding
+        if self.measures == "factors":
+            # Of each projection what eigenvectors are of, they themselves, and all experts in their directions.
+            products = sum(4 * weight.num_elements for weight in experts) * layers[0].hidden_size
+            seconds += (products + sum(3 * _EIGENVECTORS * layer.hidden_size**3 for layer in layers)) / speed
         return StageTime(name=PRICING, seconds=seconds, tokens=tokens, reading=work.reading)
 
     def stages(self) -> tuple[Stage, ...]:
@@ -93,7 +100,7 @@ class PricingForecast:
         if self.measures == "spectra":
             largest = max((4 * weight.num_elements // len(weight.names) for weight in self.source.weights), default=0)
             return (Stage(name="measuring spectra", lines=((ERRORS, 3 * largest),)),)
-        if self.measures == "outputs":
+        if self.measures in ("outputs", "factors"):
             batch = batch_lines(self.stream, layers, batch_size=BATCH, seq_len=seq_len, tokens=tokens)
             # What reaches a layer's experts, in two number formats, what they put out, and what that is off.
             hidden = (HIDDEN, 4 * 4 * tokens * layers[0].hidden_size)
@@ -104,6 +111,9 @@ class PricingForecast:
                 (CODES, one + workers_on(self.stream.device) * ROUNDING_BYTES),
                 *text_lines(tokens),
             )
+            if self.measures == "factors":  # what eigenvectors are of, they themselves, and what finding them takes
+                lines = (*lines, (BASES, 4 * 4 * layers[0].hidden_size ** 2))
+                return (Stage(name="measuring factors of experts", lines=lines),)
             return (Stage(name="measuring outputs of experts", lines=lines),)
         batch = batch_lines(self.stream, layers, batch_size=BATCH, seq_len=seq_len, tokens=tokens, gradients=True)
         weigh = max(4 * sum(weight.num_elements for weight in self._inner(unit)) for unit in self.stream.units)

@@ -13,6 +13,7 @@ from coterie.errors import CoterieError
 from coterie.model.arch.inspect import inspect_checkpoint
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.gguf.folder import place_of
+from coterie.model.disk.manifest import Manifest
 from coterie.model.disk.provenance import Provenance
 from coterie.profile.profile import Profile
 from coterie.profile.sources import source_name
@@ -57,10 +58,23 @@ def provenance_of(job: Job, profile: Profile | None, result: Path | None = None)
         text=None if text is None else source_name(text),
         recipe_summary=None if recipe is None else recipe.summary,
         recipe_paper=None if recipe is None else recipe.paper,
-        commands=_commands(job, profile, model_id or place_of(checkpoint.path.resolve()).name),
+        commands=(*_earlier(checkpoint.path), *_commands(job, profile, model_id or _name(checkpoint.path))),
         active_before=None if result is None else _active(checkpoint),
         active_after=None if result is None else _active(Checkpoint.open(result)),
     )
+
+
+def _earlier(folder: Path) -> tuple[str, ...]:
+    """Return the commands that made a model, where it is a result itself: the last of them puts it where it is."""
+    manifest = Manifest.read(folder)
+    if manifest is None or not manifest.provenance.commands:
+        return ()
+    *before, last = manifest.provenance.commands
+    return (*before, _line([_name(folder) if word == "OUT" else word for word in shlex.split(last)]))
+
+
+def _name(folder: Path) -> str:
+    return place_of(folder.resolve()).name
 
 
 def _active(checkpoint: Checkpoint) -> int | None:

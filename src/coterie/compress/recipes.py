@@ -318,6 +318,13 @@ RECIPES: dict[str, Recipe] = {
             allocator="ragged",
             measures="channel_gradient hidden_square usage",
         ),
+        _recipe(
+            "moe-slimming",
+            "keep in each expert the channels with the largest activations; fewer bits in a second run",
+            "2606.18304",
+            "slim-activations",
+            allocator="narrower",
+        ),
         Recipe(
             name="nearest",
             summary="store all matrices in one type, each number the nearest, scales fitted by what comes in",
@@ -352,6 +359,12 @@ RECIPES: dict[str, Recipe] = {
             summary="a type for each projection of each expert by how heavy-tailed its spectrum is, gptq",
             paper="2606.04980",
             measures=(), passes=(), allocator="alphaq", quantiser=("gptq", {}),
+        ),
+        Recipe(
+            name="bitsmoe-bits",
+            summary="a type for each projection of each expert by spectral energy in a shared basis, gptq",
+            paper="2606.00079",
+            measures=(), passes=(), allocator="bitsmoe-bits", quantiser=("gptq", {}),
         ),
         Recipe(
             name="edgemoe",

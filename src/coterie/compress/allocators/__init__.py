@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Measures = Literal["losses", "outputs", "spectra"]
+Measures = Literal["losses", "outputs", "spectra", "factors"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +24,8 @@ class Allocator:
         meter: what measures the matrices for it before it chooses their types, as ``"module:attribute"``: called with
             the stream, the source and text, its `measure` yields numbers by name. None where nothing is measured.
         measures: what that takes, for the forecast: "losses" a backward pass, and rounding some rows; "outputs" a
-            forward pass, and rounding all experts; "spectra" reading all experts.
+            forward pass, and rounding all experts; "spectra" reading all experts; "factors" a forward pass,
+            eigenvectors of all projections, and rounding all experts.
     """
 
     function: str
@@ -47,6 +48,14 @@ ALLOCATORS: dict[str, Allocator] = {
         instead=_STRUCTURE,
         meter="coterie.compress.allocators.alphaq:meter",
         measures="spectra",
+    ),
+    "bitsmoe-bits": Allocator(
+        function="coterie.compress.allocators.bitsmoe:allocate",
+        targets=("bits", "budget"),
+        does=_TYPES,
+        instead=_STRUCTURE,
+        meter="coterie.compress.allocators.bitsmoe:meter",
+        measures="factors",
     ),
     "edgemoe": Allocator(
         function="coterie.compress.allocators.edgemoe:allocate",

@@ -35,6 +35,7 @@ PASSES: dict[str, str] = {
     "merge-router": "coterie.compress.methods.merge_router:merge_router",
     "segment": "coterie.compress.methods.segment:segment",
     "slim": "coterie.compress.methods.slim:slim",
+    "slim-activations": "coterie.compress.methods.slim_activations:slim_activations",
     "refit-router": "coterie.compress.methods.refit_router:refit_router",
 }
 

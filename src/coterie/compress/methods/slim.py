@@ -86,8 +86,16 @@ def slim(state: LayerState, plan: LayerPlan, *, score: str) -> LayerState:
         Infeasible: an earlier pass merged experts, so their neurons are not those that were measured.
     """
     needs(score)
-    experts = state.experts
-    scores_MF = SCORES[score][0](state.statistics, state.original.down_EDF)[_originals(state)]
+    return keep_neurons(state, plan, SCORES[score][0](state.statistics, state.original.down_EDF), score=score)
+
+
+def keep_neurons(state: LayerState, plan: LayerPlan, scores_EF: Tensor, *, score: str) -> LayerState:
+    """Keep the neurons with the highest of these scores, one for each neuron of each original expert; see `slim`.
+
+    Raises:
+        Infeasible: an earlier pass merged experts.
+    """
+    experts, scores_MF = state.experts, scores_EF[_originals(state)]
     widths_M = torch.tensor(plan.widths or (plan.width or experts.width,) * experts.num_experts)
     order_MF = ranked_neurons(experts, scores_MF)
     place_F = torch.arange(experts.width)
