@@ -322,19 +322,9 @@ def test_experts_alone_are_compared_at_their_own_bytes(script, tmp_path, text, c
     model = tiny_checkpoint(
         tmp_path / "model", "qwen3_moe", hidden_size=256, moe_intermediate_size=256, dtype=torch.bfloat16
     )
-    arguments = [
-        "--models",
-        str(model),
-        "--formats",
-        "--expert-shares",
-        "0.3",
-        "0.05",
-        "--recipes",
-        "coterie-bits",
-        "pmq",
-    ]
-    arguments += ["--text", str(text), "--test", str(text), "--tokens", "512", "--test-tokens", "256"]
-    monkeypatch.setattr("sys.argv", ["bits.py", *arguments, "--seq-len", "32", "--json", str(tmp_path / "rows.json")])
+    line = f"--models {model} --formats --expert-shares 0.3 --recipes coterie-bits pmq --text {text} --test {text}"
+    line += f" --tokens 512 --test-tokens 256 --seq-len 32 --json {tmp_path / 'rows.json'}"
+    monkeypatch.setattr("sys.argv", ["bits.py", *line.split()])
     script.main()
     rows = {(row["format"], row["recipe"]): row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     for recipe in ("coterie-bits", "pmq"):
