@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coterie import load_model
-from coterie.errors import UnsupportedDtype
+from coterie.errors import CorruptCheckpoint, UnsupportedDtype
 from coterie.model.disk.encodings import quantization_config
-from coterie.model.disk.encodings.bit_planes import BitPlanes
-from coterie.model.disk.header import read_header
+from coterie.model.disk.encodings.bit_planes import BitPlanes, read_in_fewer_bits
 from coterie.model.disk.open import open_checkpoint
 from coterie.testing import tiny_checkpoint
 
@@ -152,13 +151,18 @@ def test_a_checkpoint_in_planes_loads_and_its_file_is_read_in_part(tmp_path):
         )
     assert torch.equal(found, expected)
     name = chosen[0]
-    info, shape = (
-        read_header(tmp_path / "planes" / file)[name],
-        open_checkpoint(tmp_path / "planes").tensors[name].shape,
-    )
-    with (tmp_path / "planes" / file).open("rb") as stored:
-        stored.seek(info.begin)
-        prefix = stored.read(encoding.fewer(2).num_bytes(shape))
-    byte_K = torch.frombuffer(bytearray(prefix), dtype=torch.uint8)
-    low = encoding.fewer(2)
-    assert torch.equal(encoding.unpack_prefix(byte_K, shape, 2), low.unpack(low.pack(weights[name])))
+    checkpoint, low = open_checkpoint(tmp_path / "planes"), encoding.fewer(2)
+    info = checkpoint.tensors[name]
+    values = read_in_fewer_bits(tmp_path / "planes", info, 2)
+    assert torch.equal(values, low.unpack(low.pack(weights[name])))
+    assert torch.equal(read_in_fewer_bits(tmp_path / "planes", info, 4), plain[name])
+    # What lies behind the prefix is not read: the file may end there.
+    stored = info.packed.stored[""]
+    with (tmp_path / "planes" / file).open("r+b") as whole:
+        whole.truncate(stored.begin + low.num_bytes(info.shape))
+    assert torch.equal(read_in_fewer_bits(tmp_path / "planes", info, 2), values)
+    with pytest.raises(CorruptCheckpoint, match="ends within"):
+        read_in_fewer_bits(tmp_path / "planes", info, 3)
+    other = open_checkpoint(model).tensors[name]
+    with pytest.raises(ValueError, match="is not stored in planes of bits"):
+        read_in_fewer_bits(model, other, 2)

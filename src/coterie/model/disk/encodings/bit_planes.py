@@ -14,10 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coterie.errors import UnsupportedDtype
-from coterie.model.disk.tensors import TORCH_NAMES, Encoding, bytes_of
+from coterie.errors import CorruptCheckpoint, UnsupportedDtype
+from coterie.model.disk.tensors import TORCH_NAMES, Encoding, TensorInfo, bytes_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,6 +183,32 @@ class BitPlanes:
     def config(self) -> dict[str, Any]:
         """Return what makes it again."""
         return {"encoding": "bit-planes", "bits": self.bits, "group": self.group, "dtype": self.dtype}
+
+
+def read_in_fewer_bits(folder: Path, info: TensorInfo, bits: int) -> Tensor:
+    """Return a tensor of a checkpoint in fewer bits than it is stored in; no more of its file is read than that takes.
+
+    Args:
+        folder: of the checkpoint.
+        info: the tensor, as `coterie.model.disk.open.open_checkpoint` lists it.
+        bits: how many of each number.
+
+    Raises:
+        ValueError: it is not stored in planes of bits, or in fewer of them.
+        CorruptCheckpoint: its file ends before.
+    """
+    import torch
+
+    encoding = None if info.packed is None else info.packed.encoding
+    if info.packed is None or not isinstance(encoding, BitPlanes):
+        raise ValueError(f"{info.name} is not stored in planes of bits: its first bytes are not the whole of it")
+    stored, size = info.packed.stored[""], encoding.fewer(bits).num_bytes(info.shape)
+    with (folder / stored.shard).open("rb") as file:
+        file.seek(stored.begin)
+        prefix = bytearray(file.read(size))
+    if len(prefix) < size:
+        raise CorruptCheckpoint(f"{folder / stored.shard} ends within {stored.name}: fetch it again")
+    return encoding.unpack_prefix(torch.frombuffer(prefix, dtype=torch.uint8), info.shape, bits)
 
 
 def _best_steps(weight_GB: Tensor) -> Tensor:
