@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from coterie.errors import InputError
 from coterie.export.checks import check_config, heads_of, is_tied
 from coterie.export.tensors import Output, plan_outputs
-from coterie.model.arch.meta import parse_config
+from coterie.model.arch.conversion import WeightConversion
+from coterie.model.arch.head import model_config
+from coterie.model.arch.meta import meta_model, parse_config
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.gguf.families import Family, family_of
 from coterie.model.disk.gguf.names import targets_of
@@ -48,6 +50,7 @@ def layout_of(checkpoint: Checkpoint, *, number_type: str) -> Layout:
     Raises:
         InputError: a family or a config that llama.cpp would compute otherwise, or is not known to compute rightly;
             tensors that have no place there; experts that differ in number or width.
+        CorruptCheckpoint: tensors are missing, or contradict the config.
     """
     where = str(checkpoint.path)
     manifest = Manifest.read(checkpoint.path)
@@ -57,8 +60,12 @@ def layout_of(checkpoint: Checkpoint, *, number_type: str) -> Layout:
             "for every expert; compress with a recipe and a router whose result stock loaders load"
         )
     family = family_of(checkpoint.config, where)
+    model = meta_model(model_config(checkpoint), where=where)
     config = parse_config(checkpoint.config)
     check_config(family, config, where)
+    conversion = WeightConversion(checkpoint, model)
+    conversion.check_whole(model)
+    conversion.check_shapes(model)
     targets = targets_of(family, heads_of(config), config.num_hidden_layers, is_tied(config), checkpoint.tensors)
     outputs = plan_outputs(checkpoint.tensors, targets, number_type=number_type)
     _check_experts(outputs, family, config, where)
@@ -82,6 +89,9 @@ def _check_experts(outputs: Sequence[Output], family: Family, config: Any, where
         count = int(getattr(config, family.experts))
         if shape[0] != count:
             raise InputError(f"{where}: {projection} has {shape[0]} experts, and config.json says {count}")
+        width, said = shape[2 if projection.startswith("ffn_down") else 1], int(getattr(config, family.expert_width))
+        if width != said:
+            raise InputError(f"{where}: {projection} has experts of width {width}, and config.json says {said}")
 
 
 def _stacks(outputs: Sequence[Output]) -> Iterator[tuple[Output, str]]:

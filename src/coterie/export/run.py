@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -138,7 +139,12 @@ def export(
         with ExitStack() as stack:
             stack.callback(writer.close)
             writer.write_header_to_file(temporary)
-            writer.write_kv_data_to_file()
+            try:
+                writer.write_kv_data_to_file()
+            except (OverflowError, struct.error) as error:
+                raise InputError(
+                    f"{checkpoint.path} cannot be exported: config.json has a number that no GGUF file holds ({error})"
+                ) from None
             writer.write_ti_data_to_file()
             assert writer.fout is not None
             pieces = Pieces(stack.enter_context(checkpoint.reader()), stack.enter_context(stored.reader()), checkpoint)
