@@ -42,8 +42,8 @@ from coterie.progress import track
 #: What is waited for.
 MEASURING = "measuring inputs"
 
-#: Name of a line of a forecast.
-SUMS = "sums of squares"
+#: Names of lines of a forecast.
+SUMS, HEADS = "sums of squares", "latent vectors by head"
 
 #: Sequences of a batch.
 BATCH = 8
@@ -178,7 +178,12 @@ class Measurement:
         batch = batch_lines(self.stream, self.layers, batch_size=batch_size, seq_len=seq_len, tokens=total)
         # Those of one layer in float64, and one of them as it is written.
         sums = max(12 * sum(each.matrices * each.columns for each in self._of(unit)) for unit in self.stream.units)
-        lines = (*unit_lines(self.stream, batch), (SUMS, sums), *text_lines(total))
+        # What heads get of latent vectors in place of values, as it comes and squared; queries are no wider.
+        heads = max((each.matrices * each.columns for each in self.entries if each.inputs == "latent"), default=0)
+        lines = (
+            *unit_lines(self.stream, batch), (SUMS, sums), (HEADS, 3 * 4 * heads * batch_size * seq_len),
+            *text_lines(total),
+        )  # fmt: skip
         return MemoryStage(name=MEASURING, lines=lines)
 
     def _of(self, unit: Unit) -> list[Entry]:
