@@ -171,7 +171,7 @@ class DamageMeter:
         step = max(1, len(pairs) // MATRICES)
         kinds = list(dict.fromkeys(kind for wanted in self.types for kind in weight.fittings(wanted)))
         # Rows that are rounded, by how many there are and how many are stored together: the same for types alike.
-        which = {kind: (_rows_for(kind), rows_together(kind, weight.columns)) for kind in kinds}
+        which = {kind: (rows_for(kind), rows_together(kind, weight.columns)) for kind in kinds}
         samples = {key: _sample(pairs[::step], *key) for key in dict.fromkeys(which.values())}
 
         @torch.no_grad()  # holds for one thread only
@@ -203,7 +203,7 @@ class DamageMeter:
         return self._prices(weight, [(matrix_VD, fisher_VD)])
 
 
-def _rows_for(kind: str) -> int:
+def rows_for(kind: str) -> int:
     """Return how many rows of a matrix tell what a type costs: few, of types whose codes take long to choose."""
     return ROWS // 4 if unwrapped(kind) in UNDERRATED else ROWS
 
