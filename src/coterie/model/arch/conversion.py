@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from coterie.errors import ArchitectureMismatch, CorruptCheckpoint
+from coterie.errors import ArchitectureMismatch, CorruptCheckpoint, UnsupportedDtype
 from coterie.model.disk.checkpoint import Checkpoint, TensorReader
 from coterie.model.disk.tensors import WHOLE_NUMBERS
 from coterie.model.quiet import in_a_line, quiet
@@ -99,7 +99,7 @@ class WeightConversion:
         return sources
 
     def check_whole(self, model: PreTrainedModel) -> None:
-        """Raise CorruptCheckpoint where a tensor that the model needs is made from nothing, or from other numbers."""
+        """Raise CorruptCheckpoint where a tensor that the model needs is made from nothing; see `check_fractions` too."""
         state = model.state_dict()
         self.check_fractions(model)
         missing = sorted(state.keys() - self.all_sources(model).keys())
@@ -110,15 +110,15 @@ class WeightConversion:
             )
 
     def check_fractions(self, model: PreTrainedModel) -> None:
-        """Raise CorruptCheckpoint where what the model computes with as fractions is stored as whole numbers."""
+        """Raise UnsupportedDtype where what the model computes with as fractions is stored as whole numbers."""
         state = model.state_dict()
         for name, disk_names in self.sources.items():
             for disk in disk_names:
                 info = self._checkpoint.tensors[disk]
                 if info.dtype in WHOLE_NUMBERS and name in state and state[name].is_floating_point():
-                    raise CorruptCheckpoint(
+                    raise UnsupportedDtype(
                         f"{self._checkpoint.path / info.shard}: {disk} is stored as {info.dtype}, whole numbers, and "
-                        "the model has fractions there; fetch the file again"
+                        "the model has fractions there, and nothing says how they are packed; fetch the file again"
                     )
 
     def check_shapes(self, model: PreTrainedModel) -> None:
