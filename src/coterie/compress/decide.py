@@ -13,7 +13,7 @@ from pathlib import Path
 
 from coterie.amounts import parse_share
 from coterie.compress.allocators.problem import Allocation, Problem, load_allocator
-from coterie.compress.check import check_layers, check_prediction
+from coterie.compress.check import check_layers, check_prediction, check_widths
 from coterie.compress.integers import check_integers, check_joined, loader_of
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.memory_budget import weights_budget
@@ -27,7 +27,7 @@ from coterie.compress.request import Request
 from coterie.compress.source import Source
 from coterie.compress.state import Measured
 from coterie.compress.target import Reader, Target
-from coterie.compress.weights import BLOCK_STEPS, bytes_saved, check_types
+from coterie.compress.weights import BLOCK_STEPS, at_widths, bytes_saved, check_types
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError, StaleArtifact
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.ragged import places_of
@@ -261,7 +261,10 @@ def weighed(source: Source, plan: Plan) -> Plan:
         Infeasible, ArchitectureMismatch: config.json cannot say what the plan does.
     """
     if plan.packed:
-        check_types(source.weights, plan, [layer.num_experts for layer in source.architecture.layers])
+        if plan.ragged:
+            check_widths(source, plan)
+        counts = [layer.num_experts for layer in source.architecture.layers]
+        check_types(at_widths(source.weights, plan.layers), plan, counts)
         check_quantiser(plan.quantiser)
         if any(kind in INTEGERS for kind in plan.types.values()):
             check_integers(source.weights, plan.types)
@@ -277,9 +280,10 @@ def weighed(source: Source, plan: Plan) -> Plan:
     vllm_only = plan.integers and loader_of(source.weights, plan.types) == "vllm"
     check_prediction(source, plan)
     sizing = source.sizing(keeps_rows=plan.mapped)
+    weights = at_widths(source.weights, plan.layers) if plan.packed else ()
     return replace(
         plan,
-        predicted_bytes=sizing.num_bytes(plan.layers) - bytes_saved(source.weights, plan.types),
+        predicted_bytes=sizing.num_bytes(plan.layers) - bytes_saved(weights, plan.types),
         predicted_parameters=sizing.num_parameters(plan.layers),
         original_bytes=source.original.num_bytes,
         mtp=source.mtp,

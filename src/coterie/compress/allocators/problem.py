@@ -13,7 +13,7 @@ from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.sizes import Sizing
 from coterie.compress.target import Target
-from coterie.compress.weights import Weight, bytes_saved
+from coterie.compress.weights import Weight, at_widths, bytes_saved
 from coterie.errors import Infeasible, UnknownName
 from coterie.model.arch.layers import Architecture
 from coterie.profile.profile import Profile
@@ -57,7 +57,7 @@ class Problem:
 
     def num_bytes(self, layers: Sequence[LayerPlan], types: Mapping[str, str]) -> int:
         """Return the bytes of all tensors when layers become what their plans say, and matrices get these types."""
-        return self.sizing.num_bytes(layers) - bytes_saved(self.weights, types)
+        return self.sizing.num_bytes(layers) - bytes_saved(at_widths(self.weights, layers), types)
 
     def room(self, *, num_elements: int, beside: int) -> int:
         """Return the bytes that some matrices may take, by the budget or by bits a number, whichever the target is.
