@@ -61,12 +61,14 @@ class PackForecast:
         source: the same by its headers.
         plan: which type each matrix gets; of an outline that types are priced for, the one for all.
         measure: the text that goes through.
+        narrows: whether experts get widths of their own, or may get them once that is decided.
     """
 
     stream: Stream
     source: Source
     plan: Plan
     measure: Measure
+    narrows: bool = False
 
     def stages(self) -> tuple[Stage, ...]:
         """Return the memory that each stage takes."""
@@ -101,7 +103,7 @@ class PackForecast:
 
     def _narrowing_lines(self, rows: int, hessians: Sequence[tuple[int, int]], widest: int) -> tuple[Line, ...]:
         """Return what it takes to narrow experts: those of a layer, their sums, and one of them in float64."""
-        if not self.plan.ragged:
+        if not self.narrows:
             return ()
         sums = max((count * size**2 for count, size in hessians), default=0)
         return ((NARROWING, 4 * rows + 4 * (1 + self._compares) * sums + 6 * 8 * widest**2),)
