@@ -385,8 +385,9 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             name="coterie-bits-width",
-            summary="coterie-bits, not distilled, which takes out neurons as well; for --target packed",
+            summary="coterie-bits, which takes neurons out of experts as well; for --target packed",
             measures=(), passes=(), allocator="mixed-widths", quantiser=("corrected-gptq", {}),
+            result_steps=(("distill-blocks", {}),),
         ),
     )
 }  # fmt: skip

@@ -45,11 +45,12 @@ def prepare(job: Job) -> Prepared | LeftOut | None:
     source, stream, plan = job.source, job.stream, job.outline
     if not plan.types.keys() <= {weight.pattern for weight in source.weights}:
         return LeftOut("types differ between the experts of a layer")
-    if plan.ragged:
-        return LeftOut("experts have widths of their own")
     shards = lay_out(source.checkpoint, stream.units, stream.conversion, packed_names(source, plan))
     priced = job.request is not None and job.request.recipe.prices
-    sizes = block_sizes(source, stream, plan, shards, target=job.options.target if priced else None)
+    sizes = block_sizes(
+        source, stream, plan, shards, target=job.options.target if priced else None,
+        narrows=plan.ragged or (job.request is not None and job.request.recipe.narrows),
+    )  # fmt: skip
     return prepare_training(
         job,
         "distill-blocks",
