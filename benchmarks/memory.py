@@ -1,11 +1,12 @@
 """What profile, compress and evaluate take on models of growing size: memory, bytes read and written, time.
 
     python benchmarks/memory.py [--sizes 4GB 8GB 16GB] [--work DIR] [--keep-files] [--json FILE] [--bundled]
-                                [--commands profile gradients compress bits evaluate] [--limit 4GiB]
+                                [--commands profile gradients compress gptq bits evaluate] [--limit 4GiB]
 
 For each size a synthetic checkpoint is made (`make_large.py`), and each command runs on it in a process of its own, the
-checkpoint being out of the file cache. "compress" halves the experts; "bits", which takes minutes a GB and runs when it
-is named, brings the model to a quarter of its bytes in fewer bits (coterie-bits, not trained). With --bundled the
+checkpoint being out of the file cache. "compress" halves the experts; "gptq" and "bits" take minutes a GB, and run when
+they are named: they bring the model to a quarter of its bytes in fewer bits, with one type for all (Q3_K), and with the
+type for each matrix that the loss needs (coterie-bits, not trained). With --bundled the
 bundled model is measured as well: profile with and without gradients, with long text, and the recipe coterie with all
 its stages. Prints tables in Markdown, and exits with status 1 when a promise is broken:
 
@@ -40,7 +41,9 @@ from coterie.amounts import format_bytes, parse_bytes
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = HERE.parent / "reference"
-COMMANDS = ("profile", "gradients", "compress", "bits", "evaluate")
+COMMANDS = ("profile", "gradients", "compress", "gptq", "bits", "evaluate")
+#: Those that run when they are named.
+SLOW = ("gptq", "bits")
 
 #: Size and commands of the bundled model, and how much text is long.
 BUNDLED = "bundled"
@@ -209,26 +212,20 @@ def measure_size(size: str, work: Path, options: argparse.Namespace) -> Iterator
         "profile": ["profile", str(model), str(profile_folder), *sample],
         "gradients": ["profile", str(model), str(work / "gradients"), "--gradients", *sample],
         "compress": ["compress", str(model), str(result_folder), "--keep", "0.5", "--recipe", options.recipe, *sample],
-        "bits": [
-            "compress",
-            str(model),
-            str(work / "bits"),
-            "--budget",
-            str(weight_bytes(model) // 4),
-            "--effort",
-            "fast",
-            *sample,
-        ],
+        "gptq": ["compress", str(model), str(work / "gptq"), "--type", "Q3_K", "--recipe", "gptq", *sample],
+        "bits": ["compress", str(model), str(work / "bits"), "--budget", str(weight_bytes(model) // 4),
+                 "--effort", "fast", *sample],
         "evaluate": ["evaluate", str(result_folder), "--against", str(model), *sample, "--questions", "0"],
-    }
+    }  # fmt: skip
     for command in (name for name in COMMANDS if name in options.commands):
         line = list(lines[command])
         if command == "compress" and profile_folder.exists():
             line += ["--profile", str(profile_folder)]
         if command == "evaluate" and not result_folder.exists():
             continue
-        shutil.rmtree(work / "bits", ignore_errors=True)
-        places = {"profile": profile_folder, "compress": result_folder, "bits": work / "bits"}
+        for slow in SLOW:
+            shutil.rmtree(work / slow, ignore_errors=True)
+        places = {"profile": profile_folder, "compress": result_folder} | {slow: work / slow for slow in SLOW}
         yield measure_command(command, line, model, work, size=size, out=places.get(command, work / "none"))
 
 
@@ -356,7 +353,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where all figures go as JSON")
     parser.add_argument("--markdown", type=Path, help="where the table goes as well")
     parser.add_argument(
-        "--commands", nargs="+", choices=COMMANDS, default=[name for name in COMMANDS if name != "bits"]
+        "--commands", nargs="+", choices=COMMANDS, default=[name for name in COMMANDS if name not in SLOW]
     )
     parser.add_argument("--limit", default="4GiB", help="memory that no command may exceed")
     parser.add_argument("--recipe", default="reap")

@@ -46,7 +46,7 @@ ALLOWED = {
     "train": FOUNDATION | {"model", "profile"},
     "publish": FOUNDATION | {"model"},
     "compress": FOUNDATION | {"model", "profile", "train", "publish"},
-    "export": FOUNDATION | {"model", "publish"},
+    "export": FOUNDATION | {"model", "profile", "train", "publish", "compress"},
     "evaluate": FOUNDATION | {"model", "profile", "publish"},
     "report": FOUNDATION | {"model", "profile", "compress", "evaluate", "publish"},
     "bench": FOUNDATION | {"model", "profile", "train", "compress", "evaluate", "report"},

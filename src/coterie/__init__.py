@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from coterie.evaluate.card import card as card
     from coterie.evaluate.run import evaluate as evaluate
     from coterie.evaluate.scorecard import Scorecard as Scorecard
+    from coterie.export.imatrix import imatrix as imatrix
     from coterie.export.run import export as export
     from coterie.model.arch.inspect import inspect as inspect
     from coterie.model.arch.load import load_model as load_model
@@ -53,6 +54,7 @@ __all__ = [
     "evaluate",
     "export",
     "frontier",
+    "imatrix",
     "inspect",
     "load_model",
     "plan",
@@ -73,6 +75,7 @@ _HOMES = {
     "Ways": "coterie.compress.way",
     "calibrate": "coterie.profile.calibrate",
     "card": "coterie.evaluate.card",
+    "imatrix": "coterie.export.imatrix",
     "inspect": "coterie.model.arch.inspect",
     "load_model": "coterie.model.arch.load",
     "frontier": "coterie.compress.frontier",

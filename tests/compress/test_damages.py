@@ -252,6 +252,7 @@ def test_types_that_are_underrated_cost_as_many_times_as_much(priced, monkeypatc
     _, source, pairs, _ = priced("olmoe")
     meter = DamageMeter(stream=None, source=source, batches=[IDS], counts=[None], types=TYPES)
     meter._tokens, weight = IDS.numel(), source.weights[0]
+    monkeypatch.setattr(damages_module, "ROWS", 4 * 2**20)  # all of them, for every type
     before = meter._prices(weight, pairs[weight.pattern])
     monkeypatch.setattr(damages_module, "UNDERRATED", {"Q4_0": 3.0})
     after = meter._prices(weight, pairs[weight.pattern])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from coterie.errors import ArchitectureMismatch, UnknownName, UnsupportedDtype
 from coterie.model.disk.encodings import ENCODINGS, encoding_from, scaled
 from coterie.model.disk.encodings.awq import Awq
+from coterie.model.disk.encodings.bit_planes import BitPlanes
 from coterie.model.disk.encodings.block_scaled import BlockScaled
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 from coterie.model.disk.encodings.gptq import Gptq
@@ -56,6 +57,8 @@ EXAMPLES = [
     (Gptq(bits=2, group=32), (16, 32)),
     (Awq(group=16), (16, 40)),
     (Awq(group=None, scales="F32"), (8, 5)),
+    (BitPlanes(), (3, 5, 64)),
+    (BitPlanes(bits=2, group=64, dtype="F32"), (5, 128)),
     (GgmlBlocks(type="Q4_K"), (3, 5, 512)),
     (GgmlBlocks(type="Q8_0", axis=-2, dtype="F32"), (2, 64, 3)),
     (Ragged(axis=0, width=2, full=5, inner=Plain(dtype="BF16")), (5, 3)),
@@ -353,6 +356,7 @@ def test_rows_that_lie_by_themselves_are_the_same_rows(encoding, shape):
             Plain: True,
             BlockScaled: len(shape) > 2,
             Mxfp4: True,
+            BitPlanes: False,
             GgmlBlocks: True,
             PackedIntegers: False,
             Gptq: False,

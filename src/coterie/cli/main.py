@@ -20,6 +20,7 @@ from coterie.cli.evaluate import evaluate
 from coterie.cli.export import export
 from coterie.cli.families import families
 from coterie.cli.frontier import frontier
+from coterie.cli.imatrix import imatrix
 from coterie.cli.inspect import inspect
 from coterie.cli.plan import plan
 from coterie.cli.price import price
@@ -61,8 +62,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for function in (
-    inspect, calibrate, profile, price, frontier, plan, compress, export, evaluate, card, push, bench, report, recipes,
-    families,
+    inspect, calibrate, profile, price, frontier, plan, compress, export, imatrix, evaluate, card, push, bench, report,
+    recipes, families,
 ):  # fmt: skip
     app.command(cls=command.Command)(function)
 

@@ -27,6 +27,7 @@ from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.encodings.ggml import get_layout, rows_together, unwrapped
 from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
 from coterie.model.stream.stream import Stage, Stream
+from coterie.model.threads import shared_out, workers_on
 from coterie.profile.observation import Observation, observed
 
 #: Rows of a matrix, and matrices of a layer's experts, that are rounded to see what a type costs.
@@ -189,19 +190,21 @@ class DamageMeter:
             return {}
         whole = sum(float((fisher_RC * matrix_RC.square()).sum()) for matrix_RC, fisher_RC in pairs)
         step = max(1, len(pairs) // MATRICES)
-        # Rows that are rounded, by how many are stored together: the same for all types whose blocks lie alike.
-        samples: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
-        prices: dict[str, float] = {}
-        for kind in dict.fromkeys(kind for wanted in self.types for kind in weight.fittings(wanted)):
-            together = rows_together(kind, weight.columns)
-            if together not in samples:
-                samples[together] = _sample(pairs[::step], together)
-            matrix_NRC, fisher_NRC, importance_NC, part = samples[together]
+        kinds = list(dict.fromkeys(kind for wanted in self.types for kind in weight.fittings(wanted)))
+        # Rows that are rounded, by how many there are and how many are stored together: the same for types alike.
+        which = {kind: (rows_for(kind), rows_together(kind, weight.columns)) for kind in kinds}
+        samples = {key: _sample(pairs[::step], *key) for key in dict.fromkeys(which.values())}
+
+        @torch.no_grad()  # holds for one thread only
+        def price(kind: str) -> float:
+            matrix_NRC, fisher_NRC, importance_NC, part = samples[which[kind]]
             _, value_NRC = round_to_nearest(matrix_NRC, importance_NC, get_layout(kind))
             lost = float((fisher_NRC * (matrix_NRC - value_NRC).square()).sum())
             factor = 0.5 * UNDERRATED.get(unwrapped(kind), 1.0)
-            prices[kind] = factor * whole * (lost / part if part > 0 else 0.0) / self._tokens
-        return prices
+            return factor * whole * (lost / part if part > 0 else 0.0) / self._tokens
+
+        with shared_out(price, kinds, workers_on(pairs[0][0].device)) as prices:
+            return dict(zip(kinds, prices, strict=True))
 
     def _price_embedding(self, weight: Weight, fisher_VD: Tensor) -> dict[str, float]:
         matrix_VD = self.stream.read(weight.names[0]).float()
@@ -221,18 +224,23 @@ class DamageMeter:
         return self._prices(weight, [(matrix_VD, fisher_VD)])
 
 
-def _sample(pairs: Sequence[tuple[Tensor, Tensor]], together: int) -> tuple[Tensor, Tensor, Tensor, float]:
+def rows_for(kind: str) -> int:
+    """Return how many rows of a matrix tell what a type costs: few, of types whose codes take long to choose."""
+    return ROWS // 4 if unwrapped(kind) in UNDERRATED else ROWS
+
+
+def _sample(pairs: Sequence[tuple[Tensor, Tensor]], rows: int, together: int) -> tuple[Tensor, Tensor, Tensor, float]:
     """Return some rows of matrices, what their elements and columns weigh, and what all of these rows weigh."""
-    some = [_some_rows(*pair, together) for pair in pairs]
+    some = [_some_rows(*pair, rows, together) for pair in pairs]
     matrix_NRC, fisher_NRC = (torch.stack(each) for each in zip(*some, strict=True))
     importance_NC = fisher_NRC.mean(dim=1)
     importance_NC = torch.where(importance_NC.sum(dim=-1, keepdim=True) > 0, importance_NC, 1.0)
     return matrix_NRC, fisher_NRC, importance_NC, float((fisher_NRC * matrix_NRC.square()).sum())
 
 
-def _some_rows(matrix_RC: Tensor, fisher_RC: Tensor, together: int) -> tuple[Tensor, Tensor]:
+def _some_rows(matrix_RC: Tensor, fisher_RC: Tensor, rows: int, together: int) -> tuple[Tensor, Tensor]:
     """Return rows of a matrix, as many side by side as are stored together, and their weights."""
-    step = max(1, len(matrix_RC) // max(ROWS, together) // together)
+    step = max(1, len(matrix_RC) // max(rows, together) // together)
     missing, columns = -len(matrix_RC) % together, matrix_RC.shape[-1]
     # Rows that are made up weigh nothing; of an embedding only those are here that the text has.
     padded = [nn.functional.pad(each, (0, 0, 0, missing)) for each in (matrix_RC, fisher_RC)]

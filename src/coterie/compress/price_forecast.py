@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coterie.compress.allocators import Measures
-from coterie.compress.damages import MATRICES, ROWS
+from coterie.compress.damages import MATRICES, rows_for
 from coterie.compress.pack_forecast import CODES, seconds_of_type
 from coterie.compress.source import Source
 from coterie.compress.spectra import WINDOW
@@ -68,11 +68,12 @@ class PricingForecast:
             return self._measuring_experts()
         layers, tokens = self.source.architecture.layers, self._tokens
         work = unit_work(self.stream, layers, tokens=tokens, factor=WITH_GRADIENTS, base=True)
-        numbers = sum(
-            ROWS * weight.columns * (min(MATRICES, len(weight.names)) if weight.kind == "expert" else 1)
+        columns = sum(
+            weight.columns * (min(MATRICES, len(weight.names)) if weight.kind == "expert" else 1)
             for weight in self.source.weights
         )
-        rounding = numbers * sum(map(seconds_of_type, PRICED_TYPES))
+        seconds = columns * sum(rows_for(kind) * seconds_of_type(kind) for kind in PRICED_TYPES)
+        rounding = seconds / workers_on(self.stream.device)
         return StageTime(name=PRICING, seconds=work.total + rounding, tokens=tokens, reading=work.reading)
 
     def _measuring_experts(self) -> StageTime:

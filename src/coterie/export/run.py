@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     import gguf
 
     from coterie.export.tensors import Output
-    from coterie.model.disk.gguf.families import Family
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ NumberType = Literal["bf16", "f16", "f32", "q8_0"]
 _READING_BYTES = 600
 
 #: Bytes of names and places of one tensor in a file, more than enough.
-_BYTES_PER_INFO = 160
+BYTES_PER_INFO = 160
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,16 +97,12 @@ def export(
     import gguf
 
     from coterie.export.blocks import encode
-    from coterie.export.checks import check_config, heads_of, is_tied
+    from coterie.export.layout import layout_of
     from coterie.export.metadata import describe, introduce
     from coterie.export.pieces import Pieces
-    from coterie.export.tensors import biggest_piece, plan_outputs
+    from coterie.export.tensors import biggest_piece
     from coterie.export.tokens import describe_vocabulary, read_vocabulary
-    from coterie.model.arch.meta import parse_config
     from coterie.model.disk.checkpoint import Checkpoint
-    from coterie.model.disk.gguf.families import family_of
-    from coterie.model.disk.gguf.names import targets_of
-    from coterie.model.disk.manifest import Manifest
     from coterie.model.disk.quantized import dequantized
     from coterie.model.stream.spill import trim_memory
 
@@ -115,22 +111,9 @@ def export(
     target = check_output(file, kind="GGUF file", reads={"model folder": [folder]}, accepts=lambda path: False)
     stored = Checkpoint.open(folder, allow_pickle=allow_pickle)
     checkpoint = dequantized(stored, "bfloat16" if type == "bf16" else "float32")
-    where = str(checkpoint.path)
-    manifest = Manifest.read(checkpoint.path)
-    if manifest is not None and manifest.form.value in ("mapped", "ragged"):
-        raise InputError(
-            f"{where} cannot be exported: it is {manifest.form.value}, and llama.cpp has one router row and one width "
-            "for every expert; compress with a recipe and a router whose result stock loaders load"
-        )
-    family = family_of(checkpoint.config, where)
-    config = parse_config(checkpoint.config)
-    check_config(family, config, where)
+    layout = layout_of(checkpoint, number_type=type.upper())
+    family, config, outputs = layout.family, layout.config, layout.outputs
     vocabulary = read_vocabulary(checkpoint.path, config.vocab_size)
-    layers, tied = config.num_hidden_layers, is_tied(config)
-    targets = targets_of(family, heads_of(config), layers, tied, checkpoint.tensors)
-    outputs = plan_outputs(checkpoint.tensors, targets, number_type=type.upper())
-    left_out = tuple(sorted(name for name, there in targets.items() if not there))
-    _check_experts(outputs, family, config, where)
     exported = Exported(
         path=str(target),
         architecture=family.architecture,
@@ -139,24 +122,29 @@ def export(
         types=_bytes_by_type(outputs),
         memory_bytes=biggest_piece(outputs, checkpoint.tensors)
         + _READING_BYTES * (2 * len(vocabulary.tokens) + len(vocabulary.merges)),
-        left_out=left_out,
+        left_out=layout.left_out,
     )
     _tell(exported, type.upper(), outputs)
     if dry_run:
         return exported
 
-    _check_space(target, exported.num_bytes + _BYTES_PER_INFO * len(outputs) + 64 * len(vocabulary.tokens))
+    check_space(target, exported.num_bytes + BYTES_PER_INFO * len(outputs) + 64 * len(vocabulary.tokens))
     with atomic_path(target) as temporary:
         writer = gguf.GGUFWriter(None, family.architecture)
-        introduce(writer, checkpoint, manifest, outputs)
+        introduce(writer, checkpoint, layout.manifest, outputs)
         describe(writer, family, config, outputs)
         describe_vocabulary(writer, vocabulary)
         for output in outputs:
-            _announce(writer, output)
+            announce(writer, output)
         with ExitStack() as stack:
             stack.callback(writer.close)
             writer.write_header_to_file(temporary)
-            writer.write_kv_data_to_file()
+            try:
+                writer.write_kv_data_to_file()
+            except (OverflowError, struct.error) as error:
+                raise InputError(
+                    f"{checkpoint.path} cannot be exported: config.json has a number that no GGUF file holds ({error})"
+                ) from None
             writer.write_ti_data_to_file()
             assert writer.fout is not None
             pieces = Pieces(stack.enter_context(checkpoint.reader()), stack.enter_context(stored.reader()), checkpoint)
@@ -180,7 +168,7 @@ def check_gguf() -> None:
         raise InputError("GGUF files take the package gguf: pip install 'coterie[gguf]'")
 
 
-def check_file(path: Path, outputs: list[Output]) -> None:
+def check_file(path: Path, outputs: Sequence[Output]) -> None:
     """Read a file back and compare names, shapes, types and places of its tensors with what was meant.
 
     Raises:
@@ -205,7 +193,8 @@ def check_file(path: Path, outputs: list[Output]) -> None:
         raise ReloadMismatch(f"{path}: {next(iter(not_asked))} is there and was not written")
 
 
-def _announce(writer: gguf.GGUFWriter, output: Output) -> None:
+def announce(writer: gguf.GGUFWriter, output: Output) -> None:
+    """Tell the writer of a file of a tensor that is to come."""
     import gguf
     import numpy as np
 
@@ -218,39 +207,15 @@ def _pad(writer: gguf.GGUFWriter, file: BufferedWriter, length: int) -> None:
     writer.write_padding(file, length)
 
 
-def _bytes_by_type(outputs: list[Output]) -> dict[str, int]:
+def _bytes_by_type(outputs: Sequence[Output]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for output in outputs:
         sizes[output.type] = sizes.get(output.type, 0) + output.num_bytes
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
-def _check_experts(outputs: list[Output], family: Family, config: Any, where: str) -> None:
-    """Check that every layer has as many experts as the config says, all of one width."""
-    stacks: dict[str, tuple[int, ...]] = {}
-    for output, projection in _stacks(outputs):
-        shape = stacks.setdefault(projection, output.shape)
-        if shape != output.shape:
-            raise InputError(
-                f"{where} cannot be exported: {output.name} is {list(output.shape)} and another layer's "
-                f"{list(shape)}; llama.cpp has one number of experts and one width for all layers"
-            )
-    if not stacks:
-        raise InputError(f"{where} cannot be exported: it has no experts under names that are known")
-    for projection, shape in stacks.items():
-        count = int(getattr(config, family.experts))
-        if shape[0] != count:
-            raise InputError(f"{where}: {projection} has {shape[0]} experts, and config.json says {count}")
-
-
-def _stacks(outputs: list[Output]) -> Iterator[tuple[Output, str]]:
-    for output in outputs:
-        projection = output.name.split(".", 2)[-1]
-        if projection.endswith("_exps.weight"):
-            yield output, projection
-
-
-def _check_space(target: Path, num_bytes: int) -> None:
+def check_space(target: Path, num_bytes: int) -> None:
+    """Raise OutOfSpace unless the disk can hold a file of so many bytes."""
     existing, free = free_space(target.parent)
     needed = num_bytes + 16 * 2**20
     if free < needed:
@@ -259,7 +224,7 @@ def _check_space(target: Path, num_bytes: int) -> None:
         )
 
 
-def _tell(exported: Exported, number_type: str, outputs: list[Output]) -> None:
+def _tell(exported: Exported, number_type: str, outputs: Sequence[Output]) -> None:
     log.info(
         "%d tensors, %s, for llama.cpp's %s; at most %s in memory at once",
         exported.tensors, format_bytes(exported.num_bytes), exported.architecture, format_bytes(exported.memory_bytes),

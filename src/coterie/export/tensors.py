@@ -99,6 +99,11 @@ def plan_outputs(
     return sorted(outputs, key=lambda output: _place(output.name))
 
 
+def takes_numbers(name: str) -> bool:
+    """Tell whether llama.cpp wants a tensor in float32, whatever the others are stored as."""
+    return _FULL_PRECISION.search(name) is not None
+
+
 def _place(name: str) -> tuple[int, str]:
     """Return where a tensor stands: those before the layers, the layers by number, those behind."""
     match = re.match(r"blk\.(\d+)\.", name)
@@ -143,7 +148,7 @@ def _output(
                 "the original again with types of GGML, like --type Q4_K"
             )
     copied, type_ = False, number_type
-    if len(shape) < 2 or _FULL_PRECISION.search(name):
+    if len(shape) < 2 or takes_numbers(name):
         type_ = "F32"
     elif None not in stored and all(part.take.keeps_blocks(axis) for part in parts for _, axis in _known(stored)):
         types = {kind for kind, _ in _known(stored)}

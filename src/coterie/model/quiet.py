@@ -1,8 +1,9 @@
-"""A context in which transformers says only errors."""
+"""A context in which transformers says only errors, and what it says of an error in a line."""
 
 from __future__ import annotations
 
 import logging
+import re
 
 
 class quiet:  # noqa: N801  # used like the functions of contextlib
@@ -22,3 +23,11 @@ class quiet:  # noqa: N801  # used like the functions of contextlib
         hf_logging.set_verbosity(self._level)
         if self._bar:
             hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def in_a_line(problem: object) -> str:
+    """Return what an error of transformers says in one line: of a traceback that it quotes, the error at its end."""
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    errors = [re.match(r"[\w.]*(?:Error|Exception): (.+)", line) for line in lines]
+    raised = [error[1] for error in errors if error is not None]
+    return raised[-1] if "Traceback" in str(problem) and raised else " ".join(lines)

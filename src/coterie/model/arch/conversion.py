@@ -25,7 +25,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from coterie.errors import ArchitectureMismatch, CorruptCheckpoint
 from coterie.model.disk.checkpoint import Checkpoint, TensorReader
-from coterie.model.quiet import quiet
+from coterie.model.disk.tensors import WHOLE_NUMBERS
+from coterie.model.quiet import in_a_line, quiet
 
 
 class WeightConversion:
@@ -98,14 +99,42 @@ class WeightConversion:
         return sources
 
     def check_whole(self, model: PreTrainedModel) -> None:
-        """Raise CorruptCheckpoint where a tensor that the model needs is made from nothing."""
+        """Raise CorruptCheckpoint where a tensor that the model needs is made from nothing, or from other numbers."""
         state = model.state_dict()
+        self.check_fractions(model)
         missing = sorted(state.keys() - self.all_sources(model).keys())
         if missing:
             raise CorruptCheckpoint(
                 f"{self._checkpoint.path}: {missing[0]} is missing, and {len(missing) - 1} others of the "
                 f"{len(state)} tensors that the model needs; fetch the checkpoint again"
             )
+
+    def check_fractions(self, model: PreTrainedModel) -> None:
+        """Raise CorruptCheckpoint where what the model computes with as fractions is stored as whole numbers."""
+        state = model.state_dict()
+        for name, disk_names in self.sources.items():
+            for disk in disk_names:
+                info = self._checkpoint.tensors[disk]
+                if info.dtype in WHOLE_NUMBERS and name in state and state[name].is_floating_point():
+                    raise CorruptCheckpoint(
+                        f"{self._checkpoint.path / info.shard}: {disk} is stored as {info.dtype}, whole numbers, and "
+                        "the model has fractions there; fetch the file again"
+                    )
+
+    def check_shapes(self, model: PreTrainedModel) -> None:
+        """Raise CorruptCheckpoint where a tensor that is taken over as it is has another shape than the config says."""
+        state = model.state_dict()
+        uses: dict[str, int] = {}
+        for disk_names in self.sources.values():
+            for disk in disk_names:
+                uses[disk] = uses.get(disk, 0) + 1
+        for name, (disk, *others) in self.sources.items():
+            shape, expected = self._checkpoint.tensors[disk].shape, tuple(state[name].shape)
+            turned = others or uses[disk] > 1 or disk in self.transposed | self.either_way
+            if not turned and len(shape) == len(expected) and shape != expected:
+                raise CorruptCheckpoint(
+                    f"{self._checkpoint.path}: {disk} has shape {list(shape)}, config.json says {list(expected)}"
+                )
 
     def read(
         self, reader: TensorReader, names: Iterable[str], dtype: torch.dtype = torch.float32
@@ -141,7 +170,7 @@ class WeightConversion:
             )
         if info.conversion_errors:
             name, problem = next(iter(info.conversion_errors.items()))
-            raise CorruptCheckpoint(f"{self._checkpoint.path}: {name} cannot be converted: {problem}")
+            raise CorruptCheckpoint(f"{self._checkpoint.path}: {name} cannot be converted: {in_a_line(problem)}")
         for name, tensor in tensors.items():
             if tensor.is_floating_point():
                 # Not one dict comprehension: each narrow tensor goes before the next wide one comes.

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from coterie.errors import CorruptCheckpoint
+from coterie.errors import CorruptCheckpoint, CoterieError
+from coterie.model.arch.conversion import WeightConversion
 from coterie.model.arch.head import model_config
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.mapped import attach_maps, maps_of, widen_routers
@@ -33,7 +34,8 @@ from coterie.model.disk.checkpoint import Checkpoint, TensorReader
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.quantized import dequantized, is_read_by_us_alone
-from coterie.model.quiet import quiet
+from coterie.model.disk.tensors import WHOLE_NUMBERS
+from coterie.model.quiet import in_a_line, quiet
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,8 @@ def load_model(
     check_chosen(checkpoint.config, str(checkpoint.path))
     config = model_config(checkpoint)
     meta = meta_model(config, where=str(checkpoint.path))
+    if "quantization_config" not in config and any(info.dtype in WHOLE_NUMBERS for info in checkpoint.tensors.values()):
+        WeightConversion(checkpoint, meta_model(config, where=str(checkpoint.path))).check_fractions(meta)
     loaded: PreTrainedModel
     info: dict[str, Any]
     with quiet():
@@ -85,8 +89,10 @@ def load_model(
                     local_files_only=True,
                     trust_remote_code=False,
                 )
-        except (RuntimeError, OSError) as error:
-            raise CorruptCheckpoint(f"{checkpoint.path} does not load: {error}") from error
+        except (CoterieError, MemoryError):
+            raise
+        except Exception as error:  # quantisers check what they are told in their own ways
+            raise CorruptCheckpoint(f"{checkpoint.path} does not load: {in_a_line(error)}") from error
     wrong = {key: info[key] for key in ("missing_keys", "mismatched_keys") if info.get(key)}
     if wrong:
         listed = "; ".join(f"{key.replace('_', ' ')}: {sorted(map(str, names))[:3]}" for key, names in wrong.items())

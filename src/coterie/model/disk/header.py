@@ -25,7 +25,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         CorruptCheckpoint: the header is cut off, is no JSON, is absurdly long, or its byte ranges overlap, leave
             gaps, exceed the file or contradict the shapes; or the file is a Git LFS pointer.
     """
-    if not file.is_file():
+    try:
+        there = file.is_file()
+    except OSError as error:  # a name that no file can have
+        raise CorruptCheckpoint(
+            f"{file.parent}: its index names the shard {file.name[:80]!r}: {error.strerror}; fetch the index again"
+        ) from None
+    if not there:
         raise CorruptCheckpoint(f"{file}: the shard {absence(file)}; fetch this file again")
     check_no_pointer(file)
     with file.open("rb") as stream:

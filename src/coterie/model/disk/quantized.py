@@ -23,6 +23,7 @@ from typing import Any
 from coterie.errors import CorruptCheckpoint, CoterieError, UnsupportedDtype
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.encodings import OWN_METHOD, encoding_from
+from coterie.model.disk.encodings.bit_planes import BitPlanes
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 from coterie.model.disk.gguf.tensors import in_format
 from coterie.model.disk.patterns import matching
@@ -148,7 +149,7 @@ def _find_own(source: QuantizedSource) -> PackedTensors:
     groups = source.settings.get("groups")
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
         raise wrong("names no groups of tensors")
-    encodings: dict[str, GgmlBlocks] = {}
+    encodings: dict[str, GgmlBlocks | BitPlanes] = {}
     for group in groups:
         patterns = group.get("tensors")
         if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -158,7 +159,7 @@ def _find_own(source: QuantizedSource) -> PackedTensors:
             encoding = encoding_from({"dtype": source.dtype} | content)  # what is read of GGUF files says none
         except (CoterieError, ValueError, TypeError) as error:
             raise wrong(f"names an encoding that cannot be ({error})") from None
-        if not isinstance(encoding, GgmlBlocks):
+        if not isinstance(encoding, GgmlBlocks | BitPlanes):
             raise wrong(f"names the encoding {content.get('encoding')!r}, which is no block format")
         if twice := sorted(encodings.keys() & set(patterns)):
             raise wrong(f"names {twice[0]!r} twice")

@@ -19,6 +19,7 @@ ENCODINGS = {
     "awq": "coterie.model.disk.encodings.awq:Awq",
     "gptq": "coterie.model.disk.encodings.gptq:Gptq",
     "plain": "coterie.model.disk.encodings.plain:Plain",
+    "bit-planes": "coterie.model.disk.encodings.bit_planes:BitPlanes",
     "block-scaled": "coterie.model.disk.encodings.block_scaled:BlockScaled",
     "ggml": "coterie.model.disk.encodings.ggml_blocks:GgmlBlocks",
     "mxfp4": "coterie.model.disk.encodings.mxfp4:Mxfp4",

@@ -24,6 +24,9 @@ _MXFP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 _SHARES = (0.7, 0.76, 0.82, 0.87, 0.91, 0.95, 0.98, 1.0, 1.03, 1.07, 1.12)
 _FACTOR_SHARES = (0.8, 0.87, 0.94, 1.0)
 
+#: Levels so few that what a step is off is no small difference of large numbers.
+_FEW_LEVELS = 64
+
 
 @dataclass(frozen=True, kw_only=True, slots=False)
 class Scaled:
@@ -123,15 +126,20 @@ class Scaled:
         largest_NRS = weight_NRSs.gather(-1, weight_NRSs.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
         least_NRS = torch.full_like(largest_NRS, torch.inf)
         best_NRS = torch.zeros_like(largest_NRS)
+        weighted_NRSs = importance_NRSs * weight_NRSs
         # A negative step turns the longer side of uneven levels towards the largest weight.
         for edge in (min(self.levels), max(self.levels)):
             for share in _SHARES:
                 step_NRS = largest_NRS / (edge * share)
                 for _ in range(2):
                     level_NRSs = self.nearest_levels(weight_NRSs, step_NRS[..., None])
-                    weighted_NRSs = importance_NRSs * level_NRSs
-                    step_NRS = ratio((weighted_NRSs * weight_NRSs).sum(-1), (weighted_NRSs * level_NRSs).sum(-1))
-                error_NRS = (importance_NRSs * (weight_NRSs - level_NRSs * step_NRS[..., None]).square()).sum(-1)
+                    product_NRS = (level_NRSs * weighted_NRSs).sum(-1)
+                    step_NRS = ratio(product_NRS, level_NRSs.square().mul_(importance_NRSs).sum(-1))
+                if len(self.levels) <= _FEW_LEVELS:  # at the best step for these levels, less what all steps have
+                    error_NRS = -product_NRS * step_NRS
+                else:
+                    wrong_NRSs = weight_NRSs - level_NRSs * step_NRS[..., None]
+                    error_NRS = wrong_NRSs.square().mul_(importance_NRSs).sum(-1)
                 better_NRS = error_NRS < least_NRS
                 least_NRS = torch.where(better_NRS, error_NRS, least_NRS)
                 best_NRS = torch.where(better_NRS, step_NRS, best_NRS)
