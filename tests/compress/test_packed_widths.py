@@ -148,6 +148,19 @@ def test_a_plan_of_widths_and_types_is_written_and_loaded(model, text_folder, tm
         export(out, tmp_path / "out.gguf")
 
 
+@pytest.mark.long
+def test_one_expert_may_have_a_type_of_its_own_as_well(model, text_folder, tmp_path):
+    made, single = ragged(model), "model.layers.0.mlp.experts.2.down_proj.weight"
+    types = {**made.types, single: "Q8_0"}
+    result = compress(
+        model, tmp_path / "out", plan=saved(replace(made, types=types), tmp_path), text=text_folder, **TEXT
+    )
+    stored = Checkpoint.open(result.out).tensors
+    assert stored[single].shape == (96, 96 // 32 * 34)
+    assert sum(info.num_bytes for info in stored.values()) == result.plan.predicted_bytes
+    assert result.logits_error <= 1e-6
+
+
 @pytest.mark.parametrize("down", ["Q4_K.W", "Q2_K.W", "IQ4_NL", "Q8_0", "IQ1_S.W"])
 def test_bytes_are_counted_by_width(model, down):
     for widths in itertools.islice(itertools.permutations((32, 64, 96, 128)), 0, 24, 7):
@@ -192,6 +205,7 @@ def test_experts_in_one_tensor_have_no_widths(tmp_path):
         checked(Source.open(model, target="packed"), replace(made, layers=layers))
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(model, text_folder, tmp_path, monkeypatch):
     file, settings = saved(ragged(model, recipe="gptq"), tmp_path), {"text": text_folder, **TEXT}
     whole = compress(model, tmp_path / "whole", plan=file, **settings)
@@ -213,9 +227,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(model, text_folder, tmp
     assert resumed.plan == whole.plan
 
 
-@pytest.mark.parametrize(
-    "types", [{"down": "Q4_K.W"}, pytest.param({"gate": "Q8_0", "down": "IQ4_NL"}, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("types", [{"down": "Q4_K.W"}, {"gate": "Q8_0", "down": "IQ4_NL"}])
 def test_scales_are_trained(model, text_folder, tmp_path, monkeypatch, types):
     made = replace(ragged(model, recipe="gptaq", **types), result_steps=(("distill-blocks", {}),))
     file, settings = saved(made, tmp_path), {"text": text_folder, **TEXT}

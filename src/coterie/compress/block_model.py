@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from coterie.amounts import parse_bytes
 from coterie.compress.pack import packed_names
 from coterie.compress.plan import Plan
-from coterie.compress.projections import FIELDS, Projections, projections_of
+from coterie.compress.projections import DOWN, FIELDS, Projections, projections_of
 from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard
 from coterie.compress.source import Source
@@ -165,7 +165,8 @@ class BlockModel:
                 byte_NRK = torch.stack([stored[name].transpose(each.axis, -1) for name in each.names])
                 kind = self.plan.types[weight.pattern]
                 blocks = Blocks(kind, byte_NRK.to(self.stream.device), each.columns)
-                multiplier_Gn, name = blocks.ones(), f"{_stack_name(layer, part)}.{each.shape[each.width_axis or 0]}"
+                width = each.columns if part == DOWN else each.rows
+                multiplier_Gn, name = blocks.ones(), f"{_stack_name(layer, part)}.{width}"
                 self._add(name, blocks, multiplier_Gn)
                 self._of_width[name] = each
                 stack = Stack(blocks=blocks, multiplier_Gn=multiplier_Gn, experts=each.experts)

@@ -222,9 +222,9 @@ def with_types(source: Source, outlined: Plan, request: Request, prices: Prices)
 
 def check_prices(source: Source, recipe: Recipe, prices: Prices) -> None:
     """Raise StaleArtifact where prices that an earlier version measured do not say what a recipe goes by."""
-    layers = {layer.index: priced_widths(layer.width) for layer in source.architecture.layers}
-    narrow = (weight for weight in source.weights if weight.width_axis is not None and weight.layer is not None)
-    if recipe.narrows and not prices.widths and any(layers[weight.layer or 0] for weight in narrow):
+    with_widths = {layer.index for layer in source.architecture.layers if priced_widths(layer.width)}
+    narrow = (weight for weight in source.weights if weight.width_axis is not None and weight.layer in with_widths)
+    if recipe.narrows and not prices.widths and any(narrow):
         raise StaleArtifact(
             f"recipe {recipe.name} goes by what narrower experts would cost, which these prices do not say: an earlier "
             "version measured them; run coterie price again"

@@ -74,9 +74,9 @@ def allocate(problem: Problem) -> Allocation:
 
 
 def _plans(problem: Problem, widths: Sequence[tuple[int, ...]]) -> tuple[LayerPlan, ...]:
-    """Return the plans of layers; where no expert of any layer is narrower, those of whole ones."""
+    """Return the plans of layers; where no expert of any layer is narrower, or none can be, those of whole ones."""
     layers = problem.architecture.layers
-    if all(set(each) == {layer.width} for each, layer in zip(widths, layers, strict=False)):
+    if not widths or all(set(each) == {layer.width} for each, layer in zip(widths, layers, strict=True)):
         return problem.whole()
     return tuple(ragged_plan(each) for each in widths)
 
