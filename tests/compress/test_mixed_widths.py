@@ -163,6 +163,14 @@ def test_prices_are_measured_of_every_expert_that_was_chosen(model, measured):
     assert plan(model, bits=1.8, prices=measured, experts_only=True, **RECIPE).damage > 0
 
 
+def test_a_budget_is_that_of_the_whole_file(model, prices):
+    whole = plan(model, bits=3.0, prices=prices, target="packed").predicted_bytes
+    for budget in (whole, whole - 1, whole * 7 // 8):
+        made = plan(model, budget=budget, prices=prices, **RECIPE)
+        assert made.ragged
+        assert 0.97 * budget < made.predicted_bytes <= budget
+
+
 def test_where_all_neurons_matter_alike_none_goes_at_many_bits(model):
     made = plan(model, bits=6.0, prices=made_up(model, [1.0] * 128, total=100.0), **RECIPE)
     assert not made.ragged
