@@ -17,7 +17,7 @@ from coterie.compress.prices import Prices, price
 from coterie.compress.source import Source
 from coterie.compress.weights import PRICED_TYPES
 from coterie.compress.width_prices import PARTS, STEPS, by_width, narrowings, priced_widths
-from coterie.errors import Infeasible, InputError, StaleArtifact
+from coterie.errors import CorruptArtifact, Infeasible, InputError, StaleArtifact
 from coterie.model.arch.load import load_model
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.encodings.ggml import bits_of
@@ -133,6 +133,13 @@ def test_prices_of_widths_are_kept_and_older_folders_are_read(model, prices, tmp
     assert plan(model, bits=3.0, prices=old, target="packed").types
     with pytest.raises(StaleArtifact, match="run coterie price again"):
         plan(model, bits=3.0, prices=old, **RECIPE)
+
+
+@pytest.mark.parametrize("widths", [{}, {"0": 1.0}, {"0": 1.0, "64": 0.5, "128": 0.0}, {"x": 1.0}])
+def test_prices_of_other_widths_are_damaged(prices, widths, tmp_path):
+    replace(prices, widths={**prices.widths, "model.layers.0.mlp.experts.3": widths}).write(tmp_path)
+    with pytest.raises(CorruptArtifact, match=r"prices\.json: widths of .*experts\.3"):
+        Prices.load(tmp_path)
 
 
 @pytest.mark.parametrize("bits", [1.2, 1.7, 2.2, 3.1])

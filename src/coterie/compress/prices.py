@@ -20,7 +20,7 @@ from coterie.compress.plan import Mtp
 from coterie.compress.price_forecast import BATCH, PRICING, PricingForecast
 from coterie.compress.source import Source
 from coterie.compress.weights import PRICED_TYPES, Weight
-from coterie.compress.width_prices import STEPS, WidthPrices
+from coterie.compress.width_prices import STEPS, WidthPrices, priced_widths
 from coterie.errors import CorruptArtifact, StaleArtifact
 from coterie.fields import Fields, shown
 from coterie.journal import Run
@@ -128,6 +128,12 @@ class Prices:
         unknown = sorted({unwrapped(name) for by_type in damages.values() for name in by_type} - SIZES.keys())
         if unknown:
             raise CorruptArtifact(f"{file}: damages name the type {shown(unknown[0])}, which there is not")
+        for expert, by_width in widths.items():
+            priced = priced_widths(max((int(width) for width in by_width if width.isdecimal()), default=0))
+            if not priced or by_width.keys() != set(map(str, priced)):
+                raise CorruptArtifact(
+                    f"{file}: widths of {shown(expert)} are {shown(', '.join(by_width))}; run coterie price again"
+                )
         missing = {"model", "text"} - artifact.inputs.keys()
         if missing:
             raise CorruptArtifact(f"{file} does not say which {' and '.join(sorted(missing))} it was made from")
