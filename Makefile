@@ -66,6 +66,8 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 	$(BITS) --models reference/model reference/qwen3_moe --shares 0.16 --recipes coterie-bits --markdown benchmarks/bits.md
 	$(BITS) --models reference/model reference/glm4_moe --shares 0.29 0.24 0.21 0.16 \
 		--recipes coterie-bits@packed coterie-bits:balanced@packed --markdown benchmarks/bits-packed.md
+	$(BITS) --models reference/qwen3_moe --formats --expert-shares 0.1 0.13 0.2 --tokens 32768 \
+		--recipes coterie-bits@packed coterie-bits-width@packed --markdown benchmarks/bits-width.md
 	$(BITS) --models reference/qwen3_moe --formats IQ4_XS --recipes coterie-bits pmq mxmoe alphaq bitsmoe-bits edgemoe \
 		--markdown benchmarks/bits-published.md
 	$(BIN)/python benchmarks/quantise_speed.py --repeats 1 --types Q6_K Q4_K IQ4_XS Q3_K IQ3_XXS Q2_K IQ2_S IQ2_XXS \

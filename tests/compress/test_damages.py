@@ -304,3 +304,36 @@ def test_a_price_is_about_what_the_loss_rises_by(family, priced):
         model.state_dict()[name].copy_(matrix)
         total_rise += sum(rises) / len(rises) / IDS.numel()
     assert 0.1 < total_price / abs(total_rise) < 10
+
+
+def test_narrower_experts_cost_what_the_columns_weigh_that_go(tmp_path):
+    """Against gradients token by token: the cheapest neurons of each expert go, down to none."""
+    folder = tiny_checkpoint(tmp_path / "m", "olmoe", intermediate_size=96)
+    source = Source.open(folder)
+    with Stream(source.checkpoint) as stream:
+        meter = DamageMeter(stream=stream, source=source, batches=list(IDS.split(2)), counts=[None] * 2, types=TYPES)
+        found = {}
+        for _ in meter.measure():
+            found |= meter.widths
+    slow, state = slow_fisher(folder, source), load_model(folder, dtype=torch.float64).state_dict()
+    seen = {key[:2] for key in slow if isinstance(key, tuple) and key[2] == DOWN}
+    assert found.keys() == {f"model.layers.{layer}.mlp.experts.{expert}" for layer, expert in seen}
+    for layer, expert in seen:
+        name = f"model.layers.{layer}.mlp.experts"
+        weight = state[f"{name}.down_proj"][expert]
+        costs = []
+        for neuron in range(96):
+            fisher = slow[layer, expert, DOWN][:, neuron]
+            costs.append(sum(float(0.5 * f * w * w) for f, w in zip(fisher, weight[:, neuron], strict=True)))
+        costs = sorted(cost / IDS.numel() for cost in costs)
+        prices = found[f"{name}.{expert}"]
+        assert list(prices) == ["0", "32", "64", "96"]
+        for width, price in prices.items():
+            assert price == pytest.approx(sum(costs[: 96 - int(width)]), rel=2e-3, abs=1e-12)
+
+
+def test_experts_in_one_tensor_have_no_prices_of_widths(priced):
+    _, source, _, _ = priced("granitemoe")
+    with Stream(source.checkpoint) as stream:
+        meter = DamageMeter(stream=stream, source=source, batches=[IDS[:2]], counts=[None], types=TYPES)
+        assert not any(meter.widths for _ in meter.measure())

@@ -153,8 +153,8 @@ def test_experts_in_blocks_compute_what_their_values_do_and_gradients_are_those_
         for field, matrix in canonical_experts(module).tensors().items():
             byte_ERK = GgmlBlocks(type="Q4_0", dtype="F32").pack(matrix)[""]
             blocks = Blocks("Q4_0", byte_ERK)
-            own[field] = Stack(blocks=blocks, multiplier_Gn=blocks.ones().requires_grad_(True))
-        values = {field: each.blocks.values(each.multiplier_Gn).detach() for field, each in own.items()}
+            own[field] = [Stack(blocks=blocks, multiplier_Gn=blocks.ones().requires_grad_(True))]
+        values = {field: each.blocks.values(each.multiplier_Gn).detach() for field, [each] in own.items()}
         module.gate_up_proj.data = torch.cat((values["gate_EFD"], values["up_EFD"]), dim=1)
         module.down_proj.data = values["down_EDF"]
         module.requires_grad_(True)
@@ -167,7 +167,7 @@ def test_experts_in_blocks_compute_what_their_values_do_and_gradients_are_those_
         model.get_submodule(layer.experts).requires_grad_(False)
     with experts_in_blocks(model, stacks):
         again = model(input_ids=ids_BS, use_cache=False).logits.log_softmax(-1)[..., 7].sum()
-        downs = [stacks[layer.experts]["down_EDF"] for layer in layers]
+        downs = [stacks[layer.experts]["down_EDF"][0] for layer in layers]
         found = torch.autograd.grad(again, [each.multiplier_Gn for each in downs])
         with torch.no_grad():
             assert torch.equal(model(input_ids=ids_BS, use_cache=False).logits.log_softmax(-1)[..., 7].sum(), again)
@@ -175,3 +175,39 @@ def test_experts_in_blocks_compute_what_their_values_do_and_gradients_are_those_
     for gradient, matrix, found_Gn in zip(gradients, matrices, found, strict=True):
         expected_G = (gradient * matrix).reshape(-1, 32).sum(dim=-1)
         torch.testing.assert_close(found_Gn[:, 0], expected_G, rtol=1e-4, atol=1e-6)
+
+
+def test_experts_of_several_widths_are_computed_as_if_they_were_filled_up(olmoe):
+    """Zeros in the place of neurons that are not there, and gradients of those that are."""
+    layer = Architecture.of(open_checkpoint(olmoe)).layers[0]
+    model = load_model(olmoe).requires_grad_(False)
+    module, widths = model.get_submodule(layer.experts), [32, 64, 32, 64, 64, 32, 32, 64]
+    generator = torch.Generator().manual_seed(5)
+    stacks, filled = {}, {}
+    for field, rows in (("gate_EFD", True), ("up_EFD", True), ("down_EDF", False)):
+        filled[field] = torch.zeros(8, 64, 64)
+        stacks[field] = []
+        for width in (32, 64):
+            experts = tuple(expert for expert, each in enumerate(widths) if each == width)
+            matrix = torch.randn(4, *((width, 64) if rows else (64, width)), generator=generator) / 8
+            blocks = Blocks("Q4_0", GgmlBlocks(type="Q4_0", dtype="F32").pack(matrix)[""])
+            multiplier = blocks.ones().requires_grad_(True)
+            stacks[field].append(Stack(blocks=blocks, multiplier_Gn=multiplier, experts=experts))
+            for expert, value in zip(experts, blocks.values(multiplier).detach(), strict=True):
+                filled[field][expert, : value.shape[0], : value.shape[1]] = value
+    ids_BS = torch.randint(5, 60, (2, 16), generator=generator)
+    with experts_in_blocks(model, {layer.experts: stacks}):
+        found = model(input_ids=ids_BS, use_cache=False).logits.square().mean()
+        down = stacks["down_EDF"]
+        gradients = torch.autograd.grad(found, [each.multiplier_Gn for each in down])
+    module.gate_up_proj.data = torch.cat((filled["gate_EFD"], filled["up_EFD"]), dim=1)
+    module.down_proj.data = filled["down_EDF"]
+    module.requires_grad_(True)
+    with experts_apart(model):
+        loss = model(input_ids=ids_BS, use_cache=False).logits.square().mean()
+        [expected] = torch.autograd.grad(loss, [module.down_proj])
+    torch.testing.assert_close(found, loss)
+    for stack, gradient_Gn in zip(down, gradients, strict=True):
+        _, rows, width = stack.blocks.shape
+        product = (expected * filled["down_EDF"])[list(stack.experts), :rows, :width]
+        torch.testing.assert_close(gradient_Gn[:, 0], product.reshape(-1, 32).sum(dim=-1), rtol=1e-3, atol=1e-6)

@@ -272,7 +272,7 @@ def _decide(work: Work) -> None:
         if prices is None:
             assert job.pricing is not None
             prices = job.pricing.in_run(work.run)
-        work.plan = with_types(job.source, work.plan, job.request, prices.damages)
+        work.plan = with_types(job.source, work.plan, job.request, prices)
     if profile is None:
         return
     work.plan = completed(job.source, work.plan, job.request, profile)

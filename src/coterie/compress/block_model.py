@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 from coterie.amounts import parse_bytes
 from coterie.compress.pack import packed_names
 from coterie.compress.plan import Plan
-from coterie.compress.projections import FIELDS, Projections, projections_of
+from coterie.compress.projections import DOWN, FIELDS, Projections, projections_of
 from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard
 from coterie.compress.source import Source
 from coterie.compress.target import Target
-from coterie.compress.weights import PRICED_TYPES, Weight, weights_among
+from coterie.compress.weights import PRICED_TYPES, Weight, at_widths, weights_among
 from coterie.model.arch.conversion import TORCH_DTYPES, put
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.checkpoint import Checkpoint
@@ -64,7 +64,8 @@ class BlockModel:
 
     def __post_init__(self) -> None:
         self._blocks: dict[str, Blocks] = {}
-        self._stacks: dict[str, dict[str, Stack]] = {}
+        self._stacks: dict[str, dict[str, list[Stack]]] = {}
+        self._of_width: dict[str, Weight] = {}
         self._plain: set[str] = set()
         self._conversions: dict[str, list[Any]] = {}
         self._packed = packed_names(self.source, self.plan)
@@ -90,7 +91,15 @@ class BlockModel:
         for weight in self._outer(shard):
             [name] = weight.names
             stored[name] = self._bytes(name, weights)
-        for layer, _ in self._layers(shard):
+        names = set(shard.names)
+        for name, weight in self._of_width.items():
+            if names.issuperset(weight.names):
+                byte_NRK = self._bytes(name, weights)
+                stored |= {
+                    each: byte_RK.transpose(weight.axis, -1)
+                    for each, byte_RK in zip(weight.names, byte_NRK, strict=True)
+                }
+        for layer, _ in () if self.plan.ragged else self._layers(shard):
             rows = {
                 part: self._bytes(name, weights)
                 for part in FIELDS
@@ -119,7 +128,10 @@ class BlockModel:
             names = tuple(name for name, sources in self._sources.items() if sources == weight.names)
             self._add(weight.names[0], blocks, train_scales(self.model, names, blocks))
         for layer, weights in self._layers(shard):
-            self._load_experts(layer, weights, stored, shard)
+            if self.plan.ragged:
+                self._load_by_width(layer, weights, stored, shard)
+            else:
+                self._load_experts(layer, weights, stored, shard)
         self._round(shard)
 
     def _load_experts(
@@ -140,7 +152,25 @@ class BlockModel:
             multiplier_Gn = blocks.ones()
             self._add(_stack_name(layer, part), blocks, multiplier_Gn)
             stack = Stack(blocks=blocks, multiplier_Gn=multiplier_Gn)
-            self._stacks.setdefault(layer.experts, {})[FIELDS[part]] = stack
+            self._stacks.setdefault(layer.experts, {})[FIELDS[part]] = [stack]
+
+    def _load_by_width(
+        self, layer: MoELayer, weights: Sequence[Weight], stored: Mapping[str, Tensor], shard: Shard
+    ) -> None:
+        """Load experts that have widths, and tensors, of their own: those of one width are one stack."""
+        parts_in = self._projections(layer, shard).held
+        for weight in at_widths(weights, self.plan.layers):
+            [part] = parts_in[weight.names[0]]
+            for each in weight.by_width():
+                byte_NRK = torch.stack([stored[name].transpose(each.axis, -1) for name in each.names])
+                kind = self.plan.types[weight.pattern]
+                blocks = Blocks(kind, byte_NRK.to(self.stream.device), each.columns)
+                width = each.columns if part == DOWN else each.rows
+                multiplier_Gn, name = blocks.ones(), f"{_stack_name(layer, part)}.{width}"
+                self._add(name, blocks, multiplier_Gn)
+                self._of_width[name] = each
+                stack = Stack(blocks=blocks, multiplier_Gn=multiplier_Gn, experts=each.experts)
+                self._stacks.setdefault(layer.experts, {}).setdefault(FIELDS[part], []).append(stack)
 
     def _add(self, name: str, blocks: Blocks, multiplier_Gn: Tensor) -> None:
         self._blocks[name] = blocks
@@ -209,7 +239,13 @@ def trained_plain(model: PreTrainedModel, source: Source, sources: Mapping[str, 
 
 
 def block_sizes(
-    source: Source, stream: Stream, plan: Plan, shards: Sequence[Shard], *, target: Target | None = None
+    source: Source,
+    stream: Stream,
+    plan: Plan,
+    shards: Sequence[Shard],
+    *,
+    target: Target | None = None,
+    narrows: bool = False,
 ) -> BlockSizes:
     """Say how large what is trained is, from headers.
 
@@ -220,10 +256,12 @@ def block_sizes(
         shards: the weight files of the result.
         target: where types are yet to be chosen among those that are priced, how large the result may get; then sizes
             are what they are at most.
+        narrows: whether experts get widths of their own, or may get them.
     """
     typed = [weight for weight in source.weights if weight.pattern in plan.types]
     numbers = sum(weight.num_elements for weight in typed)
-    in_blocks = sum(weight.num_bytes(plan.types[weight.pattern]) for weight in typed)
+    narrow = [weight for weight in at_widths(source.weights, plan.layers) if weight.pattern in plan.types]
+    in_blocks = sum(weight.num_bytes(plan.types[weight.pattern]) for weight in narrow)
     if target is not None:
         in_blocks = _most_bytes(target, plan.predicted_bytes - in_blocks, numbers)
         # Each type has so many numbers of its own a byte, and a matrix so many at most.
@@ -236,8 +274,9 @@ def block_sizes(
     else:
         scales = sum(_scales(weight, plan.types[weight.pattern]) for weight in typed)
     layers: dict[int | None, int] = {}
-    for weight in typed:
-        layers[weight.layer] = layers.get(weight.layer, 0) + weight.num_elements
+    for weight in typed:  # experts of several widths are filled up, and put in order
+        times = 2 if narrows and weight.width_axis is not None else 1
+        layers[weight.layer] = layers.get(weight.layer, 0) + times * weight.num_elements
     outer = [weight.num_elements for weight in typed if weight.layer is None]
     elements = {name: info.num_elements for name, info in source.checkpoint.tensors.items()}
     parameters = dict(stream.model.named_parameters())

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from coterie.compress.layer_plan import ExpertPlan, LayerPlan
 from coterie.compress.plan import Plan, common_shape
 from coterie.compress.source import Source
+from coterie.compress.weights import planned
 from coterie.errors import Infeasible, InputError
 from coterie.model.arch.choice import choice_key
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.ragged import places_of
 from coterie.model.arch.width import width_rule
+from coterie.model.disk.encodings.ggml import GRAIN
+from coterie.model.disk.encodings.integer_types import INTEGERS
 
 
 def check_layers(source: Source, plan: Plan) -> None:
@@ -63,6 +66,41 @@ def _check_ragged(source: Source, plan: Plan, ragged: list[int]) -> None:
     if plan.mapped:
         raise Infeasible("experts with widths of their own cannot stand behind a map; use --router plain")
     places_of(source.conversion, source.architecture, [names.experts for names in source.tensors])
+
+
+def check_widths(source: Source, plan: Plan) -> None:
+    """Check the widths of experts in a plan that stores weights in fewer bits.
+
+    Raises:
+        Infeasible: experts that have no tensors of their own or are not those of the original, a width that blocks do
+            not have, or a tensor that is cut to a width and has no type; says what can be.
+    """
+    if any(kind in INTEGERS for kind in plan.types.values()):
+        raise Infeasible(
+            "the plan gives experts widths of their own, and compressed-tensors has one for all: take types of GGML, "
+            "or leave the widths out"
+        )
+    _check_ragged(source, plan, [index for index, each in enumerate(plan.layers) if each.widths is not None])
+    for layer, each in zip(source.architecture.layers, plan.layers, strict=True):
+        experts, where = each.experts or (), f"layer {layer.index} ({layer.block})"
+        for number, expert in enumerate(experts):
+            if expert != ExpertPlan(sources=(number,), width=expert.width):
+                raise Infeasible(
+                    f"{where}: experts[{number}] is {expert.content()}; in fewer bits every expert stays what it is: "
+                    f"say no more than its width, and {[number]} as its sources"
+                )
+            if expert.width is None or not GRAIN <= expert.width <= layer.width or expert.width % GRAIN:
+                raise Infeasible(
+                    f"{where}: experts[{number}] has width {expert.width}; in fewer bits widths are multiples of "
+                    f"{GRAIN} from {GRAIN} to {layer.width}"
+                )
+    places = places_of(source.conversion, source.architecture, [names.experts for names in source.tensors])
+    stored = {name for weight in planned(source.weights, plan) if weight.widths is not None for name in weight.names}
+    if plain := sorted(places.keys() - stored):
+        raise Infeasible(
+            f"the plan gives experts widths of their own, and {plain[0]} no type: where there are types, all that is "
+            "cut to a width has one; give it a type too, or leave the widths out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

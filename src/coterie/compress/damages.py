@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from coterie.compress.projections import DOWN, GATE, UP, Projections, projections_of
 from coterie.compress.source import Source
 from coterie.compress.weights import PRICED_TYPES, Weight, weights_among
+from coterie.compress.width_prices import by_width, expert_name
 from coterie.model.arch.experts import Experts
+from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.encodings.ggml import get_layout, rows_together, unwrapped
 from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
 from coterie.model.stream.stream import Stage, Stream
@@ -54,6 +56,8 @@ class DamageMeter:
         counts: of each batch, the loss of which tokens counts (B, S), bool; None where that of all does.
         types: which types are priced, where they fit.
         weights: the matrices that are priced; None for all that can be stored in fewer bits.
+        widths: of the unit that was yielded last, what its experts would cost at other widths, see
+            `coterie.compress.width_prices`.
     """
 
     stream: Stream
@@ -62,6 +66,7 @@ class DamageMeter:
     counts: Sequence[Tensor | None]
     types: Sequence[str] = PRICED_TYPES
     weights: Sequence[Weight] | None = None
+    widths: dict[str, dict[str, float]] = field(default_factory=dict, init=False)
 
     def measure(self, skip: Collection[str] = ()) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
         """Yield for each unit its name and the damages of its matrices; the head, priced last, is named "head".
@@ -90,8 +95,10 @@ class DamageMeter:
                     weight for weight in by_unit[stage.unit.name] if weight.kind != "embedding" and not weight.head
                 ]
                 self._backward(stage, inner)
+                self.widths = {}
                 damages = dict(self._price(stage, inner))
                 yield stage.unit.name, damages
+        self.widths = {}
         if embedding is not None and not embedding.head and rows and "embedding" not in skip:
             yield "embedding", {embedding.pattern: self._price_embedding(embedding, rows[0])}
         heads = [weight for weight in weights if weight.head]
@@ -161,6 +168,20 @@ class DamageMeter:
                 if (weight.layer, expert, part) in self._fisher
             ]
             yield weight.pattern, self._prices(weight, pairs)
+        for index, projections in by_layer.items():
+            if all(weight.width_axis is not None for weight in weights if weight.layer == index):
+                self.widths |= self._price_widths(self.source.architecture.layers[index], projections.experts)
+
+    def _price_widths(self, layer: MoELayer, experts: Experts) -> dict[str, dict[str, float]]:
+        """Return what the experts of a layer cost at each width, those that a token chose."""
+        prices: dict[str, dict[str, float]] = {}
+        for expert in range(layer.num_experts):
+            fisher_DF = self._fisher.get((layer.index, expert, DOWN))
+            if fisher_DF is not None:
+                weight_DF = experts.down_EDF[expert].detach().float()
+                cost_F = 0.5 * (fisher_DF * weight_DF.square()).sum(dim=0) / self._tokens
+                prices[expert_name(layer.experts, expert)] = by_width(cost_F.tolist())
+        return {name: each for name, each in prices.items() if each}
 
     def _prices(self, weight: Weight, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """Return what each type costs, from matrices and what their elements weigh (not yet divided by T)."""

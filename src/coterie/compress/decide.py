@@ -13,7 +13,7 @@ from pathlib import Path
 
 from coterie.amounts import parse_share
 from coterie.compress.allocators.problem import Allocation, Problem, load_allocator
-from coterie.compress.check import check_layers, check_prediction
+from coterie.compress.check import check_layers, check_prediction, check_widths
 from coterie.compress.integers import check_integers, check_joined, loader_of
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.memory_budget import weights_budget
@@ -27,7 +27,8 @@ from coterie.compress.request import Request
 from coterie.compress.source import Source
 from coterie.compress.state import Measured
 from coterie.compress.target import Reader, Target
-from coterie.compress.weights import BLOCK_STEPS, bytes_saved, check_types
+from coterie.compress.weights import BLOCK_STEPS, at_widths, bytes_saved, check_types
+from coterie.compress.width_prices import WidthPrices, priced_widths
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError, StaleArtifact
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.ragged import places_of
@@ -116,7 +117,10 @@ def plan(
     if isinstance(prices, str | Path):
         prices = Prices.load(prices, model_digest=source.checkpoint.digest)
     sized = make_plan(source, request, profile)
-    return sized if prices is None else with_types(source, sized, request, prices.damages)
+    if prices is None:
+        return sized
+    check_prices(source, request.recipe, prices)
+    return with_types(source, sized, request, prices)
 
 
 def make_plan(source: Source, request: Request, profile: Profile | None) -> Plan:
@@ -171,6 +175,7 @@ def allocate(
     request: Request,
     profile: Profile | None,
     damages: Mapping[str, Mapping[str, float]] | None = None,
+    widths: WidthPrices | None = None,
 ) -> Allocation:
     """Share out the bytes among the layers.
 
@@ -186,6 +191,7 @@ def allocate(
             weight for weight in source.weights if weight.kind == "expert" or not request.target.experts_only
         ),
         damages=damages,
+        widths=widths or {},
     )
     return load_allocator(request.recipe.allocator)(problem)
 
@@ -205,10 +211,24 @@ def completed(source: Source, outlined: Plan, request: Request | None, profile: 
     return with_choices(replace(outlined, inputs=inputs), source.architecture.layers, profile)
 
 
-def with_types(source: Source, outlined: Plan, request: Request, damages: Mapping[str, Mapping[str, float]]) -> Plan:
-    """Return an outline with the types that matrices get, now that it is known what each would cost."""
-    allocation = allocate(source, request, None, damages)
-    return weighed(source, replace(outlined, types=allocation.types, damage=allocation.damage, gap=allocation.gap))
+def with_types(source: Source, outlined: Plan, request: Request, prices: Prices) -> Plan:
+    """Return an outline with the types and the widths that matrices get, now that it is known what each would cost."""
+    allocation = allocate(source, request, None, prices.damages, prices.widths)
+    chosen = replace(
+        outlined, layers=allocation.layers, types=allocation.types, damage=allocation.damage, gap=allocation.gap
+    )
+    return weighed(source, chosen)
+
+
+def check_prices(source: Source, recipe: Recipe, prices: Prices) -> None:
+    """Raise StaleArtifact where prices that an earlier version measured do not say what a recipe goes by."""
+    with_widths = {layer.index for layer in source.architecture.layers if priced_widths(layer.width)}
+    narrow = (weight for weight in source.weights if weight.width_axis is not None and weight.layer in with_widths)
+    if recipe.narrows and not prices.widths and any(narrow):
+        raise StaleArtifact(
+            f"recipe {recipe.name} goes by what narrower experts would cost, which these prices do not say: an earlier "
+            "version measured them; run coterie price again"
+        )
 
 
 def with_choices(plan: Plan, layers: Sequence[MoELayer], profile: Profile) -> Plan:
@@ -261,7 +281,10 @@ def weighed(source: Source, plan: Plan) -> Plan:
         Infeasible, ArchitectureMismatch: config.json cannot say what the plan does.
     """
     if plan.packed:
-        check_types(source.weights, plan, [layer.num_experts for layer in source.architecture.layers])
+        if plan.ragged:
+            check_widths(source, plan)
+        counts = [layer.num_experts for layer in source.architecture.layers]
+        check_types(at_widths(source.weights, plan.layers), plan, counts)
         check_quantiser(plan.quantiser)
         if any(kind in INTEGERS for kind in plan.types.values()):
             check_integers(source.weights, plan.types)
@@ -277,9 +300,10 @@ def weighed(source: Source, plan: Plan) -> Plan:
     vllm_only = plan.integers and loader_of(source.weights, plan.types) == "vllm"
     check_prediction(source, plan)
     sizing = source.sizing(keeps_rows=plan.mapped)
+    weights = at_widths(source.weights, plan.layers) if plan.packed else ()
     return replace(
         plan,
-        predicted_bytes=sizing.num_bytes(plan.layers) - bytes_saved(source.weights, plan.types),
+        predicted_bytes=sizing.num_bytes(plan.layers) - bytes_saved(weights, plan.types),
         predicted_parameters=sizing.num_parameters(plan.layers),
         original_bytes=source.original.num_bytes,
         mtp=source.mtp,

@@ -56,13 +56,15 @@ def find_weights(
             axis = _summed_axis(conversion, listed[0], shape, memory, transposed=transposed)
             if listed[0] in conversion.either_way:  # they are written as they are in memory
                 shape, axis = memory[conversion.memory_names[listed[0]]], -2 if transposed else -1
+            down = conversion.memory_names[listed[0]].endswith("down_proj")
+            width_axis = axis if down else -3 - axis
+            alone = "*" in pattern.split(".") and shape[width_axis] == layer.width
             weights.append(
                 Weight(
                     pattern=pattern, names=tuple(listed), shape=shape, axis=axis, layer=layer.index, kind="expert",
                     plain_bytes=sum(tensors[name].num_bytes for name in listed),
-                    can_wrap=bool(experts.is_concatenated)
-                    or not experts.has_gate
-                    or conversion.memory_names[listed[0]].endswith("down_proj"),
+                    can_wrap=bool(experts.is_concatenated) or not experts.has_gate or down,
+                    width_axis=width_axis if alone else None,
                 )
             )  # fmt: skip
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}

@@ -60,7 +60,7 @@ def result_config(source: Source, plan: Plan) -> dict[str, Any]:
     if plan.integers:
         return dict(architecture.config) | {"quantization_config": compressed_config(source, plan.types)}
     if plan.packed:
-        encodings = encodings_of(source.weights, plan.types)
+        encodings = encodings_of(source.weights, plan)
         named = {"quantization_config": quantization_config(encodings)}
         return dict(architecture.config) | named | _loading_code(architecture)
     if not plan.mapped and not plan.ragged:

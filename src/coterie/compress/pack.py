@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -14,6 +14,7 @@ from torch import Tensor
 from coterie.compress.integers import stored_name
 from coterie.compress.lanes import Lane, Lanes
 from coterie.compress.moments import Inputs, Moments, Sum, watching
+from coterie.compress.narrow import largest, narrowed
 from coterie.compress.plan import Plan
 from coterie.compress.projections import DOWN, GATE, UP, Projections, projections_of
 from coterie.compress.quantisers import get_quantiser, load_quantiser
@@ -159,16 +160,44 @@ class Packer:
             for key in product(projections.held[name], projections.experts_in[name]):
                 if kind_of.setdefault(key, kind) != kind:
                     raise ArchitectureMismatch(f"{name} and others like it are to be stored in {kind_of[key]}, {kind}")
+        widths = self.plan.layers[layer.index].widths
+        if widths is not None:
+            return self._pack_by_width(projections, type_of, kind_of, inputs, widths)
         packed: dict[str, Tensor] = {}
         for kind in sorted(set(type_of.values())):
-            rows = self._rows_of(kind, kind_of, matrices, inputs)
+            chosen = _chosen(kind_of, kind, matrices, range(layer.num_experts))
+            rows = self._rows_of(kind, chosen, matrices, inputs)
             packed |= projections.bytes_on_disk(rows, {name for name, other in type_of.items() if other == kind})
+        return packed
+
+    def _pack_by_width(
+        self,
+        projections: Projections,
+        type_of: Mapping[str, str],
+        kind_of: Mapping[tuple[int, int], str],
+        inputs: Mapping[bool, Inputs],
+        widths: Sequence[int],
+    ) -> dict[str, Tensor]:
+        """Return the bytes of experts by name on disk, each as wide as it is to be, those of a width at a time."""
+        packed: dict[str, Tensor] = {}
+        for width in sorted(set(widths)):
+            experts = [expert for expert, each in enumerate(widths) if each == width]
+            matrices, into = _narrowed(projections_of(projections.experts), inputs, experts, width)
+            for kind in sorted(set(type_of.values())):
+                chosen = _chosen(kind_of, kind, matrices, experts)
+                rows = self._rows_of(kind, chosen, matrices, into)
+                names = {
+                    name
+                    for name, other in type_of.items()
+                    if other == kind and projections.experts_in[name] <= set(experts)
+                }
+                packed |= projections.bytes_on_disk(rows, names)
         return packed
 
     def _rows_of(
         self,
         kind: str,
-        kind_of: Mapping[tuple[int, int], str],
+        chosen: Mapping[int, Sequence[int]],
         matrices: Mapping[int, Tensor],
         inputs: Mapping[bool, Inputs],
     ) -> dict[int, Tensor]:
@@ -178,13 +207,10 @@ class Packer:
 
         Args:
             kind: the type.
-            kind_of: the type of each (projection, expert).
+            chosen: by projection, the experts whose is stored so.
             matrices: the projections, (E, R, C).
             inputs: what comes into gate and up (False), and into down (True).
         """
-        chosen = {
-            part: [e for e in range(len(matrix)) if kind_of.get((part, e)) == kind] for part, matrix in matrices.items()
-        }
         num_experts = len(matrices[UP])
 
         def all_experts(experts: Sequence[int], byte_NRK: Tensor) -> Tensor:
@@ -205,6 +231,46 @@ class Packer:
             byte_NRK, _ = self._rounded(matrices[part][experts].float(), inputs[part == DOWN].select(experts), kind)
             rows[part] = all_experts(experts, byte_NRK)
         return rows
+
+
+def _chosen(
+    kind_of: Mapping[tuple[int, int], str], kind: str, parts: Iterable[int], experts: Sequence[int]
+) -> dict[int, list[int]]:
+    """Return by projection the experts, of some, whose is stored in a type."""
+    return {part: [expert for expert in experts if kind_of.get((part, expert)) == kind] for part in parts}
+
+
+def _narrowed(
+    matrices: Mapping[int, Tensor], inputs: Mapping[bool, Inputs], experts: Sequence[int], width: int
+) -> tuple[dict[int, Tensor], dict[bool, Inputs]]:
+    """Return the projections (E, rows, columns) of some experts at a width, and what comes into them; zeros of others.
+
+    Which neurons stay, and what they make good, is said in `coterie.compress.narrow`.
+    """
+    down_EDF, up_EFD = matrices[DOWN], matrices[UP]
+    if width == down_EDF.shape[-1]:
+        return dict(matrices), dict(inputs)
+    between, missed = inputs[True], inputs[True].missed_NCC
+    narrow = {
+        part: torch.zeros_like(each[..., :width] if part == DOWN else each[:, :width], dtype=torch.float32)
+        for part, each in matrices.items()
+    }
+    hessian_ESS = torch.zeros_like(between.hessian_NCC[:, :width, :width])
+    missed_ESS = None if missed is None else torch.zeros_like(hessian_ESS)
+    for expert in experts:
+        hessian_FF = between.hessian_NCC[expert]
+        if between.num_tokens[expert] and bool(hessian_FF.diagonal().sum() > 0):
+            stay_S, narrow[DOWN][expert] = narrowed(down_EDF[expert], hessian_FF, width)
+        else:
+            stay_S = largest(down_EDF[expert], up_EFD[expert], width)
+            narrow[DOWN][expert] = down_EDF[expert][:, stay_S]
+        for part in matrices.keys() - {DOWN}:
+            narrow[part][expert] = matrices[part][expert, stay_S]
+        hessian_ESS[expert] = hessian_FF[stay_S][:, stay_S]
+        if missed is not None and missed_ESS is not None:
+            missed_ESS[expert] = missed[expert][stay_S][:, stay_S]
+    into = Inputs(hessian_NCC=hessian_ESS, missed_NCC=missed_ESS, num_tokens=between.num_tokens)
+    return narrow, {False: inputs[False], True: into}
 
 
 def _stored(name: str, byte_RK: Tensor, kind: str) -> dict[str, Tensor]:

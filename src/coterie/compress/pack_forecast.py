@@ -32,6 +32,7 @@ from coterie.profile.measure import Measure
 
 #: Names of lines.
 MOMENTS, FACTORS, CODES = "sums of what comes in", "factors of Hessians", "choosing codes"
+NARROWING = "experts at their widths"
 
 #: Seconds that choosing the code of a number takes on one core, by type; entries of a grid take long to find.
 SECONDS = {
@@ -60,12 +61,14 @@ class PackForecast:
         source: the same by its headers.
         plan: which type each matrix gets; of an outline that types are priced for, the one for all.
         measure: the text that goes through.
+        narrows: whether experts get widths of their own, or may get them once that is decided.
     """
 
     stream: Stream
     source: Source
     plan: Plan
     measure: Measure
+    narrows: bool = False
 
     def stages(self) -> tuple[Stage, ...]:
         """Return the memory that each stage takes."""
@@ -95,7 +98,15 @@ class PackForecast:
             (FACTORS, workers * FACTOR_BYTES * max(HESSIAN_ELEMENTS, widest**2)),
             # The numbers that are left to round, what is wanted of them, their values, and both projections as one.
             (CODES, 4 * 4 * rows + workers * ROUNDING_BYTES),
+            *self._narrowing_lines(rows, hessians, widest),
         )
+
+    def _narrowing_lines(self, rows: int, hessians: Sequence[tuple[int, int]], widest: int) -> tuple[Line, ...]:
+        """Return what it takes to narrow experts: those of a layer, their sums, and one of them in float64."""
+        if not self.narrows:
+            return ()
+        sums = max((count * size**2 for count, size in hessians), default=0)
+        return ((NARROWING, 4 * rows + 4 * (1 + self._compares) * sums + 6 * 8 * widest**2),)
 
     def moments(self, unit: Unit) -> Sequence[tuple[int, int]]:
         """Return (how many, columns) of the sums that are made while text runs through a unit."""

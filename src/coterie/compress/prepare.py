@@ -10,13 +10,21 @@ from typing import Any, Literal
 
 from coterie.amounts import parse_bytes, parse_share
 from coterie.compress.damages import PRICED_TOKENS
-from coterie.compress.decide import check_profile, check_sequential, checked, completed, needs_of_plan, outline
+from coterie.compress.decide import (
+    check_prices,
+    check_profile,
+    check_sequential,
+    checked,
+    completed,
+    needs_of_plan,
+    outline,
+)
 from coterie.compress.memory_budget import weights_budget
 from coterie.compress.output import check_space
 from coterie.compress.pack_forecast import PackForecast
 from coterie.compress.plan import Mtp, Plan
 from coterie.compress.prices import FILE as PRICES_FILE
-from coterie.compress.prices import Prices, Pricing, pricing_of
+from coterie.compress.prices import KEPT, Prices, Pricing, pricing_of
 from coterie.compress.recipes import Recipe, get_recipe, training_tokens, trains_in
 from coterie.compress.request import Request
 from coterie.compress.result_steps import LeftOut, load_result_step
@@ -296,7 +304,10 @@ def prepare(
     packing = None
     if outlined.packed:
         assert measure is not None
-        packing = PackForecast(stream=stream, source=source, plan=outlined, measure=measure)
+        packing = PackForecast(
+            stream=stream, source=source, plan=outlined, measure=measure,
+            narrows=outlined.ragged or (request is not None and request.recipe.narrows),
+        )  # fmt: skip
     job = Job(
         options=options,
         source=source,
@@ -412,14 +423,16 @@ def _prices(
         raise InputError("--prices is for recipes that choose types by what they cost, such as coterie-bits")
     if request is None or not request.recipe.prices:
         return None, None
+    if given is not None and not isinstance(given, Prices) and (user_path(given) / PRICES_FILE).exists():
+        given = Prices.load(given, model_digest=source.checkpoint.digest)
     if isinstance(given, Prices):
+        check_prices(source, request.recipe, given)
         return given, None
-    if given is not None and (user_path(given) / PRICES_FILE).exists():
-        return Prices.load(given, model_digest=source.checkpoint.digest), None
     assert calibration is not None
     if given is not None:  # what is kept serves every target, as what `coterie price` measures
         source = replace(source, target="packed")
-    return None, pricing_of(stream, source, calibration, min(PRICED_TOKENS, options.tokens), request.recipe.allocator)
+    allocator = KEPT if request.recipe.takes_prices else request.recipe.allocator
+    return None, pricing_of(stream, source, calibration, min(PRICED_TOKENS, options.tokens), allocator)
 
 
 def _on(on: On | None, profile: Profile | None) -> On:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -15,11 +15,12 @@ from coterie.amounts import format_bytes, parse_bytes
 from coterie.artifact import digest_of, open_artifact, write_artifact
 from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.allocators.problem import load_meter
-from coterie.compress.damages import PRICED_TOKENS, Damages
+from coterie.compress.damages import PRICED_TOKENS, DamageMeter, Damages
 from coterie.compress.plan import Mtp
 from coterie.compress.price_forecast import BATCH, PRICING, PricingForecast
 from coterie.compress.source import Source
 from coterie.compress.weights import PRICED_TYPES, Weight
+from coterie.compress.width_prices import STEPS, WidthPrices, priced_widths
 from coterie.errors import CorruptArtifact, StaleArtifact
 from coterie.fields import Fields, shown
 from coterie.journal import Run
@@ -61,6 +62,8 @@ class Prices:
         seq_len: tokens of a sequence.
         seed: seed of the draw of text.
         on: which tokens counted, "all" or "assistant".
+        widths: what experts would cost at other widths, see `coterie.compress.width_prices`; empty where experts have
+            no tensors of their own, or an earlier version measured.
     """
 
     damages: Damages
@@ -70,6 +73,7 @@ class Prices:
     seq_len: int
     seed: int
     on: On
+    widths: WidthPrices = field(default_factory=dict)
 
     def body(self) -> dict[str, Any]:
         """Return all but the digests of what they were made from, as JSON content."""
@@ -80,6 +84,7 @@ class Prices:
             "seed": self.seed,
             "on": self.on,
             "damages": damages,
+            **({"widths": {name: dict(each) for name, each in self.widths.items()}} if self.widths else {}),
         }
 
     @property
@@ -113,11 +118,22 @@ class Prices:
                 pattern: {name: types.number(name, least=0.0) for name in types.names()}
                 for pattern, types in by_pattern.items()
             }
+            by_expert = content.each_by_name("widths") if content.said("widths") else {}
+            widths = {
+                expert: {width: each.number(width, least=0.0) for width in each.names()}
+                for expert, each in by_expert.items()
+            }
             on = content.text("on", choices=get_args(On))
             counts = {name: content.whole(name) for name in ("num_tokens", "seq_len", "seed")}
         unknown = sorted({unwrapped(name) for by_type in damages.values() for name in by_type} - SIZES.keys())
         if unknown:
             raise CorruptArtifact(f"{file}: damages name the type {shown(unknown[0])}, which there is not")
+        for expert, by_width in widths.items():
+            priced = priced_widths(max((int(width) for width in by_width if width.isdecimal()), default=0))
+            if not priced or by_width.keys() != set(map(str, priced)):
+                raise CorruptArtifact(
+                    f"{file}: widths of {shown(expert)} are {shown(', '.join(by_width))}; run coterie price again"
+                )
         missing = {"model", "text"} - artifact.inputs.keys()
         if missing:
             raise CorruptArtifact(f"{file} does not say which {' and '.join(sorted(missing))} it was made from")
@@ -128,7 +144,7 @@ class Prices:
             )
         return cls(
             damages=damages, model_digest=artifact.inputs["model"], text_digest=artifact.inputs["text"],
-            on=cast(On, on), **counts,
+            on=cast(On, on), widths=widths, **counts,
         )  # fmt: skip
 
 
@@ -159,6 +175,7 @@ class Pricing:
             "on": self.token_set.on,
             "allocator": self.allocator,
             "types": list(PRICED_TYPES),
+            "widths": STEPS,
             **({} if self.source.target == "gguf" else {"target": self.source.target}),
             "device": self.stream.device.type,
             "mtp": self.source.mtp,
@@ -178,18 +195,21 @@ class Pricing:
             )  # fmt: skip
             done = {name.removeprefix(_STEP) for name in run.finished if name.startswith(_STEP)}
             for name, damages in track(meter.measure(skip=done), PRICING, len(self.stream.units)):
-                run.finish(_STEP + name, files=[], content={"damages": damages})
+                widths = meter.widths if isinstance(meter, DamageMeter) else {}
+                run.finish(_STEP + name, files=[], content={"damages": damages, "widths": widths})
             run.finish(_WHOLE, files=[])
         measured: dict[str, dict[str, float]] = {}
+        narrower: dict[str, dict[str, float]] = {}
         for name, step in run.finished.items():
             if name.startswith(_STEP):
                 measured |= step.content["damages"]
+                narrower |= step.content["widths"]
         kept = self.allocator == KEPT
         return Prices(
             damages=_with_unseen(measured, self.source.weights) if kept else measured,
             model_digest=self.source.checkpoint.digest, text_digest=self.token_set.digest,
             num_tokens=sum(self.token_set.num_counted.values()), seq_len=self.token_set.seq_len, seed=self.seed,
-            on=self.token_set.on,
+            on=self.token_set.on, widths=narrower,
         )  # fmt: skip
 
     @property

@@ -93,7 +93,12 @@ class Recipe:
     @property
     def takes_prices(self) -> bool:
         """Whether that is what every matrix would cost in every type, which may be known (`coterie.price`)."""
-        return self.allocator == "mixed-types"
+        return self.allocator in ("mixed-types", "mixed-widths")
+
+    @property
+    def narrows(self) -> bool:
+        """Whether experts get widths of their own where weights are stored in fewer bits."""
+        return self.allocator == "mixed-widths"
 
     def with_router(self, router: str) -> tuple[Step, ...]:
         """Return the passes for a router form, one of `ROUTERS`.
@@ -376,6 +381,12 @@ RECIPES: dict[str, Recipe] = {
             name="coterie-bits",
             summary="give each matrix the type that the loss needs, gptq, make good what changed before it, distil",
             measures=(), passes=(), allocator="mixed-types", quantiser=("corrected-gptq", {}),
+            result_steps=(("distill-blocks", {}),),
+        ),
+        Recipe(
+            name="coterie-bits-width",
+            summary="coterie-bits, which takes neurons out of experts as well; for --target packed",
+            measures=(), passes=(), allocator="mixed-widths", quantiser=("corrected-gptq", {}),
             result_steps=(("distill-blocks", {}),),
         ),
     )

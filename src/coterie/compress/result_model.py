@@ -53,7 +53,7 @@ class ResultModel:
             expert_names = [names.experts for names in source.tensors]
             self._places = places_of(stream.conversion, source.architecture, expert_names)
         self._widths = {index: layer.widths for index, layer in enumerate(plan.layers) if layer.widths is not None}
-        self.encodings = encodings_of(source.weights, plan.types) if plan.packed else {}
+        self.encodings = encodings_of(source.weights, plan) if plan.packed else {}
         self._integers = compressed_config(source, plan.types) if plan.integers else None
         self.model = self.empty_model(stream.dtype)
         self._scratch: PreTrainedModel | None = None
@@ -67,7 +67,7 @@ class ResultModel:
         return RaggedWidths(width=self._architecture.layers[0].width, axes=axes)
 
     def on_disk(self, memory: Mapping[str, Tensor], conversions: list[Any]) -> dict[str, Tensor]:
-        """Return the tensors of layers as a weight file holds them, by name on disk."""
+        """Return the tensors of layers as a weight file holds them, by name on disk; not those in blocks."""
         return cut(self._stream.conversion.write(self.model, memory, conversions), self._places, self._widths)
 
     def rounded(self, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from coterie.amounts import parse_bytes
 from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.recipes import RECIPES, Recipe
+from coterie.compress.width_prices import STEPS
 from coterie.errors import InputError, UnknownName
 from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES, bits_of
 from coterie.model.disk.encodings.integer_types import INTEGER_BITS, INTEGERS
@@ -96,8 +97,9 @@ class Target:
                 f"{self.type} is a type that no GGUF file holds: say --target packed as well, or take one of GGML, "
                 "such as --type Q4_K"
             )
-        if self.bits is not None and not LEAST_BITS <= self.bits <= 16:
-            raise InputError(f"--bits {self.bits:g} is out of range: {LEAST_BITS:g} to 16")
+        least = LEAST_BITS / STEPS if recipe.narrows else LEAST_BITS
+        if self.bits is not None and not least <= self.bits <= 16:
+            raise InputError(f"--bits {self.bits:g} is out of range: {least:g} to 16")
         allocator = ALLOCATORS[recipe.allocator]
         if self.reader not in (None, *get_args(Reader)):
             raise UnknownName("target", str(self.reader), get_args(Reader))
@@ -105,6 +107,11 @@ class Target:
             raise InputError(
                 f"--target {self.reader} is about weights in fewer bits, and recipe {recipe.name} {allocator.does}: "
                 "leave it out; its result is a plain checkpoint, which `coterie export` makes a GGUF file of as well"
+            )
+        if recipe.narrows and self.reader != "packed":
+            raise InputError(
+                f"recipe {recipe.name} {allocator.does}, which no GGUF file holds: say --target packed as well, or "
+                "take coterie-bits"
             )
         if self.experts_only and recipe.quantiser is None:
             raise InputError(
@@ -120,7 +127,11 @@ class Target:
             *most, last = (f"--{name}" for name in allocator.targets)
             instead = f"recipe that {allocator.instead}"
             if given[0] in ("bits", "type"):
-                alike = [name for name, each in RECIPES.items() if given[0] in ALLOCATORS[each.allocator].targets]
+                alike = [
+                    name
+                    for name, each in RECIPES.items()
+                    if given[0] in ALLOCATORS[each.allocator].targets and not each.narrows
+                ]
                 instead = f"recipe that stores weights in fewer bits, such as {alike[-1]}"
             raise InputError(
                 f"recipe {recipe.name} {allocator.does}; say how small with {', '.join(most)} or {last}, or take a "

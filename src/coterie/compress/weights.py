@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.plan import Plan
 from coterie.errors import Infeasible
 from coterie.model.disk.encodings.block_types import SIZES
@@ -52,6 +53,10 @@ class Weight:
         expert: the number of the expert whose it alone is; None for those of all experts of a layer, and for any other.
         can_wrap: whether its blocks can run on from row to row: not where rows take turns with those of another matrix.
         wraps: whether they do where a row is no whole blocks, and not a type with smaller blocks stands in.
+        width_axis: the axis that the expert's width runs along, -1 or -2; None where experts have no tensors of their
+            own, and of any other matrix.
+        widths: hidden neurons of the expert of each name, where these are to have widths of their own; `shape` is that
+            of the full width then, `by_width` has the shapes that are stored.
     """
 
     pattern: str
@@ -65,6 +70,8 @@ class Weight:
     expert: int | None = None
     can_wrap: bool = False
     wraps: bool = False
+    width_axis: int | None = None
+    widths: tuple[int, ...] | None = None
 
     @property
     def columns(self) -> int:
@@ -79,7 +86,7 @@ class Weight:
     @property
     def num_elements(self) -> int:
         """Numbers in all of them."""
-        return len(self.names) * math.prod(self.shape)
+        return sum(len(each.names) * math.prod(each.shape) for each in self.by_width())
 
     @property
     def takes_integers(self) -> bool:
@@ -102,8 +109,25 @@ class Weight:
         both = (replace(self, wraps=False).fitting(kind), self.fitting(kind))
         return tuple(dict.fromkeys(each for each in both if each is not None))
 
+    def by_width(self) -> tuple[Weight, ...]:
+        """Return those of each width, narrow first, in the shape that is stored; itself where none are given."""
+        if self.widths is None:
+            return (self,)
+        assert self.width_axis is not None
+        names: dict[int, list[str]] = {}
+        for name, width in zip(self.names, self.widths, strict=True):
+            names.setdefault(width, []).append(name)
+        each = []
+        for width in sorted(names):
+            shape = list(self.shape)
+            shape[self.width_axis] = width
+            each.append(replace(self.only(names[width]), shape=tuple(shape), widths=None))
+        return tuple(each)
+
     def holds(self, kind: str) -> bool:
         """Tell whether it can be stored in a type as that is."""
+        if self.widths is not None:
+            return all(each.holds(kind) for each in self.by_width())
         if not kind.endswith(WRAPPED):
             return self.columns % SIZES[kind][0] == 0
         if unwrapped(kind) in OWN_TYPES:  # their blocks are coded as a whole, so within a row
@@ -111,7 +135,8 @@ class Weight:
         return self.can_wrap and self.columns % GRAIN == 0 and self.rows % rows_together(kind, self.columns) == 0
 
     def encoding(self, kind: str) -> GgmlBlocks | PackedIntegers:
-        """Return the encoding of one of them in a type."""
+        """Return the encoding of one of them in a type; of those of one width, where they have several."""
+        assert self.widths is None
         if kind in INTEGERS:
             return integer_encoding(kind)
         columns = self.columns if kind.endswith(WRAPPED) else None
@@ -119,19 +144,43 @@ class Weight:
 
     def num_bytes(self, kind: str) -> int:
         """Return the bytes of all of them in a type."""
-        return len(self.names) * self.encoding(kind).num_bytes(self.shape)
+        return sum(len(each.names) * each.encoding(kind).num_bytes(each.shape) for each in self.by_width())
 
     def only(self, names: Sequence[str]) -> Weight:
         """Return those of some of its names."""
-        return replace(self, names=tuple(names), plain_bytes=self.plain_bytes // len(self.names) * len(names))
+        if self.widths is None:
+            return replace(self, names=tuple(names), plain_bytes=self.plain_bytes // len(self.names) * len(names))
+        width_of = dict(zip(self.names, self.widths, strict=True))
+        widths = tuple(width_of[name] for name in names)
+        plain_bytes = self.plain_bytes // sum(self.widths) * sum(widths)
+        return replace(self, names=tuple(names), plain_bytes=plain_bytes, widths=widths)
+
+    def at_widths(self, widths: Sequence[int]) -> Weight:
+        """Return the matrices of experts that have these widths, by the number of the expert."""
+        assert self.width_axis is not None
+        own = tuple(widths[expert] for expert in self.experts)
+        each = self.plain_bytes // len(self.names) // self.shape[self.width_axis]
+        return replace(self, widths=own, plain_bytes=each * sum(own))
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The number of the expert of each name, where experts have tensors of their own."""
+        if self.expert is not None:
+            return (self.expert,)
+        place = self._place
+        return () if place is None else tuple(int(name.split(".")[place]) for name in self.names)
+
+    @property
+    def _place(self) -> int | None:
+        return next((place for place, each in enumerate(self.pattern.split(".")) if each == "*"), None)
 
     def apart(self) -> tuple[Weight, ...]:
         """Return the matrices of each expert, by their own names; itself where they are stored as one tensor."""
-        place = next((place for place, each in enumerate(self.pattern.split(".")) if each == "*"), None)
-        if place is None:
+        if self._place is None:
             return (self,)
         return tuple(
-            replace(self.only((name,)), pattern=name, expert=int(name.split(".")[place])) for name in self.names
+            replace(self.only((name,)), pattern=name, expert=expert)
+            for name, expert in zip(self.names, self.experts, strict=True)
         )
 
 
@@ -148,6 +197,20 @@ def typed(weights: Iterable[Weight], types: Container[str]) -> list[Weight]:
         if weight.pattern in types and (names := [name for name in weight.names if name not in singled]):
             chosen.append(weight.only(names))
     return chosen
+
+
+def at_widths(weights: Iterable[Weight], layers: Sequence[LayerPlan]) -> list[Weight]:
+    """Return matrices as narrow as the plans of layers make their experts; those of other layers stay as they are."""
+    narrowed: list[Weight] = []
+    for weight in weights:
+        widths = None if weight.layer is None else layers[weight.layer].widths
+        narrowed.append(weight if widths is None or weight.width_axis is None else weight.at_widths(widths))
+    return narrowed
+
+
+def planned(weights: Iterable[Weight], plan: Plan) -> list[Weight]:
+    """Return the matrices that a plan gives types, see `typed`, as narrow as it makes their experts."""
+    return typed(at_widths(weights, plan.layers), plan.types)
 
 
 def one_type(weights: Iterable[Weight], name: str) -> dict[str, str]:
@@ -188,7 +251,7 @@ def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) ->
     """Check the types that a plan gives to weights.
 
     Args:
-        weights: the matrices that there are.
+        weights: the matrices that there are, as narrow as the plan makes them.
         plan: what gives them types.
         counts: experts of each MoE layer of the original.
 
@@ -203,14 +266,17 @@ def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) ->
     changed = [
         number
         for number, (layer, count) in enumerate(zip(plan.layers, counts, strict=False))
-        if layer.num_experts != count or (layer.width, layer.top_k, layer.experts) != (None, None, None)
+        if layer.num_experts != count
+        or (layer.width, layer.top_k) != (None, None)
+        or (layer.experts is not None and layer.widths is None)
     ]
     steps = [name for name, _ in plan.result_steps if name not in BLOCK_STEPS]
     if plan.mapped or plan.passes or steps or changed:
         what = f"layer {changed[0]} changes its experts" if changed else "the plan has a router form, passes or steps"
         raise Infeasible(
             f"{what}; weights in fewer bits go with experts that stay as they are: leave the passes of the plan empty, "
-            f"its result_steps too, or {' and '.join(BLOCK_STEPS)} alone, its router plain and its layers whole"
+            f"its result_steps too, or {' and '.join(BLOCK_STEPS)} alone, its router plain and its layers whole (each "
+            "expert may have a width of its own)"
         )
     for pattern, kind in plan.types.items():
         weight = by_type.get(pattern)
@@ -225,23 +291,32 @@ def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) ->
             )
         if unwrapped(kind) not in SIZES or (kind.endswith(WRAPPED) and unwrapped(kind) in INTEGERS):
             raise Infeasible(f"the plan stores {pattern} as {kind}; types that can be written are {', '.join(SIZES)}")
-        if kind.endswith(WRAPPED) and not weight.holds(kind):
-            if not weight.can_wrap:
-                why = "its rows take turns with those of another matrix in one tensor"
-            elif unwrapped(kind) in OWN_TYPES:
-                why = f"blocks of {unwrapped(kind)} are coded as a whole, each within one row"
-            else:
-                why = (
-                    f"that takes rows of a multiple of {GRAIN} numbers, and as many of them as are whole blocks of "
-                    f"{SIZES[unwrapped(kind)][0]}; it has {weight.rows} of {weight.columns}"
-                )
-            raise Infeasible(f"the plan stores {pattern} as {kind}, in blocks that run on from row to row; {why}")
-        if not weight.holds(kind):
-            near = weight.fitting(kind)
-            raise Infeasible(
-                f"the plan stores {pattern} as {kind}, in blocks of {SIZES[kind][0]}; its rows have {weight.columns} "
-                f"numbers: {f'take {near}' if near else 'leave it out'}"
+        _check_fits(weight, kind)
+
+
+def _check_fits(weight: Weight, kind: str) -> None:
+    """Raise Infeasible where a matrix cannot be stored in a type, or not at a width that one of its experts has."""
+    narrow = next((each for each in weight.by_width() if not each.holds(kind)), None)
+    if narrow is None:
+        return
+    pattern = weight.pattern if weight.widths is None else narrow.names[0]
+    if kind.endswith(WRAPPED):
+        if not narrow.can_wrap:
+            why = "its rows take turns with those of another matrix in one tensor"
+        elif unwrapped(kind) in OWN_TYPES:
+            why = f"blocks of {unwrapped(kind)} are coded as a whole, each within one row"
+        else:
+            why = (
+                f"that takes rows of a multiple of {GRAIN} numbers, and as many of them as are whole blocks of "
+                f"{SIZES[unwrapped(kind)][0]}; it has {narrow.rows} of {narrow.columns}"
             )
+        raise Infeasible(f"the plan stores {pattern} as {kind}, in blocks that run on from row to row; {why}")
+    near = replace(narrow, wraps=narrow.wraps or weight.widths is not None).fitting(kind)
+    otherwise = "" if weight.widths is None else f", or an expert whose width is a multiple of {SIZES[kind][0]}"
+    raise Infeasible(
+        f"the plan stores {pattern} as {kind}, in blocks of {SIZES[kind][0]}; its rows have {narrow.columns} "
+        f"numbers: {f'take {near}' if near else 'leave it out'}{otherwise}"
+    )
 
 
 def bytes_saved(weights: Sequence[Weight], types: Mapping[str, str]) -> int:
@@ -249,6 +324,14 @@ def bytes_saved(weights: Sequence[Weight], types: Mapping[str, str]) -> int:
     return sum(weight.plain_bytes - weight.num_bytes(types[weight.pattern]) for weight in typed(weights, types))
 
 
-def encodings_of(weights: Sequence[Weight], types: Mapping[str, str]) -> dict[str, GgmlBlocks | PackedIntegers]:
-    """Return the encoding of each pattern that a plan gives a type."""
-    return {weight.pattern: weight.encoding(types[weight.pattern]) for weight in typed(weights, types)}
+def encodings_of(weights: Iterable[Weight], plan: Plan) -> dict[str, GgmlBlocks | PackedIntegers]:
+    """Return the encoding of each pattern that a plan gives a type; by name where it hangs on an expert's width."""
+    encodings: dict[str, GgmlBlocks | PackedIntegers] = {}
+    for weight in planned(weights, plan):
+        kind = plan.types[weight.pattern]
+        by_width = [(each, each.encoding(kind)) for each in weight.by_width()]
+        if all(encoding == by_width[0][1] for _, encoding in by_width):
+            encodings[weight.pattern] = by_width[0][1]
+        else:
+            encodings |= {name: encoding for each, encoding in by_width for name in each.names}
+    return encodings

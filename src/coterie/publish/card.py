@@ -354,11 +354,14 @@ def _loading(manifest: Manifest, files: Sequence[str]) -> str:
         ResultForm.RAGGED: "Every expert has a width of its own",
         ResultForm.PACKED: "Its weights are stored in an encoding of their own",
     }[manifest.form]
+    in_blocks = manifest.form is ResultForm.PACKED or bool(manifest.plan.get("types"))
+    if in_blocks and manifest.form is ResultForm.RAGGED:
+        why += ", and its weights are stored in an encoding of their own"
     lines = ("import coterie  # pip install coterie", "", 'model = coterie.load_model("FOLDER")')
     alone = f"{why}, which the classes of transformers cannot load."
     if MODELING_FILE not in files:  # an earlier version of Coterie made the result
         return f"{alone}\n\n{block(lines, 'python')}"
-    packages = "transformers 5 and `pip install gguf`" if manifest.form is ResultForm.PACKED else "transformers 5"
+    packages = "transformers 5 and `pip install gguf`" if in_blocks else "transformers 5"
     return (
         f"{alone} The code in `{MODELING_FILE}` here does, and takes {packages}; what comes out is a model of the "
         f"family's own class.\n\n{stock}\n\nWithout code from this folder:\n\n{block(lines, 'python')}"

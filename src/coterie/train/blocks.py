@@ -14,7 +14,7 @@ D model width, F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -206,24 +206,37 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stack:
-    """One projection of all experts of a layer.
+    """One projection of all experts of a layer, or of those of one width.
 
     Attributes:
         blocks: of all of them, shape (E, rows, columns).
         multiplier_Gn: what their scales are multiplied with.
+        experts: the numbers of the experts; None for all.
     """
 
     blocks: Blocks
     multiplier_Gn: Tensor
+    experts: tuple[int, ...] | None = None
+
+
+def _of_all(stacks: Sequence[Stack]) -> Tensor:
+    """Return the values of a projection of all experts, (E, rows, columns), the narrower ones filled up with zeros."""
+    values = [each.blocks.values(each.multiplier_Gn) for each in stacks]
+    if stacks[0].experts is None:
+        return values[0]
+    rows, columns = (max(each.shape[axis] for each in values) for axis in (1, 2))
+    filled = [nn.functional.pad(each, (0, columns - each.shape[2], 0, rows - each.shape[1])) for each in values]
+    order = torch.tensor([expert for each in stacks for expert in each.experts or ()]).argsort()
+    return torch.cat(filled)[order.to(filled[0].device)]
 
 
 @contextmanager
-def experts_in_blocks(model: PreTrainedModel, stacks: Mapping[str, Mapping[str, Stack]]) -> Iterator[None]:
+def experts_in_blocks(model: PreTrainedModel, stacks: Mapping[str, Mapping[str, Sequence[Stack]]]) -> Iterator[None]:
     """Within the block, experts are computed one after the other, from blocks; a layer's are unpacked while they are.
 
     Args:
         model: whose experts.
-        stacks: by name of the experts module, then by the field of `Experts` that it stands for.
+        stacks: by name of the experts module, then by the field of `Experts` that they stand for, all experts of it.
     """
     of_module = {id(model.get_submodule(name)): entry for name, entry in stacks.items()}
 
@@ -231,7 +244,7 @@ def experts_in_blocks(model: PreTrainedModel, stacks: Mapping[str, Mapping[str, 
         own = of_module.get(id(module), {})
 
         def routed(hidden_TD: Tensor, weight_TK: Tensor) -> Tensor:
-            unpacked: dict[str, Any] = {field: each.blocks.values(each.multiplier_Gn) for field, each in own.items()}
+            unpacked: dict[str, Any] = {field: _of_all(each) for field, each in own.items()}
             experts = replace(canonical_experts(module, attached=True), **unpacked)
             return routed_output(experts.apart(), hidden_TD, index_TK, weight_TK)
 

@@ -91,6 +91,13 @@ ALLOCATORS: dict[str, Allocator] = {
         instead=_STRUCTURE,
         meter="coterie.compress.damages:DamageMeter",
     ),
+    "mixed-widths": Allocator(
+        function="coterie.compress.allocators.mixed_widths:allocate",
+        targets=("bits", "budget"),
+        does="stores weights in fewer bits and gives experts widths of their own",
+        instead=_STRUCTURE,
+        meter="coterie.compress.damages:DamageMeter",
+    ),
     "one-type": Allocator(
         function="coterie.compress.allocators.one_type:allocate",
         targets=("bits", "type", "budget"),

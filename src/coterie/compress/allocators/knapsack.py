@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -165,6 +165,24 @@ def gap_of(items: Sequence[Sequence[Option]], chosen: Sequence[Option], budget: 
     """Return by which share of its own the damage of a choice may exceed the least that is possible, 0 to 1."""
     damage = _damage_of(chosen)
     return 0.0 if damage <= 0 else min(1.0, max(0.0, 1 - least_damage(items, budget) / damage))
+
+
+def lower_hull(options: Iterable[Option]) -> list[Option]:
+    """Return the options that cost least at some price of a byte, from small to large."""
+    hull: list[Option] = []
+    for option in sorted(options, key=lambda each: (each.num_bytes, each.damage)):
+        if hull and option.damage >= hull[-1].damage:
+            continue
+        while len(hull) > 1 and _above(hull[-2], hull[-1], option):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _above(first: Option, middle: Option, last: Option) -> bool:
+    """Tell whether one option lies on or above the line between a smaller and a larger one."""
+    rise = (middle.damage - first.damage) * (last.num_bytes - first.num_bytes)
+    return rise >= (last.damage - first.damage) * (middle.num_bytes - first.num_bytes)
 
 
 def _bytes_of(chosen: Sequence[Option]) -> int:

@@ -6,7 +6,7 @@ knapsack (`coterie.compress.allocators.knapsack`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from coterie.amounts import format_bytes
 from coterie.compress.allocators import one_type
@@ -35,23 +35,25 @@ def allocate(problem: Problem) -> Allocation:
     plain = problem.num_bytes(layers, {})
     weights = [weight for weight in problem.weights if problem.damages.get(weight.pattern)]
     rest = plain - sum(weight.plain_bytes for weight in weights)
-    items = [
-        [
-            Option(name=kind, num_bytes=weight.num_bytes(kind), damage=damage)
-            for kind, damage in problem.damages[weight.pattern].items()
-            if weight.wraps or not kind.endswith(WRAPPED)
-        ]
-        for weight in weights
-    ]
-    room = _room(problem, weights, rest)
+    items = [options_of(weight, problem.damages[weight.pattern]) for weight in weights]
+    room = room_of(problem, weights, rest)
     chosen = choose_within(items, room, GAP)
     if chosen is None:
-        raise _too_small(problem, weights, rest, sum(min(each.num_bytes for each in options) for options in items))
+        raise too_small(problem, weights, rest, sum(min(each.num_bytes for each in options) for options in items))
     types = {weight.pattern: option.name for weight, option in zip(weights, chosen, strict=True)}
     return Allocation(
         layers=layers, num_bytes=problem.num_bytes(layers, types), damage=sum(option.damage for option in chosen),
         types=types, gap=gap_of(items, chosen, room),
     )  # fmt: skip
+
+
+def options_of(weight: Weight, damages: Mapping[str, float]) -> list[Option]:
+    """Return the types that a matrix can have, of those that are priced."""
+    return [
+        Option(name=kind, num_bytes=weight.num_bytes(kind), damage=damage)
+        for kind, damage in damages.items()
+        if weight.wraps or not kind.endswith(WRAPPED)
+    ]
 
 
 def _outline(problem: Problem) -> Allocation:
@@ -65,15 +67,15 @@ def _outline(problem: Problem) -> Allocation:
     smallest = Allocation(layers=layers, num_bytes=problem.num_bytes(layers, types), types=types)
     taken = sum(weight.num_bytes(types[weight.pattern]) for weight in weights)
     rest = smallest.num_bytes - taken
-    if taken > _room(problem, weights, rest):
-        raise _too_small(problem, weights, rest, taken)
+    if taken > room_of(problem, weights, rest):
+        raise too_small(problem, weights, rest, taken)
     try:
         return one_type.allocate(problem)
     except Infeasible:
         return smallest
 
 
-def _too_small(problem: Problem, weights: Sequence[Weight], rest: int, taken: int) -> Infeasible:
+def too_small(problem: Problem, weights: Sequence[Weight], rest: int, taken: int) -> Infeasible:
     """Return what to raise where matrices take `taken` bytes at least, and all else `rest`."""
     if problem.target.bits is not None:
         least = 8 * taken / sum(weight.num_elements for weight in weights)
@@ -98,6 +100,6 @@ def _less(weights: Sequence[Weight]) -> str:
     )
 
 
-def _room(problem: Problem, weights: Sequence[Weight], rest: int) -> int:
+def room_of(problem: Problem, weights: Sequence[Weight], rest: int) -> int:
     """Return the bytes that matrices may take; `rest` is what takes bytes beside them."""
     return problem.room(num_elements=sum(weight.num_elements for weight in weights), beside=rest)

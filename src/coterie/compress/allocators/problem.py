@@ -13,7 +13,8 @@ from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.sizes import Sizing
 from coterie.compress.target import Target
-from coterie.compress.weights import Weight, bytes_saved
+from coterie.compress.weights import Weight, at_widths, bytes_saved
+from coterie.compress.width_prices import WidthPrices
 from coterie.errors import Infeasible, UnknownName
 from coterie.model.arch.layers import Architecture
 from coterie.profile.profile import Profile
@@ -40,6 +41,7 @@ class Problem:
         find_weights: what finds the matrices that can be stored in fewer bits.
         damages: what the allocator's meter measured, by name and by what it is: for most what each matrix would cost in
             each type, nats a token, by pattern; None before that is measured.
+        widths: what experts would cost at other widths, see `coterie.compress.width_prices`.
     """
 
     architecture: Architecture
@@ -49,6 +51,7 @@ class Problem:
     profile: Profile | None = None
     find_weights: Callable[[], tuple[Weight, ...]] = tuple
     damages: Mapping[str, Mapping[str, float]] | None = None
+    widths: WidthPrices = field(default_factory=dict)
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
@@ -57,7 +60,7 @@ class Problem:
 
     def num_bytes(self, layers: Sequence[LayerPlan], types: Mapping[str, str]) -> int:
         """Return the bytes of all tensors when layers become what their plans say, and matrices get these types."""
-        return self.sizing.num_bytes(layers) - bytes_saved(self.weights, types)
+        return self.sizing.num_bytes(layers) - bytes_saved(at_widths(self.weights, layers), types)
 
     def room(self, *, num_elements: int, beside: int) -> int:
         """Return the bytes that some matrices may take, by the budget or by bits a number, whichever the target is.

@@ -47,7 +47,10 @@ def prepare(job: Job) -> Prepared | LeftOut | None:
         return LeftOut("types differ between the experts of a layer")
     shards = lay_out(source.checkpoint, stream.units, stream.conversion, packed_names(source, plan))
     priced = job.request is not None and job.request.recipe.prices
-    sizes = block_sizes(source, stream, plan, shards, target=job.options.target if priced else None)
+    sizes = block_sizes(
+        source, stream, plan, shards, target=job.options.target if priced else None,
+        narrows=plan.ragged or (job.request is not None and job.request.recipe.narrows),
+    )  # fmt: skip
     return prepare_training(
         job,
         "distill-blocks",

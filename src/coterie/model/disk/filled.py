@@ -40,10 +40,9 @@ def filled_up(checkpoint: Checkpoint, ragged: RaggedWidths | None) -> Checkpoint
                 raise CorruptCheckpoint(
                     f"{checkpoint.path}: {name} {list(info.shape)} is wider than the {full} of the manifest"
                 )
-            inner = Plain(dtype=info.dtype)
-            packed = Packed(
-                encoding=Ragged(axis=axis, width=info.shape[axis], full=full, inner=inner), stored={"": info}
-            )
+            inner = info.packed or Packed(encoding=Plain(dtype=info.dtype), stored={"": info})
+            encoding = Ragged(axis=axis, width=info.shape[axis], full=full, inner=inner.encoding)
+            packed = Packed(encoding=encoding, stored=inner.stored)
             shape = (*info.shape[:axis], full, *info.shape[axis + 1 :])
             tensors[name] = replace(info, shape=shape, begin=0, end=0, packed=packed)
     return replace(checkpoint, tensors=tensors)

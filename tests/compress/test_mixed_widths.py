@@ -1,0 +1,222 @@
+"""Widths and types in one knapsack."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coterie.compress.allocators.knapsack import Option, lower_hull
+from coterie.compress.apply import compress
+from coterie.compress.decide import plan
+from coterie.compress.prices import Prices, price
+from coterie.compress.source import Source
+from coterie.compress.weights import PRICED_TYPES
+from coterie.compress.width_prices import PARTS, STEPS, by_width, narrowings, priced_widths
+from coterie.errors import CorruptArtifact, Infeasible, InputError, StaleArtifact
+from coterie.model.arch.load import load_model
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.encodings.ggml import bits_of
+from coterie.publish.modeling_coterie import CoterieModel
+from coterie.testing import tiny_checkpoint
+
+TEXT = {"tokens": 256, "seq_len": 32}
+RECIPE = {"recipe": "coterie-bits-width", "target": "packed"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixed") / "olmoe"
+    return tiny_checkpoint(folder, "olmoe", dtype=torch.float32, hidden_size=96, intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def measured(model, text_folder, tmp_path_factory):
+    return price(model, tmp_path_factory.mktemp("prices") / "p", text=text_folder, **TEXT)
+
+
+@pytest.fixture(scope="module")
+def prices(model):
+    """Prices that a bit fewer doubles; most of what an expert costs is in a quarter of its neurons."""
+    return made_up(model, [neuron**-2.0 for neuron in range(1, 129)])
+
+
+def made_up(model, cost_F, total=1.0):
+    """Return prices: `total` is what all neurons of a layer cost."""
+    source = Source.open(model, target="packed")
+    damages = {
+        weight.pattern: {kind: 2.0 ** -bits_of(kind) for wanted in PRICED_TYPES for kind in weight.fittings(wanted)}
+        for weight in source.weights
+    }
+    widths = {
+        f"{layer.experts}.{expert}": by_width([total * cost * (1 + expert) / 36 / sum(cost_F) for cost in cost_F])
+        for layer in source.architecture.layers
+        for expert in range(layer.num_experts)
+    }
+    return Prices(
+        damages=damages, widths=widths, model_digest=source.checkpoint.digest, text_digest="none", num_tokens=1,
+        seq_len=1, seed=0, on="all",
+    )  # fmt: skip
+
+
+def test_widths_that_are_priced_are_whole_grains_and_few():
+    assert priced_widths(128) == (0, 32, 64, 96, 128)
+    assert priced_widths(768) == (0, 96, 192, 288, 384, 480, 576, 672, 768)
+    assert priced_widths(704) == (0, 96, 192, 288, 384, 480, 576, 672, 704)
+    assert priced_widths(32) == priced_widths(100) == ()
+    for full in range(64, 4096, 32):
+        widths = priced_widths(full)
+        assert len(widths) <= STEPS + 1
+        assert all(width % 32 == 0 for width in widths)
+
+
+@given(st.lists(st.lists(st.floats(0, 10), min_size=128, max_size=128), min_size=2, max_size=4))
+def test_of_a_layer_the_cheapest_neurons_go_first(costs):
+    prices = {f"m.{expert}": by_width(each) for expert, each in enumerate(costs)}
+    found = narrowings(prices, "m", len(costs), 128)
+    total = sum(map(sum, costs))
+    assert (found[0].widths, found[0].cost) == ((128,) * len(costs), 0)
+    assert found[-1].widths == (32,) * len(costs)
+    for before, after in itertools.pairwise(found):
+        assert before.cost <= after.cost
+        assert all(wide >= narrow for wide, narrow in zip(before.widths, after.widths, strict=True))
+    for each in found:
+        lost = math.fsum(
+            cost for width, neurons in zip(each.widths, costs, strict=True) for cost in sorted(neurons)[: 128 - width]
+        )
+        assert each.cost == pytest.approx(lost, rel=1e-9, abs=1e-12)
+        assert each.mass == pytest.approx(1 - lost / total if total else 1.0, abs=1e-9)
+        # No other widths of as many neurons cost less.
+        others = itertools.product((32, 64, 96, 128), repeat=len(costs))
+        best = min(
+            math.fsum(prices[f"m.{expert}"][str(width)] for expert, width in enumerate(widths))
+            for widths in others
+            if sum(widths) == sum(each.widths)
+        )
+        assert each.cost == pytest.approx(best, rel=1e-9, abs=1e-9)
+    assert len(found) <= PARTS + 1
+
+
+def test_an_expert_that_nobody_chose_is_like_the_mean_of_the_others():
+    prices = {"m.0": by_width([1.0] * 128), "m.2": by_width([3.0] * 128)}
+    widths = [each.widths for each in narrowings(prices, "m", 3, 128)]
+    assert widths[3] == (32, 128, 128)  # those of 1 go before those of 2, and those before those of 3
+    assert (32, 32, 128) in widths
+    assert narrowings({}, "m", 3, 128) == ()
+
+
+@given(
+    st.lists(
+        st.builds(Option, name=st.just("a"), num_bytes=st.integers(1, 50), damage=st.floats(0, 8)),
+        min_size=1, max_size=12,
+    )
+)  # fmt: skip
+def test_the_hull_has_what_is_cheapest_at_any_price(options):
+    hull = lower_hull(options)
+    for price_of_byte in (0.0, 0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 100.0):
+        cheapest = min(each.damage + price_of_byte * each.num_bytes for each in options)
+        assert min(each.damage + price_of_byte * each.num_bytes for each in hull) == pytest.approx(cheapest)
+    slopes = [(b.damage - a.damage) / (b.num_bytes - a.num_bytes) for a, b in itertools.pairwise(hull)]
+    assert slopes == sorted(slopes)
+
+
+def test_prices_of_widths_are_kept_and_older_folders_are_read(model, prices, tmp_path):
+    prices.write(tmp_path)
+    assert Prices.load(tmp_path) == prices
+    replace(prices, widths={}).write(tmp_path)
+    assert "widths" not in json.loads((tmp_path / "prices.json").read_text())["body"]
+    old = Prices.load(tmp_path)
+    assert plan(model, bits=3.0, prices=old, target="packed").types
+    with pytest.raises(StaleArtifact, match="run coterie price again"):
+        plan(model, bits=3.0, prices=old, **RECIPE)
+
+
+@pytest.mark.parametrize("widths", [{}, {"0": 1.0}, {"0": 1.0, "64": 0.5, "128": 0.0}, {"x": 1.0}])
+def test_prices_of_other_widths_are_damaged(prices, widths, tmp_path):
+    replace(prices, widths={**prices.widths, "model.layers.0.mlp.experts.3": widths}).write(tmp_path)
+    with pytest.raises(CorruptArtifact, match=r"prices\.json: widths of .*experts\.3"):
+        Prices.load(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [1.2, 1.7, 2.2, 3.1])
+def test_a_plan_keeps_to_its_bytes_and_expects_no_more_than_types_alone(model, prices, bits):
+    made = plan(model, bits=bits, prices=prices, experts_only=True, **RECIPE)
+    whole = plan(model, type="Q4_0", recipe="nearest", experts_only=True)
+    numbers = 2 * 8 * 3 * 96 * 128
+    in_plain = 4 * numbers
+    assert whole.original_bytes - in_plain + numbers * bits / 8 >= made.predicted_bytes
+    try:
+        types_alone = plan(model, bits=bits, prices=prices, experts_only=True, target="packed")
+    except InputError:
+        assert bits == 1.2
+        assert made.ragged
+        return
+    assert made.damage <= types_alone.damage * 1.000001
+    if bits < 2:
+        assert made.ragged
+        assert made.damage < 0.9 * types_alone.damage
+
+
+@pytest.mark.long
+def test_prices_are_measured_of_every_expert_that_was_chosen(model, measured):
+    layers = Source.open(model).architecture.layers
+    names = {f"{layer.experts}.{expert}" for layer in layers for expert in range(layer.num_experts)}
+    assert measured.widths
+    assert measured.widths.keys() <= names
+    assert plan(model, bits=1.8, prices=measured, experts_only=True, **RECIPE).damage > 0
+
+
+def test_a_budget_is_that_of_the_whole_file(model, prices):
+    whole = plan(model, bits=3.0, prices=prices, target="packed").predicted_bytes
+    for budget in (whole, whole - 1, whole * 7 // 8):
+        made = plan(model, budget=budget, prices=prices, **RECIPE)
+        assert made.ragged
+        assert 0.97 * budget < made.predicted_bytes <= budget
+
+
+def test_where_all_neurons_matter_alike_none_goes_at_many_bits(model):
+    made = plan(model, bits=6.0, prices=made_up(model, [1.0] * 128, total=100.0), **RECIPE)
+    assert not made.ragged
+    assert all(layer.experts is None for layer in made.layers)
+
+
+def test_an_outline_says_what_is_too_small(model):
+    assert plan(model, bits=3.0, **RECIPE).types
+    assert plan(model, bits=1.2, experts_only=True, **RECIPE).ragged
+    with pytest.raises(Infeasible, match="cannot be met"):
+        plan(model, bits=0.3, experts_only=True, **RECIPE)
+    with pytest.raises(InputError, match="--target packed as well, or take coterie-bits"):
+        plan(model, bits=3.0, recipe="coterie-bits-width")
+
+
+@pytest.mark.parametrize("held", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_a_result_is_what_was_planned(held, model, prices, text_folder, tmp_path, request):
+    given = prices if held else None
+    result = compress(
+        model, tmp_path / "out", bits=1.8, prices=given, experts_only=True, text=text_folder, **TEXT, **RECIPE
+    )
+    planned = plan(model, bits=1.8, prices=given or request.getfixturevalue("measured"), experts_only=True, **RECIPE)
+    assert (result.plan.types, result.plan.layers) == (planned.types, planned.layers)
+    if held:
+        assert result.plan.ragged
+    stored = Checkpoint.open(result.out).tensors.values()
+    assert sum(info.num_bytes for info in stored) == planned.predicted_bytes
+    assert result.logits_error <= 1e-6
+    loaded = load_model(result.out, dtype=torch.float32).state_dict()
+    for name, tensor in CoterieModel.from_pretrained(result.out, dtype=torch.float32).state_dict().items():
+        assert torch.equal(tensor, loaded[name]), name
+
+
+@pytest.mark.long
+def test_experts_in_one_tensor_get_types_alone(text_folder, tmp_path):
+    model = tiny_checkpoint(tmp_path / "m", "granitemoe", dtype=torch.float32, hidden_size=96, intermediate_size=64)
+    prices = price(model, tmp_path / "prices", text=text_folder, **TEXT)
+    assert prices.widths == {}
+    widths, types = (plan(model, bits=2.5, prices=prices, target="packed", recipe=recipe) for recipe in (
+        "coterie-bits-width", "coterie-bits",
+    ))  # fmt: skip
+    assert (widths.types, widths.layers, widths.damage) == (types.types, types.layers, types.damage)
