@@ -99,7 +99,7 @@ class WeightConversion:
         return sources
 
     def check_whole(self, model: PreTrainedModel) -> None:
-        """Raise CorruptCheckpoint where a tensor that the model needs is made from nothing; see `check_fractions` too."""
+        """Raise CorruptCheckpoint where a tensor that the model needs is made from nothing; see `check_fractions`."""
         state = model.state_dict()
         self.check_fractions(model)
         missing = sorted(state.keys() - self.all_sources(model).keys())
