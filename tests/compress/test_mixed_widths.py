@@ -193,7 +193,8 @@ def test_an_outline_says_what_is_too_small(model):
         plan(model, bits=3.0, recipe="coterie-bits-width")
 
 
-@pytest.mark.parametrize("held", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("held", [True, False])
 def test_a_result_is_what_was_planned(held, model, prices, text_folder, tmp_path, request):
     given = prices if held else None
     result = compress(

@@ -219,6 +219,7 @@ def test_plans_say_what_cannot_be(model_of, text_folder, tmp_path):
             compress(model, tmp_path / "out", plan=changed, text=text_folder, **TEXT)
 
 
+@pytest.mark.long
 def test_prices_of_both_are_measured_and_the_target_says_which_count(model_of, text_folder, tmp_path):
     model = model_of("olmoe")
     prices = price(model, tmp_path / "prices", text=text_folder, **TEXT)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from coterie import bench, calibrate, compress, evaluate, load_model, profile
+from coterie import bench, calibrate, compress, evaluate, imatrix, load_model, profile
 from coterie.cli.main import app
 from coterie.errors import InputError
 from coterie.model.device import check_device
@@ -33,6 +33,7 @@ FUNCTIONS = {
     "calibrate": lambda device: calibrate("nowhere", text="nowhere", device=device),
     "generate": lambda device: generate("nowhere", "nowhere", device=device),
     "bench": lambda device: bench("nowhere", "out", text="nowhere", test="nowhere", device=device),
+    "imatrix": lambda device: imatrix("nowhere", "out", text="nowhere", device=device),
     "load_model": lambda device: load_model("nowhere", device=device),
 }
 COMMANDS = {
@@ -42,6 +43,7 @@ COMMANDS = {
     "evaluate": ("nowhere", "--text", "nowhere"),
     "calibrate": ("nowhere", "--text", "nowhere"),
     "bench": ("nowhere", "out", "--text", "nowhere", "--test", "nowhere"),
+    "imatrix": ("nowhere", "out", "--text", "nowhere"),
 }
 
 
