@@ -40,7 +40,7 @@ import torch
 from safetensors.torch import save_file
 
 from coterie.artifact import write_json
-from coterie.compress.apply import Result, compress
+from coterie.compress.apply import compress
 from coterie.compress.recipes import get_recipe
 from coterie.compress.source import Source
 from coterie.errors import Infeasible
@@ -91,6 +91,21 @@ class Settings:
     def content(self) -> dict[str, int]:
         """Return what rows must agree in."""
         return {"tokens": self.tokens, "test_tokens": self.test_tokens, "seq_len": self.seq_len}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """How large a result may be.
+
+    Attributes:
+        most: bytes that are counted, at most.
+        beside: what is added to the bytes of a result's tensors for those that are counted.
+        plain: what shares are of.
+    """
+
+    most: int
+    beside: int
+    plain: int
 
 
 class Rows:
@@ -178,14 +193,19 @@ class Comparison:
             tensor.num_bytes("F32") - sum(self.checkpoint.tensors[name].num_bytes for name in tensor.names)
             for tensor in tensors if not tensor.rounded
         )  # fmt: skip
+        wanted_of: dict[str, tuple[Size, dict[str, Any]]] = {
+            name: (Size(most=most, beside=extra, plain=plain), {"budget": most - extra}) for name, most in ours.items()
+        }
+        if expert_shares:
+            whole, beside = self._experts()
+            for share in expert_shares:
+                size = Size(most=int(share * whole), beside=beside, plain=whole)
+                wanted_of[experts_name(share)] = size, {"bits": 16 * share, "experts_only": True}
         for recipe in recipes:
             for seed in seeds:
-                for name, size in ours.items():
+                for name, (size, target) in wanted_of.items():
                     if self.rows.find(self._key(name, recipe, seed)) is None:
-                        self._ours(name, recipe, seed, size, extra, plain)
-                for share in expert_shares:
-                    if self.rows.find(self._key(experts_name(share), recipe, seed)) is None:
-                        self._experts(share, recipe, seed)
+                        self._ours(name, recipe, seed, size, **target)
 
     def _key(self, file_format: str, recipe: str, seed: int) -> dict[str, Any]:
         return {
@@ -201,48 +221,31 @@ class Comparison:
         drawn = CalibrationText(self.checkpoint, text).draw()
         return importance(self.model, (ids_BS for _, ids_BS in drawn.batches(8)))
 
-    def _ours(self, file_format: str, recipe: str, seed: int, size: int, extra: int, plain: int) -> None:
-        """Compress to the bytes of a file, less what GGUF would add to them, and evaluate."""
+    def _ours(self, file_format: str, recipe: str, seed: int, size: Size, **target: Any) -> None:
+        """Compress to what is asked for, and evaluate; a row of nothing where a recipe cannot be that small."""
         begun, key = time.perf_counter(), self._key(file_format, recipe, seed)
-        result = self._compressed(recipe, seed, budget=size - extra)
-        if result is None:
-            self.rows.put(key | NOTHING | {"seconds": time.perf_counter() - begun})
-            return
-        num_bytes = Checkpoint.open(result.out).num_bytes + extra
-        assert num_bytes <= size, f"{recipe} takes {num_bytes} bytes, and should take {size} at most"
-        made = {"types": dict(result.plan.types), "expected": result.plan.damage}
-        self._score(key | made, result.out, num_bytes, plain, begun)
-
-    def _experts(self, share: float, recipe: str, seed: int) -> None:
-        """Compress experts alone to a share of what they take in bfloat16, and evaluate."""
-        begun, key = time.perf_counter(), self._key(experts_name(share), recipe, seed)
-        result = self._compressed(recipe, seed, bits=16 * share, experts_only=True)
-        if result is None:
-            self.rows.put(key | NOTHING | {"seconds": time.perf_counter() - begun})
-            return
-        weights = [weight for weight in Source.open(self.model, mtp="keep").weights if weight.kind == "expert"]
-        saved = result.plan.original_bytes - Checkpoint.open(result.out).num_bytes
-        num_bytes, plain = (
-            sum(each.plain_bytes for each in weights) - saved,
-            2 * sum(each.num_elements for each in weights),
-        )
-        assert num_bytes <= share * plain, f"{recipe} takes {num_bytes} of {plain} bytes, and should take {share}"
-        made = {"types": dict(result.plan.types), "expected": result.plan.damage}
-        self._score(key | made, result.out, num_bytes, plain, begun)
-
-    def _compressed(self, recipe: str, seed: int, **target: Any) -> Result | None:
-        """Return the result of a recipe; None where it cannot be that small."""
         spelled, _, reader = recipe.partition("@")
         name, _, effort = spelled.partition(":")
         settings = self.settings
         try:
-            return compress(
+            result = compress(
                 self.model, self.work / "ours", recipe=name, text=settings.text, tokens=settings.tokens,
                 seq_len=settings.seq_len, seed=seed, prices=self._prices(name, seed, reader), effort=effort or "fast",
                 target=reader or None, **target,
             )  # fmt: skip
         except Infeasible:
-            return None
+            self.rows.put(key | NOTHING | {"seconds": time.perf_counter() - begun})
+            return
+        num_bytes = Checkpoint.open(result.out).num_bytes + size.beside
+        assert num_bytes <= size.most, f"{recipe} takes {num_bytes} bytes, and should take {size.most} at most"
+        made = {"types": dict(result.plan.types), "expected": result.plan.damage}
+        self._score(key | made, result.out, num_bytes, size.plain, begun)
+
+    def _experts(self) -> tuple[int, int]:
+        """Return the bytes of routed experts in bfloat16, and what to add to those of a result for theirs."""
+        weights = [weight for weight in Source.open(self.model, mtp="keep").weights if weight.kind == "expert"]
+        plain = 2 * sum(weight.num_elements for weight in weights)
+        return plain, sum(weight.plain_bytes for weight in weights) - self.checkpoint.num_bytes
 
     def _prices(self, recipe: str, seed: int, target: str) -> Path | None:
         """Return the folder of what types cost, for a recipe that takes it; whoever asks first measures it."""

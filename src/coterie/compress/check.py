@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from coterie.compress.layer_plan import ExpertPlan, LayerPlan
@@ -11,7 +12,7 @@ from coterie.compress.weights import planned
 from coterie.errors import Infeasible, InputError
 from coterie.model.arch.choice import choice_key
 from coterie.model.arch.layers import MoELayer
-from coterie.model.arch.ragged import places_of
+from coterie.model.arch.ragged import Place, places_of
 from coterie.model.arch.width import width_rule
 from coterie.model.disk.encodings.ggml import GRAIN
 from coterie.model.disk.encodings.integer_types import INTEGERS
@@ -56,7 +57,8 @@ def check_prediction(source: Source, plan: Plan) -> None:
     )
 
 
-def _check_ragged(source: Source, plan: Plan, ragged: list[int]) -> None:
+def _check_ragged(source: Source, plan: Plan, ragged: list[int]) -> Mapping[str, Place]:
+    """Return where tensors are cut to a width, by name on disk."""
     if len(ragged) < len(plan.layers):
         other = next(index for index in range(len(plan.layers)) if index not in ragged)
         raise Infeasible(
@@ -65,7 +67,7 @@ def _check_ragged(source: Source, plan: Plan, ragged: list[int]) -> None:
         )
     if plan.mapped:
         raise Infeasible("experts with widths of their own cannot stand behind a map; use --router plain")
-    places_of(source.conversion, source.architecture, [names.experts for names in source.tensors])
+    return places_of(source.conversion, source.architecture, [names.experts for names in source.tensors])
 
 
 def check_widths(source: Source, plan: Plan) -> None:
@@ -80,7 +82,8 @@ def check_widths(source: Source, plan: Plan) -> None:
             "the plan gives experts widths of their own, and compressed-tensors has one for all: take types of GGML, "
             "or leave the widths out"
         )
-    _check_ragged(source, plan, [index for index, each in enumerate(plan.layers) if each.widths is not None])
+    ragged = [index for index, each in enumerate(plan.layers) if each.widths is not None]
+    places = _check_ragged(source, plan, ragged)
     for layer, each in zip(source.architecture.layers, plan.layers, strict=True):
         experts, where = each.experts or (), f"layer {layer.index} ({layer.block})"
         for number, expert in enumerate(experts):
@@ -94,7 +97,6 @@ def check_widths(source: Source, plan: Plan) -> None:
                     f"{where}: experts[{number}] has width {expert.width}; in fewer bits widths are multiples of "
                     f"{GRAIN} from {GRAIN} to {layer.width}"
                 )
-    places = places_of(source.conversion, source.architecture, [names.experts for names in source.tensors])
     stored = {name for weight in planned(source.weights, plan) if weight.widths is not None for name in weight.names}
     if plain := sorted(places.keys() - stored):
         raise Infeasible(

@@ -27,7 +27,7 @@ from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.encodings.ggml import get_layout, rows_together, unwrapped
 from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
 from coterie.model.stream.stream import Stage, Stream
-from coterie.model.threads import shared_out, workers_on
+from coterie.model.threads import each_computed
 from coterie.profile.observation import Observation, observed
 
 #: Rows of a matrix, and matrices of a layer's experts, that are rounded to see what a type costs.
@@ -195,7 +195,6 @@ class DamageMeter:
         which = {kind: (rows_for(kind), rows_together(kind, weight.columns)) for kind in kinds}
         samples = {key: _sample(pairs[::step], *key) for key in dict.fromkeys(which.values())}
 
-        @torch.no_grad()  # holds for one thread only
         def price(kind: str) -> float:
             matrix_NRC, fisher_NRC, importance_NC, part = samples[which[kind]]
             _, value_NRC = round_to_nearest(matrix_NRC, importance_NC, get_layout(kind))
@@ -203,8 +202,7 @@ class DamageMeter:
             factor = 0.5 * UNDERRATED.get(unwrapped(kind), 1.0)
             return factor * whole * (lost / part if part > 0 else 0.0) / self._tokens
 
-        with shared_out(price, kinds, workers_on(pairs[0][0].device)) as prices:
-            return dict(zip(kinds, prices, strict=True))
+        return dict(zip(kinds, each_computed(price, kinds, pairs[0][0].device), strict=True))
 
     def _price_embedding(self, weight: Weight, fisher_VD: Tensor) -> dict[str, float]:
         matrix_VD = self.stream.read(weight.names[0]).float()

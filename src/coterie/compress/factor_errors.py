@@ -11,7 +11,7 @@ Legend: E experts, D model width, F expert width, K directions of the basis, N t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -20,65 +20,26 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from coterie.compress.allocators.expert_types import Group
-from coterie.compress.output_errors import Routed, members_of, send_on
 from coterie.compress.projections import DOWN, Projections, projections_of
-from coterie.compress.source import Source
-from coterie.compress.weights import Weight, weights_among
+from coterie.compress.routed import Routed, RoutedMeter, members_of
 from coterie.model.arch.experts import Experts
-from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.encodings.ggml import SIZES, get_layout, unwrapped
 from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
-from coterie.model.stream.stream import Stage, Stream
 
 
 @dataclass(kw_only=True)
-class FactorErrors:
-    """Sends text through a model, and measures what rounding the factors of each matrix of an expert would cost.
+class FactorErrors(RoutedMeter):
+    """Measures what rounding the factors of each matrix of an expert would cost; a group is a matrix."""
 
-    Attributes:
-        stream: the model, open.
-        source: the same by its headers.
-        batches: the text, ids (B, S) each.
-        counts: of each batch, which of its tokens count (B, S), bool; None where all do.
-        types: the types that are wanted for matrices.
-        groups: returns the matrices of a layer, a group each.
-    """
-
-    stream: Stream
-    source: Source
-    batches: Sequence[Tensor]
-    counts: Sequence[Tensor | None]
-    types: Sequence[str]
-    groups: Callable[[Sequence[Weight]], Sequence[Group]]
-
-    def measure(self, skip: Collection[str] = ()) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
-        """Yield for each unit its name, and for each group, by its key, the cost of each type that is wanted.
+    def of_layer(
+        self, projections: Projections, groups: Sequence[Group], routed: Routed
+    ) -> dict[str, dict[str, float]]:
+        """Return for each group, by its key, the cost of each type that is wanted.
 
         The cost is the sum over the expert's tokens, each with the square of its routing weight, and over directions k,
         of the square that ``delta_kb`` adds to the output: of gate and up ``|delta_kb|^2 (v_k . x)^2``; of down, where
         neurons h are taken for uncorrelated, ``sum over f of delta_kbf^2 h_f^2``.
-
-        Args:
-            skip: units that are left out.
         """
-        jobs = [self.stream.base_job(ids_BS) for ids_BS in self.batches]
-        for stage in self.stream.run(jobs):
-            if stage.unit.name in skip:
-                continue
-            layers = tuple(layer for layer in self.source.architecture.layers if stage.unit.holds(layer.experts))
-            routed = send_on(self.stream, stage, layers, self.counts)
-            weights = weights_among(self.source.weights, stage.unit.disk_names)
-            measured: dict[str, dict[str, float]] = {}
-            for layer in layers:
-                of_layer = [weight for weight in weights if weight.layer == layer.index]
-                measured |= self._errors(stage, layer, self.groups(of_layer), routed[layer.index])
-            yield stage.unit.name, measured
-
-    @torch.no_grad()
-    def _errors(
-        self, stage: Stage, layer: MoELayer, groups: Sequence[Group], routed: Routed
-    ) -> dict[str, dict[str, float]]:
-        projections = Projections(self.stream.model, layer, self.stream.conversion, stage.conversions)
         experts, matrices = projections.experts, projections_of(projections.experts)
         measured = {group.key: dict.fromkeys(self.types, 0.0) for group in groups}
         members = [
@@ -113,9 +74,7 @@ def _carried(experts: Experts, expert: int, routed: Routed, basis_DK: Tensor | N
         routed: what reached them.
         basis_DK: of gate or up; None for down.
     """
-    token_N, slot_N = (routed.index_TK == expert).nonzero(as_tuple=True)
-    input_ND = routed.hidden_TD[token_N]
-    weight_N1 = routed.weight_TK[token_N, slot_N].float()[:, None]
+    _, input_ND, weight_N1 = routed.of_expert(expert)
     if basis_DK is None:
         return (experts.hidden(expert, input_ND).float() * weight_N1).square().sum(0)[None]
     return ((input_ND.float() @ basis_DK) * weight_N1).square().sum(0)[:, None]

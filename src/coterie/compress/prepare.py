@@ -306,7 +306,7 @@ def prepare(
         assert measure is not None
         packing = PackForecast(
             stream=stream, source=source, plan=outlined, measure=measure,
-            narrows=outlined.ragged or (request is not None and request.recipe.narrows),
+            narrows=may_narrow(outlined, request),
         )  # fmt: skip
     job = Job(
         options=options,
@@ -407,6 +407,11 @@ def _forecast(
     if measure is not None and inputs == "compressed":  # layers are measured while they are compressed
         lines = (*stages[0].lines, *lines[1:])
     return Forecast(stages=(*stages, Stage(name="compressing a layer", lines=lines)))
+
+
+def may_narrow(plan: Plan, request: Request | None) -> bool:
+    """Tell whether experts get widths of their own, or may get them once that is decided."""
+    return plan.ragged or (request is not None and request.recipe.narrows)
 
 
 def _prices(

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from io import BufferedWriter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.artifact import atomic_path
-from coterie.export.run import BYTES_PER_INFO, announce, check_file, check_gguf, check_space
+from coterie.export.run import BYTES_PER_INFO, announce, begin_file, check_file, check_gguf, check_space
 from coterie.model.device import check_device
 from coterie.outputs import check_output
 from coterie.profile.data_sets import local_place
@@ -169,7 +170,7 @@ def _write(path: Path, measurement: Measurement, architecture: str) -> int:
     return unseen
 
 
-def _begin(writer: gguf.GGUFWriter, path: Path, tensors: Sequence[Any], measurement: Measurement) -> Any:
+def _begin(writer: gguf.GGUFWriter, path: Path, tensors: Sequence[Any], measurement: Measurement) -> BufferedWriter:
     """Write all that comes before the numbers: names as in llama.cpp's tools/imatrix."""
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", list(measurement.token_set.domains))
@@ -177,9 +178,4 @@ def _begin(writer: gguf.GGUFWriter, path: Path, tensors: Sequence[Any], measurem
     writer.add_uint32("imatrix.chunk_size", measurement.token_set.seq_len)
     for tensor in tensors:
         announce(writer, tensor)
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    assert writer.fout is not None
-    writer.write_padding(writer.fout[0], writer.fout[0].tell())
-    return writer.fout[0]
+    return begin_file(writer, path)

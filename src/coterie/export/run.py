@@ -138,24 +138,20 @@ def export(
             announce(writer, output)
         with ExitStack() as stack:
             stack.callback(writer.close)
-            writer.write_header_to_file(temporary)
             try:
-                writer.write_kv_data_to_file()
+                out = begin_file(writer, temporary)
             except (OverflowError, struct.error) as error:
                 raise InputError(
                     f"{checkpoint.path} cannot be exported: config.json has a number that no GGUF file holds ({error})"
                 ) from None
-            writer.write_ti_data_to_file()
-            assert writer.fout is not None
             pieces = Pieces(stack.enter_context(checkpoint.reader()), stack.enter_context(stored.reader()), checkpoint)
-            _pad(writer, writer.fout[0], writer.fout[0].tell())
             for output in track(outputs, "writing", total=exported.num_bytes, weight=lambda output: output.num_bytes):
                 written = 0
                 for piece in pieces.of(output):
                     encoded = [piece] if isinstance(piece, memoryview) else encode(piece, output.type, output.name)
-                    written += sum(writer.fout[0].write(content) for content in encoded)
+                    written += sum(out.write(content) for content in encoded)
                 assert written == output.num_bytes, output.name
-                _pad(writer, writer.fout[0], written)
+                writer.write_padding(out, written)
                 trim_memory()
         check_file(temporary, outputs)
     log.info("%s: %s in %d tensors, read back", target, format_bytes(target.stat().st_size), len(outputs))
@@ -203,8 +199,15 @@ def announce(writer: gguf.GGUFWriter, output: Output) -> None:
     )
 
 
-def _pad(writer: gguf.GGUFWriter, file: BufferedWriter, length: int) -> None:
-    writer.write_padding(file, length)
+def begin_file(writer: gguf.GGUFWriter, path: Path) -> BufferedWriter:
+    """Write all that comes before the numbers of the tensors that were announced, and return the open file."""
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    out = writer.fout[0]
+    writer.write_padding(out, out.tell())
+    return out
 
 
 def _bytes_by_type(outputs: Sequence[Output]) -> dict[str, int]:

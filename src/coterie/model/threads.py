@@ -22,6 +22,23 @@ def workers_on(device: torch.device) -> int:
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
+def each_computed(
+    function: Callable[[Argument], Value], arguments: Sequence[Argument], device: torch.device
+) -> list[Value]:
+    """Return what a function makes of each argument, without gradients, shared out among the threads of a CPU.
+
+    A single argument is left to torch's own threads. The results are the same whatever the number of threads, where
+    those of the function are.
+    """
+
+    def computed(argument: Argument) -> Value:
+        with torch.no_grad():  # holds for one thread only
+            return function(argument)
+
+    with shared_out(computed, arguments, max(1, min(len(arguments), workers_on(device)))) as values:
+        return list(values)
+
+
 @contextmanager
 def shared_out(
     function: Callable[[Argument], Value], arguments: Sequence[Argument], workers: int

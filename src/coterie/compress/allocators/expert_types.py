@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from coterie.amounts import format_bytes, parse_bytes
-from coterie.compress.allocators.knapsack import Option
+from coterie.compress.allocators.knapsack import Option, choose_exactly
 from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.compress.weights import Weight
 from coterie.errors import Infeasible
@@ -68,6 +68,12 @@ class Group:
             Option(name=wanted, num_bytes=self.num_bytes(wanted), damage=costs[wanted])
             for wanted in self.distinct(list(costs))
         ]
+
+    def costs(self, measured: Mapping[str, Mapping[str, float]] | None, ladder: Sequence[str]) -> dict[str, float]:
+        """Return what types cost: what was measured, by key and type; before that as if all numbers mattered alike."""
+        if measured is None:
+            return self.even_costs(ladder)
+        return {kind: measured[self.key][kind] for kind in ladder}
 
     def even_costs(self, ladder: Sequence[str]) -> dict[str, float]:
         """Return costs of types as if all numbers mattered alike: what allocators go by before anything is measured."""
@@ -161,6 +167,19 @@ class Room:
                 raise self.too_small(groups, ladder)
             wanted |= {group.key: option.name for group, option in zip(of_layer, chosen, strict=True)}
         return self.allocation(groups, [wanted[group.key] for group in groups])
+
+    def allocate_least(self, ladder: Sequence[str]) -> Allocation:
+        """Return the allocation in which every layer has the least sum of what its projections cost, see `Group.costs`.
+
+        Raises:
+            Infeasible: nothing fits in a layer; says what the smallest types take.
+        """
+        measured = self.problem.damages
+
+        def choose(groups: Sequence[Group], num_bytes: int) -> list[Option] | None:
+            return choose_exactly([group.options(group.costs(measured, ladder)) for group in groups], num_bytes)
+
+        return self.allocate_by_layer(by_matrix(self.problem.weights), ladder, choose)
 
     def too_small(self, groups: Sequence[Group], ladder: Sequence[str]) -> Infeasible:
         """Return what to raise where even the smallest types of a ladder take more."""

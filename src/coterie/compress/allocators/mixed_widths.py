@@ -32,27 +32,30 @@ class Choice:
 
 
 def allocate(problem: Problem) -> Allocation:
-    """Choose widths and types; before anything was measured types alone or, where these take too much, one width.
+    """Choose widths and types, or types alone where experts cannot have widths of their own.
+
+    Before anything was measured it is types alone or, where these take too much, one width.
 
     Raises:
         Infeasible: a budget below the smallest result; says what that takes.
     """
     if problem.damages is None:
         return _outline(problem)
-    weights = [weight for weight in problem.weights if problem.damages.get(weight.pattern)]
-    rest = problem.num_bytes(problem.whole(), {}) - sum(weight.plain_bytes for weight in weights)
     layers = problem.architecture.layers
     narrower = {layer.index: _narrowings(problem, layer) for layer in layers}
-    narrows = all(narrower.values())
+    if not all(narrower.values()):
+        return mixed_types.allocate(problem)
+    weights = [weight for weight in problem.weights if problem.damages.get(weight.pattern)]
+    rest = problem.num_bytes(problem.whole(), {}) - sum(weight.plain_bytes for weight in weights)
     items: list[list[Option]] = []
     choices: list[list[Choice]] = []
     for weight in weights:
-        if narrows and weight.layer is not None:
+        if weight.layer is not None:
             continue
         options = options_of(weight, problem.damages[weight.pattern])
         items.append(options)
         choices.append([Choice(types={weight.pattern: option.name}) for option in options])
-    for layer in layers if narrows else ():
+    for layer in layers:
         of_layer = [weight for weight in weights if weight.layer == layer.index]
         layer_options, layer_choices = _layer_options(problem, of_layer, narrower[layer.index])
         items.append(layer_options)
@@ -74,9 +77,9 @@ def allocate(problem: Problem) -> Allocation:
 
 
 def _plans(problem: Problem, widths: Sequence[tuple[int, ...]]) -> tuple[LayerPlan, ...]:
-    """Return the plans of layers; where no expert of any layer is narrower, or none can be, those of whole ones."""
+    """Return the plans of layers; where no expert of any layer is narrower, those of whole ones."""
     layers = problem.architecture.layers
-    if not widths or all(set(each) == {layer.width} for each, layer in zip(widths, layers, strict=True)):
+    if all(set(each) == {layer.width} for each, layer in zip(widths, layers, strict=True)):
         return problem.whole()
     return tuple(ragged_plan(each) for each in widths)
 

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from coterie.compress.allocators.expert_types import Group, Room, by_matrix
-from coterie.compress.allocators.knapsack import Option, choose_exactly
+from coterie.compress.allocators.expert_types import Room, by_matrix
 from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.compress.output_errors import OutputErrors
 from coterie.compress.source import Source
@@ -36,16 +35,4 @@ def allocate(problem: Problem) -> Allocation:
     Raises:
         Infeasible: a target below the smallest types; says what those take.
     """
-
-    def choose(groups: Sequence[Group], num_bytes: int) -> list[Option] | None:
-        return choose_exactly([group.options(_costs(problem, group)) for group in groups], num_bytes)
-
-    groups = by_matrix(problem.weights)
-    return Room(problem=problem, linear=LINEAR).allocate_by_layer(groups, TYPES, choose)
-
-
-def _costs(problem: Problem, group: Group) -> dict[str, float]:
-    """Return what types cost a projection."""
-    if problem.damages is None:
-        return group.even_costs(TYPES)
-    return {kind: problem.damages[group.key][kind] for kind in TYPES}
+    return Room(problem=problem, linear=LINEAR).allocate_least(TYPES)

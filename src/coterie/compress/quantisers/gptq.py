@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from coterie.model.disk.encodings.ggml.rounding import round_columns
-from coterie.model.threads import shared_out, workers_on
+from coterie.model.threads import each_computed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,6 @@ def gptq(weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = D
     num_matrices, num_rows, num_columns = weight_NRC.shape
     at_once = max(1, min(HESSIAN_ELEMENTS // num_columns**2, _ROWS // num_rows))
 
-    @torch.no_grad()  # holds for one thread only
     def rounded(start: int) -> tuple[Tensor, Tensor]:
         some = slice(start, start + at_once)
         upper_NCC = upper_factor(inputs.hessian_NCC[some], damping)
@@ -59,8 +58,7 @@ def gptq(weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = D
         return round_columns(weight_NRC[some], importance_NC, upper_NCC, kind)
 
     starts = range(0, num_matrices, at_once)
-    with shared_out(rounded, starts, min(len(starts), workers_on(weight_NRC.device))) as parts:
-        byte_parts, value_parts = zip(*parts, strict=True)
+    byte_parts, value_parts = zip(*each_computed(rounded, starts, weight_NRC.device), strict=True)
     return torch.cat(byte_parts), torch.cat(value_parts)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from coterie.artifact import atomic_path
 from coterie.compress.block_model import BlockModel, block_sizes
 from coterie.compress.pack import packed_names
-from coterie.compress.prepare import Job
+from coterie.compress.prepare import Job, may_narrow
 from coterie.compress.result_steps import LeftOut
 from coterie.compress.result_steps.training import Prepared, prepare_training
 from coterie.compress.shards import lay_out, write_shard
@@ -49,7 +49,7 @@ def prepare(job: Job) -> Prepared | LeftOut | None:
     priced = job.request is not None and job.request.recipe.prices
     sizes = block_sizes(
         source, stream, plan, shards, target=job.options.target if priced else None,
-        narrows=plan.ragged or (job.request is not None and job.request.recipe.narrows),
+        narrows=may_narrow(plan, job.request),
     )  # fmt: skip
     return prepare_training(
         job,

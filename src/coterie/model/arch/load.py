@@ -71,7 +71,7 @@ def load_model(
     config = model_config(checkpoint)
     meta = meta_model(config, where=str(checkpoint.path))
     if "quantization_config" not in config and any(info.dtype in WHOLE_NUMBERS for info in checkpoint.tensors.values()):
-        WeightConversion(checkpoint, meta_model(config, where=str(checkpoint.path))).check_fractions(meta)
+        WeightConversion(checkpoint, meta).check_fractions(meta)
     loaded: PreTrainedModel
     info: dict[str, Any]
     with quiet():

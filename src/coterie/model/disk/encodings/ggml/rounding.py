@@ -13,7 +13,7 @@ import torch
 
 from coterie.model.disk.encodings.ggml import GRAIN
 from coterie.model.disk.encodings.ggml.block_type import Codes, Wrapped, join_codes, join_rows
-from coterie.model.threads import shared_out, workers_on
+from coterie.model.threads import each_computed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,14 +77,8 @@ def _shared_out(
     function: Callable[[Tensor], tuple[Tensor, Tensor]], weight_NRC: Tensor, at_once: int
 ) -> tuple[Tensor, Tensor]:
     """Return what a function makes of rows, some at a time, one below the other."""
-
-    def without_gradients(some_NRC: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():  # holds for one thread only
-            return function(some_NRC)
-
     some = torch.split(weight_NRC, at_once, dim=1)
-    with shared_out(without_gradients, some, min(len(some), workers_on(weight_NRC.device))) as parts:
-        byte_parts, value_parts = zip(*parts, strict=True)
+    byte_parts, value_parts = zip(*each_computed(function, some, weight_NRC.device), strict=True)
     return torch.cat(byte_parts, dim=1), torch.cat(value_parts, dim=1)
 
 
