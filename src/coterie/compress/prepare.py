@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coterie.amounts import parse_bytes, parse_share
+from coterie.compress.allocators.expert_types import are_small
 from coterie.compress.damages import PRICED_TOKENS
 from coterie.compress.decide import (
     check_prices,
@@ -300,7 +301,7 @@ def prepare(
     if profile is None:
         assert calibration is not None
         measure = _measure(source, options, needs, calibration)
-    prices, pricing = _prices(options, request, source, stream, calibration)
+    prices, pricing = _prices(options, request, source, stream, calibration, outlined)
     packing = None
     if outlined.packed:
         assert measure is not None
@@ -415,8 +416,9 @@ def may_narrow(plan: Plan, request: Request | None) -> bool:
 
 
 def _prices(
-    options: Options, request: Request | None, source: Source, stream: Stream, calibration: CalibrationText | None
-) -> tuple[Prices | None, Pricing | None]:
+    options: Options, request: Request | None, source: Source, stream: Stream, calibration: CalibrationText | None,
+    outlined: Plan,
+) -> tuple[Prices | None, Pricing | None]:  # fmt: skip
     """Return what types cost where that is known, else what measures it; neither where nobody asks.
 
     Raises:
@@ -437,7 +439,9 @@ def _prices(
     if given is not None:  # what is kept serves every target, as what `coterie price` measures
         source = replace(source, target="packed")
     allocator = KEPT if request.recipe.takes_prices else request.recipe.allocator
-    return None, pricing_of(stream, source, calibration, min(PRICED_TOKENS, options.tokens), allocator)
+    small = allocator != KEPT and are_small(outlined.types.values())
+    tokens = min(PRICED_TOKENS, options.tokens)
+    return None, pricing_of(stream, source, calibration, tokens, allocator, small=small)
 
 
 def _on(on: On | None, profile: Profile | None) -> On:

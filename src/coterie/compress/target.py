@@ -67,11 +67,14 @@ class Target:
         """The recipe that is taken where none is named.
 
         Bytes are spent on precision first: at equal bytes that costs a small part of what removing experts costs
-        (benchmarks/bits.md). A share, or a number of experts or neurons, asks for structure.
+        (benchmarks/bits.md); where the form can say it, widths and types are chosen together, which costs less still
+        (benchmarks/bits-widths.md). A share, or a number of experts or neurons, asks for structure.
         """
         if self.type is not None or (self.integers and (self.bits, self.budget) != (None, None)):
             return "gptaq"
-        return "coterie" if self.bits is None and self.budget is None else "coterie-bits"
+        if self.bits is None and self.budget is None:
+            return "coterie"
+        return "coterie-bits-width" if self.reader == "packed" else "coterie-bits"
 
     def check(self, recipe: Recipe) -> None:
         """Raise InputError unless this is one target, in range, that the recipe can fulfil."""
