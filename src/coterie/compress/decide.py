@@ -227,7 +227,7 @@ def check_prices(source: Source, recipe: Recipe, prices: Prices) -> None:
     if recipe.narrows and not prices.widths and any(narrow):
         raise StaleArtifact(
             f"recipe {recipe.name} goes by what narrower experts would cost, which these prices do not say: an earlier "
-            "version measured them; run coterie price again"
+            "version measured them; run coterie price again, or take --recipe coterie-bits"
         )
 
 
