@@ -95,6 +95,8 @@ class Options:
         experts: int | None,
         width: int | None,
         budget: str | int | None,
+        params: str | int | None,
+        active_params: str | int | None,
         bits: float | None,
         type: str | None,
         multiple_of: int | None,
@@ -108,8 +110,9 @@ class Options:
         share = None if keep is None else parse_share(keep)
         budget = weights_budget(others["model"], budget, running, target)
         size = Target(
-            keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of,
-            reader=target, experts_only=experts_only,
+            keep=share, experts=experts, width=width, budget=budget, params=params,
+            active_params=active_params, bits=bits, type=type, multiple_of=multiple_of, reader=target,
+            experts_only=experts_only,
         )  # fmt: skip
         return cls(out=user_path(out), target=size, cache=None if cache is None else Path(cache), **others)
 
@@ -129,6 +132,8 @@ class Options:
             settings: dict[str, object] = {"--keep": target.keep, "--experts": target.experts, "--width": target.width}
             settings |= {
                 "--budget": target.budget,
+                "--params": target.params,
+                "--active-params": target.active_params,
                 "--bits": target.bits,
                 "--type": target.type,
                 "--recipe": self.recipe,
