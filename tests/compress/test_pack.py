@@ -470,7 +470,7 @@ def test_published_allocators_say_beforehand_how_large_the_result_is(recipe, wid
     assert len(set(outlined.types.values())) > 2
     again = plan(wide, budget=outlined.predicted_bytes, recipe=recipe)  # experts that cost the same may change places
     assert 0.98 * outlined.predicted_bytes < again.predicted_bytes <= outlined.predicted_bytes
-    with pytest.raises(Infeasible, match=r"cannot be met by this recipe, which chooses from Q2_K.* is the least"):
+    with pytest.raises(Infeasible, match=r"cannot be met by this recipe, which chooses from IQ1_S.* is the least"):
         plan(wide, budget="9KiB", recipe=recipe)
 
 
@@ -633,7 +633,7 @@ def test_the_sums_that_are_announced_are_those_that_are_made(recipe, small, text
     copies = 1 if recipe == "nearest" else 2
     for unit, num_bytes in made:
         assert num_bytes == 4 * copies * sum(count * size**2 for count, size in forecast.moments(unit))
-        announced = dict(forecast.packing_lines(unit))
+        announced = dict(forecast.choosing_lines(unit))
         assert announced[MOMENTS] >= num_bytes
     assert max(num_bytes for _, num_bytes in made) > 0
     assert result.forecast == max(stage.num_bytes for stage in forecast.stages())

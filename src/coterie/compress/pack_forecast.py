@@ -75,13 +75,15 @@ class PackForecast:
         measure, layers = self.measure, self.source.architecture.layers
         total, seq_len = sum(measure.token_set.num_tokens.values()), measure.token_set.seq_len
         batch = batch_lines(self.stream, layers, batch_size=measure.batch_size, seq_len=seq_len, tokens=total)
-        largest = max(self.stream.units, key=lambda unit: _total(self.packing_lines(unit)))
-        lines = (*unit_lines(self.stream, batch, copies=COMPRESS_COPIES), *self.packing_lines(largest))
+        largest = max(self.stream.units, key=lambda unit: _total(self.choosing_lines(unit)))
+        sums, *choosing = self.choosing_lines(largest) or ((MOMENTS, 0),)
+        # Codes are chosen when the text has run through; what came in is summed up before, and there all the time.
+        lines = (*unit_lines(self.stream, max(batch, choosing, key=_total), copies=COMPRESS_COPIES), sums)
         packing = Stage(name="storing a layer in fewer bits", lines=(*lines, *text_lines(total)))
         return (packing,)
 
-    def packing_lines(self, unit: Unit) -> tuple[Line, ...]:
-        """Return what storing the matrices of a unit takes beside the unit and the text that runs through it."""
+    def choosing_lines(self, unit: Unit) -> tuple[Line, ...]:
+        """Return what choosing the codes of a unit takes beside the unit, the sums of what comes in first."""
         weights = self._of_unit(unit)
         if not weights:
             return ()
@@ -96,8 +98,8 @@ class PackForecast:
         return (
             (MOMENTS, 4 * copies * elements),
             (FACTORS, workers * FACTOR_BYTES * max(HESSIAN_ELEMENTS, widest**2)),
-            # The numbers that are left to round, what is wanted of them, their values, and both projections as one.
-            (CODES, 4 * 4 * rows + workers * ROUNDING_BYTES),
+            # The numbers that are left to round, what is wanted of them, and their values in parts and as one.
+            (CODES, 4 * (2 + copies) * rows + workers * ROUNDING_BYTES),
             *self._narrowing_lines(rows, hessians, widest),
         )
 
@@ -146,11 +148,16 @@ class PackForecast:
 
     @staticmethod
     def _together(weights: Sequence[Weight]) -> dict[str, int]:
-        """Return numbers of matrices whose codes are chosen together: those of a layer's experts, or one."""
+        """Return numbers of matrices whose codes are chosen together: one, or gate and up of a layer's experts."""
         numbers: dict[str, int] = {}
+        of_layer: dict[int, list[int]] = {}
         for weight in weights:
-            key = weight.pattern if weight.layer is None else f"layer {weight.layer}"
-            numbers[key] = numbers.get(key, 0) + weight.num_elements
+            if weight.layer is None:
+                numbers[weight.pattern] = weight.num_elements
+            else:
+                of_layer.setdefault(weight.layer, []).append(weight.num_elements)
+        for layer, each in of_layer.items():  # down projections, which are no larger than others, go by themselves
+            numbers[f"layer {layer}"] = sum(each) - (min(each) if len(each) > 1 else 0)
         return numbers
 
 
