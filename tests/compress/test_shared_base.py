@@ -186,7 +186,7 @@ def test_bytes_of_the_experts_are_those_that_were_said(family, result_of):
 
 
 @pytest.mark.parametrize("family", FAMILIES[:2])
-def test_what_is_read_is_the_base_and_what_factors_add(family, result_of):
+def test_what_is_read_is_the_base_and_what_factors_add(family, model_of, result_of):
     out = result_of(family).out
     read, stored = open_checkpoint(out), Checkpoint.open(out)
     name = next(name for name in read.tensors if name not in stored.tensors)
@@ -197,7 +197,14 @@ def test_what_is_read_is_the_base_and_what_factors_add(family, result_of):
     groups = json.loads((out / "config.json").read_text())["quantization_config"]["groups"]
     assert {"shared-base", "ggml"} == {group["encoding"] for group in groups}
     assert not any(re.search("_(base|left|right)$", each) for each in read.tensors)
-    assert coterie.inspect(out)
+    before, after = coterie.inspect(model_of(family)), coterie.inspect(out)
+    assert {name: part.parameters for name, part in after.parts.items()} == {
+        name: part.parameters for name, part in before.parts.items()
+    }
+    assert [each.block for each in after.moe_layers] == [each.block for each in before.moe_layers]
+    shared = sum(each.num_bytes for name, each in stored.tensors.items() if re.search("_(base|left|right)$", name))
+    assert after.parts["experts"].bytes == shared
+    assert after.parts["router"].bytes == before.parts["router"].bytes
 
 
 def test_the_rank_is_the_largest_that_fits(model_of):

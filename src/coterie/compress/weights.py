@@ -329,7 +329,7 @@ def _check_shares(weight: Weight, by_pattern: Mapping[str, Weight], kind: str, p
         raise Infeasible(
             f"{said}; its matrices have {weight.rows} rows of {weight.columns} numbers: take a rank from 1 to "
             f"{min(weight.rows, weight.columns)}, blocks that divide the {weight.columns} for the base, blocks that "
-            f"divide both for the factors, or BF16"
+            "divide both for the factors, or BF16"
         )
 
 

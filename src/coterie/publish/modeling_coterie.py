@@ -38,7 +38,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 _METHOD = "coterie"
-_SHARED = "shared-base"
+_PLAIN, _SHARED = "plain", "shared-base"
 _MAP = "coterie_expert_map"
 
 #: Options that say which files of a repository are meant, and where they are kept.
@@ -190,7 +190,7 @@ def _packed(folder: Path) -> dict[str, Mapping[str, Any]]:
 def _types(group: Mapping[str, Any]) -> list[str]:
     """Return the types of blocks that weights of a group are stored in."""
     inner = (group["base"], group["factors"]) if group["encoding"] == _SHARED else (group,)
-    return [each["type"] for each in inner if "type" in each]
+    return [each["type"] for each in inner if each["encoding"] != _PLAIN]
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -212,9 +212,10 @@ def _tensors(folder: Path, packed: Mapping[str, Mapping[str, Any]], ragged: Mapp
     groups, bases = dict(packed), {}
     for pattern, group in packed.items():
         if group["encoding"] == _SHARED:
-            bases[pattern] = ".".join(part for part in pattern.split(".") if part != "*") + "_base"
-            groups |= {bases[pattern]: group["base"]}
-            groups |= {f"{pattern}{side}": group["factors"] for side in ("_left", "_right")}
+            bases[pattern] = ".".join("0" if part == "*" else part for part in pattern.split(".")) + "_base"
+            groups |= {bases[pattern]: group["base"]} | dict.fromkeys(
+                (f"{pattern}_left", f"{pattern}_right"), group["factors"]
+            )
     tensors: dict[str, Any] = {}
     for name, file in files.items():
         axis = None if ragged is None else _of_pattern(name, ragged["axes"])
@@ -224,6 +225,7 @@ def _tensors(folder: Path, packed: Mapping[str, Mapping[str, Any]], ragged: Mapp
             group=_of_pattern(name, groups),
             full=None if ragged is None or axis is None else (axis, ragged["width"]),
         )
+    parts: set[str] = set()
     for left in [name for name in tensors if name.endswith("_left")]:
         name = left.removesuffix("_left")
         if (base := _of_pattern(name, bases)) is not None:
@@ -231,8 +233,8 @@ def _tensors(folder: Path, packed: Mapping[str, Mapping[str, Any]], ragged: Mapp
             if missing := [each for each in stored if each not in tensors]:
                 raise ValueError(f"{folder} has no {missing[0]}, which is a part of {name}; fetch its files again")
             tensors[name] = _SharedTensor(*(tensors[each] for each in stored), axis=_of_pattern(name, packed)["axis"])
-    beside = {*bases.values(), *(f"{name}{side}" for name in tensors for side in ("_left", "_right"))}
-    return {name: tensor for name, tensor in tensors.items() if name not in beside}
+            parts.update(stored)
+    return {name: tensor for name, tensor in tensors.items() if name not in parts}
 
 
 def _of_pattern(name: str, patterns: Mapping[str, Any]) -> Any:
@@ -300,7 +302,7 @@ def _unpacked(blocks: Tensor, group: Mapping[str, Any]) -> Tensor:
 
     Where the group says how many columns there are, several rows of numbers are one of bytes.
     """
-    if "type" not in group:  # plain numbers
+    if group["encoding"] == _PLAIN:
         return blocks
     kind, dtype = group["type"], _DTYPES[group["dtype"]]
     unpack = _rotated_back if kind in _LEVELS else _dequantized

@@ -219,8 +219,11 @@ def _inner(name: str, columns: int) -> Encoding:
 
 
 def base_name(pattern: str) -> str:
-    """Return the name on disk of the base of experts by their pattern, a star where the expert's number is."""
-    return ".".join(part for part in pattern.split(".") if part != "*") + BASE
+    """Return the name on disk of the base of experts by their pattern: beside the factors of expert 0.
+
+    There all that sorts tensors by name takes it to be an expert's.
+    """
+    return ".".join("0" if part == "*" else part for part in pattern.split(".")) + BASE
 
 
 def whole_name(name: str) -> str:
