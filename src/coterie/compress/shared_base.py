@@ -10,8 +10,9 @@ Young): with its left singular vectors Q they are U_e = Q and V_e = Q^T (W_e - B
 
     B = ( sum over e of (W_e - U_e V_e) H_e ) ( sum over e of H_e )^-1
 
-Both take turns, `ROUNDS` times, from factors that are zero; no turn makes the error larger. Then the base is rounded,
-and the factors are found anew for the rounded one, so that they make good what rounding it did.
+Both take turns, `ROUNDS` times, from factors that are zero; no turn makes the error larger. Then each is rounded, and
+the next one found anew for what it became, so that it makes good what rounding did: the base, U_e, and V_e at last,
+whose codes are chosen with H_e, as those of any matrix are.
 
 The form is that of D2-MoE (arXiv:2502.17298), which takes the average of the experts weighted by Fisher information for
 the base, and a truncated SVD of whitened differences.
@@ -31,7 +32,7 @@ from coterie.compress.projections import DOWN, Projections, projections_of
 from coterie.compress.quantisers.corrected import wanted
 from coterie.compress.weights import Weight
 from coterie.errors import ArchitectureMismatch
-from coterie.model.disk.encodings.shared_base import BASE, LEFT, PLAIN, RIGHT, SharedBase, SharedBaseType, base_name
+from coterie.model.disk.encodings.shared_base import BASE, LEFT, PLAIN, RIGHT, SharedBaseType, base_name
 from coterie.model.threads import each_computed
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ ROUNDS = 3
 #: Share of the mean of a Hessian's diagonal that is added to it, as in GPTQ.
 DAMPING = 0.01
 
-#: Rounds the base: its bytes (1, R, K), and values (1, R, C), of a matrix (1, R, C), what comes into it, and its type.
+#: Chooses codes: bytes (N, R, K), and values (N, R, C), of matrices (N, R, C), what comes into them, and their type.
 Rounded = Callable[["Tensor", Inputs, str], "tuple[Tensor, Tensor]"]
 
 
@@ -110,35 +111,51 @@ def damped(hessian_ECC: Tensor) -> Tensor:
     return hessian_ECC + added_E.float()[:, None, None] * eye_CC
 
 
-def factored(
-    weight_ERC: Tensor,
-    inputs: Inputs,
-    encoding: SharedBase,
-    round_base: Callable[[Tensor, Inputs], tuple[Tensor, Tensor]],
-) -> dict[str, Tensor]:
+def factored(weight_ERC: Tensor, inputs: Inputs, kind: SharedBaseType, rounded: Rounded) -> dict[str, Tensor]:
     """Return what is stored of experts, by suffix: base (R, K), and factors (E, r, K).
 
     Args:
         weight_ERC: the experts.
         inputs: what comes into each; where it says how that differs from what came into the original's, the experts are
             corrected for it first (`coterie.compress.quantisers.corrected`).
-        encoding: how base and factors are stored.
-        round_base: rounds the base (1, R, C), for what comes into all experts; returns what is stored, and its values.
+        kind: what base and factors are to be.
+        rounded: chooses the codes of base and right factors, where these are no plain numbers.
     """
     hessian_ECC, wanted_ERC = damped(inputs.hessian_NCC), wanted(weight_ERC, inputs)
-    base_RC = best_base(wanted_ERC, hessian_ECC, encoding.rank).float()
-    all_inputs = Inputs(hessian_NCC=hessian_ECC.sum(dim=0)[None], missed_NCC=None, num_tokens=(sum(inputs.num_tokens),))
-    stored_1RK, value_1RC = round_base(base_RC[None], all_inputs)
-    base_RC = value_1RC[0]
+    into = Inputs(hessian_NCC=hessian_ECC, missed_NCC=None, num_tokens=inputs.num_tokens)
+    into_all = Inputs(hessian_NCC=hessian_ECC.sum(dim=0)[None], missed_NCC=None, num_tokens=(sum(inputs.num_tokens),))
+    base_RC = best_base(wanted_ERC, hessian_ECC, kind.rank).float()
+    base_1RK, value_1RC = _stored(base_RC[None], into_all, kind.base, rounded)
+    difference_ERC = wanted_ERC - value_1RC
+    factors = kind.encoding(weight_ERC.shape[-1]).factors
+    experts = range(len(difference_ERC))
 
-    def factors(expert: int) -> tuple[Tensor, Tensor]:
-        left_Rr, right_rC = best_factors(wanted_ERC[expert] - base_RC, hessian_ECC[expert], encoding.rank)
-        return left_Rr.T.float().cpu(), right_rC.float().cpu()
+    def left_of(expert: int) -> Tensor:
+        return best_factors(difference_ERC[expert], hessian_ECC[expert], kind.rank)[0].T.float().cpu()
 
-    experts = range(len(wanted_ERC))
-    sides = zip(*each_computed(factors, experts, wanted_ERC.device), strict=True)
-    left, right = (encoding.factors.pack(torch.stack(side))[""] for side in sides)
-    return {BASE: stored_1RK[0].cpu(), LEFT: left, RIGHT: right}
+    left_ErK = factors.pack(torch.stack(each_computed(left_of, experts, difference_ERC.device)))[""]
+    left_ErR = factors.unpack({"": left_ErK}).to(difference_ERC.device)
+    right_ErC = torch.stack([refitted(left_ErR[expert].T, difference_ERC[expert]) for expert in experts]).float()
+    right_ErK, _ = _stored(right_ErC, into, kind.factors, rounded)
+    return {BASE: base_1RK[0].cpu(), LEFT: left_ErK, RIGHT: right_ErK.cpu()}
+
+
+def refitted(left_Rr: Tensor, difference_RC: Tensor) -> Tensor:
+    """Return V (r, C), float64, that goes best with a U that was rounded: least squares, whatever comes in."""
+    left_Rr = left_Rr.double()
+    gram_rr = left_Rr.T @ left_Rr
+    ridge = 1e-9 * float(gram_rr.diagonal().mean()) or 1.0  # columns may be zeros
+    eye_rr = torch.eye(len(gram_rr), dtype=torch.float64, device=gram_rr.device)
+    right_rC: Tensor = torch.linalg.solve(gram_rr + ridge * eye_rr, left_Rr.T @ difference_RC.double())
+    return right_rC
+
+
+def _stored(matrix_NRC: Tensor, inputs: Inputs, name: str, rounded: Rounded) -> tuple[Tensor, Tensor]:
+    """Return what is stored of matrices in a type, and their values, float32."""
+    if name == PLAIN:
+        plain_NRC = matrix_NRC.bfloat16()
+        return plain_NRC, plain_NRC.float()
+    return rounded(matrix_NRC, inputs, name)
 
 
 def pack_shared(
@@ -157,7 +174,7 @@ def pack_shared(
         weight: which of them.
         inputs: what comes into gate and up (False), and into down (True).
         kind: what base and factors are to be.
-        rounded: chooses the codes of the base, where that is no plain numbers.
+        rounded: chooses the codes of base and right factors, where these are no plain numbers.
 
     Raises:
         ArchitectureMismatch: a tensor does not hold one matrix for each expert.
@@ -174,15 +191,8 @@ def pack_shared(
             f"{weight.names[0]} {list(weight.shape)} does not hold one matrix for each of {len(set(experts))} experts, "
             "so they can have no base in common; use another recipe, such as gptaq, and please report it"
         )
-
-    def round_base(base_1RC: Tensor, all_inputs: Inputs) -> tuple[Tensor, Tensor]:
-        if kind.base == PLAIN:
-            plain = base_1RC.bfloat16()
-            return plain, plain.float()
-        return rounded(base_1RC, all_inputs, kind.base)
-
-    device, encoding = projections.experts.up_EFD.device, kind.encoding(weight.columns, weight.axis)
-    stored = factored(weight_ERC.to(device), inputs[parts == {DOWN}].select(experts), encoding, round_base)
+    of_experts = inputs[parts == {DOWN}].select(experts)
+    stored = factored(weight_ERC.to(projections.experts.up_EFD.device), of_experts, kind, rounded)
     named = {base_name(weight.pattern): stored[BASE]}
     for suffix in (LEFT, RIGHT):
         if stacked:

@@ -1,8 +1,8 @@
 """One rank for the factors of all experts of all layers: the largest whose bytes fit.
 
-The base is stored in Q4_K, or what stands in for it in narrow rows, factors in Q8_0; each in BF16 where its rows are no
-whole blocks. What is no expert's gets Q8_0 (`coterie.compress.allocators.expert_types`). `--bits` counts experts alone,
-`--budget` the whole file.
+The base is stored in Q4_K, or what stands in for it in narrow rows, factors in IQ4_NL; each in BF16 where its rows are
+no whole blocks. What is no expert's gets Q8_0 (`coterie.compress.allocators.expert_types`). `--bits` counts experts
+alone, `--budget` the whole file.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from coterie.errors import Infeasible
 from coterie.model.disk.encodings.ggml import SIZES
 from coterie.model.disk.encodings.shared_base import PLAIN, SharedBaseType
 
-#: Types of base and factors.
-BASE, FACTORS = "Q4_K", "Q8_0"
+#: Types of base and factors. In four bits factors have twice the rank that they have in eight, which is worth far more
+#: than what is rounded off.
+BASE, FACTORS = "Q4_K", "IQ4_NL"
 
 
 def allocate(problem: Problem) -> Allocation:

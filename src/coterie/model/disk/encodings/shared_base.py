@@ -171,7 +171,7 @@ class SharedBase:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedBaseType:
-    """What plans say of experts that share a base, as in "Q4_K+24*Q8_0".
+    """What plans say of experts that share a base, as in "Q4_K+24*IQ4_NL".
 
     Attributes:
         base: the type of the base: one of GGML, or BF16.
