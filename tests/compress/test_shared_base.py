@@ -143,6 +143,15 @@ def test_right_factors_are_the_least_squares_of_what_left_ones_became():
     assert torch.isfinite(refitted(0 * left, weight[0])).all()
 
 
+def test_options_of_the_quantiser_count_for_factors_too():
+    weight, own = experts(rows=32, columns=64)
+    inputs = Inputs(hessian_NCC=own, missed_NCC=0.3 * own.roll(1, 0), num_tokens=(300,) * 5)
+    kind = SharedBaseType(base="BF16", rank=8, factors="BF16")
+    usual = factored(weight, inputs, kind, with_gptq)
+    for options in ({"damping": 0.5}, {"ridge": 0.9}):
+        assert not torch.equal(usual["_left"], factored(weight, inputs, kind, with_gptq, **options)["_left"])
+
+
 @pytest.mark.parametrize("tokens", [(300, 0, 300, 300, 300), (0,) * 5])
 def test_experts_that_saw_nothing_are_factored_all_the_same(tokens):
     weight, own = experts(rows=32, columns=64)
@@ -307,6 +316,7 @@ def test_an_edited_plan_runs(model_of, text_folder, tmp_path):
     model = model_of("olmoe")
     made = plan(model, bits=6, target="packed", recipe="shared-base")
     body = made.body()
+    body["quantiser"] = ["corrected-gptq", {"damping": 0.3, "ridge": 0.5}]
     down = [name for name in made.types if "down_proj" in name]
     body["types"] = {**made.types, down[0]: "BF16+3*BF16", down[1]: "Q8_0"}
     changed = Plan.from_body(body, made.inputs, where="here").save(tmp_path / "plan.json")

@@ -163,7 +163,7 @@ class Packer:
         for weight in weights:
             shared = SharedBaseType.parse(self.plan.types[weight.pattern])
             assert shared is not None
-            stored |= pack_shared(projections, weight, inputs, shared, self._rounded)
+            stored |= pack_shared(projections, weight, inputs, shared, self._rounded, **self._options)
         return stored
 
     def _pack_experts(

@@ -29,7 +29,8 @@ import torch
 
 from coterie.compress.moments import Inputs
 from coterie.compress.projections import DOWN, Projections, projections_of
-from coterie.compress.quantisers.corrected import wanted
+from coterie.compress.quantisers.corrected import RIDGE, wanted
+from coterie.compress.quantisers.gptq import DAMPING
 from coterie.compress.weights import Weight
 from coterie.errors import ArchitectureMismatch
 from coterie.model.disk.encodings.shared_base import BASE, LEFT, PLAIN, RIGHT, SharedBaseType, base_name
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
 
 #: How often base and factors take turns.
 ROUNDS = 3
-
-#: Share of the mean of a Hessian's diagonal that is added to it, as in GPTQ.
-DAMPING = 0.01
 
 #: Chooses codes: bytes (N, R, K), and values (N, R, C), of matrices (N, R, C), what comes into them, and their type.
 Rounded = Callable[["Tensor", Inputs, str], "tuple[Tensor, Tensor]"]
@@ -102,16 +100,24 @@ def best_base(weight_ERC: Tensor, hessian_ECC: Tensor, rank: int, *, rounds: int
     return base_RC
 
 
-def damped(hessian_ECC: Tensor) -> Tensor:
+def damped(hessian_ECC: Tensor, damping: float = DAMPING) -> Tensor:
     """Return Hessians (E, C, C) that are positive definite; of an expert that saw nothing, a small identity."""
     mean_E = hessian_ECC.diagonal(dim1=-2, dim2=-1).double().mean(dim=-1)
     usual = float(mean_E.mean()) or 1.0
-    added_E = DAMPING * torch.where(mean_E > 0, mean_E, usual)
+    added_E = torch.where(mean_E > 0, damping * mean_E, DAMPING * usual)
     eye_CC = torch.eye(hessian_ECC.shape[-1], device=hessian_ECC.device)
     return hessian_ECC + added_E.float()[:, None, None] * eye_CC
 
 
-def factored(weight_ERC: Tensor, inputs: Inputs, kind: SharedBaseType, rounded: Rounded) -> dict[str, Tensor]:
+def factored(
+    weight_ERC: Tensor,
+    inputs: Inputs,
+    kind: SharedBaseType,
+    rounded: Rounded,
+    *,
+    damping: float = DAMPING,
+    ridge: float = RIDGE,
+) -> dict[str, Tensor]:
     """Return what is stored of experts, by suffix: base (R, K), and factors (E, r, K).
 
     Args:
@@ -120,8 +126,10 @@ def factored(weight_ERC: Tensor, inputs: Inputs, kind: SharedBaseType, rounded: 
             corrected for it first (`coterie.compress.quantisers.corrected`).
         kind: what base and factors are to be.
         rounded: chooses the codes of base and right factors, where these are no plain numbers.
+        damping: share of the mean of each Hessian's diagonal that is added to the diagonal.
+        ridge: the same for the correction.
     """
-    hessian_ECC, wanted_ERC = damped(inputs.hessian_NCC), wanted(weight_ERC, inputs)
+    hessian_ECC, wanted_ERC = damped(inputs.hessian_NCC, damping), wanted(weight_ERC, inputs, ridge=ridge)
     into = Inputs(hessian_NCC=hessian_ECC, missed_NCC=None, num_tokens=inputs.num_tokens)
     into_all = Inputs(hessian_NCC=hessian_ECC.sum(dim=0)[None], missed_NCC=None, num_tokens=(sum(inputs.num_tokens),))
     base_RC = best_base(wanted_ERC, hessian_ECC, kind.rank).float()
@@ -164,6 +172,7 @@ def pack_shared(
     inputs: Mapping[bool, Inputs],
     kind: SharedBaseType,
     rounded: Rounded,
+    **options: float,
 ) -> dict[str, Tensor]:
     """Return what is stored of the experts of a layer that share a base, by stored name.
 
@@ -175,6 +184,7 @@ def pack_shared(
         inputs: what comes into gate and up (False), and into down (True).
         kind: what base and factors are to be.
         rounded: chooses the codes of base and right factors, where these are no plain numbers.
+        **options: of the quantiser, see `factored`.
 
     Raises:
         ArchitectureMismatch: a tensor does not hold one matrix for each expert.
@@ -192,7 +202,7 @@ def pack_shared(
             "so they can have no base in common; use another recipe, such as gptaq, and please report it"
         )
     of_experts = inputs[parts == {DOWN}].select(experts)
-    stored = factored(weight_ERC.to(projections.experts.up_EFD.device), of_experts, kind, rounded)
+    stored = factored(weight_ERC.to(projections.experts.up_EFD.device), of_experts, kind, rounded, **options)
     named = {base_name(weight.pattern): stored[BASE]}
     for suffix in (LEFT, RIGHT):
         if stacked:
