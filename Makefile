@@ -68,6 +68,8 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 		--recipes coterie-bits@packed coterie-bits:balanced@packed --markdown benchmarks/bits-packed.md
 	$(BITS) --models reference/qwen3_moe --formats --expert-shares 0.1 0.13 0.2 --tokens 32768 \
 		--recipes coterie-bits@packed coterie-bits-width@packed --markdown benchmarks/bits-width.md
+	$(BITS) --models reference/qwen3_moe --formats --expert-shares 0.25 --tokens 32768 --json benchmarks/bits-shared-base.json \
+		--recipes shared-base@packed gptq@packed coterie-bits@packed --markdown benchmarks/bits-shared-base.md
 	$(BITS) --models reference/qwen3_moe --formats IQ4_XS --recipes coterie-bits pmq mxmoe alphaq bitsmoe-bits edgemoe \
 		--markdown benchmarks/bits-published.md
 	$(BIN)/python benchmarks/quantise_speed.py --repeats 1 --types Q6_K Q4_K IQ4_XS Q3_K IQ3_XXS Q2_K IQ2_S IQ2_XXS \

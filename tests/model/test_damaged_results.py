@@ -24,6 +24,7 @@ from hostile import changed, places, values, write_digested
 #: How a result of each form is made, of experts whose rows are two blocks of 32, or one group of 64.
 FORMS = {
     "packed": {"recipe": "nearest", "type": "IQ4_NL", "target": "packed"},
+    "shared-base": {"recipe": "shared-base", "bits": 6, "target": "packed"},
     "mapped": {"recipe": "hc-smoe", "keep": 0.5, "router": "map"},
     "ragged": {"recipe": "heapr-ragged", "keep": 0.5},
     "compressed-tensors": {"recipe": "nearest", "type": "INT4_G64", "target": "compressed-tensors"},

@@ -22,6 +22,7 @@ from coterie.model.disk.encodings.packed_integers import PackedIntegers
 from coterie.model.disk.encodings.plain import Plain
 from coterie.model.disk.encodings.ragged import Ragged
 from coterie.model.disk.encodings.rearranged import Rearranged
+from coterie.model.disk.encodings.shared_base import SharedBase
 from coterie.model.disk.gguf.take import Take
 from coterie.model.disk.tensors import DTYPE_BITS, TORCH_NAMES
 from some import first
@@ -64,6 +65,8 @@ EXAMPLES = [
     (Ragged(axis=0, width=2, full=5, inner=Plain(dtype="BF16")), (5, 3)),
     (Ragged(axis=1, width=0, full=5, inner=Plain(dtype="F32")), (4, 5)),
     (Ragged(axis=0, width=2, full=5, inner=BlockScaled(block=(4, 3))), (5, 3)),
+    (SharedBase(base=GgmlBlocks(type="Q4_K"), factors=GgmlBlocks(type="Q8_0"), rank=5), (4, 64, 256)),
+    (SharedBase(base=Plain(dtype="BF16"), factors=Plain(dtype="F16"), rank=3, axis=-2, dtype="F32"), (7, 5)),
     (Rearranged(takes=(EVEN, ODD), shape=(6, 5)), (6, 5)),
     (Rearranged(takes=(EVEN, ODD), shape=(6,), stack=2, dtype="F32"), (2, 6)),
     (Rearranged(takes=(Take(input_first=True),), shape=(3, 4), stack=2), (2, 3, 4)),
@@ -362,6 +365,7 @@ def test_rows_that_lie_by_themselves_are_the_same_rows(encoding, shape):
             Gptq: False,
             Awq: False,
             Ragged: getattr(encoding, "axis", 0) > 0,
+            SharedBase: len(shape) > 2,
             Rearranged: getattr(encoding, "stack", None) is not None,
         }[type(encoding)]
     )

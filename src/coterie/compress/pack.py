@@ -18,6 +18,7 @@ from coterie.compress.narrow import largest, narrowed
 from coterie.compress.plan import Plan
 from coterie.compress.projections import DOWN, GATE, UP, Projections, projections_of
 from coterie.compress.quantisers import get_quantiser, load_quantiser
+from coterie.compress.shared_base import pack_shared
 from coterie.compress.source import Source
 from coterie.compress.weights import Weight, typed, weights_among
 from coterie.errors import ArchitectureMismatch
@@ -25,6 +26,7 @@ from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.encodings.block_types import get_layout
 from coterie.model.disk.encodings.integer_groups import as_stored
 from coterie.model.disk.encodings.integer_types import INTEGERS
+from coterie.model.disk.encodings.shared_base import SharedBaseType
 from coterie.model.stream.stream import Stage, Stream
 from coterie.model.stream.unit import Unit
 
@@ -98,6 +100,7 @@ class Packer:
         layers = [layer for layer in layers if layer.index in typed]
         moments = self._measure(stage, layers, list(linear))
         packed: dict[str, Tensor] = {}
+        stored: dict[str, Tensor] = {}
         state = self.stream.model.state_dict()
         for weight in weights:
             if weight.kind == "expert":
@@ -112,10 +115,12 @@ class Packer:
             packed[weight.names[0]] = byte_1RK[0]
         for layer in layers:
             of_layer = [weight for weight in weights if weight.layer == layer.index]
-            if of_layer:
-                packed |= self._pack_experts(layer, of_layer, moments, stage.conversions)
+            sharing = [weight for weight in of_layer if SharedBaseType.parse(self.plan.types[weight.pattern])]
+            if sharing:
+                stored |= self._pack_sharing(layer, sharing, moments, stage.conversions)
+            if rest := [weight for weight in of_layer if weight not in sharing]:
+                packed |= self._pack_experts(layer, rest, moments, stage.conversions)
         kinds = {name: self.plan.types[weight.pattern] for weight in weights for name in weight.names}
-        stored: dict[str, Tensor] = {}
         for name, byte_RK in packed.items():
             stored |= _stored(name, byte_RK.cpu(), kinds[name])
         return stored
@@ -147,6 +152,19 @@ class Packer:
                     calls[Lane.ORIGINAL, number].compute(original.stand_in)
             moments.add(seen, original, counts_T)
         return moments
+
+    def _pack_sharing(
+        self, layer: MoELayer, weights: Sequence[Weight], moments: Moments, conversions: list[object]
+    ) -> dict[str, Tensor]:
+        """Return what is stored of experts that share a base, by stored name (`coterie.compress.shared_base`)."""
+        projections = Projections(self.stream.model, layer, self.stream.conversion, conversions)
+        inputs = {between: moments.expert_inputs(layer.index, between=between) for between in (False, True)}
+        stored: dict[str, Tensor] = {}
+        for weight in weights:
+            shared = SharedBaseType.parse(self.plan.types[weight.pattern])
+            assert shared is not None
+            stored |= pack_shared(projections, weight, inputs, shared, self._rounded, **self._options)
+        return stored
 
     def _pack_experts(
         self, layer: MoELayer, weights: Sequence[Weight], moments: Moments, conversions: list[object]

@@ -12,10 +12,12 @@ from functools import cached_property
 from coterie.compress.plan import Plan
 from coterie.compress.quantisers import get_quantiser
 from coterie.compress.quantisers.gptq import FACTOR_BYTES, HESSIAN_ELEMENTS
+from coterie.compress.shared_base import extra_bytes, operations
 from coterie.compress.source import Source
 from coterie.compress.weights import Weight, typed, weights_among
 from coterie.model.disk.encodings.ggml import unwrapped
 from coterie.model.disk.encodings.ggml.rounding import ROUNDING_BYTES
+from coterie.model.disk.encodings.shared_base import SharedBaseType
 from coterie.model.stream.memory import (
     COMPRESS_COPIES,
     Line,
@@ -33,6 +35,7 @@ from coterie.profile.measure import Measure
 #: Names of lines.
 MOMENTS, FACTORS, CODES = "sums of what comes in", "factors of Hessians", "choosing codes"
 NARROWING = "experts at their widths"
+SHARING = "base and factors of experts"
 
 #: Seconds that choosing the code of a number takes on one core, by type; entries of a grid take long to find.
 SECONDS = {
@@ -101,6 +104,7 @@ class PackForecast:
             # The numbers that are left to round, what is wanted of them, and their values in parts and as one.
             (CODES, 4 * (2 + copies) * rows + workers * ROUNDING_BYTES),
             *self._narrowing_lines(rows, hessians, widest),
+            *self._sharing_lines(weights, workers),
         )
 
     def _narrowing_lines(self, rows: int, hessians: Sequence[tuple[int, int]], widest: int) -> tuple[Line, ...]:
@@ -109,6 +113,11 @@ class PackForecast:
             return ()
         sums = max((count * size**2 for count, size in hessians), default=0)
         return ((NARROWING, 4 * rows + 4 * (1 + self._compares) * sums + 6 * 8 * widest**2),)
+
+    def _sharing_lines(self, weights: Sequence[Weight], workers: int) -> tuple[Line, ...]:
+        """Return what it takes to factor experts that share a base, see `coterie.compress.shared_base`."""
+        sharing = [weight for weight in weights if SharedBaseType.parse(self.plan.types[weight.pattern])]
+        return ((SHARING, extra_bytes(sharing, workers)),) if sharing else ()
 
     def moments(self, unit: Unit) -> Sequence[tuple[int, int]]:
         """Return (how many, columns) of the sums that are made while text runs through a unit."""
@@ -127,11 +136,14 @@ class PackForecast:
         for unit in self.stream.units:
             weights = self._of_unit(unit)
             codes = sum(weight.num_elements * seconds_of_type(self.plan.types[weight.pattern]) for weight in weights)
-            operations = 0.0
+            work = 0.0
             for count, size in self.moments(unit):
                 share = 1.0 if count == 1 else max((layer.top_k for layer in layers), default=1) / count
-                operations += count * (16 * size**3 + 2 * (1 + self._compares) * share * tokens * size**2)
-            seconds[unit.name] = codes / workers_on(self.stream.device) + operations / speed
+                work += count * (16 * size**3 + 2 * (1 + self._compares) * share * tokens * size**2)
+            for weight in weights:
+                if (shared := SharedBaseType.parse(self.plan.types[weight.pattern])) is not None:
+                    work += operations(weight, shared.rank)
+            seconds[unit.name] = codes / workers_on(self.stream.device) + work / speed
         return seconds
 
     @property

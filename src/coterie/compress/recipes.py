@@ -100,6 +100,11 @@ class Recipe:
         """Whether experts get widths of their own where weights are stored in fewer bits."""
         return self.allocator == "mixed-widths"
 
+    @property
+    def packs(self) -> bool:
+        """Whether its results are what no GGUF file holds, whoever reads them."""
+        return self.narrows or self.allocator == "shared-base"
+
     def with_router(self, router: str) -> tuple[Step, ...]:
         """Return the passes for a router form, one of `ROUTERS`.
 
@@ -376,6 +381,12 @@ RECIPES: dict[str, Recipe] = {
             summary="the lower of two types for the experts that matter least, each number the nearest",
             paper="2308.14352",
             measures=(), passes=(), allocator="edgemoe", quantiser=("nearest", {}),
+        ),
+        Recipe(
+            name="shared-base",
+            summary="a base for all experts of a layer, a low-rank difference for each (D2-MoE); for --target packed",
+            paper="2502.17298",
+            measures=(), passes=(), allocator="shared-base", quantiser=("corrected-gptq", {}),
         ),
         Recipe(
             name="coterie-bits",

@@ -24,6 +24,7 @@ from coterie.model.arch.ragged import Place, cut, places_of
 from coterie.model.arch.seam import intercepted
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.encodings import quantization_config
+from coterie.model.disk.encodings.shared_base import whole_name
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.header import read_header
 from coterie.model.disk.manifest import RaggedWidths
@@ -117,7 +118,7 @@ class ResultModel:
         """Return what a config.json would say of a weight file alone, by the names of its tensors."""
         if self._integers is not None:
             return {"quantization_config": self._integers}
-        patterns = {matching(name, self.encodings) for name in names}
+        patterns = {matching(whole_name(name), self.encodings) for name in names}
         inside = {pattern: each for pattern, each in self.encodings.items() if pattern in patterns}
         return {"quantization_config": quantization_config(inside)} if inside else {}
 

@@ -118,7 +118,7 @@ class Target:
                 f"--target {self.reader} is about weights in fewer bits, and recipe {recipe.name} {allocator.does}: "
                 "leave it out; its result is a plain checkpoint, which `coterie export` makes a GGUF file of as well"
             )
-        if recipe.narrows and self.reader != "packed":
+        if recipe.packs and self.reader != "packed":
             raise InputError(
                 f"recipe {recipe.name} {allocator.does}, which no GGUF file holds: say --target packed as well, or "
                 "take coterie-bits"
@@ -140,7 +140,7 @@ class Target:
                 alike = [
                     name
                     for name, each in RECIPES.items()
-                    if given[0] in ALLOCATORS[each.allocator].targets and not each.narrows
+                    if given[0] in ALLOCATORS[each.allocator].targets and not each.packs
                 ]
                 instead = f"recipe that stores weights in fewer bits, such as {alike[-1]}"
             raise InputError(

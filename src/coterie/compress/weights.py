@@ -14,6 +14,7 @@ from coterie.model.disk.encodings.ggml import GRAIN, OWN_TYPES, WRAPPED, bits_of
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 from coterie.model.disk.encodings.integer_types import INTEGERS, integer_encoding
 from coterie.model.disk.encodings.packed_integers import PackedIntegers
+from coterie.model.disk.encodings.shared_base import SharedBase, SharedBaseType
 
 #: Steps on the whole result that leave codes as they are.
 BLOCK_STEPS = ("distill-blocks",)
@@ -126,6 +127,8 @@ class Weight:
 
     def holds(self, kind: str) -> bool:
         """Tell whether it can be stored in a type as that is."""
+        if (shared := SharedBaseType.parse(kind)) is not None:
+            return self.can_share and shared.fits(self.rows, self.columns)
         if self.widths is not None:
             return all(each.holds(kind) for each in self.by_width())
         if not kind.endswith(WRAPPED):
@@ -134,16 +137,29 @@ class Weight:
             return False
         return self.can_wrap and self.columns % GRAIN == 0 and self.rows % rows_together(kind, self.columns) == 0
 
-    def encoding(self, kind: str) -> GgmlBlocks | PackedIntegers:
+    @property
+    def can_share(self) -> bool:
+        """Whether they are those of all experts of a layer, which can have a base in common."""
+        alone, stacked = len(self.shape) == 2 and self._place is not None, len(self.shape) == 3
+        return self.kind == "expert" and self.widths is None and (alone or stacked)
+
+    def encoding(self, kind: str) -> GgmlBlocks | PackedIntegers | SharedBase:
         """Return the encoding of one of them in a type; of those of one width, where they have several."""
         assert self.widths is None
+        if (shared := SharedBaseType.parse(kind)) is not None:
+            return shared.encoding(self.columns, self.axis)
         if kind in INTEGERS:
             return integer_encoding(kind)
         columns = self.columns if kind.endswith(WRAPPED) else None
         return GgmlBlocks(type=unwrapped(kind), axis=self.axis, dtype="F32", columns=columns)
 
     def num_bytes(self, kind: str) -> int:
-        """Return the bytes of all of them in a type."""
+        """Return the bytes of all of them in a type; a base that they share is there once."""
+        if SharedBaseType.parse(kind) is not None:
+            encoding = self.encoding(kind)
+            assert isinstance(encoding, SharedBase)
+            again = (len(self.names) - 1) * encoding.base_bytes(self.shape)
+            return len(self.names) * encoding.num_bytes(self.shape) - again
         return sum(len(each.names) * each.encoding(kind).num_bytes(each.shape) for each in self.by_width())
 
     def only(self, names: Sequence[str]) -> Weight:
@@ -289,9 +305,32 @@ def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) ->
                 f"the plan stores {pattern} as {kind}; matrices that can be stored so are named like "
                 f"{', '.join(sorted(by_pattern)[:3])}"
             )
+        if SharedBaseType.parse(kind) is not None:
+            _check_shares(weight, by_pattern, kind, plan)
+            continue
         if unwrapped(kind) not in SIZES or (kind.endswith(WRAPPED) and unwrapped(kind) in INTEGERS):
             raise Infeasible(f"the plan stores {pattern} as {kind}; types that can be written are {', '.join(SIZES)}")
         _check_fits(weight, kind)
+
+
+def _check_shares(weight: Weight, by_pattern: Mapping[str, Weight], kind: str, plan: Plan) -> None:
+    """Raise Infeasible where matrices cannot have a base in common and factors of that rank."""
+    said = f"the plan stores {weight.pattern} as {kind}, a base and factors"
+    if plan.result_steps:
+        raise Infeasible(f"{said}, and {plan.result_steps[0][0]} trains scales of single matrices: leave it out")
+    if weight.pattern not in by_pattern or len(weight.names) < len(by_pattern[weight.pattern].names):
+        raise Infeasible(f"{said}, which all experts of a layer have together: name none of them by itself")
+    if not weight.can_share:
+        raise Infeasible(
+            f"{said}; that is for experts of one width that have a matrix each, or lie in one tensor of three axes: "
+            f"take a type such as {weight.fitting('Q4_K') or 'Q8_0'}"
+        )
+    if not weight.holds(kind):
+        raise Infeasible(
+            f"{said}; its matrices have {weight.rows} rows of {weight.columns} numbers: take a rank from 1 to "
+            f"{min(weight.rows, weight.columns)}, blocks that divide the {weight.columns} for the base, blocks that "
+            "divide both for the factors, or BF16"
+        )
 
 
 def _check_fits(weight: Weight, kind: str) -> None:
@@ -324,9 +363,9 @@ def bytes_saved(weights: Sequence[Weight], types: Mapping[str, str]) -> int:
     return sum(weight.plain_bytes - weight.num_bytes(types[weight.pattern]) for weight in typed(weights, types))
 
 
-def encodings_of(weights: Iterable[Weight], plan: Plan) -> dict[str, GgmlBlocks | PackedIntegers]:
+def encodings_of(weights: Iterable[Weight], plan: Plan) -> dict[str, GgmlBlocks | PackedIntegers | SharedBase]:
     """Return the encoding of each pattern that a plan gives a type; by name where it hangs on an expert's width."""
-    encodings: dict[str, GgmlBlocks | PackedIntegers] = {}
+    encodings: dict[str, GgmlBlocks | PackedIntegers | SharedBase] = {}
     for weight in planned(weights, plan):
         kind = plan.types[weight.pattern]
         by_width = [(each, each.encoding(kind)) for each in weight.by_width()]

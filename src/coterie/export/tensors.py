@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from coterie.errors import InputError
 from coterie.export import blocks
 from coterie.model.disk.encodings.ggml import OWN_TYPES
+from coterie.model.disk.encodings.shared_base import SharedBase
 from coterie.model.disk.gguf.names import Target
 from coterie.model.disk.gguf.take import Take
 from coterie.model.disk.tensors import TensorInfo
@@ -141,7 +142,12 @@ def _output(
         shape = shape[1:]  # the gate of a shared expert is a vector there
     stored = {blocks.block_type(tensors[part.source]) for part in parts}
     for part in parts:
-        kind = blocks.block_type(tensors[part.source])
+        kind, packed = blocks.block_type(tensors[part.source]), tensors[part.source].packed
+        if packed is not None and isinstance(packed.encoding, SharedBase):
+            raise InputError(
+                f"{part.source} is stored as a base that experts share and factors, which no GGUF file can hold; "
+                "compress the original again with types of GGML, like --type Q4_K"
+            )
         if kind is not None and kind[0] in OWN_TYPES:
             raise InputError(
                 f"{part.source} is stored as {kind[0]}, a type of Coterie's own, which no GGUF file can hold; compress "

@@ -5,7 +5,8 @@ What comes out is a model of transformers' own class for the family, so all that
 this file only reads what that class cannot:
 
 - packed: matrices in blocks of GGML types (``quantization_config`` in config.json says which), which are unpacked as
-  they are read. The package gguf does that, but for Coterie's own types, whose blocks are rotated.
+  they are read. The package gguf does that, but for Coterie's own types, whose blocks are rotated. Experts may be
+  stored as a base that all of a layer share, and factors of what is to be added to it for each.
 - ragged: experts of differing widths (coterie.json says along which axes), which are filled up with zeros: a hidden
   neuron whose weights are zero adds nothing.
 - mapped: a router with a row for each expert of the original, and a map from those to the experts that there are
@@ -37,6 +38,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 _METHOD = "coterie"
+_PLAIN, _SHARED = "plain", "shared-base"
 _MAP = "coterie_expert_map"
 
 #: Options that say which files of a repository are meant, and where they are kept.
@@ -85,7 +87,7 @@ class CoterieModel:
         _check_possible(name, options)
         folder = _folder(name, options)
         packed, manifest = _packed(folder), _manifest(folder)
-        if any(group["type"] not in _LEVELS for group in packed.values()):
+        if any(kind not in _LEVELS for group in packed.values() for kind in _types(group)):
             _gguf()
         plain = _plain(AutoConfig.from_pretrained(folder, trust_remote_code=False) if config is None else config)
         stock = _stock_class(plain)
@@ -173,13 +175,22 @@ def _stock_class(config: Any) -> Any:
 
 
 def _packed(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """Return how tensors are packed: name, or pattern with a star for one number in it -> type, axis, dtype."""
+    """Return how tensors are packed: name, or pattern with a star for one number in it -> type, axis, dtype.
+
+    Of experts that share a base: base and factors in place of the type, each with its own, and their rank.
+    """
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
     if settings.get("quant_method", _METHOD) != _METHOD:
         raise ValueError(
             f"{folder}: config.json says {settings['quant_method']!r} of its weights, which is not Coterie's"
         )
     return {pattern: group for group in settings.get("groups", ()) for pattern in group["tensors"]}
+
+
+def _types(group: Mapping[str, Any]) -> list[str]:
+    """Return the types of blocks that weights of a group are stored in."""
+    inner = (group["base"], group["factors"]) if group["encoding"] == _SHARED else (group,)
+    return [each["type"] for each in inner if each["encoding"] != _PLAIN]
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -190,9 +201,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _tensors(
-    folder: Path, packed: Mapping[str, Mapping[str, Any]], ragged: Mapping[str, Any] | None
-) -> dict[str, _StoredTensor]:
+def _tensors(folder: Path, packed: Mapping[str, Mapping[str, Any]], ragged: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return all tensors by name, each to be read when it is wanted."""
     opened: Any = lru_cache(maxsize=1)(partial(safe_open, framework="pt"))  # one file at a time
     index, single = folder / "model.safetensors.index.json", "model.safetensors"
@@ -200,16 +209,32 @@ def _tensors(
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     else:
         files = dict.fromkeys(opened(folder / single).keys(), single)
-    tensors = {}
+    groups, bases = dict(packed), {}
+    for pattern, group in packed.items():
+        if group["encoding"] == _SHARED:
+            bases[pattern] = ".".join("0" if part == "*" else part for part in pattern.split(".")) + "_base"
+            groups |= {bases[pattern]: group["base"]} | dict.fromkeys(
+                (f"{pattern}_left", f"{pattern}_right"), group["factors"]
+            )
+    tensors: dict[str, Any] = {}
     for name, file in files.items():
         axis = None if ragged is None else _of_pattern(name, ragged["axes"])
         tensors[name] = _StoredTensor(
             partial(opened, folder / file),
             name,
-            group=_of_pattern(name, packed),
+            group=_of_pattern(name, groups),
             full=None if ragged is None or axis is None else (axis, ragged["width"]),
         )
-    return tensors
+    parts: set[str] = set()
+    for left in [name for name in tensors if name.endswith("_left")]:
+        name = left.removesuffix("_left")
+        if (base := _of_pattern(name, bases)) is not None:
+            stored = (base, left, f"{name}_right")
+            if missing := [each for each in stored if each not in tensors]:
+                raise ValueError(f"{folder} has no {missing[0]}, which is a part of {name}; fetch its files again")
+            tensors[name] = _SharedTensor(*(tensors[each] for each in stored), axis=_of_pattern(name, packed)["axis"])
+            parts.update(stored)
+    return {name: tensor for name, tensor in tensors.items() if name not in parts}
 
 
 def _of_pattern(name: str, patterns: Mapping[str, Any]) -> Any:
@@ -241,6 +266,24 @@ class _StoredTensor:
         return tensor[index]
 
 
+class _SharedTensor:
+    """Matrices of experts (R, C), or (E, R, C): a base that all of a layer share, and factors of what is added to it.
+
+    The columns of the left factor and the rows of the right one are stored as rows, one for each rank.
+    """
+
+    def __init__(self, base: _StoredTensor, left: _StoredTensor, right: _StoredTensor, *, axis: int) -> None:
+        self.base, self.left, self.right, self.axis = base, left, right, axis
+
+    def __getitem__(self, index: Any) -> Tensor:
+        base, left, right = (each[...].float() for each in (self.base, self.left, self.right))
+        if left.ndim == 2:
+            tensor = base + left.T @ right
+        else:
+            tensor = torch.stack([base + each.T @ other for each, other in zip(left, right, strict=True)])
+        return tensor.transpose(self.axis, -1).contiguous()[index]
+
+
 def _gguf() -> tuple[Any, Any]:
     """Return the types of blocks, and the function that unpacks them."""
     try:  # at the top of this file transformers would ask for it also where nothing is packed
@@ -259,6 +302,8 @@ def _unpacked(blocks: Tensor, group: Mapping[str, Any]) -> Tensor:
 
     Where the group says how many columns there are, several rows of numbers are one of bytes.
     """
+    if group["encoding"] == _PLAIN:
+        return blocks
     kind, dtype = group["type"], _DTYPES[group["dtype"]]
     unpack = _rotated_back if kind in _LEVELS else _dequantized
     byte_RK = blocks.transpose(group["axis"], -1).contiguous()

@@ -118,6 +118,12 @@ ALLOCATORS: dict[str, Allocator] = {
         meter="coterie.compress.allocators.pmq:meter",
         measures="outputs",
     ),
+    "shared-base": Allocator(
+        function="coterie.compress.allocators.shared_base:allocate",
+        targets=("bits", "budget"),
+        does="stores experts as a base that all of a layer share and a low-rank difference for each",
+        instead=_STRUCTURE,
+    ),
     "ragged": Allocator(
         function="coterie.compress.allocators.ragged:allocate",
         targets=("keep", "width", "budget"),

@@ -41,8 +41,13 @@ def corrected(
     Raises:
         ValueError: columns that are no whole blocks.
     """
+    return gptq(wanted(weight_NRC, inputs, ridge=ridge), inputs, kind, damping=damping)
+
+
+def wanted(weight_NRC: Tensor, inputs: Inputs, *, ridge: float = RIDGE) -> Tensor:
+    """Return matrices (N, R, C) that come nearest to the original's output on what really comes in."""
     if inputs.missed_NCC is None:
-        return gptq(weight_NRC, inputs, kind, damping=damping)
+        return weight_NRC
     wanted_NRC = torch.empty_like(weight_NRC, dtype=torch.float32)
     for number, (hessian_CC, missed_CC) in enumerate(zip(inputs.hessian_NCC, inputs.missed_NCC, strict=True)):
         wide_CC = hessian_CC.to(torch.float64)
@@ -53,4 +58,4 @@ def corrected(
         shift_CC = torch.cholesky_solve(missed_CC.to(torch.float64).T, lower_CC).T
         wide_RC = weight_NRC[number].to(torch.float64)
         wanted_NRC[number] = wide_RC + wide_RC @ shift_CC
-    return gptq(wanted_NRC, inputs, kind, damping=damping)
+    return wanted_NRC

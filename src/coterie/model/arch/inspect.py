@@ -387,7 +387,7 @@ def _describe(
     rows = next(
         (value for entry, value in integer_entries(config) if entry == path and value in axes), block.num_experts
     )
-    first = [tensors[info.name] for info in block.first_expert]
+    first = [tensors.get(info.name, info) for info in block.first_expert]  # factors are not read by themselves
     hidden_size, width = _expert_shape(block, first, config, path, storage)
     return MoEBlock(
         layer=block.layer,

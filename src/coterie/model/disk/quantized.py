@@ -25,6 +25,7 @@ from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.encodings import OWN_METHOD, encoding_from
 from coterie.model.disk.encodings.bit_planes import BitPlanes
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
+from coterie.model.disk.encodings.shared_base import BASE, LEFT, RIGHT, SharedBase, base_name, whole_name
 from coterie.model.disk.gguf.tensors import in_format
 from coterie.model.disk.patterns import matching
 from coterie.model.disk.quantized_compressed import find_compressed
@@ -150,6 +151,7 @@ def _find_own(source: QuantizedSource) -> PackedTensors:
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
         raise wrong("names no groups of tensors")
     encodings: dict[str, GgmlBlocks | BitPlanes] = {}
+    based: dict[str, SharedBase] = {}
     for group in groups:
         patterns = group.get("tensors")
         if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -159,13 +161,16 @@ def _find_own(source: QuantizedSource) -> PackedTensors:
             encoding = encoding_from({"dtype": source.dtype} | content)  # what is read of GGUF files says none
         except (CoterieError, ValueError, TypeError) as error:
             raise wrong(f"names an encoding that cannot be ({error})") from None
-        if not isinstance(encoding, GgmlBlocks | BitPlanes):
+        if not isinstance(encoding, GgmlBlocks | BitPlanes | SharedBase):
             raise wrong(f"names the encoding {content.get('encoding')!r}, which is no block format")
-        if twice := sorted(encodings.keys() & set(patterns)):
+        if twice := sorted((encodings.keys() | based.keys()) & set(patterns)):
             raise wrong(f"names {twice[0]!r} twice")
-        encodings |= dict.fromkeys(patterns, encoding)
-    weights: dict[str, TensorInfo] = {}
-    matched: set[str] = set()
+        if isinstance(encoding, SharedBase):
+            based |= dict.fromkeys(patterns, encoding)
+        else:
+            encodings |= dict.fromkeys(patterns, encoding)
+    weights, dropped = _find_based(source, based)
+    matched = {matching(info.name, based) for info in weights.values()}
     for name, info in source.tensors.items():
         pattern = matching(name, encodings)
         if pattern is None:
@@ -179,9 +184,35 @@ def _find_own(source: QuantizedSource) -> PackedTensors:
         weights[name] = TensorInfo(
             name=name, dtype=encodings[pattern].dtype, shape=shape, shard=info.shard, packed=packed
         )
-    if lost := sorted(encodings.keys() - matched):
+    if lost := sorted((encodings.keys() | based.keys()) - matched):
         raise wrong(f"names {lost[0]!r}, and no such tensor is there")
-    return weights, set()
+    return weights, dropped
+
+
+def _find_based(source: QuantizedSource, based: Mapping[str, SharedBase]) -> PackedTensors:
+    """Find the experts that are a base and factors, by pattern; raises CorruptCheckpoint where those do not fit."""
+    weights: dict[str, TensorInfo] = {}
+    dropped: set[str] = set()
+    for factor in source.tensors:
+        name = whole_name(factor)
+        pattern = matching(name, based)
+        if pattern is None or name == factor:
+            continue
+        names = {BASE: base_name(pattern), LEFT: name + LEFT, RIGHT: name + RIGHT}
+        if missing := [each for each in names.values() if each not in source.tensors]:
+            raise CorruptCheckpoint(
+                f"{source.where}: {name!r} is a base and factors, and {missing[0]!r} is missing; fetch all files again"
+            )
+        stored = {suffix: source.tensors[each] for suffix, each in names.items()}
+        encoding, left = based[pattern], stored[LEFT]
+        try:
+            shape = encoding.shape_of({suffix: (info.dtype, info.shape) for suffix, info in stored.items()})
+        except UnsupportedDtype as error:
+            raise source.misfit(left, str(error)) from None
+        packed = Packed(encoding=encoding, stored=stored)
+        weights[left.name] = TensorInfo(name=name, dtype=encoding.dtype, shape=shape, shard=left.shard, packed=packed)
+        dropped |= {names[BASE], names[RIGHT]}
+    return weights, dropped
 
 
 _METHODS: dict[str, Callable[[QuantizedSource], PackedTensors]] = {

@@ -26,7 +26,11 @@ ENCODINGS = {
     "packed-integers": "coterie.model.disk.encodings.packed_integers:PackedIntegers",
     "ragged": "coterie.model.disk.encodings.ragged:Ragged",
     "rearranged": "coterie.model.disk.encodings.rearranged:Rearranged",
+    "shared-base": "coterie.model.disk.encodings.shared_base:SharedBase",
 }
+
+#: Options that are encodings themselves.
+_NESTED = ("inner", "base", "factors")
 
 #: ``quant_method`` of what Coterie writes.
 OWN_METHOD = "coterie"
@@ -41,8 +45,11 @@ def encoding_from(config: Mapping[str, Any]) -> Encoding:
     """
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     name = str(options.pop("encoding", ""))
-    if "inner" in config:
-        options["inner"] = encoding_from(config["inner"])
+    for option in _NESTED:
+        if option in config:
+            if not isinstance(config[option], Mapping):
+                raise TypeError(f"{option} is {config[option]!r}: it should be an encoding")
+            options[option] = encoding_from(config[option])
     if name not in ENCODINGS:
         raise UnknownName("encoding", name, ENCODINGS)
     home, _, attribute = ENCODINGS[name].partition(":")
