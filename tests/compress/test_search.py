@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from coterie.compress.allocators.knapsack import Option
 from coterie.compress.search.evolve import OFFSPRING, SELECTION, Parent, next_generation, offspring, sample_sizes
-from coterie.compress.search.levels import Ladder, bytes_of, ladder_of, switched
+from coterie.compress.search.levels import MOST_CHANGES, Ladder, bytes_of, ladder_of, switched
 
 LEVELS = st.lists(st.integers(1, 50), min_size=1, max_size=5, unique=True).map(
     lambda sizes: tuple(Option(name=f"{size} bytes", num_bytes=size, damage=1 / size) for size in sorted(sizes))
@@ -31,7 +31,7 @@ def test_a_switch_stays_within_the_bytes_and_moves_by_single_levels(problem, see
     assert after.keys() == types.keys()
     moves = [ladder.level_of(after[ladder.pattern]) - ladder.level_of(types[ladder.pattern]) for ladder in ladders]
     assert set(moves) <= {-1, 0, 1}
-    assert moves.count(-1) <= 3
+    assert len(moves) - moves.count(0) <= MOST_CHANGES
     assert after == switched(ladders, types, room, random.Random(seed))
 
 
@@ -40,6 +40,8 @@ def test_after_a_switch_no_matrix_that_stayed_could_have_risen(problem, seed):
     ladders, types, room = problem
     after = switched(ladders, types, room, random.Random(seed))
     left = room - bytes_of(ladders, after)
+    if after == types or sum(after[name] != types[name] for name in types) == MOST_CHANGES:
+        return
     for ladder in ladders:
         level = ladder.level_of(after[ladder.pattern])
         if after[ladder.pattern] == types[ladder.pattern] and level + 1 < len(ladder.levels):

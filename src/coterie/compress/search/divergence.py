@@ -55,6 +55,7 @@ class Divergences:
     bank: Bank
     _importance: Importance = field(default_factory=Importance, init=False)
     _hidden: list[Tensor] = field(default_factory=list, init=False)
+    _parts: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False)
     _output: Any = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -175,7 +176,7 @@ class Divergences:
     def _filling(self, names: Sequence[str], weights: Sequence[Weight], conversions: list[Any]) -> Filling:
         return Filling(
             stream=self.stream, source=self.source, importance=self._importance, bank=self.bank, names=names,
-            weights=weights, conversions=conversions,
+            weights=weights, conversions=conversions, parts=self._parts,
         )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from coterie.compress.source import Source
 from coterie.compress.weights import Weight
 from coterie.model.arch.conversion import put
 from coterie.model.arch.experts import canonical_experts, native_experts
+from coterie.model.arch.layers import MoELayer
 from coterie.model.stream.stream import Stream
 
 
@@ -31,6 +32,7 @@ class Filling:
         names: the names in memory of all weights of the unit.
         weights: its matrices that have types.
         conversions: what was used to read the unit.
+        parts: by pattern, which projections matrices of experts hold; filled as they come by.
     """
 
     stream: Stream
@@ -40,8 +42,8 @@ class Filling:
     names: Sequence[str]
     weights: Sequence[Weight]
     conversions: list[Any]
+    parts: dict[str, tuple[int, ...]]
     _own: dict[str, Tensor] = field(default_factory=dict, init=False)
-    _parts: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False)
     _now: tuple[tuple[str, ...], dict[str, Tensor]] = field(default=((), {}), init=False)
 
     def round(self, choices: Iterable[tuple[str, ...]], *, keep: bool = False) -> None:
@@ -54,7 +56,6 @@ class Filling:
         wanted = [dict.fromkeys(kinds[place] for kinds in choices) for place in range(len(self.weights))]
         state = self.stream.model.state_dict()
         self._own = {name: state[name].detach() for name in self.names} if keep else {}
-        by_layer: dict[int, Projections] = {}
         for weight, kinds in zip(self.weights, wanted, strict=True):
             if weight.layer is None:
                 names = self._memory_names(weight)
@@ -65,15 +66,11 @@ class Filling:
                         self.bank.add(weight.pattern, kind, matrix_RC[None], weights_1C)
                 continue
             layer = self.source.architecture.layers[weight.layer]
-            if weight.layer not in by_layer:
-                by_layer[weight.layer] = Projections(self.stream.model, layer, self.stream.conversion, self.conversions)
-            projections = by_layer[weight.layer]
-            self._parts[weight.pattern] = tuple(sorted(projections.held[weight.names[0]]))
-            for part in self._parts[weight.pattern]:
+            matrices = projections_of(canonical_experts(self.stream.model.get_submodule(layer.experts)))
+            for part in self._parts_of(weight, layer):
                 for kind in kinds:
-                    if (name := f"{weight.pattern} {part}", kind) not in self.bank:
-                        matrix_ERC = projections_of(projections.experts)[part]
-                        self.bank.add(name, kind, matrix_ERC, self.importance.of_experts(layer.index, part))
+                    if (name := _name(weight, part), kind) not in self.bank:
+                        self.bank.add(name, kind, matrices[part], self.importance.of_experts(layer.index, part))
 
     def put(self, kinds: tuple[str, ...]) -> None:
         """Put matrices in their types where those of the original were; what has no type stays.
@@ -100,8 +97,8 @@ class Filling:
 
         for weight, kind in zip(self.weights, kinds, strict=True):
             if weight.layer is not None:
-                for part in self._parts[weight.pattern]:
-                    by_layer.setdefault(weight.layer, {})[part] = self.bank.values(f"{weight.pattern} {part}", kind)
+                for part in self.parts[weight.pattern]:
+                    by_layer.setdefault(weight.layer, {})[part] = self.bank.values(_name(weight, part), kind)
                 continue
             for name in self._memory_names(weight):
                 yield name, like(name, self.bank.values(weight.pattern, kind)[0])
@@ -112,6 +109,14 @@ class Filling:
             changed: dict[str, Any] = {FIELDS[part]: value_ERC.to(experts.up_EFD) for part, value_ERC in parts.items()}
             for name, tensor in native_experts(module, replace(experts, **changed)).items():
                 yield f"{layer.experts}.{name}", tensor
+
+    def _parts_of(self, weight: Weight, layer: MoELayer) -> tuple[int, ...]:
+        """Return the projections that a matrix of experts holds; finding that out takes the whole layer, so once."""
+        if weight.pattern not in self.parts:
+            projections = Projections(self.stream.model, layer, self.stream.conversion, self.conversions)
+            by_name = {name: tuple(sorted(parts)) for name, parts in projections.held.items()}
+            self.parts |= {each.pattern: by_name[each.names[0]] for each in self.weights if each.layer == layer.index}
+        return self.parts[weight.pattern]
 
     def _memory_names(self, weight: Weight) -> list[str]:
         """Return the names in memory of a matrix among those of the unit; of a tied one it may be another's."""
@@ -126,3 +131,7 @@ class Filling:
         for name in self.names:
             by_disk_names.setdefault(sources.get(name, ()), []).append(name)
         return by_disk_names
+
+
+def _name(weight: Weight, part: int) -> str:
+    return f"{weight.pattern} {part}"

@@ -14,9 +14,12 @@ from coterie.compress.allocators.knapsack import Option
 #: Types of matrices, by pattern.
 Types = Mapping[str, str]
 
-#: Matrices that get a smaller type in one mutation, at most; the smaller of two draws is taken, so that few are more
-#: frequent, as in the paper.
+#: Matrices that a mutation begins with, at most; the smaller of two draws is taken, so that few are more frequent, as
+#: the paper has it.
 MOST_SWITCHES = 3
+
+#: Matrices that change in one mutation, at most.
+MOST_CHANGES = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +72,8 @@ def bytes_of(ladders: Sequence[Ladder], types: Types) -> int:
 def switched(ladders: Sequence[Ladder], types: Types, room: int, rng: random.Random) -> dict[str, str]:
     """Return types in which some matrices drawn at random are a level lower, and others a level higher.
 
-    Those that rise are tried in random order, each as long as it fits.
+    Either some fall first, or some rise and others fall until all fit. Then what is left over is spent: the others are
+    tried in random order, and each that fits rises. What would change too many stays as it was.
 
     Args:
         ladders: the levels of all matrices.
@@ -77,22 +81,34 @@ def switched(ladders: Sequence[Ladder], types: Types, room: int, rng: random.Ran
         room: the bytes that all of them may take.
         rng: what is drawn from.
     """
-    level_of = {ladder.pattern: ladder.level_of(types[ladder.pattern]) for ladder in ladders}
+    move = dict.fromkeys(range(len(ladders)), 0)
+    level = [ladder.level_of(types[ladder.pattern]) for ladder in ladders]
     left = room - bytes_of(ladders, types)
-    can_fall = [ladder for ladder in ladders if level_of[ladder.pattern] > 0]
-    count = min(rng.randint(1, MOST_SWITCHES), rng.randint(1, MOST_SWITCHES), len(can_fall))
-    fallen = rng.sample(can_fall, count)
-    for ladder in fallen:
-        level = level_of[ladder.pattern]
-        left += ladder.levels[level].num_bytes - ladder.levels[level - 1].num_bytes
-        level_of[ladder.pattern] = level - 1
-    can_rise = [ladder for ladder in ladders if ladder not in fallen]
-    for ladder in rng.sample(can_rise, len(can_rise)):
-        level = level_of[ladder.pattern]
-        if level + 1 == len(ladder.levels):
-            continue
-        more = ladder.levels[level + 1].num_bytes - ladder.levels[level].num_bytes
-        if more <= left:
-            left -= more
-            level_of[ladder.pattern] = level + 1
-    return {ladder.pattern: ladder.levels[level_of[ladder.pattern]].name for ladder in ladders}
+
+    def more(number: int, step: int) -> int:
+        levels = ladders[number].levels
+        return levels[level[number] + step].num_bytes - levels[level[number]].num_bytes
+
+    def movable(step: int) -> list[int]:
+        """Return the matrices that did not move and can, in random order."""
+        able = [n for n, each in enumerate(ladders) if not move[n] and 0 <= level[n] + step < len(each.levels)]
+        return rng.sample(able, len(able))
+
+    count = min(rng.randint(1, MOST_SWITCHES), rng.randint(1, MOST_SWITCHES))
+    step = rng.choice((-1, 1))
+    for number in movable(step)[:count]:
+        move[number] = step
+        left -= more(number, step)
+    for number in movable(-1):
+        if left < 0:
+            move[number] = -1
+            left -= more(number, -1)
+    changes = sum(map(abs, move.values()))
+    if left < 0 or changes > MOST_CHANGES:
+        return dict(types)
+    for number in movable(1):
+        if changes < MOST_CHANGES and more(number, 1) <= left:
+            move[number] = 1
+            left -= more(number, 1)
+            changes += 1
+    return {each.pattern: each.levels[level[n] + move[n]].name for n, each in enumerate(ladders)}
