@@ -1,6 +1,6 @@
 """One generation of the search: offspring of a parent, selected in steps, and the parent kept where none is better.
 
-Source: EvoPress (arXiv 2410.14649), algorithm 1 with one parent. No torch: what a divergence is, a caller says.
+Source: EvoPress (arXiv 2410.14649). No torch: what a divergence is, a caller says.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Level switches: some matrices get the next smaller type, others the next larger, within the same bytes. No torch.
 
-Source: EvoPress (arXiv 2410.14649). There all matrices that change places are of one size; here bytes are counted.
+Source: EvoPress (arXiv 2410.14649), which as a rule exchanges levels among matrices of one size; here bytes count.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def switched(ladders: Sequence[Ladder], types: Types, room: int, rng: random.Ran
         room: the bytes that all of them may take.
         rng: what is drawn from.
     """
-    move = dict.fromkeys(range(len(ladders)), 0)
+    move = [0] * len(ladders)
     level = [ladder.level_of(types[ladder.pattern]) for ladder in ladders]
     left = room - bytes_of(ladders, types)
 
@@ -103,7 +103,7 @@ def switched(ladders: Sequence[Ladder], types: Types, room: int, rng: random.Ran
         if left < 0:
             move[number] = -1
             left -= more(number, -1)
-    changes = sum(map(abs, move.values()))
+    changes = sum(map(abs, move))
     if left < 0 or changes > MOST_CHANGES:
         return dict(types)
     for number in movable(1):
