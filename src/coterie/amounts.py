@@ -13,6 +13,9 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | _BINARY
 #: Digits of an amount at most, and bytes below which one without a unit is a slip.
 _DIGITS, _FEW = 40, 1024
 
+#: Letters behind a number of parameters.
+_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
 _BY_LOWER = {name.lower(): size for name, size in _UNITS.items()}
 
 
@@ -46,6 +49,25 @@ def parse_bytes(text: str | int) -> int:
             f"{str(text)!r} has no unit, and {size} bytes hold no model; did you mean {number}GiB? {examples}"
         )
     return size
+
+
+def parse_count(text: str | int) -> int:
+    """Read a number of parameters: ``15B`` (10^9), ``350M``, ``1.5 T``, or a plain number. Fractions are cut off.
+
+    Raises:
+        InputError: no number, an unknown unit, or nothing at all (zero, negative).
+    """
+    match = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*([A-Za-z]?)\s*", str(text), flags=re.ASCII)
+    examples = "write a number like 15B (10^9), 350M, or 15000000000"
+    if match is None or match[2].lower() not in _COUNTS:
+        raise InputError(f"{str(text)!r:.60} is no number of parameters; {examples}")
+    number, unit = match.groups()
+    if len(number) > _DIGITS:
+        raise InputError(f"a number of {len(number)} digits is more than there is; {examples}")
+    count = int(Fraction(number) * _COUNTS[unit.lower()])
+    if count <= 0:
+        raise InputError(f"{str(text)!r} parameters are none; {examples}")
+    return count
 
 
 def parse_share(text: str | float) -> float:

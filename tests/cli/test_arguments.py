@@ -33,7 +33,7 @@ CALLS = {
     "bench": "M O --text T --test T --jobs 0", "card": "M", "push": "M owner/name", "export": "M O",
     "imatrix": "M O --text T", "report": "M", "recipes": "", "families": "",
 }  # fmt: skip
-TARGETS = ("--experts", "--width", "--budget", "--bits", "--type", "--plan")
+TARGETS = ("--experts", "--width", "--budget", "--params", "--active-params", "--bits", "--type", "--plan")
 
 
 def parameters() -> Iterator[Any]:
@@ -125,6 +125,12 @@ def test_many_values_that_an_option_was_not_made_for(
     [
         ("plan M --keep abc", "'abc' is no share; write 0.5 or 50%"),
         ("plan M --budget 20", "'20' has no unit, and 20 bytes hold no model; did you mean 20GiB?"),
+        (
+            "plan M --params 15GiB",
+            "'15GiB' is no number of parameters; write a number like 15B (10^9)",
+        ),
+        ("plan M --active-params -1", "'-1' parameters are none; write a number like 15B"),
+        (f"plan M --params {'9' * 5000}", "a number of 5000 digits is more than there is"),
         (f"plan M --budget {'9' * 5000}", "an amount of 5000 digits is more than there is"),
         ("plan M --keep 0.5 --seed -1", "seed -1 cannot be; give a whole number from 0 to"),
         (f"profile M O --text T --seed {2**64}", f"seed {2**64} cannot be; give a whole number from 0 to"),

@@ -125,7 +125,7 @@ def test_no_tokens_and_unknown_domain(refused, tiny, text):
         (("--keep", "0.5", "--recipe", "mergmoe"), ("unknown recipe 'mergmoe'", "did you mean mergemoe")),
         (("--keep", "0.5", "--recipe", "reap", "--router", "map"), ("reap drops experts", "--router plain")),
         (("--keep", "0.5", "--recipe", "coterie", "--router", "map"), ("cuts experts into parts", "--router plain")),
-        (("--experts", "4", "--recipe", "coterie"), ("cuts experts into parts", "--keep or --budget")),
+        (("--experts", "4", "--recipe", "coterie"), ("cuts experts into parts", "--keep, --budget, --params")),
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "compress"])

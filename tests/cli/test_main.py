@@ -73,7 +73,10 @@ def test_help_takes_less_than_a_third_of_a_second_of_cpu_time():
         (("profile", "m", "out"), "Missing option '--text'"),
         (("plan", "m", "--keep", "half"), "Invalid value for '--keep'"),
         (("plan", "m", "--keep", "0.5", "--router", "maps"), "maps"),
-        (("plan", "m"), "--budget, --bits, --type: say how small with exactly one of them; got none"),
+        (
+            ("plan", "m"),
+            "--active-params, --bits, --type: say how small with exactly one of them; got none",
+        ),
         (("plan", "m", "--keep", "0.5", "--experts", "4"), "exactly one of them; got --keep and --experts"),
         (("compress", "m", "o"), "exactly one of them; got none"),
         (("compress", "m", "o", "--experts", "4", "--budget", "1GiB"), "got --experts and --budget"),

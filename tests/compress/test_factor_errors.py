@@ -94,7 +94,7 @@ def test_matrices_of_low_rank_leave_nothing_to_other_directions():
 @pytest.mark.parametrize("columns", [40, 256, 300])
 def test_rows_are_rounded_each_by_itself(columns):
     rows = torch.randn(4, columns, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1e3], [1], [1e-3], [0]])
-    for kind in bitsmoe.TYPES:
+    for kind in bitsmoe.TYPES.types:
         together = rounded_rows(rows, kind)
         assert together.shape == rows.shape
         assert torch.equal(together, torch.cat([rounded_rows(row[None], kind) for row in rows]))

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from coterie.compress.allocators.knapsack import Option, lower_hull
 from coterie.compress.apply import compress
 from coterie.compress.decide import plan
+from coterie.compress.frontier import frontier
+from coterie.compress.plan import KL_OVER_DAMAGE, NARROWED_KL_OVER_DAMAGE
 from coterie.compress.prices import Prices, price
 from coterie.compress.source import Source
 from coterie.compress.weights import PRICED_TYPES
@@ -130,9 +132,9 @@ def test_prices_of_widths_are_kept_and_older_folders_are_read(model, prices, tmp
     replace(prices, widths={}).write(tmp_path)
     assert "widths" not in json.loads((tmp_path / "prices.json").read_text())["body"]
     old = Prices.load(tmp_path)
-    assert plan(model, bits=3.0, prices=old, target="packed").types
-    with pytest.raises(StaleArtifact, match="run coterie price again"):
-        plan(model, bits=3.0, prices=old, **RECIPE)
+    assert plan(model, bits=3.0, prices=old, target="packed", recipe="coterie-bits").types
+    with pytest.raises(StaleArtifact, match="run coterie price again, or take --recipe coterie-bits"):
+        plan(model, bits=3.0, prices=old, target="packed")
 
 
 @pytest.mark.parametrize("widths", [{}, {"0": 1.0}, {"0": 1.0, "64": 0.5, "128": 0.0}, {"x": 1.0}])
@@ -150,7 +152,7 @@ def test_a_plan_keeps_to_its_bytes_and_expects_no_more_than_types_alone(model, p
     in_plain = 4 * numbers
     assert whole.original_bytes - in_plain + numbers * bits / 8 >= made.predicted_bytes
     try:
-        types_alone = plan(model, bits=bits, prices=prices, experts_only=True, target="packed")
+        types_alone = plan(model, bits=bits, prices=prices, experts_only=True, target="packed", recipe="coterie-bits")
     except InputError:
         assert bits == 1.2
         assert made.ragged
@@ -171,7 +173,7 @@ def test_prices_are_measured_of_every_expert_that_was_chosen(model, measured):
 
 
 def test_a_budget_is_that_of_the_whole_file(model, prices):
-    whole = plan(model, bits=3.0, prices=prices, target="packed").predicted_bytes
+    whole = plan(model, bits=3.0, prices=prices, target="packed", recipe="coterie-bits").predicted_bytes
     for budget in (whole, whole - 1, whole * 7 // 8):
         made = plan(model, budget=budget, prices=prices, **RECIPE)
         assert made.ragged
@@ -221,3 +223,19 @@ def test_experts_in_one_tensor_get_types_alone(text_folder, tmp_path):
         "coterie-bits-width", "coterie-bits",
     ))  # fmt: skip
     assert (widths.types, widths.layers, widths.damage) == (types.types, types.layers, types.damage)
+
+
+def test_it_is_what_a_packed_result_is_made_by_and_the_frontier_lists_it(model, prices):
+    made = plan(model, bits=1.8, prices=prices, target="packed")
+    assert made.recipe == "coterie-bits-width"
+    assert plan(model, bits=4.5, prices=prices).recipe == "coterie-bits"
+    budget = made.predicted_bytes
+    [packed] = frontier(model, prices, budgets=[budget], target="packed").mixed
+    assert packed.damage == pytest.approx(made.damage)
+    assert packed.num_bytes == budget
+    kept = sum(each.width for layer in made.layers for each in layer.experts)
+    assert packed.neurons == pytest.approx(kept / (2 * 8 * 128))
+    assert packed.neurons < 1
+    assert packed.expected_kl == made.expected_kl == NARROWED_KL_OVER_DAMAGE * made.damage
+    types_alone = plan(model, budget=budget, prices=prices, target="packed", recipe="coterie-bits")
+    assert types_alone.expected_kl == KL_OVER_DAMAGE * types_alone.damage > packed.expected_kl

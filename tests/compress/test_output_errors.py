@@ -137,7 +137,7 @@ def test_losses_by_expert_are_those_of_the_layer(tmp_path, monkeypatch):
     with Stream(source.checkpoint) as stream:
         apart = {k: v for _, some in edgemoe.meter(stream, source, batches, nothing).measure() for k, v in some.items()}
         meter = damages_module.DamageMeter(
-            stream=stream, source=source, batches=batches, counts=nothing, types=edgemoe.TYPES
+            stream=stream, source=source, batches=batches, counts=nothing, types=edgemoe.TYPES.types
         )
         together = {k: v for _, some in meter.measure() for k, v in some.items()}
     assert apart.keys() == {group.key for group in by_matrix(source.weights)}

@@ -82,14 +82,14 @@ def expert_kinds(problem, allocation, layer):
     return tuple(chosen)
 
 
-@pytest.mark.parametrize("bits", [2.7, 3.1, 3.6, 4.3])
+@pytest.mark.parametrize("bits", [1.6, 1.8, 2.5, 2.7, 3.1, 3.6, 4.3])
 @pytest.mark.parametrize("seed", range(3))
 def test_pmq_takes_the_least_of_all_choices_in_every_layer(bits, seed):
-    drawn = random.Random(seed)
+    drawn, types = random.Random(seed), pmq.TYPES.of(small=bits < 2.625)
     measured = {
         f"layers.{layer}.experts.{e}": {
             "usage": drawn.randrange(1, 90), "gate_mass": drawn.uniform(1, 30),
-            **{kind: drawn.uniform(0.5, 1.5) * 2.0 ** -code_bits(kind) for kind in pmq.TYPES},
+            **{kind: drawn.uniform(0.5, 1.5) * 2.0 ** -code_bits(kind) for kind in types},
         }
         for layer in range(LAYERS) for e in range(EXPERTS)
     }  # fmt: skip
@@ -105,44 +105,42 @@ def test_pmq_takes_the_least_of_all_choices_in_every_layer(bits, seed):
 
         within = [
             chosen
-            for chosen in itertools.product(pmq.TYPES, repeat=EXPERTS)
+            for chosen in itertools.product(types, repeat=EXPERTS)
             if sum(2 * size_of(kind) for kind in chosen) <= bits / 8 * EXPERTS * 2 * ROWS * COLUMNS
         ]
-        varied = [chosen for chosen in within if {"Q3_K", "Q4_K"} <= set(chosen)]
+        varied = [chosen for chosen in within if set(types[1:]) <= set(chosen)]
         best = min(varied or within, key=loss)
         assert expert_kinds(problem, allocation, layer) == best
-        if bits in (3.6, 4.3):  # one of each larger type fits
+        if bits in (2.5, 3.6, 4.3):  # one of each larger type fits
             assert varied
     assert allocation.damage is None
 
 
-@pytest.mark.parametrize("bits", [2.7, 3.3, 4.1, 6.0])
+@pytest.mark.parametrize("bits", [1.6, 2.1, 2.7, 3.3, 4.1, 6.0])
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("module", [bitsmoe, mxmoe])
 def test_by_projection_the_least_of_all_choices_is_taken_in_every_layer(module, bits, seed):
-    drawn = random.Random(seed)
+    drawn, types = random.Random(seed), module.TYPES.of(small=bits < 2.625)
     weights = model(experts=2)
     names = [name for weight in weights if weight.kind == "expert" for name in weight.names]
-    measured = {
-        name: {kind: drawn.uniform(0.5, 1.5) * 2.0 ** -code_bits(kind) for kind in module.TYPES} for name in names
-    }
+    measured = {name: {kind: drawn.uniform(0.5, 1.5) * 2.0 ** -code_bits(kind) for kind in types} for name in names}
     problem = problem_of(weights, measured, bits=bits)
     named = kinds(problem, module.allocate(problem))
     for layer in range(LAYERS):
         own = [name for name in names if name.startswith(f"layers.{layer}.")]
         least = min(
             math.fsum(measured[name][kind] for name, kind in zip(own, chosen, strict=True))
-            for chosen in itertools.product(module.TYPES, repeat=len(own))
+            for chosen in itertools.product(types, repeat=len(own))
             if sum(map(size_of, chosen)) <= bits / 8 * len(own) * ROWS * COLUMNS
         )
         assert sum(size_of(named[name]) for name in own) <= bits / 8 * len(own) * ROWS * COLUMNS
         assert math.fsum(measured[name][named[name]] for name in own) == pytest.approx(least, rel=1e-9)
 
 
-@pytest.mark.parametrize("bits", [2.8, 3.4, 4.2])
+@pytest.mark.parametrize("bits", [1.7, 2.2, 2.8, 3.4, 4.2])
 @pytest.mark.parametrize("seed", range(2))
 def test_alphaq_takes_the_least_of_all_choices_over_all_layers(bits, seed):
-    drawn = random.Random(seed)
+    drawn, types = random.Random(seed), alphaq.TYPES.of(small=bits < 2.625)
     weights = model(experts=2)
     names = [name for weight in weights if weight.kind == "expert" for name in weight.names]
     measured = {name: {"alpha": drawn.uniform(2, 6), "variance": drawn.uniform(0.5, 2) * 1e-4} for name in names}
@@ -156,22 +154,25 @@ def test_alphaq_takes_the_least_of_all_choices_over_all_layers(bits, seed):
     named = kinds(problem, alphaq.allocate(problem))
     least = min(
         math.fsum(noise(name, kind) for name, kind in zip(names, chosen, strict=True))
-        for chosen in itertools.product(alphaq.TYPES, repeat=len(names))
+        for chosen in itertools.product(types, repeat=len(names))
         if sum(map(size_of, chosen)) <= bits / 8 * len(names) * ROWS * COLUMNS
     )
     assert math.fsum(noise(name, named[name]) for name in names) <= least * (1 + alphaq.GAP)
 
 
-@pytest.mark.parametrize("bits", [2.63, 3.0, 4.4, 4.5, 5.5, 7.9, 8.5, 16])
+@pytest.mark.parametrize("bits", [1.6, 2.0, 2.5, 2.63, 3.0, 4.4, 4.5, 5.5, 7.9, 8.5, 16])
 @pytest.mark.parametrize("seed", range(2))
 def test_edgemoe_lowers_the_fewest_of_those_that_matter_least(bits, seed):
     drawn = random.Random(seed)
     measured = {
-        name: {"Q2_K": drawn.uniform(0.1, 1), "Q4_K": drawn.uniform(0.01, 0.09), "Q8_0": 1e-4}
+        name: {
+            "IQ1_S": drawn.uniform(9, 10), "IQ2_XXS": drawn.uniform(1, 2), "Q2_K": drawn.uniform(0.1, 1),
+            "Q4_K": drawn.uniform(0.01, 0.09), "Q8_0": 1e-4,
+        }
         for weight in model()
         if weight.kind == "expert"
         for name in weight.names
-    }
+    }  # fmt: skip
     problem = problem_of(model(), measured, bits=bits)
     allocation = edgemoe.allocate(problem)
     named = kinds(problem, allocation)
@@ -187,7 +188,8 @@ def test_edgemoe_lowers_the_fewest_of_those_that_matter_least(bits, seed):
     if bits >= 8.5:
         assert {named[name] for names in matrices.values() for name in names} == {"Q8_0"}
         return
-    low, high = ("Q2_K", "Q4_K") if bits < 4.5 else ("Q4_K", "Q8_0")
+    pairs = {2.0625: ("IQ1_S", "IQ2_XXS"), 2.625: ("IQ2_XXS", "Q4_K"), 4.5: ("Q2_K", "Q4_K"), 9: ("Q4_K", "Q8_0")}
+    low, high = next(pair for above, pair in pairs.items() if bits < above)
     by_loss = sorted(experts, key=lambda each: sum(measured[n][low] - measured[n][high] for n in matrices[each]))
     count = next(count for count in range(len(experts) + 1) if taken(low, high, count) <= limit)
     for place, each in enumerate(by_loss):
@@ -197,7 +199,7 @@ def test_edgemoe_lowers_the_fewest_of_those_that_matter_least(bits, seed):
 @pytest.mark.parametrize("name", ALL)
 def test_all_else_has_fixed_types_and_the_budget_is_that_of_the_whole_file(name):
     module, weights = ALL[name], model()
-    least = problem_of(weights, None, bits=2.625)
+    least = problem_of(weights, None, bits=1.5625)
     smallest = module.allocate(least).num_bytes
     for more in (0, 1, 700, 5000):
         problem = problem_of(weights, None, budget=smallest + more)
@@ -206,10 +208,10 @@ def test_all_else_has_fixed_types_and_the_budget_is_that_of_the_whole_file(name)
         assert named["attention.weight"] == module.LINEAR
         assert named["embedding.weight"] == named["head.weight"] == "Q8_0"
         assert allocation.num_bytes == 1000 + sum(map(size_of, named.values())) <= smallest + more
-    with pytest.raises(Infeasible, match=r"budget of .* cannot be met by this recipe.*Q2_K.* is the least"):
+    with pytest.raises(Infeasible, match=r"budget of .* cannot be met by this recipe.*IQ1_S.* is the least"):
         module.allocate(problem_of(weights, None, budget=smallest - 1))
-    with pytest.raises(Infeasible, match=r"--bits 2\.6 cannot be met.*Q2_K.* take 2\.625 bits a number"):
-        module.allocate(problem_of(weights, None, bits=2.6))
+    with pytest.raises(Infeasible, match=r"--bits 1\.5 cannot be met.*IQ1_S.* take 1\.562 bits a number"):
+        module.allocate(problem_of(weights, None, bits=1.5))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -218,8 +220,8 @@ def test_experts_that_are_stored_as_one_tensor_get_one_type(name):
     drawn = random.Random(1)
     measured = {}
     for weight in weights[: 2 * LAYERS]:
-        measured[weight.pattern] = {kind: drawn.random() for kind in bitsmoe.TYPES}
-        measured[f"layers.{weight.layer}.experts.*"] = dict.fromkeys(("usage", "gate_mass", *pmq.TYPES), 1.0)
+        measured[weight.pattern] = {kind: drawn.random() for kind in bitsmoe.TYPES.types}
+        measured[f"layers.{weight.layer}.experts.*"] = dict.fromkeys(("usage", "gate_mass", *pmq.TYPES.types), 1.0)
     if name == "alphaq":
         measured = {
             f"{weight.pattern}[{e}]": {"alpha": drawn.uniform(2, 5), "variance": 1e-4}
@@ -241,9 +243,9 @@ def test_what_does_not_matter_gets_the_smallest_type_and_narrow_rows_what_stands
     weights = [experts_of(layer, each, columns=64) for layer in range(LAYERS) for each in ("up", "down")]
     groups = by_expert(weights) if name == "pmq" else by_matrix(weights)
     nothing = {
-        "pmq": dict.fromkeys(("usage", "gate_mass", *pmq.TYPES), 0.0),
-        "mxmoe": dict.fromkeys(mxmoe.TYPES, 0.0),
-        "bitsmoe-bits": dict.fromkeys(bitsmoe.TYPES, 0.0),
+        "pmq": dict.fromkeys(("usage", "gate_mass", *pmq.TYPES.types), 0.0),
+        "mxmoe": dict.fromkeys(mxmoe.TYPES.types, 0.0),
+        "bitsmoe-bits": dict.fromkeys(bitsmoe.TYPES.types, 0.0),
         "alphaq": {"alpha": 3.0, "variance": 0.0},
         "edgemoe": {},
     }[name]
@@ -258,7 +260,7 @@ def test_more_bytes_never_cost_more(module):
     drawn = random.Random(3)
     names = [name for weight in model() if weight.kind == "expert" for name in weight.names]
     measured = {
-        name: {kind: drawn.uniform(0.5, 1.5) * 2.0 ** -code_bits(kind) for kind in module.TYPES} for name in names
+        name: {kind: drawn.uniform(0.5, 1.5) * 2.0 ** -code_bits(kind) for kind in module.TYPES.types} for name in names
     }
     costs = []
     for bits in (2.7, 3.0, 3.5, 4.4, 5.2, 6.6, 8.5):

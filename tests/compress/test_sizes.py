@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from coterie.compress.apply import compress
 from coterie.compress.decide import plan
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.methods.slim import heapr_scores
 from coterie.compress.plan import Plan
+from coterie.compress.source import Source
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError
+from coterie.model.arch.inspect import inspect
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.profile.profile import Profile
 from coterie.testing import tiny_checkpoint
@@ -83,9 +86,9 @@ def test_widths_that_cannot_be_are_refused_with_the_nearest(olmoe: Path, deepsee
 
 
 def test_a_wish_for_the_other_kind_of_recipe_names_the_way_out(olmoe: Path) -> None:
-    with pytest.raises(InputError, match=r"slims experts and leaves their number alone; .*--keep, --width or --budget"):
+    with pytest.raises(InputError, match=r"slims experts and leaves their number alone; .*--width, --budget, --params"):
         plan(olmoe, recipe="heapr", experts=4)
-    with pytest.raises(InputError, match=r"leaves their width alone; .*--keep, --experts or --budget.*heapr"):
+    with pytest.raises(InputError, match=r"leaves their width alone; .*--keep, --experts, --budget, --params.*heapr"):
         plan(olmoe, recipe="reap", width=8)
     with pytest.raises(InputError, match=r"got \['keep', 'width'\]"):
         plan(olmoe, recipe="heapr", keep=0.5, width=8)
@@ -216,5 +219,53 @@ def test_families_whose_experts_cannot_be_cut_get_what_they_can(
 
 @pytest.mark.parametrize("target", [{"experts": 4}, {"width": 8}])
 def test_parts_are_not_counted_by_the_user(olmoe: Path, target: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"cuts experts into parts .*say how small with --keep or --budget"):
+    with pytest.raises(InputError, match=r"cuts experts into parts .*say how small with --keep, --budget, --params or"):
         plan(olmoe, recipe="coterie", **target)
+
+
+@pytest.mark.parametrize("recipe", ["reap", "easy-slim", "coterie"])
+def test_parameters_are_a_target_and_what_one_token_uses_too(
+    recipe: str, tiny: Any, text_folder: Path, tmp_path: Path
+) -> None:
+    """The least of two results of which one parameter less would ask for the smaller, counted in what was written."""
+    model = tiny("qwen3_moe")
+    small, large = (plan(model, recipe=recipe, keep=keep).predicted_parameters for keep in (0.5, 1.0))
+    assert plan(model, recipe=recipe, params=large).predicted_parameters == large
+    below = plan(model, recipe=recipe, params=str(large - 1))
+    assert small <= below.predicted_parameters < large
+    assert plan(model, recipe=recipe, params=below.predicted_parameters).layers == below.layers
+    with pytest.raises(Infeasible, match=r"--params 10 cannot be met by .*: the least .*, takes .* parameters$"):
+        plan(model, recipe=recipe, params=10)
+    whole = inspect(model).active_parameters
+    assert plan(model, recipe=recipe, active_params=whole).predicted_parameters == large
+    if recipe == "reap":  # a token chooses as many experts as before
+        return
+    fewer = plan(model, recipe=recipe, active_params=whole - 1)
+    assert fewer.predicted_parameters < large
+    out = compress(
+        model, tmp_path / "out", recipe=recipe, active_params=whole - 1, text=text_folder, tokens=256, seq_len=32,
+        **({"effort": "fast"} if recipe == "coterie" else {}),
+    ).out  # fmt: skip
+    used = inspect(out).active_parameters
+    assert used < whole
+    assert plan(model, recipe=recipe, active_params=used).layers == fewer.layers
+    assert plan(model, recipe=recipe, active_params=used - 1).layers != fewer.layers
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "glm4_moe", "mixtral", "qwen2_moe", "olmoe"])
+def test_what_a_token_uses_is_counted_as_inspect_does(family: str, tiny: Any) -> None:
+    model = tiny(family)
+    source = Source.open(model)
+    layers = source.architecture.layers
+    whole = [LayerPlan(num_experts=layer.num_experts) for layer in layers]
+    counted = source.sizing(keeps_rows=False).num_active(whole, [layer.top_k for layer in layers])
+    assert counted == inspect(model).active_parameters
+
+
+def test_bits_have_nothing_to_do_with_the_number_of_parameters(olmoe: Path) -> None:
+    with pytest.raises(InputError, match=r"coterie-bits stores weights .*; say how small with --bits or --budget"):
+        plan(olmoe, recipe="coterie-bits", params="1M")
+    with pytest.raises(InputError, match="'many' is no number of parameters; write a number like 15B"):
+        plan(olmoe, params="many")
+    with pytest.raises(InputError, match=r"exactly one of .*--active-params.*got \['params', 'active_params'\]"):
+        plan(olmoe, params=1, active_params=1)

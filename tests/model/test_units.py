@@ -1,6 +1,6 @@
 import pytest
 
-from coterie.amounts import format_bytes, format_count, parse_bytes
+from coterie.amounts import format_bytes, format_count, parse_bytes, parse_count
 from coterie.errors import InputError
 
 
@@ -74,3 +74,16 @@ def test_counts_are_written_with_three_digits(count, text):
 def test_what_is_written_reads_back_near_enough():
     for size in (1, 999, 1500, 123_456_789, 61 * 10**9, 3 * 10**12):
         assert parse_bytes(format_bytes(size)) == pytest.approx(size, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("15B", 15 * 10**9), ("1.5 b", 15 * 10**8), ("350M", 350 * 10**6), ("12k", 12_000), (7, 7)]
+)
+def test_numbers_of_parameters_are_read_exactly(text, count):
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["15GB", "many", "", "nan", "1e9", "0", "-3B", "0.1", "9" * 41])
+def test_what_is_no_number_of_parameters_is_refused(text):
+    with pytest.raises(InputError, match="write a number like 15B"):
+        parse_count(text)

@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 #: Groups of the help, in order, and the options in each; an option has the same place in every command.
 PANELS: dict[str, tuple[str, ...]] = {
     "How small": (
-        "keep", "experts", "width", "budget", "budget_for", "context", "batch", "kv_type", "bits", "type", "removed",
-        "multiple_of", "target", "experts_only", "plan", "budgets",
+        "keep", "experts", "width", "budget", "budget_for", "context", "batch", "kv_type", "params", "active_params",
+        "bits", "type", "removed", "multiple_of", "target", "experts_only", "plan", "budgets",
     ),
     "How": (
         "recipe", "recipes", "router", "routers", "effort", "train_tokens", "search", "inputs", "output_dtype", "mtp",

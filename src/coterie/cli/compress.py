@@ -20,6 +20,8 @@ def compress(
     experts: options.Experts = None,
     width: options.Width = None,
     budget: options.Budget = None,
+    params: options.Params = None,
+    active_params: options.ActiveParams = None,
     budget_for: options.BudgetFor = "file",
     context: options.Context = None,
     batch: options.Batch = None,
@@ -120,6 +122,8 @@ def compress(
         "experts": experts,
         "width": width,
         "budget": budget,
+        "params": params,
+        "active_params": active_params,
         "bits": bits,
         "type": type,
     }

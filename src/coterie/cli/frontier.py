@@ -42,7 +42,7 @@ def frontier(
         return
     from coterie.amounts import format_bytes
 
-    rows = []
+    rows, narrows = [], any(point.neurons < 1 for point in listed.mixed)
     for point in listed.mixed:
         plain = listed.plain_within(point.num_bytes)
         main = max(point.types, key=lambda kind: point.types[kind], default="")
@@ -52,11 +52,14 @@ def frontier(
                 percent(point.num_bytes / listed.original_bytes),
                 f"{point.expected_kl:.2g}",
                 f"{main} and {len(point.types) - 1} more" if len(point.types) > 1 else main,
+                *((percent(point.neurons),) if narrows else ()),
                 "-" if plain is None else f"{plain.expected_kl:.2g}",
                 "-" if plain is None else plain.name,
             )
         )
-    print_table(("bytes", "share", "mixed: KL", "mostly", "one type: KL", "which"), rows)
+    print_table(
+        ("bytes", "share", "mixed: KL", "mostly", *(("neurons",) if narrows else ()), "one type: KL", "which"), rows
+    )
     if picture is not None:
         print_text()
         print_text(f"drawn in {picture}")

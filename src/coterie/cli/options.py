@@ -36,6 +36,15 @@ Keep = Annotated[
 Experts = Annotated[int | None, typer.Option(help="Number of experts to keep in each layer.")]
 Width = Annotated[int | None, typer.Option(help="Hidden neurons to keep in each expert; for recipes that slim them.")]
 Budget = Annotated[str | None, typer.Option(help="Size of all weights at most, like 12GiB or 800MB.")]
+Params = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COUNT", help="Parameters in all at most, like 15B; for recipes that change experts' number or width."
+    ),
+]
+ActiveParams = Annotated[
+    str | None, typer.Option(metavar="COUNT", help="Parameters that one token uses at most, like 2B; for the same.")
+]
 Bits = Annotated[
     float | None,
     typer.Option(help="Most bits of a number, scales counted, like 4.5; for recipes that store weights in fewer."),
@@ -47,7 +56,10 @@ Type = Annotated[
     ),
 ]
 #: The recipe that is taken where none is named, in the words of the help.
-USUAL_RECIPE = "coterie; with --budget or --bits coterie-bits, with --type or --target compressed-tensors gptaq"
+USUAL_RECIPE = (
+    "coterie; with --budget or --bits coterie-bits, for --target packed coterie-bits-width; with --type or --target "
+    "compressed-tensors gptaq"
+)
 Recipe = Annotated[
     str | None,
     typer.Option(
@@ -88,11 +100,11 @@ def names(listed: str) -> list[str]:
 
 def one_target(**targets: Any) -> dict[str, Any]:
     """Return the options that say how small the result is to be; raise a usage error unless exactly one does."""
-    given = [f"--{name}" for name, value in targets.items() if value is not None]
+    given = [f"--{name.replace('_', '-')}" for name, value in targets.items() if value is not None]
     if len(given) != 1:
         raise typer.BadParameter(
             f"say how small with exactly one of them; got {' and '.join(given) or 'none'}",
-            param_hint=", ".join(f"--{name}" for name in targets),
+            param_hint=", ".join(f"--{name.replace('_', '-')}" for name in targets),
         )
     return targets
 

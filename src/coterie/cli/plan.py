@@ -26,6 +26,8 @@ def plan(
     experts: options.Experts = None,
     width: options.Width = None,
     budget: options.Budget = None,
+    params: options.Params = None,
+    active_params: options.ActiveParams = None,
     budget_for: options.BudgetFor = "file",
     context: options.Context = None,
     batch: options.Batch = None,
@@ -48,7 +50,10 @@ def plan(
     No weights are touched: this takes seconds. With --budget the ways to meet it are listed too and, where prices are
     given, what they cost on this model. The file that --out names can be read, edited, and given to `compress --plan`.
     """
-    targets = options.one_target(keep=keep, experts=experts, width=width, budget=budget, bits=bits, type=type)
+    targets = options.one_target(
+        keep=keep, experts=experts, width=width, budget=budget, params=params, active_params=active_params, bits=bits,
+        type=type,
+    )  # fmt: skip
     how = options.running(budget, budget_for, context, batch, kv_type)
     check_request(model, {**targets, "reader": target}, recipe, router, seed)
     from coterie.outputs import check_output

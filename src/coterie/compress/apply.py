@@ -86,6 +86,8 @@ def compress(
     experts: int | None = None,
     width: int | None = None,
     budget: str | int | None = None,
+    params: str | int | None = None,
+    active_params: str | int | None = None,
     bits: float | None = None,
     type: str | None = None,
     plan: Plan | str | Path | None = None,
@@ -129,6 +131,8 @@ def compress(
         experts: experts to keep in each layer.
         width: hidden neurons to keep in each expert, for a recipe that slims them; on average, for a ragged one.
         budget: largest size of the weight files, such as "12GiB".
+        params: most parameters in all, such as "15B"; for recipes that change the number of experts or their width.
+        active_params: most parameters that one token uses, such as "2B"; for the same.
         bits: most bits that a number of a matrix takes, for a recipe that stores weights in fewer bits.
         type: the type that matrices are stored in, for such a recipe: one of GGML, like "Q4_K", or one that
             compressed-tensors stores, like "INT4".
@@ -189,7 +193,8 @@ def compress(
         HubError: the hub refuses, or the upload failed; then the result is at `out` all the same.
     """
     options = Options.of(
-        model=model, out=out, keep=keep, experts=experts, width=width, budget=budget, bits=bits, type=type,
+        model=model, out=out, keep=keep, experts=experts, width=width, budget=budget, params=params,
+        active_params=active_params, bits=bits, type=type,
         multiple_of=multiple_of, target=target, experts_only=experts_only, running=running, plan=plan, recipe=recipe,
         effort=effort, train_tokens=train_tokens, router=router, profile=profile, text=text, weights=weights,
         tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, device=device, inputs=inputs,

@@ -48,6 +48,8 @@ def plan(
     experts: int | None = None,
     width: int | None = None,
     budget: str | int | None = None,
+    params: str | int | None = None,
+    active_params: str | int | None = None,
     bits: float | None = None,
     type: str | None = None,
     recipe: str | Recipe | None = None,
@@ -71,6 +73,8 @@ def plan(
         experts: experts to keep in each layer.
         width: hidden neurons to keep in each expert, for a recipe that slims them.
         budget: largest size of the weight files, such as "12GiB", "800MB" or a number of bytes.
+        params: most parameters in all, such as "15B"; for recipes that change the number of experts or their width.
+        active_params: most parameters that one token uses, such as "2B"; for the same.
         bits: most bits that a number of a matrix takes, for a recipe that stores weights in fewer.
         type: the type that matrices are stored in, for such a recipe, see `coterie.compress.target.Target.type`.
         recipe: name of a recipe, ``"module:attribute"`` of your own, or the recipe itself; None for the usual one, see
@@ -97,8 +101,9 @@ def plan(
     share = None if keep is None else parse_share(keep)
     budget = weights_budget(model, budget, running, target)
     size = Target(
-        keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of,
-        reader=target, experts_only=experts_only,
+        keep=share, experts=experts, width=width, budget=budget, params=params,
+        active_params=active_params, bits=bits, type=type, multiple_of=multiple_of, reader=target,
+        experts_only=experts_only,
     )  # fmt: skip
     chosen = size.usual_recipe if recipe is None else recipe
     request = Request(recipe=get_recipe(chosen), target=size, router=router, seed=seed)
@@ -238,7 +243,7 @@ def check_prices(source: Source, recipe: Recipe, prices: Prices) -> None:
     if recipe.narrows and not prices.widths and any(narrow):
         raise StaleArtifact(
             f"recipe {recipe.name} goes by what narrower experts would cost, which these prices do not say: an earlier "
-            "version measured them; run coterie price again"
+            "version measured them; run coterie price again, or take --recipe coterie-bits"
         )
 
 

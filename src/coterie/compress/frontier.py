@@ -1,7 +1,8 @@
 """The frontier of a model: what can be had for how many bytes, and what it is expected to cost; in seconds.
 
 frontier("model", "prices") lists mixtures of types (`coterie.compress.allocators.mixed_types`) from the largest to the
-smallest, and beside each the largest single type that takes no more bytes, with the same prices.
+smallest, and beside each the largest single type that takes no more bytes, with the same prices. For a packed result
+experts have widths of their own as well (`coterie.compress.allocators.mixed_widths`), where that costs less.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from typing import Any, Literal
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.decide import allocate
 from coterie.compress.expected import Expected
-from coterie.compress.plan import KL_OVER_DAMAGE
+from coterie.compress.plan import KL_OVER_DAMAGE, NARROWED_KL_OVER_DAMAGE
 from coterie.compress.prices import Prices
 from coterie.compress.recipes import get_recipe
 from coterie.compress.request import Request
 from coterie.compress.source import Source
 from coterie.compress.target import Reader, Target
 from coterie.compress.way import Sized, Ways, as_it_is, mixed_way, single_way, with_fewer_experts
-from coterie.compress.weights import smallest_types
+from coterie.compress.weights import at_widths, smallest_types
 from coterie.errors import Infeasible
 from coterie.model.arch.inspect import read_headers
 from coterie.model.disk.encodings.ggml import SIZES, bits_of
@@ -39,17 +40,19 @@ class Point:
         num_bytes: of all its tensors.
         damage: the expected rise of the loss in nats a token.
         types: how many numbers, as a share of all that are stored in blocks, are of which type.
+        neurons: the share of the experts' hidden neurons that stays.
     """
 
     name: str
     num_bytes: int
     damage: float
     types: dict[str, float]
+    neurons: float = 1.0
 
     @property
     def expected_kl(self) -> float:
         """What the divergence from the original is expected to be, nats a token."""
-        return KL_OVER_DAMAGE * self.damage
+        return (KL_OVER_DAMAGE if self.neurons == 1 else NARROWED_KL_OVER_DAMAGE) * self.damage
 
     @property
     def expected(self) -> Expected:
@@ -88,6 +91,7 @@ class Frontier:
                     "damage": point.damage,
                     "expected_kl": point.expected_kl,
                     "types": {name: round(share, 4) for name, share in point.types.items()},
+                    **({} if point.neurons == 1 else {"neurons": round(point.neurons, 4)}),
                 }
                 for point in points
             ]
@@ -122,7 +126,7 @@ def frontier(
     refused = None
     for limit in sorted(limits, reverse=True):
         try:
-            point = _point(source, prices, "mixed", Target(budget=limit))
+            point = _point(source, prices, "mixed", Target(budget=limit, reader=target))
         except Infeasible as error:
             refused = refused or error
         else:
@@ -152,11 +156,12 @@ def priced_ways(model: str | Path, prices: Prices | str | Path, limit: int, targ
         if plain is not None:
             listed.append(single_way(sized, plain.name, plain.num_bytes, plain.expected))
         try:
-            mixed = _point(source, prices, "mixed", Target(budget=limit))
+            mixed = _point(source, prices, "mixed", Target(budget=limit, reader=target))
         except Infeasible:
             mixed = None
-        if mixed is not None and len(mixed.types) > 1:
-            listed.append(mixed_way(sized, limit, mixed.num_bytes, mixed.expected))
+        if mixed is not None and (len(mixed.types) > 1 or mixed.neurons < 1):
+            narrower = mixed.neurons < 1
+            listed.append(mixed_way(sized, limit, mixed.num_bytes, mixed.expected, narrower=narrower))
         listed += with_fewer_experts(sized, limit)
     return Ways(
         limit=limit, original_bytes=sized.num_bytes({}), least_bytes=sized.num_bytes(smallest_types(sized.weights)),
@@ -186,23 +191,30 @@ def _single_types(source: Source, prices: Prices) -> tuple[Point, ...]:
 
 def _point(source: Source, prices: Prices, name: str, target: Target) -> Point | None:
     """Return what a target comes to; None where a matrix gets a type that it has no price for."""
-    recipe = get_recipe("coterie-bits" if target.type is None else "gptaq")
-    request = Request(recipe=recipe, target=target, router="plain", seed=0)
-    allocation = allocate(source, request, None, prices.damages)
+    request = Request(recipe=get_recipe(target.usual_recipe), target=target, router="plain", seed=0)
+    allocation = allocate(source, request, None, prices.damages, prices.widths)
     numbers: dict[str, int] = {}
     damage = 0.0
-    for weight in source.weights:
+    weights = at_widths(source.weights, allocation.layers)
+    for weight in weights:
         kind = allocation.types.get(weight.pattern)
         if kind is not None:
             if kind not in prices.damages.get(weight.pattern, {}):
                 return None
             numbers[kind] = numbers.get(kind, 0) + weight.num_elements
             damage += prices.damages[weight.pattern][kind]
+    if allocation.damage is not None:  # with what neurons cost
+        damage = allocation.damage
     total = sum(numbers.values())
     types = {kind: numbers[kind] / total for kind in sorted(numbers, key=bits_of, reverse=True)}
     if target.type is not None:  # what stands in where blocks are wider than a row
         name = max(numbers, key=lambda kind: numbers[kind], default=name)
-    return Point(name=name, num_bytes=allocation.num_bytes, damage=damage, types=types)
+    stays, whole = (
+        sum(weight.num_elements for weight in each if weight.kind == "expert") for each in (weights, source.weights)
+    )
+    return Point(
+        name=name, num_bytes=allocation.num_bytes, damage=damage, types=types, neurons=stays / whole if whole else 1.0
+    )  # fmt: skip
 
 
 def _without_twins(points: Sequence[Point]) -> tuple[Point, ...]:

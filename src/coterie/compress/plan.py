@@ -33,6 +33,10 @@ _COUNTS = ("original_bytes", "predicted_bytes", "original_parameters", "predicte
 #: 0.33 to 0.21 of the bytes. Prices are those of nearest rounding, each matrix by itself.
 KL_OVER_DAMAGE = 1.3
 
+#: The same where experts get widths of their own: 1.4 to 2.3 in benchmarks/bits-widths.md. What neurons cost adds up
+#: less well than what types cost.
+NARROWED_KL_OVER_DAMAGE = 1.7
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommonShape:
@@ -119,7 +123,9 @@ class Plan:
     @property
     def expected_kl(self) -> float | None:
         """What the divergence from the original is expected to be before training, nats a token; None where unknown."""
-        return None if self.damage is None else KL_OVER_DAMAGE * self.damage
+        if self.damage is None:
+            return None
+        return (NARROWED_KL_OVER_DAMAGE if self.ragged else KL_OVER_DAMAGE) * self.damage
 
     @property
     def ragged(self) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coterie.amounts import parse_bytes, parse_share
+from coterie.compress.allocators.expert_types import are_small
 from coterie.compress.damages import PRICED_TOKENS
 from coterie.compress.decide import (
     check_prices,
@@ -96,6 +97,8 @@ class Options:
         experts: int | None,
         width: int | None,
         budget: str | int | None,
+        params: str | int | None,
+        active_params: str | int | None,
         bits: float | None,
         type: str | None,
         multiple_of: int | None,
@@ -109,8 +112,9 @@ class Options:
         share = None if keep is None else parse_share(keep)
         budget = weights_budget(others["model"], budget, running, target)
         size = Target(
-            keep=share, experts=experts, width=width, budget=budget, bits=bits, type=type, multiple_of=multiple_of,
-            reader=target, experts_only=experts_only,
+            keep=share, experts=experts, width=width, budget=budget, params=params,
+            active_params=active_params, bits=bits, type=type, multiple_of=multiple_of, reader=target,
+            experts_only=experts_only,
         )  # fmt: skip
         return cls(out=user_path(out), target=size, cache=None if cache is None else Path(cache), **others)
 
@@ -130,6 +134,8 @@ class Options:
             settings: dict[str, object] = {"--keep": target.keep, "--experts": target.experts, "--width": target.width}
             settings |= {
                 "--budget": target.budget,
+                "--params": target.params,
+                "--active-params": target.active_params,
                 "--bits": target.bits,
                 "--type": target.type,
                 "--recipe": self.recipe,
@@ -308,7 +314,7 @@ def prepare(
     if profile is None:
         assert calibration is not None
         measure = _measure(source, options, needs, calibration)
-    prices, pricing = _prices(options, request, source, stream, calibration)
+    prices, pricing = _prices(options, request, source, stream, calibration, outlined)
     search = None
     if request is not None and request.search:
         assert calibration is not None
@@ -434,8 +440,9 @@ def may_narrow(plan: Plan, request: Request | None) -> bool:
 
 
 def _prices(
-    options: Options, request: Request | None, source: Source, stream: Stream, calibration: CalibrationText | None
-) -> tuple[Prices | None, Pricing | None]:
+    options: Options, request: Request | None, source: Source, stream: Stream, calibration: CalibrationText | None,
+    outlined: Plan,
+) -> tuple[Prices | None, Pricing | None]:  # fmt: skip
     """Return what types cost where that is known, else what measures it; neither where nobody asks.
 
     Raises:
@@ -456,7 +463,9 @@ def _prices(
     if given is not None:  # what is kept serves every target, as what `coterie price` measures
         source = replace(source, target="packed")
     allocator = KEPT if request.recipe.takes_prices else request.recipe.allocator
-    return None, pricing_of(stream, source, calibration, min(PRICED_TOKENS, options.tokens), allocator)
+    small = allocator != KEPT and are_small(outlined.types.values())
+    tokens = min(PRICED_TOKENS, options.tokens)
+    return None, pricing_of(stream, source, calibration, tokens, allocator, small=small)
 
 
 def _on(on: On | None, profile: Profile | None) -> On:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coterie.compress.allocators import Measures
+from coterie.compress.allocators.expert_types import SMALL
 from coterie.compress.damages import MATRICES, rows_for
 from coterie.compress.pack_forecast import CODES, seconds_of_type
 from coterie.compress.source import Source
@@ -38,7 +39,7 @@ _SVD = 10
 #: Operations that eigenvectors of a square matrix take, by its width to the third power.
 _EIGENVECTORS = 10
 
-#: Types that experts are rounded to, at most, where their outputs or their factors are compared.
+#: Types that experts are rounded to, at most, where their outputs or their factors are compared, but those for less.
 _LADDER = 5
 
 
@@ -51,12 +52,14 @@ class PricingForecast:
         source: the same by its headers.
         token_set: the text.
         measures: what is measured, see `coterie.compress.allocators.Allocator.measures`.
+        small: whether experts are rounded to the types for less as well.
     """
 
     stream: Stream
     source: Source
     token_set: TokenSet
     measures: Measures
+    small: bool = False
 
     @property
     def _tokens(self) -> int:
@@ -85,9 +88,10 @@ class PricingForecast:
             reading = sum(weight.plain_bytes for weight in experts) / BYTES_A_SECOND
             return StageTime(name=PRICING, seconds=operations / speed + reading, reading=reading)
         work = unit_work(self.stream, layers, tokens=tokens, base=True)
+        kinds = (*["Q4_K"] * _LADDER, *(SMALL if self.small else ()))
         # Experts are computed once more for each type, of each projection at most.
-        again = sum(2 * 3 * 3 * _LADDER * layer.top_k * layer.hidden_size * layer.width for layer in layers)
-        rounding = _LADDER * seconds_of_type("Q4_K") * sum(weight.num_elements for weight in experts)
+        again = sum(2 * 3 * 3 * len(kinds) * layer.top_k * layer.hidden_size * layer.width for layer in layers)
+        rounding = sum(map(seconds_of_type, kinds)) * sum(weight.num_elements for weight in experts)
         seconds = work.total + tokens * again / speed + rounding
         if self.measures == "factors":
             # Of each projection what eigenvectors are of, they themselves, and all experts in their directions.

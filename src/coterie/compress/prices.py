@@ -158,6 +158,7 @@ class Pricing:
         token_set: the text.
         seed: seed of its draw.
         allocator: name of who chooses types by what is measured.
+        small: whether a published one has its types for less.
     """
 
     stream: Stream
@@ -165,6 +166,7 @@ class Pricing:
     token_set: TokenSet
     seed: int
     allocator: str = KEPT
+    small: bool = False
 
     def header(self) -> dict[str, Any]:
         """Return all that decides what is measured, for the header of a run."""
@@ -192,6 +194,7 @@ class Pricing:
                 stream=self.stream, source=self.source,
                 batches=[ids_BS for _, ids_BS in self.token_set.batches(BATCH)],
                 counts=list(self.token_set.batch_counts(BATCH)),
+                **({"small": True} if self.small else {}),
             )  # fmt: skip
             done = {name.removeprefix(_STEP) for name in run.finished if name.startswith(_STEP)}
             for name, damages in track(meter.measure(skip=done), PRICING, len(self.stream.units)):
@@ -217,7 +220,7 @@ class Pricing:
         """What it takes."""
         return PricingForecast(
             stream=self.stream, source=self.source, token_set=self.token_set,
-            measures=ALLOCATORS[self.allocator].measures,
+            measures=ALLOCATORS[self.allocator].measures, small=self.small,
         )  # fmt: skip
 
     def in_folder(self, folder: Path) -> Prices:
@@ -297,9 +300,18 @@ def price(
 
 
 def pricing_of(
-    stream: Stream, source: Source, calibration: CalibrationText, tokens: int, allocator: str = KEPT
-) -> Pricing:
+    stream: Stream, source: Source, calibration: CalibrationText, tokens: int, allocator: str = KEPT, *,
+    small: bool = False,
+) -> Pricing:  # fmt: skip
     """Return a measurement that can begin, on so many tokens of a text at most.
+
+    Args:
+        stream: the model.
+        source: the same by its headers.
+        calibration: the text.
+        tokens: how many of it.
+        allocator: who is to choose types by it.
+        small: whether a published one has its types for less, see `coterie.compress.allocators.expert_types.Ladder`.
 
     Raises:
         ArchitectureMismatch: the model predicts no next token, and the allocator goes by the loss.
@@ -308,8 +320,9 @@ def pricing_of(
         check_predicts(source.architecture)
     token_set = calibration.draw(tokens, up_to=True)
     return Pricing(
-        stream=stream, source=source, token_set=token_set, seed=calibration.settings.seed, allocator=allocator
-    )
+        stream=stream, source=source, token_set=token_set, seed=calibration.settings.seed, allocator=allocator,
+        small=small,
+    )  # fmt: skip
 
 
 def _with_unseen(measured: Damages, weights: Sequence[Weight]) -> Damages:

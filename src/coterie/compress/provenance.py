@@ -94,10 +94,10 @@ def _commands(job: Job, profile: Profile | None, model: str) -> tuple[str, ...]:
     if options.plan is not None:
         words += ["--plan", "PLAN"]
     else:
-        for name in ("keep", "experts", "width", "budget", "bits", "type"):
+        for name in ("keep", "experts", "width", "budget", "params", "active_params", "bits", "type"):
             value = getattr(target, name)
             if value is not None:
-                words += [f"--{name}", f"{value:g}" if isinstance(value, float) else value]
+                words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else value]
         if target.multiple_of is not None:
             words += ["--multiple-of", target.multiple_of]
         if target.reader is not None:

@@ -11,14 +11,18 @@ from coterie.model.arch.accounting import Accounting, LayerShape
 class Sizing:
     """Predicts the size of a result from the plans of its layers."""
 
-    def __init__(self, accounting: Accounting, *, keeps_rows: bool, twins: int = 0) -> None:
+    def __init__(
+        self, accounting: Accounting, *, keeps_rows: bool, twins: int = 0, unused: Callable[[], int] = int
+    ) -> None:
         """Take an accounting.
 
         Args:
             accounting: of the original.
             keeps_rows: whether the router keeps its rows, however many experts go.
             twins: prediction layers that lose the experts that the last layer loses.
+            unused: tells how many parameters of the original no token uses to be answered.
         """
+        self._unused = unused
         self._twins = twins
         self._accounting = accounting
         self._keeps_rows = keeps_rows
@@ -42,6 +46,21 @@ class Sizing:
     def num_parameters(self, layers: Sequence[LayerPlan]) -> int:
         """Return the elements of all tensors when every layer becomes what its plan says."""
         return self._total(layers, self._accounting.num_elements)
+
+    def num_active(self, layers: Sequence[LayerPlan], top_k: Sequence[int]) -> int:
+        """Return the parameters that one token uses, as `coterie.model.arch.inspect.Inspection` counts them.
+
+        Args:
+            layers: what layers become.
+            top_k: how many experts a token chooses in each, where its plan does not say.
+        """
+        shapes = self.shapes(layers)
+        active = self._accounting.num_elements(shapes) - self._unused()
+        for index, (shape, plan, chosen) in enumerate(zip(shapes, layers, top_k, strict=True)):
+            experts = self._accounting.expert_elements(index, shape)
+            count = shape.num_experts
+            active += experts * min(chosen if plan.top_k is None else plan.top_k, count) // count - experts
+        return active
 
     def _total(self, layers: Sequence[LayerPlan], count: Callable[[Sequence[LayerShape]], int]) -> int:
         shapes = self.shapes(layers)

@@ -17,6 +17,7 @@ from coterie.model.arch.accounting import Accounting, LayerTensors, layer_tensor
 from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion
 from coterie.model.arch.head import with_head
 from coterie.model.arch.idle import without_idle_biases
+from coterie.model.arch.inspect import read_headers
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.prediction import Prediction, without_prediction
 from coterie.model.disk.checkpoint import Checkpoint, Fetch
@@ -120,7 +121,13 @@ class Source:
 
     def sizing(self, *, keeps_rows: bool) -> Sizing:
         """Return what says how many bytes a result takes; `keeps_rows` for a mapped one."""
-        return Sizing(self.accounting, keeps_rows=keeps_rows, twins=len(self.prediction.twins))
+        twins = len(self.prediction.twins)
+        return Sizing(self.accounting, keeps_rows=keeps_rows, twins=twins, unused=self._unused)
+
+    def _unused(self) -> int:
+        """Return the parameters of prediction layers, which no token uses to be answered."""
+        part_of = read_headers(self.checkpoint).part_of
+        return sum(self.checkpoint.tensors[name].num_elements for name, part in part_of.items() if part == "unused")
 
     @cached_property
     def accounting(self) -> Accounting:

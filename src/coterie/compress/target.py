@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from coterie.amounts import parse_bytes
+from coterie.amounts import parse_bytes, parse_count
 from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.recipes import RECIPES, Recipe
 from coterie.compress.width_prices import STEPS
@@ -31,6 +31,8 @@ class Target:
         experts: experts in each layer.
         width: hidden neurons of each expert; for a ragged result, on average.
         budget: bytes of all tensors, as a number or like "12GiB".
+        params: parameters in all at most, as a number or like "15B".
+        active_params: parameters that one token uses at most, as a number or like "2B".
         bits: most bits that a number of a matrix takes, scales counted, where weights are stored in fewer bits.
         type: the type that matrices are stored in, in capitals or not: one of GGML, like "Q4_K", or integers as
             compressed-tensors stores them, like "INT4_G128", or "INT4" with the largest groups that fit.
@@ -47,6 +49,8 @@ class Target:
     experts: int | None = None
     width: int | None = None
     budget: str | int | None = None
+    params: str | int | None = None
+    active_params: str | int | None = None
     bits: float | None = None
     type: str | None = None
     multiple_of: int | None = None
@@ -67,11 +71,14 @@ class Target:
         """The recipe that is taken where none is named.
 
         Bytes are spent on precision first: at equal bytes that costs a small part of what removing experts costs
-        (benchmarks/bits.md). A share, or a number of experts or neurons, asks for structure.
+        (benchmarks/bits.md); where the form can say it, widths and types are chosen together, which costs less still
+        (benchmarks/bits-widths.md). A share, or a number of experts or neurons, asks for structure.
         """
         if self.type is not None or (self.integers and (self.bits, self.budget) != (None, None)):
             return "gptaq"
-        return "coterie" if self.bits is None and self.budget is None else "coterie-bits"
+        if self.bits is None and self.budget is None:
+            return "coterie"
+        return "coterie-bits-width" if self.reader == "packed" else "coterie-bits"
 
     def check(self, recipe: Recipe) -> None:
         """Raise InputError unless this is one target, in range, that the recipe can fulfil."""
@@ -82,13 +89,16 @@ class Target:
         ]
         if len(given) != 1:
             raise InputError(
-                "say how small with exactly one of --keep, --experts, --width, --budget, --bits and --type; got "
-                f"{given or 'none'}"
+                "say how small with exactly one of --keep, --experts, --width, --budget, --params, --active-params, "
+                f"--bits and --type; got {given or 'none'}"
             )
         if self.keep is not None and not 0 < self.keep <= 1:
             raise InputError(f"--keep {self.keep:g} is not a share: it must be above 0 and at most 1 (0.5 keeps half)")
         if self.budget is not None:
             parse_bytes(self.budget)
+        for count in (self.params, self.active_params):
+            if count is not None:
+                parse_count(count)
         known = (*SIZES, *INTEGER_BITS, *INTEGERS)
         if self.type is not None and self.type not in known:
             raise UnknownName("type", self.type, known)
@@ -124,7 +134,7 @@ class Target:
         if self.multiple_of is not None and recipe.allocator == "ragged":
             raise InputError(f"recipe {recipe.name} {allocator.does}; --multiple-of is for one width or number of all")
         if given[0] not in allocator.targets:
-            *most, last = (f"--{name}" for name in allocator.targets)
+            *most, last = (f"--{name.replace('_', '-')}" for name in allocator.targets)
             instead = f"recipe that {allocator.instead}"
             if given[0] in ("bits", "type"):
                 alike = [

@@ -233,10 +233,11 @@ def single_way(model: Sized, name: str, size: int, expected: Expected) -> Way:
     )  # fmt: skip
 
 
-def mixed_way(model: Sized, limit: int, size: int, expected: Expected) -> Way:
-    """Return the way of a type for each matrix."""
+def mixed_way(model: Sized, limit: int, size: int, expected: Expected, *, narrower: bool = False) -> Way:
+    """Return the way of a type for each matrix; of narrower experts besides."""
+    name = "a type for each matrix" + (", a width for each expert" if narrower else "")
     return Way(
-        name="a type for each matrix", options=(f"--budget {limit}",), num_bytes=size, experts=model.num_experts,
+        name=name, options=(f"--budget {limit}",), num_bytes=size, experts=model.num_experts,
         bits=model.bits(size), expected=expected,
     )  # fmt: skip
 

@@ -66,7 +66,7 @@ ALLOCATORS: dict[str, Allocator] = {
     ),
     "fewer": Allocator(
         function="coterie.compress.allocators.fewer:allocate",
-        targets=("keep", "experts", "budget"),
+        targets=("keep", "experts", "budget", "params", "active_params"),
         does="lowers the number of experts and leaves their width alone",
         instead="slims experts, such as heapr",
     ),
@@ -80,7 +80,7 @@ ALLOCATORS: dict[str, Allocator] = {
     ),
     "narrower": Allocator(
         function="coterie.compress.allocators.narrower:allocate",
-        targets=("keep", "width", "budget"),
+        targets=("keep", "width", "budget", "params", "active_params"),
         does="slims experts and leaves their number alone",
         instead="lowers the number of experts, such as mergemoe",
     ),
@@ -106,7 +106,7 @@ ALLOCATORS: dict[str, Allocator] = {
     ),
     "parts": Allocator(
         function="coterie.compress.allocators.parts:allocate",
-        targets=("keep", "budget"),
+        targets=("keep", "budget", "params", "active_params"),
         does="cuts experts into parts and chooses their number itself",
         instead=_STRUCTURE,
     ),

@@ -13,7 +13,7 @@ from statistics import median
 
 from torch import Tensor
 
-from coterie.compress.allocators.expert_types import Group, Room, by_matrix, code_bits
+from coterie.compress.allocators.expert_types import SMALL, Group, Ladder, Room, by_matrix, code_bits
 from coterie.compress.allocators.knapsack import choose_within
 from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.compress.source import Source
@@ -21,7 +21,7 @@ from coterie.compress.spectra import Spectra
 from coterie.model.stream.stream import Stream
 
 #: The types that stand for the paper's 1 to 4 bits.
-TYPES = ("Q2_K", "Q3_K", "Q4_K")
+TYPES = Ladder(types=("Q2_K", "Q3_K", "Q4_K"), small=(*SMALL, "Q3_K", "Q4_K"))
 
 #: Attention is stored in 4 bits.
 LINEAR = "Q4_K"
@@ -37,8 +37,10 @@ GAP = 1e-3
 _TINY = 1e-12
 
 
-def meter(stream: Stream, source: Source, batches: Sequence[Tensor], counts: Sequence[Tensor | None]) -> Spectra:
-    """Return what measures spectra; the text is not looked at."""
+def meter(
+    stream: Stream, source: Source, batches: Sequence[Tensor], counts: Sequence[Tensor | None], *, small: bool = False
+) -> Spectra:
+    """Return what measures spectra; the text is not looked at, and types neither."""
     return Spectra(stream=stream, groups=by_matrix(source.weights))
 
 
@@ -49,17 +51,22 @@ def allocate(problem: Problem) -> Allocation:
         Infeasible: a target below the smallest types; says what those take.
     """
     room, groups = Room(problem=problem, linear=LINEAR), by_matrix(problem.weights)
+    types = room.types_of(TYPES, groups)
     costs = (
-        [group.even_costs(TYPES) for group in groups] if problem.damages is None else _costs(problem.damages, groups)
+        [group.even_costs(types) for group in groups]
+        if problem.damages is None
+        else _costs(problem.damages, groups, types)
     )
     items = [group.options(each) for group, each in zip(groups, costs, strict=True)]
     chosen = choose_within(items, room.num_bytes(groups), GAP)
     if chosen is None:
-        raise room.too_small(groups, TYPES)
+        raise room.too_small(groups, types)
     return room.allocation(groups, [option.name for option in chosen])
 
 
-def _costs(measured: Mapping[str, Mapping[str, float]], groups: Sequence[Group]) -> list[dict[str, float]]:
+def _costs(
+    measured: Mapping[str, Mapping[str, float]], groups: Sequence[Group], types: Sequence[str]
+) -> list[dict[str, float]]:
     """Return what types cost each matrix; one that stands for those of all experts costs what all of them do."""
     middle = median(values["alpha"] for values in measured.values())
 
@@ -72,7 +79,7 @@ def _costs(measured: Mapping[str, Mapping[str, float]], groups: Sequence[Group])
     for group in groups:
         [weight] = group.weights
         keys = [key for key in (group.key, *stacked_keys(weight.pattern, weight.shape)) if key in measured]
-        costs.append({wanted: sum(noise(key, group.types(wanted)[weight.pattern]) for key in keys) for wanted in TYPES})
+        costs.append({wanted: sum(noise(key, group.types(wanted)[weight.pattern]) for key in keys) for wanted in types})
     return costs
 
 

@@ -13,23 +13,27 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from coterie.compress.allocators.expert_types import Group, Room, by_expert
+from coterie.compress.allocators.expert_types import SMALL, Group, Ladder, Room, by_expert
 from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.compress.damages import DamageMeter
 from coterie.compress.source import Source
 from coterie.model.stream.stream import Stream
 
 #: The types that stand for the paper's 2, 4 and 8 bits.
-TYPES = ("Q2_K", "Q4_K", "Q8_0")
+TYPES = Ladder(types=("Q2_K", "Q4_K", "Q8_0"), small=(*SMALL, "Q4_K", "Q8_0"))
 
 #: What is no expert's is kept at high precision.
 LINEAR = "Q8_0"
 
 
-def meter(stream: Stream, source: Source, batches: Sequence[Tensor], counts: Sequence[Tensor | None]) -> DamageMeter:
+def meter(
+    stream: Stream, source: Source, batches: Sequence[Tensor], counts: Sequence[Tensor | None], *, small: bool = False
+) -> DamageMeter:
     """Return what measures what the model loses where a matrix of one expert is stored in a type."""
     weights = [weight for group in by_expert(source.weights) for weight in group.weights]
-    return DamageMeter(stream=stream, source=source, batches=batches, counts=counts, types=TYPES, weights=weights)
+    return DamageMeter(
+        stream=stream, source=source, batches=batches, counts=counts, types=TYPES.of(small), weights=weights
+    )  # fmt: skip
 
 
 def allocate(problem: Problem) -> Allocation:
@@ -39,13 +43,13 @@ def allocate(problem: Problem) -> Allocation:
         Infeasible: a target below the smallest type; says what that takes.
     """
     room, groups = Room(problem=problem, linear=LINEAR), by_expert(problem.weights)
-    num_bytes = room.num_bytes(groups)
-    sizes = {wanted: sum(group.num_bytes(wanted) for group in groups) for wanted in TYPES}
-    if sizes[TYPES[0]] > num_bytes:
-        raise room.too_small(groups, TYPES)
-    bounds = [(low, high) for low, high in pairwise(TYPES) if sizes[low] <= num_bytes < sizes[high]]
+    num_bytes, types = room.num_bytes(groups), room.types_of(TYPES, groups)
+    sizes = {wanted: sum(group.num_bytes(wanted) for group in groups) for wanted in types}
+    if sizes[types[0]] > num_bytes:
+        raise room.too_small(groups, types)
+    bounds = [(low, high) for low, high in pairwise(types) if sizes[low] <= num_bytes < sizes[high]]
     if not bounds:  # all of them fit in the largest
-        return room.allocation(groups, [TYPES[-1]] * len(groups))
+        return room.allocation(groups, [types[-1]] * len(groups))
     [(low, high)] = bounds
     wanted, taken = dict.fromkeys((group.key for group in groups), high), sizes[high]
     for group in sorted(groups, key=lambda group: _importance(problem, group, low, high)):

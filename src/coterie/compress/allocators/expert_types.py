@@ -7,7 +7,7 @@ they are one matrix here, and have one type.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,9 +16,35 @@ from coterie.compress.allocators.knapsack import Option, choose_exactly
 from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.compress.weights import Weight
 from coterie.errors import Infeasible
+from coterie.model.disk.encodings.ggml import unwrapped
+
+#: The types that stand for one bit and for two where the smallest of a recipe's own take more than is asked for.
+SMALL = ("IQ1_S", "IQ2_XXS")
 
 #: What embedding and head get, which these papers leave in 16 bits; in eight they lose next to nothing.
 WHOLE = "Q8_0"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ladder:
+    """The types that a recipe chooses from.
+
+    Attributes:
+        types: the smallest first.
+        small: those in their place where the smallest of them takes more than is asked for.
+    """
+
+    types: tuple[str, ...]
+    small: tuple[str, ...]
+
+    def of(self, small: bool) -> tuple[str, ...]:
+        """Return the types, or those for less."""
+        return self.small if small else self.types
+
+
+def are_small(types: Iterable[str]) -> bool:
+    """Tell whether types were chosen for less than the smallest that a recipe usually chooses from."""
+    return not {unwrapped(kind) for kind in types}.isdisjoint(SMALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +165,11 @@ class Room:
         num_elements = sum(group.num_elements for group in groups)
         return self.problem.room(num_elements=num_elements, beside=self._beside(groups))
 
+    def types_of(self, ladder: Ladder, groups: Sequence[Group]) -> tuple[str, ...]:
+        """Return the types of a ladder that groups are to choose from: those for less where the others do not fit."""
+        least = sum(min(group.num_bytes(wanted) for wanted in ladder.types) for group in groups)
+        return ladder.of(small=least > self.num_bytes(groups))
+
     def allocate_by_layer(
         self,
         groups: Sequence[Group],
@@ -168,18 +199,19 @@ class Room:
             wanted |= {group.key: option.name for group, option in zip(of_layer, chosen, strict=True)}
         return self.allocation(groups, [wanted[group.key] for group in groups])
 
-    def allocate_least(self, ladder: Sequence[str]) -> Allocation:
+    def allocate_least(self, ladder: Ladder) -> Allocation:
         """Return the allocation in which every layer has the least sum of what its projections cost, see `Group.costs`.
 
         Raises:
             Infeasible: nothing fits in a layer; says what the smallest types take.
         """
-        measured = self.problem.damages
+        measured, everywhere = self.problem.damages, by_matrix(self.problem.weights)
+        types = self.types_of(ladder, everywhere)
 
         def choose(groups: Sequence[Group], num_bytes: int) -> list[Option] | None:
-            return choose_exactly([group.options(group.costs(measured, ladder)) for group in groups], num_bytes)
+            return choose_exactly([group.options(group.costs(measured, types)) for group in groups], num_bytes)
 
-        return self.allocate_by_layer(by_matrix(self.problem.weights), ladder, choose)
+        return self.allocate_by_layer(everywhere, types, choose)
 
     def too_small(self, groups: Sequence[Group], ladder: Sequence[str]) -> Infeasible:
         """Return what to raise where even the smallest types of a ladder take more."""

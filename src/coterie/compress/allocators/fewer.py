@@ -19,10 +19,11 @@ def allocate(problem: Problem) -> Allocation:
 def _count(problem: Problem) -> int:
     target, architecture = problem.target, problem.architecture
     total = architecture.layers[0].num_experts  # the same in all layers: `Architecture` refuses others
-    if target.budget is not None:
+    limit = problem.limit
+    if limit is not None:
         counts = problem.multiples(architecture.feasible_counts(), "number of experts")
         options = {count: problem.same_count(count) for count in counts}
-        return problem.largest_within(options, target.budget, "keeping fewer experts", "that can be routed, {} a layer")
+        return problem.largest_within(options, limit, "keeping fewer experts", "that can be routed, {} a layer")
     count = target.experts if target.keep is None else max(1, round(target.keep * total))
     assert count is not None
     if not 1 <= count <= total:

@@ -20,11 +20,11 @@ def allocate(problem: Problem) -> Allocation:
 
 
 def _width(problem: Problem) -> int:
-    target, full = problem.target, problem.full_width()
-    if target.budget is not None:
+    target, full, limit = problem.target, problem.full_width(), problem.limit
+    if limit is not None:
         widths = problem.multiples(width_rule(problem.architecture).feasible_widths(), "width")
         options = {width: problem.same_width(width) for width in widths}
-        return problem.largest_within(options, target.budget, "slimming experts", "that can be written, width {}")
+        return problem.largest_within(options, limit, "slimming experts", "that can be written, width {}")
     width = target.width
     if width is None:
         assert target.keep is not None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from coterie.amounts import parse_bytes
-from coterie.compress.allocators.problem import Allocation, Problem
+from coterie.compress.allocators.problem import Allocation, Limit, Problem
 from coterie.compress.layer_plan import LayerPlan
 from coterie.errors import ArchitectureMismatch, Infeasible
 from coterie.model.arch.choice import choice_key
@@ -31,13 +30,12 @@ def allocate(problem: Problem) -> Allocation:
 def _layers(problem: Problem, parts: int) -> tuple[LayerPlan, ...]:
     architecture, target = problem.architecture, problem.target
     first, total = architecture.layers[0], architecture.layers[0].num_experts
-    if target.budget is not None:
-        limit = parse_bytes(target.budget)
-    else:
+    limit = problem.limit
+    if limit is None:
         assert target.keep is not None
-        limit = problem.sizing.num_bytes(problem.same_count(max(1, round(target.keep * total))))
+        limit = problem.byte_limit(problem.sizing.num_bytes(problem.same_count(max(1, round(target.keep * total)))))
     uncut = problem.whole()
-    if problem.sizing.num_bytes(uncut) <= limit:
+    if limit.measure(uncut) <= limit.most:
         return uncut
     cut = most_parts(problem, parts)
     if cut == 1:
@@ -53,7 +51,7 @@ def _layers(problem: Problem, parts: int) -> tuple[LayerPlan, ...]:
     return options[problem.largest_within(options, limit, "keeping fewer parts of experts", least)]
 
 
-def _uncut(problem: Problem, limit: int) -> tuple[LayerPlan, ...]:
+def _uncut(problem: Problem, limit: Limit) -> tuple[LayerPlan, ...]:
     try:
         widths = width_rule(problem.architecture).feasible_widths()
     except Infeasible:

@@ -8,7 +8,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any, Protocol
 
-from coterie.amounts import format_bytes, parse_bytes
+from coterie.amounts import format_bytes, format_count, parse_bytes, parse_count
 from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.sizes import Sizing
@@ -25,6 +25,23 @@ class Meter(Protocol):
 
     def measure(self, skip: Collection[str] = ()) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
         """Yield what was measured last, and numbers by name and by what they are; what is to be skipped is left out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limit:
+    """What the sum of a structure may come to at most.
+
+    Attributes:
+        most: bytes or parameters.
+        measure: adds up what layers come to, in the same unit.
+        name: what is limited, with the limit: "a budget of 12.0 GiB".
+        show: writes an amount for a reader.
+    """
+
+    most: int
+    measure: Callable[[Sequence[LayerPlan]], int]
+    name: str
+    show: Callable[[int], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,27 +129,53 @@ class Problem:
             )
         return chosen
 
-    def largest_within(
-        self, options: Mapping[int, tuple[LayerPlan, ...]], budget: str | int, way: str, least: str
-    ) -> int:
-        """Return the largest key whose layers weigh no more than a budget.
+    @property
+    def limit(self) -> Limit | None:
+        """What the target allows in bytes or parameters; None where it says something else."""
+        target = self.target
+        if target.budget is not None:
+            return self.byte_limit(parse_bytes(target.budget))
+        if target.params is not None:
+            most = parse_count(target.params)
+            return Limit(
+                most=most, measure=self.sizing.num_parameters, name=f"--params {format_count(most)}",
+                show=_parameters,
+            )  # fmt: skip
+        if target.active_params is not None:
+            most = parse_count(target.active_params)
+            return Limit(
+                most=most, measure=self._active, name=f"--active-params {format_count(most)}",
+                show=lambda count: f"{_parameters(count)} a token",
+            )  # fmt: skip
+        return None
+
+    def byte_limit(self, most: int) -> Limit:
+        """Return the limit of so many bytes."""
+        return Limit(
+            most=most, measure=self.sizing.num_bytes, name=f"a budget of {format_bytes(most)}", show=format_bytes
+        )
+
+    def _active(self, layers: Sequence[LayerPlan]) -> int:
+        return self.sizing.num_active(layers, [layer.top_k for layer in self.architecture.layers])
+
+    def largest_within(self, options: Mapping[int, tuple[LayerPlan, ...]], limit: Limit, way: str, least: str) -> int:
+        """Return the largest key whose layers come to no more than a limit.
 
         Args:
-            options: layers by a number that grows with their bytes.
-            budget: bytes, or an amount like "12GiB".
+            options: layers by a number that grows with what they come to.
+            limit: the most.
             way: what is done to meet it, for the message.
             least: what the smallest option is, with ``{}`` for its key.
 
         Raises:
             Infeasible: none does; says what the smallest takes.
         """
-        limit = parse_bytes(budget)
-        fitting = [value for value, layers in options.items() if self.sizing.num_bytes(layers) <= limit]
+        fitting = [value for value, layers in options.items() if limit.measure(layers) <= limit.most]
         if not fitting:
             smallest = min(options)
             raise Infeasible(
-                f"a budget of {format_bytes(limit)} cannot be met by {way}: the least {least.format(smallest)}, takes "
-                f"{format_bytes(self.sizing.num_bytes(options[smallest]))}"
+                f"{limit.name} cannot be met by {way}: the least {least.format(smallest)}, takes "
+                f"{limit.show(limit.measure(options[smallest]))}"
             )
         return max(fitting)
 
@@ -184,3 +227,7 @@ def load_meter(name: str) -> Callable[..., Meter]:
 def _load(where: str) -> Any:
     module, _, attribute = where.partition(":")
     return getattr(import_module(module), attribute)
+
+
+def _parameters(count: int) -> str:
+    return f"{format_count(count)} parameters"

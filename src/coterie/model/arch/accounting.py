@@ -371,6 +371,13 @@ class Accounting:
             for layer, size in zip(self.layers, sizes, strict=True)
         )
 
+    def expert_elements(self, layer: int, size: LayerShape) -> int:
+        """Return the numbers that are stored of a layer's experts when it gets a size, routers not counted."""
+        experts = replace(
+            self.layers[layer], tensors=tuple(each for each in self.layers[layer].tensors if not each.router)
+        )
+        return _total(experts, size, lambda dtype, shape: math.prod(shape))
+
     def layer_bytes(self, layer: int, size: LayerShape) -> int:
         """Return the bytes of what hangs on a layer's experts when it gets a size: experts and router."""
         key = self._alike[layer], size
