@@ -178,10 +178,10 @@ def test_a_dry_run_says_what_a_search_takes(model, prices, text_folder, tmp_path
 def test_a_search_is_refused_where_there_are_no_types_to_search_for(model, text_folder, tmp_path):
     out = str(tmp_path / "out")
     for settings, message in (
-        ({"type": "Q4_0"}, "recipe gptaq has no types to search for"),
-        ({"keep": 0.5}, "recipe coterie has no types"),
-        ({"bits": 5.5, "recipe": "pmq"}, "recipe pmq has no types"),
-        ({"bits": 5.5, "recipe": "coterie-bits-width", "target": "packed"}, "take that recipe, or leave --search out"),
+        ({"type": "Q4_0"}, "the recipe is gptaq"),
+        ({"keep": 0.5}, "the recipe is coterie:"),
+        ({"bits": 5.5, "recipe": "pmq"}, "the recipe is pmq"),
+        ({"bits": 5.5, "recipe": "coterie-bits-width", "target": "packed"}, "say --recipe coterie-bits, or"),
     ):
         with pytest.raises(InputError, match=message):
             compress(model, out, search=4, text=text_folder, **settings)
@@ -192,7 +192,7 @@ def test_a_search_is_refused_where_there_are_no_types_to_search_for(model, text_
         compress(model, out, plan=saved, search=4, text=text_folder)
     arguments = ["compress", str(model), out, "--type", "Q4_0", "--search", "4", "--text", str(text_folder)]
     done = CliRunner().invoke(app, arguments)
-    assert "has no types to search for" in str(done.output) + str(done.exception)
+    assert "the recipe is gptaq" in str(done.output) + str(done.exception)
     assert not (tmp_path / "out").exists()
 
 

@@ -47,8 +47,8 @@ class Request:
             raise InputError(f"--search {self.search} is no number of generations; give 0 or more")
         if self.search and not self.recipe.searches:
             raise InputError(
-                f"recipe {self.recipe.name} has no types to search for: --search goes on from those that coterie-bits "
-                "chooses; take that recipe, or leave --search out"
+                f"--search goes on from the types that coterie-bits chooses, and the recipe is {self.recipe.name}: say "
+                "--recipe coterie-bits, or leave --search out"
             )
 
     def content(self) -> dict[str, Any]:
