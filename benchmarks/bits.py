@@ -6,7 +6,8 @@
                               [--markdown FILE] [--json FILE]
 
 A recipe may be followed by an effort, such as coterie-bits:balanced: its result is trained as long; else it is not. And
-by a target, such as coterie-bits@packed, for the form that Coterie alone reads.
+by a target, such as coterie-bits@packed, for the form that Coterie alone reads. Before both may stand for how many
+generations types are searched for, such as coterie-bits+search=40.
 
 Every format of `llama-quantize` is made with the types that it gives to each tensor and the code that it rounds numbers
 with, see `llama_quantiser.py`; its importance matrix comes from the same calibration text as our recipes have. Each of
@@ -106,6 +107,31 @@ class Size:
     most: int
     beside: int
     plain: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spelling:
+    """A recipe with what may follow it.
+
+    Attributes:
+        name: of the recipe.
+        search: generations that types are searched for.
+        effort: how long the result is trained.
+        reader: who is to read it; empty for llama.cpp.
+    """
+
+    name: str
+    search: int
+    effort: str
+    reader: str
+
+    @classmethod
+    def of(cls, recipe: str) -> Spelling:
+        """Read name+search=N:effort@reader, of which all but the name may be left out."""
+        spelled, _, reader = recipe.partition("@")
+        spelled, _, effort = spelled.partition(":")
+        name, _, search = spelled.partition("+search=")
+        return cls(name=name, search=int(search or 0), effort=effort or "fast", reader=reader)
 
 
 class Rows:
@@ -224,14 +250,12 @@ class Comparison:
     def _ours(self, file_format: str, recipe: str, seed: int, size: Size, **target: Any) -> None:
         """Compress to what is asked for, and evaluate; a row of nothing where a recipe cannot be that small."""
         begun, key = time.perf_counter(), self._key(file_format, recipe, seed)
-        spelled, _, reader = recipe.partition("@")
-        name, _, effort = spelled.partition(":")
-        settings = self.settings
+        spelling, settings = Spelling.of(recipe), self.settings
         try:
             result = compress(
-                self.model, self.work / "ours", recipe=name, text=settings.text, tokens=settings.tokens,
-                seq_len=settings.seq_len, seed=seed, prices=self._prices(name, seed, reader), effort=effort or "fast",
-                target=reader or None, **target,
+                self.model, self.work / "ours", recipe=spelling.name, text=settings.text, tokens=settings.tokens,
+                seq_len=settings.seq_len, seed=seed, prices=self._prices(spelling.name, seed, spelling.reader),
+                effort=spelling.effort, search=spelling.search, target=spelling.reader or None, **target,
             )  # fmt: skip
         except Infeasible:
             self.rows.put(key | NOTHING | {"seconds": time.perf_counter() - begun})

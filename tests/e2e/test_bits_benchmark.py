@@ -77,6 +77,17 @@ MIXES = {
 }  # fmt: skip
 
 
+def test_a_recipe_is_spelled_with_what_may_follow_it(script):
+    def read(recipe):
+        each = script.Spelling.of(recipe)
+        return each.name, each.search, each.effort, each.reader
+
+    assert read("coterie-bits") == ("coterie-bits", 0, "fast", "")
+    assert read("coterie-bits:balanced@packed") == ("coterie-bits", 0, "balanced", "packed")
+    assert read("coterie-bits+search=40") == ("coterie-bits", 40, "fast", "")
+    assert read("coterie-bits+search=8:thorough@packed") == ("coterie-bits", 8, "thorough", "packed")
+
+
 @pytest.mark.parametrize("file_format", MIXES)
 def test_a_format_gives_more_bits_where_llama_cpp_does(rival, file_format):
     assert MIXES.keys() == rival.FORMATS.keys()

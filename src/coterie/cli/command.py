@@ -22,7 +22,7 @@ PANELS: dict[str, tuple[str, ...]] = {
         "bits", "type", "removed", "multiple_of", "target", "experts_only", "plan", "budgets",
     ),
     "How": (
-        "recipe", "recipes", "router", "routers", "effort", "train_tokens", "inputs", "output_dtype", "mtp",
+        "recipe", "recipes", "router", "routers", "effort", "train_tokens", "search", "inputs", "output_dtype", "mtp",
         "statistics", "gradients", "profile", "prices", "number_type", "seed", "seeds", "temperature", "first_token",
     ),
     "Text": (

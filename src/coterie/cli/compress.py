@@ -49,6 +49,14 @@ def compress(
     train_tokens: Annotated[
         int | None, typer.Option(help="Tokens to train on, in place of what --effort says; 0 for none.")
     ] = None,
+    search: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="For coterie-bits: go on from the types that it chose with an evolutionary search, of so many "
+            "generations at most.",
+        ),
+    ] = None,
     router: Annotated[RouterForm | None, typer.Option(help=options.ROUTER_HELP, show_default="plain")] = None,
     profile: Annotated[
         Path | None, typer.Option(help="Folder of a profile; one that holds none yet gets the profile made here.")
@@ -122,7 +130,7 @@ def compress(
     how = options.running(budget, budget_for, context, batch, kv_type)
     if plan is None:
         options.one_target(**targets)
-        check_request(model, {**targets, "reader": target}, recipe, router or "plain", seed)
+        check_request(model, {**targets, "reader": target}, recipe, router or "plain", seed, search or 0)
     from coterie.compress.recipes import get_recipe, training_tokens
     from coterie.compress.target import Target
 
@@ -141,6 +149,7 @@ def compress(
         "recipe": recipe,
         "effort": effort,
         "train_tokens": train_tokens,
+        "search": search,
         "router": router,
         "profile": profile,
         "text": text,

@@ -94,7 +94,9 @@ def plan(
         print_text(f"plan written to {out}")
 
 
-def check_request(model: str, targets: Mapping[str, Any], recipe: str | None, router: RouterForm, seed: int) -> None:
+def check_request(
+    model: str, targets: Mapping[str, Any], recipe: str | None, router: RouterForm, seed: int, search: int = 0
+) -> None:
     """Refuse, before anything heavy is imported, what no model could be given, and what is no model."""
     from coterie.compress.recipes import get_recipe
     from coterie.compress.request import Request
@@ -102,7 +104,8 @@ def check_request(model: str, targets: Mapping[str, Any], recipe: str | None, ro
     from coterie.model.disk.checkpoint import read_config, resolve
 
     target = Target(**targets)
-    Request(recipe=get_recipe(recipe or target.usual_recipe), target=target, router=router, seed=seed).check()
+    chosen = get_recipe(recipe or target.usual_recipe)
+    Request(recipe=chosen, target=target, router=router, seed=seed, search=search).check()
     read_config(resolve(model, weights=False))
 
 

@@ -115,6 +115,7 @@ def compress(
     experts_only: bool = False,
     running: Running | None = None,
     on: On | None = None,
+    search: int | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
 ) -> Result:
@@ -174,6 +175,8 @@ def compress(
             weights alone: keys, values and buffers are put aside, see `coterie.compress.memory_budget`.
         on: which tokens count where experts are measured and the result is trained: "all" (when None), or those of
             answers in conversations and of completions, "assistant". With a profile that is there, its own.
+        search: for a recipe that gives each matrix a type, go on from what it chose with an evolutionary search of so
+            many generations at most (EvoPress, arXiv 2410.14649), see `coterie.compress.search`; None or 0 for none.
         push_to_hub: id of a repository on the model hub that the result is uploaded to once it is whole; that this can
             be is asked first. None uploads nothing.
         private: make that repository a private one.
@@ -196,7 +199,7 @@ def compress(
         effort=effort, train_tokens=train_tokens, router=router, profile=profile, text=text, weights=weights,
         tokens=tokens, seq_len=seq_len, seed=seed, sample_tokens=sample_tokens, device=device, inputs=inputs,
         output_dtype=output_dtype, max_memory=max_memory, allow_pickle=allow_pickle, cache=cache, prices=prices,
-        mtp=mtp, on=on,
+        mtp=mtp, on=on, search=search,
     )  # fmt: skip
     destination = find_destination(push_to_hub, private=private)
     clock = _Clock()
@@ -278,6 +281,8 @@ def _decide(work: Work) -> None:
             assert job.pricing is not None
             prices = job.pricing.in_run(work.run)
         work.plan = with_types(job.source, work.plan, job.request, prices)
+        if job.search is not None:
+            work.plan = job.search.in_run(work.run, work.plan, prices)
     if profile is None:
         return
     work.plan = completed(job.source, work.plan, job.request, profile)

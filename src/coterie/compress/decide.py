@@ -186,7 +186,19 @@ def allocate(
 
     Without a profile, what a ragged recipe gets only says that the target can be met, and how large the result is.
     """
-    problem = Problem(
+    problem = problem_of(source, request, profile, damages, widths)
+    return load_allocator(request.recipe.allocator)(problem)
+
+
+def problem_of(
+    source: Source,
+    request: Request,
+    profile: Profile | None = None,
+    damages: Mapping[str, Mapping[str, float]] | None = None,
+    widths: WidthPrices | None = None,
+) -> Problem:
+    """Return what is to be shared out among the layers of a model."""
+    return Problem(
         architecture=source.architecture,
         sizing=source.sizing(keeps_rows=request.router == "map"),
         target=request.target,
@@ -198,7 +210,6 @@ def allocate(
         damages=damages,
         widths=widths or {},
     )
-    return load_allocator(request.recipe.allocator)(problem)
 
 
 def completed(source: Source, outlined: Plan, request: Request | None, profile: Profile) -> Plan:

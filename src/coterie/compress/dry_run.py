@@ -89,6 +89,8 @@ def _disk(job: Job) -> dict[str, int]:
     if job.measure is not None and job.options.inputs == "original":
         what = "the profile" if job.profile_folder is not None else "the profile, while it is made"
         disk[what] = profile_disk(job.stream, job.source.architecture.layers, job.measure)
+    if job.search is not None:
+        disk |= job.search.forecast.disk()
     for step in job.result_steps.values():
         if step is not None:
             disk |= step.disk

@@ -29,6 +29,7 @@ from coterie.compress.prices import KEPT, Prices, Pricing, pricing_of
 from coterie.compress.recipes import Recipe, get_recipe, training_tokens, trains_in
 from coterie.compress.request import Request
 from coterie.compress.result_steps import LeftOut, load_result_step
+from coterie.compress.search.run import Search, search_of
 from coterie.compress.source import Source
 from coterie.compress.stock import NAME as STOCK
 from coterie.compress.stock import prepare_stock
@@ -84,6 +85,7 @@ class Options:
     prices: Prices | str | Path | None
     mtp: Mtp | None
     on: On | None
+    search: int | None = None
     dry: bool = False
 
     @classmethod
@@ -142,12 +144,15 @@ class Options:
                 "--multiple-of": target.multiple_of,
                 "--target": target.reader,
                 "--experts-only": target.experts_only or None,
+                "--search": self.search or None,
             }
             if given := [name for name, value in settings.items() if value is not None]:
                 raise InputError(f"the plan says how small and how; leave {', '.join(given)} out, or --plan")
             return None
         recipe = get_recipe(self.target.usual_recipe if self.recipe is None else self.recipe)
-        request = Request(recipe=recipe, target=self.target, router=self.router or "plain", seed=self.seed)
+        request = Request(
+            recipe=recipe, target=self.target, router=self.router or "plain", seed=self.seed, search=self.search or 0
+        )  # fmt: skip
         request.check()
         return request
 
@@ -173,6 +178,7 @@ class Job:
         numerics: what is computed with, see `coterie.model.numerics`.
         prices: what types cost, where that was measured before.
         pricing: what measures it; None where that is done or not asked for.
+        search: what looks for better types than those that were chosen; None where that is not asked for.
         stock: what loading the result with transformers takes, or why that is left out; None where it is not integers.
     """
 
@@ -191,6 +197,7 @@ class Job:
     seconds: Mapping[str, float] = field(default_factory=dict)
     prices: Prices | None = None
     pricing: Pricing | None = None
+    search: Search | None = None
     stock: Stage | LeftOut | None = None
 
     @cached_property
@@ -218,7 +225,8 @@ class Job:
         steps = (stage for prepared in self.result_steps.values() if prepared is not None for stage in prepared.times)
         compressing = compressing_time(self.stream, self.outline, self.seconds, self.measure if here else None)
         pricing = () if self.pricing is None else (self.pricing.forecast.time(),)
-        return (*measuring, *pricing, compressing, *steps, checking_time(self.outline))
+        searching = () if self.search is None else (self.search.forecast.time(),)
+        return (*measuring, *pricing, *searching, compressing, *steps, checking_time(self.outline))
 
     @property
     def profile_folder(self) -> Path | None:
@@ -307,6 +315,10 @@ def prepare(
         assert calibration is not None
         measure = _measure(source, options, needs, calibration)
     prices, pricing = _prices(options, request, source, stream, calibration, outlined)
+    search = None
+    if request is not None and request.search:
+        assert calibration is not None
+        search = search_of(stream, source, request, calibration, outlined.types, options.tokens)
     packing = None
     if outlined.packed:
         assert measure is not None
@@ -325,10 +337,17 @@ def prepare(
         forecast=(
             _forecast(stream, source, measure, profile, options.inputs)
             if packing is None
-            else Forecast(stages=(*(() if pricing is None else pricing.forecast.stages()), *packing.stages()))
+            else Forecast(
+                stages=(
+                    *(() if pricing is None else pricing.forecast.stages()),
+                    *(() if search is None else search.forecast.stages()),
+                    *packing.stages(),
+                )
+            )
         ),
         prices=prices,
         pricing=pricing,
+        search=search,
         calibration=calibration,
         recorded=(recorded or {}).get("result_steps", {}),
         numerics=numerics or {},

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 _OPTIONS = (
     ("--effort", "effort", "balanced"),
     ("--train-tokens", "train_tokens", None),
+    ("--search", "search", None),
     ("--sample-tokens", "sample_tokens", 8_192),
     ("--device", "device", "cpu"),
     ("--inputs", "inputs", "original"),

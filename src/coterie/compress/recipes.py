@@ -96,6 +96,11 @@ class Recipe:
         return self.allocator in ("mixed-types", "mixed-widths")
 
     @property
+    def searches(self) -> bool:
+        """Whether the types that matrices get can be searched on from (`coterie.compress.search`)."""
+        return self.allocator == "mixed-types"
+
+    @property
     def narrows(self) -> bool:
         """Whether experts get widths of their own where weights are stored in fewer bits."""
         return self.allocator == "mixed-widths"

@@ -8,6 +8,7 @@ from typing import Any
 from coterie.amounts import check_seed
 from coterie.compress.recipes import Recipe, Step
 from coterie.compress.target import Target
+from coterie.errors import InputError
 from coterie.model.disk.manifest import RouterForm
 
 #: Targets that earlier versions did not have: left out where nobody asks for them, so that their runs go on.
@@ -23,12 +24,14 @@ class Request:
         target: how small.
         router: form of the router, see `coterie.compress.plan.Plan`.
         seed: seed of everything random in the passes.
+        search: generations of the search for types at most; 0 for none.
     """
 
     recipe: Recipe
     target: Target
     router: RouterForm = "plain"
     seed: int = 0
+    search: int = 0
 
     @property
     def passes(self) -> tuple[Step, ...]:
@@ -40,6 +43,13 @@ class Request:
         check_seed(self.seed)
         self.target.check(self.recipe)
         self.recipe.with_router(self.router)
+        if self.search < 0:
+            raise InputError(f"--search {self.search} is no number of generations; give 0 or more")
+        if self.search and not self.recipe.searches:
+            raise InputError(
+                f"--search goes on from the types that coterie-bits chooses, and the recipe is {self.recipe.name}: say "
+                "--recipe coterie-bits, or leave --search out"
+            )
 
     def content(self) -> dict[str, Any]:
         """Return it as JSON content."""
@@ -52,4 +62,5 @@ class Request:
             **({} if self.recipe.quantiser is None else {"quantiser": list(self.recipe.quantiser)}),
             "router": self.router,
             "seed": self.seed,
+            **({"search": self.search} if self.search else {}),
         }

@@ -35,7 +35,7 @@ def read(stream: Stream, batches: Sequence[Tensor], *, description: str) -> list
     Returns:
         What the base model returned for each batch; its last hidden states are in files where they are large.
     """
-    run = stream.run([functools.partial(_base_output, stream.model, ids_BS) for ids_BS in batches])
+    run = stream.run([functools.partial(base_output, stream.model, ids_BS) for ids_BS in batches])
     work = unit_work(stream, (), tokens=sum(ids_BS.numel() for ids_BS in batches), base=True)
     for _ in track(run, description, work.total, weight=work.of, largest=work.largest):
         pass
@@ -76,7 +76,8 @@ def likeliest(head: Head, ids_BS: Tensor, output: Any, *, start: int, vocab_size
     return torch.cat(parts, 1)
 
 
-def _base_output(model: Any, ids_BS: Tensor) -> Any:
+def base_output(model: Any, ids_BS: Tensor) -> Any:
+    """Return what the base model returns for token ids (B, S): its last hidden states alone."""
     output = model.base_model(input_ids=ids_BS, use_cache=False)
     # Routers' scores and the like are not needed, and would stay in memory for the whole text.
     return type(output)(last_hidden_state=output.last_hidden_state)
