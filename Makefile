@@ -82,7 +82,8 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 	$(BIN)/python benchmarks/run_memory.py --markdown benchmarks/run_memory.md
 	$(BIN)/python benchmarks/memory.py --tokens 2048 --markdown benchmarks/memory.md
 	$(BIN)/python benchmarks/memory.py --sizes 2GB 4GB --bundled --tokens 2048 --markdown benchmarks/memory-stages.md
-	$(BIN)/python benchmarks/memory.py --sizes 2GB 4GB 16GB --commands bits --tokens 16384 --markdown benchmarks/memory-bits.md
+	$(BIN)/python benchmarks/memory.py --sizes 2GB 16GB --commands gptq --limit 7GiB --tokens 4096 \
+		--markdown benchmarks/memory-bits.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory_units.py --markdown benchmarks/memory_units.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/research.py --sample-tokens 32768 --markdown benchmarks/research.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/research.py --sample-tokens 32768 --keep 0.75 --only form,refit,rate \

@@ -86,6 +86,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.long
 def test_a_search_that_was_killed_goes_on_and_ends_with_the_same_bytes(
     model, prices, searched, text_folder, tmp_path, monkeypatch
 ):
