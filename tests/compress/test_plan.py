@@ -89,7 +89,7 @@ def test_router_groups_must_stay_equal(deepseek: Path) -> None:
 
 
 def test_exactly_one_wish(olmoe: Path) -> None:
-    with pytest.raises(InputError, match="--budget, --bits and --type; got none"):
+    with pytest.raises(InputError, match="--active-params, --bits and --type; got none"):
         mergemoe_plan(olmoe)
     with pytest.raises(InputError, match="got \\['keep', 'experts'\\]"):
         mergemoe_plan(olmoe, keep=0.5, experts=4)
