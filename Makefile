@@ -70,6 +70,12 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 		--recipes coterie-bits@packed coterie-bits-width@packed --markdown benchmarks/bits-width.md
 	$(BITS) --models reference/qwen3_moe --formats --expert-shares 0.25 --tokens 32768 --json benchmarks/bits-shared-base.json \
 		--recipes shared-base@packed gptq@packed coterie-bits@packed --markdown benchmarks/bits-shared-base.md
+	$(BITS) --formats IQ4_XS IQ3_XXS IQ2_XS --shares 0.24 0.21 0.16 --recipes coterie-bits@packed coterie-bits-width@packed \
+		--markdown benchmarks/bits-widths.md
+	$(BITS) --models reference/qwen3_moe --formats --expert-shares 0.25 0.1875 0.13 0.1 --recipes coterie-bits-width@packed \
+		coterie-bits mxmoe pmq bitsmoe-bits alphaq edgemoe --markdown benchmarks/bits-experts.md
+	$(BITS) --models reference/model reference/glm4_moe --formats --expert-shares 0.25 0.13 --recipes \
+		coterie-bits-width@packed coterie-bits@packed mxmoe@packed pmq@packed --markdown benchmarks/bits-experts-packed.md
 	$(BITS) --models reference/qwen3_moe --formats IQ4_XS --recipes coterie-bits pmq mxmoe alphaq bitsmoe-bits edgemoe \
 		--markdown benchmarks/bits-published.md
 	$(BIN)/python benchmarks/quantise_speed.py --repeats 1 --types Q6_K Q4_K IQ4_XS Q3_K IQ3_XXS Q2_K IQ2_S IQ2_XXS \
