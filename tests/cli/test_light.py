@@ -37,7 +37,7 @@ def test_recipes_are_listed_without_torch():
             (("--budget", "12GX", "--recipe", "reap"), "unknown unit 'GX'"),
             (("--keep", 2), "must be above 0 and at most 1"),
             (("--keep", 0.5, "--recipe", "reep"), "unknown recipe 'reep'; did you mean"),
-            (("--experts", 4, "--recipe", "heapr"), "say how small with --keep, --width or --budget"),
+            (("--experts", 4, "--recipe", "heapr"), "say how small with --keep, --width, --budget, --params or"),
             (("--keep", 0.5, "--recipe", "reap", "--router", "map"), "there is nothing to map"),
             (("--keep", 0.5, "--recipe", "mergemoe+protect"), "drops no experts"),
         ],
