@@ -100,11 +100,13 @@ def names(listed: str) -> list[str]:
 
 def one_target(**targets: Any) -> dict[str, Any]:
     """Return the options that say how small the result is to be; raise a usage error unless exactly one does."""
-    given = [f"--{name.replace('_', '-')}" for name, value in targets.items() if value is not None]
+    from coterie.compress.target import option_of
+
+    given = [option_of(name) for name, value in targets.items() if value is not None]
     if len(given) != 1:
         raise typer.BadParameter(
             f"say how small with exactly one of them; got {' and '.join(given) or 'none'}",
-            param_hint=", ".join(f"--{name.replace('_', '-')}" for name in targets),
+            param_hint=", ".join(map(option_of, targets)),
         )
     return targets
 

@@ -24,6 +24,7 @@ from coterie.model.stream.memory import (
     Stage,
     batch_lines,
     text_lines,
+    total_of,
     unit_lines,
 )
 from coterie.model.stream.stream import Stream
@@ -78,10 +79,10 @@ class PackForecast:
         measure, layers = self.measure, self.source.architecture.layers
         total, seq_len = sum(measure.token_set.num_tokens.values()), measure.token_set.seq_len
         batch = batch_lines(self.stream, layers, batch_size=measure.batch_size, seq_len=seq_len, tokens=total)
-        largest = max(self.stream.units, key=lambda unit: _total(self.choosing_lines(unit)))
+        largest = max(self.stream.units, key=lambda unit: total_of(self.choosing_lines(unit)))
         sums, *choosing = self.choosing_lines(largest) or ((MOMENTS, 0),)
         # Codes are chosen when the text has run through; what came in is summed up before, and there all the time.
-        lines = (*unit_lines(self.stream, max(batch, choosing, key=_total), copies=COMPRESS_COPIES), sums)
+        lines = (*unit_lines(self.stream, max(batch, choosing, key=total_of), copies=COMPRESS_COPIES), sums)
         packing = Stage(name="storing a layer in fewer bits", lines=(*lines, *text_lines(total)))
         return (packing,)
 
@@ -171,7 +172,3 @@ class PackForecast:
         for layer, each in of_layer.items():  # down projections, which are no larger than others, go by themselves
             numbers[f"layer {layer}"] = sum(each) - (min(each) if len(each) > 1 else 0)
         return numbers
-
-
-def _total(lines: Sequence[Line]) -> int:
-    return sum(size for _, size in lines)

@@ -33,7 +33,7 @@ from coterie.compress.search.run import Search, search_of
 from coterie.compress.source import Source
 from coterie.compress.stock import NAME as STOCK
 from coterie.compress.stock import prepare_stock
-from coterie.compress.target import Reader, Target
+from coterie.compress.target import Reader, Target, option_of
 from coterie.compress.times import checking_time, compressing_time, unit_seconds
 from coterie.errors import InputError
 from coterie.model.arch.run_settings import Running
@@ -131,13 +131,8 @@ class Options:
         """
         if self.plan is not None:
             target = self.target
-            settings: dict[str, object] = {"--keep": target.keep, "--experts": target.experts, "--width": target.width}
+            settings: dict[str, object] = {option_of(name): value for name, value in target.sizes.items()}
             settings |= {
-                "--budget": target.budget,
-                "--params": target.params,
-                "--active-params": target.active_params,
-                "--bits": target.bits,
-                "--type": target.type,
                 "--recipe": self.recipe,
                 "--router": self.router,
                 "--mtp": self.mtp,

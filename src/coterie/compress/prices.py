@@ -311,7 +311,7 @@ def pricing_of(
         calibration: the text.
         tokens: how many of it.
         allocator: who is to choose types by it.
-        small: whether a published one has its types for less, see `coterie.compress.allocators.expert_types.Ladder`.
+        small: whether a published one has its types for less, see `coterie.compress.allocators.expert_types.Ladders`.
 
     Raises:
         ArchitectureMismatch: the model predicts no next token, and the allocator goes by the loss.

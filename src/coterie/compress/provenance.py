@@ -9,6 +9,7 @@ from typing import Any
 
 from coterie.compress.prepare import Job
 from coterie.compress.recipes import get_recipe
+from coterie.compress.target import option_of
 from coterie.errors import CoterieError
 from coterie.model.arch.inspect import inspect_checkpoint
 from coterie.model.disk.checkpoint import Checkpoint
@@ -94,10 +95,8 @@ def _commands(job: Job, profile: Profile | None, model: str) -> tuple[str, ...]:
     if options.plan is not None:
         words += ["--plan", "PLAN"]
     else:
-        for name in ("keep", "experts", "width", "budget", "params", "active_params", "bits", "type"):
-            value = getattr(target, name)
-            if value is not None:
-                words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else value]
+        for name, value in target.sizes.items():
+            words += [option_of(name), f"{value:g}" if isinstance(value, float) else value]
         if target.multiple_of is not None:
             words += ["--multiple-of", target.multiple_of]
         if target.reader is not None:

@@ -214,20 +214,18 @@ def pack_shared(
 
 def operations(weight: Weight, rank: int) -> float:
     """Return how many multiplications and additions factoring the experts of a layer takes, about."""
-    experts = weight.shape[0] if len(weight.shape) == 3 else len(weight.names)
     rows, columns = weight.rows, weight.columns
     small = min(rows, columns)
     each = 4 * rows * columns**2 + 2 * rows * columns * (small + 2 * rank) + 15 * small**3
-    return float((ROUNDS + 1) * experts * each)
+    return float((ROUNDS + 1) * weight.num_matrices * each)
 
 
 def extra_bytes(weights: Sequence[Weight], workers: int) -> int:
     """Return the memory that factoring takes beside the experts and the sums, for the largest of some weights."""
     most = 0
     for weight in weights:
-        experts = weight.shape[0] if len(weight.shape) == 3 else len(weight.names)
         matrix, square = weight.rows * weight.columns, max(weight.rows, weight.columns) ** 2
         # The experts in order, as on disk and corrected, and their damped Hessians; one expert at a time in float64.
         alone = 8 * workers * (6 * matrix + 6 * square)
-        most = max(most, 4 * experts * (4 * matrix + weight.columns**2) + alone)
+        most = max(most, 4 * weight.num_matrices * (4 * matrix + weight.columns**2) + alone)
     return most

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from coterie.amounts import parse_bytes, parse_count
 from coterie.compress.allocators import ALLOCATORS
@@ -16,6 +16,9 @@ from coterie.model.disk.encodings.integer_types import INTEGER_BITS, INTEGERS
 #: Who is to read matrices in blocks: llama.cpp, by way of `coterie export`; whoever loads the result itself; or stock
 #: transformers and vLLM.
 Reader = Literal["gguf", "packed", "compressed-tensors"]
+
+#: Fields of a target that say how small.
+_SIZES = ("keep", "experts", "width", "budget", "params", "active_params", "bits", "type")
 
 #: Bits of the smallest type.
 LEAST_BITS = min(bits_of(name) for name in SIZES)
@@ -80,13 +83,14 @@ class Target:
             return "coterie"
         return "coterie-bits-width" if self.reader == "packed" else "coterie-bits"
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What says how small, by field; of a target that passes `check` it is one."""
+        return {name: value for name in _SIZES if (value := getattr(self, name)) is not None}
+
     def check(self, recipe: Recipe) -> None:
         """Raise InputError unless this is one target, in range, that the recipe can fulfil."""
-        given = [
-            field.name
-            for field in fields(self)
-            if field.name not in ("multiple_of", "reader", "experts_only") and getattr(self, field.name) is not None
-        ]
+        given = list(self.sizes)
         if len(given) != 1:
             raise InputError(
                 "say how small with exactly one of --keep, --experts, --width, --budget, --params, --active-params, "
@@ -134,7 +138,7 @@ class Target:
         if self.multiple_of is not None and recipe.allocator == "ragged":
             raise InputError(f"recipe {recipe.name} {allocator.does}; --multiple-of is for one width or number of all")
         if given[0] not in allocator.targets:
-            *most, last = (f"--{name.replace('_', '-')}" for name in allocator.targets)
+            *most, last = map(option_of, allocator.targets)
             instead = f"recipe that {allocator.instead}"
             if given[0] in ("bits", "type"):
                 alike = [
@@ -165,3 +169,8 @@ class Target:
                 f"recipe {recipe.name} mixes types, and what reads compressed-tensors wants all experts alike: take "
                 f"{', '.join(alike[:-1])} or {alike[-1]}"
             )
+
+
+def option_of(name: str) -> str:
+    """Return the option of the command line that a field of a target is: "--active-params"."""
+    return f"--{name.replace('_', '-')}"

@@ -85,6 +85,11 @@ class Weight:
         return self.shape[-3 - self.axis]
 
     @property
+    def num_matrices(self) -> int:
+        """How many matrices they are: one for each name, or those of a stack."""
+        return self.shape[0] if len(self.shape) == 3 else len(self.names)
+
+    @property
     def num_elements(self) -> int:
         """Numbers in all of them."""
         return sum(len(each.names) * math.prod(each.shape) for each in self.by_width())

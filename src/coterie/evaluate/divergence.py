@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coterie.errors import InputError
-from coterie.model.stream.likelihood import row_slices, widened
+from coterie.model.stream.likelihood import kl_of, row_slices, token_kl, widened
 
 
 def token_divergence(base_BSV: Tensor, logits_BSV: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def token_divergence(base_BSV: Tensor, logits_BSV: Tensor) -> tuple[Tensor, Tens
     for base_SV, logits_SV in zip(base_BSV, logits_BSV, strict=True):
         for rows in row_slices(len(base_SV) - 1, base_SV.shape[-1]):
             base_TV, logits_TV = base_SV[:-1][rows], logits_SV[:-1][rows].to(base_SV.device)
-            divergences.append(_kl(base_TV, logits_TV))
+            divergences.append(token_kl(base_TV, logits_TV))
             agreements.append(base_TV.argmax(-1) == logits_TV.argmax(-1))
     return torch.cat(divergences), torch.cat(agreements)
 
@@ -72,19 +72,5 @@ def compare(
             nll.append(-log_q_TV.gather(-1, next_T1.to(log_q_TV.device))[:, 0])
             base_nll.append(-log_p_TV[rows].gather(-1, next_T1.to(log_p_TV.device))[:, 0])
             agreements.append(part_TV.argmax(-1) == likeliest_T[rows].to(part_TV.device))
-            divergences.append(_kl_of(log_p_TV[rows].to(log_q_TV.device), log_q_TV, masked=masked))
+            divergences.append(kl_of(log_p_TV[rows].to(log_q_TV.device), log_q_TV, masked=masked))
     return torch.cat(nll), torch.cat(base_nll), torch.cat(divergences), torch.cat(agreements)
-
-
-def _kl(base_TV: Tensor, logits_TV: Tensor) -> Tensor:
-    return _kl_of(widened(base_TV).log_softmax(-1), widened(logits_TV).log_softmax(-1), masked=True)
-
-
-def _kl_of(log_p_TV: Tensor, log_q_TV: Tensor, *, masked: bool) -> Tensor:
-    p_TV = log_p_TV.exp()
-    difference_TV = log_p_TV - log_q_TV
-    if masked:
-        # A token that the base masks out (log p = -inf) adds nothing, whatever the model says of it.
-        difference_TV.masked_fill_(p_TV == 0, 0)
-    # Rounding can push the sum a hair below zero where the two are nearly equal.
-    return p_TV.mul_(difference_TV).sum(-1).clamp_min(0)

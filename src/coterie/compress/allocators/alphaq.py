@@ -13,7 +13,7 @@ from statistics import median
 
 from torch import Tensor
 
-from coterie.compress.allocators.expert_types import SMALL, Group, Ladder, Room, by_matrix, code_bits
+from coterie.compress.allocators.expert_types import SMALL, Group, Ladders, Room, by_matrix, code_bits
 from coterie.compress.allocators.knapsack import choose_within
 from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.compress.source import Source
@@ -21,7 +21,7 @@ from coterie.compress.spectra import Spectra
 from coterie.model.stream.stream import Stream
 
 #: The types that stand for the paper's 1 to 4 bits.
-TYPES = Ladder(types=("Q2_K", "Q3_K", "Q4_K"), small=(*SMALL, "Q3_K", "Q4_K"))
+TYPES = Ladders(types=("Q2_K", "Q3_K", "Q4_K"), small=(*SMALL, "Q3_K", "Q4_K"))
 
 #: Attention is stored in 4 bits.
 LINEAR = "Q4_K"

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from coterie.compress.allocators.expert_types import SMALL, Ladder, Room, by_matrix
+from coterie.compress.allocators.expert_types import SMALL, Ladders, Room, by_matrix
 from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.compress.factor_errors import FactorErrors
 from coterie.compress.source import Source
 from coterie.model.stream.stream import Stream
 
 #: The types that stand for the 2, 3, 4, 6 and 8 bits of the paper's code, which has 1 and 16 as well.
-TYPES = Ladder(types=("Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0"), small=(*SMALL, "Q3_K", "Q4_K", "Q6_K", "Q8_0"))
+TYPES = Ladders(types=("Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0"), small=(*SMALL, "Q3_K", "Q4_K", "Q6_K", "Q8_0"))
 
 #: The paper is about experts; in eight bits what is no expert's loses next to nothing.
 LINEAR = "Q8_0"

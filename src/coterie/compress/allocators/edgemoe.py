@@ -13,14 +13,14 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from coterie.compress.allocators.expert_types import SMALL, Group, Ladder, Room, by_expert
+from coterie.compress.allocators.expert_types import SMALL, Group, Ladders, Room, by_expert
 from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.compress.damages import DamageMeter
 from coterie.compress.source import Source
 from coterie.model.stream.stream import Stream
 
 #: The types that stand for the paper's 2, 4 and 8 bits.
-TYPES = Ladder(types=("Q2_K", "Q4_K", "Q8_0"), small=(*SMALL, "Q4_K", "Q8_0"))
+TYPES = Ladders(types=("Q2_K", "Q4_K", "Q8_0"), small=(*SMALL, "Q4_K", "Q8_0"))
 
 #: What is no expert's is kept at high precision.
 LINEAR = "Q8_0"

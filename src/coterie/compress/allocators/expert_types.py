@@ -26,8 +26,8 @@ WHOLE = "Q8_0"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ladder:
-    """The types that a recipe chooses from.
+class Ladders:
+    """The types that a recipe chooses from, and those that it does where these take too much.
 
     Attributes:
         types: the smallest first.
@@ -165,7 +165,7 @@ class Room:
         num_elements = sum(group.num_elements for group in groups)
         return self.problem.room(num_elements=num_elements, beside=self._beside(groups))
 
-    def types_of(self, ladder: Ladder, groups: Sequence[Group]) -> tuple[str, ...]:
+    def types_of(self, ladder: Ladders, groups: Sequence[Group]) -> tuple[str, ...]:
         """Return the types of a ladder that groups are to choose from: those for less where the others do not fit."""
         least = sum(min(group.num_bytes(wanted) for wanted in ladder.types) for group in groups)
         return ladder.of(small=least > self.num_bytes(groups))
@@ -199,7 +199,7 @@ class Room:
             wanted |= {group.key: option.name for group, option in zip(of_layer, chosen, strict=True)}
         return self.allocation(groups, [wanted[group.key] for group in groups])
 
-    def allocate_least(self, ladder: Ladder) -> Allocation:
+    def allocate_least(self, ladder: Ladders) -> Allocation:
         """Return the allocation in which every layer has the least sum of what its projections cost, see `Group.costs`.
 
         Raises:

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from coterie.compress.allocators.expert_types import SMALL, Ladder, Room, by_matrix
+from coterie.compress.allocators.expert_types import SMALL, Ladders, Room, by_matrix
 from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.compress.output_errors import OutputErrors
 from coterie.compress.source import Source
 from coterie.model.stream.stream import Stream
 
 #: The types that are chosen from.
-TYPES = Ladder(types=("Q2_K", "Q3_K", "Q4_K", "Q8_0"), small=(*SMALL, "Q2_K", "Q3_K", "Q4_K", "Q8_0"))
+TYPES = Ladders(types=("Q2_K", "Q3_K", "Q4_K", "Q8_0"), small=(*SMALL, "Q2_K", "Q3_K", "Q4_K", "Q8_0"))
 
 #: What is no expert's stays in 16 bits in the paper; in eight it loses next to nothing.
 LINEAR = "Q8_0"

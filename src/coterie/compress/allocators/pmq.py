@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from coterie.compress.allocators.expert_types import SMALL, Group, Ladder, Room, by_expert
+from coterie.compress.allocators.expert_types import SMALL, Group, Ladders, Room, by_expert
 from coterie.compress.allocators.knapsack import Option, choose_exactly
 from coterie.compress.allocators.problem import Allocation, Problem
 from coterie.compress.output_errors import OutputErrors
@@ -24,7 +24,7 @@ from coterie.model.stream.stream import Stream
 log = logging.getLogger(__name__)
 
 #: The types that stand for the paper's 1, 2 and 3 bits.
-TYPES = Ladder(types=("Q2_K", "Q3_K", "Q4_K"), small=(*SMALL, "Q3_K"))
+TYPES = Ladders(types=("Q2_K", "Q3_K", "Q4_K"), small=(*SMALL, "Q3_K"))
 
 #: Attention is stored in 4 bits.
 LINEAR = "Q4_K"

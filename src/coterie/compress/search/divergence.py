@@ -25,7 +25,7 @@ from coterie.compress.search.levels import Types
 from coterie.compress.source import Source
 from coterie.compress.weights import Weight, weights_among
 from coterie.model.nested import mapped
-from coterie.model.stream.likelihood import counted, row_slices, widened
+from coterie.model.stream.likelihood import counted, row_slices, token_kl
 from coterie.model.stream.reading import base_output, logits_at, predictions
 from coterie.model.stream.stream import Stage, Stream
 from coterie.progress import within
@@ -182,15 +182,13 @@ class Divergences:
 
 def divergence(base_BPV: Tensor, logits_BPV: Tensor) -> Tensor:
     """Return KL(base || model) behind all positions but the last of each sequence, nats (T,), float32 or wider."""
-    parts = []
-    for base_PV, logits_PV in zip(base_BPV, logits_BPV, strict=True):
-        for rows in row_slices(len(base_PV) - 1, base_PV.shape[-1]):
-            log_p_TV = widened(base_PV[:-1][rows]).log_softmax(-1)
-            difference_TV = log_p_TV - widened(logits_PV[:-1][rows]).log_softmax(-1)
-            p_TV = log_p_TV.exp()
-            # What the base masks out (log p = -inf) adds nothing.
-            parts.append((p_TV * difference_TV.masked_fill(p_TV == 0, 0)).sum(-1).clamp_min(0))
-    return torch.cat(parts)
+    return torch.cat(
+        [
+            token_kl(base_PV[:-1][rows], logits_PV[:-1][rows])
+            for base_PV, logits_PV in zip(base_BPV, logits_BPV, strict=True)
+            for rows in row_slices(len(base_PV) - 1, base_PV.shape[-1])
+        ]
+    )
 
 
 def _batches(rows: Sequence[int]) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from coterie.compress.pack_forecast import CODES, seconds_of_type
@@ -12,7 +12,7 @@ from coterie.compress.source import Source
 from coterie.compress.weights import Weight, weights_among
 from coterie.model.disk.encodings.ggml.rounding import ROUNDING_BYTES
 from coterie.model.stream.likelihood import BATCH_ELEMENTS
-from coterie.model.stream.memory import LOGITS, Line, Stage, batch_lines, head_lines, text_lines, unit_lines
+from coterie.model.stream.memory import LOGITS, Line, Stage, batch_lines, head_lines, text_lines, total_of, unit_lines
 from coterie.model.stream.stream import Stream
 from coterie.model.stream.unit import Unit
 from coterie.model.stream.work import head_seconds, unit_work
@@ -75,7 +75,7 @@ class SearchForecast:
         layers, seq_len = self.source.architecture.layers, self.token_set.seq_len
         tokens = sum(self.token_set.num_tokens.values())
         batch = batch_lines(self.stream, layers, batch_size=BATCH, seq_len=seq_len, tokens=tokens)
-        largest = max(self.stream.units, key=lambda unit: _total(self._rounding_lines(unit)))
+        largest = max(self.stream.units, key=lambda unit: total_of(self._rounding_lines(unit)))
         vocab_size = int(self.stream.model.config.get_text_config().vocab_size)
         elements = min(BATCH * seq_len * vocab_size, max(BATCH_ELEMENTS, 2 * BATCH * vocab_size))
         heads = max((weight.num_elements for weight in self._weights if weight.head), default=0)
@@ -117,7 +117,3 @@ def _most_at_once(sequences: int) -> list[int]:
     """Return how many sequences go through the model in each step of a generation, of all its models together."""
     models = (OFFSPRING, *(survivors for _, survivors in SELECTION))
     return [count * size for count, size in zip(models, sample_sizes(sequences), strict=True)]
-
-
-def _total(lines: Sequence[Line]) -> int:
-    return sum(size for _, size in lines)

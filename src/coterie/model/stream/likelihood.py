@@ -103,3 +103,25 @@ def row_slices(num_rows: int, num_columns: int) -> Iterator[slice]:
 def widened(logits: Tensor) -> Tensor:
     """Return the logits in float32, or as they are when wider."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def token_kl(base_TV: Tensor, logits_TV: Tensor) -> Tensor:
+    """Return KL(base || model) in nats (T,), at least 0, of logits of both; in float32 or wider."""
+    return kl_of(widened(base_TV).log_softmax(-1), widened(logits_TV).log_softmax(-1), masked=True)
+
+
+def kl_of(log_p_TV: Tensor, log_q_TV: Tensor, *, masked: bool) -> Tensor:
+    """Return KL(p || q) in nats (T,), at least 0.
+
+    Args:
+        log_p_TV: logarithms of p.
+        log_q_TV: those of q.
+        masked: whether any of p may be 0.
+    """
+    p_TV = log_p_TV.exp()
+    difference_TV = log_p_TV - log_q_TV
+    if masked:
+        # A token that the base masks out (log p = -inf) adds nothing, whatever the model says of it.
+        difference_TV.masked_fill_(p_TV == 0, 0)
+    # Rounding can push the sum a hair below zero where the two are nearly equal.
+    return p_TV.mul_(difference_TV).sum(-1).clamp_min(0)

@@ -70,7 +70,7 @@ class Stage:
     @property
     def num_bytes(self) -> int:
         """Bytes in all."""
-        return _total(self.lines) + FIXED_BYTES
+        return total_of(self.lines) + FIXED_BYTES
 
     def __str__(self) -> str:
         lines = (*self.lines, (REST, FIXED_BYTES))
@@ -137,11 +137,12 @@ def unit_lines(stream: Stream, running: Sequence[Line] = (), *, copies: float = 
     largest = max(stream.units, key=stream.unit_bytes)
     size = stream.unit_bytes(largest)
     reading: Sequence[Line] = ((f"reading and converting {largest.name}", int((copies - 1) * size)),)
-    both = (*reading, *running) if stream.reads_ahead else max(reading, running, key=_total)
+    both = (*reading, *running) if stream.reads_ahead else max(reading, running, key=total_of)
     return ((largest.name, size), *both)
 
 
-def _total(lines: Iterable[Line]) -> int:
+def total_of(lines: Iterable[Line]) -> int:
+    """Return the bytes of lines together."""
     return sum(size for _, size in lines)
 
 
