@@ -98,7 +98,15 @@ class Fields:
 
     def number(self, name: str, *, least: float | None = None, infinite: bool = False) -> float:
         """Return a finite number, `least` or more; or infinity where that can be."""
-        value = self._take(name)
+        return self._number(name, self._take(name), least, infinite=infinite)
+
+    def numbers(self, name: str, *, least: float | None = None) -> tuple[float, ...]:
+        """Return a list of finite numbers, each `least` or more."""
+        return tuple(
+            self._number(f"{name}[{position}]", value, least) for position, value in enumerate(self._list(name))
+        )
+
+    def _number(self, name: str, value: Any, least: float | None, *, infinite: bool = False) -> float:
         proper = type(value) in (int, float) and (
             abs(value) < math.inf if type(value) is float else abs(value) < _BEYOND
         )

@@ -2,23 +2,27 @@
 
 import itertools
 import json
-import math
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coterie.compress.allocators import mixed_widths
 from coterie.compress.allocators.knapsack import Option, lower_hull
+from coterie.compress.allocators.problem import Problem
 from coterie.compress.apply import compress
 from coterie.compress.decide import plan
 from coterie.compress.frontier import frontier
 from coterie.compress.plan import KL_OVER_DAMAGE, NARROWED_KL_OVER_DAMAGE
 from coterie.compress.prices import Prices, price
 from coterie.compress.source import Source
-from coterie.compress.weights import PRICED_TYPES
-from coterie.compress.width_prices import PARTS, STEPS, by_width, narrowings, priced_widths
+from coterie.compress.target import Target
+from coterie.compress.weights import PRICED_TYPES, at_widths
+from coterie.compress.width_prices import STEPS, by_width, curves_of, priced_widths
 from coterie.errors import CorruptArtifact, Infeasible, InputError, StaleArtifact
 from coterie.model.arch.load import load_model
 from coterie.model.disk.checkpoint import Checkpoint
@@ -59,9 +63,14 @@ def made_up(model, cost_F, total=1.0):
         for layer in source.architecture.layers
         for expert in range(layer.num_experts)
     }
+    shares = {
+        weight.pattern: tuple((1 + expert) / 36 for expert in range(8))
+        for weight in source.weights
+        if weight.layer is not None
+    }
     return Prices(
-        damages=damages, widths=widths, model_digest=source.checkpoint.digest, text_digest="none", num_tokens=1,
-        seq_len=1, seed=0, on="all",
+        damages=damages, widths=widths, shares=shares, model_digest=source.checkpoint.digest, text_digest="none",
+        num_tokens=1, seq_len=1, seed=0, on="all",
     )  # fmt: skip
 
 
@@ -76,39 +85,13 @@ def test_widths_that_are_priced_are_whole_grains_and_few():
         assert all(width % 32 == 0 for width in widths)
 
 
-@given(st.lists(st.lists(st.floats(0, 10), min_size=128, max_size=128), min_size=2, max_size=4))
-def test_of_a_layer_the_cheapest_neurons_go_first(costs):
-    prices = {f"m.{expert}": by_width(each) for expert, each in enumerate(costs)}
-    found = narrowings(prices, "m", len(costs), 128)
-    total = sum(map(sum, costs))
-    assert (found[0].widths, found[0].cost) == ((128,) * len(costs), 0)
-    assert found[-1].widths == (32,) * len(costs)
-    for before, after in itertools.pairwise(found):
-        assert before.cost <= after.cost
-        assert all(wide >= narrow for wide, narrow in zip(before.widths, after.widths, strict=True))
-    for each in found:
-        lost = math.fsum(
-            cost for width, neurons in zip(each.widths, costs, strict=True) for cost in sorted(neurons)[: 128 - width]
-        )
-        assert each.cost == pytest.approx(lost, rel=1e-9, abs=1e-12)
-        assert each.mass == pytest.approx(1 - lost / total if total else 1.0, abs=1e-9)
-        # No other widths of as many neurons cost less.
-        others = itertools.product((32, 64, 96, 128), repeat=len(costs))
-        best = min(
-            math.fsum(prices[f"m.{expert}"][str(width)] for expert, width in enumerate(widths))
-            for widths in others
-            if sum(widths) == sum(each.widths)
-        )
-        assert each.cost == pytest.approx(best, rel=1e-9, abs=1e-9)
-    assert len(found) <= PARTS + 1
-
-
 def test_an_expert_that_nobody_chose_is_like_the_mean_of_the_others():
     prices = {"m.0": by_width([1.0] * 128), "m.2": by_width([3.0] * 128)}
-    widths = [each.widths for each in narrowings(prices, "m", 3, 128)]
-    assert widths[3] == (32, 128, 128)  # those of 1 go before those of 2, and those before those of 3
-    assert (32, 32, 128) in widths
-    assert narrowings({}, "m", 3, 128) == ()
+    curves = curves_of(prices, "m", 3, 128)
+    assert curves[0] == {0: 128, 32: 96, 64: 64, 96: 32, 128: 0}
+    assert curves[1] == {0: 256, 32: 192, 64: 128, 96: 64, 128: 0}
+    assert curves_of({}, "m", 3, 128) == []
+    assert curves_of(prices, "m", 3, 100) == []
 
 
 @given(
@@ -170,6 +153,63 @@ def test_prices_are_measured_of_every_expert_that_was_chosen(model, measured):
     assert measured.widths
     assert measured.widths.keys() <= names
     assert plan(model, bits=1.8, prices=measured, experts_only=True, **RECIPE).damage > 0
+
+
+@pytest.mark.parametrize("more", [0.05, 0.2, 0.5, 0.9])
+def test_no_other_widths_and_types_cost_less(model, more):
+    """Beside every combination, of two experts that have three types and four widths."""
+    source = Source.open(model, target="packed")
+    kinds = ("IQ2_XXS", "Q3_K", "Q8_0")
+    of_layer = [weight for weight in source.weights if weight.layer == 0]
+    weights = tuple(weight.only(weight.names[:2]) for weight in of_layer)
+    random = np.random.default_rng(int(100 * more))
+    damages = {
+        weight.pattern: {name: cost * random.uniform(0.5, 2) for name, cost in zip(
+            dict.fromkeys(kind for wanted in kinds for kind in weight.fittings(wanted)), itertools.cycle((9, 2, 0.1)),
+        )}
+        for weight in weights
+    }  # fmt: skip
+    shares = {weight.pattern: (0.2, 0.8) for weight in weights}
+    [layer, *_] = source.architecture.layers
+    layer = replace(layer, num_experts=2)
+    widths = {f"{layer.experts}.{expert}": by_width(sorted(random.exponential(0.05, 128))) for expert in range(2)}
+    least, most = 2 * 3 * 96 * 32 * 2.0625 / 8, 2 * 3 * 96 * 128 * 8.5 / 8
+    budget = int(least + more * (most - least))
+    problem = Problem(
+        architecture=SimpleNamespace(layers=(layer,)), sizing=SimpleNamespace(num_bytes=lambda layers: sum(
+            weight.plain_bytes for weight in at_widths(weights, layers)
+        )),
+        target=Target(budget=budget, reader="packed"), passes=(), find_weights=lambda: weights, damages=damages,
+        widths=widths, shares=shares,
+    )  # fmt: skip
+    found = mixed_widths.allocate(problem)
+    assert found.num_bytes <= budget
+
+    def ways(expert):
+        cost = widths[f"{layer.experts}.{expert}"]
+        for width in (32, 64, 96, 128):
+            left = 1 - cost[str(width)] / cost["0"]
+            columns = (
+                [
+                    (each.num_bytes(kind), damage * share[expert] * left)
+                    for kind, damage in damages[weight.pattern].items()
+                    if each.holds(kind)
+                ]
+                for weight in weights
+                for share in (shares[weight.pattern],)
+                for each in weight.only(weight.names[expert : expert + 1]).at_widths([width] * 2).by_width()
+            )
+            for parts in itertools.product(*columns):
+                yield sum(size for size, _ in parts), cost[str(width)] + sum(damage for _, damage in parts)
+
+    least_damage = min(
+        first + second
+        for (size, first), (other, second) in itertools.product(ways(0), ways(1))
+        if size + other <= budget
+    )
+    assert found.damage >= least_damage * (1 - 1e-9)
+    assert found.damage <= least_damage * (1 + 1e-9) / (1 - found.gap)
+    assert found.damage <= 1.15 * least_damage  # two items are few: bytes are left over
 
 
 def test_a_budget_is_that_of_the_whole_file(model, prices):

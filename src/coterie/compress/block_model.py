@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from coterie.compress.result_model import ResultModel
 from coterie.compress.shards import Shard
 from coterie.compress.source import Source
 from coterie.compress.target import Target
-from coterie.compress.weights import PRICED_TYPES, Weight, at_widths, weights_among
+from coterie.compress.weights import PRICED_TYPES, Weight, at_widths, by_type
 from coterie.model.arch.conversion import TORCH_DTYPES, put
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.checkpoint import Checkpoint
@@ -65,7 +66,7 @@ class BlockModel:
     def __post_init__(self) -> None:
         self._blocks: dict[str, Blocks] = {}
         self._stacks: dict[str, dict[str, list[Stack]]] = {}
-        self._of_width: dict[str, Weight] = {}
+        self._own: dict[str, Weight] = {}
         self._plain: set[str] = set()
         self._conversions: dict[str, list[Any]] = {}
         self._packed = packed_names(self.source, self.plan)
@@ -88,18 +89,18 @@ class BlockModel:
         inside = [name for name, sources in self.stream.conversion.sources.items() if not set(sources) - set(stored)]
         plain = {name: weights[name].detach().cpu() for name in inside if name in self._plain}
         stored |= self.stream.conversion.write(self.result.model, plain, self._conversions[shard.file])
-        for weight in self._outer(shard):
+        for weight, _ in self._outer(shard):
             [name] = weight.names
             stored[name] = self._bytes(name, weights)
         names = set(shard.names)
-        for name, weight in self._of_width.items():
+        for name, weight in self._own.items():
             if names.issuperset(weight.names):
                 byte_NRK = self._bytes(name, weights)
                 stored |= {
                     each: byte_RK.transpose(weight.axis, -1)
                     for each, byte_RK in zip(weight.names, byte_NRK, strict=True)
                 }
-        for layer, _ in () if self.plan.ragged else self._layers(shard):
+        for layer, _ in () if self._have_own else self._layers(shard):
             rows = {
                 part: self._bytes(name, weights)
                 for part in FIELDS
@@ -122,29 +123,29 @@ class BlockModel:
             if tensor is not None and not self._packed.issuperset(sources):
                 put(self.model, name, tensor.to(device))
         del memory, by_source
-        for weight in self._outer(shard):
-            kind = self.plan.types[weight.pattern]
+        for weight, kind in self._outer(shard):
             blocks = Blocks(kind, stored[weight.names[0]].to(device), weight.columns)
             names = tuple(name for name, sources in self._sources.items() if sources == weight.names)
             self._add(weight.names[0], blocks, train_scales(self.model, names, blocks))
         for layer, weights in self._layers(shard):
-            if self.plan.ragged:
-                self._load_by_width(layer, weights, stored, shard)
+            if self._have_own:
+                self._load_own(layer, weights, stored, shard)
             else:
                 self._load_experts(layer, weights, stored, shard)
         self._round(shard)
 
     def _load_experts(
-        self, layer: MoELayer, weights: Sequence[Weight], stored: Mapping[str, Tensor], shard: Shard
+        self, layer: MoELayer, weights: Sequence[tuple[Weight, str]], stored: Mapping[str, Tensor], shard: Shard
     ) -> None:
+        """Load the experts of a layer as one stack for each projection."""
         projections = self._projections(layer, shard)
-        of_name = {name: weight for weight in weights for name in weight.names}
-        kind_of = {name: self.plan.types[weight.pattern] for name, weight in of_name.items()}
-        kinds = {part: kind_of[name] for name in of_name for part in projections.held[name]}
+        axes = {name: weight.axis for weight, _ in weights for name in weight.names}
+        kind_of = {name: kind for weight, kind in weights for name in weight.names}
+        kinds = {part: kind for name, kind in kind_of.items() for part in projections.held[name]}
         columns = {part: matrix.shape[-1] for part, matrix in projections_of(projections.experts).items()}
-        disk = {name: stored[name] for name in of_name}
+        disk = {name: stored[name] for name in axes}
         rows = projections.from_disk(
-            disk, {name: weight.axis for name, weight in of_name.items()},
+            disk, axes,
             together={part: rows_together(kind, columns[part]) for part, kind in kinds.items()},
         )  # fmt: skip
         for part, byte_ERK in rows.items():
@@ -154,21 +155,20 @@ class BlockModel:
             stack = Stack(blocks=blocks, multiplier_Gn=multiplier_Gn)
             self._stacks.setdefault(layer.experts, {})[FIELDS[part]] = [stack]
 
-    def _load_by_width(
-        self, layer: MoELayer, weights: Sequence[Weight], stored: Mapping[str, Tensor], shard: Shard
+    def _load_own(
+        self, layer: MoELayer, weights: Sequence[tuple[Weight, str]], stored: Mapping[str, Tensor], shard: Shard
     ) -> None:
-        """Load experts that have widths, and tensors, of their own: those of one width are one stack."""
+        """Load experts that have types or widths, and tensors, of their own: those that are alike are one stack."""
         parts_in = self._projections(layer, shard).held
-        for weight in at_widths(weights, self.plan.layers):
+        for weight, kind in weights:
             [part] = parts_in[weight.names[0]]
             for each in weight.by_width():
                 byte_NRK = torch.stack([stored[name].transpose(each.axis, -1) for name in each.names])
-                kind = self.plan.types[weight.pattern]
                 blocks = Blocks(kind, byte_NRK.to(self.stream.device), each.columns)
                 width = each.columns if part == DOWN else each.rows
-                multiplier_Gn, name = blocks.ones(), f"{_stack_name(layer, part)}.{width}"
+                multiplier_Gn, name = blocks.ones(), f"{_stack_name(layer, part)}.{width}.{kind}"
                 self._add(name, blocks, multiplier_Gn)
-                self._of_width[name] = each
+                self._own[name] = each
                 stack = Stack(blocks=blocks, multiplier_Gn=multiplier_Gn, experts=each.experts)
                 self._stacks.setdefault(layer.experts, {}).setdefault(FIELDS[part], []).append(stack)
 
@@ -193,19 +193,29 @@ class BlockModel:
         with file.reader() as reader:
             return {name: reader.read(name) for name in file.tensors}
 
-    def _typed(self, shard: Shard) -> list[Weight]:
-        typed = (weight for weight in self.source.weights if weight.pattern in self.plan.types)
-        return weights_among(typed, shard.names)
+    @cached_property
+    def _typed(self) -> list[tuple[Weight, str]]:
+        """The matrices in blocks, as narrow as they are stored, those alike together; and their types."""
+        return by_type(at_widths(self.source.weights, self.plan.layers), self.plan.types)
 
-    def _outer(self, shard: Shard) -> list[Weight]:
-        """Return the matrices in blocks of a weight file that are no experts'."""
-        return [weight for weight in self._typed(shard) if weight.layer is None]
+    @cached_property
+    def _have_own(self) -> bool:
+        """Whether experts of a layer differ in width or in type."""
+        return self.plan.ragged or len(self._typed) > len({weight.pattern for weight, _ in self._typed})
 
-    def _layers(self, shard: Shard) -> Iterator[tuple[MoELayer, list[Weight]]]:
-        """Yield the MoE layers of a weight file with their matrices in blocks."""
-        typed = self._typed(shard)
+    def _in_shard(self, shard: Shard) -> list[tuple[Weight, str]]:
+        names = set(shard.names)
+        return [(weight, kind) for weight, kind in self._typed if names.issuperset(weight.names)]
+
+    def _outer(self, shard: Shard) -> list[tuple[Weight, str]]:
+        """Return the matrices in blocks of a weight file that are no experts', and their types."""
+        return [(weight, kind) for weight, kind in self._in_shard(shard) if weight.layer is None]
+
+    def _layers(self, shard: Shard) -> Iterator[tuple[MoELayer, list[tuple[Weight, str]]]]:
+        """Yield the MoE layers of a weight file with their matrices in blocks, and their types."""
+        typed = self._in_shard(shard)
         for layer in self.source.architecture.layers:
-            if own := [weight for weight in typed if weight.layer == layer.index]:
+            if own := [(weight, kind) for weight, kind in typed if weight.layer == layer.index]:
                 yield layer, own
 
     def _projections(self, layer: MoELayer, shard: Shard) -> Projections:
@@ -258,10 +268,11 @@ def block_sizes(
             are what they are at most.
         narrows: whether experts get widths of their own, or may get them.
     """
-    typed = [weight for weight in source.weights if weight.pattern in plan.types]
+    whole = by_type(source.weights, plan.types)
+    typed = [weight for weight, _ in whole]
     numbers = sum(weight.num_elements for weight in typed)
-    narrow = [weight for weight in at_widths(source.weights, plan.layers) if weight.pattern in plan.types]
-    in_blocks = sum(weight.num_bytes(plan.types[weight.pattern]) for weight in narrow)
+    narrow = by_type(at_widths(source.weights, plan.layers), plan.types)
+    in_blocks = sum(weight.num_bytes(kind) for weight, kind in narrow)
     if target is not None:
         in_blocks = _most_bytes(target, plan.predicted_bytes - in_blocks, numbers)
         # Each type has so many numbers of its own a byte, and a matrix so many at most.
@@ -272,7 +283,7 @@ def block_sizes(
         )
         scales = int(min(by_bytes, by_weight))
     else:
-        scales = sum(_scales(weight, plan.types[weight.pattern]) for weight in typed)
+        scales = sum(_scales(weight, kind) for weight, kind in whole)
     layers: dict[int | None, int] = {}
     for weight in typed:  # experts of several widths are filled up, and put in order
         times = 2 if narrows and weight.width_axis is not None else 1

@@ -10,6 +10,8 @@ Legend: R rows (outputs), C columns (inputs), T tokens, V vocabulary, D model wi
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,11 +40,19 @@ ROWS, MATRICES = 32, 8
 #: IQ1_S cost 3 to 6 times their price; the upper end, so that they are taken where nothing else is small enough.
 UNDERRATED = {"IQ1_M": 6.0, "IQ1_S": 6.0}
 
+#: An expert is priced as if so many more tokens had chosen it, each of which loses what is usual in its layer: a few
+#: tokens say little of an expert that is rare in this text, and one that no token chose is not worthless.
+PRIOR_TOKENS = 32
+
 #: Tokens that types are priced on: fewer, and what is chosen fits those and no others.
 PRICED_TOKENS = 32_768
 
 #: By the pattern of a matrix and the name of a type: the rise of the loss in nats a token.
 Damages = Mapping[str, Mapping[str, float]]
+
+#: By the pattern of the matrices of a layer's experts: the share of each expert in what any type of them costs; they
+#: add up to 1. A type's error is much the same share of every expert's numbers; how much these weigh is not.
+Shares = Mapping[str, tuple[float, ...]]
 
 
 @dataclass(kw_only=True)
@@ -58,6 +68,7 @@ class DamageMeter:
         weights: the matrices that are priced; None for all that can be stored in fewer bits.
         widths: of the unit that was yielded last, what its experts would cost at other widths, see
             `coterie.compress.width_prices`.
+        shares: of the same unit, how what its experts cost is shared among them; of those with tensors of their own.
     """
 
     stream: Stream
@@ -67,6 +78,7 @@ class DamageMeter:
     types: Sequence[str] = PRICED_TYPES
     weights: Sequence[Weight] | None = None
     widths: dict[str, dict[str, float]] = field(default_factory=dict, init=False)
+    shares: dict[str, tuple[float, ...]] = field(default_factory=dict, init=False)
 
     def measure(self, skip: Collection[str] = ()) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
         """Yield for each unit its name and the damages of its matrices; the head, priced last, is named "head".
@@ -95,10 +107,10 @@ class DamageMeter:
                     weight for weight in by_unit[stage.unit.name] if weight.kind != "embedding" and not weight.head
                 ]
                 self._backward(stage, inner)
-                self.widths = {}
+                self.widths, self.shares = {}, {}
                 damages = dict(self._price(stage, inner))
                 yield stage.unit.name, damages
-        self.widths = {}
+        self.widths, self.shares = {}, {}
         if embedding is not None and not embedding.head and rows and "embedding" not in skip:
             yield "embedding", {embedding.pattern: self._price_embedding(embedding, rows[0])}
         heads = [weight for weight in weights if weight.head]
@@ -122,6 +134,7 @@ class DamageMeter:
         layers = tuple(layer for layer in self.source.architecture.layers if unit.holds(layer.experts))
         linear = {self.stream.conversion.memory_names[weight.names[0]] for weight in weights if weight.kind == "linear"}
         self._fisher: dict[Any, Tensor] = {}
+        self._chosen: Counter[tuple[int, int]] = Counter()
         for call in stage.calls:
             behind: dict[int, Tensor] = {}
             with (
@@ -144,6 +157,7 @@ class DamageMeter:
         for expert, token_N, weight_N in observation.chosen():
             input_ND = observation.hidden_TD[token_N]
             gradient_ND = gradient_TD[token_N] * weight_N[:, None]
+            self._chosen[index, expert] += len(token_N)
             for part, (gradient_NR, input_NC) in _through(experts, expert, input_ND, gradient_ND).items():
                 self._add((index, expert, part), gradient_NR, input_NC)
 
@@ -161,16 +175,34 @@ class DamageMeter:
             if weight.layer not in by_layer:
                 by_layer[weight.layer] = Projections(model, layer, conversion, stage.conversions)
             matrices = projections_of(by_layer[weight.layer].experts)
+            parts = sorted(by_layer[weight.layer].held[weight.names[0]])
             pairs = [
                 (matrices[part][expert], self._fisher[weight.layer, expert, part])
-                for part in sorted(by_layer[weight.layer].held[weight.names[0]])
+                for part in parts
                 for expert in (range(layer.num_experts) if weight.expert is None else (weight.expert,))
                 if (weight.layer, expert, part) in self._fisher
             ]
+            if len(weight.names) > 1 and pairs:
+                self.shares[weight.pattern] = self._shares(weight, matrices[parts[0]], parts[0])
             yield weight.pattern, self._prices(weight, pairs)
         for index, projections in by_layer.items():
             if all(weight.width_axis is not None for weight in weights if weight.layer == index):
                 self.widths |= self._price_widths(self.source.architecture.layers[index], projections.experts)
+
+    def _shares(self, weight: Weight, matrix_ERC: Tensor, part: int) -> tuple[float, ...]:
+        """Return the share of each expert in what a projection of a layer's experts costs, see `PRIOR_TOKENS`."""
+        weighs, tokens = [], []
+        for expert in weight.experts:
+            fisher_RC = self._fisher.get((weight.layer, expert, part))
+            weighs.append(
+                0.0 if fisher_RC is None else float((fisher_RC * matrix_ERC[expert].detach().float().square()).sum())
+            )
+            assert weight.layer is not None
+            tokens.append(self._chosen[weight.layer, expert])
+        usual = math.fsum(weighs) / sum(tokens)
+        prior = [each + PRIOR_TOKENS * usual for each in weighs]
+        total = math.fsum(prior)
+        return tuple(each / total if total > 0 else 1 / len(prior) for each in prior)
 
     def _price_widths(self, layer: MoELayer, experts: Experts) -> dict[str, dict[str, float]]:
         """Return what the experts of a layer cost at each width, those that a token chose."""

@@ -7,7 +7,7 @@ token sample is left to the passes, when they have the layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from coterie.compress.source import Source
 from coterie.compress.state import Measured
 from coterie.compress.target import Reader, Target
 from coterie.compress.weights import BLOCK_STEPS, at_widths, bytes_saved, check_types
-from coterie.compress.width_prices import WidthPrices, priced_widths
+from coterie.compress.width_prices import priced_widths
 from coterie.errors import ArchitectureMismatch, Infeasible, InputError, StaleArtifact
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.ragged import places_of
@@ -178,15 +178,15 @@ def outline(source: Source, request: Request, profile: Profile | None = None) ->
 def allocate(
     source: Source,
     request: Request,
-    profile: Profile | None,
-    damages: Mapping[str, Mapping[str, float]] | None = None,
-    widths: WidthPrices | None = None,
+    profile: Profile | None = None,
+    prices: Prices | None = None,
 ) -> Allocation:
     """Share out the bytes among the layers.
 
-    Without a profile, what a ragged recipe gets only says that the target can be met, and how large the result is.
+    Without a profile, what a ragged recipe gets only says that the target can be met, and how large the result is; and
+    so it is without prices for a recipe that goes by them.
     """
-    problem = problem_of(source, request, profile, damages, widths)
+    problem = problem_of(source, request, profile, prices)
     return load_allocator(request.recipe.allocator)(problem)
 
 
@@ -194,10 +194,13 @@ def problem_of(
     source: Source,
     request: Request,
     profile: Profile | None = None,
-    damages: Mapping[str, Mapping[str, float]] | None = None,
-    widths: WidthPrices | None = None,
+    prices: Prices | None = None,
 ) -> Problem:
-    """Return what is to be shared out among the layers of a model."""
+    """Return what is to be shared out among the layers of a model.
+
+    Each expert can have types of its own in the packed form, if they are not searched for.
+    """
+    by_expert = request.target.reader == "packed" and not request.search
     return Problem(
         architecture=source.architecture,
         sizing=source.sizing(keeps_rows=request.router == "map"),
@@ -207,8 +210,9 @@ def problem_of(
         find_weights=lambda: tuple(
             weight for weight in source.weights if weight.kind == "expert" or not request.target.experts_only
         ),
-        damages=damages,
-        widths=widths or {},
+        damages=None if prices is None else prices.damages,
+        widths={} if prices is None else prices.widths,
+        shares=prices.shares if prices is not None and by_expert else {},
     )
 
 
@@ -229,7 +233,7 @@ def completed(source: Source, outlined: Plan, request: Request | None, profile: 
 
 def with_types(source: Source, outlined: Plan, request: Request, prices: Prices) -> Plan:
     """Return an outline with the types and the widths that matrices get, now that it is known what each would cost."""
-    allocation = allocate(source, request, None, prices.damages, prices.widths)
+    allocation = allocate(source, request, prices=prices)
     chosen = replace(
         outlined, layers=allocation.layers, types=allocation.types, damage=allocation.damage, gap=allocation.gap
     )
@@ -240,11 +244,17 @@ def check_prices(source: Source, recipe: Recipe, prices: Prices) -> None:
     """Raise StaleArtifact where prices that an earlier version measured do not say what a recipe goes by."""
     with_widths = {layer.index for layer in source.architecture.layers if priced_widths(layer.width)}
     narrow = (weight for weight in source.weights if weight.width_axis is not None and weight.layer in with_widths)
-    if recipe.narrows and not prices.widths and any(narrow):
+    if recipe.narrows and not (prices.widths and prices.shares) and any(narrow):
         raise StaleArtifact(
             f"recipe {recipe.name} goes by what narrower experts would cost, which these prices do not say: an earlier "
             "version measured them; run coterie price again, or take --recipe coterie-bits"
         )
+    for weight in source.weights:
+        if (shares := prices.shares.get(weight.pattern)) is not None and len(shares) != len(weight.names):
+            raise StaleArtifact(
+                f"the prices are of {len(shares)} experts in {weight.pattern}, and the model has {len(weight.names)}; "
+                "run coterie price again"
+            )
 
 
 def with_choices(plan: Plan, layers: Sequence[MoELayer], profile: Profile) -> Plan:

@@ -22,7 +22,7 @@ from coterie.compress.request import Request
 from coterie.compress.source import Source
 from coterie.compress.target import Reader, Target
 from coterie.compress.way import Sized, Ways, as_it_is, mixed_way, single_way, with_fewer_experts
-from coterie.compress.weights import at_widths, smallest_types
+from coterie.compress.weights import at_widths, by_type, smallest_types
 from coterie.errors import Infeasible
 from coterie.model.arch.inspect import read_headers
 from coterie.model.disk.encodings.ggml import SIZES, bits_of
@@ -192,19 +192,17 @@ def _single_types(source: Source, prices: Prices) -> tuple[Point, ...]:
 def _point(source: Source, prices: Prices, name: str, target: Target) -> Point | None:
     """Return what a target comes to; None where a matrix gets a type that it has no price for."""
     request = Request(recipe=get_recipe(target.usual_recipe), target=target, router="plain", seed=0)
-    allocation = allocate(source, request, None, prices.damages, prices.widths)
+    allocation = allocate(source, request, prices=prices)
     numbers: dict[str, int] = {}
     damage = 0.0
     weights = at_widths(source.weights, allocation.layers)
-    for weight in weights:
-        kind = allocation.types.get(weight.pattern)
-        if kind is not None:
+    for weight, kind in by_type(weights, allocation.types):
+        numbers[kind] = numbers.get(kind, 0) + weight.num_elements
+        if allocation.damage is None:  # one type for all
             if kind not in prices.damages.get(weight.pattern, {}):
                 return None
-            numbers[kind] = numbers.get(kind, 0) + weight.num_elements
             damage += prices.damages[weight.pattern][kind]
-    if allocation.damage is not None:  # with what neurons cost
-        damage = allocation.damage
+    damage = allocation.damage if allocation.damage is not None else damage
     total = sum(numbers.values())
     types = {kind: numbers[kind] / total for kind in sorted(numbers, key=bits_of, reverse=True)}
     if target.type is not None:  # what stands in where blocks are wider than a row

@@ -6,6 +6,7 @@ They are kept in a folder as ``prices.json``, so that any number of budgets can 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from coterie.amounts import format_bytes, parse_bytes
 from coterie.artifact import digest_of, open_artifact, write_artifact
 from coterie.compress.allocators import ALLOCATORS
 from coterie.compress.allocators.problem import load_meter
-from coterie.compress.damages import PRICED_TOKENS, DamageMeter, Damages
+from coterie.compress.damages import PRICED_TOKENS, PRIOR_TOKENS, DamageMeter, Damages, Shares
 from coterie.compress.plan import Mtp
 from coterie.compress.price_forecast import BATCH, PRICING, PricingForecast
 from coterie.compress.source import Source
@@ -64,6 +65,7 @@ class Prices:
         on: which tokens counted, "all" or "assistant".
         widths: what experts would cost at other widths, see `coterie.compress.width_prices`; empty where experts have
             no tensors of their own, or an earlier version measured.
+        shares: how what the experts of a layer cost is shared among them, by the pattern of a matrix; empty as widths.
     """
 
     damages: Damages
@@ -74,6 +76,7 @@ class Prices:
     seed: int
     on: On
     widths: WidthPrices = field(default_factory=dict)
+    shares: Shares = field(default_factory=dict)
 
     def body(self) -> dict[str, Any]:
         """Return all but the digests of what they were made from, as JSON content."""
@@ -85,6 +88,7 @@ class Prices:
             "on": self.on,
             "damages": damages,
             **({"widths": {name: dict(each) for name, each in self.widths.items()}} if self.widths else {}),
+            **({"shares": {pattern: list(each) for pattern, each in self.shares.items()}} if self.shares else {}),
         }
 
     @property
@@ -123,6 +127,9 @@ class Prices:
                 expert: {width: each.number(width, least=0.0) for width in each.names()}
                 for expert, each in by_expert.items()
             }
+            by_layer = content.nested("shares") if content.said("shares") else None
+            names = () if by_layer is None else by_layer.names()
+            shares = {} if by_layer is None else {name: by_layer.numbers(name, least=0.0) for name in names}
             on = content.text("on", choices=get_args(On))
             counts = {name: content.whole(name) for name in ("num_tokens", "seq_len", "seed")}
         unknown = sorted({unwrapped(name) for by_type in damages.values() for name in by_type} - SIZES.keys())
@@ -134,6 +141,12 @@ class Prices:
                 raise CorruptArtifact(
                     f"{file}: widths of {shown(expert)} are {shown(', '.join(by_width))}; run coterie price again"
                 )
+        for pattern, each in shares.items():
+            if pattern not in damages or not math.isclose(math.fsum(each), 1.0, rel_tol=1e-6):
+                raise CorruptArtifact(
+                    f"{file}: shares of {shown(pattern)} are of no matrix that is priced, or do not add up to 1; run "
+                    "coterie price again"
+                )
         missing = {"model", "text"} - artifact.inputs.keys()
         if missing:
             raise CorruptArtifact(f"{file} does not say which {' and '.join(sorted(missing))} it was made from")
@@ -144,7 +157,7 @@ class Prices:
             )
         return cls(
             damages=damages, model_digest=artifact.inputs["model"], text_digest=artifact.inputs["text"],
-            on=cast(On, on), widths=widths, **counts,
+            on=cast(On, on), widths=widths, shares=shares, **counts,
         )  # fmt: skip
 
 
@@ -178,6 +191,7 @@ class Pricing:
             "allocator": self.allocator,
             "types": list(PRICED_TYPES),
             "widths": STEPS,
+            "shares": PRIOR_TOKENS,
             **({} if self.source.target == "gguf" else {"target": self.source.target}),
             "device": self.stream.device.type,
             "mtp": self.source.mtp,
@@ -198,21 +212,23 @@ class Pricing:
             )  # fmt: skip
             done = {name.removeprefix(_STEP) for name in run.finished if name.startswith(_STEP)}
             for name, damages in track(meter.measure(skip=done), PRICING, len(self.stream.units)):
-                widths = meter.widths if isinstance(meter, DamageMeter) else {}
-                run.finish(_STEP + name, files=[], content={"damages": damages, "widths": widths})
+                by_expert = {"widths": meter.widths, "shares": meter.shares} if isinstance(meter, DamageMeter) else {}
+                run.finish(_STEP + name, files=[], content={"damages": damages, **by_expert})
             run.finish(_WHOLE, files=[])
         measured: dict[str, dict[str, float]] = {}
         narrower: dict[str, dict[str, float]] = {}
+        shares: dict[str, tuple[float, ...]] = {}
         for name, step in run.finished.items():
             if name.startswith(_STEP):
                 measured |= step.content["damages"]
-                narrower |= step.content["widths"]
+                narrower |= step.content.get("widths", {})
+                shares |= {pattern: tuple(each) for pattern, each in step.content.get("shares", {}).items()}
         kept = self.allocator == KEPT
         return Prices(
             damages=_with_unseen(measured, self.source.weights) if kept else measured,
             model_digest=self.source.checkpoint.digest, text_digest=self.token_set.digest,
             num_tokens=sum(self.token_set.num_counted.values()), seq_len=self.token_set.seq_len, seed=self.seed,
-            on=self.token_set.on, widths=narrower,
+            on=self.token_set.on, widths=narrower, shares=shares,
         )  # fmt: skip
 
     @property

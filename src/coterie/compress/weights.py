@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -218,6 +219,36 @@ def typed(weights: Iterable[Weight], types: Container[str]) -> list[Weight]:
         if weight.pattern in types and (names := [name for name in weight.names if name not in singled]):
             chosen.append(weight.only(names))
     return chosen
+
+
+def by_type(weights: Iterable[Weight], types: Mapping[str, str]) -> list[tuple[Weight, str]]:
+    """Return the matrices that are given types, those of a pattern that have one type together, and that type."""
+    grouped: list[tuple[Weight, str]] = []
+    for weight in weights:
+        names: dict[str, list[str]] = {}
+        for each in typed([weight], types):
+            names.setdefault(types[each.pattern], []).extend(each.names)
+        grouped += [(weight.only(names[kind]), kind) for kind in sorted(names)]
+    return grouped
+
+
+def gathered(weights: Iterable[Weight], types: Mapping[str, str]) -> dict[str, str]:
+    """Return types in which a star stands for the experts of a layer whose type is the most common there.
+
+    Args:
+        weights: the matrices, by pattern.
+        types: of all experts of a layer by name, or by pattern.
+    """
+    shorter = dict(types)
+    for weight in weights:
+        if weight.pattern in types or any(name not in types for name in weight.names):
+            continue
+        common = Counter(types[name] for name in weight.names).most_common(1)[0][0]
+        shorter[weight.pattern] = common
+        for name in weight.names:
+            if types[name] == common:
+                del shorter[name]
+    return dict(sorted(shorter.items()))
 
 
 def at_widths(weights: Iterable[Weight], layers: Sequence[LayerPlan]) -> list[Weight]:

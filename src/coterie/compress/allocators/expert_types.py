@@ -14,7 +14,7 @@ from functools import cached_property
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.compress.allocators.knapsack import Option, choose_exactly
 from coterie.compress.allocators.problem import Allocation, Problem
-from coterie.compress.weights import Weight
+from coterie.compress.weights import Weight, gathered
 from coterie.errors import Infeasible
 from coterie.model.disk.encodings.ggml import unwrapped
 
@@ -233,7 +233,7 @@ class Room:
         types = dict(self.rest_types)
         for group, kind in zip(groups, wanted, strict=True):
             types |= group.types(kind)
-        types = _gathered(self.problem.weights, types)
+        types = gathered(self.problem.weights, types)
         layers = self.problem.whole()
         return Allocation(layers=layers, num_bytes=self.problem.num_bytes(layers, types), types=types)
 
@@ -241,15 +241,3 @@ class Room:
         """Return the bytes of all tensors but those of groups."""
         plain = self.problem.num_bytes(self.problem.whole(), self.rest_types)
         return plain - sum(weight.plain_bytes for group in groups for weight in group.weights)
-
-
-def _gathered(weights: Sequence[Weight], types: Mapping[str, str]) -> dict[str, str]:
-    """Return types in which a star stands for the experts of a layer where all of them have one."""
-    gathered = dict(types)
-    for weight in weights:
-        kinds = {types.get(name) for name in weight.names}
-        if weight.pattern not in types and len(kinds) == 1 and (kind := kinds.pop()) is not None:
-            gathered[weight.pattern] = kind
-            for name in weight.names:
-                del gathered[name]
-    return dict(sorted(gathered.items()))

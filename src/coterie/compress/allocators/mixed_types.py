@@ -1,7 +1,8 @@
 """A type for each matrix, so that the expected rise of the loss is least in the bytes that there are.
 
 What each matrix would cost in each type is measured beforehand (`coterie.compress.damages`); who gets what is a
-knapsack (`coterie.compress.allocators.knapsack`).
+knapsack (`coterie.compress.allocators.knapsack`). Where each expert can have types of its own, its part of what a
+projection of its layer costs is what the expert's numbers weigh there (`coterie.compress.damages.Shares`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from coterie.amounts import format_bytes
 from coterie.compress.allocators import one_type
 from coterie.compress.allocators.knapsack import Option, choose_within, gap_of
 from coterie.compress.allocators.problem import Allocation, Problem
-from coterie.compress.weights import Weight, smallest_types
+from coterie.compress.weights import Weight, gathered, smallest_types
 from coterie.errors import Infeasible
 from coterie.model.disk.encodings.ggml import WRAPPED
 
@@ -35,16 +36,31 @@ def allocate(problem: Problem) -> Allocation:
     plain = problem.num_bytes(layers, {})
     weights = [weight for weight in problem.weights if problem.damages.get(weight.pattern)]
     rest = plain - sum(weight.plain_bytes for weight in weights)
-    items = [options_of(weight, problem.damages[weight.pattern]) for weight in weights]
+    names, items = [], []
+    for weight in weights:
+        options = options_of(weight, problem.damages[weight.pattern])
+        for name, share in expert_shares(problem, weight):
+            num_matrices = 1 if name == weight.pattern else len(weight.names)
+            names.append(name)
+            items.append([
+                Option(name=each.name, num_bytes=each.num_bytes // num_matrices, damage=each.damage * share)
+                for each in options
+            ])  # fmt: skip
     room = room_of(problem, weights, rest)
     chosen = choose_within(items, room, GAP)
     if chosen is None:
         raise too_small(problem, weights, rest, sum(min(each.num_bytes for each in options) for options in items))
-    types = {weight.pattern: option.name for weight, option in zip(weights, chosen, strict=True)}
+    types = gathered(weights, {name: option.name for name, option in zip(names, chosen, strict=True)})
     return Allocation(
         layers=layers, num_bytes=problem.num_bytes(layers, types), damage=sum(option.damage for option in chosen),
         types=types, gap=gap_of(items, chosen, room),
     )  # fmt: skip
+
+
+def expert_shares(problem: Problem, weight: Weight) -> list[tuple[str, float]]:
+    """Return what gets a type by itself, and its share of what that costs: each expert, or its pattern as a whole."""
+    shares = problem.shares.get(weight.pattern)
+    return [(weight.pattern, 1.0)] if shares is None else list(zip(weight.names, shares, strict=True))
 
 
 def options_of(weight: Weight, damages: Mapping[str, float]) -> list[Option]:

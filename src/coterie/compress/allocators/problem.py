@@ -59,6 +59,8 @@ class Problem:
         damages: what the allocator's meter measured, by name and by what it is: for most what each matrix would cost in
             each type, nats a token, by pattern; None before that is measured.
         widths: what experts would cost at other widths, see `coterie.compress.width_prices`.
+        shares: by the pattern of a matrix of a layer's experts, the share of each expert in what it costs; empty where
+            the experts of a layer have their types together, as they do in a GGUF file.
     """
 
     architecture: Architecture
@@ -69,6 +71,7 @@ class Problem:
     find_weights: Callable[[], tuple[Weight, ...]] = tuple
     damages: Mapping[str, Mapping[str, float]] | None = None
     widths: WidthPrices = field(default_factory=dict)
+    shares: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
