@@ -26,8 +26,8 @@ from coterie.train import distill
 
 TEXT = {"tokens": 256, "seq_len": 32}
 
-#: Widths of the experts of both layers: none, some and most neurons go.
-WIDTHS = ((32, 64, 96, 128, 128, 96, 64, 32), (128, 96, 96, 64, 128, 32, 32, 64))
+#: Widths of the experts of both layers: none, some, most and all neurons go.
+WIDTHS = ((32, 64, 96, 128, 128, 96, 0, 32), (128, 96, 0, 64, 128, 32, 32, 64))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def slow_values(folder):
         for name, tensor in load_file(file).items():
             star = re.sub(r"experts\.\d+\.", "experts.*.", name)
             group = next((each for key in (name, star) for each in groups if key in each["tensors"]), None)
-            if group is not None:
+            if group is not None and tensor.numel():  # else it is of an expert without neurons
                 value = torch.from_numpy(dequantize(tensor.numpy(), GGMLQuantizationType[group["type"]]))
                 tensor = value.reshape(-1, group.get("columns", value.shape[-1]))
             tensors[name] = tensor
@@ -122,6 +122,8 @@ def test_a_plan_of_widths_and_types_is_written_and_loaded(model, text_folder, tm
     before = Checkpoint.open(model)
     with before.reader() as reader:
         for (layer, widths), expert in itertools.product(enumerate(WIDTHS), range(8)):
+            if not widths[expert]:
+                continue
             name = f"model.layers.{layer}.mlp.experts.{expert}.{{}}_proj.weight"
             gate, up, down = (values[name.format(part)] for part in ("gate", "up", "down"))
             assert (len(gate), len(up), down.shape[1]) == (widths[expert],) * 3
@@ -177,7 +179,7 @@ def test_bytes_are_counted_by_width(model, down):
     ("change", "message"),
     [
         ({"widths": ((128,) * 8, (128,) * 7 + (100,))}, r"layer 1 .*experts\[7\] has width 100; .*multiples of 32"),
-        ({"widths": ((128,) * 8, (0,) + (128,) * 7)}, r"experts\[0\] has width 0; .*from 32 to 128"),
+        ({"widths": ((128,) * 8, (0,) * 8)}, r"layer 1 .*: no expert has any neurons left; keep 32 of one"),
         (
             {"down": "Q4_K"},
             r"layers\.0\.mlp\.experts\.0\.down_proj\.weight as Q4_K.*its rows have 32 numbers: take Q4_K\.W",
@@ -227,10 +229,27 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(model, text_folder, tmp
     assert resumed.plan == whole.plan
 
 
+#: Types of some experts, in place of those of their layer.
+OWN = {
+    "model.layers.1.mlp.experts.3.gate_proj.weight": "Q6_K.W",
+    "model.layers.1.mlp.experts.4.gate_proj.weight": "Q6_K.W",
+    "model.layers.1.mlp.experts.0.down_proj.weight": "Q8_0",
+}
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("types", [{"down": "Q4_K.W"}, {"gate": "Q8_0", "down": "IQ4_NL"}])
-def test_scales_are_trained(model, text_folder, tmp_path, monkeypatch, types):
-    made = replace(ragged(model, recipe="gptaq", **types), result_steps=(("distill-blocks", {}),))
+@pytest.mark.parametrize(
+    ("widths", "types", "own"),
+    [
+        (WIDTHS, {"down": "Q4_K.W"}, {}),
+        (WIDTHS, {"gate": "Q8_0", "down": "IQ4_NL"}, OWN),
+        (None, {"down": "Q4_K.W"}, OWN),
+    ],
+)
+def test_scales_are_trained(model, text_folder, tmp_path, monkeypatch, widths, types, own):
+    made = ragged(model, recipe="gptaq", **types)
+    layers = made.layers if widths else plan(model, type="Q4_K", target="packed").layers
+    made = replace(made, layers=layers, types=made.types | own, result_steps=(("distill-blocks", {}),))
     file, settings = saved(made, tmp_path), {"text": text_folder, **TEXT}
     untrained = compress(model, tmp_path / "untrained", plan=file, train_tokens=0, **settings)
     falling = itertools.count(0.5, -0.01)  # whatever it is worth: random models may not gain
@@ -244,6 +263,9 @@ def test_scales_are_trained(model, text_folder, tmp_path, monkeypatch, types):
     for expert, part in itertools.product(range(8), ("gate", "up", "down")):
         name = f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight"
         assert before[name].shape == after[name].shape
+        if not before[name].numel():
+            assert widths[1][expert] == 0
+            continue
         assert not torch.equal(before[name], after[name]), name
         # Scales moved a little, and what was zero is zero: codes are the same.
         assert ((before[name] == 0) == (after[name] == 0)).float().mean() > 0.99

@@ -163,6 +163,8 @@ class BlockModel:
         for weight, kind in weights:
             [part] = parts_in[weight.names[0]]
             for each in weight.by_width():
+                if 0 in each.shape:  # of experts without neurons
+                    continue
                 byte_NRK = torch.stack([stored[name].transpose(each.axis, -1) for name in each.names])
                 blocks = Blocks(kind, byte_NRK.to(self.stream.device), each.columns)
                 width = each.columns if part == DOWN else each.rows
@@ -255,7 +257,7 @@ def block_sizes(
     shards: Sequence[Shard],
     *,
     target: Target | None = None,
-    narrows: bool = False,
+    differ: bool = False,
 ) -> BlockSizes:
     """Say how large what is trained is, from headers.
 
@@ -266,7 +268,7 @@ def block_sizes(
         shards: the weight files of the result.
         target: where types are yet to be chosen among those that are priced, how large the result may get; then sizes
             are what they are at most.
-        narrows: whether experts get widths of their own, or may get them.
+        differ: whether experts of a layer differ in width or in type, or may once that is decided.
     """
     whole = by_type(source.weights, plan.types)
     typed = [weight for weight, _ in whole]
@@ -285,8 +287,9 @@ def block_sizes(
     else:
         scales = sum(_scales(weight, kind) for weight, kind in whole)
     layers: dict[int | None, int] = {}
-    for weight in typed:  # experts of several widths are filled up, and put in order
-        times = 2 if narrows and weight.width_axis is not None else 1
+    differ = differ or len(typed) > len({weight.pattern for weight in typed})
+    for weight in typed:  # experts that differ are filled up, and put in order
+        times = 2 if differ and weight.width_axis is not None else 1
         layers[weight.layer] = layers.get(weight.layer, 0) + times * weight.num_elements
     outer = [weight.num_elements for weight in typed if weight.layer is None]
     elements = {name: info.num_elements for name, info in source.checkpoint.tensors.items()}

@@ -92,11 +92,13 @@ def check_widths(source: Source, plan: Plan) -> None:
                     f"{where}: experts[{number}] is {expert.content()}; in fewer bits every expert stays what it is: "
                     f"say no more than its width, and {[number]} as its sources"
                 )
-            if expert.width is None or not GRAIN <= expert.width <= layer.width or expert.width % GRAIN:
+            if expert.width is None or not 0 <= expert.width <= layer.width or expert.width % GRAIN:
                 raise Infeasible(
                     f"{where}: experts[{number}] has width {expert.width}; in fewer bits widths are multiples of "
-                    f"{GRAIN} from {GRAIN} to {layer.width}"
+                    f"{GRAIN} from 0 to {layer.width}"
                 )
+        if experts and not any(expert.width for expert in experts):
+            raise Infeasible(f"{where}: no expert has any neurons left; keep {GRAIN} of one of them, or more")
     stored = {name for weight in planned(source.weights, plan) if weight.widths is not None for name in weight.names}
     if plain := sorted(places.keys() - stored):
         raise Infeasible(

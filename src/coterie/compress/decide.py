@@ -196,11 +196,7 @@ def problem_of(
     profile: Profile | None = None,
     prices: Prices | None = None,
 ) -> Problem:
-    """Return what is to be shared out among the layers of a model.
-
-    Each expert can have types of its own in the packed form, if they are not searched for.
-    """
-    by_expert = request.target.reader == "packed" and not request.search
+    """Return what is to be shared out among the layers of a model."""
     return Problem(
         architecture=source.architecture,
         sizing=source.sizing(keeps_rows=request.router == "map"),
@@ -212,7 +208,7 @@ def problem_of(
         ),
         damages=None if prices is None else prices.damages,
         widths={} if prices is None else prices.widths,
-        shares=prices.shares if prices is not None and by_expert else {},
+        shares=prices.shares if prices is not None and request.by_expert else {},
     )
 
 

@@ -20,7 +20,7 @@ from coterie.compress.projections import DOWN, GATE, UP, Projections, projection
 from coterie.compress.quantisers import get_quantiser, load_quantiser
 from coterie.compress.shared_base import pack_shared
 from coterie.compress.source import Source
-from coterie.compress.weights import Weight, typed, weights_among
+from coterie.compress.weights import Weight, at_widths, typed, weights_among
 from coterie.errors import ArchitectureMismatch
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.encodings.block_types import get_layout
@@ -180,7 +180,10 @@ class Packer:
                     raise ArchitectureMismatch(f"{name} and others like it are to be stored in {kind_of[key]}, {kind}")
         widths = self.plan.layers[layer.index].widths
         if widths is not None:
-            return self._pack_by_width(projections, type_of, kind_of, inputs, widths)
+            narrow = (each for weight in at_widths(weights, self.plan.layers) for each in weight.by_width())
+            empty = [each for each in narrow if 0 in each.shape]
+            without = {name: _no_bytes(each, type_of[name]) for each in empty for name in each.names}
+            return without | self._pack_by_width(projections, type_of, kind_of, inputs, widths)
         packed: dict[str, Tensor] = {}
         for kind in sorted(set(type_of.values())):
             chosen = _chosen(kind_of, kind, matrices, range(layer.num_experts))
@@ -196,9 +199,12 @@ class Packer:
         inputs: Mapping[bool, Inputs],
         widths: Sequence[int],
     ) -> dict[str, Tensor]:
-        """Return the bytes of experts by name on disk, each as wide as it is to be, those of a width at a time."""
+        """Return the bytes of experts by name on disk, each as wide as it is to be, those of a width at a time.
+
+        Experts without neurons are left out.
+        """
         packed: dict[str, Tensor] = {}
-        for width in sorted(set(widths)):
+        for width in sorted(set(widths) - {0}):
             experts = [expert for expert, each in enumerate(widths) if each == width]
             matrices, into = _narrowed(projections_of(projections.experts), inputs, experts, width)
             for kind in sorted(set(type_of.values())):
@@ -289,6 +295,12 @@ def _narrowed(
             missed_ESS[expert] = missed[expert][stay_S][:, stay_S]
     into = Inputs(hessian_NCC=hessian_ESS, missed_NCC=missed_ESS, num_tokens=between.num_tokens)
     return narrow, {False: inputs[False], True: into}
+
+
+def _no_bytes(weight: Weight, kind: str) -> Tensor:
+    """Return what is stored of a matrix of an expert without neurons."""
+    [(_, shape)] = weight.encoding(kind).stored(weight.shape).values()
+    return torch.empty(shape, dtype=torch.uint8)
 
 
 def _stored(name: str, byte_RK: Tensor, kind: str) -> dict[str, Tensor]:

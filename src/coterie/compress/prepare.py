@@ -434,6 +434,13 @@ def may_narrow(plan: Plan, request: Request | None) -> bool:
     return plan.ragged or (request is not None and request.recipe.narrows)
 
 
+def may_differ(plan: Plan, request: Request | None) -> bool:
+    """Tell whether experts of a layer differ in width or in type, or may once that is decided."""
+    if request is not None and request.by_expert and request.recipe.prices:
+        return True
+    return may_narrow(plan, request)
+
+
 def _prices(
     options: Options, request: Request | None, source: Source, stream: Stream, calibration: CalibrationText | None,
     outlined: Plan,

@@ -38,6 +38,11 @@ class Request:
         """What is done to each layer."""
         return self.recipe.with_router(self.router)
 
+    @property
+    def by_expert(self) -> bool:
+        """Whether experts can have types of their own: in the packed form, where types are not searched for."""
+        return self.target.reader == "packed" and not self.search
+
     def check(self) -> None:
         """Raise InputError, Infeasible or UnknownName for what no model could be given."""
         check_seed(self.seed)

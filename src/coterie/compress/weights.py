@@ -141,6 +141,8 @@ class Weight:
             return self.columns % SIZES[kind][0] == 0
         if unwrapped(kind) in OWN_TYPES:  # their blocks are coded as a whole, so within a row
             return False
+        if not self.columns:  # of an expert without neurons
+            return self.can_wrap
         return self.can_wrap and self.columns % GRAIN == 0 and self.rows % rows_together(kind, self.columns) == 0
 
     @property
@@ -156,7 +158,7 @@ class Weight:
             return shared.encoding(self.columns, self.axis)
         if kind in INTEGERS:
             return integer_encoding(kind)
-        columns = self.columns if kind.endswith(WRAPPED) else None
+        columns = self.columns if kind.endswith(WRAPPED) and self.columns else None
         return GgmlBlocks(type=unwrapped(kind), axis=self.axis, dtype="F32", columns=columns)
 
     def num_bytes(self, kind: str) -> int:
@@ -174,7 +176,7 @@ class Weight:
             return replace(self, names=tuple(names), plain_bytes=self.plain_bytes // len(self.names) * len(names))
         width_of = dict(zip(self.names, self.widths, strict=True))
         widths = tuple(width_of[name] for name in names)
-        plain_bytes = self.plain_bytes // sum(self.widths) * sum(widths)
+        plain_bytes = self.plain_bytes * sum(widths) // max(sum(self.widths), 1)
         return replace(self, names=tuple(names), plain_bytes=plain_bytes, widths=widths)
 
     def at_widths(self, widths: Sequence[int]) -> Weight:

@@ -307,6 +307,10 @@ def _unpacked(blocks: Tensor, group: Mapping[str, Any]) -> Tensor:
     kind, dtype = group["type"], _DTYPES[group["dtype"]]
     unpack = _rotated_back if kind in _LEVELS else _dequantized
     byte_RK = blocks.transpose(group["axis"], -1).contiguous()
+    if not blocks.numel():  # of an expert without neurons
+        row = byte_RK.new_zeros(1, byte_RK.shape[-1])
+        columns = (group.get("columns") or unpack(row, kind).shape[-1]) if row.numel() else 0
+        return torch.empty((*byte_RK.shape[:-1], columns), dtype=dtype).transpose(group["axis"], -1)
     rows = byte_RK.reshape(-1, byte_RK.shape[-1])
     count = max(_BYTES_AT_ONCE // rows.shape[-1], 1)
     values = [unpack(rows[start : start + count], kind).to(dtype) for start in range(0, len(rows), count)]

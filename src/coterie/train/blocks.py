@@ -206,7 +206,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stack:
-    """One projection of all experts of a layer, or of those of one width.
+    """One projection of all experts of a layer, or of those that have one width and one type.
 
     Attributes:
         blocks: of all of them, shape (E, rows, columns).
@@ -219,14 +219,21 @@ class Stack:
     experts: tuple[int, ...] | None = None
 
 
-def _of_all(stacks: Sequence[Stack]) -> Tensor:
-    """Return the values of a projection of all experts, (E, rows, columns), the narrower ones filled up with zeros."""
+def _of_all(stacks: Sequence[Stack], num_experts: int) -> Tensor:
+    """Return the values of a projection of all experts, (E, rows, columns), the narrower ones filled up with zeros.
+
+    So are those of which nothing is stored.
+    """
     values = [each.blocks.values(each.multiplier_Gn) for each in stacks]
     if stacks[0].experts is None:
         return values[0]
     rows, columns = (max(each.shape[axis] for each in values) for axis in (1, 2))
     filled = [nn.functional.pad(each, (0, columns - each.shape[2], 0, rows - each.shape[1])) for each in values]
-    order = torch.tensor([expert for each in stacks for expert in each.experts or ()]).argsort()
+    stored = [expert for each in stacks for expert in each.experts or ()]
+    missing = sorted(set(range(num_experts)) - set(stored))
+    if missing:
+        filled.append(filled[0].new_zeros(len(missing), rows, columns))
+    order = torch.tensor([*stored, *missing]).argsort()
     return torch.cat(filled)[order.to(filled[0].device)]
 
 
@@ -244,8 +251,9 @@ def experts_in_blocks(model: PreTrainedModel, stacks: Mapping[str, Mapping[str, 
         own = of_module.get(id(module), {})
 
         def routed(hidden_TD: Tensor, weight_TK: Tensor) -> Tensor:
-            unpacked: dict[str, Any] = {field: _of_all(each) for field, each in own.items()}
-            experts = replace(canonical_experts(module, attached=True), **unpacked)
+            experts = canonical_experts(module, attached=True)
+            unpacked: dict[str, Any] = {field: _of_all(each, len(experts.up_EFD)) for field, each in own.items()}
+            experts = replace(experts, **unpacked)
             return routed_output(experts.apart(), hidden_TD, index_TK, weight_TK)
 
         if not torch.is_grad_enabled():

@@ -114,7 +114,7 @@ def _can_narrow(problem: Problem, layer: MoELayer) -> bool:
 
 
 def _experts(problem: Problem, layer: MoELayer, weights: Sequence[Weight]) -> list[Item]:
-    """Return the items of a layer's experts."""
+    """Return the items of a layer's experts; the one whose neurons would cost most does not lose all of them."""
     assert problem.damages is not None
     # The types of a matrix that are worth taking at each width, with what they cost all whole experts together.
     hulls = {
@@ -122,11 +122,17 @@ def _experts(problem: Problem, layer: MoELayer, weights: Sequence[Weight]) -> li
         for width in priced_widths(layer.width)[1:]
     }
     places = [weight.experts.index for weight in weights]
+    curves = curves_of(problem.widths, layer.experts, layer.num_experts, layer.width)
+    stays = max(range(len(curves)), key=lambda expert: curves[expert][0])
+    smallest = tuple(hull[0].name for hull in hulls[priced_widths(layer.width)[1]] if hull)
     items = []
-    for expert, cost in enumerate(curves_of(problem.widths, layer.experts, layer.num_experts, layer.width)):
+    for expert, cost in enumerate(curves):
         number = [place(expert) for place in places]
         shares = [problem.shares[weight.pattern][each] for weight, each in zip(weights, number, strict=True)]
         pairs: list[tuple[Option, Choice]] = []
+        if expert != stays and len(smallest) == len(weights):
+            nothing = Option(name="no neurons", num_bytes=0, damage=cost[0])
+            pairs.append((nothing, Choice(types=smallest, width=0)))
         for width, hulls_here in hulls.items():
             left = max(0.0, 1 - cost[width] / cost[0]) if cost[0] > 0 else 1.0
             pairs += _at_width(hulls_here, [share * left for share in shares], width, cost[width])

@@ -16,7 +16,7 @@ from torch import Tensor
 from coterie.artifact import atomic_path
 from coterie.compress.block_model import BlockModel, block_sizes
 from coterie.compress.pack import packed_names
-from coterie.compress.prepare import Job, may_narrow
+from coterie.compress.prepare import Job, may_differ
 from coterie.compress.result_steps import LeftOut
 from coterie.compress.result_steps.training import Prepared, prepare_training
 from coterie.compress.shards import lay_out, write_shard
@@ -43,13 +43,11 @@ _LOGITS = f"{_NEW}logits.safetensors"
 def prepare(job: Job) -> Prepared | LeftOut | None:
     """Draw the text and announce what training takes; see `coterie.compress.result_steps.training`."""
     source, stream, plan = job.source, job.stream, job.outline
-    if not plan.types.keys() <= {weight.pattern for weight in source.weights}:
-        return LeftOut("types differ between the experts of a layer")
     shards = lay_out(source.checkpoint, stream.units, stream.conversion, packed_names(source, plan))
     priced = job.request is not None and job.request.recipe.prices
     sizes = block_sizes(
         source, stream, plan, shards, target=job.options.target if priced else None,
-        narrows=may_narrow(plan, job.request),
+        differ=may_differ(plan, job.request),
     )  # fmt: skip
     return prepare_training(
         job,

@@ -76,6 +76,8 @@ class GgmlBlocks:
         import torch
 
         kind = get_type(self.type)
+        if not stored[""].numel():
+            return torch.empty(self.shape_of(tuple(stored[""].shape)), dtype=getattr(torch, TORCH_NAMES[self.dtype]))
         byte_RK = stored[""].transpose(self.axis, -1).contiguous()
         blocks = byte_RK.reshape(1, -1, SIZES[self.type][1])
         dtype = getattr(torch, TORCH_NAMES[self.dtype])
@@ -95,7 +97,7 @@ class GgmlBlocks:
             UnsupportedDtype: a shape that cannot be stored so.
         """
         block, size = SIZES[self.type]
-        if len(shape) < 2 or min(shape) < 1:
+        if len(shape) < 2:
             raise UnsupportedDtype(f"{list(shape)} cannot be stored as {self.type}: that takes matrices")
         extents = list(shape)
         if self.columns is not None:
@@ -131,7 +133,7 @@ class GgmlBlocks:
             UnsupportedDtype: no tensor has.
         """
         block, size = SIZES[self.type]
-        if len(stored) < 2 or min(stored) < 1 or stored[self.axis] % size:
+        if len(stored) < 2 or stored[self.axis] % size:
             raise UnsupportedDtype(f"{list(stored)} holds no whole blocks of {self.type} along axis {self.axis}")
         extents = list(stored)
         extents[self.axis] = stored[self.axis] // size * block
