@@ -182,15 +182,19 @@ def test_a_budget_gets_the_most_parts_that_fit(olmoe: Path) -> None:
     rest, neuron, row = part_bytes(olmoe)
     for count in (1, 5, 17):
         budget = rest + LAYERS * count * (8 * neuron + row)
-        assert plan(olmoe, recipe="coterie", budget=budget).layers[0].num_experts == count
-        assert plan(olmoe, recipe="coterie", budget=budget + 1).predicted_bytes == budget
+        assert plan(olmoe, recipe="coterie-local", budget=budget).layers[0].num_experts == count
+        assert plan(olmoe, recipe="coterie-local", budget=budget + 1).predicted_bytes == budget
     with pytest.raises(Infeasible, match="the least that can be routed, 1 of width 8, takes"):
-        plan(olmoe, recipe="coterie", budget=rest)
+        plan(olmoe, recipe="coterie-local", budget=rest)
+
+    for name, target in (("coterie-bits", {}), ("coterie-bits-width", {"target": "packed"})):
+        made = plan(olmoe, recipe="coterie", budget=rest * 2, **target)
+        assert (made.recipe, made.types) == (name, plan(olmoe, budget=rest * 2, **target).types)
 
 
 def test_all_of_the_bytes_leave_experts_whole(olmoe: Path) -> None:
     for target in ({"keep": 1.0}, {"budget": "1GiB"}):
-        assert plan(olmoe, recipe="coterie", **target).layers == (LayerPlan(num_experts=EXPERTS),) * LAYERS  # type: ignore[arg-type]
+        assert plan(olmoe, recipe="coterie-local", **target).layers == (LayerPlan(num_experts=EXPERTS),) * LAYERS  # type: ignore[arg-type]
 
 
 def test_groups_share_the_parts_out(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def compress(
     from coterie.compress.target import Target
 
     if plan is None:
-        chosen = get_recipe(recipe or Target(**targets, reader=target).usual_recipe)
+        chosen = get_recipe(Target(**targets, reader=target).recipe_name(recipe))
         training_tokens(chosen.name, effort, train_tokens, trains=chosen.trains)
     from coterie.profile.shares import parse_domains
 

@@ -77,11 +77,23 @@ class Target:
         (benchmarks/bits.md); where the form can say it, widths and types are chosen together, which costs less still
         (benchmarks/bits-widths.md). A share, or a number of experts or neurons, asks for structure.
         """
-        if self.type is not None or (self.integers and (self.bits, self.budget) != (None, None)):
+        if self.type is not None or (self.integers and self._in_bits):
             return "gptaq"
-        if self.bits is None and self.budget is None:
+        if not self._in_bits:
             return "coterie"
         return "coterie-bits-width" if self.reader == "packed" else "coterie-bits"
+
+    def recipe_name(self, named: str | None) -> str:
+        """Return the name of the recipe that is meant by a name, or by none.
+
+        Under the name "coterie" goes what is taken where none is named, if that is a question of bytes or bits: fewer
+        experts never win there (benchmarks/plain_quantisation.md).
+        """
+        return self.usual_recipe if named is None or (named == "coterie" and self._in_bits) else named
+
+    @property
+    def _in_bits(self) -> bool:
+        return self.bits is not None or self.budget is not None
 
     @property
     def sizes(self) -> dict[str, Any]:
