@@ -56,8 +56,12 @@ SHOWN = (
     ("frequency", "plain"),
 )
 
-#: Recipes that store weights in fewer bits: our own, and what one would take instead.
-PRECISE = ("coterie-bits", "gptq", "nearest")
+#: Recipes that store weights in fewer bits, and for whom (None: for GGUF files): our own, and what one would take
+#: instead.
+PRECISE = (("coterie-bits-width", "packed"), ("coterie-bits", None), ("gptq", None), ("nearest", None))
+
+#: The one that goes to llama.cpp.
+FOR_GGUF = "coterie-bits"
 
 #: A model of a family that llama.cpp computes as transformers does, and what it is to go on with.
 FOR_LLAMA = HERE / "reference" / "qwen3_moe"
@@ -75,7 +79,7 @@ def rows(base: Scorecard, cards: dict[str, tuple[Scorecard, float]]) -> list[tup
         return (
             name,
             format_bytes(card.num_bytes),
-            f"{overall['kl']:.3f}",
+            f"{overall['kl']:.4f}",
             f"{overall['perplexity']:.2f}",
             f"{overall['agreement']:.1%}",
             "-" if accuracy is None else f"{accuracy:.1%}",
@@ -91,7 +95,7 @@ def domain_rows(cards: dict[str, tuple[Scorecard, float]]) -> tuple[tuple[str, .
     """Return headers and rows of the table of KL by domain."""
     domains = tuple(next(iter(cards.values()))[0].domains)
     ordered = sorted(cards.items(), key=lambda entry: float(entry[1][0].overall["kl"] or 0))
-    body = [(name, *(f"{card.domains[domain]['kl']:.3f}" for domain in domains)) for name, (card, _) in ordered]
+    body = [(name, *(f"{card.domains[domain]['kl']:.4f}" for domain in domains)) for name, (card, _) in ordered]
     return ("model", *domains), body
 
 
@@ -118,9 +122,9 @@ def run_in_llama(console: Console, out: Path, share: float, tokens: int, seed: i
         return
     folder, file = out / FOR_LLAMA.name, out / f"{FOR_LLAMA.name}.gguf"
     budget = int(share * inspect(FOR_LLAMA).file_bytes)
-    console.print(f"compressing {FOR_LLAMA.name} with {PRECISE[0]} to {format_bytes(budget)}, for llama.cpp")
+    console.print(f"compressing {FOR_LLAMA.name} with {FOR_GGUF} to {format_bytes(budget)}, for llama.cpp")
     compress(
-        FOR_LLAMA, folder, budget=budget, recipe=PRECISE[0], text=CALIBRATION, tokens=tokens, seed=seed, effort="fast"
+        FOR_LLAMA, folder, budget=budget, recipe=FOR_GGUF, text=CALIBRATION, tokens=tokens, seed=seed, effort="fast"
     )
     export(folder, file)
     console.print(f"{file.relative_to(out)}: {format_bytes(file.stat().st_size)}; llama.cpp goes on with it:")
@@ -170,14 +174,14 @@ def main() -> None:
     (options.out / MARK).touch()
     results: dict[str, tuple[Path, float]] = {}
     budget = int(options.share * inspect(options.model).file_bytes)
-    for recipe in PRECISE:
+    for recipe, target in PRECISE:
         name = f"{recipe}, {options.share:.0%}"
         console.print(f"compressing with {recipe} to {format_bytes(budget)}")
         begin = time.perf_counter()
         out = options.out / recipe
         compress(
-            options.model, out, budget=budget, recipe=recipe, text=CALIBRATION, tokens=options.tokens,
-            seed=options.seed, device=options.device,
+            options.model, out, budget=budget, recipe=recipe, target=target, text=CALIBRATION,
+            tokens=options.tokens, seed=options.seed, device=options.device,
             train_tokens=options.train_tokens if RECIPES[recipe].trains else None,
         )  # fmt: skip
         results[name] = (out, time.perf_counter() - begin)
