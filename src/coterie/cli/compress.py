@@ -135,7 +135,7 @@ def compress(
     from coterie.compress.target import Target
 
     if plan is None:
-        chosen = get_recipe(Target(**targets, reader=target).recipe_name(recipe))
+        chosen = get_recipe(Target(**targets, reader=target).recipe_meant(recipe))
         training_tokens(chosen.name, effort, train_tokens, trains=chosen.trains)
     from coterie.profile.shares import parse_domains
 

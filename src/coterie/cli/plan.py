@@ -104,7 +104,7 @@ def check_request(
     from coterie.model.disk.checkpoint import read_config, resolve
 
     target = Target(**targets)
-    chosen = get_recipe(target.recipe_name(recipe))
+    chosen = get_recipe(target.recipe_meant(recipe))
     Request(recipe=chosen, target=target, router=router, seed=seed, search=search).check()
     read_config(resolve(model, weights=False))
 

@@ -105,7 +105,7 @@ def plan(
         active_params=active_params, bits=bits, type=type, multiple_of=multiple_of, reader=target,
         experts_only=experts_only,
     )  # fmt: skip
-    request = Request(recipe=get_recipe(size.recipe_name(recipe)), target=size, router=router, seed=seed)
+    request = Request(recipe=get_recipe(size.recipe_meant(recipe)), target=size, router=router, seed=seed)
     request.check()
     source = Source.open(model, mtp=mtp, fetch="samples", target=target or "gguf")
     if isinstance(profile, str | Path):

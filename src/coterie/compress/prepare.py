@@ -144,7 +144,7 @@ class Options:
             if given := [name for name, value in settings.items() if value is not None]:
                 raise InputError(f"the plan says how small and how; leave {', '.join(given)} out, or --plan")
             return None
-        recipe = get_recipe(self.target.recipe_name(self.recipe))
+        recipe = get_recipe(self.target.recipe_meant(self.recipe))
         request = Request(
             recipe=recipe, target=self.target, router=self.router or "plain", seed=self.seed, search=self.search or 0
         )  # fmt: skip

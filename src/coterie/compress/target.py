@@ -83,8 +83,8 @@ class Target:
             return "coterie"
         return "coterie-bits-width" if self.reader == "packed" else "coterie-bits"
 
-    def recipe_name(self, named: str | None) -> str:
-        """Return the name of the recipe that is meant by a name, or by none.
+    def recipe_meant(self, named: str | Recipe | None) -> str | Recipe:
+        """Return the recipe that is meant by a name, or by none; one of the caller's own is meant itself.
 
         Under the name "coterie" goes what is taken where none is named, if that is a question of bytes or bits: fewer
         experts never win there (benchmarks/plain_quantisation.md).
