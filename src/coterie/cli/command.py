@@ -24,13 +24,14 @@ PANELS: dict[str, tuple[str, ...]] = {
     "How": (
         "recipe", "recipes", "router", "routers", "effort", "train_tokens", "search", "inputs", "output_dtype", "mtp",
         "statistics", "gradients", "profile", "prices", "number_type", "seed", "seeds", "temperature", "first_token",
+        "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "raw", "policy",
     ),
     "Text": (
         "text", "test", "generate", "domains", "on", "tokens", "test_tokens", "seq_len", "sample_tokens", "questions",
     ),
     "What to measure": ("against", "speed", "tasks", "include_path", "limit", "scorecard"),
     "The hub": ("push_to_hub", "private", "base_model"),
-    "Limits": ("device", "jobs", "max_memory", "allow_pickle"),
+    "Limits": ("device", "jobs", "lanes", "memory", "max_memory", "allow_pickle"),
     "Output": ("out", "file", "picture", "dry_run", "keep_results", "write_card", "check", "json"),
 }  # fmt: skip
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}

@@ -8,9 +8,8 @@ Legend: T tokens, K chosen experts, D model width, F expert width, N tokens of o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +17,7 @@ from transformers import PreTrainedModel
 
 from coterie.model.arch.experts import Experts, canonical_experts
 from coterie.run.places import LayerPlaces
-
-
-class Lease(Protocol):
-    """Experts of a layer that stay where they are until they are released."""
-
-    def stored(self, expert: int) -> Sequence[Tensor]:
-        """Return the bytes of an expert, each tensor of `ExpertTensor.stored` in turn; waits until they are there."""
-
-    def release(self) -> None:
-        """Let go of all of them."""
-
-
-class ExpertSource(Protocol):
-    """Where experts come from."""
-
-    @property
-    def most(self) -> int:
-        """How many can be held at once."""
-
-    def acquire(self, layer: int, experts: Sequence[int]) -> Lease:
-        """Ask for experts of a layer, no more than `most`."""
+from coterie.run.residency import Lease, Leases, Residency
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,8 +35,9 @@ class StreamedExperts:
         self,
         model: PreTrainedModel,
         places: Sequence[LayerPlaces],
-        source: ExpertSource,
+        residency: Residency,
         *,
+        num_slots: int,
         dtype: torch.dtype,
         check: Callable[[], None] | None = None,
     ) -> None:
@@ -66,11 +46,12 @@ class StreamedExperts:
         Args:
             model: with its resident part; biases of experts are in it.
             places: where the matrices are.
-            source: what has them in memory.
+            residency: what has them in memory.
+            num_slots: how many it has room for.
             dtype: number format that is computed with.
             check: called before every layer; raises to end a generation.
         """
-        self._source, self._dtype, self._check = source, dtype, check
+        self._residency, self._num_slots, self._dtype, self._check = residency, num_slots, dtype, check
         self._layers = {
             id(module): _Layer(places=each, template=canonical_experts(module))
             for each in places
@@ -84,25 +65,38 @@ class StreamedExperts:
             self._check()
         layer = self._layers[id(module)]
         total_TD = torch.zeros(hidden_TD.shape, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
-        rows = _rows_by_expert(index_TK, len(layer.places.experts))
-        wanted, top_k = list(rows), index_TK.shape[-1]
-        for start in range(0, len(wanted), self._source.most):
-            some = wanted[start : start + self._source.most]
-            lease = self._source.acquire(layer.places.layer.index, some)
-            try:
-                for expert in some:
-                    token_N, slot_N = rows[expert] // top_k, rows[expert] % top_k
-                    output_ND = self._output(layer, expert, lease.stored(expert), hidden_TD[token_N])
-                    weighted_ND = output_ND * weight_TK[token_N, slot_N, None]
-                    total_TD.index_add_(0, token_N, weighted_ND.to(total_TD.dtype))
-            finally:
-                lease.release()
+        rows, top_k = _rows_by_expert(index_TK, len(layer.places.experts)), index_TK.shape[-1]
+        for leases in self._waves(layer.places.layer.index, list(rows)):
+            weighted: dict[int, Tensor] = {}
+            for lease in leases:  # those in memory first, then as they arrive
+                token_N, slot_N = rows[lease.expert] // top_k, rows[lease.expert] % top_k
+                output_ND = self._output(layer, lease, hidden_TD[token_N])
+                weighted[lease.expert] = (output_ND * weight_TK[token_N, slot_N, None]).to(total_TD.dtype)
+            leases.release()
+            for expert in sorted(weighted):
+                total_TD.index_add_(0, rows[expert] // top_k, weighted[expert])
         return total_TD.to(hidden_TD.dtype)
 
-    def _output(self, layer: _Layer, expert: int, stored: Sequence[Tensor], input_ND: Tensor) -> Tensor:
+    def _waves(self, layer: int, experts: Sequence[int]) -> Iterator[Leases]:
+        """Yield leases of experts, ascending; where they are too many, some at a time while the next ones are read."""
+        size = len(experts) if len(experts) <= self._num_slots else max(1, self._num_slots // 2)
+        waves = [experts[start : start + size] for start in range(0, len(experts), size)]
+        held: list[Leases] = []
+        try:
+            for number, wave in enumerate(waves):
+                if not held:
+                    held.append(self._residency.acquire(layer, wave))
+                if number + 1 < len(waves) and 2 * size <= self._num_slots:
+                    held.append(self._residency.acquire(layer, waves[number + 1]))
+                yield held[0]
+                held.pop(0).release()
+        finally:
+            for leases in held:
+                leases.release()
+
+    def _output(self, layer: _Layer, lease: Lease, input_ND: Tensor) -> Tensor:
         """Return f_e(x), (N, D), without the routing weight."""
-        matrices = self._matrices(layer.places, expert, stored)
-        template = layer.template
+        matrices, template, expert = self._matrices(layer.places, lease), layer.template, lease.expert
         up_NF = nn.functional.linear(input_ND, matrices["up_EFD"], _row(template.up_bias_EF, expert))
         gate_NF = None
         if "gate_EFD" in matrices:
@@ -111,13 +105,15 @@ class StreamedExperts:
         output_ND = nn.functional.linear(hidden_NF, matrices["down_EDF"], _row(template.down_bias_ED, expert))
         return output_ND if template.finish is None else template.finish(output_ND)
 
-    def _matrices(self, places: LayerPlaces, expert: int, stored: Sequence[Tensor]) -> Mapping[str, Tensor]:
+    def _matrices(self, places: LayerPlaces, lease: Lease) -> Mapping[str, Tensor]:
+        """Return the projections of an expert, by field."""
         matrices: dict[str, Tensor] = {}
-        rest = list(stored)
-        for tensor in places.experts[expert]:
+        piece = 0
+        for tensor in places.experts[lease.expert]:
             count = len(tensor.stored())
-            matrices |= {field: matrix.to(self._dtype) for field, matrix in tensor.read(rest[:count]).items()}
-            del rest[:count]
+            stored = [lease.piece(number) for number in range(piece, piece + count)]
+            matrices |= {field: matrix.to(self._dtype) for field, matrix in tensor.read(stored).items()}
+            piece += count
         return matrices
 
 

@@ -106,7 +106,10 @@ def _unpacked(info: TensorInfo, stored: Iterator[Tensor]) -> Tensor:
     if info.packed is None:
         byte_N: Tensor = next(stored)
         shape = (*info.shape[:-1], info.shape[-1] // 2) if info.dtype == "F4" else info.shape
-        return byte_N.view(getattr(torch, TORCH_NAMES[info.dtype])).view(shape)
+        dtype = getattr(torch, TORCH_NAMES[info.dtype])
+        if byte_N.data_ptr() % dtype.itemsize:  # numbers that lie at odd places are no tensor
+            byte_N = byte_N.clone()
+        return byte_N.view(dtype).view(shape)
     inside = {name: _unpacked(info.packed.stored[name], stored) for name in sorted(info.packed.stored)}
     return info.packed.encoding.unpack(inside)
 

@@ -95,7 +95,7 @@ def _dtype_of(model: PreTrainedModel, name: str) -> torch.dtype:
     """Return the number format that a tensor has in memory, by its name there; some families keep a wider one."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    tensor = module._parameters.get(leaf)
+    tensor: torch.Tensor | None = module._parameters.get(leaf)
     tensor = module._buffers[leaf] if tensor is None else tensor
     assert tensor is not None
     if not tensor.is_floating_point():

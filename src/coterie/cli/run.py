@@ -1,0 +1,85 @@
+"""``coterie run``: generate from a model that is larger than memory."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from coterie.cli import options
+from coterie.cli.output import print_json, print_text
+
+
+def run(
+    model: options.Model,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt; read from standard input when left out.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory that the run may take, like 6GiB; refused beforehand when it needs more.",
+            show_default="three quarters of what is free",
+        ),
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a sequence, prompt and answer.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(help="Tokens that are made at most.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(help="Above 1 for more variety, 0 for the likeliest token each time.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this probability.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw from tokens of this share of the likeliest one's probability.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1 makes what was there already less likely.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Go on with the text as it is, without the model's chat template.")
+    ] = False,
+    policy: Annotated[
+        str, typer.Option(help="Which experts stay in memory: decay, lru, lfu, lcu or edgemoe.")
+    ] = "decay",
+    lanes: Annotated[int, typer.Option(help="Threads that read experts.")] = 2,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say the memory that it would take, and load nothing.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Generate text within a budget of memory, also from a model that is larger than that.
+
+    What every token passes stays in memory, and as many experts as there is room for; others are read when they are
+    needed. The result is the same with any budget.
+    """
+    from coterie.run.engine import Runtime, Sampling, default_memory
+    from coterie.run.prepare import prepare
+
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
+    )
+    sampling.check()
+    limit = default_memory() if memory is None else memory
+    if dry_run:
+        budget = prepare(model, memory=limit, context=context).budget
+        budget.check()
+        if json:
+            print_json(budget.to_json())
+        else:
+            print_text(str(budget))
+        return
+    text = sys.stdin.read() if prompt is None else prompt
+
+    def show(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes) as runtime:
+        generated = runtime.generate(
+            text, max_tokens=max_tokens, sampling=sampling, template=not raw, on_text=None if json else show
+        )
+        if json:
+            print_json(generated.to_json())
+            return
+        show("\n")
+        typer.echo(f"{generated}; {runtime.peak()}", err=True)

@@ -1,0 +1,359 @@
+"""A model that runs within a budget of memory: what is resident, a cache of experts, and generation of text."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, TextStreamer
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from coterie.amounts import format_bytes
+from coterie.errors import Cancelled, InputError, UnknownName
+from coterie.model.arch.seam import install
+from coterie.model.quiet import quiet
+from coterie.model.stream.memory import free_bytes, peak_bytes
+from coterie.run.arena import Arena
+from coterie.run.experts import StreamedExperts
+from coterie.run.policies import POLICIES
+from coterie.run.prepare import CHUNK, CONTEXT, prepare
+from coterie.run.reader import Reader
+from coterie.run.records import slot_bytes
+from coterie.run.residency import Residency
+from coterie.run.resident import load_resident
+
+log = logging.getLogger(__name__)
+
+#: Threads that read experts.
+LANES = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How tokens are chosen; None leaves what the model's generation_config.json says.
+
+    Attributes:
+        temperature: what scores are divided by; 0 for the likeliest token each time.
+        top_k: how many of the likeliest tokens are drawn from.
+        top_p: the share of probability of the likeliest tokens that are drawn from.
+        min_p: the share of the likeliest token's probability that others need.
+        repetition_penalty: what scores of tokens that were there are divided by.
+        seed: seed of the draws.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def check(self) -> None:
+        """Raise InputError for what is out of range."""
+        ranges = {
+            "temperature": (self.temperature, 0.0, 100.0), "top-k": (self.top_k, 1, 2**31),
+            "top-p": (self.top_p, 0.0, 1.0), "min-p": (self.min_p, 0.0, 1.0),
+            "repetition-penalty": (self.repetition_penalty, 0.01, 100.0),
+        }  # fmt: skip
+        for name, (value, least, most) in ranges.items():
+            if value is not None and not least <= value <= most:
+                raise InputError(f"--{name} {value:g} is out of range: {least:g} to {most:g}")
+
+    def settings(self) -> dict[str, Any]:
+        """Return them as transformers has them."""
+        given = {
+            name: value
+            for name in ("top_k", "top_p", "min_p", "repetition_penalty")
+            if (value := getattr(self, name)) is not None
+        }
+        if self.temperature == 0:
+            return {"do_sample": False, "repetition_penalty": given.get("repetition_penalty")}
+        if self.temperature is not None:
+            given |= {"temperature": self.temperature, "do_sample": True}
+        return given
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generated:
+    """What came out.
+
+    Attributes:
+        text: the text, without the prompt.
+        prompt_tokens: tokens of the prompt.
+        tokens: tokens that were made.
+        first_seconds: time to the first one.
+        seconds: time to the last one.
+        hits: share of the experts that were wanted that were in memory.
+        bytes_read: bytes of experts that were read.
+    """
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    first_seconds: float
+    seconds: float
+    hits: float
+    bytes_read: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON content."""
+        return asdict(self) | {"tokens_per_second": self.tokens_per_second}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second after the first."""
+        return (self.tokens - 1) / max(self.seconds - self.first_seconds, 1e-9) if self.tokens > 1 else 0.0
+
+    def __str__(self) -> str:
+        each = format_bytes(self.bytes_read // max(self.tokens, 1))
+        return (
+            f"{self.prompt_tokens} tokens read in {self.first_seconds:.1f} s, {self.tokens} made at "
+            f"{self.tokens_per_second:.1f} a second; {self.hits:.0%} of experts were in memory, "
+            f"{format_bytes(self.bytes_read)} were read ({each} a token)"
+        )
+
+
+class Runtime:
+    """A model within a budget of memory, ready to generate. Close it, or use it as a context."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        memory: int | str,
+        context: int = CONTEXT,
+        policy: str = "decay",
+        lanes: int = LANES,
+        chunk: int = CHUNK,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Load what stays in memory, and take all the memory that the run may have.
+
+        Args:
+            model: a model folder, a GGUF file, a hub id, or a result of Coterie.
+            memory: bytes, or an amount like "6GiB", that this process may take.
+            context: tokens of prompt and answer together, at most.
+            policy: which experts stay, a key of `coterie.run.policies.POLICIES`.
+            lanes: threads that read.
+            chunk: tokens of a prompt that pass the model at once.
+            dtype: number format that is computed in; that of the checkpoint when None.
+
+        Raises:
+            NotEnoughMemory: the budget is too small; names the smallest that works.
+            InputError: no such policy, or a number out of range.
+            NotACheckpoint, CorruptCheckpoint, ArchitectureMismatch, NotAMoE: the model is not usable.
+        """
+        if lanes < 1:
+            raise InputError(f"--lanes {lanes} must be 1 or more")
+        if policy not in POLICIES or policy == "belady":
+            raise UnknownName("policy", policy, sorted(POLICIES.keys() - {"belady"}))
+        prepared = prepare(model, memory=memory, context=context, chunk=chunk, dtype=dtype)
+        prepared.budget.check()
+        log.info("memory: %s", prepared.budget)
+        if prepared.budget.num_slots < prepared.budget.most // 20:
+            log.warning(
+                "there is room for %d of %d experts: nearly every one has to be read again when it is needed",
+                prepared.budget.num_slots, prepared.budget.most,
+            )  # fmt: skip
+        self.budget, self.tokenizer, self.context = prepared.budget, prepared.tokenizer, prepared.context
+        self.path, self._chunk = prepared.checkpoint.path, prepared.chunk
+        self.model = load_resident(prepared.checkpoint, prepared.conversion, prepared.dtype, prepared.apart)
+        if (self.path / GENERATION_CONFIG_NAME).is_file():
+            self.model.generation_config = GenerationConfig.from_pretrained(self.path)
+        _give_back()
+        records = prepared.records
+        self._arena = Arena(self.budget.num_slots, slot_bytes(records.values()))
+        self._reader = Reader(lanes=lanes)
+        self.residency = Residency(self._arena, self._reader, records, policy)
+        self._cancelled: Callable[[], bool] | None = None
+        streamed = StreamedExperts(
+            self.model, prepared.places, self.residency, num_slots=self.budget.num_slots, dtype=prepared.dtype,
+            check=self._check,
+        )  # fmt: skip
+        install(self.model, streamed.compute)
+
+    def ids(self, prompt: str | Sequence[Mapping[str, str]], *, template: bool = True) -> Tensor:
+        """Return the ids (1, S) of a prompt, as the chat template has it, or of the text as it is.
+
+        Raises:
+            InputError: nothing is left of it, or it is longer than the context.
+        """
+        tokenizer: Any = self.tokenizer
+        if template and tokenizer.chat_template is not None:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            written = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(written, add_special_tokens=False, return_tensors="pt").input_ids
+        elif isinstance(prompt, str):
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+        else:
+            raise InputError(f"{self.path} has no chat template: give text instead of messages")
+        if not ids.numel():
+            raise InputError("the prompt is empty")
+        if ids.shape[1] >= self.context:
+            raise InputError(
+                f"the prompt has {ids.shape[1]} tokens, which leaves none of --context {self.context} for an answer"
+            )
+        return ids  # type: ignore[no-any-return]
+
+    def generate(
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        template: bool = True,
+        on_text: Callable[[str], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Generated:
+        """Go on with a prompt.
+
+        Args:
+            prompt: text, or messages with role and content.
+            max_tokens: tokens that are made at most; the context ends it too.
+            sampling: how tokens are chosen.
+            template: write the prompt as the model's chat template has it, if it has one.
+            on_text: gets the text piece by piece, as it comes.
+            cancelled: asked before every layer; ends the generation where it says so.
+
+        Raises:
+            InputError: a prompt or a setting that cannot be.
+            Cancelled: it was.
+            CorruptCheckpoint: a file cannot be read any more, or is another; the next generation may pass.
+        """
+        sampling = sampling or Sampling()
+        sampling.check()
+        if max_tokens < 1:
+            raise InputError(f"--max-tokens {max_tokens} must be 1 or more")
+        ids_1S = self.ids(prompt, template=template)
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        streamer = _Streamer(self.tokenizer, on_text)
+        before, model = self.residency.counters, cast(Any, self.model)
+        self._cancelled = cancelled
+        started = time.perf_counter()
+        try:
+            with quiet(), torch.no_grad():
+                output = model.generate(
+                    ids_1S, attention_mask=torch.ones_like(ids_1S), streamer=streamer,
+                    max_new_tokens=min(max_tokens, self.context - ids_1S.shape[1]),
+                    prefill_chunk_size=self._chunk if ids_1S.shape[1] > self._chunk else None,
+                    pad_token_id=self._pad(), **sampling.settings(),
+                )  # fmt: skip
+        finally:
+            self._cancelled = None
+        seconds = time.perf_counter() - started
+        after = self.residency.counters
+        hits, misses = after.hits - before.hits, after.misses - before.misses
+        new = output[0, ids_1S.shape[1] :]
+        return Generated(
+            text=str(self.tokenizer.decode(new, skip_special_tokens=True)), prompt_tokens=ids_1S.shape[1],
+            tokens=len(new), first_seconds=(streamer.first or started) - started, seconds=seconds,
+            hits=hits / max(hits + misses, 1), bytes_read=after.num_bytes - before.num_bytes,
+        )  # fmt: skip
+
+    def peak(self) -> str:
+        """Say how much memory this process took at most, beside what it may take."""
+        return f"memory: {format_bytes(peak_bytes())} at most, of {format_bytes(self.budget.limit)}"
+
+    def close(self) -> None:
+        """Let reads that are under way end, and give the memory back."""
+        self.residency.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        if self._cancelled is not None and self._cancelled():
+            raise Cancelled("the generation was cancelled")
+
+    def _pad(self) -> int | None:
+        """Return the token that stands for none, which transformers asks for."""
+        settings: Any = self.model.generation_config
+        if settings.pad_token_id is not None:
+            return int(settings.pad_token_id)
+        ends = settings.eos_token_id
+        first = ends[0] if isinstance(ends, list) and ends else ends
+        return None if first is None else int(first)
+
+
+class _Streamer(TextStreamer):
+    """Hands on text as it is made, and notes when the first token came."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.first: float | None = None
+        self._on_text = on_text
+        self._calls = 0
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then token after token."""
+        self._calls += 1
+        if self._calls == 2:
+            self.first = time.perf_counter()
+        super().put(value)  # type: ignore[no-untyped-call]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Hand on text that no later token changes."""
+        if self._on_text is not None and text:
+            self._on_text(text)
+
+
+def default_memory() -> int:
+    """Return the budget that is taken where none is named: three quarters of the memory that is free, in bytes."""
+    return 3 * free_bytes(torch.device("cpu")) // 4
+
+
+def _give_back() -> None:
+    """Give memory that is free inside this process back to the system."""
+    gc.collect()
+    if os.name == "posix":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
+
+
+def run(
+    model: str | Path,
+    prompt: str | Sequence[Mapping[str, str]],
+    *,
+    memory: int | str | None = None,
+    context: int = CONTEXT,
+    max_tokens: int = 256,
+    sampling: Sampling | None = None,
+    template: bool = True,
+    policy: str = "decay",
+    lanes: int = LANES,
+    on_text: Callable[[str], None] | None = None,
+) -> Generated:
+    """Go on with a prompt within a budget of memory; for several prompts, keep a `Runtime`.
+
+    Args:
+        model: a model folder, a GGUF file, a hub id, or a result of Coterie.
+        prompt: text, or messages with role and content.
+        memory: bytes, or an amount like "6GiB", that this process may take; three quarters of what is free when None.
+        context: tokens of prompt and answer together, at most.
+        max_tokens: tokens that are made at most.
+        sampling: how tokens are chosen.
+        template: write the prompt as the model's chat template has it, if it has one.
+        policy: which experts stay in memory, see `Runtime`.
+        lanes: threads that read.
+        on_text: gets the text piece by piece, as it comes.
+
+    Raises:
+        NotEnoughMemory, InputError, ArchitectureMismatch, CorruptCheckpoint: see `Runtime` and `Runtime.generate`.
+    """
+    limit = default_memory() if memory is None else memory
+    with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes) as runtime:
+        return runtime.generate(prompt, max_tokens=max_tokens, sampling=sampling, template=template, on_text=on_text)

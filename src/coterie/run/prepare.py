@@ -1,0 +1,137 @@
+"""What is known of a run before anything is loaded: the model by its headers, its experts' places, and the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from coterie.amounts import parse_bytes
+from coterie.errors import InputError
+from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion
+from coterie.model.arch.layers import Architecture
+from coterie.model.arch.load import checkpoint_meta_model
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.filled import filled_up
+from coterie.model.disk.manifest import Manifest, ResultForm
+from coterie.model.disk.quantized import dequantized
+from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.run.budget import RunBudget
+from coterie.run.places import LayerPlaces, find_places
+from coterie.run.records import Key, Piece, Record, slot_bytes
+from coterie.run.resident import resident_size
+from coterie.run.sizes import buffer_bytes, cache_bytes
+
+#: Tokens of prompt and answer together, and of a prompt that pass the model at once.
+CONTEXT, CHUNK = 4096, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that can begin.
+
+    Attributes:
+        checkpoint: the model, as a view in full precision.
+        architecture: what it computes.
+        conversion: between its names on disk and in memory.
+        places: where the matrices of its experts lie.
+        records: the same as ranges of bytes.
+        apart: names on disk of those matrices.
+        tokenizer: the model's.
+        dtype: number format that is computed in.
+        context: tokens of prompt and answer together, at most.
+        chunk: tokens of a prompt that pass the model at once.
+        budget: what memory is for.
+    """
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    conversion: WeightConversion
+    places: Sequence[LayerPlaces]
+    records: Mapping[Key, Record]
+    apart: frozenset[str]
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    context: int
+    chunk: int
+    budget: RunBudget
+
+
+def prepare(
+    model: str | Path,
+    *,
+    memory: int | str,
+    context: int = CONTEXT,
+    chunk: int = CHUNK,
+    dtype: torch.dtype | None = None,
+) -> Prepared:
+    """Look at a model; see `coterie.run.engine.Runtime` for arguments and errors. The budget is not checked."""
+    if context < 1 or chunk < 1:
+        raise InputError(f"--context {context} and a chunk of {chunk} tokens must be 1 or more")
+    limit = parse_bytes(memory)
+    checkpoint = _view(Checkpoint.open(model))
+    architecture = Architecture.of(checkpoint)
+    conversion = WeightConversion(checkpoint, architecture.model)
+    places = find_places(checkpoint, architecture, conversion)
+    records = _records(checkpoint, places)
+    apart = frozenset(tensor.info.name for each in places for expert in each.experts for tensor in expert)
+    tokenizer = load_tokenizer(checkpoint.path)
+    dtype = dtype or _dtype_of(checkpoint)
+    meta: Any = checkpoint_meta_model(checkpoint, dtype=dtype)
+    size = resident_size(checkpoint, conversion, meta, apart)
+    chunk = min(chunk, context)
+    budget = RunBudget(
+        limit=limit,
+        program=psutil.Process().memory_info().rss,
+        resident=size.num_bytes,
+        reading=size.largest,
+        cache=cache_bytes(checkpoint, meta, context),
+        buffers=buffer_bytes(meta, architecture.layers, chunk=chunk, context=context),
+        slot=slot_bytes(records.values()),
+        least=max(layer.top_k for layer in architecture.layers),
+        most=len(records),
+    )
+    return Prepared(
+        checkpoint=checkpoint, architecture=architecture, conversion=conversion, places=places, records=records,
+        apart=apart, tokenizer=tokenizer, dtype=dtype, context=context, chunk=chunk, budget=budget,
+    )  # fmt: skip
+
+
+def _view(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint in full precision, whatever it is stored in, its experts in one width."""
+    manifest = Manifest.read(checkpoint.path)
+    if manifest is not None and manifest.form is ResultForm.MAPPED:
+        raise InputError(
+            f"{checkpoint.path} is a mapped result (--router map), whose router names experts that are not there; "
+            "it runs with coterie.load_model alone"
+        )
+    return filled_up(dequantized(checkpoint), None if manifest is None else manifest.ragged)
+
+
+def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the number format that most of a checkpoint's numbers have."""
+    counts: dict[torch.dtype, int] = {}
+    for info in checkpoint.tensors.values():
+        if (dtype := TORCH_DTYPES.get(info.dtype)) is not None:
+            counts[dtype] = counts.get(dtype, 0) + info.num_elements
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.bfloat16)
+
+
+def _records(checkpoint: Checkpoint, places: Sequence[LayerPlaces]) -> dict[Key, Record]:
+    """Return where the bytes of every expert lie."""
+    return {
+        (each.layer.index, expert): Record(
+            pieces=tuple(
+                Piece(file=checkpoint.path / info.shard, begin=info.begin, num_bytes=info.num_bytes)
+                for tensor in tensors
+                for info in tensor.stored()
+            )
+        )
+        for each in places
+        for expert, tensors in enumerate(each.experts)
+    }
