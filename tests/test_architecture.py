@@ -42,6 +42,7 @@ ALLOWED = {
     "journal_lines": {"errors", "artifact"},
     "journal": {"errors", "artifact", "journal_lines", "progress"},
     "model": FOUNDATION,
+    "run": FOUNDATION | {"model"},
     "profile": FOUNDATION | {"model"},
     "train": FOUNDATION | {"model", "profile"},
     "publish": FOUNDATION | {"model"},

@@ -1,11 +1,11 @@
 """Memory for experts: slots of one size, taken from the system once, at the start.
 
-Whoever has an arena has the memory: the pages are touched when it is made, so a budget that does not fit shows before the
-first token and not in the middle of an answer. The memory is private to the process and counts where limits count it:
-`mmap` alone would give shared pages, which RLIMIT_DATA overlooks.
+Whoever has an arena has the memory: the pages are touched when it is made, so a budget that does not fit shows before
+the first token and not in the middle of an answer. The memory is private to the process and counts where limits count
+it: `mmap` alone would give shared pages, which RLIMIT_DATA overlooks.
 
-Readers fill `memory`, kernels see `slot`; here both are the same bytes. On a device with memory of its own, `memory` would
-be a pinned page of the host and `slot` the place on the device that it is copied to.
+Readers fill `memory`, kernels see `slot`; here both are the same bytes. On a device with memory of its own, `memory`
+would be a pinned page of the host and `slot` the place on the device that it is copied to.
 """
 
 from __future__ import annotations
