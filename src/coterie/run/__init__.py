@@ -1,1 +1,5 @@
-"""Executing a model that is larger than memory: experts are read from its files when a token needs them."""
+"""Run a model that is larger than memory. A call of this package is a call of `coterie.run.engine.run`."""
+
+from coterie._callable import make_callable
+
+make_callable(__name__, "coterie.run.engine:run")
