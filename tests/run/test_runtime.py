@@ -17,7 +17,7 @@ from coterie.run.policies import POLICIES
 from coterie.run.prepare import prepare
 from coterie.testing import tiny_checkpoint, tiny_text
 
-REFERENCE = Path(__file__).parent.parent.parent / "reference" / "qwen3_moe"
+REFERENCE = Path(__file__).parent.parent.parent / "reference" / "model"
 PROMPT = "def main():\n    print(1 + 2)\n"
 GREEDY = Sampling(temperature=0)
 
@@ -208,8 +208,8 @@ def in_a_process(model, memory, context, *more):
 def test_no_more_memory_is_taken_than_allowed(tmp_path):
     """A model of some hundred MiB, at budgets that hold all of its experts, half of them and the fewest that work."""
     model = tiny_checkpoint(
-        tmp_path / "m", "qwen3_moe", dtype=torch.bfloat16, hidden_size=512, moe_intermediate_size=512, num_local_experts=64,
-        num_hidden_layers=4,
+        tmp_path / "m", "qwen3_moe", dtype=torch.bfloat16, hidden_size=512, moe_intermediate_size=512,
+        num_local_experts=64, num_hidden_layers=4,
     )  # fmt: skip
     size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
     assert size > 300 * 2**20
@@ -230,7 +230,7 @@ def test_policies_are_named_in_the_help_of_the_command():
 
 
 def test_guessing_goes_on_where_it_is_right_and_stops_where_it_is_wrong(tmp_path, caplog):
-    with Runtime(REFERENCE, memory="64GiB", context=256, most_experts=40, lookahead=4) as runtime:
+    with Runtime(REFERENCE, memory="64GiB", context=256, most_experts=24, lookahead=2) as runtime:
         runtime.generate(PROMPT, template=False, max_tokens=80, sampling=GREEDY)
         counters = runtime.residency.counters
         assert counters.prefetches > 100
