@@ -26,7 +26,13 @@ RIDGE = 0.1
 
 
 def corrected(
-    weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = DAMPING, ridge: float = RIDGE
+    weight_NRC: Tensor,
+    inputs: Inputs,
+    kind: Layout,
+    *,
+    damping: float = DAMPING,
+    ridge: float = RIDGE,
+    serve_bits: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Correct matrices for what comes in, and round them; return bytes (N, R, K), uint8, and values (N, R, C), float32.
 
@@ -37,11 +43,12 @@ def corrected(
         kind: the format.
         damping: as for `gptq`.
         ridge: share of the mean of each Hessian's diagonal that lambda is.
+        serve_bits: as for `gptq`.
 
     Raises:
         ValueError: columns that are no whole blocks.
     """
-    return gptq(wanted(weight_NRC, inputs, ridge=ridge), inputs, kind, damping=damping)
+    return gptq(wanted(weight_NRC, inputs, ridge=ridge), inputs, kind, damping=damping, serve_bits=serve_bits)
 
 
 def wanted(weight_NRC: Tensor, inputs: Inputs, *, ridge: float = RIDGE) -> Tensor:

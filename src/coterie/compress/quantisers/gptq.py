@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coterie.model.disk.encodings.ggml.rounding import round_columns
+from coterie.model.disk.encodings.plane_groups import rounded
 from coterie.model.threads import each_computed
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ HESSIAN_ELEMENTS, FACTOR_BYTES = 2**22, 5 * 8 + 4
 _ROWS = 2**11
 
 
-def gptq(weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+def gptq(
+    weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = DAMPING, serve_bits: int = 0
+) -> tuple[Tensor, Tensor]:
     """Round matrices; return their bytes (N, R, K), uint8, and their values (N, R, C), float32.
 
     Args:
@@ -42,6 +44,8 @@ def gptq(weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = D
             the nearest numbers.
         kind: the format.
         damping: share of the mean of each Hessian's diagonal that is added to the diagonal.
+        serve_bits: of planes of bits, how many steps and feedback serve, see
+            `coterie.model.disk.encodings.plane_groups.rounded`; 0 for all.
 
     Raises:
         ValueError: columns that are no whole blocks.
@@ -50,15 +54,15 @@ def gptq(weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = D
     num_matrices, num_rows, num_columns = weight_NRC.shape
     at_once = max(1, min(HESSIAN_ELEMENTS // num_columns**2, _ROWS // num_rows))
 
-    def rounded(start: int) -> tuple[Tensor, Tensor]:
+    def some_rounded(start: int) -> tuple[Tensor, Tensor]:
         some = slice(start, start + at_once)
         upper_NCC = upper_factor(inputs.hessian_NCC[some], damping)
         # What an error in a column costs when the later ones make good what they can.
         importance_NC = upper_NCC.diagonal(dim1=-2, dim2=-1).reciprocal().square()
-        return round_columns(weight_NRC[some], importance_NC, upper_NCC, kind)
+        return rounded(weight_NRC[some], importance_NC, upper_NCC, kind, serve_bits)
 
     starts = range(0, num_matrices, at_once)
-    byte_parts, value_parts = zip(*each_computed(rounded, starts, weight_NRC.device), strict=True)
+    byte_parts, value_parts = zip(*each_computed(some_rounded, starts, weight_NRC.device), strict=True)
     return torch.cat(byte_parts), torch.cat(value_parts)
 
 
