@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from coterie.cli.main import app
 from coterie.compress.apply import compress
 from coterie.compress.decide import plan
+from coterie.compress.layer_plan import ragged_plan
 from coterie.compress.moments import Inputs
 from coterie.compress.quantisers.corrected import corrected
 from coterie.compress.quantisers.gptq import gptq
@@ -210,6 +211,23 @@ def test_other_families_are_read_too(family, sizes, text_folder, tmp_path):
     assert all(float((before[name] - after[name]).norm() / before[name].norm()) < 0.4 for name in packed)
     stock = CoterieModel.from_pretrained(out, dtype=torch.float32).state_dict()
     assert all(torch.equal(stock[name], after[name]) for name in after)
+
+
+@pytest.mark.long
+def test_experts_of_differing_widths_and_types_are_read_too(text_folder, tmp_path):
+    model = tiny_checkpoint(tmp_path / "model", "qwen3_moe", num_hidden_layers=1, moe_intermediate_size=128)
+    made = plan(model, type="PLANES4_G32", target="packed", recipe="gptq")
+    own = {name.replace("*", "2"): "PLANES3_G32" for name in made.types if ".*.down_proj" in name}
+    widths = [(32, 64, 96, 128)[number % 4] for number in range(made.layers[0].num_experts)]
+    narrow = replace(made, layers=(ragged_plan(widths),), types=made.types | own)
+    out = compress(model, tmp_path / "out", plan=narrow, text=text_folder, **TEXT)
+    assert out.plan.predicted_bytes == Checkpoint.open(out.out).num_bytes
+    tensors = open_checkpoint(out.out).tensors
+    down = [tensors[f"model.layers.0.mlp.experts.{number}.down_proj.weight"].packed.encoding for number in range(4)]
+    assert [encoding.inner.bits for encoding in down[:3]] == [4, 4, 3]
+    expected = load_model(out.out, dtype=torch.float32).state_dict()
+    stock = CoterieModel.from_pretrained(out.out, dtype=torch.float32).state_dict()
+    assert all(torch.equal(stock[name], expected[name]) for name in expected)
 
 
 def test_which_bits_are_served_is_an_option_of_a_plan(model, text_folder, tmp_path):
