@@ -8,9 +8,8 @@ import torch
 
 from coterie.compress.moments import Inputs
 from coterie.compress.quantisers.gptq import gptq, upper_factor
-from coterie.model.disk.encodings import plane_groups
 from coterie.model.disk.encodings.block_types import get_layout
-from coterie.model.disk.encodings.ggml import SIZES, get_type
+from coterie.model.disk.encodings.ggml import SIZES, get_type, rounding
 from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
 
 gptq_module = importlib.import_module("coterie.compress.quantisers.gptq")
@@ -138,14 +137,14 @@ def test_threads_share_matrices_and_rows_and_change_no_byte(name, rows, threads)
     columns = 192 if name.endswith(".W") else 256
     weight, hessian = problem(columns, rows=rows, matrices=4)
     names, results = set(), []
-    choose = plane_groups.rounded
+    choose = rounding.round_columns
 
     def watched(*args):
         names.add(threading.current_thread().name)
         return choose(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gptq_module, "rounded", watched)
+        patch.setattr(gptq_module, "round_columns", watched)
         for count in (1, 3):
             threads(count)
             results.append(gptq(weight, inputs(hessian), get_layout(name)))

@@ -20,6 +20,7 @@ from coterie.errors import Infeasible, InputError, UnknownName
 from coterie.export.run import export
 from coterie.model.arch.load import load_model
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.encodings import plane_groups
 from coterie.model.disk.encodings.bit_planes import BitPlanes, read_in_fewer_bits
 from coterie.model.disk.encodings.block_types import SIZES, bits_of, get_layout, get_type
 from coterie.model.disk.encodings.plane_types import PLANE_NAMES, PLANES
@@ -43,25 +44,22 @@ def half(value):
     return float(np.float16(value))
 
 
-def slow_codes(value, scales, base):
-    """Return what is nearest to a number, plane by plane."""
-    found, [step, *signs] = 0.0, scales
-    if base:
-        found = min(max(np.floor(value / step), -2), 1) * step + step / 2
-    for counts in signs:
-        found += -counts if value < found else counts
-    return found
+def slow_value(code, scales):
+    """Return what a code stands for in two bits, in three and so on: base in the lowest two bits, signs above."""
+    step, *signs = scales
+    values = [((code & 3) - 1.5) * step]
+    for plane, counts in enumerate(signs):
+        values.append(values[-1] + (-counts if code >> plane + 2 & 1 else counts))
+    return np.array(values)
 
 
-def slow_scales(values, weights, bits, base):
+def slow_scales(values, weights, bits):
     """Return the step that leaves the least in all planes, of those that are tried, and what signs then count."""
     best, least = None, np.inf
-    for share in [0.4 + 0.05 * place for place in range(13)] if base else [0.0]:
+    for share in [0.4 + 0.05 * place for place in range(13)]:
         step = half(share * np.abs(values).max() / 1.5)
-        if base and bits == 2:
-            levels = np.clip(np.floor(values / step), -2, 1) + 0.5
-            step = half((weights * levels * values).sum() / (weights * levels**2).sum())
-        scales, missing = [step], np.array([value - slow_codes(value, [step], base) for value in values])
+        levels = np.clip(np.floor(values / step), -2, 1) + 0.5
+        scales, missing = [step], values - levels * step
         for _ in range(bits - 2):
             counts = half((weights * np.abs(missing)).sum() / weights.sum())
             missing = np.array([left + counts if left < 0 else left - counts for left in missing])
@@ -71,24 +69,33 @@ def slow_scales(values, weights, bits, base):
     return best
 
 
-def slow_gptq(weight, hessian, bits, group, *, base=True, damping=0.01):
-    """Optimal brain surgery in float64, one column after the other (arXiv:2208.11580, eq. 3; arXiv:2210.17323)."""
-    weight, columns = weight.copy(), weight.shape[1]
+def slow_gptq(weight, hessian, bits, group, counts, damping=0.01):
+    """Optimal brain surgery in float64, one column after the other (arXiv:2208.11580, eq. 3; arXiv:2210.17323).
+
+    Numbers of each number of bits go their own way, and have their codes in common: `counts` says how much each counts.
+    """
+    ways, columns = [weight.copy() for _ in counts], weight.shape[1]
     damped = hessian + damping * np.diag(hessian).mean() * np.eye(columns)
     pivots, inverse = [], np.linalg.inv(damped)
     for column in range(columns):
         pivots.append(inverse[column, column])
         inverse = inverse - np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
-    inverse, value = np.linalg.inv(damped), np.zeros_like(weight)
+    inverse, values = np.linalg.inv(damped), [np.zeros_like(weight) for _ in counts]
     for column in range(columns):
         if column % group == 0:
             some = slice(column, column + group)
-            scales = [slow_scales(row[some], 1 / np.array(pivots[some]), bits, base) for row in weight]
-        value[:, column] = [slow_codes(row[column], scales[number], base) for number, row in enumerate(weight)]
-        wrong = (weight[:, column] - value[:, column]) / inverse[column, column]
-        weight = weight - np.outer(wrong, inverse[column])
+            scales = [slow_scales(row[some], 1 / np.array(pivots[some]), bits) for row in ways[-1]]
+        for number, of_row in enumerate(scales):
+            wanted = np.array([way[number, column] for way in ways])
+            choices = [slow_value(code, of_row) for code in range(2**bits)]
+            chosen = min(choices, key=lambda choice, wanted=wanted: (counts * (wanted - choice) ** 2).sum())
+            for value, each in zip(values, chosen, strict=True):
+                value[number, column] = each
+        for place, value in enumerate(values):
+            wrong = (ways[place][:, column] - value[:, column]) / inverse[column, column]
+            ways[place] = ways[place] - np.outer(wrong, inverse[column])
         inverse = inverse - np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
-    return value
+    return values
 
 
 def losses(weight, values, hessian):
@@ -97,60 +104,72 @@ def losses(weight, values, hessian):
     return torch.einsum("nrc,ncd,nrd->n", wrong, hessian.double(), wrong)
 
 
-@pytest.mark.parametrize(("name", "serve"), [("PLANES4_G32", 0), ("PLANES3_G64", 0), ("PLANES4_G32", 2)])
-def test_feedback_is_the_papers_elimination(name, serve):
-    """Served first, the base has the codes that it has alone; planes behind it are fitted to what it leaves."""
-    (bits, group), (weight, inputs) = PLANES[name], problem(64)
-    _, value = gptq(weight, inputs, get_layout(name), serve_bits=serve)
-    wide, hessian = weight[0].double().numpy(), inputs.hessian_NCC[0].double().numpy()
-    if serve:
-        expected = slow_gptq(wide, hessian, serve, group)
-        expected = expected + slow_gptq(wide - expected, hessian, bits, group, base=False)
-    else:
-        expected = slow_gptq(wide, hessian, bits, group)
-    different = np.abs(value[0].numpy() - expected) > 1e-5
-    assert different.mean() < 0.1  # what lies between two numbers may go either way, and the columns behind it with it
-    mine, theirs = (losses(weight, values, inputs.hessian_NCC) for values in (value, torch.tensor(expected)[None]))
-    assert float(mine) == pytest.approx(float(theirs), rel=0.03)
+def prefixes(byte_NRK, name, shape):
+    """Return the values in two bits, in three and so on, of bytes that a quantiser returned."""
+    bits, group = PLANES[name]
+    encoding = BitPlanes(bits=bits, group=group, dtype="F32")
+    byte_K = encoding.in_planes(byte_NRK).flatten()
+    return [encoding.unpack_prefix(byte_K, tuple(shape), fewer) for fewer in range(2, bits + 1)]
 
 
-@pytest.mark.parametrize("serve", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("name", "weight"), [("PLANES4_G32", 0.0), ("PLANES3_G64", 0.0), ("PLANES4_G32", 0.5), ("PLANES3_G32", 2.0)]
+)
+def test_feedback_is_the_papers_elimination(name, weight):
+    (bits, group), (matrix, inputs) = PLANES[name], problem(64)
+    byte_NRK, value = gptq(matrix, inputs, get_layout(name), prefix_weight=weight)
+    counts = weight ** np.arange(bits - 2, -1, -1.0)
+    hessian = inputs.hessian_NCC
+    expected = slow_gptq(matrix[0].double().numpy(), hessian[0].double().numpy(), bits, group, counts)
+    found = prefixes(byte_NRK, name, matrix.shape)
+    assert torch.equal(found[-1], value)
+    for place, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        different = np.abs(mine[0].numpy() - theirs) > 1e-5
+        # What lies between two numbers may go either way, and the columns behind it with it.
+        assert not different[:, : group // 2].any()
+        assert different.mean() < 0.1
+        if counts[place]:
+            errors = [losses(matrix, values, hessian) for values in (mine, torch.tensor(theirs)[None])]
+            assert float(errors[0]) == pytest.approx(float(errors[1]), rel=0.05)
+
+
 @pytest.mark.parametrize("name", PLANES)
-def test_bytes_are_values_and_feedback_makes_smaller_what_is_served(name, serve):
-    weight, inputs = problem(128, rows=6, matrices=2)
+def test_bytes_are_values_and_feedback_makes_the_error_smaller(name):
+    matrix, inputs = problem(128, rows=6, matrices=2)
     kind, size = get_type(name), SIZES[name][1]
     errors = []
-    for quantiser in (nearest, gptq, corrected):
-        byte_NRK, value = quantiser(weight, inputs, kind, serve_bits=serve)
+    for quantiser, options in ((nearest, {}), (gptq, {}), (corrected, {}), (corrected, {"prefix_weight": 0.1})):
+        byte_NRK, value = quantiser(matrix, inputs, kind, **options)
         assert byte_NRK.shape == (2, 6, 128 // kind.block * size)
         assert torch.equal(kind.unpack(byte_NRK.unflatten(-1, (-1, size))).flatten(-2), value)
-        encoding = BitPlanes(bits=kind.bits, group=kind.block, dtype="F32")
-        assert torch.equal(encoding.unpack({"": encoding.in_planes(byte_NRK)}), value)
-        # The planes behind those that are served code what these miss, which feedback makes more.
-        first = encoding.unpack_prefix(encoding.in_planes(byte_NRK).flatten(), (2, 6, 128), serve or kind.bits)
-        errors.append(losses(weight, first, inputs.hessian_NCC).sum())
+        assert torch.equal(prefixes(byte_NRK, name, value.shape)[-1], value)
+        errors.append(losses(matrix, value, inputs.hessian_NCC).sum())
     assert errors[1] < 0.6 * errors[0]
     assert errors[2] == errors[1]  # nothing is known that could be corrected
+    assert errors[3] > errors[1]
 
 
-def test_what_is_served_is_better_and_the_rest_worse():
-    weight, inputs = problem(128, rows=32)
-    encoding = BitPlanes(group=64, dtype="F32")
-    errors = {}
-    for serve in (2, 3, 4):
-        byte_NRK, _ = gptq(weight, inputs, get_type("PLANES4_G64"), serve_bits=serve)
-        byte_K = encoding.in_planes(byte_NRK).flatten()
-        for bits in (2, 3, 4):
-            value = encoding.unpack_prefix(byte_K, tuple(weight.shape), bits)
-            errors[serve, bits] = float(losses(weight, value, inputs.hessian_NCC))
-    for bits in (2, 3, 4):
-        assert errors[bits, bits] == min(errors[serve, bits] for serve in (2, 3, 4))
-    alone, _ = gptq(weight, inputs, get_type("PLANES3_G64"))
-    three, behind = get_type("PLANES4_G64").split(3)
-    served, _ = gptq(weight, inputs, get_type("PLANES4_G64"), serve_bits=3)
-    groups = served.unflatten(-1, (-1, SIZES["PLANES4_G64"][1]))
-    assert sum(behind.part_bytes) + sum(three.part_bytes) == groups.shape[-1]
-    assert torch.equal(groups[..., : sum(three.part_bytes)].flatten(-2), alone)
+def test_the_more_fewer_bits_weigh_the_better_they_are_and_the_worse_all():
+    matrix, inputs = problem(128, rows=32)
+    errors = []
+    for weight in (0.0, 0.1, 0.5, 2.0):
+        byte_NRK, _ = gptq(matrix, inputs, get_type("PLANES4_G64"), prefix_weight=weight)
+        values = prefixes(byte_NRK, "PLANES4_G64", matrix.shape)
+        errors.append([float(losses(matrix, value, inputs.hessian_NCC)) for value in values])
+    base, _, whole = zip(*errors, strict=True)
+    assert list(base) == sorted(base, reverse=True)
+    assert list(whole) == sorted(whole)
+    assert errors[1][1] < errors[0][1]
+
+
+def test_rows_that_are_rounded_apart_are_the_same(monkeypatch):
+    matrix, inputs = problem(64, rows=10, matrices=3)
+    whole = gptq(matrix, inputs, get_type("PLANES3_G32"), prefix_weight=0.3)
+    monkeypatch.setattr(plane_groups, "_TARGETS_AT_ONCE", 3 * 64 * 4)
+    apart = gptq(matrix, inputs, get_type("PLANES3_G32"), prefix_weight=0.3)
+    assert all(torch.equal(*each) for each in zip(whole, apart, strict=True))
+    with pytest.raises(ValueError, match="40 columns are no whole groups of 32, as PLANES3_G32 has them"):
+        gptq(*problem(40), get_type("PLANES3_G32"), prefix_weight=0.3)
 
 
 def test_types_have_names_sizes_and_bits():
@@ -230,25 +249,20 @@ def test_experts_of_differing_widths_and_types_are_read_too(text_folder, tmp_pat
     assert all(torch.equal(stock[name], expected[name]) for name in expected)
 
 
-def test_which_bits_are_served_is_an_option_of_a_plan(model, text_folder, tmp_path):
+def test_how_much_fewer_bits_weigh_is_an_option_of_a_plan(model, text_folder, tmp_path):
     whole = plan(model, type="PLANES4_G64", recipe="gptq", target="packed")
     assert set(whole.types.values()) == {"PLANES4_G64", "Q6_K.W"}  # which a head gets at least
-    for name, options in {"whole": {}, "served": {"serve_bits": 2}}.items():
-        one = replace(whole, quantiser=("nearest", options))
-        compress(model, tmp_path / name, plan=one, text=text_folder, **TEXT)
+    nested = replace(whole, quantiser=("gptq", {"prefix_weight": 1}))
+    results = {"whole": compress(model, tmp_path / "whole", plan=whole, text=text_folder, **TEXT)}
+    results["nested"] = compress(model, tmp_path / "nested", plan=nested, text=text_folder, **TEXT)
+    assert results["nested"].plan.predicted_bytes == Checkpoint.open(tmp_path / "nested").num_bytes
+    assert results["nested"].logits_error <= 1e-6
     name = "model.layers.0.mlp.experts.1.gate_proj.weight"
-    with open_checkpoint(model).reader() as reader:
-        wanted = reader.read(name).double()
-
-    def error(folder, bits):
-        info = open_checkpoint(tmp_path / folder).tensors[name]
-        return float((read_in_fewer_bits(tmp_path / folder, info, bits).double() - wanted).square().sum())
-
-    assert error("served", 2) < error("whole", 2)
-    assert error("served", 4) > error("whole", 4)
-    for wrong in (1, 2.5, 5):
-        with pytest.raises(InputError, match=r"option serve_bits of the quantiser gptq is .* one of 0, 2, 3, 4"):
-            compress(model, tmp_path / "no", plan=replace(whole, quantiser=("gptq", {"serve_bits": wrong})))
+    whole, nested = (
+        read_in_fewer_bits(tmp_path / folder, open_checkpoint(tmp_path / folder).tensors[name], 2)
+        for folder in ("whole", "nested")
+    )
+    assert not torch.equal(whole, nested)
 
 
 def test_the_commands_take_them_together_with_their_reader(model, text_folder, tmp_path):

@@ -161,7 +161,7 @@ class Packer:
         """Return what is stored of experts that share a base, by stored name (`coterie.compress.shared_base`)."""
         projections = Projections(self.stream.model, layer, self.stream.conversion, conversions)
         inputs = {between: moments.expert_inputs(layer.index, between=between) for between in (False, True)}
-        options = {name: value for name, value in self._options.items() if name != "serve_bits"}  # it has no planes
+        options = {name: value for name, value in self._options.items() if name != "prefix_weight"}  # it has no planes
         stored: dict[str, Tensor] = {}
         for weight in weights:
             shared = SharedBaseType.parse(self.plan.types[weight.pattern])

@@ -14,7 +14,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from coterie.errors import InputError, UnknownName
-from coterie.model.disk.encodings.plane_types import BASE_BITS, MOST_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,10 +42,6 @@ QUANTISERS: dict[str, Quantiser] = {
 }
 
 
-#: Options that are one of a few numbers.
-_CHOICES = {"serve_bits": (0, *range(BASE_BITS, MOST_BITS + 1))}
-
-
 class Quantise(Protocol):
     """What a quantiser does."""
 
@@ -73,7 +68,7 @@ def check_quantiser(step: tuple[str, Mapping[str, Any]] | None) -> None:
 
     Raises:
         UnknownName: no such quantiser, or no such option of it.
-        InputError: an option that is no number, or none that it can be; or no quantiser.
+        InputError: an option that is no number; or no quantiser.
     """
     if step is None:
         raise InputError("types are given to weights, and no quantiser that chooses their codes is named")
@@ -85,6 +80,3 @@ def check_quantiser(step: tuple[str, Mapping[str, Any]] | None) -> None:
             raise UnknownName(f"option of the quantiser {name}", option, known)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
             raise InputError(f"option {option} of the quantiser {name} is {value!r}: it should be a number from 0 on")
-        if value not in _CHOICES.get(option, (value,)):
-            choices = ", ".join(map(str, _CHOICES[option]))
-            raise InputError(f"option {option} of the quantiser {name} is {value!r}: it should be one of {choices}")

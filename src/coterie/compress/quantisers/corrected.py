@@ -32,7 +32,7 @@ def corrected(
     *,
     damping: float = DAMPING,
     ridge: float = RIDGE,
-    serve_bits: int = 0,
+    prefix_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Correct matrices for what comes in, and round them; return bytes (N, R, K), uint8, and values (N, R, C), float32.
 
@@ -43,12 +43,13 @@ def corrected(
         kind: the format.
         damping: as for `gptq`.
         ridge: share of the mean of each Hessian's diagonal that lambda is.
-        serve_bits: as for `gptq`.
+        prefix_weight: as for `gptq`.
 
     Raises:
         ValueError: columns that are no whole blocks.
     """
-    return gptq(wanted(weight_NRC, inputs, ridge=ridge), inputs, kind, damping=damping, serve_bits=serve_bits)
+    wanted_NRC = wanted(weight_NRC, inputs, ridge=ridge)
+    return gptq(wanted_NRC, inputs, kind, damping=damping, prefix_weight=prefix_weight)
 
 
 def wanted(weight_NRC: Tensor, inputs: Inputs, *, ridge: float = RIDGE) -> Tensor:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coterie.model.disk.encodings.plane_groups import rounded
+from coterie.model.disk.encodings.ggml.rounding import round_columns
+from coterie.model.disk.encodings.plane_groups import Planes, round_nested
 from coterie.model.threads import each_computed
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _ROWS = 2**11
 
 
 def gptq(
-    weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = DAMPING, serve_bits: int = 0
+    weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = DAMPING, prefix_weight: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Round matrices; return their bytes (N, R, K), uint8, and their values (N, R, C), float32.
 
@@ -44,8 +45,8 @@ def gptq(
             the nearest numbers.
         kind: the format.
         damping: share of the mean of each Hessian's diagonal that is added to the diagonal.
-        serve_bits: of planes of bits, how many steps and feedback serve, see
-            `coterie.model.disk.encodings.plane_groups.rounded`; 0 for all.
+        prefix_weight: of planes of bits, how much the same in one bit less weighs where codes are chosen, see
+            `coterie.model.disk.encodings.plane_groups.round_nested`; all other types have no such.
 
     Raises:
         ValueError: columns that are no whole blocks.
@@ -54,15 +55,17 @@ def gptq(
     num_matrices, num_rows, num_columns = weight_NRC.shape
     at_once = max(1, min(HESSIAN_ELEMENTS // num_columns**2, _ROWS // num_rows))
 
-    def some_rounded(start: int) -> tuple[Tensor, Tensor]:
+    def rounded(start: int) -> tuple[Tensor, Tensor]:
         some = slice(start, start + at_once)
         upper_NCC = upper_factor(inputs.hessian_NCC[some], damping)
         # What an error in a column costs when the later ones make good what they can.
         importance_NC = upper_NCC.diagonal(dim1=-2, dim2=-1).reciprocal().square()
-        return rounded(weight_NRC[some], importance_NC, upper_NCC, kind, serve_bits)
+        if prefix_weight and isinstance(kind, Planes):
+            return round_nested(weight_NRC[some], importance_NC, upper_NCC, kind, prefix_weight)
+        return round_columns(weight_NRC[some], importance_NC, upper_NCC, kind)
 
     starts = range(0, num_matrices, at_once)
-    byte_parts, value_parts = zip(*each_computed(some_rounded, starts, weight_NRC.device), strict=True)
+    byte_parts, value_parts = zip(*each_computed(rounded, starts, weight_NRC.device), strict=True)
     return torch.cat(byte_parts), torch.cat(value_parts)
 
 

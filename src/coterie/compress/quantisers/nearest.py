@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coterie.model.disk.encodings.plane_groups import rounded
+from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,18 +18,17 @@ if TYPE_CHECKING:
     from coterie.model.disk.encodings.ggml.block_type import Layout
 
 
-def nearest(weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, serve_bits: int = 0) -> tuple[Tensor, Tensor]:
+def nearest(weight_NRC: Tensor, inputs: Inputs, kind: Layout) -> tuple[Tensor, Tensor]:
     """Round matrices; return their bytes (N, R, K), uint8, and their values (N, R, C), float32.
 
     Args:
         weight_NRC: the matrices; C is a multiple of the block.
         inputs: what comes into them; where one saw no token, all columns weigh the same.
         kind: the format.
-        serve_bits: of planes of bits, how many steps serve, as for `coterie.compress.quantisers.gptq.gptq`; 0 for all.
 
     Raises:
         ValueError: columns that are no whole blocks.
     """
     importance_NC = inputs.hessian_NCC.diagonal(dim1=-2, dim2=-1).float()
     unseen_N = importance_NC.sum(dim=-1, keepdim=True) <= 0
-    return rounded(weight_NRC, torch.where(unseen_N, 1.0, importance_NC), None, kind, serve_bits)
+    return round_to_nearest(weight_NRC, torch.where(unseen_N, 1.0, importance_NC), kind)

@@ -63,22 +63,20 @@ class BitPlanes:
             raise ValueError(f"dtype is {self.dtype!r}: it should be BF16, F16, F32")
 
     def pack(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Return the bytes: base codes at the steps with the least error, then the signs of what is missing.
-
-        So every prefix is what it would be by itself; quantisers choose steps and codes for more bits than the base's.
+        """Return the bytes of the nearest numbers in all bits, all columns weighing the same.
 
         Raises:
             UnsupportedDtype: a shape that cannot be stored so.
         """
         import torch
 
-        from coterie.model.disk.encodings.plane_groups import rounded
+        from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
 
         self.stored(tuple(tensor.shape))
         row_RC = tensor.transpose(self.axis, -1).to(torch.float32)
         weight_1RC = row_RC.reshape(1, -1, row_RC.shape[-1])
         importance_1C = torch.ones(1, weight_1RC.shape[-1], device=tensor.device)
-        byte_1RK, _ = rounded(weight_1RC, importance_1C, None, self._type, serve_bits=BASE_BITS)
+        byte_1RK, _ = round_to_nearest(weight_1RC, importance_1C, self._type)
         byte_RK = byte_1RK.reshape(*row_RC.shape[:-1], -1)
         return {"": self.in_planes(byte_RK.transpose(self.axis, -1))}
 
