@@ -358,7 +358,8 @@ def _from_planes(bytes_: Tensor, group: Mapping[str, Any]) -> Tensor:
     one has two bits a number, -1.5 to 1.5 times the scale; those behind it one, which is 1 for less and 0 for more.
     """
     size, bits, axis = group["group"], group["bits"], group["axis"]
-    count = bytes_.numel() // (size * bits // 8 + 2 * (bits - 1))
+    of_group = size * bits // 8 + 2 * (bits - 1)
+    count = bytes_.numel() // of_group
     byte_K, at = bytes_.flatten(), 0
     value_GB = torch.zeros(count, size)
     for plane in range(bits - 1):
@@ -373,7 +374,7 @@ def _from_planes(bytes_: Tensor, group: Mapping[str, Any]) -> Tensor:
             code_GB = _codes(bit_Gk[some], width, run).float()
             value_GB[some] += (code_GB - 1.5 if plane == 0 else 1 - 2 * code_GB) * scale_G1[some]
     shape = list(bytes_.shape)
-    shape[axis] = -1
+    shape[axis] = shape[axis] // of_group * size
     shape[axis], shape[-1] = shape[-1], shape[axis]
     return value_GB.reshape(shape).to(_DTYPES[group["dtype"]]).transpose(axis, -1).contiguous()
 

@@ -132,7 +132,8 @@ class BitPlanes:
 
         kind, groups = self._type, math.prod(shape) // self.group
         sizes = [groups * size for size in kind.part_bytes]
-        parts = [part.reshape(groups, -1) for part in torch.split(byte_K[: sum(sizes)], sizes)]
+        planes = torch.split(byte_K[: sum(sizes)], sizes)
+        parts = [plane.reshape(groups, size) for plane, size in zip(planes, kind.part_bytes, strict=True)]
         value_GB = torch.empty(groups, self.group, dtype=getattr(torch, TORCH_NAMES[self.dtype]))
         # Some groups at a time: what is unpacked passes through float32.
         for start in range(0, groups, _GROUPS_AT_ONCE):
@@ -154,7 +155,7 @@ class BitPlanes:
         Raises:
             UnsupportedDtype: a shape that cannot be stored so.
         """
-        if len(shape) < 2 or min(shape) < 1 or shape[self.axis] % self.group:
+        if len(shape) < 2 or shape[self.axis] % self.group:
             raise UnsupportedDtype(
                 f"{list(shape)} cannot be stored in planes of bits: that takes matrices, axis {self.axis} a multiple "
                 f"of {self.group}"
@@ -174,7 +175,7 @@ class BitPlanes:
         Raises:
             UnsupportedDtype: no tensor has.
         """
-        if len(stored) < 2 or min(stored) < 1 or stored[self.axis] % self._group_bytes:
+        if len(stored) < 2 or stored[self.axis] % self._group_bytes:
             raise UnsupportedDtype(
                 f"{list(stored)} holds no whole groups of {self._group_bytes} bytes along axis {self.axis}"
             )
