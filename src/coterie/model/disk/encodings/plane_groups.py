@@ -5,8 +5,9 @@ or less is missing, by as much as is missing on average (D2MoE, arXiv:2504.15299
 a group lie side by side; `coterie.model.disk.encodings.bit_planes` pulls them apart.
 
 Steps are the best for all planes together. The step with the least error in the base plane alone is smaller, and worse
-for the base as well: its values are shorter than what they stand for, by an eighth of a matrix that is normally
-distributed, and the three matrices of an expert make that a third of its output (benchmarks/planes.md).
+for the base as well: its values are shorter than what they stand for, by an eighth where numbers are normally
+distributed, and three matrices of an expert make that a third of its output. On the bundled qwen3_moe, nearest codes
+read in two bits lost 0.069 nats with it, and 0.046 with the step that is best for four.
 
 Codes can be the best in one number of bits. Where each error is made good by later columns, `round_nested` weighs all.
 
