@@ -146,7 +146,7 @@ class Weight:
             return all(each.holds(kind) for each in self.by_width())
         if not kind.endswith(WRAPPED):
             return self.columns % SIZES[kind][0] == 0
-        if unwrapped(kind) in (*OWN_TYPES, *PLANES):  # their blocks are coded as a whole, so within a row
+        if unwrapped(kind) in (*OWN_TYPES, *PLANES):  # whose blocks lie within a row
             return False
         if not self.columns:  # of an expert without neurons
             return self.can_wrap

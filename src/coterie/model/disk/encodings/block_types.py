@@ -55,4 +55,4 @@ def get_layout(name: str) -> Layout:
     Raises:
         UnknownName: no such type can be written.
     """
-    return ggml.get_layout(name) if name not in INTEGERS and name not in PLANES else get_type(name)
+    return get_type(name) if name in INTEGERS or name in PLANES else ggml.get_layout(name)
