@@ -213,6 +213,7 @@ class Reader:
                 return False
             self._speculative.remove(read)
             read.is_cancelled = True
+            read._place = _nowhere
         read._over.set()
         return True
 
@@ -361,12 +362,18 @@ class Reader:
                     self._counters.num_reads += 1
             except Exception as raised:
                 read.error = raised
+        # Whoever keeps the read does not keep the memory.
+        read._memory, read._place = None, _nowhere
         read._over.set()
         if read._when_over is not None:
             try:
                 read._when_over(read)
             except Exception:
                 log.exception("what follows a read failed")
+
+
+def _nowhere() -> None:
+    """Return the place of a read that is over."""
 
 
 def _closed() -> ReadError:

@@ -71,7 +71,7 @@ class _Entry:
     Attributes:
         key: which one.
         slot: its slot; None as long as a prefetch has not begun.
-        read: what fills the slot.
+        read: what fills the slot, until it is over.
         pins: leases of it.
         is_ready: the bytes are there.
         error: why they never will be.
@@ -471,6 +471,7 @@ class Residency:
     def _arrive(self, entry: _Entry, read: Read) -> None:
         """Take note that a read is over. A lane calls this, or who closes."""
         with self._changed:
+            entry.read = None
             if entry.slot is None:
                 if self._queued.get(entry.key) is entry:
                     del self._queued[entry.key]
