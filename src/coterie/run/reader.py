@@ -85,7 +85,7 @@ class Read:
         self.record = record
         self.error: Exception | None = None
         self.is_cancelled = False
-        self._place = place
+        self._place: Place | None = place
         self._memory: memoryview | None = None
         self._speculative = speculative
         self._when_over = when_over
@@ -213,7 +213,7 @@ class Reader:
                 return False
             self._speculative.remove(read)
             read.is_cancelled = True
-            read._place = _nowhere
+            read._place = None
         read._over.set()
         return True
 
@@ -363,17 +363,13 @@ class Reader:
             except Exception as raised:
                 read.error = raised
         # Whoever keeps the read does not keep the memory.
-        read._memory, read._place = None, _nowhere
+        read._memory = read._place = None
         read._over.set()
         if read._when_over is not None:
             try:
                 read._when_over(read)
             except Exception:
                 log.exception("what follows a read failed")
-
-
-def _nowhere() -> None:
-    """Return the place of a read that is over."""
 
 
 def _closed() -> ReadError:

@@ -298,13 +298,14 @@ class Residency:
             self._unqueue(layer)
             missing = [key for key in keys if key not in self._entries]
             for key in missing:
-                entry = self._queued[key] = _Entry(key, None)
+                entry = _Entry(key, None)
                 entry.read = self._reader.submit(
                     self.records[key],
                     partial(self._place, entry),
                     speculative=True,
                     when_over=partial(self._arrive, entry),
                 )
+                self._queued[key] = entry
             return len(missing)
 
     def waves(self, layer: int, experts: Sequence[int], size: int | None = None) -> list[tuple[int, ...]]:
