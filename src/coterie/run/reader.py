@@ -85,7 +85,7 @@ class Read:
         self.record = record
         self.error: Exception | None = None
         self.is_cancelled = False
-        self._place = place
+        self._place: Place | None = place
         self._memory: memoryview | None = None
         self._speculative = speculative
         self._when_over = when_over
@@ -213,6 +213,7 @@ class Reader:
                 return False
             self._speculative.remove(read)
             read.is_cancelled = True
+            read._place = None
         read._over.set()
         return True
 
@@ -361,6 +362,8 @@ class Reader:
                     self._counters.num_reads += 1
             except Exception as raised:
                 read.error = raised
+        # Whoever keeps the read does not keep the memory.
+        read._memory = read._place = None
         read._over.set()
         if read._when_over is not None:
             try:

@@ -71,7 +71,7 @@ class _Entry:
     Attributes:
         key: which one.
         slot: its slot; None as long as a prefetch has not begun.
-        read: what fills the slot.
+        read: what fills the slot, until it is over.
         pins: leases of it.
         is_ready: the bytes are there.
         error: why they never will be.
@@ -298,13 +298,14 @@ class Residency:
             self._unqueue(layer)
             missing = [key for key in keys if key not in self._entries]
             for key in missing:
-                entry = self._queued[key] = _Entry(key, None)
+                entry = _Entry(key, None)
                 entry.read = self._reader.submit(
                     self.records[key],
                     partial(self._place, entry),
                     speculative=True,
                     when_over=partial(self._arrive, entry),
                 )
+                self._queued[key] = entry
             return len(missing)
 
     def waves(self, layer: int, experts: Sequence[int], size: int | None = None) -> list[tuple[int, ...]]:
@@ -471,6 +472,7 @@ class Residency:
     def _arrive(self, entry: _Entry, read: Read) -> None:
         """Take note that a read is over. A lane calls this, or who closes."""
         with self._changed:
+            entry.read = None
             if entry.slot is None:
                 if self._queued.get(entry.key) is entry:
                     del self._queued[entry.key]
