@@ -1,0 +1,95 @@
+"""Results in integers in a real vLLM: it predicts what transformers does with the weights that Coterie reads."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from coterie.compress.apply import compress
+from coterie.compress.decide import plan
+from coterie.model.arch.load import load_model
+from coterie.model.disk.tokenizer import load_tokenizer
+from vllm_runtime import run_vllm
+
+pytestmark = pytest.mark.slow
+
+#: Two in groups of another size, one plain: all that vLLM's CPU build lets layers differ by.
+BY_LAYER = ("INT4_G64", "INT4_G128", None, "INT4_G64")
+
+#: Log-probabilities of tokens are off by at most the first, on average, and another model's by the second at least.
+#:
+#: Emulated, vLLM computes in float16: .002 to .0054 were measured, and .032 at least from another model. With AMX it
+#: computes in bfloat16 (.010 to .015 when emulated so) on inputs that are rounded to eight bits (.016 to .020 when that
+#: is done in transformers), so .025 is expected; only the original, .12 away, is far enough then.
+LIMITS = {"emulated": (0.012, 0.025), "vllm": (0.06, 0.1)}
+
+amx = pytest.mark.skipif(
+    not torch.cpu._is_amx_tile_supported(), reason="vLLM computes experts of four bits with AMX, which this CPU lacks"
+)
+KERNELS = ["emulated", pytest.param("vllm", marks=amx)]
+
+
+class Made(NamedTuple):
+    """The original and its results in integers, windows of text (N, T), and what transformers predicts for each."""
+
+    folders: dict
+    windows: list
+    expected: dict
+
+
+@pytest.fixture(scope="module")
+def made(bundled, tmp_path_factory):
+    model, folder = bundled / "qwen3_moe", tmp_path_factory.mktemp("vllm")
+    tokenizer = load_tokenizer(model)
+    texts = [(bundled / "text" / "test" / f"{name}.txt").read_text() for name in ("english_prose", "c", "german")]
+    windows = [tokenizer(text[:2000])["input_ids"][:128] for text in texts]
+    text = {"text": bundled / "text" / "calibration", "tokens": 512, "seq_len": 128}
+    uniform = plan(model, type="INT4_G64", recipe="nearest")
+    types = dict(uniform.types)
+    for layer, kind in enumerate(BY_LAYER):
+        for projection in ("gate", "up", "down"):
+            types[f"model.layers.{layer}.mlp.experts.*.{projection}_proj.weight"] = kind
+    by_layer = replace(uniform, types={name: kind for name, kind in types.items() if kind is not None})
+    folders = {
+        "original": model,
+        "uniform": compress(model, folder / "uniform", plan=uniform, **text).out,
+        "by layer": compress(model, folder / "by-layer", plan=by_layer, **text).out,
+    }
+    return Made(folders, windows, {name: predicted(each, windows) for name, each in folders.items()})
+
+
+def predicted(folder, windows):
+    model = load_model(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.tensor(windows)).logits[:, :-1].double().log_softmax(-1)
+
+
+def of_tokens(log_probs, windows):
+    """Return those of the tokens that come, (N, T - 1)."""
+    return log_probs.gather(2, torch.tensor(windows)[:, 1:, None])[..., 0]
+
+
+@pytest.mark.parametrize("experts", KERNELS)
+@pytest.mark.parametrize("name", ["uniform", "by layer"])
+def test_vllm_predicts_what_transformers_does_with_the_same_weights(name, experts, made, tmp_path):
+    found, printed = run_vllm(made.folders[name], made.windows, tmp_path, experts)
+    assert found is not None, printed[-4000:]
+    said = of_tokens(found, made.windows)
+    meant = {other: of_tokens(expected, made.windows) for other, expected in made.expected.items()}
+    off = {other: float((said - each).abs().mean()) for other, each in meant.items()}
+    near, far = LIMITS[experts]
+    assert off.pop(name) < near
+    assert min(off.values() if experts == "emulated" else [off["original"]]) > far
+    assert float((meant[name].mean() - said.mean()).exp()) == pytest.approx(1, abs=near / 2)  # of perplexities
+    same = found.argmax(-1) == made.expected[name].argmax(-1)
+    assert same.double().mean() > 1 - near
+
+
+def test_eight_bits_are_for_gpus(bundled, tmp_path):
+    """As docs/precision.md says; once this fails, it may say something better."""
+    text = {"text": bundled / "text" / "calibration", "tokens": 512, "seq_len": 128}
+    out = compress(bundled / "qwen3_moe", tmp_path / "out", recipe="nearest", type="INT8", **text).out
+    found, printed = run_vllm(out, [[1, 2, 3]], tmp_path)
+    assert found is None
+    assert "Quant type (uint8b128) not supported by CPUWNA16" in printed
