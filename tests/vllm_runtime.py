@@ -10,6 +10,10 @@ from safetensors.torch import load_file
 
 PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 
+needs_vllm = pytest.mark.skipif(
+    not PYTHON.exists(), reason="vLLM is not installed, which has an environment of its own: make test-vllm"
+)
+
 #: One thread on whichever core is free, little room for keys and values, no network.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -20,16 +24,12 @@ ENVIRONMENT = {
 def run_vllm(model, windows, folder, experts="vllm"):
     """Return log-probabilities (N, T - 1, V) of windows (N, T), None where vLLM failed, and all that it printed.
 
-    The test is skipped where vLLM is not installed.
-
     Args:
         model: folder of a model.
         windows: token ids.
         folder: where files may be left.
-        experts: whose kernel computes experts of four bits, vLLM's for AMX or its emulation, see `vllm_program`.
+        experts: "vllm" for its kernels, or "emulated" for what this CPU has none for, see `vllm_program`.
     """
-    if not PYTHON.exists():
-        pytest.skip("vLLM is not installed, which has an environment of its own: make test-vllm")
     asked, out = folder / "windows.json", folder / "log_probs.safetensors"
     asked.write_text(json.dumps(windows))
     out.unlink(missing_ok=True)

@@ -12,24 +12,29 @@ from coterie.compress.decide import plan
 from coterie.model.arch.load import load_model
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.testing import tiny_checkpoint
-from vllm_runtime import run_vllm
+from vllm_runtime import needs_vllm, run_vllm
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_vllm]
 
-#: Two in groups of another size, one plain: all that vLLM's CPU build lets layers differ by.
-BY_LAYER = ("INT4_G64", "INT4_G128", None, "INT4_G64")
+#: Types of each layer's experts; linear modules have that of the first.
+TYPES = {
+    "four bits": ["INT4_G64"] * 4,
+    "four bits by layer": ["INT4_G64", "INT4_G128", None, "INT4_G64"],
+    "eight bits": ["INT8_G128"] * 4,
+    "eight bits by layer": ["INT4_G64", "INT8_G64", None, "INT4_G128"],
+}
 
 #: Log-probabilities of tokens are off by at most the first, on average, and another model's by the second at least.
 #:
-#: Emulated, vLLM computes in float16: .002 to .0054 were measured, and .032 at least from another model. With AMX it
-#: computes in bfloat16 (.010 to .015 when emulated so) on inputs that are rounded to eight bits (.016 to .020 when that
-#: is done in transformers), so .025 is expected; only the original, .12 away, is far enough then.
+#: Emulated, vLLM computes in float16: .002 to .0054 were measured, up to half of it since Coterie reads what is packed
+#: as bfloat16 and vLLM multiplies it unrounded, and .035 from other models. With AMX it computes in bfloat16 (.010 to
+#: .015 when emulated so) on inputs that are rounded to eight bits (.016 to .020 when that is done in transformers), so
+#: .025 is expected; only the original, .12 away, is far enough then.
 LIMITS = {"emulated": (0.012, 0.025), "vllm": (0.06, 0.1)}
 
 amx = pytest.mark.skipif(
     not torch.cpu._is_amx_tile_supported(), reason="vLLM computes experts of four bits with AMX, which this CPU lacks"
 )
-KERNELS = ["emulated", pytest.param("vllm", marks=amx)]
 
 
 class Made(NamedTuple):
@@ -47,17 +52,15 @@ def made(bundled, tmp_path_factory):
     texts = [(bundled / "text" / "test" / f"{name}.txt").read_text() for name in ("english_prose", "c", "german")]
     windows = [tokenizer(text[:2000])["input_ids"][:128] for text in texts]
     text = {"text": bundled / "text" / "calibration", "tokens": 512, "seq_len": 128}
-    uniform = plan(model, type="INT4_G64", recipe="nearest")
-    types = dict(uniform.types)
-    for layer, kind in enumerate(BY_LAYER):
-        for projection in ("gate", "up", "down"):
-            types[f"model.layers.{layer}.mlp.experts.*.{projection}_proj.weight"] = kind
-    by_layer = replace(uniform, types={name: kind for name, kind in types.items() if kind is not None})
-    folders = {
-        "original": model,
-        "uniform": compress(model, folder / "uniform", plan=uniform, **text).out,
-        "by layer": compress(model, folder / "by-layer", plan=by_layer, **text).out,
-    }
+    folders = {"original": model}
+    for name, kinds in TYPES.items():
+        decided = plan(model, type=kinds[0], recipe="nearest")
+        types = dict(decided.types)
+        for layer, kind in enumerate(kinds):
+            for projection in ("gate", "up", "down"):
+                types[f"model.layers.{layer}.mlp.experts.*.{projection}_proj.weight"] = kind
+        types = {pattern: kind for pattern, kind in types.items() if kind is not None}
+        folders[name] = compress(model, folder / name, plan=replace(decided, types=types), **text).out
     return Made(folders, windows, {name: predicted(each, windows) for name, each in folders.items()})
 
 
@@ -72,27 +75,39 @@ def of_tokens(log_probs, windows):
     return log_probs.gather(2, torch.tensor(windows)[:, 1:, None])[..., 0]
 
 
-@pytest.mark.parametrize("experts", KERNELS)
-@pytest.mark.parametrize("name", ["uniform", "by layer"])
-def test_vllm_predicts_what_transformers_does_with_the_same_weights(name, experts, made, tmp_path):
-    found, printed = run_vllm(made.folders[name], made.windows, tmp_path, experts)
+@pytest.mark.parametrize("name", TYPES)
+def test_vllm_predicts_what_transformers_does_with_the_same_weights(name, made, tmp_path):
+    off = check_predictions(name, "emulated", made, tmp_path)
+    if name == "eight bits":  # which are near to the original, .012 away
+        assert off.pop("original") > 1.5 * off[name]
+    assert sorted(off.values())[1] > LIMITS["emulated"][1]
+
+
+@amx
+@pytest.mark.parametrize("name", ["four bits", "four bits by layer"])
+def test_so_do_the_kernels_of_vllm(name, made, tmp_path):
+    off = check_predictions(name, "vllm", made, tmp_path)
+    assert off["original"] > LIMITS["vllm"][1]
+
+
+def check_predictions(name, experts, made, folder):
+    """Compare what vLLM predicts for a result with what is expected of it; return how far off it is from all models."""
+    found, printed = run_vllm(made.folders[name], made.windows, folder, experts)
     assert found is not None, printed[-4000:]
     said = of_tokens(found, made.windows)
     meant = {other: of_tokens(expected, made.windows) for other, expected in made.expected.items()}
     off = {other: float((said - each).abs().mean()) for other, each in meant.items()}
-    near, far = LIMITS[experts]
-    assert off.pop(name) < near
-    assert min(off.values() if experts == "emulated" else [off["original"]]) > far
+    near = LIMITS[experts][0]
+    assert off[name] < near
     assert float((meant[name].mean() - said.mean()).exp()) == pytest.approx(1, abs=near / 2)  # of perplexities
     same = found.argmax(-1) == made.expected[name].argmax(-1)
-    assert same.double().mean() > 1 - near
+    assert same.double().mean() > 1 - 2 * near
+    return off
 
 
-def test_eight_bits_are_for_gpus(bundled, tmp_path):
-    """As docs/precision.md says; once this fails, it may say something better."""
-    text = {"text": bundled / "text" / "calibration", "tokens": 512, "seq_len": 128}
-    out = compress(bundled / "qwen3_moe", tmp_path / "out", recipe="nearest", type="INT8", **text).out
-    found, printed = run_vllm(out, [[1, 2, 3]], tmp_path)
+def test_eight_bits_are_for_gpus(made, tmp_path):
+    """As docs/precision.md says: once this fails, it may say something better."""
+    found, printed = run_vllm(made.folders["eight bits"], made.windows, tmp_path)
     assert found is None
     assert "Quant type (uint8b128) not supported by CPUWNA16" in printed
 
