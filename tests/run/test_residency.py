@@ -339,6 +339,26 @@ def test_a_prefetch_under_way_is_demanded(make, disk):
     check(residency)
 
 
+def test_a_prefetch_gets_no_slot_once_it_was_taken_back_or_a_layer_waits_for_one(make, disk):
+    # A lane asks for the slot of a prefetch without holding anything: much may have happened since it took the read.
+    residency = make(6)
+    disk.stop()
+    with residency.acquire(0, [0]) as leases:
+        disk.wait_for_reads(1)
+        residency.prefetch(1, [1, 2])
+        demanded, waiting = residency._queued.values()
+        with residency.acquire(1, [1]) as more:
+            assert residency._place(demanded) is None
+            residency._is_starved = True
+            assert residency._place(waiting) is None
+            residency._is_starved = False
+            check(residency, [leases, more])
+            disk.go()
+            list(more)
+    settle(residency)
+    assert resident(residency) == [(0, 0), (1, 1)]
+
+
 def test_a_failed_prefetch_is_nobodys_error_and_one_that_is_demanded_is(make, disk):
     residency = make(3)
     disk.fail()
