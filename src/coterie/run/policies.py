@@ -3,8 +3,8 @@
 A policy is told what every layer asks for and says what each expert is worth; of those that may go, the one that is
 worth least goes, of several the first by layer and number. It remembers experts that are not in memory too.
 
-`decay` is the default: on traces of two trained models it had the most hits of what does not know the future, at a
-quarter of the experts in memory 3 to 9 in a hundred more than `lru`. `lcu` and `edgemoe` are those of papers, to
+`decay` is the default: on traces of two trained models it had the most hits of those that do not know the future, 4 to
+9 in a hundred more than `lru` with a quarter of the experts in memory. `lcu` and `edgemoe` are those of papers, to
 compare with; `belady` knows the future and is the bound that no policy passes.
 
 Legend: L layers, E experts of a layer; both count from 0 and may have gaps.

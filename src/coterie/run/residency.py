@@ -135,6 +135,7 @@ class Leases:
         """Return the lease of one expert; wait for it.
 
         Raises:
+            KeyError: it was not asked for, or was given back.
             ReadError: it cannot be read.
             CorruptCheckpoint: its file is no longer what it was.
         """
