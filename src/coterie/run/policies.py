@@ -58,13 +58,24 @@ class Policy(ABC):
 
     @abstractmethod
     def worth(self) -> NDArray[np.float64]:
-        """Return what every expert is worth at this moment, [L, E]; whoever gets it does not write to it."""
+        """Return what every expert is worth at this moment, [L, E], less than infinity; it is not written to."""
 
-    def victim(self, may_go_LE: NDArray[np.bool_]) -> Key:
-        """Return the expert that is worth least of those that may go, of which there is one at least."""
+    def victims(self, may_go_LE: NDArray[np.bool_], count: int) -> list[Key]:
+        """Return the experts that are worth least of those that may go, the least first.
+
+        Args:
+            may_go_LE: which ones may.
+            count: how many are wanted; at most as many as may go.
+        """
         numbers = np.flatnonzero(may_go_LE)
-        layer, expert = divmod(int(numbers[self.worth().ravel()[numbers].argmin()]), self.shape[1])
-        return layer, expert
+        worth = self.worth().ravel()[numbers]
+        victims = []
+        for _ in range(count):
+            place = int(worth.argmin())
+            worth[place] = np.inf
+            layer, expert = divmod(int(numbers[place]), self.shape[1])
+            victims.append((layer, expert))
+        return victims
 
 
 class Lru(Policy):
@@ -309,11 +320,9 @@ def replay(trace: Trace, slots: int, policy: str = "decay") -> int:
         hits += len(experts) - len(missing)
         may_go_LE = resident_LE.copy()
         may_go_LE[layer, experts] = False
-        for expert in missing:
-            if num_resident == slots:
-                victim = chosen.victim(may_go_LE)
-                resident_LE[victim] = may_go_LE[victim] = False
-            else:
-                num_resident += 1
-            resident_LE[layer, expert] = True
+        num_out = max(0, num_resident + len(missing) - slots)
+        for victim in chosen.victims(may_go_LE, num_out):
+            resident_LE[victim] = False
+        resident_LE[layer, missing] = True
+        num_resident += len(missing) - num_out
     return hits
