@@ -109,7 +109,11 @@ class Lease:
     record: Record
 
     def piece(self, number: int) -> torch.Tensor:
-        """Return the bytes of a piece of the record, uint8 [num_bytes], no copy."""
+        """Return the bytes of a piece of the record, uint8 [num_bytes], no copy.
+
+        It is as aligned in memory as it is in its file: where a file has a matrix of bfloat16 at an odd byte, which no
+        common writer does, `view` refuses and a copy is needed.
+        """
         begin = self.offsets[number]
         return self.data[begin : begin + self.record.pieces[number].num_bytes]
 
