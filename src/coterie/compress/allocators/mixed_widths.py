@@ -22,9 +22,9 @@ from coterie.errors import Infeasible
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.encodings.ggml import WRAPPED
 
-#: How many times as much as its neurons one by one an expert costs that loses all of them: what they put out is meant to
-#: add up, and no other neuron of it can make that good. On the bundled models some ten times as much beside what types
-#: cost, by a fit of what results lost to what they were expected to lose; at less, too many experts went.
+#: How many times as much as its neurons one by one an expert costs that loses all of them: what they put out is meant
+#: to add up, and no other neuron of it can make that good. On the bundled models some ten times as much beside what
+#: types cost, by a fit of what results lost to what they were expected to lose; at less, too many experts went.
 GONE = 10.0
 
 
