@@ -14,8 +14,8 @@ of Linux with so much memory, in which pages of files count too: the machine is 
 
 At last `coterie run` with all experts in memory, without a limit. Memory is the largest resident size of the process,
 of which pages of mapped files are a part. Seconds a token are those of tokens after the first. Bytes are those of
-experts. Rows of one repeat run one after the other, so that what others do to the machine falls on all of them; the mean
-and the smallest and largest ratio to `mmap` and to transformers are printed.
+experts. Rows of one repeat run one after the other, so that what others do to the machine falls on all of them; the
+mean and the smallest and largest ratio to `mmap` and to transformers are printed.
 """
 
 from __future__ import annotations
