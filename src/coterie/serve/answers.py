@@ -1,0 +1,93 @@
+"""Answers as OpenAI's API has them: whole, and in the pieces of a stream."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from coterie.serve.worker import Ended, Piece
+
+
+@dataclass(kw_only=True, slots=True)
+class Answers:
+    """The answers to one request, in the form of one of two endpoints.
+
+    Attributes:
+        model: the name of the model.
+        is_chat: whether answers are messages, or texts.
+        prompt_tokens: tokens of all prompts.
+        count: answers.
+        id: what the request is called.
+        created: when it came, in seconds.
+        tokens: tokens of answers that have ended.
+        texts: the answers so far.
+        reasons: why those that have ended did.
+    """
+
+    model: str
+    is_chat: bool
+    prompt_tokens: int
+    count: int
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+    tokens: int = 0
+    texts: list[str] = field(init=False)
+    reasons: list[str | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.texts, self.reasons = [""] * self.count, [None] * self.count
+
+    def take(self, event: Piece | Ended) -> None:
+        """Note what has come."""
+        if isinstance(event, Piece):
+            self.texts[event.answer] += event.text
+        else:
+            self.reasons[event.answer] = event.reason
+            self.tokens += event.tokens
+
+    def usage(self) -> dict[str, int]:
+        """Return the numbers of tokens."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.tokens,
+            "total_tokens": self.prompt_tokens + self.tokens,
+        }
+
+    def whole(self) -> dict[str, Any]:
+        """Return all answers."""
+        choices: list[dict[str, Any]] = []
+        for number, (text, reason) in enumerate(zip(self.texts, self.reasons, strict=True)):
+            said = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+            choices.append({"index": number, **said, "logprobs": None, "finish_reason": reason})
+        return self._object(choices, is_piece=False) | {"usage": self.usage()}
+
+    def beginning(self) -> Iterator[dict[str, Any]]:
+        """Yield what a stream begins with: whose messages these are."""
+        if self.is_chat:
+            for number in range(self.count):
+                yield self._piece(number, {"role": "assistant", "content": ""}, None)
+
+    def piece(self, event: Piece | Ended) -> dict[str, Any]:
+        """Return a piece of a stream."""
+        if isinstance(event, Ended):
+            return self._piece(event.answer, {} if self.is_chat else "", event.reason)
+        return self._piece(event.answer, {"content": event.text} if self.is_chat else event.text, None)
+
+    def ending(self) -> dict[str, Any]:
+        """Return the piece with the numbers of tokens, which ends a stream where it is asked for."""
+        return self._object([], is_piece=True) | {"usage": self.usage()}
+
+    def _piece(self, number: int, said: Any, reason: str | None) -> dict[str, Any]:
+        name = "delta" if self.is_chat else "text"
+        choice = {"index": number, name: said, "logprobs": None, "finish_reason": reason}
+        return self._object([choice], is_piece=True)
+
+    def _object(self, choices: list[dict[str, Any]], *, is_piece: bool) -> dict[str, Any]:
+        kind = "text_completion"
+        if self.is_chat:
+            kind = "chat.completion.chunk" if is_piece else "chat.completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
