@@ -81,6 +81,7 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 	$(BIN)/python benchmarks/quantise_speed.py --repeats 1 --types Q6_K Q4_K IQ4_XS Q3_K IQ3_XXS Q2_K IQ2_S IQ2_XXS \
 		--markdown benchmarks/quantise_speed.md
 	$(BIN)/python benchmarks/block_types.py --markdown benchmarks/block_types.md
+	$(BIN)/python benchmarks/planes.py --markdown benchmarks/planes.md
 	$(BIN)/python benchmarks/inputs.py --markdown benchmarks/inputs.md
 	$(BIN)/python benchmarks/calibration.py --tokens 16384 --test-tokens 10240 --markdown benchmarks/calibration.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/overhead.py --tokens 131072 --repeats 3 --large-size 0 --recipes reap \

@@ -42,6 +42,7 @@ ALLOWED = {
     "journal_lines": {"errors", "artifact"},
     "journal": {"errors", "artifact", "journal_lines", "progress"},
     "model": FOUNDATION,
+    "run": FOUNDATION | {"model"},
     "profile": FOUNDATION | {"model"},
     "train": FOUNDATION | {"model", "profile"},
     "publish": FOUNDATION | {"model"},
@@ -51,7 +52,8 @@ ALLOWED = {
     "report": FOUNDATION | {"model", "profile", "compress", "evaluate", "publish"},
     "bench": FOUNDATION | {"model", "profile", "train", "compress", "evaluate", "report"},
     "testing": FOUNDATION | {"model", "profile", "publish", "compress"},
-    "cli": FOUNDATION | {"model", "profile", "publish", "compress", "export", "evaluate", "report", "bench", "testing"},
+    "cli": FOUNDATION
+    | {"model", "run", "profile", "publish", "compress", "export", "evaluate", "report", "bench", "testing"},
 }
 #: It may import anything: the front door.
 FREE = {"__init__"}

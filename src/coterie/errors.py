@@ -18,6 +18,7 @@ The tree; catch the root to catch them all::
     ├── ReloadMismatch                what was written does not load as what was computed
     ├── CorruptArtifact               an artefact of ours that is damaged
     ├── HubError                      the model hub cannot be reached, or refuses
+    ├── ReadError (OSError)           the disk does not give the bytes that it holds; another time it may
     ├── Cancelled                     what was called off before it was done
     ├── StaleArtifact                 an artefact that belongs to another model, text or version
     └── OutOfSpace (OSError)          the disk cannot hold the result
@@ -98,12 +99,12 @@ class HubError(CoterieError):
     """The model hub cannot be reached, or refuses what is asked of it."""
 
 
-class Cancelled(CoterieError):
-    """What was asked for was called off before it was done."""
-
-
 class ReadError(CoterieError, OSError):
     """The disk does not give the bytes that it holds; another time it may."""
+
+
+class Cancelled(CoterieError):
+    """What was asked for was called off before it was done."""
 
 
 class StaleArtifact(CoterieError):

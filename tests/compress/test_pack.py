@@ -513,7 +513,7 @@ def test_published_allocators_write_what_they_chose(recipe, wide, text_folder, t
 
 
 @pytest.mark.parametrize("target", [{"bits": 4.5}, {"type": "Q4_0"}])
-@pytest.mark.parametrize("recipe", ["reap", "heapr", "coterie"])
+@pytest.mark.parametrize("recipe", ["reap", "heapr", "coterie-local"])
 def test_recipes_that_change_structure_send_you_to_those_that_do_not(recipe, target, small):
     like = "coterie-bits" if "bits" in target else "gptaq"
     with pytest.raises(InputError, match=f"or take a recipe that stores weights in fewer bits, such as {like}$"):

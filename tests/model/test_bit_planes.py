@@ -53,8 +53,9 @@ def test_a_prefix_of_the_bytes_is_the_tensor_in_fewer_bits(bits):
     whole, weight = BitPlanes(bits=4, dtype="F32"), numbers(2, 5, 64)
     byte_K, lower = whole.pack(weight)[""].flatten(), whole.fewer(bits)
     prefix_K = byte_K[: lower.num_bytes(weight.shape)]
-    assert torch.equal(prefix_K, lower.pack(weight)[""].flatten())
-    expected = lower.unpack(lower.pack(weight))
+    expected = lower.unpack({"": prefix_K.view(lower.stored(tuple(weight.shape))[""][1])})
+    slow = slow_values(prefix_K.numpy().tobytes(), 2 * 5 * 2, 32, bits)
+    assert np.allclose(expected.double().numpy().reshape(slow.shape), slow, rtol=1e-6)
     assert torch.equal(whole.unpack_prefix(prefix_K, weight.shape, bits), expected)
     assert torch.equal(whole.unpack_prefix(byte_K, weight.shape, bits), expected)
 
@@ -84,6 +85,34 @@ def test_steps_of_the_base_are_about_the_best_that_there_are():
     assert least * (1 - 1e-3) <= found <= 1.02 * least
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_steps_of_all_planes_are_about_the_best_that_there_are(bits):
+    """Beside a fine search over steps in float64, with signs that count what is missing on average."""
+    weight = numbers(50, 64, seed=1)
+    whole = BitPlanes(bits=bits, group=64, dtype="F32")
+    found = (weight - whole.unpack(whole.pack(weight))).double().square().sum()
+    least = 0.0
+    for row in weight.double():
+        steps = torch.linspace(0.2, 1.2, 501, dtype=torch.float64)[:, None] * row.abs().max() / 1.5
+        missing = row - ((row / steps).floor() + 0.5).clamp(-1.5, 1.5) * steps
+        for _ in range(bits - 2):
+            missing = missing - torch.where(missing < 0, -1.0, 1.0) * missing.abs().mean(-1, keepdim=True)
+        least += float(missing.square().sum(-1).min())
+    assert least * (1 - 1e-3) <= found <= 1.05 * least
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_matrices_may_lie_transposed(bits):
+    weight = numbers(3, 64, 7)
+    along, across = BitPlanes(bits=bits, dtype="F32"), BitPlanes(bits=bits, axis=-2, dtype="F32")
+    stored = across.pack(weight)[""]
+    assert tuple(stored.shape) == across.stored((3, 64, 7))[""][1]
+    assert across.shape_of(tuple(stored.shape)) == (3, 64, 7)
+    turned = along.pack(weight.mT)[""]
+    assert torch.equal(stored.flatten(), turned.flatten())
+    assert torch.equal(across.unpack({"": stored}), along.unpack({"": turned}).mT)
+
+
 def test_each_plane_takes_most_of_the_error_off():
     weight, whole = numbers(64, 256), BitPlanes(dtype="F32")
     byte_K = whole.pack(weight)[""].flatten()
@@ -91,9 +120,9 @@ def test_each_plane_takes_most_of_the_error_off():
         float((weight - whole.unpack_prefix(byte_K, weight.shape, bits)).square().mean() / weight.square().mean())
         for bits in (2, 3, 4)
     ]
-    assert errors[0] < 0.12
-    assert errors[1] < 0.45 * errors[0]
-    assert errors[2] < 0.45 * errors[1]
+    assert errors[0] < 0.14
+    assert errors[1] < 0.25 * errors[0]
+    assert errors[2] < 0.25 * errors[1]
 
 
 def test_zeros_are_zeros_and_what_is_beyond_float16_is_a_number():
@@ -110,7 +139,7 @@ def test_bits_of_a_number_with_its_scales(bits, size):
 @pytest.mark.parametrize(
     ("options", "says"),
     [({"bits": 5}, "bits is 5: it should be 2 to 4"), ({"group": 48}, "group is 48: it should be a multiple of 32"),
-     ({"dtype": "I8"}, "dtype is 'I8'")],
+     ({"axis": 0}, "axis is 0: it should be -1 or -2"), ({"dtype": "I8"}, "dtype is 'I8'")],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(options, says):
     with pytest.raises(ValueError, match=says):
@@ -154,7 +183,7 @@ def test_a_checkpoint_in_planes_loads_and_its_file_is_read_in_part(tmp_path):
     checkpoint, low = open_checkpoint(tmp_path / "planes"), encoding.fewer(2)
     info = checkpoint.tensors[name]
     values = read_in_fewer_bits(tmp_path / "planes", info, 2)
-    assert torch.equal(values, low.unpack(low.pack(weights[name])))
+    assert torch.equal(values, encoding.unpack_prefix(packed[name].flatten(), info.shape, 2))
     assert torch.equal(read_in_fewer_bits(tmp_path / "planes", info, 4), plain[name])
     # What lies behind the prefix is not read: the file may end there.
     stored = info.packed.stored[""]

@@ -60,6 +60,7 @@ EXAMPLES = [
     (Awq(group=None, scales="F32"), (8, 5)),
     (BitPlanes(), (3, 5, 64)),
     (BitPlanes(bits=2, group=64, dtype="F32"), (5, 128)),
+    (BitPlanes(bits=3, axis=-2), (2, 64, 3)),
     (GgmlBlocks(type="Q4_K"), (3, 5, 512)),
     (GgmlBlocks(type="Q8_0", axis=-2, dtype="F32"), (2, 64, 3)),
     (Ragged(axis=0, width=2, full=5, inner=Plain(dtype="BF16")), (5, 3)),

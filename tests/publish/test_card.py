@@ -26,7 +26,7 @@ PLAN = {"original_parameters": 3_000_000_000, "predicted_parameters": 1_500_000_
 
 def card_text(files=(), base_model=None, cost=None, **changes):
     return render_card(
-        manifest_of(plan=PLAN, **changes), files=files, version="1.2.3", base_model=base_model, cost=cost
+        manifest_of(**{"plan": PLAN, **changes}), files=files, version="1.2.3", base_model=base_model, cost=cost
     )
 
 
@@ -202,6 +202,9 @@ def test_results_of_coterie_alone_say_how_they_load():
         assert ("pip install gguf" in text) is (changes["form"] is ResultForm.PACKED)
         assert head(text)["library_name"] == "transformers"
     assert "12 → 3 to 12, 7.5 on average" in card_text(**ragged)
+    for kind, by_gguf in (("PLANES4_G128", False), ("TURBO3", False), ("Q4_K", True)):
+        text = card_text(form=ResultForm.PACKED, files=["modeling_coterie.py"], plan={**PLAN, "types": {"a": kind}})
+        assert ("pip install gguf" in text) is by_gguf
 
 
 def test_many_layers_that_differ_are_folded():

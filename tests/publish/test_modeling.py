@@ -23,6 +23,7 @@ from coterie.model.arch.layers import Architecture
 from coterie.model.arch.load import load_model
 from coterie.model.disk.beside import MODELING_FILE
 from coterie.model.disk.checkpoint import Checkpoint, read_config
+from coterie.model.disk.encodings.bit_planes import BitPlanes
 from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 from coterie.model.disk.manifest import MANIFEST, ResultForm
@@ -211,6 +212,15 @@ def test_blocks_of_every_type_are_unpacked_to_the_same_bits(kind, axis, columns)
     assert list(found.shape) == shape
     assert expected.isfinite().float().mean() > 0.5
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("bits", "group", "axis"), [(2, 32, -1), (3, 64, -1), (4, 128, -1), (4, 32, -2), (3, 128, -2)])
+def test_planes_of_bits_are_unpacked_to_the_same_bits(bits, group, axis):
+    encoding = BitPlanes(bits=bits, group=group, axis=axis)
+    stored = encoding.pack(torch.randn(2, 256, 128, generator=torch.Generator().manual_seed(0)))[""]
+    found, expected = modeling._unpacked(stored, encoding.config()), encoding.unpack({"": stored})
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.long

@@ -52,7 +52,8 @@ Bits = Annotated[
 Type = Annotated[
     str | None,
     typer.Option(
-        help="Type that weights are stored in: as in llama.cpp, like Q4_K, or INT4 and INT8 for compressed-tensors."
+        help="Type that weights are stored in: as in llama.cpp, like Q4_K; INT4 and INT8 for compressed-tensors; or, "
+        "with --target packed, PLANES4 and PLANES3, whose first bytes are the same in fewer bits."
     ),
 ]
 #: The recipe that is taken where none is named, in the words of the help.

@@ -42,6 +42,9 @@ def run(
         str, typer.Option(help="Which experts stay in memory: decay, lru, lfu, lcu or edgemoe.")
     ] = "decay",
     lanes: Annotated[int, typer.Option(help="Threads that read experts.")] = 2,
+    lookahead: Annotated[
+        int, typer.Option(help="Experts of the next layer to guess, and read ahead when threads are idle.")
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say the memory that it would take, and load nothing.")
     ] = False,
@@ -74,7 +77,7 @@ def run(
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes) as runtime:
+    with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead) as runtime:
         generated = runtime.generate(
             text, max_tokens=max_tokens, sampling=sampling, template=not raw, on_text=None if json else show
         )

@@ -134,8 +134,8 @@ def compress(
         params: most parameters in all, such as "15B"; for recipes that change the number of experts or their width.
         active_params: most parameters that one token uses, such as "2B"; for the same.
         bits: most bits that a number of a matrix takes, for a recipe that stores weights in fewer bits.
-        type: the type that matrices are stored in, for such a recipe: one of GGML, like "Q4_K", or one that
-            compressed-tensors stores, like "INT4".
+        type: the type that matrices are stored in, for such a recipe: one of GGML, like "Q4_K", one that
+            compressed-tensors stores, like "INT4", or planes of bits, like "PLANES4".
         plan: a plan, or its file, perhaps edited; it says how small, with which recipe and which router.
         recipe: name of a recipe, see `coterie.compress.recipes`; ``"module:attribute"`` of your own, or the recipe
             itself; None for the usual one, see `coterie.compress.target.Target.usual_recipe`.

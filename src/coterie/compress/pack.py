@@ -23,9 +23,11 @@ from coterie.compress.source import Source
 from coterie.compress.weights import Weight, at_widths, typed, weights_among
 from coterie.errors import ArchitectureMismatch
 from coterie.model.arch.layers import MoELayer
+from coterie.model.disk.encodings.bit_planes import BitPlanes
 from coterie.model.disk.encodings.block_types import get_layout
 from coterie.model.disk.encodings.integer_groups import as_stored
 from coterie.model.disk.encodings.integer_types import INTEGERS
+from coterie.model.disk.encodings.plane_types import PLANES
 from coterie.model.disk.encodings.shared_base import SharedBaseType
 from coterie.model.stream.stream import Stage, Stream
 from coterie.model.stream.unit import Unit
@@ -120,9 +122,9 @@ class Packer:
                 stored |= self._pack_sharing(layer, sharing, moments, stage.conversions)
             if rest := [weight for weight in of_layer if weight not in sharing]:
                 packed |= self._pack_experts(layer, rest, moments, stage.conversions)
-        kinds = {name: self.plan.types[weight.pattern] for weight in weights for name in weight.names}
+        of_name = {name: weight for weight in weights for name in weight.names}
         for name, byte_RK in packed.items():
-            stored |= _stored(name, byte_RK.cpu(), kinds[name])
+            stored |= _stored(name, byte_RK.cpu(), of_name[name], self.plan.types[of_name[name].pattern])
         return stored
 
     def _outer_inputs(self, weight: Weight, matrix_1RC: Tensor) -> Inputs:
@@ -159,11 +161,12 @@ class Packer:
         """Return what is stored of experts that share a base, by stored name (`coterie.compress.shared_base`)."""
         projections = Projections(self.stream.model, layer, self.stream.conversion, conversions)
         inputs = {between: moments.expert_inputs(layer.index, between=between) for between in (False, True)}
+        options = {name: value for name, value in self._options.items() if name != "prefix_weight"}  # it has no planes
         stored: dict[str, Tensor] = {}
         for weight in weights:
             shared = SharedBaseType.parse(self.plan.types[weight.pattern])
             assert shared is not None
-            stored |= pack_shared(projections, weight, inputs, shared, self._rounded, **self._options)
+            stored |= pack_shared(projections, weight, inputs, shared, self._rounded, **options)
         return stored
 
     def _pack_experts(
@@ -303,8 +306,11 @@ def _no_bytes(weight: Weight, kind: str) -> Tensor:
     return torch.empty(shape, dtype=torch.uint8)
 
 
-def _stored(name: str, byte_RK: Tensor, kind: str) -> dict[str, Tensor]:
-    """Return what is stored of a matrix by name on disk: its blocks as they are, or integers and their scales."""
+def _stored(name: str, byte_RK: Tensor, weight: Weight, kind: str) -> dict[str, Tensor]:
+    """Return what is stored of a matrix by name on disk: blocks as they are, planes, or integers and their scales."""
+    if kind in PLANES:
+        bits, group = PLANES[kind]
+        return {name: BitPlanes(bits=bits, group=group, axis=weight.axis).in_planes(byte_RK)}
     if kind not in INTEGERS:
         return {name: byte_RK}
     return {stored_name(name, suffix): tensor for suffix, tensor in as_stored(byte_RK, kind).items()}

@@ -12,6 +12,7 @@ from coterie.compress.width_prices import STEPS
 from coterie.errors import InputError, UnknownName
 from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES, bits_of
 from coterie.model.disk.encodings.integer_types import INTEGER_BITS, INTEGERS
+from coterie.model.disk.encodings.plane_types import PLANE_NAMES, PLANES
 
 #: Who is to read matrices in blocks: llama.cpp, by way of `coterie export`; whoever loads the result itself; or stock
 #: transformers and vLLM.
@@ -37,8 +38,9 @@ class Target:
         params: parameters in all at most, as a number or like "15B".
         active_params: parameters that one token uses at most, as a number or like "2B".
         bits: most bits that a number of a matrix takes, scales counted, where weights are stored in fewer bits.
-        type: the type that matrices are stored in, in capitals or not: one of GGML, like "Q4_K", or integers as
-            compressed-tensors stores them, like "INT4_G128", or "INT4" with the largest groups that fit.
+        type: the type that matrices are stored in, in capitals or not: one of GGML, like "Q4_K"; planes of bits, like
+            "PLANES4_G64"; or integers as compressed-tensors stores them, like "INT4_G128". "PLANES4" and "INT4" have
+            the largest groups that fit.
         multiple_of: the number of experts, or their width, whichever the recipe lowers, is the nearest multiple of this
             that can be; None for any.
         reader: who is to read weights in fewer bits: "gguf" (when None), for what GGUF files can say, or "packed", for
@@ -115,10 +117,10 @@ class Target:
         for count in (self.params, self.active_params):
             if count is not None:
                 parse_count(count)
-        known = (*SIZES, *INTEGER_BITS, *INTEGERS)
+        known = (*SIZES, *PLANE_NAMES, *PLANES, *INTEGER_BITS, *INTEGERS)
         if self.type is not None and self.type not in known:
             raise UnknownName("type", self.type, known)
-        if self.type in OWN_TYPES and self.reader != "packed":
+        if self.type in (*OWN_TYPES, *PLANE_NAMES, *PLANES) and self.reader != "packed":
             raise InputError(
                 f"{self.type} is a type that no GGUF file holds: say --target packed as well, or take one of GGML, "
                 "such as --type Q4_K"

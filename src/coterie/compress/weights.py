@@ -10,12 +10,17 @@ from dataclasses import dataclass, replace
 from coterie.compress.layer_plan import LayerPlan
 from coterie.compress.plan import Plan
 from coterie.errors import Infeasible
-from coterie.model.disk.encodings.block_types import SIZES
-from coterie.model.disk.encodings.ggml import GRAIN, OWN_TYPES, WRAPPED, bits_of, rows_together, unwrapped
+from coterie.model.disk.encodings.bit_planes import BitPlanes
+from coterie.model.disk.encodings.block_types import SIZES, bits_of
+from coterie.model.disk.encodings.ggml import GRAIN, OWN_TYPES, WRAPPED, rows_together, unwrapped
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 from coterie.model.disk.encodings.integer_types import INTEGERS, integer_encoding
 from coterie.model.disk.encodings.packed_integers import PackedIntegers
+from coterie.model.disk.encodings.plane_types import PLANES, planes_fitting
 from coterie.model.disk.encodings.shared_base import SharedBase, SharedBaseType
+
+#: How a matrix that has a type is stored.
+WeightEncoding = BitPlanes | GgmlBlocks | PackedIntegers | SharedBase
 
 #: Steps on the whole result that leave codes as they are.
 BLOCK_STEPS = ("distill-blocks",)
@@ -105,6 +110,8 @@ class Weight:
         """Return a type, or what stands in for it where its blocks are wider than a row; None where nothing fits."""
         if kind in INTEGERS:
             return kind if self.takes_integers and self.columns % SIZES[kind][0] == 0 else None
+        if kind in PLANES:
+            return planes_fitting(kind, self.columns)
         if self.columns % SIZES[kind][0] == 0:
             return kind
         if self.wraps and self.holds(kind + WRAPPED):
@@ -139,7 +146,7 @@ class Weight:
             return all(each.holds(kind) for each in self.by_width())
         if not kind.endswith(WRAPPED):
             return self.columns % SIZES[kind][0] == 0
-        if unwrapped(kind) in OWN_TYPES:  # their blocks are coded as a whole, so within a row
+        if unwrapped(kind) in (*OWN_TYPES, *PLANES):  # whose blocks lie within a row
             return False
         if not self.columns:  # of an expert without neurons
             return self.can_wrap
@@ -151,13 +158,16 @@ class Weight:
         alone, stacked = len(self.shape) == 2 and self._place is not None, len(self.shape) == 3
         return self.kind == "expert" and self.widths is None and (alone or stacked)
 
-    def encoding(self, kind: str) -> GgmlBlocks | PackedIntegers | SharedBase:
+    def encoding(self, kind: str) -> WeightEncoding:
         """Return the encoding of one of them in a type; of those of one width, where they have several."""
         assert self.widths is None
         if (shared := SharedBaseType.parse(kind)) is not None:
             return shared.encoding(self.columns, self.axis)
         if kind in INTEGERS:
             return integer_encoding(kind)
+        if kind in PLANES:
+            bits, group = PLANES[kind]
+            return BitPlanes(bits=bits, group=group, axis=self.axis, dtype="F32")
         columns = self.columns if kind.endswith(WRAPPED) and self.columns else None
         return GgmlBlocks(type=unwrapped(kind), axis=self.axis, dtype="F32", columns=columns)
 
@@ -346,9 +356,14 @@ def check_types(weights: Sequence[Weight], plan: Plan, counts: Sequence[int]) ->
         if SharedBaseType.parse(kind) is not None:
             _check_shares(weight, by_pattern, kind, plan)
             continue
-        if unwrapped(kind) not in SIZES or (kind.endswith(WRAPPED) and unwrapped(kind) in INTEGERS):
+        if unwrapped(kind) not in SIZES or (kind.endswith(WRAPPED) and unwrapped(kind) in (*INTEGERS, *PLANES)):
             raise Infeasible(f"the plan stores {pattern} as {kind}; types that can be written are {', '.join(SIZES)}")
         _check_fits(weight, kind)
+        if kind in PLANES and plan.result_steps:
+            raise Infeasible(
+                f"the plan stores {pattern} as {kind}, in planes of bits, and {plan.result_steps[0][0]} trains scales "
+                "of blocks: leave it out"
+            )
 
 
 def _check_shares(weight: Weight, by_pattern: Mapping[str, Weight], kind: str, plan: Plan) -> None:
@@ -401,9 +416,9 @@ def bytes_saved(weights: Sequence[Weight], types: Mapping[str, str]) -> int:
     return sum(weight.plain_bytes - weight.num_bytes(types[weight.pattern]) for weight in typed(weights, types))
 
 
-def encodings_of(weights: Iterable[Weight], plan: Plan) -> dict[str, GgmlBlocks | PackedIntegers | SharedBase]:
+def encodings_of(weights: Iterable[Weight], plan: Plan) -> dict[str, WeightEncoding]:
     """Return the encoding of each pattern that a plan gives a type; by name where it hangs on an expert's width."""
-    encodings: dict[str, GgmlBlocks | PackedIntegers | SharedBase] = {}
+    encodings: dict[str, WeightEncoding] = {}
     for weight in planned(weights, plan):
         kind = plan.types[weight.pattern]
         by_width = [(each, each.encoding(kind)) for each in weight.by_width()]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from coterie.errors import InputError
 from coterie.export import blocks
+from coterie.model.disk.encodings.bit_planes import BitPlanes
 from coterie.model.disk.encodings.ggml import OWN_TYPES
 from coterie.model.disk.encodings.shared_base import SharedBase
 from coterie.model.disk.gguf.names import Target
@@ -143,10 +144,13 @@ def _output(
     stored = {blocks.block_type(tensors[part.source]) for part in parts}
     for part in parts:
         kind, packed = blocks.block_type(tensors[part.source]), tensors[part.source].packed
-        if packed is not None and isinstance(packed.encoding, SharedBase):
+        if packed is not None and isinstance(packed.encoding, BitPlanes | SharedBase):
+            what = (
+                "planes of bits" if isinstance(packed.encoding, BitPlanes) else "a base that experts share and factors"
+            )
             raise InputError(
-                f"{part.source} is stored as a base that experts share and factors, which no GGUF file can hold; "
-                "compress the original again with types of GGML, like --type Q4_K"
+                f"{part.source} is stored as {what}, which no GGUF file can hold; compress the original again with "
+                "types of GGML, like --type Q4_K"
             )
         if kind is not None and kind[0] in OWN_TYPES:
             raise InputError(

@@ -17,6 +17,8 @@ from pathlib import Path
 from coterie.amounts import format_bytes, format_count
 from coterie.artifact import atomic_path
 from coterie.model.disk.beside import MODELING_FILE
+from coterie.model.disk.encodings.ggml import OWN_TYPES
+from coterie.model.disk.encodings.plane_types import PLANES
 from coterie.model.disk.files import is_hub_id
 from coterie.model.disk.manifest import LayerEntry, Manifest, ResultForm
 from coterie.outputs import claim_output
@@ -361,7 +363,9 @@ def _loading(manifest: Manifest, files: Sequence[str]) -> str:
     alone = f"{why}, which the classes of transformers cannot load."
     if MODELING_FILE not in files:  # an earlier version of Coterie made the result
         return f"{alone}\n\n{block(lines, 'python')}"
-    packages = "transformers 5 and `pip install gguf`" if in_blocks else "transformers 5"
+    types = set(manifest.plan.get("types", {}).values())
+    by_gguf = in_blocks and not (types and types <= {*OWN_TYPES, *PLANES})
+    packages = "transformers 5 and `pip install gguf`" if by_gguf else "transformers 5"
     return (
         f"{alone} The code in `{MODELING_FILE}` here does, and takes {packages}; what comes out is a model of the "
         f"family's own class.\n\n{stock}\n\nWithout code from this folder:\n\n{block(lines, 'python')}"

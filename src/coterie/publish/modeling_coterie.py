@@ -5,8 +5,9 @@ What comes out is a model of transformers' own class for the family, so all that
 this file only reads what that class cannot:
 
 - packed: matrices in blocks of GGML types (``quantization_config`` in config.json says which), which are unpacked as
-  they are read. The package gguf does that, but for Coterie's own types, whose blocks are rotated. Experts may be
-  stored as a base that all of a layer share, and factors of what is to be added to it for each.
+  they are read. The package gguf does that, but for Coterie's own types, whose blocks are rotated. They may be in
+  planes of bits as well, and experts stored as a base that all of a layer share, and factors of what is to be added to
+  it for each.
 - ragged: experts of differing widths (coterie.json says along which axes), which are filled up with zeros: a hidden
   neuron whose weights are zero adds nothing.
 - mapped: a router with a row for each expert of the original, and a map from those to the experts that there are
@@ -38,7 +39,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 _METHOD = "coterie"
-_PLAIN, _SHARED = "plain", "shared-base"
+_PLAIN, _SHARED, _PLANES = "plain", "shared-base", "bit-planes"
 _MAP = "coterie_expert_map"
 
 #: Options that say which files of a repository are meant, and where they are kept.
@@ -188,9 +189,9 @@ def _packed(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _types(group: Mapping[str, Any]) -> list[str]:
-    """Return the types of blocks that weights of a group are stored in."""
+    """Return the types of blocks that weights of a group are stored in; planes of bits have none."""
     inner = (group["base"], group["factors"]) if group["encoding"] == _SHARED else (group,)
-    return [each["type"] for each in inner if each["encoding"] != _PLAIN]
+    return [each["type"] for each in inner if each["encoding"] not in (_PLAIN, _PLANES)]
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -304,6 +305,8 @@ def _unpacked(blocks: Tensor, group: Mapping[str, Any]) -> Tensor:
     """
     if group["encoding"] == _PLAIN:
         return blocks
+    if group["encoding"] == _PLANES:
+        return _from_planes(blocks, group)
     kind, dtype = group["type"], _DTYPES[group["dtype"]]
     unpack = _rotated_back if kind in _LEVELS else _dequantized
     byte_RK = blocks.transpose(group["axis"], -1).contiguous()
@@ -348,10 +351,38 @@ def _rotated_back(byte_RK: Tensor, kind: str) -> Tensor:
     return (value_GB / 16 * (1 - 2 * turned)).reshape(len(byte_RK), -1)
 
 
-def _codes(byte_GK: Tensor, bits: int) -> Tensor:
-    """Return codes in bytes: those of 32 bytes in their lowest bits are followed by those in the bits above."""
+def _from_planes(bytes_: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """Return the numbers of a tensor in planes of bits, each of which is of the whole tensor.
+
+    A plane is a scale in float16 for each group of numbers along the axis, and then the bits of all groups. The first
+    one has two bits a number, -1.5 to 1.5 times the scale; those behind it one, which is 1 for less and 0 for more.
+    """
+    size, bits, axis = group["group"], group["bits"], group["axis"]
+    of_group = size * bits // 8 + 2 * (bits - 1)
+    count = bytes_.numel() // of_group
+    byte_K, at = bytes_.flatten(), 0
+    value_GB = torch.zeros(count, size)
+    for plane in range(bits - 1):
+        width = 2 if plane == 0 else 1
+        run = size * width // 8
+        scale_G1 = byte_K[at : at + 2 * count].view(torch.float16).float()[:, None]
+        bit_Gk = byte_K[at + 2 * count : at + (2 + run) * count].reshape(count, run)
+        at += (2 + run) * count
+        rows = max(_BYTES_AT_ONCE // run, 1)
+        for start in range(0, count, rows):
+            some = slice(start, start + rows)
+            code_GB = _codes(bit_Gk[some], width, run).float()
+            value_GB[some] += (code_GB - 1.5 if plane == 0 else 1 - 2 * code_GB) * scale_G1[some]
+    shape = list(bytes_.shape)
+    shape[axis] = shape[axis] // of_group * size
+    shape[axis], shape[-1] = shape[-1], shape[axis]
+    return value_GB.reshape(shape).to(_DTYPES[group["dtype"]]).transpose(axis, -1).contiguous()
+
+
+def _codes(byte_GK: Tensor, bits: int, run: int = 32) -> Tensor:
+    """Return codes in bytes: those of a run of bytes in their lowest bits are followed by those in the bits above."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
-    code_GB: Tensor = (byte_GK.reshape(len(byte_GK), -1, 1, 32) >> shifts & 2**bits - 1).flatten(1)
+    code_GB: Tensor = (byte_GK.reshape(len(byte_GK), -1, 1, run) >> shifts & 2**bits - 1).flatten(1)
     return code_GB
 
 

@@ -24,6 +24,7 @@ from coterie.model.quiet import quiet
 from coterie.model.stream.memory import free_bytes, peak_bytes
 from coterie.run.arena import Arena
 from coterie.run.experts import StreamedExperts
+from coterie.run.lookahead import Lookahead
 from coterie.run.policies import POLICIES
 from coterie.run.prepare import CHUNK, CONTEXT, prepare
 from coterie.run.reader import Reader
@@ -133,7 +134,9 @@ class Runtime:
         context: int = CONTEXT,
         policy: str = "decay",
         lanes: int = LANES,
+        lookahead: int = 0,
         chunk: int = CHUNK,
+        most_experts: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """Load what stays in memory, and take all the memory that the run may have.
@@ -144,7 +147,9 @@ class Runtime:
             context: tokens of prompt and answer together, at most.
             policy: which experts stay, a key of `coterie.run.policies.POLICIES`.
             lanes: threads that read.
+            lookahead: experts of the next layer that are guessed and read ahead when lanes are idle; 0 for none.
             chunk: tokens of a prompt that pass the model at once.
+            most_experts: how many experts are in memory at most, also where there is room for more.
             dtype: number format that is computed in; that of the checkpoint when None.
 
         Raises:
@@ -152,11 +157,11 @@ class Runtime:
             InputError: no such policy, or a number out of range.
             NotACheckpoint, CorruptCheckpoint, ArchitectureMismatch, NotAMoE: the model is not usable.
         """
-        if lanes < 1:
-            raise InputError(f"--lanes {lanes} must be 1 or more")
+        if lanes < 1 or lookahead < 0:
+            raise InputError(f"--lanes {lanes} must be 1 or more, and --lookahead {lookahead} 0 or more")
         if policy not in POLICIES or policy == "belady":
             raise UnknownName("policy", policy, sorted(POLICIES.keys() - {"belady"}))
-        prepared = prepare(model, memory=memory, context=context, chunk=chunk, dtype=dtype)
+        prepared = prepare(model, memory=memory, context=context, chunk=chunk, most_experts=most_experts, dtype=dtype)
         prepared.budget.check()
         log.info("memory: %s", prepared.budget)
         if prepared.budget.num_slots < prepared.budget.most // 20:
@@ -175,9 +180,10 @@ class Runtime:
         self._reader = Reader(lanes=lanes)
         self.residency = Residency(self._arena, self._reader, records, policy)
         self._cancelled: Callable[[], bool] | None = None
+        self.lookahead = Lookahead(self.model, prepared.architecture.layers, self.residency, lookahead)
         streamed = StreamedExperts(
             self.model, prepared.places, self.residency, num_slots=self.budget.num_slots, dtype=prepared.dtype,
-            check=self._check,
+            check=self._check, lookahead=self.lookahead if lookahead else None,
         )  # fmt: skip
         install(self.model, streamed.compute)
 
@@ -403,6 +409,7 @@ def run(
     template: bool = True,
     policy: str = "decay",
     lanes: int = LANES,
+    lookahead: int = 0,
     on_text: Callable[[str], None] | None = None,
 ) -> Generated:
     """Go on with a prompt within a budget of memory; for several prompts, keep a `Runtime`.
@@ -417,11 +424,12 @@ def run(
         template: write the prompt as the model's chat template has it, if it has one.
         policy: which experts stay in memory, see `Runtime`.
         lanes: threads that read.
+        lookahead: experts of the next layer that are guessed and read ahead; 0 for none.
         on_text: gets the text piece by piece, as it comes.
 
     Raises:
         NotEnoughMemory, InputError, ArchitectureMismatch, CorruptCheckpoint: see `Runtime` and `Runtime.generate`.
     """
     limit = default_memory() if memory is None else memory
-    with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes) as runtime:
+    with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead) as runtime:
         return runtime.generate(prompt, max_tokens=max_tokens, sampling=sampling, template=template, on_text=on_text)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coterie.model.arch.experts import Experts, canonical_experts
+from coterie.run.lookahead import Lookahead
 from coterie.run.places import LayerPlaces
 from coterie.run.residency import Lease, Leases, Residency
 
@@ -40,6 +41,7 @@ class StreamedExperts:
         num_slots: int,
         dtype: torch.dtype,
         check: Callable[[], None] | None = None,
+        lookahead: Lookahead | None = None,
     ) -> None:
         """Look at the modules.
 
@@ -50,8 +52,10 @@ class StreamedExperts:
             num_slots: how many it has room for.
             dtype: number format that is computed with.
             check: called before every layer; raises to end a generation.
+            lookahead: reads ahead for the layer that comes next.
         """
         self._residency, self._num_slots, self._dtype, self._check = residency, num_slots, dtype, check
+        self._lookahead = lookahead
         self._layers = {
             id(module): _Layer(places=each, template=canonical_experts(module))
             for each in places
@@ -67,6 +71,8 @@ class StreamedExperts:
         total_TD = torch.zeros(hidden_TD.shape, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
         rows, top_k = _rows_by_expert(index_TK, len(layer.places.experts)), index_TK.shape[-1]
         for leases in self._waves(layer.places.layer.index, list(rows)):
+            if self._lookahead is not None:  # behind what this layer has just asked for
+                self._lookahead.look(layer.places.layer.index, hidden_TD)
             weighted: dict[int, Tensor] = {}
             for lease in leases:  # those in memory first, then as they arrive
                 token_N, slot_N = rows[lease.expert] // top_k, rows[lease.expert] % top_k
@@ -81,17 +87,17 @@ class StreamedExperts:
         """Yield leases of experts, ascending; where they are too many, some at a time while the next ones are read."""
         size = len(experts) if len(experts) <= self._num_slots else max(1, self._num_slots // 2)
         waves = [experts[start : start + size] for start in range(0, len(experts), size)]
-        held: list[Leases] = []
+        asked: list[Leases] = []
         try:
             for number, wave in enumerate(waves):
-                if not held:
-                    held.append(self._residency.acquire(layer, wave))
+                if not asked:
+                    asked.append(self._residency.acquire(layer, wave))
                 if number + 1 < len(waves) and 2 * size <= self._num_slots:
-                    held.append(self._residency.acquire(layer, waves[number + 1]))
-                yield held[0]
-                held.pop(0).release()
+                    asked.append(self._residency.acquire(layer, waves[number + 1]))
+                yield asked[0]
+                asked.pop(0).release()
         finally:
-            for leases in held:
+            for leases in asked:
                 leases.release()
 
     def _output(self, layer: _Layer, lease: Lease, input_ND: Tensor) -> Tensor:

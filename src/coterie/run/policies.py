@@ -1,11 +1,11 @@
 """Which expert goes when a slot is needed: one class a policy, small tables of numbers, a name for each.
 
-A policy is told what every layer asks for and says what each expert is worth; of those that may go, the one that is worth
-least goes, of several the first by layer and number. It remembers experts that are not in memory too.
+A policy is told what every layer asks for and says what each expert is worth; of those that may go, the one that is
+worth least goes, of several the first by layer and number. It remembers experts that are not in memory too.
 
-`decay` is the default: on traces of two trained models it had the most hits of what does not know the future, at a quarter
-of the experts in memory 3 to 9 in a hundred more than `lru`. `lcu` and `edgemoe` are those of papers, to compare with;
-`belady` knows the future and is the bound that no policy passes.
+`decay` is the default: on traces of two trained models it had the most hits of what does not know the future, at a
+quarter of the experts in memory 3 to 9 in a hundred more than `lru`. `lcu` and `edgemoe` are those of papers, to
+compare with; `belady` knows the future and is the bound that no policy passes.
 
 Legend: L layers, E experts of a layer; both count from 0 and may have gaps.
 """
@@ -87,7 +87,7 @@ class Lru(Policy):
 
 
 class Lfu(Policy):
-    """Least frequently used: worth is the number of uses; of equals, the one that is used more recently is worth more."""
+    """Least frequently used: worth is the number of uses; of equals, the one that was used last is worth more."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__(shape)
@@ -102,14 +102,15 @@ class Lfu(Policy):
     def worth(self) -> NDArray[np.float64]:
         """Return the numbers of uses, and less than one for being recent."""
         last_LE = self._recent.worth()
-        return self._uses_LE + last_LE / (last_LE.max() + 1)
+        worth_LE: NDArray[np.float64] = self._uses_LE + last_LE / (last_LE.max() + 1)
+        return worth_LE
 
 
 class Decay(Policy):
     """The number of uses, of which each counts half after `HALF_LIFE` steps.
 
-    A sum of decaying parts falls as a whole, so what comes before what changes with uses alone. Therefore worth is kept as
-    the logarithm, to base 2, of the sum that it would be at step 0, which no number of steps overflows.
+    A sum of decaying parts falls as a whole, so what comes before what changes with uses alone. Therefore worth is kept
+    as the logarithm, to base 2, of the sum that it would be at step 0, which no number of steps overflows.
     """
 
     def __init__(self, shape: tuple[int, int], *, half_life: float = HALF_LIFE) -> None:
@@ -137,9 +138,9 @@ class Lcu(Policy):
     """Least costly used, after MoE-APEX (ASPLOS 2026, doi 10.1145/3779212.3790187, equations 3 and 4).
 
     Worth of expert t is C_t / T, and 1 / D more where the last step used it: C_t is the number of its uses, all of one
-    cost here, where all experts are read in one precision; T the number of steps so far; D the number of layers until the
-    one of t comes, counted from the layer that asks, and `NEAR` (0.1 in the paper). The last step is the whole pass before
-    the one under way. The paper counts anew in each text; here that is a new policy.
+    cost here, where all experts are read in one precision; T the number of steps so far; D the number of layers until
+    the one of t comes, counted from the layer that asks, and `NEAR` (0.1 in the paper). The last step is the whole pass
+    before the one under way. The paper counts anew in each text; here that is a new policy.
     """
 
     def __init__(self, shape: tuple[int, int]) -> None:
@@ -172,8 +173,9 @@ class EdgeMoe(Policy):
     """Frequency over distance, after EdgeMoE (arXiv 2308.14352, section III-C), with one deviation.
 
     Worth of an expert is the number of its uses divided by the number of layers until its own comes, counted from the
-    layer that asks, and `NEAR`. The paper's formula counts the distance the other way round, so that what the next layer
-    is about to need goes first; its text says that what is farther away goes first, and that is what is done here.
+    layer that asks, and `NEAR`. The paper's formula counts the distance the other way round, so that what the next
+    layer is about to need goes first; its text says that what is farther away goes first, and that is what is done
+    here.
     """
 
     def __init__(self, shape: tuple[int, int]) -> None:
@@ -193,7 +195,8 @@ class EdgeMoe(Policy):
 
 def _distances(num_layers: int, layer: int) -> NDArray[np.float64]:
     """Return how far ahead of a layer each layer is, round and round, and `NEAR`: [L, 1]."""
-    return ((np.arange(num_layers) - layer) % num_layers + NEAR)[:, None]
+    distances_L: NDArray[np.float64] = (np.arange(num_layers, dtype=np.float64) - layer) % num_layers + NEAR
+    return distances_L[:, None]
 
 
 class Belady(Policy):

@@ -68,11 +68,14 @@ def prepare(
     memory: int | str,
     context: int = CONTEXT,
     chunk: int = CHUNK,
+    most_experts: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Prepared:
     """Look at a model; see `coterie.run.engine.Runtime` for arguments and errors. The budget is not checked."""
     if context < 1 or chunk < 1:
         raise InputError(f"--context {context} and a chunk of {chunk} tokens must be 1 or more")
+    if most_experts is not None and most_experts < 1:
+        raise InputError(f"{most_experts} experts in memory at most is none; it must be 1 or more")
     limit = parse_bytes(memory)
     checkpoint = _view(Checkpoint.open(model))
     architecture = Architecture.of(checkpoint)
@@ -93,8 +96,8 @@ def prepare(
         cache=cache_bytes(checkpoint, meta, context),
         buffers=buffer_bytes(meta, architecture.layers, chunk=chunk, context=context),
         slot=slot_bytes(records.values()),
-        least=max(layer.top_k for layer in architecture.layers),
-        most=len(records),
+        least=min(max(layer.top_k for layer in architecture.layers), most_experts or len(records)),
+        most=len(records) if most_experts is None else min(len(records), most_experts),
     )
     return Prepared(
         checkpoint=checkpoint, architecture=architecture, conversion=conversion, places=places, records=records,

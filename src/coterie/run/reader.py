@@ -7,9 +7,9 @@
         read.wait()                          # the pieces are at record.offsets of the slot
 
 Reads go past the page cache (O_DIRECT): what is cached is the business of whoever asks, and the system would only keep
-everything twice and take the processor for it. File systems that refuse get ordinary reads, after which the system is told
-to forget the pages. Big reads are split into blocks, on which all lanes work: the first of several reads is done first, and
-what is demanded waits for one block at most of what is only speculated on.
+everything twice and take the processor for it. File systems that refuse get ordinary reads, after which the system is
+told to forget the pages. Big reads are split into blocks, on which all lanes work: the first of several reads is done
+first, and what is demanded waits for one block at most of what is only speculated on.
 
 A file is what it was when it was opened, or nothing that was read from it counts: size, time of change and inode are
 compared after each read.
@@ -22,7 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -39,7 +39,7 @@ BLOCK_BYTES = 2**20
 Place = memoryview | Callable[[], memoryview | None]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class ReaderCounters:
     """What a reader has done so far.
 
@@ -51,11 +51,11 @@ class ReaderCounters:
         retries: blocks that were read again after an error of the disk.
     """
 
-    num_reads: int
-    num_bytes: int
-    seconds: float
-    busy_seconds: float
-    retries: int
+    num_reads: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+    busy_seconds: float = 0.0
+    retries: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Read:
         self.record = record
         self.error: Exception | None = None
         self.is_cancelled = False
-        self._place = place
+        self._place: Place | None = place
         self._memory: memoryview | None = None
         self._speculative = speculative
         self._when_over = when_over
@@ -138,8 +138,7 @@ class Reader:
         self._demanded: deque[Read] = deque()
         self._speculative: deque[Read] = deque()
         self._is_closed = False
-        self._num_reads = self._num_bytes = self._retries = 0
-        self._seconds = self._busy_seconds = 0.0
+        self._counters = ReaderCounters()
         self._num_busy = 0
         self._busy_since = 0.0
         self._lanes = [threading.Thread(target=self._run, name=f"reader-{n}", daemon=True) for n in range(lanes)]
@@ -148,15 +147,9 @@ class Reader:
 
     @property
     def counters(self) -> ReaderCounters:
-        """What was done so far."""
+        """What was done so far: a copy."""
         with self._changed:
-            return ReaderCounters(
-                num_reads=self._num_reads,
-                num_bytes=self._num_bytes,
-                seconds=self._seconds,
-                busy_seconds=self._busy_seconds,
-                retries=self._retries,
-            )
+            return replace(self._counters)
 
     def open(self, records: Iterable[Record]) -> None:
         """Open the files of records, which is done by the first read otherwise.
@@ -220,6 +213,7 @@ class Reader:
                 return False
             self._speculative.remove(read)
             read.is_cancelled = True
+            read._place = None
         read._over.set()
         return True
 
@@ -287,7 +281,7 @@ class Reader:
                 self._read(read, block)
 
     def _next(self) -> tuple[Read, _Block | None] | None:
-        """Wait for something to do and take it: a block of a read, or a read that has no place yet; None once closed."""
+        """Wait for something to do and take it: a block of a read, or a read without a place yet; None once closed."""
         with self._changed:
             while not self._is_closed:
                 queue = self._demanded or self._speculative
@@ -342,12 +336,12 @@ class Reader:
             error = raised
         now = time.perf_counter()
         with self._changed:
-            self._num_bytes += num_bytes
-            self._retries += retries
-            self._seconds += now - begun
+            self._counters.num_bytes += num_bytes
+            self._counters.retries += retries
+            self._counters.seconds += now - begun
             self._num_busy -= 1
             if not self._num_busy:
-                self._busy_seconds += now - self._busy_since
+                self._counters.busy_seconds += now - self._busy_since
             read._in_flight -= 1
             if error is not None:
                 read.error = read.error or error
@@ -365,9 +359,11 @@ class Reader:
                 for path in dict.fromkeys(each.file for each in read.record.ranges):
                     self._file(path).check()
                 with self._changed:
-                    self._num_reads += 1
+                    self._counters.num_reads += 1
             except Exception as raised:
                 read.error = raised
+        # Whoever keeps the read does not keep the memory.
+        read._memory = read._place = None
         read._over.set()
         if read._when_over is not None:
             try:

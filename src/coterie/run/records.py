@@ -1,10 +1,11 @@
 """Where the bytes of an expert lie, and how they come to lie in a slot.
 
 An expert is a record of pieces: its matrices, and scales where there are some, each a range of bytes of a weight file.
-Files are read past the page cache where that is possible, and then a read begins and ends at whole blocks of `ALIGNMENT`
-bytes, in the file and in memory. So a slot holds a little more than the expert: each range is rounded outwards, and a
-piece begins somewhere in the first block of its range. Ranges that meet once rounded are one read, which never reads
-more than both; in files as they are published the matrices of an expert are often neighbours, and the expert is one read.
+Files are read past the page cache where that is possible, and then a read begins and ends at whole blocks of
+`ALIGNMENT` bytes, in the file and in memory. So a slot holds a little more than the expert: each range is rounded
+outwards, and a piece begins somewhere in the first block of its range. Ranges that meet once rounded are one read,
+which never reads more than both; in files as they are published the matrices of an expert are often neighbours, and the
+expert is one read.
 
 The layout of a slot follows from the record alone, however the bytes are read.
 """

@@ -5,13 +5,13 @@
             parts[lease.expert] = compute(lease)
     output = sum(parts[expert] for expert in experts)
 
-A slot of the arena is free, or being read into, or ready. Whoever has a lease of an expert has it pinned: its slot stays as
-it is until the lease is given back. Of what is not pinned the policy says what goes. What a layer asks for is read at once;
-what is prefetched is read when lanes have nothing else to do, takes its slot only then, and makes nothing go that is
-pinned, that the layer under way has asked for, or that was prefetched and is still to come.
+A slot of the arena is free, or being read into, or ready. Whoever has a lease of an expert has it pinned: its slot
+stays as it is until the lease is given back. Of what is not pinned the policy says what goes. What a layer asks for is
+read at once; what is prefetched is read when lanes have nothing else to do, takes its slot only then, and makes nothing
+go that is pinned, that the layer under way has asked for, or that was prefetched and is still to come.
 
-A read that fails frees its slot and concerns those alone who asked for the expert while it was read: whoever asks next, reads
-again.
+A read that fails frees its slot and concerns those alone who asked for the expert while it was read: whoever asks next,
+reads again.
 
 One thread computes, and calls what is here; the lanes of the reader do the rest.
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 
@@ -36,7 +36,7 @@ from coterie.run.reader import Read, Reader
 from coterie.run.records import Key, Record, slot_bytes
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Counters:
     """What has happened so far.
 
@@ -71,7 +71,7 @@ class _Entry:
     Attributes:
         key: which one.
         slot: its slot; None as long as a prefetch has not begun.
-        read: what fills the slot.
+        read: what fills the slot, until it is over.
         pins: leases of it.
         is_ready: the bytes are there.
         error: why they never will be.
@@ -216,14 +216,13 @@ class Residency:
         self._step = 0
         self._layer = -1
         self._asked: set[int] = set()  # by the layer under way
-        self._counts = dict.fromkeys(Counters.__dataclass_fields__, 0)
-        self._wait_seconds = 0.0
+        self._counters = Counters()
 
     @property
     def counters(self) -> Counters:
-        """What has happened so far."""
+        """What has happened so far: a copy."""
         with self._changed:
-            return Counters(**(self._counts | {"wait_seconds": self._wait_seconds}))
+            return replace(self._counters)
 
     @property
     def step(self) -> int:
@@ -277,7 +276,7 @@ class Residency:
                 self._unpin(entry)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> int:
-        """Say which experts a layer is likely to ask for; takes the place of what was said before of it and has not begun.
+        """Say which experts a layer is likely to ask for, in place of what was said of it before and has not begun.
 
         Args:
             layer: the layer, which is still to come.
@@ -299,17 +298,18 @@ class Residency:
             self._unqueue(layer)
             missing = [key for key in keys if key not in self._entries]
             for key in missing:
-                entry = self._queued[key] = _Entry(key, None)
+                entry = _Entry(key, None)
                 entry.read = self._reader.submit(
                     self.records[key],
                     partial(self._place, entry),
                     speculative=True,
                     when_over=partial(self._arrive, entry),
                 )
+                self._queued[key] = entry
             return len(missing)
 
     def waves(self, layer: int, experts: Sequence[int], size: int | None = None) -> list[tuple[int, ...]]:
-        """Split experts into groups to ask for one after the other, those in memory first, so that none of them goes unused.
+        """Split experts into groups to ask for one after the other: those in memory first, before they have to go.
 
         Args:
             layer: the layer.
@@ -370,7 +370,7 @@ class Residency:
         if layer < 0:
             return
         self._unqueue(layer)
-        self._counts["prefetches_wasted"] += int(self._to_come_LE[layer].sum())
+        self._counters.prefetches_wasted += int(self._to_come_LE[layer].sum())
         self._to_come_LE[layer] = False
 
     def _unqueue(self, layer: int) -> None:
@@ -385,10 +385,11 @@ class Residency:
 
     def _join(self, entry: _Entry) -> None:
         """Pin an expert that is in memory or on the way there."""
-        self._counts["hits" if entry.is_ready else "misses"] += 1
+        self._counters.hits += entry.is_ready
+        self._counters.misses += not entry.is_ready
         if self._to_come_LE[entry.key]:
             self._to_come_LE[entry.key] = False
-            self._counts["prefetches_used"] += 1
+            self._counters.prefetches_used += 1
         if not entry.is_ready and entry.read is not None:
             self._reader.promote(entry.read)
         self._num_pinned += not entry.pins
@@ -407,7 +408,7 @@ class Residency:
         except BaseException:
             self._free.append(entry.slot)
             raise
-        self._counts["misses"] += 1
+        self._counters.misses += 1
         self._entries[key] = entry
         self._num_pinned += 1
         entry.pins = 1
@@ -421,15 +422,17 @@ class Residency:
                 self._evict(may_go_LE if may_go_LE.any() else self._may_go_LE)
                 break
             self._is_starved = True
-            self._changed.wait()
-            self._is_starved = False
+            try:
+                self._changed.wait()
+            finally:
+                self._is_starved = False
             self._check_open()
         return self._free.pop()
 
     def _evict(self, may_go_LE: NDArray[np.bool_]) -> None:
         entry = self._entries[self.policy.victim(may_go_LE)]
-        self._counts["evictions"] += 1
-        self._counts["prefetches_wasted"] += bool(self._to_come_LE[entry.key])
+        self._counters.evictions += 1
+        self._counters.prefetches_wasted += bool(self._to_come_LE[entry.key])
         self._drop(entry)
 
     def _drop(self, entry: _Entry) -> None:
@@ -463,12 +466,13 @@ class Residency:
             entry.slot = self._free.pop()
             self._entries[entry.key] = entry
             self._to_come_LE[entry.key] = True
-            self._counts["prefetches"] += 1
+            self._counters.prefetches += 1
             return self._arena.memory(entry.slot)
 
     def _arrive(self, entry: _Entry, read: Read) -> None:
         """Take note that a read is over. A lane calls this, or who closes."""
         with self._changed:
+            entry.read = None
             if entry.slot is None:
                 if self._queued.get(entry.key) is entry:
                     del self._queued[entry.key]
@@ -476,10 +480,10 @@ class Residency:
             if read.error is None:
                 entry.is_ready = True
                 self._may_go_LE[entry.key] = not entry.pins
-                self._counts["num_bytes"] += read.record.num_bytes
+                self._counters.num_bytes += read.record.num_bytes
             else:
                 entry.error = read.error
-                self._counts["failures"] += 1
+                self._counters.failures += 1
                 self._num_pinned -= entry.pins > 0
                 self._drop(entry)
             self._changed.notify_all()
@@ -489,16 +493,17 @@ class Residency:
         with self._changed:
             begun: float | None = None
             while True:
+                self._check_open()
                 entries = [leases._entries[expert] for expert in experts]
                 over = next((entry for entry in entries if entry.is_ready or entry.error is not None), None)
                 if over is not None:
                     break
                 if begun is None:
                     begun = time.perf_counter()
-                    self._counts["waits"] += 1
+                    self._counters.waits += 1
                 self._changed.wait()
             if begun is not None:
-                self._wait_seconds += time.perf_counter() - begun
+                self._counters.wait_seconds += time.perf_counter() - begun
         if over.error is not None:
             raise over.error
         assert over.slot is not None

@@ -16,18 +16,21 @@ from coterie.compress.weights import one_type
 from coterie.errors import Infeasible
 from coterie.model.disk.encodings.block_types import bits_of
 from coterie.model.disk.encodings.ggml import OWN_TYPES, SIZES
+from coterie.model.disk.encodings.plane_types import PLANE_NAMES, PLANES
 
 
 def allocate(problem: Problem) -> Allocation:
     """Choose the type.
 
     Raises:
-        Infeasible: a budget below the smallest result; says what that takes.
+        Infeasible: a budget below the smallest result; says what that takes. Or rows that a type cannot hold.
     """
     target = problem.target
     if target.integers:
         return _integers(problem)
     if target.type is not None:
+        if target.type in PLANE_NAMES or target.type in PLANES:
+            return _in_planes(problem, target.type)
         return _allocation(problem, target.type)
     ladder = sorted((name for name in SIZES if name not in OWN_TYPES), key=bits_of, reverse=True)
     if target.bits is not None:
@@ -56,6 +59,22 @@ def _integers(problem: Problem) -> Allocation:
 def _in_integers(problem: Problem, name: str) -> Allocation:
     types, layers = choose_integers(problem.weights, name), problem.whole()
     return Allocation(layers=layers, num_bytes=problem.num_bytes(layers, types), types=types)
+
+
+def _in_planes(problem: Problem, name: str) -> Allocation:
+    """Choose planes of bits; raises Infeasible for experts whose rows are no whole groups."""
+    kind = PLANE_NAMES.get(name, name)
+    groups = ", ".join(str(group) for bits, group in PLANES.values() if bits == PLANES[kind][0])
+    for weight in problem.weights:
+        near = weight.fitting(kind)
+        if weight.kind == "expert" and near != kind and (near is None or name in PLANES):
+            wanted = PLANES[name][1] if near else groups
+            instead = f"take {near}" if near else "take another type, which leaves such rows as they are"
+            raise Infeasible(
+                f"rows of {weight.pattern} have {weight.columns} numbers, which are no whole groups of {wanted}: "
+                f"{instead}"
+            )
+    return _allocation(problem, kind)
 
 
 def _largest(problem: Problem, options: Sequence[Allocation]) -> Allocation:

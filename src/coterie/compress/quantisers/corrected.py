@@ -26,7 +26,13 @@ RIDGE = 0.1
 
 
 def corrected(
-    weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = DAMPING, ridge: float = RIDGE
+    weight_NRC: Tensor,
+    inputs: Inputs,
+    kind: Layout,
+    *,
+    damping: float = DAMPING,
+    ridge: float = RIDGE,
+    prefix_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Correct matrices for what comes in, and round them; return bytes (N, R, K), uint8, and values (N, R, C), float32.
 
@@ -37,11 +43,13 @@ def corrected(
         kind: the format.
         damping: as for `gptq`.
         ridge: share of the mean of each Hessian's diagonal that lambda is.
+        prefix_weight: as for `gptq`.
 
     Raises:
         ValueError: columns that are no whole blocks.
     """
-    return gptq(wanted(weight_NRC, inputs, ridge=ridge), inputs, kind, damping=damping)
+    wanted_NRC = wanted(weight_NRC, inputs, ridge=ridge)
+    return gptq(wanted_NRC, inputs, kind, damping=damping, prefix_weight=prefix_weight)
 
 
 def wanted(weight_NRC: Tensor, inputs: Inputs, *, ridge: float = RIDGE) -> Tensor:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from coterie.model.disk.encodings.ggml.rounding import round_columns
+from coterie.model.disk.encodings.plane_groups import Planes, round_nested
 from coterie.model.threads import each_computed
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ HESSIAN_ELEMENTS, FACTOR_BYTES = 2**22, 5 * 8 + 4
 _ROWS = 2**11
 
 
-def gptq(weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+def gptq(
+    weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = DAMPING, prefix_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Round matrices; return their bytes (N, R, K), uint8, and their values (N, R, C), float32.
 
     Args:
@@ -42,6 +45,8 @@ def gptq(weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = D
             the nearest numbers.
         kind: the format.
         damping: share of the mean of each Hessian's diagonal that is added to the diagonal.
+        prefix_weight: of planes of bits, how much the same in one bit less weighs where codes are chosen, see
+            `coterie.model.disk.encodings.plane_groups.round_nested`; all other types have no such.
 
     Raises:
         ValueError: columns that are no whole blocks.
@@ -55,6 +60,8 @@ def gptq(weight_NRC: Tensor, inputs: Inputs, kind: Layout, *, damping: float = D
         upper_NCC = upper_factor(inputs.hessian_NCC[some], damping)
         # What an error in a column costs when the later ones make good what they can.
         importance_NC = upper_NCC.diagonal(dim1=-2, dim2=-1).reciprocal().square()
+        if prefix_weight and isinstance(kind, Planes):
+            return round_nested(weight_NRC[some], importance_NC, upper_NCC, kind, prefix_weight)
         return round_columns(weight_NRC[some], importance_NC, upper_NCC, kind)
 
     starts = range(0, num_matrices, at_once)

@@ -18,80 +18,84 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import CorruptCheckpoint, UnsupportedDtype
+from coterie.model.disk.encodings.plane_types import BASE_BITS, MOST_BITS, group_bytes
 from coterie.model.disk.tensors import TORCH_NAMES, Encoding, TensorInfo, bytes_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: The fewest and the most bits that planes say of a number, and bits of the base plane.
-_BASE, _MOST = 2, 4
+    from coterie.model.disk.encodings.plane_groups import Planes
 
-#: Bytes of a scale, a float16.
-_SCALE = 2
-
-#: Steps that are tried for a group, as shares of the one at which its largest number is the largest level.
-_SHARES = tuple(0.4 + 0.05 * place for place in range(13))
+#: Groups that are unpacked at once.
+_GROUPS_AT_ONCE = 65_536
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BitPlanes:
-    """One tensor of bytes, in which the last axis, of C columns, is one of C / group times the bytes of a group.
+    """One tensor of bytes, in which an axis of C columns is one of C / group times the bytes of a group.
 
-    Bytes are not where their numbers were: the order is that of planes, over the whole tensor.
+    Bytes are not where their numbers were: the order is that of planes, over the whole tensor, and in a plane that of
+    groups, which follow each other along the axis first.
 
     Attributes:
         bits: of a number, 2 to 4.
         group: columns that share a scale in each plane, a multiple of 32.
+        axis: the axis that groups run along, from behind: -1, or -2 where matrices lie transposed.
         dtype: format of what is unpacked.
 
     Raises:
-        ValueError: bits, groups or a number format that cannot be.
+        ValueError: bits, groups, an axis or a number format that cannot be.
     """
 
-    bits: int = _MOST
+    bits: int = MOST_BITS
     group: int = 32
+    axis: int = -1
     dtype: str = "BF16"
 
     def __post_init__(self) -> None:
-        if not _BASE <= self.bits <= _MOST:
-            raise ValueError(f"bits is {self.bits}: it should be {_BASE} to {_MOST}")
+        if not BASE_BITS <= self.bits <= MOST_BITS:
+            raise ValueError(f"bits is {self.bits}: it should be {BASE_BITS} to {MOST_BITS}")
         if self.group < 32 or self.group % 32:
             raise ValueError(f"group is {self.group}: it should be a multiple of 32")
+        if self.axis not in (-1, -2):
+            raise ValueError(f"axis is {self.axis}: it should be -1 or -2")
         if self.dtype not in ("BF16", "F16", "F32"):
             raise ValueError(f"dtype is {self.dtype!r}: it should be BF16, F16, F32")
 
     def pack(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Return the bytes: base codes at the steps with the least error, then the signs of what is missing.
+        """Return the bytes of the nearest numbers in all bits, all columns weighing the same.
 
         Raises:
             UnsupportedDtype: a shape that cannot be stored so.
         """
         import torch
 
-        from coterie.model.disk.encodings.ggml.bits import pack_bits
-        from coterie.model.disk.encodings.ggml.block_type import as_half, half_bytes
+        from coterie.model.disk.encodings.ggml.rounding import round_to_nearest
 
-        [(_, extents)] = self.stored(tuple(tensor.shape)).values()
-        weight_GB = tensor.to(torch.float32).reshape(-1, self.group)
-        step_G = _best_steps(weight_GB)
-        code_GB = _nearest(weight_GB, step_G)
-        parts = [half_bytes(step_G), pack_bits(code_GB, _BASE, self.group // 4)]
-        missing_GB = weight_GB - _base_values(code_GB, step_G)
-        for _ in range(self.bits - _BASE):
-            scale_G = as_half(missing_GB.abs().mean(dim=-1))
-            negative_GB = missing_GB < 0
-            parts += [half_bytes(scale_G), pack_bits(negative_GB, 1, self.group // 8)]
-            missing_GB = missing_GB - _signed(negative_GB, scale_G)
-        return {"": torch.cat([part.flatten() for part in parts]).reshape(extents)}
+        self.stored(tuple(tensor.shape))
+        row_RC = tensor.transpose(self.axis, -1).to(torch.float32)
+        weight_1RC = row_RC.reshape(1, -1, row_RC.shape[-1])
+        importance_1C = torch.ones(1, weight_1RC.shape[-1], device=tensor.device)
+        byte_1RK, _ = round_to_nearest(weight_1RC, importance_1C, self._type)
+        byte_RK = byte_1RK.reshape(*row_RC.shape[:-1], -1)
+        return {"": self.in_planes(byte_RK.transpose(self.axis, -1))}
+
+    def in_planes(self, byte_RK: Tensor) -> Tensor:
+        """Return the bytes plane by plane, from those group by group along the axis; the shape stays.
+
+        Args:
+            byte_RK: the bytes of groups, as quantisers return them (`coterie.model.disk.encodings.plane_groups`).
+        """
+        import torch
+
+        byte_GK = byte_RK.transpose(self.axis, -1).reshape(-1, self._group_bytes)
+        parts = torch.split(byte_GK, self._type.part_bytes, dim=-1)
+        return torch.cat([part.flatten() for part in parts]).reshape(byte_RK.shape)
 
     def unpack(self, stored: Mapping[str, Tensor]) -> Tensor:
         """Return the values."""
-        import torch
-
         byte_K = stored[""]
-        return self._values(byte_K.flatten(), self.shape_of(tuple(byte_K.shape))).to(
-            getattr(torch, TORCH_NAMES[self.dtype])
-        )
+        return self._values(byte_K.flatten(), self.shape_of(tuple(byte_K.shape)))
 
     def unpack_prefix(self, byte_K: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
         """Return the values in fewer bits, of the first bytes of a tensor alone.
@@ -104,15 +108,13 @@ class BitPlanes:
         Raises:
             ValueError: there are fewer bytes, or it has fewer bits.
         """
-        import torch
-
         lower = self.fewer(bits)
         if len(byte_K) < lower.num_bytes(shape):
             raise ValueError(
                 f"{len(byte_K)} bytes are no {list(shape)} in {bits} bits: that takes the first "
                 f"{lower.num_bytes(shape)}"
             )
-        return lower._values(byte_K, shape).to(getattr(torch, TORCH_NAMES[self.dtype]))
+        return lower._values(byte_K, shape)
 
     def fewer(self, bits: int) -> BitPlanes:
         """Return the encoding whose bytes are the first ones of this one's.
@@ -125,24 +127,27 @@ class BitPlanes:
         return replace(self, bits=bits)
 
     def _values(self, byte_K: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return the values of the first bytes of a tensor, float32."""
-        from coterie.model.disk.encodings.ggml.bits import unpack_bits
-        from coterie.model.disk.encodings.ggml.block_type import halves
+        """Return the values of the first bytes of a tensor."""
+        import torch
 
-        groups, at = math.prod(shape) // self.group, 0
+        kind, groups = self._type, math.prod(shape) // self.group
+        sizes = [groups * size for size in kind.part_bytes]
+        planes = torch.split(byte_K[: sum(sizes)], sizes)
+        parts = [plane.reshape(groups, size) for plane, size in zip(planes, kind.part_bytes, strict=True)]
+        value_GB = torch.empty(groups, self.group, dtype=getattr(torch, TORCH_NAMES[self.dtype]))
+        # Some groups at a time: what is unpacked passes through float32.
+        for start in range(0, groups, _GROUPS_AT_ONCE):
+            some = slice(start, start + _GROUPS_AT_ONCE)
+            value_GB[some] = kind.unpack(torch.cat([part[some] for part in parts], dim=-1)[None])[0]
+        turned = list(shape)
+        turned[self.axis], turned[-1] = shape[-1], shape[self.axis]
+        return value_GB.reshape(turned).transpose(self.axis, -1).contiguous()
 
-        def take(size: int) -> Tensor:
-            nonlocal at
-            part_GK = byte_K[at : at + groups * size].reshape(groups, size)
-            at += groups * size
-            return part_GK
+    @property
+    def _type(self) -> Planes:
+        from coterie.model.disk.encodings.plane_groups import Planes
 
-        scale_G = halves(take(_SCALE))
-        value_GB = _base_values(unpack_bits(take(self.group // 4), _BASE, self.group // 4), scale_G)
-        for _ in range(self.bits - _BASE):
-            scale_G = halves(take(_SCALE))
-            value_GB += _signed(unpack_bits(take(self.group // 8), 1, self.group // 8), scale_G)
-        return value_GB.reshape(shape)
+        return Planes(name=f"PLANES{self.bits}_G{self.group}", bits=self.bits, block=self.group)
 
     def stored(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return format and shape of the bytes.
@@ -150,17 +155,19 @@ class BitPlanes:
         Raises:
             UnsupportedDtype: a shape that cannot be stored so.
         """
-        if len(shape) < 2 or min(shape) < 1 or shape[-1] % self.group:
+        if len(shape) < 2 or shape[self.axis] % self.group:
             raise UnsupportedDtype(
-                f"{list(shape)} cannot be stored in planes of bits: that takes matrices, columns a multiple of "
-                f"{self.group}"
+                f"{list(shape)} cannot be stored in planes of bits: that takes matrices, axis {self.axis} a multiple "
+                f"of {self.group}"
             )
-        return {"": ("U8", (*shape[:-1], shape[-1] // self.group * self._group_bytes))}
+        extents = list(shape)
+        extents[self.axis] = shape[self.axis] // self.group * self._group_bytes
+        return {"": ("U8", tuple(extents))}
 
     @property
     def _group_bytes(self) -> int:
         """Bytes of a group, in all planes."""
-        return self.group * self.bits // 8 + _SCALE * (self.bits - _BASE + 1)
+        return group_bytes(self.bits, self.group)
 
     def shape_of(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a tensor whose bytes have this one.
@@ -168,9 +175,13 @@ class BitPlanes:
         Raises:
             UnsupportedDtype: no tensor has.
         """
-        if len(stored) < 2 or min(stored) < 1 or stored[-1] % self._group_bytes:
-            raise UnsupportedDtype(f"{list(stored)} holds no whole groups of {self._group_bytes} bytes")
-        return (*stored[:-1], stored[-1] // self._group_bytes * self.group)
+        if len(stored) < 2 or stored[self.axis] % self._group_bytes:
+            raise UnsupportedDtype(
+                f"{list(stored)} holds no whole groups of {self._group_bytes} bytes along axis {self.axis}"
+            )
+        extents = list(stored)
+        extents[self.axis] = stored[self.axis] // self._group_bytes * self.group
+        return tuple(extents)
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes of a tensor of this shape."""
@@ -182,7 +193,13 @@ class BitPlanes:
 
     def config(self) -> dict[str, Any]:
         """Return what makes it again."""
-        return {"encoding": "bit-planes", "bits": self.bits, "group": self.group, "dtype": self.dtype}
+        return {
+            "encoding": "bit-planes",
+            "bits": self.bits,
+            "group": self.group,
+            "axis": self.axis,
+            "dtype": self.dtype,
+        }
 
 
 def read_in_fewer_bits(folder: Path, info: TensorInfo, bits: int) -> Tensor:
@@ -209,42 +226,3 @@ def read_in_fewer_bits(folder: Path, info: TensorInfo, bits: int) -> Tensor:
     if len(prefix) < size:
         raise CorruptCheckpoint(f"{folder / stored.shard} ends within {stored.name}: fetch it again")
     return encoding.unpack_prefix(torch.frombuffer(prefix, dtype=torch.uint8), info.shape, bits)
-
-
-def _best_steps(weight_GB: Tensor) -> Tensor:
-    """Return the steps (G) of those that are tried at which the base plane has the least error; float16 holds them."""
-    import torch
-
-    from coterie.model.disk.encodings.ggml.block_type import as_half, ratio
-
-    largest_G = weight_GB.abs().amax(dim=-1) / 1.5
-    best_G, least_G = torch.zeros_like(largest_G), torch.full_like(largest_G, torch.inf)
-    for share in _SHARES:
-        level_GB = _base_values(_nearest(weight_GB, largest_G * share), torch.ones_like(largest_G))
-        # The best step for these codes.
-        step_G = as_half(ratio((level_GB * weight_GB).sum(dim=-1), level_GB.square().sum(dim=-1)))
-        error_G = (weight_GB - _base_values(_nearest(weight_GB, step_G), step_G)).square().sum(dim=-1)
-        better_G = error_G < least_G
-        best_G, least_G = torch.where(better_G, step_G, best_G), torch.where(better_G, error_G, least_G)
-    return best_G
-
-
-def _nearest(weight_GB: Tensor, step_G: Tensor) -> Tensor:
-    """Return the base codes (G, B) that are nearest to numbers, 0 to 3."""
-    from coterie.model.disk.encodings.ggml.block_type import ratio
-
-    return (ratio(weight_GB, step_G[:, None]).floor() + 2).clamp(0, 3)
-
-
-def _base_values(code_GB: Tensor, step_G: Tensor) -> Tensor:
-    """Return the values of base codes: halves of steps from -3 to 3."""
-    import torch
-
-    return (code_GB.to(torch.float32) - 1.5) * step_G[:, None]
-
-
-def _signed(negative_GB: Tensor, scale_G: Tensor) -> Tensor:
-    """Return what a plane of signs adds."""
-    import torch
-
-    return (1 - 2 * negative_GB.to(torch.float32)) * scale_G[:, None]

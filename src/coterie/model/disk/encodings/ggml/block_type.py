@@ -24,12 +24,14 @@ class Scales:
         factor_NRS: which multiple, by sub-block; whole numbers, as they are stored.
         minimum_NR: the number that minima are multiples of, None where a type has none.
         minimum_factor_NRS: which multiple.
+        sign_NRP: what the sign counts that each plane behind the base says, None where a type has no planes of bits.
     """
 
     scale_NR: Tensor
     factor_NRS: Tensor
     minimum_NR: Tensor | None = None
     minimum_factor_NRS: Tensor | None = None
+    sign_NRP: Tensor | None = None
 
     def of_rows(self, some: slice) -> Scales:
         """Return those of some rows."""
