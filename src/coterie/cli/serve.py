@@ -33,13 +33,17 @@ def serve(
         str, typer.Option(help="Which experts stay in memory: decay, lru, lfu, lcu or edgemoe.")
     ] = "decay",
     lanes: Annotated[int, typer.Option(help="Threads that read experts.")] = 2,
+    lookahead: Annotated[
+        int, typer.Option(help="Experts of the next layer to guess, and read ahead when threads are idle.")
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say the memory that it would take, and load nothing.")
     ] = False,
     json: options.Json = False,
 ) -> None:
-    """Answer requests of the OpenAI API with a model, within a budget of memory.
+    """Serve a model of any size by the OpenAI API.
 
+    What every token passes stays in memory, and as many experts as there is room for, as with `run`.
     One request is answered at a time, the others wait. It listens at this machine's own address unless told otherwise,
     and ends with Ctrl-C.
     """
@@ -61,5 +65,5 @@ def serve(
 
     answer(
         model, memory=memory, host=host, port=port, api_key=api_key, queue=queue, context=context, policy=policy,
-        lanes=lanes,
+        lanes=lanes, lookahead=lookahead,
     )  # fmt: skip

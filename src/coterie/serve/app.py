@@ -19,6 +19,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from coterie.run.engine import Runtime
 from coterie.serve.answers import Answers
@@ -77,7 +78,7 @@ def make_app(runtime: Runtime, worker: Worker, *, name: str, api_key: str | None
     app.add_api_route("/v1/completions", _completions, methods=["POST"], dependencies=guarded)
     app.add_exception_handler(Refusal, _refuse)
     app.add_exception_handler(HTTPException, _refuse_http)
-    app.add_exception_handler(Exception, _refuse)
+    app.add_exception_handler(ClientDisconnect, _refuse)
     return app
 
 
@@ -105,8 +106,6 @@ async def _guard(request: Request) -> None:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     refusal = refusal_of(error)
-    if refusal.code == "internal_error":
-        tell(error)
     return JSONResponse(refusal.to_json(), refusal.status, headers=refusal.headers)
 
 
@@ -150,11 +149,21 @@ def _check_model(service: Service, name: str | None) -> None:
 
 
 async def _chat(request: Request) -> Response:
-    return await _answer(request, read_request(ChatRequest, await _body(request)))
+    return await _post(request, ChatRequest)
 
 
 async def _completions(request: Request) -> Response:
-    return await _answer(request, read_request(CompletionRequest, await _body(request)))
+    return await _post(request, CompletionRequest)
+
+
+async def _post(request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
+    try:
+        return await _answer(request, read_request(kind, await _body(request)))
+    except (Refusal, ClientDisconnect):
+        raise
+    except Exception as error:  # the server would close the connection, and log what may be in the error's text
+        tell(error)
+        raise refusal_of(error) from None
 
 
 async def _body(request: Request) -> bytes:

@@ -71,6 +71,7 @@ def serve(
     context: int = CONTEXT,
     policy: str = "decay",
     lanes: int = LANES,
+    lookahead: int = 0,
 ) -> None:
     """Answer requests of OpenAI's API with a model, within a budget of memory, until a signal comes.
 
@@ -84,11 +85,11 @@ def serve(
         context: tokens of prompt and answer together, at most.
         policy: which experts stay in memory, see `coterie.run.engine.Runtime`.
         lanes: threads that read.
+        lookahead: experts that are guessed and read ahead, see `coterie.run.engine.Runtime`.
 
     Raises:
-        InputError: an address that others reach and no key, or a number out of range.
+        InputError: an address that others reach and no key, one that is taken, or a number out of range.
         NotEnoughMemory, ArchitectureMismatch, CorruptCheckpoint: see `coterie.run.engine.Runtime`.
-        OSError: the address cannot be listened at.
     """
     check_address(host, port, api_key)
     if queue < 0:
@@ -96,7 +97,7 @@ def serve(
     listening = _listen(host, port)  # before minutes of loading
     try:
         limit = default_memory() if memory is None else memory
-        with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes) as runtime:
+        with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead) as runtime:
             worker = Worker(runtime, queue=queue)
             try:
                 app = make_app(runtime, worker, name=name_of(model), api_key=api_key)
@@ -133,7 +134,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:  # a name may be none in many ways
         listening.close()
-        raise OSError(error.errno, f"cannot listen at {host}:{port}: {error.strerror}") from error
+        raise InputError(f"cannot listen at --host {host[:80]} --port {port}: {error}") from error
     return listening
