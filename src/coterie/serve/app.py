@@ -68,10 +68,12 @@ def make_app(runtime: Runtime, worker: Worker, *, name: str, api_key: str | None
         api_key: what they have to know; without it only names of this machine are answered to.
     """
     service = Service(runtime=runtime, worker=worker, name=name, api_key=api_key, started=int(time.time()))
+    worker.metrics.watch(runtime)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
     guarded = [Depends(_guard)]
     app.add_api_route("/health", _health, methods=["GET"])
+    app.add_api_route("/metrics", _metrics, methods=["GET"], dependencies=guarded)
     app.add_api_route("/v1/models", _models, methods=["GET"], dependencies=guarded)
     app.add_api_route("/v1/models/{name:path}", _model, methods=["GET"], dependencies=guarded)
     app.add_api_route("/v1/chat/completions", _chat, methods=["POST"], dependencies=guarded)
@@ -122,6 +124,11 @@ async def _health(request: Request) -> Response:
     worker = service.worker
     content = {"status": worker.state, "running": int(worker.is_running), "waiting": worker.num_waiting}
     return JSONResponse(content, 200 if worker.state == "ready" else 503)
+
+
+async def _metrics(request: Request) -> Response:
+    content = await asyncio.to_thread(_service(request).worker.metrics.written)
+    return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def _models(request: Request) -> Response:

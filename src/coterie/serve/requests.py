@@ -141,7 +141,7 @@ class CompletionRequest(_Request):
         return self.task(ids, max_tokens=self.max_tokens or 16)  # 16 is OpenAI's
 
 
-_AnyRequest = TypeVar("_AnyRequest", ChatRequest, CompletionRequest)
+_AnyRequest = TypeVar("_AnyRequest", bound=_Request)
 
 
 def read_request(kind: type[_AnyRequest], body: bytes) -> _AnyRequest:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from coterie.errors import Cancelled, CoterieError
 from coterie.run.engine import Sampling
+from coterie.serve.metrics import Metrics
 from coterie.serve.refusals import Refusal, refusal_of
 from coterie.serve.text import Text
 
@@ -121,6 +122,7 @@ class Job:
         """Be admitted."""
         self.task: Task | None = None
         self.cancelled = threading.Event()
+        self.admitted = time.perf_counter()
         self._worker, self._emit = worker, emit
 
     def begin(self, task: Task) -> None:
@@ -141,14 +143,19 @@ class Job:
 class Worker:
     """The thread that generates."""
 
-    def __init__(self, runtime: Generator, *, queue: int) -> None:
+    def __init__(self, runtime: Generator, *, queue: int, metrics: Metrics | None = None) -> None:
         """Start it.
 
         Args:
             runtime: what generates, called by this thread alone.
             queue: jobs that wait at most, beside the one that runs.
+            metrics: where it counts what it does.
         """
         self.queue = queue
+        self.metrics = metrics or Metrics()
+        self.metrics.queue.set(queue)
+        self.metrics.waiting.set_function(lambda: self.num_waiting)
+        self.metrics.running.set_function(lambda: self.is_running)
         self._runtime = runtime
         self._changed = threading.Condition()
         self._jobs: set[Job] = set()
@@ -188,6 +195,7 @@ class Worker:
         with self._changed:
             self._check_open()
             if len(self._jobs) > self.queue:
+                self.metrics.requests.labels("rejected").inc()
                 seconds = max(1, math.ceil(self._usual_seconds))
                 raise Refusal(
                     429, f"{self.queue} requests wait already; try again in {seconds} seconds",
@@ -208,7 +216,7 @@ class Worker:
             self._waiting.clear()
             self._changed.notify_all()
         for job in waiting:
-            job.emit(Over(error=Cancelled("the server ends")))
+            self._end(job, Cancelled("the server ends"))
         self._thread.join()
 
     def _check_open(self) -> None:
@@ -230,7 +238,7 @@ class Worker:
             self._jobs.discard(job)
             if job in self._waiting:
                 self._waiting.remove(job)
-        job.emit(Over(error=Cancelled("the request was called off")))
+        self._end(job, Cancelled("the request was called off"))
 
     def _work(self) -> None:
         """Do one job after the other until the worker is closed: what the thread does."""
@@ -241,15 +249,14 @@ class Worker:
             except Exception as raised:  # the next job may pass
                 error = raised
             seconds = time.perf_counter() - begun
+            self.metrics.context.set(0)
             with self._changed:
                 self._running = None
                 self._jobs.discard(job)
                 if not isinstance(error, Cancelled):
                     self._failures = self._failures + 1 if error and refusal_of(error).status >= 500 else 0
                     self._usual_seconds += 0.3 * (seconds - self._usual_seconds)
-            if error is not None:
-                tell(error)
-            job.emit(Over(error=error))
+            self._end(job, error)
 
     def _next(self) -> Job | None:
         with self._changed:
@@ -260,6 +267,15 @@ class Worker:
             self._running = self._waiting.popleft()
             return self._running
 
+    def _end(self, job: Job, error: Exception | None) -> None:
+        """Say that a job is over, in all places."""
+        outcome = "cancelled" if isinstance(error, Cancelled) else "done" if error is None else "failed"
+        self.metrics.requests.labels(outcome).inc()
+        self.metrics.request_seconds.observe(time.perf_counter() - job.admitted)
+        if error is not None:
+            tell(error)
+        job.emit(Over(error=error))
+
     def _run(self, job: Job) -> None:
         assert job.task is not None
         for number in range(len(job.task.prompts) * job.task.num_answers):
@@ -267,9 +283,23 @@ class Worker:
 
     def _answer(self, job: Job, task: Task, number: int) -> None:
         """Generate one answer of a job."""
-        text, ends = Text(self._runtime.tokenizer, task.stops), self._runtime.ends
+        text, ends, metrics = Text(self._runtime.tokenizer, task.stops), self._runtime.ends, self.metrics
+        ids_1S = task.prompts[number // task.num_answers]
+        metrics.context.set(ids_1S.shape[1])
+        last: float | None = None
 
         def take(token: int, scores_V: Tensor) -> bool:
+            nonlocal last
+            now = time.perf_counter()
+            metrics.tokens.inc()
+            metrics.context.inc()
+            if last is not None:
+                metrics.token_seconds.observe(now - last)
+            else:
+                metrics.prompt_tokens.inc(ids_1S.shape[1])
+                if number == 0:
+                    metrics.first_seconds.observe(now - job.admitted)
+            last = now
             if token not in ends:
                 new = text.add(token)
                 if new:
@@ -277,7 +307,7 @@ class Worker:
             return text.is_stopped
 
         ids = self._runtime.generate_ids(
-            task.prompts[number // task.num_answers], max_tokens=task.max_tokens,
+            ids_1S, max_tokens=task.max_tokens,
             sampling=_sampling_of(task.sampling, number), on_token=take, cancelled=job.cancelled.is_set,
         )  # fmt: skip
         rest = text.rest()
