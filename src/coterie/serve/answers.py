@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from coterie.serve.scores import ScoredToken
 from coterie.serve.worker import Ended, Piece
 
 
@@ -20,10 +21,12 @@ class Answers:
         is_chat: whether answers are messages, or texts.
         prompt_tokens: tokens of all prompts.
         count: answers.
+        is_scored: whether probabilities of tokens are told.
         id: what the request is called.
         created: when it came, in seconds.
         tokens: tokens of answers that have ended.
         texts: the answers so far.
+        scored: their tokens so far, where they are asked for.
         reasons: why those that have ended did.
     """
 
@@ -31,20 +34,24 @@ class Answers:
     is_chat: bool
     prompt_tokens: int
     count: int
+    is_scored: bool = False
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     tokens: int = 0
     texts: list[str] = field(init=False)
+    scored: list[list[ScoredToken]] = field(init=False)
     reasons: list[str | None] = field(init=False)
 
     def __post_init__(self) -> None:
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.texts, self.reasons = [""] * self.count, [None] * self.count
+        self.scored = [[] for _ in range(self.count)]
 
     def take(self, event: Piece | Ended) -> None:
         """Note what has come."""
         if isinstance(event, Piece):
             self.texts[event.answer] += event.text
+            self.scored[event.answer] += event.tokens
         else:
             self.reasons[event.answer] = event.reason
             self.tokens += event.tokens
@@ -62,7 +69,8 @@ class Answers:
         choices: list[dict[str, Any]] = []
         for number, (text, reason) in enumerate(zip(self.texts, self.reasons, strict=True)):
             said = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-            choices.append({"index": number, **said, "logprobs": None, "finish_reason": reason})
+            logprobs = self._logprobs(self.scored[number], 0)
+            choices.append({"index": number, **said, "logprobs": logprobs, "finish_reason": reason})
         return self._object(choices, is_piece=False) | {"usage": self.usage()}
 
     def beginning(self) -> Iterator[dict[str, Any]]:
@@ -72,18 +80,38 @@ class Answers:
                 yield self._piece(number, {"role": "assistant", "content": ""}, None)
 
     def piece(self, event: Piece | Ended) -> dict[str, Any]:
-        """Return a piece of a stream."""
+        """Return a piece of a stream, which was taken."""
         if isinstance(event, Ended):
             return self._piece(event.answer, {} if self.is_chat else "", event.reason)
-        return self._piece(event.answer, {"content": event.text} if self.is_chat else event.text, None)
+        scored = self.scored[event.answer]
+        logprobs = self._logprobs(
+            event.tokens, sum(len(each.text) for each in scored[: len(scored) - len(event.tokens)])
+        )
+        return self._piece(event.answer, {"content": event.text} if self.is_chat else event.text, None, logprobs)
 
     def ending(self) -> dict[str, Any]:
         """Return the piece with the numbers of tokens, which ends a stream where it is asked for."""
         return self._object([], is_piece=True) | {"usage": self.usage()}
 
-    def _piece(self, number: int, said: Any, reason: str | None) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[ScoredToken], offset: int) -> dict[str, Any] | None:
+        """Return tokens with their probabilities; `offset` is where in the answer they begin."""
+        if not self.is_scored:
+            return None
+        if self.is_chat:
+            content = [_scored(each) | {"top_logprobs": [_scored(other) for other in each.top]} for each in tokens]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [each.text for each in tokens],
+            "token_logprobs": [each.logprob for each in tokens],
+            "top_logprobs": [{other.text: other.logprob for other in each.top} for each in tokens],
+            "text_offset": [offset + sum(len(each.text) for each in tokens[:place]) for place in range(len(tokens))],
+        }
+
+    def _piece(
+        self, number: int, said: Any, reason: str | None, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         name = "delta" if self.is_chat else "text"
-        choice = {"index": number, name: said, "logprobs": None, "finish_reason": reason}
+        choice = {"index": number, name: said, "logprobs": logprobs, "finish_reason": reason}
         return self._object([choice], is_piece=True)
 
     def _object(self, choices: list[dict[str, Any]], *, is_piece: bool) -> dict[str, Any]:
@@ -91,3 +119,7 @@ class Answers:
         if self.is_chat:
             kind = "chat.completion.chunk" if is_piece else "chat.completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+
+def _scored(token: ScoredToken) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": token.utf8}

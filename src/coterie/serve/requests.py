@@ -21,6 +21,9 @@ from coterie.serve.worker import Task
 #: Answers to one request at most, over all prompts.
 MOST_ANSWERS = 16
 
+#: Likely tokens that are told beside each token at most.
+_MOST_TOP = 20
+
 #: Parameters that change nothing of an answer.
 _WITHOUT_EFFECT = frozenset({
     "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user",
@@ -29,8 +32,8 @@ _WITHOUT_EFFECT = frozenset({
 #: Parameters that would change it, which is not done here, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "best_of": (1,), "echo": (False,),
-    "suffix": ("",), "response_format": ({"type": "text"},), "modalities": (["text"],), "logprobs": (False,),
-    "top_logprobs": (0,), "tools": ([],), "tool_choice": ("none", "auto"),
+    "suffix": ("",), "response_format": ({"type": "text"},), "modalities": (["text"],),
+    "tools": ([],), "tool_choice": ("none", "auto"),
 }  # fmt: skip
 
 #: Messages of one refusal at most; where there are several ways to write a parameter, each has its own.
@@ -98,15 +101,15 @@ class _Request(BaseModel):
         """Whether a stream ends with the numbers of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def task(self, prompts: Sequence[Tensor], *, max_tokens: int) -> Task:
-        """Return the task, given the ids of the prompts."""
+    def task(self, prompts: Sequence[Tensor], *, max_tokens: int, top: int | None) -> Task:
+        """Return the task, given the ids of the prompts, and how many likely tokens are told beside each."""
         return Task(
             prompts=prompts, num_answers=self.n or 1, max_tokens=max_tokens,
             sampling=Sampling(
                 temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
                 repetition_penalty=self.repetition_penalty, seed=self.seed,
             ),
-            stops=[self.stop] if isinstance(self.stop, str) else self.stop or [],
+            stops=[self.stop] if isinstance(self.stop, str) else self.stop or [], top=top,
         )  # fmt: skip
 
 
@@ -115,18 +118,24 @@ class ChatRequest(_Request):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=_MOST_TOP)] | None = None
 
     def prepare(self, runtime: Runtime) -> Task:
         """Return the task; takes as long as the prompt is."""
+        if self.top_logprobs and not self.logprobs:
+            raise Refusal(400, "top_logprobs takes logprobs: true", param="top_logprobs")
         messages = [message.for_template() for message in self.messages]
         ids_1S = _ids(lambda: runtime.ids(messages), "messages")
-        return self.task([ids_1S], max_tokens=self.max_completion_tokens or self.max_tokens or runtime.context)
+        max_tokens = self.max_completion_tokens or self.max_tokens or runtime.context
+        return self.task([ids_1S], max_tokens=max_tokens, top=self.top_logprobs or 0 if self.logprobs else None)
 
 
 class CompletionRequest(_Request):
     """Texts to go on with."""
 
     prompt: str | list[str] | _Ids | list[_Ids]
+    logprobs: Annotated[int, Field(ge=0, le=_MOST_TOP)] | None = None
 
     def prepare(self, runtime: Runtime) -> Task:
         """Return the task; takes as long as the prompts are."""
@@ -138,7 +147,7 @@ class CompletionRequest(_Request):
         if len(prompts) * (self.n or 1) > MOST_ANSWERS:
             raise Refusal(400, f"{len(prompts)} prompts with n={self.n or 1} are more than {MOST_ANSWERS} answers")
         ids = [_ids(lambda each=each: _of_prompt(runtime, each), "prompt") for each in prompts]  # type: ignore[misc]
-        return self.task(ids, max_tokens=self.max_tokens or 16)  # 16 is OpenAI's
+        return self.task(ids, max_tokens=self.max_tokens or 16, top=self.logprobs)  # 16 is OpenAI's
 
 
 _AnyRequest = TypeVar("_AnyRequest", bound=_Request)

@@ -23,6 +23,7 @@ from coterie.errors import Cancelled, CoterieError
 from coterie.run.engine import Sampling
 from coterie.serve.metrics import Metrics
 from coterie.serve.refusals import Refusal, refusal_of
+from coterie.serve.scores import ScoredToken, score_token
 from coterie.serve.text import Text
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ class Task:
         max_tokens: tokens of an answer at most.
         sampling: how tokens are chosen; a seed is that of the first answer, and the next ones count on from it.
         stops: strings at which an answer ends.
+        top: how many of the likeliest tokens are told beside each token, with logarithms of probabilities; None for
+            no such thing.
     """
 
     prompts: Sequence[Tensor]
@@ -71,6 +74,7 @@ class Task:
     max_tokens: int
     sampling: Sampling
     stops: Sequence[str]
+    top: int | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -80,10 +84,17 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """More text of an answer."""
+    """More text of an answer.
+
+    Attributes:
+        answer: its number.
+        text: what is new.
+        tokens: the tokens that it comes from, where they are asked for.
+    """
 
     answer: int
     text: str
+    tokens: Sequence[ScoredToken] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,6 +298,7 @@ class Worker:
         ids_1S = task.prompts[number // task.num_answers]
         metrics.context.set(ids_1S.shape[1])
         last: float | None = None
+        scored: list[ScoredToken] = []
 
         def take(token: int, scores_V: Tensor) -> bool:
             nonlocal last
@@ -301,9 +313,12 @@ class Worker:
                     metrics.first_seconds.observe(now - job.admitted)
             last = now
             if token not in ends:
+                if task.top is not None:
+                    scored.append(score_token(self._runtime.tokenizer, token, scores_V, top=task.top))
                 new = text.add(token)
                 if new:
-                    job.emit(Piece(answer=number, text=new))
+                    job.emit(Piece(answer=number, text=new, tokens=tuple(scored)))
+                    scored.clear()
             return text.is_stopped
 
         ids = self._runtime.generate_ids(
@@ -311,8 +326,10 @@ class Worker:
             sampling=_sampling_of(task.sampling, number), on_token=take, cancelled=job.cancelled.is_set,
         )  # fmt: skip
         rest = text.rest()
-        if rest:
-            job.emit(Piece(answer=number, text=rest))
+        if text.is_stopped:
+            scored.clear()  # of the stop string
+        if rest or scored:
+            job.emit(Piece(answer=number, text=rest, tokens=tuple(scored)))
         is_stop = text.is_stopped or ids[-1] in ends
         job.emit(Ended(answer=number, reason="stop" if is_stop else "length", tokens=len(ids)))
 
