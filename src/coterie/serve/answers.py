@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from coterie.serve.generation import Called, Ended, Piece
 from coterie.serve.scores import ScoredToken
-from coterie.serve.worker import Ended, Piece
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,6 +26,7 @@ class Answers:
         created: when it came, in seconds.
         tokens: tokens of answers that have ended.
         texts: the answers so far.
+        calls: the functions that they call.
         scored: their tokens so far, where they are asked for.
         reasons: why those that have ended did.
     """
@@ -39,19 +40,25 @@ class Answers:
     created: int = field(default_factory=lambda: int(time.time()))
     tokens: int = 0
     texts: list[str] = field(init=False)
+    calls: list[list[dict[str, Any]]] = field(init=False)
     scored: list[list[ScoredToken]] = field(init=False)
     reasons: list[str | None] = field(init=False)
 
     def __post_init__(self) -> None:
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.texts, self.reasons = [""] * self.count, [None] * self.count
+        self.calls = [[] for _ in range(self.count)]
         self.scored = [[] for _ in range(self.count)]
 
-    def take(self, event: Piece | Ended) -> None:
+    def take(self, event: Piece | Called | Ended) -> None:
         """Note what has come."""
         if isinstance(event, Piece):
             self.texts[event.answer] += event.text
             self.scored[event.answer] += event.tokens
+        elif isinstance(event, Called):
+            function = {"name": event.call.name, "arguments": event.call.arguments}
+            call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+            self.calls[event.answer].append(call)
         else:
             self.reasons[event.answer] = event.reason
             self.tokens += event.tokens
@@ -68,7 +75,10 @@ class Answers:
         """Return all answers."""
         choices: list[dict[str, Any]] = []
         for number, (text, reason) in enumerate(zip(self.texts, self.reasons, strict=True)):
-            said = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+            message: dict[str, Any] = {"role": "assistant", "content": text}
+            if self.calls[number]:
+                message |= {"content": text or None, "tool_calls": self.calls[number]}
+            said = {"message": message} if self.is_chat else {"text": text}
             logprobs = self._logprobs(self.scored[number], 0)
             choices.append({"index": number, **said, "logprobs": logprobs, "finish_reason": reason})
         return self._object(choices, is_piece=False) | {"usage": self.usage()}
@@ -79,10 +89,13 @@ class Answers:
             for number in range(self.count):
                 yield self._piece(number, {"role": "assistant", "content": ""}, None)
 
-    def piece(self, event: Piece | Ended) -> dict[str, Any]:
+    def piece(self, event: Piece | Called | Ended) -> dict[str, Any]:
         """Return a piece of a stream, which was taken."""
         if isinstance(event, Ended):
             return self._piece(event.answer, {} if self.is_chat else "", event.reason)
+        if isinstance(event, Called):
+            call = {"index": event.number} | self.calls[event.answer][event.number]
+            return self._piece(event.answer, {"tool_calls": [call]}, None)
         scored = self.scored[event.answer]
         logprobs = self._logprobs(
             event.tokens, sum(len(each.text) for each in scored[: len(scored) - len(event.tokens)])

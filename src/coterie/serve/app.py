@@ -25,6 +25,7 @@ from coterie.run.engine import Runtime
 from coterie.serve.answers import Answers
 from coterie.serve.refusals import Refusal, refusal_of
 from coterie.serve.requests import ChatRequest, CompletionRequest, read_request
+from coterie.serve.tools import ToolForm, derive_tool_form
 from coterie.serve.worker import Event, Job, Over, Worker, tell
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Service:
         worker: generates with it.
         name: what clients call the model.
         api_key: what they have to know, if anything.
+        form: how the model calls functions, if that is known.
         started: when it began, in seconds.
     """
 
@@ -55,6 +57,7 @@ class Service:
     worker: Worker
     name: str
     api_key: str | None
+    form: ToolForm | None
     started: int
 
 
@@ -67,7 +70,10 @@ def make_app(runtime: Runtime, worker: Worker, *, name: str, api_key: str | None
         name: what clients call the model.
         api_key: what they have to know; without it only names of this machine are answered to.
     """
-    service = Service(runtime=runtime, worker=worker, name=name, api_key=api_key, started=int(time.time()))
+    service = Service(
+        runtime=runtime, worker=worker, name=name, api_key=api_key, form=derive_tool_form(runtime.tokenizer),
+        started=int(time.time()),
+    )  # fmt: skip
     worker.metrics.watch(runtime)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
@@ -202,10 +208,10 @@ async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> R
     job = service.worker.admit(emit)
     watch = asyncio.create_task(_watch(request, job))
     try:
-        task = await asyncio.to_thread(asked.prepare, service.runtime)
+        task = await asyncio.to_thread(asked.prepare, service.runtime, service.form)
         answers = Answers(
             model=service.name, is_chat=isinstance(asked, ChatRequest), prompt_tokens=task.prompt_tokens,
-            count=len(task.prompts) * task.num_answers, is_scored=task.top is not None,
+            count=task.count, is_scored=task.top is not None,
         )  # fmt: skip
         job.begin(task)
         if asked.stream:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from coterie.errors import InputError
 from coterie.run.engine import Runtime, Sampling
+from coterie.serve.generation import Task
 from coterie.serve.refusals import Refusal
-from coterie.serve.worker import Task
+from coterie.serve.tools import ToolForm
 
 #: Answers to one request at most, over all prompts.
 MOST_ANSWERS = 16
@@ -33,7 +34,6 @@ _WITHOUT_EFFECT = frozenset({
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "best_of": (1,), "echo": (False,),
     "suffix": ("",), "response_format": ({"type": "text"},), "modalities": (["text"],),
-    "tools": ([],), "tool_choice": ("none", "auto"),
 }  # fmt: skip
 
 #: Messages of one refusal at most; where there are several ways to write a parameter, each has its own.
@@ -54,6 +54,52 @@ class _Part(BaseModel):
     text: str
 
 
+class _Function(BaseModel):
+    """A function that the model may call."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class _Tool(BaseModel):
+    """A tool; a function alone."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    type: Literal["function"]
+    function: _Function
+
+
+class _Called(BaseModel):
+    """A function that was called, and how."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    name: str
+    arguments: str
+
+
+class _ToolCall(BaseModel):
+    """A call of a function in a message."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    id: str
+    type: Literal["function"] = "function"
+    function: _Called
+
+    def for_template(self) -> dict[str, Any]:
+        """Return it as chat templates expect it: arguments as what they say."""
+        try:
+            arguments = json.loads(self.function.arguments or "{}")
+        except (ValueError, RecursionError):
+            raise Refusal(400, "the arguments of a call in tool_calls are not JSON", param="messages") from None
+        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
 class Message(BaseModel):
     """A message of a conversation."""
 
@@ -61,12 +107,20 @@ class Message(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[_Part] | None = None
+    name: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
 
     def for_template(self) -> dict[str, Any]:
         """Return it as chat templates expect it."""
         parts = self.content
         text = "".join(part.text for part in parts) if isinstance(parts, list) else parts or ""
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        told = {"name": self.name, "tool_call_id": self.tool_call_id}
+        message |= {key: value for key, value in told.items() if value is not None}
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return message
 
 
 class _StreamOptions(BaseModel):
@@ -101,15 +155,17 @@ class _Request(BaseModel):
         """Whether a stream ends with the numbers of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def task(self, prompts: Sequence[Tensor], *, max_tokens: int, top: int | None) -> Task:
-        """Return the task, given the ids of the prompts, and how many likely tokens are told beside each."""
+    def task(
+        self, prompts: Sequence[Tensor], *, max_tokens: int, top: int | None, form: ToolForm | None = None
+    ) -> Task:
+        """Return the task; see there."""
         return Task(
             prompts=prompts, num_answers=self.n or 1, max_tokens=max_tokens,
             sampling=Sampling(
                 temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
                 repetition_penalty=self.repetition_penalty, seed=self.seed,
             ),
-            stops=[self.stop] if isinstance(self.stop, str) else self.stop or [], top=top,
+            stops=[self.stop] if isinstance(self.stop, str) else self.stop or [], top=top, form=form,
         )  # fmt: skip
 
 
@@ -120,15 +176,33 @@ class ChatRequest(_Request):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MOST_TOP)] | None = None
+    tools: list[_Tool] | None = None
+    tool_choice: Any = None
 
-    def prepare(self, runtime: Runtime) -> Task:
-        """Return the task; takes as long as the prompt is."""
+    def prepare(self, runtime: Runtime, form: ToolForm | None) -> Task:
+        """Return the task, given how the model calls functions; takes as long as the prompt is."""
+        if self.tool_choice not in (None, "auto", "none"):
+            raise Refusal(
+                400, "tool_choice is auto or none here: the model cannot be made to call a function",
+                code="unsupported_parameter", param="tool_choice",
+            )  # fmt: skip
+        tools = None
+        if self.tools and self.tool_choice != "none":
+            if form is None:
+                raise Refusal(
+                    400, "this model's chat template has no calls of functions that could be read; leave tools out",
+                    code="unsupported_parameter", param="tools",
+                )  # fmt: skip
+            tools = [tool.model_dump(exclude_none=True) for tool in self.tools]
         if self.top_logprobs and not self.logprobs:
             raise Refusal(400, "top_logprobs takes logprobs: true", param="top_logprobs")
         messages = [message.for_template() for message in self.messages]
-        ids_1S = _ids(lambda: runtime.ids(messages), "messages")
+        ids_1S = _ids(lambda: runtime.ids(messages, tools=tools), "messages")
         max_tokens = self.max_completion_tokens or self.max_tokens or runtime.context
-        return self.task([ids_1S], max_tokens=max_tokens, top=self.top_logprobs or 0 if self.logprobs else None)
+        return self.task(
+            [ids_1S], max_tokens=max_tokens, top=(self.top_logprobs or 0) if self.logprobs else None,
+            form=form if tools else None,
+        )  # fmt: skip
 
 
 class CompletionRequest(_Request):
@@ -137,7 +211,7 @@ class CompletionRequest(_Request):
     prompt: str | list[str] | _Ids | list[_Ids]
     logprobs: Annotated[int, Field(ge=0, le=_MOST_TOP)] | None = None
 
-    def prepare(self, runtime: Runtime) -> Task:
+    def prepare(self, runtime: Runtime, form: ToolForm | None) -> Task:
         """Return the task; takes as long as the prompts are."""
         given: Any = self.prompt
         single = isinstance(given, str) or (bool(given) and isinstance(given[0], int))

@@ -13,103 +13,18 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
 
 from coterie.errors import Cancelled, CoterieError
-from coterie.run.engine import Sampling
+from coterie.serve.generation import Called, Ended, Generator, Piece, Task, generate
 from coterie.serve.metrics import Metrics
 from coterie.serve.refusals import Refusal, refusal_of
-from coterie.serve.scores import ScoredToken, score_token
-from coterie.serve.text import Text
 
 log = logging.getLogger(__name__)
 
 #: Failures in a row after which a server says that it is not well.
 _DEGRADED = 3
-
-
-class Generator(Protocol):
-    """What generates: a `coterie.run.engine.Runtime`."""
-
-    @property
-    def tokenizer(self) -> object:
-        """What turns tokens into text."""
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """Ids of the tokens that end an answer."""
-
-    def generate_ids(
-        self,
-        ids_1S: Tensor,
-        *,
-        max_tokens: int,
-        sampling: Sampling | None = None,
-        on_token: Callable[[int, Tensor], bool] | None = None,
-        cancelled: Callable[[], bool] | None = None,
-    ) -> list[int]:
-        """Go on with the ids of a prompt."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
-    """What is to be generated.
-
-    Attributes:
-        prompts: ids (1, S) of each prompt.
-        num_answers: answers to each; they are numbered from prompt to prompt.
-        max_tokens: tokens of an answer at most.
-        sampling: how tokens are chosen; a seed is that of the first answer, and the next ones count on from it.
-        stops: strings at which an answer ends.
-        top: how many of the likeliest tokens are told beside each token, with logarithms of probabilities; None for
-            no such thing.
-    """
-
-    prompts: Sequence[Tensor]
-    num_answers: int
-    max_tokens: int
-    sampling: Sampling
-    stops: Sequence[str]
-    top: int | None = None
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return sum(ids_1S.shape[1] for ids_1S in self.prompts)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """More text of an answer.
-
-    Attributes:
-        answer: its number.
-        text: what is new.
-        tokens: the tokens that it comes from, where they are asked for.
-    """
-
-    answer: int
-    text: str
-    tokens: Sequence[ScoredToken] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ended:
-    """An answer is whole.
-
-    Attributes:
-        answer: its number.
-        reason: "stop" for the model's own end or a stop string, "length" where there was no more room.
-        tokens: how many it has.
-    """
-
-    answer: int
-    reason: str
-    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +38,7 @@ class Over:
     error: Exception | None
 
 
-Event = Piece | Ended | Over
+Event = Piece | Called | Ended | Over
 
 
 class Job:
@@ -254,9 +169,12 @@ class Worker:
     def _work(self) -> None:
         """Do one job after the other until the worker is closed: what the thread does."""
         while (job := self._next()) is not None:
-            begun, error = time.perf_counter(), None
+            begun = time.perf_counter()
+            error: Exception | None = None
             try:
                 self._run(job)
+            except Cancelled:
+                error = Cancelled("the server ends" if self._is_closed else "the request was called off")
             except Exception as raised:  # the next job may pass
                 error = raised
             seconds = time.perf_counter() - begun
@@ -289,58 +207,11 @@ class Worker:
 
     def _run(self, job: Job) -> None:
         assert job.task is not None
-        for number in range(len(job.task.prompts) * job.task.num_answers):
-            self._answer(job, job.task, number)
-
-    def _answer(self, job: Job, task: Task, number: int) -> None:
-        """Generate one answer of a job."""
-        text, ends, metrics = Text(self._runtime.tokenizer, task.stops), self._runtime.ends, self.metrics
-        ids_1S = task.prompts[number // task.num_answers]
-        metrics.context.set(ids_1S.shape[1])
-        last: float | None = None
-        scored: list[ScoredToken] = []
-
-        def take(token: int, scores_V: Tensor) -> bool:
-            nonlocal last
-            now = time.perf_counter()
-            metrics.tokens.inc()
-            metrics.context.inc()
-            if last is not None:
-                metrics.token_seconds.observe(now - last)
-            else:
-                metrics.prompt_tokens.inc(ids_1S.shape[1])
-                if number == 0:
-                    metrics.first_seconds.observe(now - job.admitted)
-            last = now
-            if token not in ends:
-                if task.top is not None:
-                    scored.append(score_token(self._runtime.tokenizer, token, scores_V, top=task.top))
-                new = text.add(token)
-                if new:
-                    job.emit(Piece(answer=number, text=new, tokens=tuple(scored)))
-                    scored.clear()
-            return text.is_stopped
-
-        ids = self._runtime.generate_ids(
-            ids_1S, max_tokens=task.max_tokens,
-            sampling=_sampling_of(task.sampling, number), on_token=take, cancelled=job.cancelled.is_set,
-        )  # fmt: skip
-        rest = text.rest()
-        if text.is_stopped:
-            scored.clear()  # of the stop string
-        if rest or scored:
-            job.emit(Piece(answer=number, text=rest, tokens=tuple(scored)))
-        is_stop = text.is_stopped or ids[-1] in ends
-        job.emit(Ended(answer=number, reason="stop" if is_stop else "length", tokens=len(ids)))
-
-
-def _sampling_of(sampling: Sampling, number: int) -> Sampling:
-    if sampling.seed is None:
-        return sampling
-    return Sampling(
-        temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty, seed=sampling.seed + number,
-    )  # fmt: skip
+        for number in range(job.task.count):
+            generate(
+                self._runtime, job.task, number, job.emit, cancelled=job.cancelled.is_set, metrics=self.metrics,
+                asked=job.admitted,
+            )  # fmt: skip
 
 
 def tell(error: Exception) -> None:
