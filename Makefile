@@ -43,10 +43,10 @@ test-slow: $(VENV)/.stamp-dev ## the tests that need minutes, and those of the e
 	$(PYTEST) -m 'not slow' tests/evaluate/test_harness.py tests/profile/test_formats.py
 	@$(MAKE) --no-print-directory test-browser
 
-test-browser: $(VENV)/.stamp-dev ## the report in a headless Chromium (Debian's, installed where that is possible)
+test-browser: $(VENV)/.stamp-dev ## the report and the server's page in a headless Chromium (Debian's, installed where that is possible)
 	@$(PIP) -e '.[dev,browser]'
 	COTERIE_SCREENSHOTS=$(CURDIR)/build/screenshots OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser \
-		tests/report/test_browser.py
+		tests/report/test_browser.py tests/serve/test_browser.py
 
 picture: $(VENV)/.stamp-dev demo ## the README's picture of a report (docs/report.png), of a demo made anew
 	@$(PIP) -e '.[dev,browser]'

@@ -56,11 +56,7 @@ def model(tiny: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def runtime(model: Path) -> Iterator[Runtime]:
     """A runtime with room for some of the experts, so that others are read all the time."""
-    from coterie.run.prepare import prepare
-
-    budget = prepare(model, memory="4GiB", context=512).budget
-    limit = max(budget.smallest, budget.fixed + 8 * budget.slot)
-    with Runtime(model, memory=limit + 2**26, context=512) as runtime:
+    with Runtime(model, memory="4GiB", context=512, most_experts=14) as runtime:
         yield runtime
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -25,6 +25,7 @@ from coterie.run.engine import Runtime
 from coterie.serve.answers import Answers
 from coterie.serve.refusals import Refusal, refusal_of
 from coterie.serve.requests import ChatRequest, CompletionRequest, read_request
+from coterie.serve.status import page, status
 from coterie.serve.tools import ToolForm, derive_tool_form
 from coterie.serve.worker import Event, Job, Over, Worker, tell
 
@@ -78,6 +79,8 @@ def make_app(runtime: Runtime, worker: Worker, *, name: str, api_key: str | None
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
     guarded = [Depends(_guard)]
+    app.add_api_route("/", _page, methods=["GET"])
+    app.add_api_route("/status", _status, methods=["GET"], dependencies=guarded)
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_api_route("/metrics", _metrics, methods=["GET"], dependencies=guarded)
     app.add_api_route("/v1/models", _models, methods=["GET"], dependencies=guarded)
@@ -130,6 +133,16 @@ async def _health(request: Request) -> Response:
     worker = service.worker
     content = {"status": worker.state, "running": int(worker.is_running), "waiting": worker.num_waiting}
     return JSONResponse(content, 200 if worker.state == "ready" else 503)
+
+
+async def _page(request: Request) -> Response:
+    text, headers = page()
+    return HTMLResponse(text, headers=headers)
+
+
+async def _status(request: Request) -> Response:
+    service = _service(request)
+    return JSONResponse(status(service.runtime, service.worker, name=service.name, started=service.started))
 
 
 async def _metrics(request: Request) -> Response:
