@@ -145,7 +145,7 @@ def test_decay_forgets_with_its_half_life():
     assert policy.worth()[0, 3] > policy.worth()[0, 1], "two uses, 31 steps ago, are still more than one now"
     policy.touch(0, [2], 33)
     assert policy.worth()[0, 3] < policy.worth()[0, 2], "and less after 33 steps"
-    assert policy.victim(np.array([[True, True, True, False]])) == (0, 0)
+    assert policy.victims(np.array([[True, True, True, False]]), 2) == [(0, 0), (0, 1)]
 
 
 def test_decay_counts_after_a_million_steps():
@@ -187,7 +187,7 @@ def test_edgemoe_lets_go_what_is_farther_away():
     np.testing.assert_allclose(policy.worth()[:, 0], [2 / 3.1, 2 / 0.1, 1 / 1.1, 1 / 2.1])
     may_go = np.zeros((4, 2), dtype=bool)
     may_go[[2, 3], 0] = True
-    assert policy.victim(may_go) == (3, 0)
+    assert policy.victims(may_go, 2) == [(3, 0), (2, 0)]
 
 
 def test_the_default_is_decay():

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -405,6 +406,17 @@ def test_closing_waits_for_lanes_and_fails_what_is_left(large, blocks, disk):
         submitted(reader, arena, blocks[:1])
     reader.close()
     arena.close()
+
+
+def test_who_keeps_a_read_does_not_keep_its_memory(blocks):
+    arena = Arena(1, ALIGNMENT)
+    memory = weakref.ref(arena._map)
+    with Reader(1) as reader:
+        read = reader.submit(blocks[0], arena.memory(0))
+        read.wait()
+    arena.close()
+    assert memory() is None
+    assert read.is_over
 
 
 def test_files_are_closed(record):

@@ -190,7 +190,8 @@ model, memory, context = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 with Runtime(model, memory=memory, context=context) as runtime:
     if len(sys.argv) > 4:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    made = runtime.generate("a = 1\\n" * (context // 8), template=False, max_tokens=16, sampling=Sampling(temperature=0))
+    prompt = "a = 1\\n" * (context // 8)
+    made = runtime.generate(prompt, template=False, max_tokens=16, sampling=Sampling(temperature=0))
     json.dump({"peak": peak_bytes(), "tokens": made.tokens, "slots": runtime.budget.num_slots, "text": made.text,
                "smallest": runtime.budget.smallest}, sys.stdout)
 """

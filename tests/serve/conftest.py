@@ -63,7 +63,7 @@ def runtime(model: Path) -> Iterator[Runtime]:
 @contextmanager
 def listening(runtime: Runtime, *, queue: int = 2, **options: Any) -> Iterator[httpx.Client]:
     worker = Worker(runtime, queue=queue)
-    server = Server(make_app(runtime, worker, name=NAME, **options), worker, port=0)
+    server = Server(make_app(runtime, worker, name=NAME, **options), worker, host="127.0.0.1", port=0)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -13,8 +13,8 @@ import pytest
 from coterie.errors import InputError
 from coterie.run import weight_file
 from coterie.run.engine import Runtime, Sampling
+from coterie.serve.address import check_address
 from coterie.serve.app import MOST_BYTES
-from coterie.serve.server import check_address
 
 from .conftest import NAME, Gate, listening
 

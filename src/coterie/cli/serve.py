@@ -1,13 +1,11 @@
 """``coterie serve``: a model that is larger than memory behind the OpenAI API."""
 
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 from coterie.cli import options
 from coterie.cli.output import print_json, print_text
-from coterie.errors import InputError
 
 
 def serve(
@@ -58,10 +56,7 @@ def serve(
         else:
             print_text(str(budget))
         return
-    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
-    if missing:
-        raise InputError(f"a server takes {', '.join(missing)}: pip install 'coterie[serve]'")
-    from coterie.serve.server import serve as answer
+    from coterie.serve.run import serve as answer
 
     answer(
         model, memory=memory, host=host, port=port, api_key=api_key, queue=queue, context=context, policy=policy,

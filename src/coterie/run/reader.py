@@ -1,13 +1,13 @@
 """Read experts from files into memory, in threads of their own.
 
     with Reader(lanes=2) as reader:
-        reader.open(files)
+        reader.open(records)
         read = reader.submit(record, arena.memory(slot))
         ...                                  # compute something else
         read.wait()                          # the pieces are at record.offsets of the slot
 
-Reads go past the page cache (O_DIRECT): what is cached is the business of whoever asks, and the system would only keep
-everything twice and take the processor for it. File systems that refuse get ordinary reads, after which the system is
+Reads go past the page cache (O_DIRECT): whoever asks has a cache already, and that of the system would keep everything
+a second time and take the processor for it. File systems that refuse get ordinary reads, after which the system is
 told to forget the pages. Big reads are split into blocks, on which all lanes work: the first of several reads is done
 first, and what is demanded waits for one block at most of what is only speculated on.
 

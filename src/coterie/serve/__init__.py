@@ -1,1 +1,5 @@
-"""Serve a model that is larger than memory to whoever speaks the OpenAI API; see `coterie.serve.server.serve`."""
+"""Serve a model that is larger than memory. A call of this package is a call of `coterie.serve.run.serve`."""
+
+from coterie._callable import make_callable
+
+make_callable(__name__, "coterie.serve.run:serve")

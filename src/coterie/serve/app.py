@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from coterie.run.engine import Runtime
+from coterie.serve.address import LOOPBACK
 from coterie.serve.answers import Answers
 from coterie.serve.refusals import Refusal, refusal_of
 from coterie.serve.requests import ChatRequest, CompletionRequest, read_request
@@ -36,9 +37,6 @@ MOST_BYTES = 2**20
 
 #: Seconds of silence after which a stream says that it is still there.
 _SILENCE = 15.0
-
-#: Names of this machine.
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
