@@ -59,6 +59,15 @@ def test_what_is_held_is_said(client, runtime, gate: Gate):
     assert (samples["coterie_requests_running"], samples["coterie_kv_tokens"]) == (0, 0)
 
 
+def test_what_is_refused_is_no_failure_and_was_not_called_off(client):
+    for more in ({"temperature": -1}, {"messages": [{"role": "user", "content": "x" * 600}]}, {"model": "other"}):
+        assert chat(client, **more).status_code >= 400
+    samples = numbers(client)
+    requests = {name[31:-1]: value for name, value in samples.items() if name.startswith("coterie_requests_total{")}
+    assert requests == {"done": 0, "failed": 0, "cancelled": 0, "rejected": 0, "refused": 3}
+    assert samples["coterie_request_seconds_count"] == 0
+
+
 def test_what_is_rejected_and_called_off_is_counted(client, gate: Gate):
     gate.is_open.clear()
     with pytest.raises(httpx.ReadTimeout):

@@ -168,6 +168,13 @@ def test_prompts_that_are_none_are_refused(client, prompt):
     assert error(client.post("/v1/completions", json={"prompt": prompt}), 400)
 
 
+def test_messages_take_a_chat_template(client, runtime, monkeypatch):
+    monkeypatch.setattr(runtime.tokenizer, "chat_template", None)
+    said = error(chat(client), 400)["message"]
+    assert "/v1/completions" in said
+    assert str(runtime.path) not in said
+
+
 def test_what_asks_for_nothing_is_let_through(client):
     assert chat(
         client, max_tokens=1, frequency_penalty=0, user="u", response_format={"type": "text"}, tools=None
@@ -200,7 +207,9 @@ def test_other_paths_and_methods_are_refused_in_the_same_form(client):
 
 
 def test_without_a_key_only_this_machine_s_names_are_answered_to(client):
-    assert error(client.get("/v1/models", headers={"host": "evil.example"}), 403)["code"] == "host"
+    for host in ("evil.example", "127.0.0.1.evil.example", "[", "[::1", ""):
+        assert error(client.get("/v1/models", headers={"host": host}), 403)["code"] == "host"
+    assert client.get("/v1/models", headers={"host": "[::1]:8000"}).is_success
     assert client.get("/v1/models", headers={"host": "localhost:1"}).is_success
 
 

@@ -15,7 +15,7 @@ def test_the_numbers_are_those_of_the_runtime(runtime: Runtime):
         counters = runtime.residency.counters
         assert (content["model"], content["state"]) == (NAME, "ready")
         assert content["queue"] == {"running": 0, "waiting": 0, "limit": 3}
-        assert content["requests"] == {"done": 1, "failed": 0, "cancelled": 0, "rejected": 0}
+        assert content["requests"] == {"done": 1, "failed": 0, "cancelled": 0, "rejected": 0, "refused": 0}
         assert content["tokens"] == {"generated": 4, "prompt": usage["prompt_tokens"]}
         assert content["experts"]["hits"] == counters.hits
         assert content["experts"]["read_bytes"] == counters.num_bytes

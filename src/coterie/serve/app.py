@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-import logging
+import re
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -29,8 +29,6 @@ from coterie.serve.requests import ChatRequest, CompletionRequest, read_request
 from coterie.serve.status import page, status
 from coterie.serve.tools import ToolForm, derive_tool_form
 from coterie.serve.worker import Event, Job, Over, Worker, tell
-
-log = logging.getLogger(__name__)
 
 #: Bytes of a request at most.
 MOST_BYTES = 2**20
@@ -74,6 +72,8 @@ def make_app(runtime: Runtime, worker: Worker, *, name: str, api_key: str | None
         started=int(time.time()),
     )  # fmt: skip
     worker.metrics.watch(runtime)
+    # Threads use the tokenizer side by side from now on; the first call may still change its settings.
+    runtime.ids("a", template=False)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
     guarded = [Depends(_guard)]
@@ -100,7 +100,7 @@ async def _guard(request: Request) -> None:
     """Let those through who may ask."""
     key = _service(request).api_key
     if key is None:
-        if request.url.hostname not in LOOPBACK:
+        if _host_of(request) not in LOOPBACK:
             raise Refusal(
                 403, "without --api-key the server answers to the names of its own machine alone", code="host"
             )
@@ -111,6 +111,12 @@ async def _guard(request: Request) -> None:
             401, "no API key, or not the one of this server; send it as 'Authorization: Bearer KEY'",
             code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
         )  # fmt: skip
+
+
+def _host_of(request: Request) -> str | None:
+    """Return the name by which the server is asked, without the port; None where that is no name."""
+    match = re.fullmatch(r"\[([0-9a-f:]+)\](?::\d+)?|([\w.-]+)(?::\d+)?", request.headers.get("host", "").lower())
+    return None if match is None else match[1] or match[2]
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
@@ -183,7 +189,12 @@ async def _completions(request: Request) -> Response:
 async def _post(request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
     try:
         return await _answer(request, read_request(kind, await _body(request)))
-    except (Refusal, ClientDisconnect):
+    except ClientDisconnect:
+        raise
+    except Refusal as refusal:
+        if refusal.status < 500:
+            outcome = "rejected" if refusal.status == 429 else "refused"
+            _service(request).worker.metrics.requests.labels(outcome).inc()
         raise
     except Exception as error:  # the server would close the connection, and log what may be in the error's text
         tell(error)
@@ -230,8 +241,8 @@ async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> R
             return StreamingResponse(pieces, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         while not isinstance(event := await events.get(), Over):
             answers.take(event)
-    except BaseException:
-        job.cancel()
+    except BaseException as error:
+        job.cancel(error if isinstance(error, Refusal) else None)
         watch.cancel()
         raise
     watch.cancel()

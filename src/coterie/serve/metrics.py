@@ -15,8 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from coterie.model.stream.memory import peak_bytes
 from coterie.run.engine import Runtime
 
-#: Ways in which requests end.
-OUTCOMES = ("done", "failed", "cancelled", "rejected")
+#: Ways in which requests end: rejected for want of room, refused for what they ask.
+OUTCOMES = ("done", "failed", "cancelled", "rejected", "refused")
 
 #: Bounds of times in seconds: a token takes from some milliseconds to seconds, a prompt up to minutes.
 _TOKEN = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)

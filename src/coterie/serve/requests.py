@@ -158,7 +158,7 @@ class _Request(BaseModel):
     def task(
         self, prompts: Sequence[Tensor], *, max_tokens: int, top: int | None, form: ToolForm | None = None
     ) -> Task:
-        """Return the task; see there."""
+        """Return what is to be generated after prompts, which are given as ids (1, S)."""
         return Task(
             prompts=prompts, num_answers=self.n or 1, max_tokens=max_tokens,
             sampling=Sampling(
@@ -196,6 +196,8 @@ class ChatRequest(_Request):
             tools = [tool.model_dump(exclude_none=True) for tool in self.tools]
         if self.top_logprobs and not self.logprobs:
             raise Refusal(400, "top_logprobs takes logprobs: true", param="top_logprobs")
+        if not runtime.tokenizer.chat_template:
+            raise Refusal(400, "this model has no chat template; send a text to /v1/completions", param="messages")
         messages = [message.for_template() for message in self.messages]
         ids_1S = _ids(lambda: runtime.ids(messages, tools=tools), "messages")
         max_tokens = self.max_completion_tokens or self.max_tokens or runtime.context

@@ -56,10 +56,10 @@ class Job:
         self.task = task
         self._worker._line_up(self)
 
-    def cancel(self) -> None:
-        """Call it off, wherever it is; once it is over this does nothing."""
+    def cancel(self, reason: Exception | None = None) -> None:
+        """Call it off, wherever it is, for a reason that is told; once it is over this does nothing."""
         self.cancelled.set()
-        self._worker._withdraw(self)
+        self._worker._withdraw(self, reason or Cancelled("the request was called off"))
 
     def emit(self, event: Event) -> None:
         """Tell whoever waits."""
@@ -121,7 +121,6 @@ class Worker:
         with self._changed:
             self._check_open()
             if len(self._jobs) > self.queue:
-                self.metrics.requests.labels("rejected").inc()
                 seconds = max(1, math.ceil(self._usual_seconds))
                 raise Refusal(
                     429, f"{self.queue} requests wait already; try again in {seconds} seconds",
@@ -156,7 +155,7 @@ class Worker:
                 self._waiting.append(job)
                 self._changed.notify_all()
 
-    def _withdraw(self, job: Job) -> None:
+    def _withdraw(self, job: Job, reason: Exception) -> None:
         """Forget a job that does not run."""
         with self._changed:
             if job is self._running or job not in self._jobs:
@@ -164,7 +163,7 @@ class Worker:
             self._jobs.discard(job)
             if job in self._waiting:
                 self._waiting.remove(job)
-        self._end(job, Cancelled("the request was called off"))
+        self._end(job, reason)
 
     def _work(self) -> None:
         """Do one job after the other until the worker is closed: what the thread does."""
@@ -197,12 +196,13 @@ class Worker:
             return self._running
 
     def _end(self, job: Job, error: Exception | None) -> None:
-        """Say that a job is over, in all places."""
-        outcome = "cancelled" if isinstance(error, Cancelled) else "done" if error is None else "failed"
-        self.metrics.requests.labels(outcome).inc()
-        self.metrics.request_seconds.observe(time.perf_counter() - job.admitted)
-        if error is not None:
-            tell(error)
+        """Say that a job is over, in all places; a refusal is told by whoever refuses."""
+        if not isinstance(error, Refusal):
+            outcome = "cancelled" if isinstance(error, Cancelled) else "done" if error is None else "failed"
+            self.metrics.requests.labels(outcome).inc()
+            self.metrics.request_seconds.observe(time.perf_counter() - job.admitted)
+            if error is not None:
+                tell(error)
         job.emit(Over(error=error))
 
     def _run(self, job: Job) -> None:
