@@ -15,6 +15,7 @@ pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 
 from coterie.run.engine import Runtime
 from coterie.run.residency import Leases
+from coterie.serve.address import listen
 from coterie.serve.app import make_app
 from coterie.serve.server import Server
 from coterie.serve.worker import Worker
@@ -64,20 +65,23 @@ def runtime(model: Path) -> Iterator[Runtime]:
 def listening(runtime: Runtime, *, queue: int = 2, **options: Any) -> Iterator[httpx.Client]:
     worker = Worker(runtime, queue=queue)
     server = Server(make_app(runtime, worker, name=NAME, **options), worker, host="127.0.0.1", port=0)
-    thread = threading.Thread(target=server.run)
+    address = listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([address],))
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.005)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{address.getsockname()[1]}", timeout=30, trust_env=False
+        ) as client:
             client.worker = worker  # type: ignore[attr-defined]
             client.server = server  # type: ignore[attr-defined]
             yield client
     finally:
         server.should_exit = True
         thread.join(20)
+        address.close()
         assert not thread.is_alive()
         assert not worker._thread.is_alive()
 

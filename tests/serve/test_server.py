@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from typing import Any
@@ -13,11 +14,12 @@ import pytest
 from coterie.errors import InputError
 from coterie.run import weight_file
 from coterie.run.engine import Runtime, Sampling
-from coterie.serve.address import check_address
+from coterie.serve.address import check_address, listen
 from coterie.serve.app import MOST_BYTES
 
 from .conftest import NAME, Gate, listening
 
+JSON = {"content-type": "application/json"}
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say anything."}]
 
 
@@ -184,12 +186,17 @@ def test_what_asks_for_nothing_is_let_through(client):
 @pytest.mark.parametrize(
     ("content", "headers", "status"),
     [
-        (b"{", {"content-type": "application/json"}, 400),
-        (b"[" * 100_000, {"content-type": "application/json"}, 400),
-        (b'{"messages": "\xff"}', {"content-type": "application/json"}, 400),
+        (b"{", JSON, 400),
+        (b"[" * 100_000, JSON, 400),
+        (b'{"messages": "\xff"}', JSON, 400),
         (b"", {"content-type": "application/json; charset=utf-8"}, 400),
+        (b'{"prompt": "x", "messages": [{"role": "user", "content": "\\ud800"}]}', JSON, 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "\\ud800": 1}', JSON, 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "seed": NaN}', JSON, 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "seed": 1e999}', JSON, 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "' + b"y" * 9999 + b'": 1}', JSON, 400),
         (b"{}", {"content-type": "text/plain"}, 415),
-        (b" " * (MOST_BYTES + 1), {"content-type": "application/json"}, 413),
+        (b" " * (MOST_BYTES + 1), JSON, 413),
     ],
 )
 def test_a_body_that_is_no_request_is_refused(client, content, headers, status):
@@ -198,7 +205,7 @@ def test_a_body_that_is_no_request_is_refused(client, content, headers, status):
 
 def test_a_body_without_a_length_is_cut_off_too(client):
     parts = (b" " * 2**16 for _ in range(17))
-    error(client.post("/v1/completions", content=parts, headers={"content-type": "application/json"}), 413)
+    error(client.post("/v1/completions", content=parts, headers=JSON), 413)
 
 
 def test_other_paths_and_methods_are_refused_in_the_same_form(client):
@@ -233,6 +240,16 @@ def test_an_address_that_others_reach_takes_a_key(host, port, key, says):
     check_address("0.0.0.0", 8000, "key")
     with pytest.raises(InputError, match=says):
         check_address(host, port, key)
+
+
+def test_pieces_of_a_stream_do_not_wait_for_each_other():
+    with listen("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP  # or asyncio leaves Nagle's algorithm on
+        listening.listen()
+        with pytest.raises(InputError, match=r"cannot listen at --host 127\.0\.0\.1 --port"):
+            listen("127.0.0.1", listening.getsockname()[1])
+    with pytest.raises(InputError, match="--host nowhere"):
+        listen("nowhere.invalid", 0)
 
 
 class Caller(threading.Thread):
