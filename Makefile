@@ -51,10 +51,10 @@ test-slow: $(VENV)/.stamp-dev $(if $(HAS_VLLM),$(VLLM)/.stamp) ## the tests that
 test-vllm: $(VENV)/.stamp-dev $(VLLM)/.stamp ## results in a real vLLM (Linux, x86-64; 3 GB); part of test-slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/compress/test_integers_vllm.py
 
-test-browser: $(VENV)/.stamp-dev ## the report in a headless Chromium (Debian's, installed where that is possible)
+test-browser: $(VENV)/.stamp-dev ## the report and the server's page in a headless Chromium (Debian's, installed if possible)
 	@$(PIP) -e '.[dev,browser]'
 	COTERIE_SCREENSHOTS=$(CURDIR)/build/screenshots OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser \
-		tests/report/test_browser.py
+		tests/report/test_browser.py tests/serve/test_browser.py
 
 picture: $(VENV)/.stamp-dev demo ## the README's picture of a report (docs/report.png), of a demo made anew
 	@$(PIP) -e '.[dev,browser]'

@@ -43,6 +43,7 @@ ALLOWED = {
     "journal": {"errors", "artifact", "journal_lines", "progress"},
     "model": FOUNDATION,
     "run": FOUNDATION | {"model"},
+    "serve": FOUNDATION | {"model", "run"},
     "profile": FOUNDATION | {"model"},
     "train": FOUNDATION | {"model", "profile"},
     "publish": FOUNDATION | {"model"},
@@ -53,7 +54,7 @@ ALLOWED = {
     "bench": FOUNDATION | {"model", "profile", "train", "compress", "evaluate", "report"},
     "testing": FOUNDATION | {"model", "profile", "publish", "compress"},
     "cli": FOUNDATION
-    | {"model", "run", "profile", "publish", "compress", "export", "evaluate", "report", "bench", "testing"},
+    | {"model", "run", "serve", "profile", "publish", "compress", "export", "evaluate", "report", "bench", "testing"},
 }
 #: It may import anything: the front door.
 FREE = {"__init__"}

@@ -31,6 +31,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     ),
     "What to measure": ("against", "speed", "tasks", "include_path", "limit", "scorecard"),
     "The hub": ("push_to_hub", "private", "base_model"),
+    "The server": ("host", "port", "api_key", "queue"),
     "Limits": ("device", "jobs", "lanes", "memory", "max_memory", "allow_pickle"),
     "Output": ("out", "file", "picture", "dry_run", "keep_results", "write_card", "check", "json"),
 }  # fmt: skip

@@ -29,6 +29,7 @@ from coterie.cli.push import push
 from coterie.cli.recipes import recipes
 from coterie.cli.report import report
 from coterie.cli.run import run
+from coterie.cli.serve import serve
 from coterie.errors import CoterieError
 
 _LONGEST = 2000  # characters of a message
@@ -63,8 +64,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for function in (
-    inspect, calibrate, profile, price, frontier, plan, compress, export, imatrix, run, evaluate, card, push, bench,
-    report, recipes, families,
+    inspect, calibrate, profile, price, frontier, plan, compress, export, imatrix, run, serve, evaluate, card, push,
+    bench, report, recipes, families,
 ):  # fmt: skip
     app.command(cls=command.Command)(function)
 

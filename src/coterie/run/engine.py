@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from coterie.amounts import format_bytes
@@ -187,8 +187,19 @@ class Runtime:
         )  # fmt: skip
         install(self.model, streamed.compute)
 
-    def ids(self, prompt: str | Sequence[Mapping[str, str]], *, template: bool = True) -> Tensor:
+    def ids(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        *,
+        template: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Tensor:
         """Return the ids (1, S) of a prompt, as the chat template has it, or of the text as it is.
+
+        Args:
+            prompt: text, or messages.
+            template: write the prompt as the model's chat template has it, if it has one.
+            tools: functions that the model may call, for the template; JSON content as transformers has it.
 
         Raises:
             InputError: nothing is left of it, or it is longer than the context.
@@ -196,7 +207,9 @@ class Runtime:
         tokenizer: Any = self.tokenizer
         if template and tokenizer.chat_template is not None:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            written = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            written = tokenizer.apply_chat_template(
+                messages, tools=None if tools is None else list(tools), add_generation_prompt=True, tokenize=False
+            )
             ids = tokenizer(written, add_special_tokens=False, return_tensors="pt").input_ids
         elif isinstance(prompt, str):
             ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -235,36 +248,76 @@ class Runtime:
             Cancelled: it was.
             CorruptCheckpoint: a file cannot be read any more, or is another; the next generation may pass.
         """
+        ids_1S = self.ids(prompt, template=template)
+        streamer = _Streamer(self.tokenizer, on_text)
+        before = self.residency.counters
+        started = time.perf_counter()
+        new = self.generate_ids(
+            ids_1S, max_tokens=max_tokens, sampling=sampling, streamer=streamer, cancelled=cancelled
+        )
+        seconds = time.perf_counter() - started
+        after = self.residency.counters
+        hits, misses = after.hits - before.hits, after.misses - before.misses
+        return Generated(
+            text=str(self.tokenizer.decode(new, skip_special_tokens=True)), prompt_tokens=ids_1S.shape[1],
+            tokens=len(new), first_seconds=(streamer.first or started) - started, seconds=seconds,
+            hits=hits / max(hits + misses, 1), bytes_read=after.num_bytes - before.num_bytes,
+        )  # fmt: skip
+
+    def generate_ids(
+        self,
+        ids_1S: Tensor,
+        *,
+        max_tokens: int,
+        sampling: Sampling | None = None,
+        on_token: Callable[[int, Tensor], bool] | None = None,
+        streamer: TextStreamer | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[int]:
+        """Go on with the ids of a prompt, and return those that were made.
+
+        Args:
+            ids_1S: the prompt, shorter than the context; see `ids`.
+            max_tokens: tokens that are made at most; the context ends it too.
+            sampling: how tokens are chosen.
+            on_token: gets each token with the scores (V) that the model gave to all, before anything changed them;
+                True ends the generation after it.
+            streamer: what transformers hands tokens to.
+            cancelled: asked before every layer; ends the generation where it says so.
+
+        Raises:
+            InputError, Cancelled, CorruptCheckpoint, ReadError: see `generate`.
+        """
         sampling = sampling or Sampling()
         sampling.check()
         if max_tokens < 1:
             raise InputError(f"--max-tokens {max_tokens} must be 1 or more")
-        ids_1S = self.ids(prompt, template=template)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        streamer = _Streamer(self.tokenizer, on_text)
-        before, model = self.residency.counters, cast(Any, self.model)
+        model, steps = cast(Any, self.model), None if on_token is None else _Steps(on_token)
+        hook = None if steps is None else self.model.register_forward_hook(steps.note)
         self._cancelled = cancelled
-        started = time.perf_counter()
         try:
             with quiet(), torch.no_grad():
                 output = model.generate(
                     ids_1S, attention_mask=torch.ones_like(ids_1S), streamer=streamer,
+                    stopping_criteria=None if steps is None else StoppingCriteriaList([steps]),
                     max_new_tokens=min(max_tokens, self.context - ids_1S.shape[1]),
                     prefill_chunk_size=self._chunk if ids_1S.shape[1] > self._chunk else None,
                     pad_token_id=self._pad(), **sampling.settings(),
                 )  # fmt: skip
         finally:
             self._cancelled = None
-        seconds = time.perf_counter() - started
-        after = self.residency.counters
-        hits, misses = after.hits - before.hits, after.misses - before.misses
-        new = output[0, ids_1S.shape[1] :]
-        return Generated(
-            text=str(self.tokenizer.decode(new, skip_special_tokens=True)), prompt_tokens=ids_1S.shape[1],
-            tokens=len(new), first_seconds=(streamer.first or started) - started, seconds=seconds,
-            hits=hits / max(hits + misses, 1), bytes_read=after.num_bytes - before.num_bytes,
-        )  # fmt: skip
+            if hook is not None:
+                hook.remove()
+        new: list[int] = output[0, ids_1S.shape[1] :].tolist()
+        return new
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Ids of the tokens that end an answer."""
+        ends = cast(Any, self.model).generation_config.eos_token_id
+        return () if ends is None else tuple(ends) if isinstance(ends, list) else (int(ends),)
 
     def peak(self) -> str:
         """Say how much memory this process took at most, beside what it may take."""
@@ -289,9 +342,7 @@ class Runtime:
         settings: Any = self.model.generation_config
         if settings.pad_token_id is not None:
             return int(settings.pad_token_id)
-        ends = settings.eos_token_id
-        first = ends[0] if isinstance(ends, list) and ends else ends
-        return None if first is None else int(first)
+        return self.ends[0] if self.ends else None
 
 
 class _Streamer(TextStreamer):
@@ -314,6 +365,23 @@ class _Streamer(TextStreamer):
         """Hand on text that no later token changes."""
         if self._on_text is not None and text:
             self._on_text(text)
+
+
+class _Steps(StoppingCriteria):
+    """Hands on each token with the scores that it was chosen by, and ends where that says so."""
+
+    def __init__(self, on_token: Callable[[int, Tensor], bool]) -> None:
+        self._on_token = on_token
+        self._scores_V: Tensor | None = None
+
+    def note(self, model: object, arguments: object, output: Any) -> None:
+        """Keep the scores of the last token of a forward pass; a hook."""
+        self._scores_V = output.logits[0, -1].float().clone()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
+        """Say whether the token that was chosen last is the last one."""
+        assert self._scores_V is not None
+        return torch.tensor([self._on_token(int(input_ids[0, -1]), self._scores_V)], device=input_ids.device)
 
 
 def default_memory() -> int:

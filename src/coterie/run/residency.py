@@ -229,6 +229,15 @@ class Residency:
         with self._changed:
             return replace(self._counters)
 
+    def in_memory(self) -> dict[int, list[int]]:
+        """Return for each layer which experts are in memory now, ascending."""
+        layers: dict[int, list[int]] = {layer: [] for layer, _ in self.records}
+        with self._changed:
+            ready = sorted(key for key, entry in self._entries.items() if entry.is_ready)
+        for layer, expert in ready:
+            layers[layer].append(expert)
+        return layers
+
     @property
     def step(self) -> int:
         """Number of the pass through the layers; another begins when a layer comes that has been, or asks again."""
