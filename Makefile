@@ -71,19 +71,15 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 	$(BIN)/python benchmarks/demo.py --markdown benchmarks/demo.md
 	$(BIN)/python benchmarks/first_steps.py --markdown benchmarks/first_steps.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plain_quantisation.py --markdown benchmarks/plain_quantisation.md
-	$(BITS) --models reference/model reference/qwen3_moe --shares 0.16 --recipes coterie-bits --markdown benchmarks/bits.md
-	$(BITS) --models reference/model reference/glm4_moe --shares 0.29 0.24 0.21 0.16 \
-		--recipes coterie-bits@packed coterie-bits:balanced@packed --markdown benchmarks/bits-packed.md
-	$(BITS) --models reference/qwen3_moe --formats --expert-shares 0.1 0.13 0.2 --tokens 32768 \
-		--recipes coterie-bits@packed coterie-bits-width@packed --markdown benchmarks/bits-width.md
+	$(BITS) --models reference/model reference/qwen3_moe --shares 0.16 --seeds 0 1 2 --recipes coterie-bits --markdown benchmarks/bits.md
+	$(BITS) --formats IQ4_XS IQ3_XXS IQ2_XS --shares 0.24 0.21 0.16 --recipes coterie-bits-width@packed \
+		--markdown benchmarks/bits-packed.md
 	$(BITS) --models reference/qwen3_moe --formats --expert-shares 0.25 --tokens 32768 --json benchmarks/bits-shared-base.json \
 		--recipes shared-base@packed gptq@packed coterie-bits@packed --markdown benchmarks/bits-shared-base.md
-	$(BITS) --formats IQ4_XS IQ3_XXS IQ2_XS --shares 0.24 0.21 0.16 --recipes coterie-bits@packed coterie-bits-width@packed \
-		--markdown benchmarks/bits-widths.md
 	$(BITS) --models reference/qwen3_moe --formats --expert-shares 0.25 0.1875 0.13 0.1 --recipes coterie-bits-width@packed \
 		coterie-bits mxmoe pmq bitsmoe-bits alphaq edgemoe --markdown benchmarks/bits-experts.md
 	$(BITS) --models reference/model reference/glm4_moe --formats --expert-shares 0.25 0.13 --recipes \
-		coterie-bits-width@packed coterie-bits@packed mxmoe@packed pmq@packed --markdown benchmarks/bits-experts-packed.md
+		coterie-bits-width@packed mxmoe@packed pmq@packed --markdown benchmarks/bits-experts-packed.md
 	$(BITS) --models reference/qwen3_moe --formats IQ4_XS --recipes coterie-bits pmq mxmoe alphaq bitsmoe-bits edgemoe \
 		--markdown benchmarks/bits-published.md
 	$(BIN)/python benchmarks/quantise_speed.py --repeats 1 --types Q6_K Q4_K IQ4_XS Q3_K IQ3_XXS Q2_K IQ2_S IQ2_XXS \
@@ -94,6 +90,7 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 	$(BIN)/python benchmarks/calibration.py --tokens 16384 --test-tokens 10240 --markdown benchmarks/calibration.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/overhead.py --tokens 131072 --repeats 3 --large-size 0 --recipes reap \
 		--markdown benchmarks/overhead.md
+	$(BIN)/python benchmarks/run.py --markdown benchmarks/run.md
 	$(BIN)/python benchmarks/run_memory.py --markdown benchmarks/run_memory.md
 	$(BIN)/python benchmarks/memory.py --tokens 2048 --markdown benchmarks/memory.md
 	$(BIN)/python benchmarks/memory.py --sizes 2GB 4GB --bundled --tokens 2048 --markdown benchmarks/memory-stages.md
