@@ -52,7 +52,8 @@ ALLOWED = {
     "report": FOUNDATION | {"model", "profile", "compress", "evaluate", "publish"},
     "bench": FOUNDATION | {"model", "profile", "train", "compress", "evaluate", "report"},
     "testing": FOUNDATION | {"model", "profile", "publish", "compress"},
-    "cli": FOUNDATION | {"model", "profile", "publish", "compress", "export", "evaluate", "report", "bench", "testing"},
+    "cli": FOUNDATION
+    | {"model", "run", "profile", "publish", "compress", "export", "evaluate", "report", "bench", "testing"},
 }
 #: It may import anything: the front door.
 FREE = {"__init__"}

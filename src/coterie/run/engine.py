@@ -171,6 +171,7 @@ class Runtime:
             )  # fmt: skip
         self.budget, self.tokenizer, self.context = prepared.budget, prepared.tokenizer, prepared.context
         self.path, self._chunk = prepared.checkpoint.path, prepared.chunk
+        self.digest, self.layers = prepared.checkpoint.digest, prepared.architecture.layers
         self.model = load_resident(prepared.checkpoint, prepared.conversion, prepared.dtype, prepared.apart)
         if (self.path / GENERATION_CONFIG_NAME).is_file():
             self.model.generation_config = GenerationConfig.from_pretrained(self.path)
