@@ -6,6 +6,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
+# vLLM wants other versions of what Coterie needs, so it has an environment of its own, where there is a build of it.
+VLLM     := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip install -qq --disable-pip-version-check
+HAS_VLLM := $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -))
+
 # Threads that wait for each other spin by default, which on a machine that others use costs many times the work itself.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -21,7 +26,7 @@ BITS := OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bits.py --formats Q4_K_M IQ4_
 	--json benchmarks/bits.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-more test-slow test-browser lint picture docs bench clean
+.PHONY: help demo test test-more test-slow test-vllm test-browser lint picture docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -37,11 +42,14 @@ test: lint ## lint, types and the fast tests (5 minutes on two cores)
 test-more: $(VENV)/.stamp-dev ## every family and every recipe, and the tests that take many seconds
 	$(PYTEST) -m '(families or long) and not slow'
 
-test-slow: $(VENV)/.stamp-dev ## the tests that need minutes, and those of the extras, which are installed for them
+test-slow: $(VENV)/.stamp-dev $(if $(HAS_VLLM),$(VLLM)/.stamp) ## the tests that need minutes, and of extras, which are installed
 	@$(PIP) -e '.[dev,docs,eval,data]'
 	$(PYTEST) -m 'slow or families or long or hypothesis' --hypothesis-profile=thorough
 	$(PYTEST) -m 'not slow' tests/evaluate/test_harness.py tests/profile/test_formats.py
 	@$(MAKE) --no-print-directory test-browser
+
+test-vllm: $(VENV)/.stamp-dev $(VLLM)/.stamp ## results in a real vLLM (Linux, x86-64; 3 GB); part of test-slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/compress/test_integers_vllm.py
 
 test-browser: $(VENV)/.stamp-dev ## the report in a headless Chromium (Debian's, installed where that is possible)
 	@$(PIP) -e '.[dev,browser]'
@@ -124,4 +132,13 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 # The development tools on top.
 $(VENV)/.stamp-dev: $(VENV)/.stamp
 	@$(PIP) -e '.[dev,docs]'
+	@touch $@
+
+# vLLM for the tests, begun anew when its versions change. Without dependencies, as the file says; torch brings its own.
+$(VLLM)/.stamp: tests/vllm-requirements.txt
+	@echo "Setting up $(VLLM) (some minutes)"
+	@rm -rf $(VLLM)
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM_PIP) $$(grep '^torch==' $<)
+	@$(VLLM_PIP) --no-deps -r $<
 	@touch $@

@@ -31,7 +31,7 @@ CALLS = {
     "inspect": "M", "calibrate": "M --text T", "profile": "M O --text T", "price": "M O --text T", "frontier": "M O",
     "plan": "M --keep 0.5", "compress": "M O --keep 0.5 --text T", "evaluate": "M --text T",
     "bench": "M O --text T --test T --jobs 0", "card": "M", "push": "M owner/name", "export": "M O",
-    "imatrix": "M O --text T", "report": "M", "recipes": "", "families": "",
+    "imatrix": "M O --text T", "run": "M prompt", "report": "M", "recipes": "", "families": "",
 }  # fmt: skip
 TARGETS = ("--experts", "--width", "--budget", "--params", "--active-params", "--bits", "--type", "--plan")
 

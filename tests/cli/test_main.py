@@ -14,7 +14,7 @@ from coterie.cli.main import app
 from coterie.errors import CoterieError
 
 COMMANDS = (
-    "inspect", "calibrate", "profile", "price", "frontier", "plan", "compress", "export", "imatrix", "evaluate",
+    "inspect", "calibrate", "profile", "price", "frontier", "plan", "compress", "export", "imatrix", "run", "evaluate",
     "card", "push", "bench", "report", "recipes", "families",
 )  # fmt: skip
 

@@ -58,7 +58,7 @@ def run(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Generate text within a budget of memory, also from a model that is larger than that.
+    """Generate text from a model that is larger than memory.
 
     What every token passes stays in memory, and as many experts as there is room for; others are read when they are
     needed. The result is the same with any budget.

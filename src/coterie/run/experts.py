@@ -87,17 +87,17 @@ class StreamedExperts:
         """Yield leases of experts, ascending; where they are too many, some at a time while the next ones are read."""
         size = len(experts) if len(experts) <= self._num_slots else max(1, self._num_slots // 2)
         waves = [experts[start : start + size] for start in range(0, len(experts), size)]
-        held: list[Leases] = []
+        asked: list[Leases] = []
         try:
             for number, wave in enumerate(waves):
-                if not held:
-                    held.append(self._residency.acquire(layer, wave))
+                if not asked:
+                    asked.append(self._residency.acquire(layer, wave))
                 if number + 1 < len(waves) and 2 * size <= self._num_slots:
-                    held.append(self._residency.acquire(layer, waves[number + 1]))
-                yield held[0]
-                held.pop(0).release()
+                    asked.append(self._residency.acquire(layer, waves[number + 1]))
+                yield asked[0]
+                asked.pop(0).release()
         finally:
-            for leases in held:
+            for leases in asked:
                 leases.release()
 
     def _output(self, layer: _Layer, lease: Lease, input_ND: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Lookahead:
         self._residency, self._num_guesses = residency, num_guesses
         self._routers: dict[int, tuple[MoELayer, Tensor]] = {}
         state = model.state_dict()
-        for before, layer in zip(layers, layers[1:], strict=False):
+        for before, layer in pairwise(layers):
             names = [name for name, axis in layer.router_tensors if axis == 0]
             rows = [state[name] for name in names if tuple(state[name].shape) == (layer.num_experts, layer.hidden_size)]
             if len(rows) == 1:

@@ -131,11 +131,11 @@ def find_places(
     places = []
     for layer, of_layer in zip(architecture.layers, names, strict=True):
         matrices = [name for name in of_layer.experts if not _is_small(checkpoint.tensors[name])]
-        held = _rows_of(checkpoint, architecture, layer, matrices)
+        rows_in = _rows_of(checkpoint, architecture, layer, matrices)
         tensors: list[list[ExpertTensor]] = [[] for _ in range(layer.num_experts)]
         for name in matrices:
             info = checkpoint.tensors[name]
-            rows = held.get(_without_expert(name, layer, matrices))
+            rows = rows_in.get(_without_expert(name, layer, matrices))
             if rows is None:
                 raise ArchitectureMismatch(f"{checkpoint.path}: it is not known which projections {name} holds")
             if len(info.shape) == 3:
@@ -217,15 +217,15 @@ def _rows_of(
     native = native_experts(module, replace(experts, **marks))  # type: ignore[arg-type]
     prefix = f"{layer.experts}."
     wanted = {f"{prefix}{leaf}": tensor for leaf, tensor in native.items() if f"{prefix}{leaf}" in shapes}
-    held: dict[str, tuple[Rows, ...]] = {}
+    rows: dict[str, tuple[Rows, ...]] = {}
     for name, mark in conversion.write(small, wanted, conversions, as_they_are=True).items():
         of_one = mark[0] if mark.ndim == 3 else mark
         axis = 0 if of_one.shape[-1] == 1 else 1
         shape, lies = tensors[name].shape[-2:], shapes[conversion.memory_names[name]][-2:]
         if name in conversion.either_way and shape != lies:
             axis = 1 - axis
-        held[_without_expert(name, layer, names)] = _evenly_apart(name, of_one.flatten().tolist(), axis)
-    return held
+        rows[_without_expert(name, layer, names)] = _evenly_apart(name, of_one.flatten().tolist(), axis)
+    return rows
 
 
 def _evenly_apart(name: str, numbers: Sequence[int], axis: int) -> tuple[Rows, ...]:
@@ -234,11 +234,11 @@ def _evenly_apart(name: str, numbers: Sequence[int], axis: int) -> tuple[Rows, .
     Raises:
         ArchitectureMismatch: a projection's rows are in another order, or not evenly apart.
     """
-    found: dict[int, list[int]] = {}
+    by_part: dict[int, list[int]] = {}
     for place, number in enumerate(numbers):
-        found.setdefault(number // _PART, []).append(place)
+        by_part.setdefault(number // _PART, []).append(place)
     rows = []
-    for part, places in sorted(found.items()):
+    for part, places in sorted(by_part.items()):
         step = places[1] - places[0] if len(places) > 1 else 1
         ordered = [numbers[place] % _EXPERT for place in places] == list(range(len(places)))
         if not ordered or places != list(range(places[0], places[0] + step * len(places), step)):

@@ -1,13 +1,13 @@
 """Read experts from files into memory, in threads of their own.
 
     with Reader(lanes=2) as reader:
-        reader.open(files)
+        reader.open(records)
         read = reader.submit(record, arena.memory(slot))
         ...                                  # compute something else
         read.wait()                          # the pieces are at record.offsets of the slot
 
-Reads go past the page cache (O_DIRECT): what is cached is the business of whoever asks, and the system would only keep
-everything twice and take the processor for it. File systems that refuse get ordinary reads, after which the system is
+Reads go past the page cache (O_DIRECT): whoever asks has a cache already, and that of the system would keep everything
+a second time and take the processor for it. File systems that refuse get ordinary reads, after which the system is
 told to forget the pages. Big reads are split into blocks, on which all lanes work: the first of several reads is done
 first, and what is demanded waits for one block at most of what is only speculated on.
 
@@ -85,7 +85,7 @@ class Read:
         self.record = record
         self.error: Exception | None = None
         self.is_cancelled = False
-        self._place = place
+        self._place: Place | None = place
         self._memory: memoryview | None = None
         self._speculative = speculative
         self._when_over = when_over
@@ -213,6 +213,7 @@ class Reader:
                 return False
             self._speculative.remove(read)
             read.is_cancelled = True
+            read._place = None
         read._over.set()
         return True
 
@@ -361,6 +362,8 @@ class Reader:
                     self._counters.num_reads += 1
             except Exception as raised:
                 read.error = raised
+        # Whoever keeps the read does not keep the memory.
+        read._memory = read._place = None
         read._over.set()
         if read._when_over is not None:
             try:

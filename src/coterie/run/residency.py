@@ -71,7 +71,7 @@ class _Entry:
     Attributes:
         key: which one.
         slot: its slot; None as long as a prefetch has not begun.
-        read: what fills the slot.
+        read: what fills the slot, until it is over.
         pins: leases of it.
         is_ready: the bytes are there.
         error: why they never will be.
@@ -109,7 +109,11 @@ class Lease:
     record: Record
 
     def piece(self, number: int) -> torch.Tensor:
-        """Return the bytes of a piece of the record, uint8 [num_bytes], no copy."""
+        """Return the bytes of a piece of the record, uint8 [num_bytes], no copy.
+
+        It is as aligned in memory as it is in its file: where a file has a matrix of bfloat16 at an odd byte, which no
+        common writer does, `view` refuses and a copy is needed.
+        """
         begin = self.offsets[number]
         return self.data[begin : begin + self.record.pieces[number].num_bytes]
 
@@ -135,6 +139,7 @@ class Leases:
         """Return the lease of one expert; wait for it.
 
         Raises:
+            KeyError: it was not asked for, or was given back.
             ReadError: it cannot be read.
             CorruptCheckpoint: its file is no longer what it was.
         """
@@ -259,9 +264,10 @@ class Residency:
                     if entry is not None:
                         self._join(entry)
                         entries[key] = entry
-                for key in keys:
-                    if key not in entries:
-                        entries[key] = self._load(key)
+                missing = [key for key in keys if key not in entries]
+                self._make_room(len(missing))
+                for key in missing:
+                    entries[key] = self._load(key)
             except BaseException:
                 for entry in entries.values():
                     self._unpin(entry)
@@ -298,13 +304,14 @@ class Residency:
             self._unqueue(layer)
             missing = [key for key in keys if key not in self._entries]
             for key in missing:
-                entry = self._queued[key] = _Entry(key, None)
+                entry = _Entry(key, None)
                 entry.read = self._reader.submit(
                     self.records[key],
                     partial(self._place, entry),
                     speculative=True,
                     when_over=partial(self._arrive, entry),
                 )
+                self._queued[key] = entry
             return len(missing)
 
     def waves(self, layer: int, experts: Sequence[int], size: int | None = None) -> list[tuple[int, ...]]:
@@ -416,9 +423,8 @@ class Residency:
     def _take_slot(self) -> int:
         """Return a slot for what is demanded, which exists; wait where all that may go is still being read."""
         while not self._free:
-            may_go_LE = self._may_go_LE & ~self._to_come_LE
-            if may_go_LE.any() or self._may_go_LE.any():
-                self._evict(may_go_LE if may_go_LE.any() else self._may_go_LE)
+            self._make_room(1)
+            if self._free:
                 break
             self._is_starved = True
             try:
@@ -428,11 +434,19 @@ class Residency:
             self._check_open()
         return self._free.pop()
 
-    def _evict(self, may_go_LE: NDArray[np.bool_]) -> None:
-        entry = self._entries[self.policy.victim(may_go_LE)]
-        self._counters.evictions += 1
-        self._counters.prefetches_wasted += bool(self._to_come_LE[entry.key])
-        self._drop(entry)
+    def _make_room(self, num_slots: int) -> None:
+        """Free so many slots for what is demanded, or all that may go; what was prefetched and is to come goes last."""
+        if len(self._free) < num_slots:
+            self._evict(num_slots - len(self._free), self._may_go_LE & ~self._to_come_LE)
+        if len(self._free) < num_slots:
+            self._evict(num_slots - len(self._free), self._may_go_LE)
+
+    def _evict(self, count: int, may_go_LE: NDArray[np.bool_]) -> None:
+        """Free so many slots, or those of all that may go."""
+        for key in self.policy.victims(may_go_LE, min(count, int(np.count_nonzero(may_go_LE)))):
+            self._counters.evictions += 1
+            self._counters.prefetches_wasted += bool(self._to_come_LE[key])
+            self._drop(self._entries[key])
 
     def _drop(self, entry: _Entry) -> None:
         """Free the slot of an entry."""
@@ -459,9 +473,9 @@ class Residency:
             if not self._free:
                 may_go_LE = self._may_go_LE & ~self._to_come_LE
                 may_go_LE[self._layer, list(self._asked)] = False
-                if not may_go_LE.any():
+                self._evict(1, may_go_LE)
+                if not self._free:
                     return None
-                self._evict(may_go_LE)
             entry.slot = self._free.pop()
             self._entries[entry.key] = entry
             self._to_come_LE[entry.key] = True
@@ -471,6 +485,7 @@ class Residency:
     def _arrive(self, entry: _Entry, read: Read) -> None:
         """Take note that a read is over. A lane calls this, or who closes."""
         with self._changed:
+            entry.read = None
             if entry.slot is None:
                 if self._queued.get(entry.key) is entry:
                     del self._queued[entry.key]
@@ -502,15 +517,15 @@ class Residency:
                 self._changed.wait()
             if begun is not None:
                 self._counters.wait_seconds += time.perf_counter() - begun
-        if over.error is not None:
-            raise over.error
-        assert over.slot is not None
-        record = self.records[over.key]
-        return Lease(
-            layer=leases.layer,
-            expert=over.key[1],
-            slot=over.slot,
-            data=self._arena.slot(over.slot),
-            offsets=record.offsets,
-            record=record,
-        )
+            if over.error is not None:
+                raise over.error
+            assert over.slot is not None
+            record = self.records[over.key]
+            return Lease(
+                layer=leases.layer,
+                expert=over.key[1],
+                slot=over.slot,
+                data=self._arena.slot(over.slot),
+                offsets=record.offsets,
+                record=record,
+            )

@@ -22,6 +22,11 @@ from coterie.errors import Infeasible
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.encodings.ggml import WRAPPED
 
+#: How many times as much as its neurons one by one an expert costs that loses all of them: what they put out is meant
+#: to add up, and no other neuron of it can make that good. On the bundled models some ten times as much beside what
+#: types cost, by a fit of what results lost to what they were expected to lose; at less, too many experts went.
+GONE = 10.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
@@ -131,7 +136,7 @@ def _experts(problem: Problem, layer: MoELayer, weights: Sequence[Weight]) -> li
         shares = [problem.shares[weight.pattern][each] for weight, each in zip(weights, number, strict=True)]
         pairs: list[tuple[Option, Choice]] = []
         if expert != stays and len(smallest) == len(weights):
-            nothing = Option(name="no neurons", num_bytes=0, damage=cost[0])
+            nothing = Option(name="no neurons", num_bytes=0, damage=GONE * cost[0])
             pairs.append((nothing, Choice(types=smallest, width=0)))
         for width, hulls_here in hulls.items():
             left = max(0.0, 1 - cost[width] / cost[0]) if cost[0] > 0 else 1.0
