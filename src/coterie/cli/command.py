@@ -29,7 +29,9 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Text": (
         "text", "test", "generate", "domains", "on", "tokens", "test_tokens", "seq_len", "sample_tokens", "questions",
     ),
-    "What to measure": ("run", "trace", "prompt_tokens", "against", "speed", "tasks", "include_path", "limit", "scorecard"),
+    "What to measure": (
+        "run", "trace", "prompt_tokens", "against", "speed", "tasks", "include_path", "limit", "scorecard",
+    ),
     "The hub": ("push_to_hub", "private", "base_model"),
     "Limits": ("device", "jobs", "lanes", "memory", "max_memory", "allow_pickle"),
     "Output": ("out", "file", "picture", "dry_run", "save_trace", "keep_results", "write_card", "check", "json"),

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 #: Columns of what stands before a fact.
 _LABEL = 17
 
+#: From how much slower on it is said that other programs run besides.
+_BUSY = 1.2
+
 
 def print_forecast(said: "Forecast") -> None:
     """Print whether it fits, how fast it is about to be, and why."""
@@ -54,6 +57,7 @@ def _facts(said: "Forecast") -> list[tuple[str, str]]:
     parts = ", ".join(f"{1000 * seconds:.1f} ms {name}" for name, seconds in said.seconds.items())
     way = "past the page cache" if disk.is_direct else "through the page cache"
     place = f"{disk.file_system}, which is memory and no disk" if disk.in_memory else disk.file_system or "disk"
+    busy = f"; other programs make it {compute.load:.1f} times as slow" if compute.load > _BUSY else ""
     return [
         ("first token", f"{_band(said.first_token)} s, behind a prompt of {said.prompt_tokens} tokens"),
         ("a token takes", parts),
@@ -68,7 +72,7 @@ def _facts(said: "Forecast") -> list[tuple[str, str]]:
         (
             "memory",
             f"{compute.expert_bytes_per_second / 1e9:.2f} GB/s of experts, "
-            f"{compute.dense_bytes_per_second / 1e9:.2f} GB/s of what every token passes",
+            f"{compute.dense_bytes_per_second / 1e9:.2f} GB/s of what every token passes{busy}",
         ),
     ]
 

@@ -91,14 +91,16 @@ def _forecast(
     """Forecast a run, and print that."""
     from coterie.cli.forecast import print_forecast
     from coterie.run.engine import default_memory
-    from coterie.run.forecast import PROMPT_TOKENS, forecast
+    from coterie.run.forecast import forecast
     from coterie.run.prepare import CONTEXT
 
-    context = CONTEXT if context is None else context
     said = forecast(
-        model, memory=default_memory() if memory is None else memory, context=context, trace=trace,
-        prompt_tokens=min(PROMPT_TOKENS, max(1, context // 2)) if prompt_tokens is None else prompt_tokens,
-    )  # fmt: skip
+        model,
+        memory=default_memory() if memory is None else memory,
+        context=CONTEXT if context is None else context,
+        trace=trace,
+        prompt_tokens=prompt_tokens,
+    )
     if json:
         print_json(said.to_json())
     else:

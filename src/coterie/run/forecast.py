@@ -28,7 +28,7 @@ from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 from coterie.run.policies import replay
 from coterie.run.prepare import CONTEXT, Prepared, prepare
-from coterie.run.probe import DISK_SECONDS, ComputeSpeed, DiskSpeed, probe_compute, probe_disk, seconds_of
+from coterie.run.probe import DISK_SECONDS, ComputeSpeed, DiskSpeed, Stopwatch, probe_compute, probe_disk
 from coterie.run.records import Record
 from coterie.run.trace import RoutingTrace, bundled_traces, mask_of, sch, srp
 
@@ -151,7 +151,7 @@ def forecast(
     *,
     memory: int | str,
     context: int = CONTEXT,
-    prompt_tokens: int = PROMPT_TOKENS,
+    prompt_tokens: int | None = None,
     trace: RoutingTrace | Path | None = None,
     policy: str = "decay",
     lanes: int = 2,
@@ -165,7 +165,8 @@ def forecast(
         model: a model folder, a GGUF file, a hub id, or a result of Coterie.
         memory: bytes, or an amount like "6GiB", that the run may take.
         context: tokens of prompt and answer together, at most.
-        prompt_tokens: tokens of the prompt that the time to the first token is for.
+        prompt_tokens: tokens of the prompt that the time to the first token is for; 512 when None, or half of a context
+            that is shorter.
         trace: what the model's own router chose, or that of another of the same experts; bundled ones when None.
         policy: which experts stay in memory.
         lanes: threads that read.
@@ -178,6 +179,8 @@ def forecast(
         NotACheckpoint, CorruptCheckpoint, ArchitectureMismatch, NotAMoE: the model is not usable.
         CorruptArtifact: the trace is not readable.
     """
+    if prompt_tokens is None:
+        prompt_tokens = min(PROMPT_TOKENS, max(1, context // 2))
     if not 1 <= prompt_tokens < context:
         raise InputError(f"a prompt of {prompt_tokens} tokens does not fit into a context of {context} with an answer")
     own = RoutingTrace.load(trace) if isinstance(trace, Path) else trace
@@ -318,7 +321,7 @@ def _siblings(
         small = {key: _shortened(record, scale) for key, record in prepared.records.items()}
         fewer = replace(prepared, records=small, budget=replace(budget, slot=max(4096, round(scale * budget.slot))))
         faster = probe_disk(small, most=max(disk.seconds_of), seconds=disk_seconds, **how)
-        unpacking = layer.top_k * sum(_unpack_seconds(shape) for shape in shapes)
+        unpacking = compute.load * layer.top_k * sum(_unpack_seconds(shape) for shape in shapes)
         slower = replace(compute, layer=compute.layer + unpacking)
         made.append(outlook(f"experts in {_TYPE}", fewer, faster, slower))
     return made
@@ -338,7 +341,7 @@ def _unpack_seconds(shape: tuple[int, int]) -> float:
         suffix: torch.zeros(stored_shape, dtype=torch.uint8)
         for suffix, (_, stored_shape) in encoding.stored(padded).items()
     }
-    return seconds_of(encoding.unpack, [stored]) * shape[1] / padded[1]
+    return Stopwatch().seconds(encoding.unpack, [stored]) * shape[1] / padded[1]
 
 
 def _first_token(
@@ -356,13 +359,13 @@ def _first_token(
         touched = layer.num_experts * fmean(asked)
         missing = touched + (num_chunks - 1) * layer.num_experts * fmean(missed)
         read += disk.seconds(max(disk.seconds_of)) / max(disk.seconds_of) * missing
-        computed += num_chunks * touched * compute.expert_chunk
+        computed += num_chunks * fmean(asked) * compute.layer_chunk
     rest = num_chunks * (compute.dense_chunk + compute.rest)
     return Band(low=max(read, computed) + rest, expected=max(read, computed) + rest, high=read + computed + rest)
 
 
 def chunk_shares(trace: RoutingTrace, share: float, chunk: int, policy: str) -> tuple[float, float]:
-    """Return which share of a layer's experts a chunk of a prompt asks for, and which it misses once others came before.
+    """Return the share of a layer's experts that a chunk of a prompt asks for, and the share that a later one misses.
 
     Args:
         trace: what tokens choose.

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.seam import intercepted
 from coterie.run.arena import Arena
 from coterie.run.experts import StreamedExperts
@@ -43,8 +44,8 @@ DISK_SECONDS = 3.0
 #: Seconds that one kind of product is repeated for.
 _PRODUCT_SECONDS = 0.25
 
-#: Bytes of weights that are gone through in turn, more than processors keep; and the most layers of experts.
-_BEYOND_CACHES, _MOST_LAYERS = 96 * 2**20, 16
+#: Bytes of weights that are gone through in turn, more than processors keep.
+_BEYOND_CACHES = 96 * 2**20
 
 #: File systems that are memory.
 _IN_MEMORY = ("tmpfs", "ramfs")
@@ -172,23 +173,25 @@ class ComputeSpeed:
     Attributes:
         layer: seconds of the experts of a layer for one token that finds all of them in memory, unpacked where they are
             packed.
-        expert_bytes: bytes of an expert.
-        top_k: experts that a token chooses.
-        expert_chunk: seconds of one expert for its tokens of a chunk.
+        layer_chunk: the same for a chunk of a prompt whose tokens choose all experts.
         dense: seconds of the products that every token passes, for one token.
-        dense_bytes: bytes of their weights.
         dense_chunk: seconds of these products for a chunk.
         rest: seconds of all other operations of a pass, which are small.
+        expert_bytes: bytes of an expert.
+        top_k: experts that a token chooses.
+        dense_bytes: bytes of the weights of what every token passes.
+        load: how many times as long all that takes as it would on a machine that does nothing else.
     """
 
     layer: float
-    expert_bytes: int
-    top_k: int
-    expert_chunk: float
+    layer_chunk: float
     dense: float
-    dense_bytes: int
     dense_chunk: float
     rest: float
+    expert_bytes: int
+    top_k: int
+    dense_bytes: int
+    load: float
 
     @property
     def expert_bytes_per_second(self) -> float:
@@ -272,65 +275,59 @@ def probe_compute(prepared: Prepared, *, chunk: int, room: int) -> ComputeSpeed:
     room = min(_BEYOND_CACHES, room)
     records, dtype = prepared.records, prepared.dtype
     operations = count_operations(prepared.architecture.model)
-    layer = _layer_seconds(prepared, room)
+    watch = Stopwatch()
+    layer, layer_chunk = _layer_seconds(prepared, chunk, room, watch)
     dense = dense_chunk = 0.0
     for (outputs, inputs), count in operations.products.items():
         copies = max(1, min(64, room // (outputs * inputs * dtype.itemsize)))
         matrices = [torch.full((outputs, inputs), 0.01, dtype=dtype) for _ in range(copies)]
         one, many = (torch.full((tokens, inputs), 0.01, dtype=dtype) for tokens in (1, chunk))
-        dense += count * seconds_of(partial(nn.functional.linear, one), matrices)
+        product = count * watch.seconds(partial(nn.functional.linear, one), matrices)
+        dense += product
         # The head is asked for the last token alone.
-        if (outputs, inputs) != operations.head:
-            dense_chunk += count * seconds_of(partial(nn.functional.linear, many), matrices)
+        is_head = (outputs, inputs) == operations.head
+        dense_chunk += product if is_head else count * watch.seconds(partial(nn.functional.linear, many), matrices)
         del matrices
+    small = _small_operation_seconds(dtype, watch)
     products = sum(outputs * inputs * count for (outputs, inputs), count in operations.products.items())
     return ComputeSpeed(
-        layer=layer, expert_bytes=round(sum(record.num_bytes for record in records.values()) / len(records)),
-        top_k=max(each.top_k for each in prepared.architecture.layers), expert_chunk=_chunk_seconds(prepared, chunk),
-        dense=dense, dense_bytes=products * dtype.itemsize, dense_chunk=dense_chunk,
-        rest=operations.num_small * small_operation_seconds(dtype),
+        layer=watch.load * layer, layer_chunk=watch.load * layer_chunk, dense=watch.load * dense,
+        dense_chunk=watch.load * dense_chunk, rest=watch.load * operations.num_small * small,
+        expert_bytes=round(sum(record.num_bytes for record in records.values()) / len(records)),
+        top_k=max(each.top_k for each in prepared.architecture.layers), dense_bytes=products * dtype.itemsize,
+        load=watch.load,
     )  # fmt: skip
 
 
-def _chunk_seconds(prepared: Prepared, chunk: int) -> float:
-    """Return seconds of an expert for its share of the tokens of a chunk."""
-    layer = prepared.architecture.layers[0]
-    tokens = max(1, round(chunk * layer.top_k / layer.num_experts))
-    inputs_ND = torch.full((tokens, layer.hidden_size), 0.01, dtype=prepared.dtype)
-    matrices = {
-        field: torch.full(shape, 0.01, dtype=prepared.dtype)
-        for field, shape in {
-            "gate_EFD": (layer.width, layer.hidden_size), "up_EFD": (layer.width, layer.hidden_size),
-            "down_EDF": (layer.hidden_size, layer.width),
-        }.items()
-    }  # fmt: skip
-    return seconds_of(lambda matrices: product_of(matrices, inputs_ND), [matrices])
-
-
-def _layer_seconds(prepared: Prepared, room: int) -> float:
-    """Return seconds of the experts of a layer for one token that finds them all in memory."""
-    records, layers = prepared.records, prepared.architecture.layers
-    size = slot_bytes(records.values())
-    num_layers = max(1, min(len(layers), room // (size * max(layer.top_k for layer in layers)), _MOST_LAYERS))
-    chosen = random.Random(0).sample(layers, num_layers)
-    model, slots = prepared.architecture.model, sum(layer.top_k for layer in chosen)
+def _layer_seconds(prepared: Prepared, chunk: int, room: int, watch: Stopwatch) -> tuple[float, float]:
+    """Return seconds of the experts of a layer, all of which are in memory: for one token, and for a whole chunk."""
+    layers, model, dtype = prepared.architecture.layers, prepared.architecture.model, prepared.dtype
+    size = slot_bytes(prepared.records.values())
+    most = max(layer.top_k for layer in layers)
+    num_slots = max(most, min(room // size, len(prepared.records)))
+    chosen = random.Random(0).sample(layers, max(1, min(len(layers), num_slots // most)))
     for layer in layers:
-        _zero_biases(model.get_submodule(layer.experts), prepared.dtype)
-    with Residency(Arena(slots, size), Reader(), records) as residency:
-        streamed = StreamedExperts(
-            model, prepared.places, residency, num_slots=slots, dtype=prepared.dtype
-        )  # fmt: skip
-        calls = []
-        for layer in chosen:
-            index_1K = torch.randperm(layer.num_experts, generator=torch.Generator().manual_seed(0))[
-                None, : layer.top_k
-            ]
-            weight_1K = torch.full(index_1K.shape, 1 / layer.top_k, dtype=prepared.dtype)
-            hidden_1D = torch.full((1, layer.hidden_size), 0.01, dtype=prepared.dtype)
-            calls.append((model.get_submodule(layer.experts), hidden_1D, index_1K, weight_1K))
-        for call in calls:
-            streamed.compute(*call)
-        return seconds_of(lambda call: streamed.compute(*call), calls)
+        _zero_biases(model.get_submodule(layer.experts), dtype)
+    with Residency(Arena(num_slots, size), Reader(), prepared.records) as residency:
+        streamed = StreamedExperts(model, prepared.places, residency, num_slots=num_slots, dtype=dtype)
+        tokens = [_routed(model, layer, 1, layer.num_experts, dtype) for layer in chosen]
+        one = watch.seconds(lambda call: streamed.compute(*call), tokens, times=4)
+        # As many experts as there is room for, each with as many tokens as it would have of the chunk.
+        count = min(num_slots, layers[0].num_experts)
+        share = count / layers[0].num_experts
+        many = _routed(model, layers[0], max(1, round(share * chunk)), count, dtype)
+        return one, watch.seconds(lambda call: streamed.compute(*call), [many]) / share
+
+
+def _routed(
+    model: PreTrainedModel, layer: MoELayer, num_tokens: int, num_experts: int, dtype: torch.dtype
+) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """Return what a layer's experts are asked for by tokens that choose at random among the first experts."""
+    draw = torch.Generator().manual_seed(0)
+    index_TK = torch.rand(num_tokens, num_experts, generator=draw).topk(min(layer.top_k, num_experts)).indices
+    weight_TK = torch.full(index_TK.shape, 1 / layer.top_k, dtype=dtype)
+    hidden_TD = torch.full((num_tokens, layer.hidden_size), 0.01, dtype=dtype)
+    return model.get_submodule(layer.experts), hidden_TD, index_TK, weight_TK
 
 
 def _zero_biases(module: nn.Module, dtype: torch.dtype) -> None:
@@ -341,15 +338,7 @@ def _zero_biases(module: nn.Module, dtype: torch.dtype) -> None:
                 setattr(owner, name, nn.Parameter(torch.zeros(parameter.shape, dtype=dtype), requires_grad=False))
 
 
-def product_of(matrices: Mapping[str, Tensor], input_ND: Tensor) -> Tensor:
-    """Return what an expert of these matrices makes of some tokens, (N, D), without biases."""
-    hidden_NF = nn.functional.linear(input_ND, matrices["up_EFD"])
-    if "gate_EFD" in matrices:
-        hidden_NF = nn.functional.silu(nn.functional.linear(input_ND, matrices["gate_EFD"])) * hidden_NF
-    return nn.functional.linear(hidden_NF, matrices["down_EDF"])
-
-
-def small_operation_seconds(dtype: torch.dtype) -> float:
+def _small_operation_seconds(dtype: torch.dtype, watch: Stopwatch) -> float:
     """Return the seconds of one of the small operations that modules consist of, with what Python adds."""
     norm = nn.RMSNorm(64, dtype=dtype)
     x_1D = torch.full((1, 1, 64), 0.01, dtype=dtype)
@@ -361,26 +350,44 @@ def small_operation_seconds(dtype: torch.dtype) -> float:
         torch.cat((-turned[..., 8:], turned[..., :8]), dim=-1)
 
     counting = _Counting()
-    with torch.no_grad():
-        with counting:
-            operations(0)
-        return seconds_of(operations, range(64)) / counting.num_small
+    with torch.no_grad(), counting:
+        operations(0)
+    return watch.seconds(operations, range(64)) / counting.num_small
 
 
-def seconds_of(compute: Callable[[_T], object], each: Sequence[_T]) -> float:
-    """Return the mean seconds of a computation, gone through all of its inputs again and again.
+class Stopwatch:
+    """Measures computations in seconds of the processor, and how many seconds one of these takes.
 
-    The mean, for what else the machine does meanwhile takes its share of a run too.
+    On a machine that does other work besides, what is short meets much of it or none. So all that is measured shares
+    one factor, `load`.
     """
-    taken: list[float] = []
-    begun = time.perf_counter()
-    with torch.no_grad():
-        compute(each[0])
-        while len(taken) < 3 or time.perf_counter() - begun < _PRODUCT_SECONDS:
-            start = time.perf_counter()
+
+    def __init__(self) -> None:
+        """Begin."""
+        self._passed = self._worked = 0.0
+
+    @property
+    def load(self) -> float:
+        """Seconds that a second of the processor took, 1 on a machine that does nothing else."""
+        return max(1.0, self._passed / self._worked) if self._worked else 1.0
+
+    def seconds(self, compute: Callable[[_T], object], each: Sequence[_T], *, times: int = 1) -> float:
+        """Return the mean seconds of the processor of a computation, gone through all of its inputs again and again.
+
+        Args:
+            compute: the computation.
+            each: its inputs.
+            times: how many times as long as others it is repeated for.
+        """
+        with torch.no_grad():
             for one in each:
                 compute(one)
-            taken.append((time.perf_counter() - start) / len(each))
-            if len(taken) >= 2 and time.perf_counter() - begun > 10 * _PRODUCT_SECONDS:
-                break
-    return fmean(taken)
+            begun, worked, rounds = time.perf_counter(), time.thread_time(), 0
+            while rounds < 2 or time.perf_counter() - begun < times * _PRODUCT_SECONDS:
+                for one in each:
+                    compute(one)
+                rounds += 1
+            passed, worked = time.perf_counter() - begun, time.thread_time() - worked
+        self._passed += passed
+        self._worked += worked
+        return worked / (rounds * len(each))
