@@ -22,6 +22,7 @@ from coterie.amounts import parse_bytes
 from coterie.run.engine import Runtime, Sampling
 from coterie.run.forecast import forecast, hit_rate
 from coterie.run.policies import replay
+from coterie.run.prepare import CHUNK
 from coterie.run.trace import RoutingTrace, bundled_traces, record
 from make_large import Shape, make_large
 
@@ -80,7 +81,7 @@ def rows(
             speeds = [each.own.tokens_per_second for each in told]
             speed, rate = fmean(each.expected for each in speeds), fmean(each.tokens_per_second for each in seen)
             first, took = fmean(each.first_token.expected for each in told), fmean(each.first for each in seen)
-            foreign = fmean(hit_rate(other, share, "decay") for other in others) if others else None
+            foreign = fmean(hit_rate(other, share, "decay", chunk=CHUNK) for other in others) if others else None
             yield " | ".join([
                 f"| {name}", f"{share:.0%}", "direct" if direct else "buffered",
                 f"{told[0].disk.bytes_per_second / 1e9:.2f}", f"{told[0].hits.rate.expected:.1%}",
@@ -110,7 +111,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, nargs="*", default=bundled)
     parser.add_argument("--size", default="2GB", help="bytes of the synthetic checkpoint; 0 for none")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
-    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--markdown", type=Path, help="where it goes as well")
     options = parser.parse_args()

@@ -141,11 +141,22 @@ def test_steps_are_tokens_or_chunks():
     trace = RoutingTrace(
         model="", name="m", layers=(0, 1), num_experts=(4, 3), chosen={"a": chosen[:2], "b": chosen[2:]}
     )
+    assert (trace.num_tokens, trace.most) == (3, 7)
     assert trace.steps() == [
         (0, 0, [0, 2]), (0, 1, [1]), (1, 0, [2, 3]), (1, 1, [0, 1]), (2, 0, [0, 1]), (2, 1, [1, 2]),
     ]  # fmt: skip
-    assert trace.steps(chunk=2) == [(0, 0, [0, 2, 3]), (0, 1, [0, 1]), (1, 0, [0, 1]), (1, 1, [1, 2])]
-    assert (trace.num_tokens, trace.most) == (3, 7)
+    assert trace.chunk_steps(2) == [(0, 0, [0, 2, 3]), (0, 1, [0, 1]), (1, 0, [0, 1]), (1, 1, [1, 2])]
+
+
+def test_the_first_half_of_a_text_is_its_prompt():
+    chosen = np.array([[[0, 2]], [[2, 3]], [[1, 2]], [[0, 1]], [[1, 3]], [[0, 3]]], dtype=np.int16)
+    trace = RoutingTrace(model="", name="m", layers=(0,), num_experts=(4,), chosen={"a": chosen, "b": chosen[:2]})
+    steps, behind = trace.run_steps(2)
+    assert steps == [
+        (0, 0, [0, 2, 3]), (1, 0, [1, 2]), (2, 0, [0, 1]), (3, 0, [1, 3]), (4, 0, [0, 3]), (5, 0, [0, 2]),
+        (6, 0, [2, 3]),
+    ]  # fmt: skip
+    assert behind == [False, False, True, True, True, False, True]
 
 
 def test_a_trace_that_cannot_be_is_refused(tmp_path):

@@ -26,7 +26,7 @@ import torch
 from coterie.errors import InputError
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
-from coterie.run.policies import replay
+from coterie.run.policies import replay, replay_each
 from coterie.run.prepare import CONTEXT, Prepared, prepare
 from coterie.run.probe import DISK_SECONDS, ComputeSpeed, DiskSpeed, Stopwatch, probe_compute, probe_disk
 from coterie.run.records import Record
@@ -193,7 +193,7 @@ def forecast(
     traces, is_own = _traces_for(prepared, own)
     if budget.limit < budget.smallest:
         return Forecast(**facts, fits=False)
-    hits = _hits(traces, budget.num_slots / len(prepared.records), policy, is_own=is_own)
+    hits = _hits(traces, budget.num_slots / len(prepared.records), policy, prepared.chunk, is_own=is_own)
     most = max(layer.top_k for layer in layers)
     how: dict[str, Any] = {"lanes": lanes, "policy": policy, "direct": direct}
     disk = probe_disk(prepared.records, most=max(most, 8), seconds=0.8 * disk_seconds, **how)
@@ -226,23 +226,53 @@ def _traces_for(prepared: Prepared, given: RoutingTrace | None) -> tuple[Sequenc
     return list(bundled.values()), False
 
 
-def hit_rate(trace: RoutingTrace, share: float, policy: str) -> float:
-    """Return the share of what tokens choose that is in memory.
+def hit_rate(trace: RoutingTrace, share: float, policy: str, *, chunk: int) -> float:
+    """Return the share of what tokens choose behind a prompt that is in memory.
 
     Args:
-        trace: what they choose.
+        trace: what they choose; the first half of each text is the prompt.
         share: of all experts there is room for.
         policy: which experts stay, a key of `coterie.run.policies.POLICIES`.
+        chunk: tokens of a prompt that pass the model at once.
     """
     if share >= 1:
         return 1.0
-    steps = trace.steps()
-    slots = max(round(share * trace.most), max(len(experts) for _, _, experts in steps))
-    return replay(steps, slots, policy) / sum(len(experts) for _, _, experts in steps)
+    steps, behind = trace.run_steps(chunk)
+    slots = _slots(trace, share)
+    parts, owners = _parts(steps, slots)
+    hits = asked = 0
+    for owner, (_, _, experts), count in zip(owners, parts, replay_each(parts, slots, policy), strict=True):
+        if behind[owner]:
+            asked, hits = asked + len(experts), hits + count
+    return hits / max(asked, 1)
 
 
-def _hits(traces: Sequence[RoutingTrace], share: float, policy: str, *, is_own: bool) -> Hits:
-    rates = {name: [hit_rate(trace, share, name) for trace in traces] for name in (policy, "lru", "belady")}
+def _slots(trace: RoutingTrace, share: float) -> int:
+    """Return how many experts are in memory, at least what a token chooses of a layer."""
+    top_k = max(int(chosen_TLK.shape[2]) for chosen_TLK in trace.chosen.values())
+    return max(round(share * trace.most), top_k)
+
+
+def _parts(
+    steps: Sequence[tuple[int, int, list[int]]], slots: int
+) -> tuple[list[tuple[int, int, list[int]]], list[int]]:
+    """Return steps, of which what is too much at once is asked for part by part, and which step each part is of.
+
+    That is what `coterie.run.experts` does.
+    """
+    parts, owners = [], []
+    for owner, (step, layer, experts) in enumerate(steps):
+        size = len(experts) if len(experts) <= slots else max(1, slots // 2)
+        for start in range(0, len(experts), size):
+            parts.append((step, layer, experts[start : start + size]))
+            owners.append(owner)
+    return parts, owners
+
+
+def _hits(traces: Sequence[RoutingTrace], share: float, policy: str, chunk: int, *, is_own: bool) -> Hits:
+    rates = {
+        name: [hit_rate(trace, share, name, chunk=chunk) for trace in traces] for name in (policy, "lru", "belady")
+    }
     alike, cached = [], []
     for trace in traces:
         chosen_TLK = trace.joined()
@@ -304,13 +334,14 @@ def _siblings(
     budget, layers = prepared.budget, prepared.architecture.layers
 
     def outlook(name: str, changed: Prepared, disk: DiskSpeed, compute: ComputeSpeed) -> Outlook:
-        rates = [hit_rate(trace, changed.budget.num_slots / len(changed.records), policy) for trace in traces]
+        share = changed.budget.num_slots / len(changed.records)
+        rates = [hit_rate(trace, share, policy, chunk=changed.chunk) for trace in traces]
         band = Band(low=min(rates), expected=fmean(rates), high=max(rates))
         return _outlook(name, changed, band, disk, compute)
 
     few = {key: record for key, record in prepared.records.items() if key[1] < layers[0].num_experts // 2}
     half = replace(prepared, records=few, budget=replace(budget, most=min(budget.most, len(few))))
-    made = [outlook("half of the experts", half, disk, compute)]
+    siblings = [outlook("half of the experts", half, disk, compute)]
     layer = layers[0]
     shapes = [(layer.width, layer.hidden_size)] * 2 + [(layer.hidden_size, layer.width)]
     packed = sum(
@@ -323,8 +354,8 @@ def _siblings(
         faster = probe_disk(small, most=max(disk.seconds_of), seconds=disk_seconds, **how)
         unpacking = compute.load * layer.top_k * sum(_unpack_seconds(shape) for shape in shapes)
         slower = replace(compute, layer=compute.layer + unpacking)
-        made.append(outlook(f"experts in {_TYPE}", fewer, faster, slower))
-    return made
+        siblings.append(outlook(f"experts in {_TYPE}", fewer, faster, slower))
+    return siblings
 
 
 def _shortened(record: Record, scale: float) -> Record:
@@ -352,7 +383,7 @@ def _first_token(
     layers, slots = prepared.architecture.layers, prepared.budget.num_slots
     num_chunks = -(-prompt_tokens // prepared.chunk)
     chunk = -(-prompt_tokens // num_chunks)
-    share = min(1.0, slots / len(prepared.records))
+    share = slots / len(prepared.records)
     asked, missed = zip(*(chunk_shares(trace, share, chunk, policy) for trace in traces), strict=True)
     read = computed = 0.0
     for layer in layers:
@@ -373,17 +404,9 @@ def chunk_shares(trace: RoutingTrace, share: float, chunk: int, policy: str) -> 
         chunk: tokens that pass the model at once.
         policy: which experts stay.
     """
-    longest = max(map(len, trace.chosen.values()))
-    steps = trace.steps(chunk=min(chunk, longest))
+    steps = trace.chunk_steps(min(chunk, max(map(len, trace.chosen.values()))))
     asked = sum(len(experts) for _, _, experts in steps)
     all_of_them = trace.most * (steps[-1][0] + 1)
-    slots = max(1, round(share * trace.most))
-    # What is too much at once is asked for a part at a time, as `coterie.run.experts` does.
-    parts = [
-        (step, layer, experts[start : start + size])
-        for step, layer, experts in steps
-        for size in (len(experts) if len(experts) <= slots else max(1, slots // 2),)
-        for start in range(0, len(experts), size)
-    ]
-    misses = asked - replay(parts, slots, policy)
-    return asked / all_of_them, misses / all_of_them
+    slots = _slots(trace, share)
+    parts, _ = _parts(steps, slots)
+    return asked / all_of_them, (asked - replay(parts, slots, policy)) / all_of_them

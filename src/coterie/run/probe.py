@@ -239,8 +239,9 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.overloadpacket.__name__
-        if name in ("mm", "addmm"):
-            inputs, outputs = args[-1].shape
+        # A product with what is no contiguous matrix of tokens comes as a batch of one.
+        if name in ("mm", "addmm") or (name == "bmm" and len(args[-1]) == 1):
+            inputs, outputs = args[-1].shape[-2:]
             self.last = int(outputs), int(inputs)
             self.products[self.last] += 1
         else:

@@ -70,22 +70,46 @@ class RoutingTrace:
         """Return all texts, one after the other, [T, L, K]."""
         return np.concatenate(list(self.chosen.values()))
 
-    def steps(self, chunk: int = 1) -> list[tuple[int, int, list[int]]]:
-        """Return it as policies replay it: a step for each token, or for each chunk of a text, and all layers in it.
+    def steps(self) -> list[tuple[int, int, list[int]]]:
+        """Return it as policies replay it: (step, layer, experts), a step for each token."""
+        return self._entries([(text, start, start + 1) for text in self.chosen for start in range(self._length(text))])
+
+    def run_steps(self, chunk: int) -> tuple[list[tuple[int, int, list[int]]], list[bool]]:
+        """Return it as a run asks, the first half of each text as a prompt, and which entries are behind the prompt.
 
         Args:
-            chunk: tokens that pass the model at once; what one layer asks for is then what any of them chose.
+            chunk: tokens of a prompt that pass the model at once; what a layer asks for is what any of them chose.
         """
-        entries = []
+        entries: list[tuple[int, int, list[int]]] = []
+        behind: list[bool] = []
         step = 0
-        for chosen_TLK in self.chosen.values():
-            for start in range(0, len(chosen_TLK), chunk):
-                part_TLK = chosen_TLK[start : start + chunk]
-                for place, layer in enumerate(self.layers):
-                    experts = np.unique(part_TLK[:, place])
-                    if len(wanted := experts[experts >= 0].tolist()):
-                        entries.append((step, layer, wanted))
-                step += 1
+        for text in self.chosen:
+            half = self._length(text) // 2
+            parts = [(text, start, min(start + chunk, half)) for start in range(0, half, chunk)]
+            answer = [(text, start, start + 1) for start in range(half, self._length(text))]
+            for is_behind, each in ((False, parts), (True, answer)):
+                entries += self._entries(each, step)
+                behind += [is_behind] * (len(entries) - len(behind))
+                step += len(each)
+        return entries, behind
+
+    def chunk_steps(self, chunk: int) -> list[tuple[int, int, list[int]]]:
+        """Return it as a run asks that takes all of it for prompts, in chunks of so many tokens."""
+        return self._entries([
+            (text, start, start + chunk) for text in self.chosen for start in range(0, self._length(text), chunk)
+        ])  # fmt: skip
+
+    def _length(self, text: str) -> int:
+        return len(self.chosen[text])
+
+    def _entries(self, parts: Sequence[tuple[str, int, int]], step: int = 0) -> list[tuple[int, int, list[int]]]:
+        """Return what each layer is asked for by parts of texts (name, from, to), each of which is a step."""
+        entries = []
+        for number, (text, start, stop) in enumerate(parts, start=step):
+            for place, layer in enumerate(self.layers):
+                experts = np.unique(self.chosen[text][start:stop, place])
+                if len(asked := experts[experts >= 0].tolist()):
+                    entries.append((number, layer, asked))
         return entries
 
     def save(self, path: Path) -> None:
