@@ -6,14 +6,15 @@
 A synthetic checkpoint (`make_large.py`) runs, each time in a process of its own, from a cold disk:
 
 * `coterie run` with room for a share of the experts, with and without guesses of the next layer;
-* the same with files that are mapped into memory in place of reads, as many experts of them kept (`mmap`): the system is
-  told to forget what the policy drops, so that the memory is the same;
-* transformers with what does not fit on the disk (`device_map="auto"`, `max_memory`, `offload_folder`);
+* the same with files that are mapped into memory in place of reads, as many experts of them kept (`mmap`): the system
+  is told to forget what the policy drops, so that the memory is the same;
+* transformers with what does not fit on the disk (`device_map="auto"`, `max_memory`, `offload_folder`), where the
+  package accelerate is installed, which it needs for that;
 * `coterie run` with all experts in memory.
 
-Memory is the largest resident size of the process. A second is that of tokens after the first. Bytes are those of experts.
-Rows of one repeat run one after the other, so that what others do to the machine falls on all of them; the mean and the
-smallest and largest ratio to `mmap` and to transformers are printed.
+Memory is the largest resident size of the process. Seconds a token are those of tokens after the first. Bytes are those
+of experts. Rows of one repeat run one after the other, so that what others do to the machine falls on all of them; the
+mean and the smallest and largest ratio to `mmap` and to transformers are printed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,7 @@ class Touched:
                     may_go = np.zeros(module.shape_of(owner.records), dtype=bool)
                     for each in owner._kept:
                         may_go[each] = each[0] != self.layer or each[1] not in self.experts
-                    gone = owner.policy.victim(may_go)
+                    [gone] = owner.policy.victims(may_go, 1)
                     owner._kept.remove(gone)
                     for piece in owner.records[gone].pieces:
                         file, mapped = owner._maps[piece.file]
@@ -241,7 +243,7 @@ def main() -> None:
                 guessing = measured(COTERIE, model, lookahead=config["num_experts_per_tok"], **settings)
                 rows.setdefault(f"{share:.0%}, coterie --lookahead", []).append(guessing)
                 rows.setdefault(f"{share:.0%}, mmap", []).append(measured(MAPPED, model, **settings))
-                if share == options.shares[0]:
+                if share == options.shares[0] and find_spec("accelerate") is not None:
                     offload = work / "offload"
                     limit = f"{told['peak'] // 2**20}MiB"  # what coterie took in all
                     stock = measured(

@@ -7,8 +7,8 @@
     [card] = coterie.evaluate("small", against="model", text="text/test")
 
 Names are imported when they are first used, so ``import coterie`` is quick; see `coterie._callable` for why
-`coterie.profile`, `coterie.compress`, `coterie.evaluate`, `coterie.export`, `coterie.bench` and `coterie.report` are
-packages that can be called.
+`coterie.profile`, `coterie.compress`, `coterie.evaluate`, `coterie.export`, `coterie.run`, `coterie.bench` and
+`coterie.report` are packages that can be called.
 """
 
 from importlib import import_module
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from coterie.profile.run import profile as profile
     from coterie.publish.push import push as push
     from coterie.report.page import report as report
+    from coterie.run.engine import run as run
 
 __version__ = "0.1.0"
 
@@ -62,10 +63,11 @@ __all__ = [
     "profile",
     "push",
     "report",
+    "run",
     "ways",
 ]
 
-_CALLABLE_PACKAGES = ("bench", "compress", "evaluate", "export", "profile", "report")
+_CALLABLE_PACKAGES = ("bench", "compress", "evaluate", "export", "profile", "report", "run")
 _HOMES = {
     "Checkpoint": "coterie.model.disk.checkpoint",
     "Plan": "coterie.compress.plan",

@@ -394,6 +394,17 @@ def test_a_prefetch_makes_nothing_go_that_is_needed(make):
     check(residency)
 
 
+def test_what_is_demanded_takes_other_places_before_those_of_what_was_prefetched(make):
+    residency = make(3)
+    ask(residency, 0, 0, 1)
+    residency.prefetch(1, [5])  # which the policy has never heard of
+    settle(residency)
+    ask(residency, 0, 2)
+    assert resident(residency) == [(0, 1), (0, 2), (1, 5)]
+    ask(residency, 1, 5)
+    assert residency.counters.prefetches_used == 1
+
+
 def test_what_is_demanded_may_take_the_place_of_what_was_prefetched(make):
     residency = make(2)
     residency.prefetch(1, [0, 1])

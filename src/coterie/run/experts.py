@@ -68,6 +68,9 @@ class StreamedExperts:
         if self._check is not None:
             self._check()
         layer = self._layers[id(module)]
+        expert_map: Tensor | None = getattr(module, "coterie_expert_map", None)
+        if expert_map is not None:  # of a mapped result: the router names experts of the original
+            index_TK = expert_map[index_TK]
         total_TD = torch.zeros(hidden_TD.shape, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
         rows, top_k = _rows_by_expert(index_TK, len(layer.places.experts)), index_TK.shape[-1]
         for leases in self._waves(layer.places.layer.index, list(rows)):

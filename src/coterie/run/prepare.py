@@ -16,6 +16,7 @@ from coterie.errors import InputError
 from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.load import checkpoint_meta_model
+from coterie.model.arch.resize import resized_config
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.manifest import Manifest, ResultForm
@@ -79,7 +80,11 @@ def prepare(
     limit = parse_bytes(memory)
     checkpoint = _view(Checkpoint.open(model))
     architecture = Architecture.of(checkpoint)
-    conversion = WeightConversion(checkpoint, architecture.model)
+    manifest = Manifest.read(checkpoint.path)
+    if manifest is not None and manifest.form is ResultForm.MAPPED:  # its config counts the router's rows
+        fewer = resized_config(architecture, manifest.layers[0].num_experts_after)
+        architecture = Architecture.from_config(fewer, where=str(checkpoint.path))
+    conversion = WeightConversion(checkpoint, checkpoint_meta_model(checkpoint, dtype=torch.float32))
     places = find_places(checkpoint, architecture, conversion)
     records = _records(checkpoint, places)
     apart = frozenset(tensor.info.name for each in places for expert in each.experts for tensor in expert)
@@ -108,11 +113,6 @@ def prepare(
 def _view(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint in full precision, whatever it is stored in, its experts in one width."""
     manifest = Manifest.read(checkpoint.path)
-    if manifest is not None and manifest.form is ResultForm.MAPPED:
-        raise InputError(
-            f"{checkpoint.path} is a mapped result (--router map), whose router names experts that are not there; "
-            "it runs with coterie.load_model alone"
-        )
     return filled_up(dequantized(checkpoint), None if manifest is None else manifest.ragged)
 
 
