@@ -1,20 +1,21 @@
-"""Generate from a model that is larger than its memory, beside what people have for that: ratios in one run.
+"""Generate from a model that is larger than memory, beside what people have for that: ratios in one run.
 
-    python benchmarks/run.py [--size 4GB] [--work DIR] [--shares 0.25 0.5] [--tokens 24] [--repeats 2]
+    python benchmarks/run.py [--size 4GB] [--work DIR] [--memory 1.75GiB 2.75GiB] [--tokens 16] [--repeats 2]
                              [--markdown FILE] [--json FILE]
 
-A synthetic checkpoint (`make_large.py`) runs, each time in a process of its own, from a cold disk:
+A synthetic checkpoint (`make_large.py`) runs, each time in a process of its own, from a cold disk, in a control group
+of Linux with so much memory, in which pages of files count too: the machine is as small as that.
 
-* `coterie run` with room for a share of the experts, with and without guesses of the next layer;
-* the same with files that are mapped into memory in place of reads, as many experts of them kept (`mmap`): the system
-  is told to forget what the policy drops, so that the memory is the same;
-* transformers with what does not fit on the disk (`device_map="auto"`, `max_memory`, `offload_folder`), where the
-  package accelerate is installed, which it needs for that;
-* `coterie run` with all experts in memory.
+* `coterie run` with that budget, with and without guesses of the next layer;
+* the same with files that are mapped into memory in place of reads (`mmap`): the system decides what stays;
+* transformers with what does not fit on the disk (`device_map="auto"`, `max_memory` of that memory less half a GiB for
+  the program, `offload_folder`), where the package accelerate is installed, which it needs for that. "killed": it took
+  more than there is.
 
-Memory is the largest resident size of the process. Seconds a token are those of tokens after the first. Bytes are those
-of experts. Rows of one repeat run one after the other, so that what others do to the machine falls on all of them; the
-mean and the smallest and largest ratio to `mmap` and to transformers are printed.
+At last `coterie run` with all experts in memory, without a limit. Memory is the largest resident size of the process,
+of which pages of mapped files are a part. Seconds a token are those of tokens after the first. Bytes are those of
+experts. Rows of one repeat run one after the other, so that what others do to the machine falls on all of them; the mean
+and the smallest and largest ratio to `mmap` and to transformers are printed.
 """
 
 from __future__ import annotations
@@ -27,15 +28,26 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from coterie.amounts import parse_bytes
+
 HERE = Path(__file__).resolve().parent
 
+#: What is left of a machine's memory for what is counted beside the process.
+BESIDE = 2**26
+
+Told = dict[str, Any]
+
 COMMON = """
-import json, mmap, os, sys, time
+import json, mmap, os, sys, time, warnings
 import torch
+warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 from coterie.model.stream.memory import peak_bytes
 settings = json.loads(sys.argv[1])
@@ -44,98 +56,57 @@ PROMPT = "The quick brown fox "
 def tell(tokens, first, seconds, **more):
     each = (seconds - first) / (tokens - 1)
     print("RESULT " + json.dumps({"peak": peak_bytes(), "first": first, "each": each, "tokens": tokens, **more}))
+    sys.stdout.flush()
+    os._exit(0)
 """
 
-COTERIE = (
-    COMMON
-    + """
+COTERIE = """
 from coterie.run.engine import Runtime, Sampling
-with Runtime(settings["model"], memory="64GiB", context=256, most_experts=settings["experts"],
-             lookahead=settings["lookahead"]) as runtime:
-    made = runtime.generate(PROMPT, template=False, max_tokens=settings["tokens"], sampling=Sampling(temperature=0))
-    tell(made.tokens, made.first_seconds, made.seconds, hits=made.hits, bytes=made.bytes_read / made.tokens)
+runtime = Runtime(settings["model"], memory=settings["memory"], context=256, lookahead=settings["lookahead"])
+made = runtime.generate(PROMPT, template=False, max_tokens=settings["tokens"], sampling=Sampling(temperature=0))
+tell(made.tokens, made.first_seconds, made.seconds, hits=made.hits, bytes=made.bytes_read / made.tokens)
 """
-)
 
-MAPPED = (
-    COMMON
-    + """
-from coterie.run import residency as module
+MAPPED = """
+import coterie.run.engine as engine
 from coterie.run.engine import Runtime, Sampling
+from coterie.run.residency import Counters
 
-class Mapped(module.Residency):
-    '''Slots are ranges of mapped files: reading is to touch them, to evict is to tell the system to forget them.'''
+class Mapped:
+    '''Experts are views of mapped files.'''
+    counters = Counters()
 
     def __init__(self, arena, reader, records, policy):
-        super().__init__(arena, reader, records, policy)
-        self._maps = {}
-        for record in records.values():
-            for piece in record.pieces:
-                if piece.file not in self._maps:
-                    file = os.open(piece.file, os.O_RDONLY)
-                    mapped = mmap.mmap(file, 0, prot=mmap.PROT_READ)
-                    mapped.madvise(mmap.MADV_RANDOM)
-                    self._maps[piece.file] = (file, mapped)
-        self._kept, self._touched = set(), 0
+        self.records, self.maps = records, {}
+        for file in {piece.file for record in records.values() for piece in record.pieces}:
+            self.maps[file] = mmap.mmap(os.open(file, os.O_RDONLY), 0, prot=mmap.PROT_READ)
 
     def acquire(self, layer, experts):
-        return Touched(self, layer, list(dict.fromkeys(experts)))
+        return Views(self, [(layer, expert) for expert in dict.fromkeys(experts)])
 
-class Touched:
-    def __init__(self, owner, layer, experts):
-        self.owner, self.layer, self.experts = owner, layer, experts
+class Views:
+    def __init__(self, owner, keys):
+        self.owner, self.keys = owner, keys
     def __iter__(self):
-        owner = self.owner
-        owner._note(self.layer, self.experts)
-        for expert in self.experts:
-            key = (self.layer, expert)
-            if key in owner._kept:
-                owner.counts["hits"] = owner.counts.get("hits", 0) + 1
-            else:
-                while len(owner._kept) >= settings["experts"]:
-                    import numpy as np
-                    may_go = np.zeros(module.shape_of(owner.records), dtype=bool)
-                    for each in owner._kept:
-                        may_go[each] = each[0] != self.layer or each[1] not in self.experts
-                    [gone] = owner.policy.victims(may_go, 1)
-                    owner._kept.remove(gone)
-                    for piece in owner.records[gone].pieces:
-                        file, mapped = owner._maps[piece.file]
-                        begin = piece.begin // 4096 * 4096
-                        mapped.madvise(mmap.MADV_DONTNEED, begin, piece.end - begin)
-                        os.posix_fadvise(file, begin, piece.end - begin, os.POSIX_FADV_DONTNEED)
-                owner._kept.add(key)
-                owner._touched += owner.records[key].num_bytes
-            yield View(owner, key)
+        return (View(self.owner, key) for key in self.keys)
     def release(self):
         pass
 
 class View:
     def __init__(self, owner, key):
-        self.owner, self.record, self.expert = owner, owner.records[key], key[1]
+        self.maps, self.record, self.expert = owner.maps, owner.records[key], key[1]
     def piece(self, number):
         piece = self.record.pieces[number]
-        _, mapped = self.owner._maps[piece.file]
-        return torch.frombuffer(mapped, dtype=torch.uint8, count=piece.num_bytes, offset=piece.begin)
+        return torch.frombuffer(self.maps[piece.file], dtype=torch.uint8, count=piece.num_bytes, offset=piece.begin)
 
-import coterie.run.engine as engine
-Mapped.counts = {}
-engine.Residency = Mapped
-import warnings
-warnings.filterwarnings("ignore")
 arena = engine.Arena
-engine.Arena = lambda slots, size: arena(1, size)
-runtime = Runtime(settings["model"], memory="64GiB", context=256, most_experts=settings["experts"])
+engine.Arena, engine.Residency = lambda slots, size: arena(1, size), Mapped
+runtime = Runtime(settings["model"], memory="64GiB", context=256)
 made = runtime.generate(PROMPT, template=False, max_tokens=settings["tokens"], sampling=Sampling(temperature=0))
-tell(made.tokens, made.first_seconds, made.seconds, hits=None, bytes=runtime.residency._touched / made.tokens)
-sys.stdout.flush()
-os._exit(0)
+tell(made.tokens, made.first_seconds, made.seconds, hits=None, bytes=None)
 """
-)
 
-STOCK = (
-    COMMON
-    + """
+STOCK = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 tokenizer = AutoTokenizer.from_pretrained(settings["model"])
@@ -158,10 +129,7 @@ with torch.no_grad():
     made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings["tokens"], do_sample=False,
                           streamer=streamer, pad_token_id=0)
 tell(made.shape[1] - ids.shape[1], streamer.first - begun, time.perf_counter() - begun, hits=None, bytes=None)
-sys.stdout.flush()
-os._exit(0)
 """
-)
 
 
 def forget(model: Path) -> None:
@@ -173,44 +141,79 @@ def forget(model: Path) -> None:
         os.close(descriptor)
 
 
-def measured(program: str, model: Path, **settings: Any) -> dict[str, Any]:
-    """Run a program in a process of its own and return what it told."""
+@contextmanager
+def small_machine(limit: int | None) -> Iterator[list[str]]:
+    """Yield what a command begins with to run in a control group with so much memory; nothing without a limit.
+
+    Raises:
+        SystemExit: there are no control groups of memory (version 1 or 2) in which this user may make one.
+    """
+    if limit is None:
+        yield []
+        return
+    first = Path("/sys/fs/cgroup/memory")
+    root, name = (first, "memory.limit_in_bytes") if first.is_dir() else (first.parent, "memory.max")
+    group = root / f"coterie-benchmark-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / name).write_text(str(limit))
+    except OSError as error:
+        raise SystemExit(f"a control group with a limit of memory cannot be made here: {error}") from None
+    try:
+        yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
+    finally:
+        time.sleep(0.5)  # until the last process is out of it
+        group.rmdir()
+
+
+def measured(program: str, model: Path, *, limit: int | None, **settings: Any) -> Told | None:
+    """Run a program in a process of its own, on a machine as small as that, and return what it told; None if killed."""
     forget(model)
-    done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps({"model": str(model), **settings})], capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    with small_machine(limit) as prefix:
+        content = json.dumps({"model": str(model), **settings})
+        command = [*prefix, sys.executable, "-c", COMMON + program, content]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode in (-9, 137):
+        return None
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise SystemExit(f"the process ended with code {done.returncode}:\n{done.stderr[-2000:]}")
-    told: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
+    told: Told = json.loads(lines[-1].removeprefix("RESULT "))
     return told
 
 
-def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+def table(rows: dict[str, list[Told | None]]) -> str:
     """Return the table as Markdown: means, and ratios in each repeat."""
-    lines = ["| run | memory | first token | seconds a token | experts read a token | hits | x mmap | x transformers |",
-             "|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    headers = (
+        "memory", "run", "resident", "first token", "seconds a token", "experts read a token", "hits", "x mmap",
+        "x transformers",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(headers) + " |", "|---|---|" + "---:|" * (len(headers) - 2)]
 
     def mean(name: str, key: str) -> float | None:
-        values = [each[key] for each in rows[name] if each[key] is not None]
+        values = [each[key] for each in rows[name] if each is not None and each[key] is not None]
         return statistics.mean(values) if values else None
 
-    def ratio(name: str, to: str | None) -> str:
-        if to is None or to not in rows or name == to:
+    def shown(value: float | None, form: str) -> str:
+        return "-" if value is None else form.format(value)
+
+    def ratio(name: str, to: str) -> str:
+        if to not in rows or name == to:
             return "-"
-        ratios = [other["each"] / own["each"] for own, other in zip(rows[name], rows[to], strict=True)]
-        return f"{statistics.mean(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+        pairs = zip(rows[name], rows[to], strict=True)
+        ratios = [other["each"] / own["each"] for own, other in pairs if own is not None and other is not None]
+        return f"{statistics.mean(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})" if ratios else "-"
 
     for name in rows:
-        share = name.partition(",")[0]
-        size, hits = mean(name, "bytes"), mean(name, "hits")
-        lines.append(
-            f"| {name} | {(mean(name, 'peak') or 0) / 2**30:.2f} GiB | {mean(name, 'first'):.1f} s "
-            f"| {mean(name, 'each'):.2f} | {'-' if size is None else f'{size / 1e6:.0f} MB'} "
-            f"| {'-' if hits is None else f'{hits:.0%}'} | {ratio(name, f'{share}, mmap')} "
-            f"| {ratio(name, 'transformers')} |"
-        )
+        memory, _, run = name.partition(", ")
+        resident, size = mean(name, "peak"), mean(name, "bytes")
+        cells = (
+            memory, run, "killed" if resident is None else f"{resident / 2**30:.2f} GiB",
+            shown(mean(name, "first"), "{:.1f} s"), shown(mean(name, "each"), "{:.2f}"),
+            "-" if size is None else f"{size / 1e6:.0f} MB", shown(mean(name, "hits"), "{:.0%}"),
+            ratio(name, f"{memory}, mmap"), ratio(name, f"{memory}, transformers"),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -219,10 +222,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="4GB", help="of the synthetic model")
     parser.add_argument("--work", type=Path, help="folder for the model; a temporary one when left out")
-    parser.add_argument(
-        "--shares", type=float, nargs="+", default=[0.25, 0.5], help="of the experts that are in memory"
-    )
-    parser.add_argument("--tokens", type=int, default=24, help="tokens that are made")
+    parser.add_argument("--memory", nargs="+", default=["1.75GiB", "2.75GiB"], help="of the machine")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens that are made")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--markdown", type=Path, help="where the table goes")
     parser.add_argument("--json", type=Path, help="where all numbers go")
@@ -233,26 +234,28 @@ def main() -> None:
         subprocess.run([sys.executable, HERE / "make_large.py", model, "--size", options.size], check=True)
     config = json.loads((model / "config.json").read_text())
     experts = config["num_hidden_layers"] * config.get("num_experts", config.get("num_local_experts"))
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[str, list[Told | None]] = {}
+    few = max(4, options.tokens // 4)
+
+    def add(name: str, told: Told | None) -> None:
+        rows.setdefault(name, []).append(told)
+        print(name, "killed" if told is None else f"{told['each']:.2f} s a token", flush=True)
+
     try:
         for _ in range(options.repeats):
-            for share in options.shares:
-                settings = {"experts": int(share * experts), "tokens": options.tokens}
-                told = measured(COTERIE, model, lookahead=0, **settings)
-                rows.setdefault(f"{share:.0%}, coterie", []).append(told)
-                guessing = measured(COTERIE, model, lookahead=config["num_experts_per_tok"], **settings)
-                rows.setdefault(f"{share:.0%}, coterie --lookahead", []).append(guessing)
-                rows.setdefault(f"{share:.0%}, mmap", []).append(measured(MAPPED, model, **settings))
-                if share == options.shares[0] and find_spec("accelerate") is not None:
-                    offload = work / "offload"
-                    limit = f"{told['peak'] // 2**20}MiB"  # what coterie took in all
-                    stock = measured(
-                        STOCK, model, memory=limit, offload=str(offload), tokens=max(4, options.tokens // 4)
-                    )
-                    rows.setdefault("transformers", []).append(stock)
+            for memory in options.memory:
+                limit = parse_bytes(memory)
+                ours: dict[str, Any] = {"limit": limit, "memory": limit - BESIDE, "tokens": options.tokens}
+                add(f"{memory}, coterie", measured(COTERIE, model, lookahead=0, **ours))
+                add(f"{memory}, coterie --lookahead 8", measured(COTERIE, model, lookahead=8, **ours))
+                add(f"{memory}, mmap", measured(MAPPED, model, limit=limit, tokens=few))
+                if find_spec("accelerate") is not None:
+                    offload, most = work / "offload", f"{(limit - 2**29) // 2**20}MiB"
+                    stock = measured(STOCK, model, limit=limit, memory=most, offload=str(offload), tokens=few)
+                    add(f"{memory}, transformers", stock)
                     shutil.rmtree(offload, ignore_errors=True)
-            whole = measured(COTERIE, model, lookahead=0, experts=experts, tokens=options.tokens)
-            rows.setdefault("all, coterie", []).append(whole)
+            whole = measured(COTERIE, model, limit=None, memory="64GiB", lookahead=0, tokens=options.tokens)
+            add("no limit, coterie", whole)
             print(table(rows), flush=True)
     finally:
         if options.work is None:
