@@ -1,7 +1,7 @@
 """What `coterie inspect --run` foretells beside what `coterie run` then does; and hits of all policies on real routing.
 
     python benchmarks/run_forecast.py [--models reference/model] [--size 2GB] [--shares 0.25 0.5] [--tokens 100]
-                                      [--repeats 2] [--markdown FILE]
+                                      [--repeats 1] [--markdown FILE]
 
 Each model runs with room for a share of its experts, from reads past the page cache and from ordinary ones. A forecast
 and a run take turns, and means are compared, so that what others do to the machine falls on both. Runs go on with text
@@ -43,16 +43,21 @@ class Measured:
 
 def measured(model: Path, prompt: str, num_slots: int, tokens: int, *, direct: bool) -> Measured:
     """Run a model with room for so many experts."""
-    behind = []
+    counters = []  # before every layer
+
+    def note() -> bool:
+        counters.append(runtime.residency.counters)
+        return False
+
     with Runtime(model, memory="64GiB", context=CONTEXT, most_experts=num_slots, direct=direct) as runtime:
         runtime.generate("a", max_tokens=1, template=False)  # what is done once in a process is no time of a prompt
         ids = runtime.tokenizer(prompt).input_ids[:PROMPT]
         made = runtime.generate(
             runtime.tokenizer.decode(ids), max_tokens=tokens, template=False,
             sampling=Sampling(temperature=1.0, seed=0),
-            on_text=lambda _: behind.append(runtime.residency.counters),
+            cancelled=note,
         )  # fmt: skip
-        first, last = behind[0], runtime.residency.counters
+        first, last = counters[-len(runtime.layers) * (made.tokens - 1)], runtime.residency.counters
     hits, misses = last.hits - first.hits, last.misses - first.misses
     return Measured(hits=hits / (hits + misses), tokens_per_second=made.tokens_per_second, first=made.first_seconds)
 
@@ -104,6 +109,18 @@ def hit_rows() -> Iterator[str]:
             yield f"| {name} | {100 * share:g} % | {cells} | {gain:+.1f} | {of_most:.1%} |"
 
 
+def prompt_rows() -> Iterator[str]:
+    """Yield the lines of the table of hits behind a prompt."""
+    for name, trace in bundled_traces().items():
+        for share in (0.25, 0.5):
+            cells = [
+                f"{100 * hit_rate(trace, share, policy, chunk=chunk):.1f}"
+                for chunk in (CHUNK, 1)
+                for policy in ("lru", "decay", "belady")
+            ]
+            yield f"| {name} | {100 * share:g} % | {' | '.join(cells)} |"
+
+
 def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,8 +128,8 @@ def main() -> None:
     parser.add_argument("--models", type=Path, nargs="*", default=bundled)
     parser.add_argument("--size", default="2GB", help="bytes of the synthetic checkpoint; 0 for none")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
-    parser.add_argument("--tokens", type=int, default=150)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--markdown", type=Path, help="where it goes as well")
     options = parser.parse_args()
     lines: list[str] = []
@@ -128,6 +145,12 @@ def main() -> None:
         f"| --- | ---: |{' ---: |' * (len(POLICIES) + 2)}", *hit_rows(), "",
     )  # fmt: skip
     say(
+        f"Behind the first half of each text, which is a prompt: one that passes in chunks of {CHUNK} tokens, as in "
+        "a run, and one of which policies see every token.", "",
+        "| routing of | in memory | chunks: lru | decay | belady | tokens: lru | decay | belady |",
+        f"| --- | ---: |{' ---: |' * 6}", *prompt_rows(), "",
+    )  # fmt: skip
+    say(
         f"Foretold and measured: {options.tokens} tokens behind {PROMPT} of a prompt, means of {options.repeats}.",
         "",
         "| model | in memory | reads | GB/s | hits foretold | by others' traces | hits | tokens/s: band | foretold "
@@ -136,10 +159,6 @@ def main() -> None:
     )
     traces = bundled_traces()
     text = (REFERENCE / "text" / "test" / "python.txt").read_text(encoding="utf-8")[40_000:44_000]
-    for model in options.models:
-        others = [trace for name, trace in traces.items() if name != model.name]
-        for line in rows(model.name, model, traces[model.name], text, options, others):
-            say(line)
     if options.size != "0":
         with tempfile.TemporaryDirectory() as folder:
             model = Path(folder) / "large"
@@ -149,6 +168,10 @@ def main() -> None:
                 trace = record(runtime, {"text": words[:2000]}, tokens=512)
             for line in rows(f"synthetic, {options.size}", model, trace, words[4000:6000], options, []):
                 say(line)
+    for model in options.models:
+        others = [trace for name, trace in traces.items() if name != model.name]
+        for line in rows(model.name, model, traces[model.name], text, options, others):
+            say(line)
     if options.markdown is not None:
         options.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

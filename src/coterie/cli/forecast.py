@@ -54,7 +54,11 @@ def _facts(said: "Forecast") -> list[tuple[str, str]]:
     hits, disk, compute = said.hits, said.disk, said.compute
     whose = "its own routing" if hits.is_own else f"the routing of {', '.join(hits.traces)}, at the same share"
     single = "" if hits.rate.low == hits.rate.high else f" ({percent(hits.rate.low)} to {percent(hits.rate.high)})"
-    parts = ", ".join(f"{1000 * seconds:.1f} ms {name}" for name, seconds in said.seconds.items())
+    reading, experts, rest, at_once = (1000 * said.seconds[name] for name in ("reading", "experts", "rest", "at once"))
+    parts = (
+        f"{reading:.1f} ms for reading, {experts:.1f} for experts, {rest:.1f} for the rest; {at_once:.1f} of them at "
+        "the same time"
+    )
     way = "past the page cache" if disk.is_direct else "through the page cache"
     place = f"{disk.file_system}, which is memory and no disk" if disk.in_memory else disk.file_system or "disk"
     busy = f"; other programs make it {compute.load:.1f} times as slow" if compute.load > _BUSY else ""

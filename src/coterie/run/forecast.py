@@ -14,6 +14,7 @@ Legend: E experts of a layer, K of them a token chooses.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import comb
@@ -31,6 +32,8 @@ from coterie.run.prepare import CONTEXT, Prepared, prepare
 from coterie.run.probe import DISK_SECONDS, ComputeSpeed, DiskSpeed, Stopwatch, probe_compute, probe_disk
 from coterie.run.records import Record
 from coterie.run.trace import RoutingTrace, bundled_traces, mask_of, sch, srp
+
+log = logging.getLogger(__name__)
 
 #: Tokens of the prompt that the time to the first token is for.
 PROMPT_TOKENS = 512
@@ -193,6 +196,7 @@ def forecast(
     traces, is_own = _traces_for(prepared, own)
     if budget.limit < budget.smallest:
         return Forecast(**facts, fits=False)
+    log.info("replaying traces, reading experts, computing products; that takes some seconds")
     hits = _hits(traces, budget.num_slots / len(prepared.records), policy, prepared.chunk, is_own=is_own)
     most = max(layer.top_k for layer in layers)
     how: dict[str, Any] = {"lanes": lanes, "policy": policy, "direct": direct}

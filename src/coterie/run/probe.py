@@ -1,10 +1,9 @@
 """How fast this machine is at what a run does: reads of experts, products with their matrices, small operations.
 
 Everything is measured with what the run uses: the same files, threads and reads, the same products in the same number
-format. Nothing is warmed up beyond what a run has warm, and weights are more than processors keep, where there are as
-many, so that they come from memory.
+format. Weights are more than processors keep, where there are as many, so that they come from memory.
 
-Legend: D model width, F expert width, N tokens.
+Legend: D model width, T tokens, K chosen experts.
 """
 
 from __future__ import annotations
