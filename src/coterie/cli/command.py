@@ -29,11 +29,13 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Text": (
         "text", "test", "generate", "domains", "on", "tokens", "test_tokens", "seq_len", "sample_tokens", "questions",
     ),
-    "What to measure": ("against", "speed", "tasks", "include_path", "limit", "scorecard"),
+    "What to measure": (
+        "run", "trace", "prompt_tokens", "against", "speed", "tasks", "include_path", "limit", "scorecard",
+    ),
     "The hub": ("push_to_hub", "private", "base_model"),
     "The server": ("host", "port", "api_key", "queue"),
     "Limits": ("device", "jobs", "lanes", "memory", "max_memory", "allow_pickle"),
-    "Output": ("out", "file", "picture", "dry_run", "keep_results", "write_card", "check", "json"),
+    "Output": ("out", "file", "picture", "dry_run", "save_trace", "keep_results", "write_card", "check", "json"),
 }  # fmt: skip
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,17 +22,50 @@ def inspect(
     model: options.Model,
     budget: Annotated[str | None, typer.Option(help="List the ways to fit into it, like 12GiB or 800MB.")] = None,
     budget_for: options.BudgetFor = "file",
-    context: options.Context = None,
+    context: Annotated[
+        int | None, typer.Option(help="For --run and --budget-for memory: tokens of a sequence.")
+    ] = None,
     batch: options.Batch = None,
     kv_type: options.KvType = None,
+    run: Annotated[
+        bool,
+        typer.Option("--run", help="Forecast a coterie run: whether it fits, and how fast it is about to be."),
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="For --run: memory that it may take, like 6GiB.", show_default="three quarters of what is free"
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="For --run: which experts this model's tokens chose (coterie run --save-trace).",
+            show_default="those of the bundled models",
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="For --run: tokens of the prompt before the first token.", show_default="512")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Show what is in a model and what would fit.
 
     With --budget it lists the ways to meet it, fewer bits and fewer experts, and what each is about to cost.
 
-    Only config.json and the headers of the weight files are read.
+    With --run it says what generating within --memory is about to be like; experts are read for some seconds, to see
+    how fast the disk is, and products are computed.
+
+    All else reads only config.json and the headers of the weight files.
     """
+    if run:
+        given = {"--budget": budget, "--batch": batch, "--kv-type": kv_type}
+        if names := [name for name, value in given.items() if value is not None]:
+            raise typer.BadParameter("it is not for --run, whose budget is --memory", param_hint=names[0])
+        _forecast(model, memory, context, trace, prompt_tokens, json=json)
+        return
+    options.only_with("--run", {"--memory": memory, "--trace": trace, "--prompt-tokens": prompt_tokens})
     how = options.running(budget, budget_for, context, batch, kv_type)
     listed = None
     if budget is None:
@@ -49,6 +83,28 @@ def inspect(
     if listed is not None:
         print_text()
         print_ways(listed)
+
+
+def _forecast(
+    model: str, memory: str | None, context: int | None, trace: Path | None, prompt_tokens: int | None, *, json: bool
+) -> None:
+    """Forecast a run, and print that."""
+    from coterie.cli.forecast import print_forecast
+    from coterie.run.engine import default_memory
+    from coterie.run.forecast import forecast
+    from coterie.run.prepare import CONTEXT
+
+    said = forecast(
+        model,
+        memory=default_memory() if memory is None else memory,
+        context=CONTEXT if context is None else context,
+        trace=trace,
+        prompt_tokens=prompt_tokens,
+    )
+    if json:
+        print_json(said.to_json())
+    else:
+        print_forecast(said)
 
 
 def _print(inspection: "Inspection") -> None:

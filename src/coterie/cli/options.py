@@ -1,5 +1,6 @@
 """Arguments and options that several commands share, and what they must fulfil together."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -150,6 +151,12 @@ KvType = Annotated[
     Literal["f16", "q8_0"] | None,
     typer.Option(help="For --budget-for memory: how keys and values are stored.", show_default="f16"),
 ]
+
+
+def only_with(option: str, others: Mapping[str, object]) -> None:
+    """Raise a usage error where options are given that mean nothing without another one."""
+    if names := [name for name, value in others.items() if value is not None]:
+        raise typer.BadParameter(f"it is for {option}", param_hint=names[0])
 
 
 def running(

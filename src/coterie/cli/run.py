@@ -1,6 +1,8 @@
 """``coterie run``: generate from a model that is larger than memory."""
 
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,6 +50,12 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say the memory that it would take, and load nothing.")
     ] = False,
+    save_trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json", help="Keep which experts each token chose, for coterie inspect --run --trace."
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Generate text from a model that is larger than memory.
@@ -57,11 +65,14 @@ def run(
     """
     from coterie.run.engine import Runtime, Sampling, default_memory
     from coterie.run.prepare import prepare
+    from coterie.run.trace import check_trace_path, recording
 
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
     )
     sampling.check()
+    if save_trace is not None:
+        check_trace_path(save_trace)
     limit = default_memory() if memory is None else memory
     if dry_run:
         budget = prepare(model, memory=limit, context=context).budget
@@ -78,9 +89,12 @@ def run(
         sys.stdout.flush()
 
     with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead) as runtime:
-        generated = runtime.generate(
-            text, max_tokens=max_tokens, sampling=sampling, template=not raw, on_text=None if json else show
-        )
+        with nullcontext() if save_trace is None else recording(runtime.model, runtime.layers) as recorder:
+            generated = runtime.generate(
+                text, max_tokens=max_tokens, sampling=sampling, template=not raw, on_text=None if json else show
+            )
+        if save_trace is not None and recorder is not None:
+            recorder.trace(model=runtime.digest, name=runtime.path.name).save(save_trace)
         if json:
             print_json(generated.to_json())
             return

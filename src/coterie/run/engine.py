@@ -138,6 +138,7 @@ class Runtime:
         chunk: int = CHUNK,
         most_experts: int | None = None,
         dtype: torch.dtype | None = None,
+        direct: bool = True,
     ) -> None:
         """Load what stays in memory, and take all the memory that the run may have.
 
@@ -151,6 +152,7 @@ class Runtime:
             chunk: tokens of a prompt that pass the model at once.
             most_experts: how many experts are in memory at most, also where there is room for more.
             dtype: number format that is computed in; that of the checkpoint when None.
+            direct: read past the page cache, where the file system can.
 
         Raises:
             NotEnoughMemory: the budget is too small; names the smallest that works.
@@ -171,13 +173,14 @@ class Runtime:
             )  # fmt: skip
         self.budget, self.tokenizer, self.context = prepared.budget, prepared.tokenizer, prepared.context
         self.path, self._chunk = prepared.checkpoint.path, prepared.chunk
+        self.digest, self.layers = prepared.checkpoint.digest, prepared.architecture.layers
         self.model = load_resident(prepared.checkpoint, prepared.conversion, prepared.dtype, prepared.apart)
         if (self.path / GENERATION_CONFIG_NAME).is_file():
             self.model.generation_config = GenerationConfig.from_pretrained(self.path)
         _give_back()
         records = prepared.records
         self._arena = Arena(self.budget.num_slots, slot_bytes(records.values()))
-        self._reader = Reader(lanes=lanes)
+        self._reader = Reader(lanes=lanes, direct=direct)
         self.residency = Residency(self._arena, self._reader, records, policy)
         self._cancelled: Callable[[], bool] | None = None
         self.lookahead = Lookahead(self.model, prepared.architecture.layers, self.residency, lookahead)

@@ -291,7 +291,12 @@ def shape_of(keys: Iterable[Key]) -> tuple[int, int]:
 
 
 def replay(trace: Trace, slots: int, policy: str = "decay") -> int:
-    """Return how many experts would have been in memory when they were asked for, with nothing prefetched.
+    """Return how many experts would have been in memory when they were asked for; see `replay_each`."""
+    return sum(replay_each(trace, slots, policy))
+
+
+def replay_each(trace: Trace, slots: int, policy: str = "decay") -> list[int]:
+    """Return for each entry how many experts would have been in memory, with nothing prefetched.
 
     What is asked for at once is in memory at once, as in `coterie.run.residency`: it makes others go and never itself.
 
@@ -305,11 +310,12 @@ def replay(trace: Trace, slots: int, policy: str = "decay") -> int:
         InputError: an entry asks for more than there are slots.
     """
     if not trace:
-        return 0
+        return []
     shape = shape_of((layer, expert) for _, layer, experts in trace for expert in experts)
     chosen = policy_named(policy, shape, trace)
     resident_LE = np.zeros(shape, dtype=bool)
-    hits = num_resident = 0
+    hits: list[int] = []
+    num_resident = 0
     for step, layer, experts in trace:
         if len(experts) > slots:
             raise InputError(
@@ -317,7 +323,7 @@ def replay(trace: Trace, slots: int, policy: str = "decay") -> int:
             )
         chosen.touch(layer, experts, step)
         missing = [expert for expert in experts if not resident_LE[layer, expert]]
-        hits += len(experts) - len(missing)
+        hits.append(len(experts) - len(missing))
         may_go_LE = resident_LE.copy()
         may_go_LE[layer, experts] = False
         num_out = max(0, num_resident + len(missing) - slots)
