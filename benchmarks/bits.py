@@ -31,6 +31,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -262,7 +263,7 @@ class Comparison:
             return
         num_bytes = Checkpoint.open(result.out).num_bytes + size.beside
         assert num_bytes <= size.most, f"{recipe} takes {num_bytes} bytes, and should take {size.most} at most"
-        made = {"types": dict(result.plan.types), "expected": result.plan.damage}
+        made = {"types": dict(Counter(result.plan.types.values()).most_common()), "expected": result.plan.damage}
         self._score(key | made, result.out, num_bytes, size.plain, begun)
 
     def _experts(self) -> tuple[int, int]:

@@ -49,7 +49,7 @@ def test_the_wheel_has_the_package_and_nothing_else(built):
         for path in (ROOT / "src" / "coterie").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {Path(name).suffix for name in package} == {".py", ".typed", ".css", ".html", ".j2", ".json"}
+    assert {Path(name).suffix for name in package} == {".py", ".typed", ".css", ".html", ".j2", ".json", ".safetensors"}
     [folder] = {name.split("/")[0] for name in files.keys() - package}
     assert {name.removeprefix(f"{folder}/") for name in files.keys() - package} == {
         "METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"
