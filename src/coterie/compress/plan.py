@@ -33,9 +33,9 @@ _COUNTS = ("original_bytes", "predicted_bytes", "original_parameters", "predicte
 #: 0.33 to 0.21 of the bytes. Prices are those of nearest rounding, each matrix by itself.
 KL_OVER_DAMAGE = 1.3
 
-#: The same where experts get widths of their own: 1.4 to 2.3 in benchmarks/bits-widths.md. What neurons cost adds up
-#: less well than what types cost.
-NARROWED_KL_OVER_DAMAGE = 1.7
+#: The same where experts get widths of their own: 1.4 to 2.5 in benchmarks/bits-packed.md and bits-experts*.md. What
+#: neurons cost adds up less well than what types cost.
+NARROWED_KL_OVER_DAMAGE = 1.8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

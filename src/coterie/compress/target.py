@@ -77,7 +77,7 @@ class Target:
 
         Bytes are spent on precision first: at equal bytes that costs a small part of what removing experts costs
         (benchmarks/bits.md); where the form can say it, widths and types are chosen together, which costs less still
-        (benchmarks/bits-widths.md). A share, or a number of experts or neurons, asks for structure.
+        (benchmarks/bits-experts-packed.md). A share, or a number of experts or neurons, asks for structure.
         """
         if self.type is not None or (self.integers and self._in_bits):
             return "gptaq"
