@@ -56,9 +56,14 @@ SHOWN = (
     ("frequency", "plain"),
 )
 
-#: Recipes that store weights in fewer bits, and for whom (None: for GGUF files): our own, and what one would take
-#: instead.
-PRECISE = (("coterie-bits-width", "packed"), ("coterie-bits", None), ("gptq", None), ("nearest", None))
+#: Recipes that store weights in fewer bits, for whom (None: for GGUF files), and how long results are trained: our own,
+#: and what one would take instead.
+PRECISE = (
+    ("coterie-bits-width", "packed", "fast"),
+    ("coterie-bits", None, "balanced"),
+    ("gptq", None, "balanced"),
+    ("nearest", None, "balanced"),
+)
 
 #: The one that goes to llama.cpp.
 FOR_GGUF = "coterie-bits"
@@ -174,15 +179,15 @@ def main() -> None:
     (options.out / MARK).touch()
     results: dict[str, tuple[Path, float]] = {}
     budget = int(options.share * inspect(options.model).file_bytes)
-    for recipe, target in PRECISE:
+    for recipe, target, effort in PRECISE:
         name = f"{recipe}, {options.share:.0%}"
         console.print(f"compressing with {recipe} to {format_bytes(budget)}")
         begin = time.perf_counter()
         out = options.out / recipe
         compress(
-            options.model, out, budget=budget, recipe=recipe, target=target, text=CALIBRATION,
+            options.model, out, budget=budget, recipe=recipe, target=target, effort=effort, text=CALIBRATION,
             tokens=options.tokens, seed=options.seed, device=options.device,
-            train_tokens=options.train_tokens if RECIPES[recipe].trains else None,
+            train_tokens=options.train_tokens if RECIPES[recipe].trains and effort != "fast" else None,
         )  # fmt: skip
         results[name] = (out, time.perf_counter() - begin)
     console.print(f"profiling {options.model.name} on {options.tokens} tokens of {CALIBRATION.relative_to(HERE)}")
