@@ -95,6 +95,16 @@ DryRun = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")]
 
 
+#: How a model runs that is larger than memory.
+RunContext = Annotated[int, typer.Option(help="Tokens of a sequence, prompt and answer.")]
+Policy = Annotated[str, typer.Option(help="Which experts stay in memory: decay, lru, lfu, lcu or edgemoe.")]
+Lanes = Annotated[int, typer.Option(help="Threads that read experts.")]
+Lookahead = Annotated[
+    int, typer.Option(help="Experts of the next layer to guess, and read ahead when threads are idle.")
+]
+MemoryDryRun = Annotated[bool, typer.Option("--dry-run", help="Say the memory that it would take, and load nothing.")]
+
+
 def names(listed: str) -> list[str]:
     """Return names that are separated by commas."""
     return [name.strip() for name in listed.split(",") if name.strip()]

@@ -23,7 +23,7 @@ def run(
             show_default="three quarters of what is free",
         ),
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens of a sequence, prompt and answer.")] = 4096,
+    context: options.RunContext = 4096,
     max_tokens: Annotated[int, typer.Option(help="Tokens that are made at most.")] = 256,
     temperature: Annotated[
         float | None, typer.Option(help="Above 1 for more variety, 0 for the likeliest token each time.")
@@ -40,16 +40,10 @@ def run(
     raw: Annotated[
         bool, typer.Option("--raw", help="Go on with the text as it is, without the model's chat template.")
     ] = False,
-    policy: Annotated[
-        str, typer.Option(help="Which experts stay in memory: decay, lru, lfu, lcu or edgemoe.")
-    ] = "decay",
-    lanes: Annotated[int, typer.Option(help="Threads that read experts.")] = 2,
-    lookahead: Annotated[
-        int, typer.Option(help="Experts of the next layer to guess, and read ahead when threads are idle.")
-    ] = 0,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say the memory that it would take, and load nothing.")
-    ] = False,
+    policy: options.Policy = "decay",
+    lanes: options.Lanes = 2,
+    lookahead: options.Lookahead = 0,
+    dry_run: options.MemoryDryRun = False,
     save_trace: Annotated[
         Path | None,
         typer.Option(
@@ -64,7 +58,6 @@ def run(
     needed. The result is the same with any budget.
     """
     from coterie.run.engine import Runtime, Sampling, default_memory
-    from coterie.run.prepare import prepare
     from coterie.run.trace import check_trace_path, recording
 
     sampling = Sampling(
@@ -75,12 +68,7 @@ def run(
         check_trace_path(save_trace)
     limit = default_memory() if memory is None else memory
     if dry_run:
-        budget = prepare(model, memory=limit, context=context).budget
-        budget.check()
-        if json:
-            print_json(budget.to_json())
-        else:
-            print_text(str(budget))
+        print_memory(model, limit, context, json=json)
         return
     text = sys.stdin.read() if prompt is None else prompt
 
@@ -100,3 +88,15 @@ def run(
             return
         show("\n")
         typer.echo(f"{generated}; {runtime.peak()}", err=True)
+
+
+def print_memory(model: str, memory: int | str, context: int, *, json: bool) -> None:
+    """Print the memory that a run would take; raises NotEnoughMemory where it is too much."""
+    from coterie.run.prepare import prepare
+
+    budget = prepare(model, memory=memory, context=context).budget
+    budget.check()
+    if json:
+        print_json(budget.to_json())
+    else:
+        print_text(str(budget))

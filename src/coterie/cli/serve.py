@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from coterie.cli import options
-from coterie.cli.output import print_json, print_text
+from coterie.cli.run import print_memory
 
 
 def serve(
@@ -26,17 +26,11 @@ def serve(
         typer.Option(metavar="KEY", envvar="COTERIE_API_KEY", help="Key that clients have to send as bearer token."),
     ] = None,
     queue: Annotated[int, typer.Option(help="Requests that wait at most; more are sent away with status 429.")] = 8,
-    context: Annotated[int, typer.Option(help="Tokens of a sequence, prompt and answer.")] = 4096,
-    policy: Annotated[
-        str, typer.Option(help="Which experts stay in memory: decay, lru, lfu, lcu or edgemoe.")
-    ] = "decay",
-    lanes: Annotated[int, typer.Option(help="Threads that read experts.")] = 2,
-    lookahead: Annotated[
-        int, typer.Option(help="Experts of the next layer to guess, and read ahead when threads are idle.")
-    ] = 0,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say the memory that it would take, and load nothing.")
-    ] = False,
+    context: options.RunContext = 4096,
+    policy: options.Policy = "decay",
+    lanes: options.Lanes = 2,
+    lookahead: options.Lookahead = 0,
+    dry_run: options.MemoryDryRun = False,
     json: options.Json = False,
 ) -> None:
     """Serve a model of any size by the OpenAI API.
@@ -47,14 +41,8 @@ def serve(
     """
     if dry_run:
         from coterie.run.engine import default_memory
-        from coterie.run.prepare import prepare
 
-        budget = prepare(model, memory=default_memory() if memory is None else memory, context=context).budget
-        budget.check()
-        if json:
-            print_json(budget.to_json())
-        else:
-            print_text(str(budget))
+        print_memory(model, default_memory() if memory is None else memory, context, json=json)
         return
     from coterie.serve.run import serve as answer
 

@@ -9,13 +9,15 @@ Legend: T tokens, K chosen experts, D model width, F expert width, N tokens of o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coterie.model.arch.experts import Experts, canonical_experts
+from coterie.model.arch.seam import rows_by_expert
 from coterie.run.lookahead import Lookahead
 from coterie.run.places import LayerPlaces
 from coterie.run.residency import Lease, Leases, Residency
@@ -72,7 +74,7 @@ class StreamedExperts:
         if expert_map is not None:  # of a mapped result: the router names experts of the original
             index_TK = expert_map[index_TK]
         total_TD = torch.zeros(hidden_TD.shape, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
-        rows, top_k = _rows_by_expert(index_TK, len(layer.places.experts)), index_TK.shape[-1]
+        rows, top_k = rows_by_expert(index_TK, len(layer.places.experts)), index_TK.shape[-1]
         for leases in self._waves(layer.places.layer.index, list(rows)):
             if self._lookahead is not None:  # behind what this layer has just asked for
                 self._lookahead.look(layer.places.layer.index, hidden_TD)
@@ -105,14 +107,10 @@ class StreamedExperts:
 
     def _output(self, layer: _Layer, lease: Lease, input_ND: Tensor) -> Tensor:
         """Return f_e(x), (N, D), without the routing weight."""
-        matrices, template, expert = self._matrices(layer.places, lease), layer.template, lease.expert
-        up_NF = nn.functional.linear(input_ND, matrices["up_EFD"], _row(template.up_bias_EF, expert))
-        gate_NF = None
-        if "gate_EFD" in matrices:
-            gate_NF = nn.functional.linear(input_ND, matrices["gate_EFD"], _row(template.gate_bias_EF, expert))
-        hidden_NF = template.combine(gate_NF, up_NF)
-        output_ND = nn.functional.linear(hidden_NF, matrices["down_EDF"], _row(template.down_bias_ED, expert))
-        return output_ND if template.finish is None else template.finish(output_ND)
+        alone: dict[str, Any] = {  # a matrix is looked up by the number of its expert, as in a tensor of all
+            field: {lease.expert: matrix} for field, matrix in self._matrices(layer.places, lease).items()
+        }
+        return replace(layer.template, **alone).output(lease.expert, input_ND)
 
     def _matrices(self, places: LayerPlaces, lease: Lease) -> Mapping[str, Tensor]:
         """Return the projections of an expert, by field."""
@@ -124,18 +122,3 @@ class StreamedExperts:
             matrices |= {field: matrix.to(self._dtype) for field, matrix in tensor.read(stored).items()}
             piece += count
         return matrices
-
-
-def _row(bias: Tensor | None, expert: int) -> Tensor | None:
-    return None if bias is None else bias[expert]
-
-
-def _rows_by_expert(index_TK: Tensor, num_experts: int) -> dict[int, Tensor]:
-    """Return for each chosen expert, ascending, the places in the flattened index that name it."""
-    flat, order = index_TK.reshape(-1).sort(stable=True)
-    bounds = torch.searchsorted(flat, torch.arange(num_experts + 1, device=flat.device)).tolist()
-    return {
-        expert: order[bounds[expert] : bounds[expert + 1]]
-        for expert in range(num_experts)
-        if bounds[expert] < bounds[expert + 1]
-    }

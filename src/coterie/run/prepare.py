@@ -78,9 +78,11 @@ def prepare(
     if most_experts is not None and most_experts < 1:
         raise InputError(f"{most_experts} experts in memory at most is none; it must be 1 or more")
     limit = parse_bytes(memory)
-    checkpoint = _view(Checkpoint.open(model))
+    stored = Checkpoint.open(model)
+    manifest = Manifest.read(stored.path)
+    # In full precision, whatever it is stored in, its experts in one width.
+    checkpoint = filled_up(dequantized(stored), None if manifest is None else manifest.ragged)
     architecture = Architecture.of(checkpoint)
-    manifest = Manifest.read(checkpoint.path)
     if manifest is not None and manifest.form is ResultForm.MAPPED:  # its config counts the router's rows
         fewer = resized_config(architecture, manifest.layers[0].num_experts_after)
         architecture = Architecture.from_config(fewer, where=str(checkpoint.path))
@@ -108,12 +110,6 @@ def prepare(
         checkpoint=checkpoint, architecture=architecture, conversion=conversion, places=places, records=records,
         apart=apart, tokenizer=tokenizer, dtype=dtype, context=context, chunk=chunk, budget=budget,
     )  # fmt: skip
-
-
-def _view(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint in full precision, whatever it is stored in, its experts in one width."""
-    manifest = Manifest.read(checkpoint.path)
-    return filled_up(dequantized(checkpoint), None if manifest is None else manifest.ragged)
 
 
 def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:

@@ -258,10 +258,7 @@ class Residency:
             NotEnoughMemory: there are less slots than these experts and those that are pinned; see `waves`.
             ReadError: the reader is closed.
         """
-        keys = [(layer, expert) for expert in dict.fromkeys(experts)]
-        for key in keys:
-            if key not in self.records:
-                raise InputError(f"layer {layer} has no expert {key[1]}")
+        keys = self._keys(layer, experts)
         with self._changed:
             self._check_open()
             self._check_room(keys)
@@ -304,10 +301,7 @@ class Residency:
             InputError: there is no such expert.
             ReadError: the reader is closed.
         """
-        keys = [(layer, expert) for expert in dict.fromkeys(experts)]
-        for key in keys:
-            if key not in self.records:
-                raise InputError(f"layer {layer} has no expert {key[1]}")
+        keys = self._keys(layer, experts)
         with self._changed:
             self._check_open()
             self._unqueue(layer)
@@ -352,6 +346,14 @@ class Residency:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _keys(self, layer: int, experts: Sequence[int]) -> list[Key]:
+        """Return experts of a layer, each once; raises InputError for one that there is not."""
+        keys = [(layer, expert) for expert in dict.fromkeys(experts)]
+        for key in keys:
+            if key not in self.records:
+                raise InputError(f"layer {layer} has no expert {key[1]}")
+        return keys
 
     # All below is called with the lock, but what lanes and leases call, which takes it.
 

@@ -185,14 +185,8 @@ def routed_output(
     total_TD = torch.zeros(
         hidden_TD.shape, dtype=torch.promote_types(hidden_TD.dtype, torch.float32), device=hidden_TD.device
     )
-    flat, order = index_TK.reshape(-1).sort(stable=True)
-    bounds = torch.searchsorted(flat, torch.arange(experts.num_experts + 1, device=flat.device)).tolist()
     top_k = index_TK.shape[-1]
-    for expert in range(experts.num_experts):
-        begin, end = bounds[expert], bounds[expert + 1]
-        if begin == end:
-            continue
-        rows = order[begin:end]
+    for expert, rows in rows_by_expert(index_TK, experts.num_experts).items():
         token_N, slot_N = rows // top_k, rows % top_k
         hidden_NF = experts.hidden(expert, hidden_TD[token_N])
         output_ND = experts.project(expert, hidden_NF)
@@ -200,3 +194,14 @@ def routed_output(
             visit(expert, token_N, slot_N, hidden_NF, output_ND)
         total_TD.index_add_(0, token_N, (output_ND * weight_TK[token_N, slot_N, None]).to(total_TD.dtype))
     return total_TD.to(hidden_TD.dtype)
+
+
+def rows_by_expert(index_TK: Tensor, num_experts: int) -> dict[int, Tensor]:
+    """Return for each chosen expert, ascending, the places in the flattened index that name it."""
+    flat, order = index_TK.reshape(-1).sort(stable=True)
+    bounds = torch.searchsorted(flat, torch.arange(num_experts + 1, device=flat.device)).tolist()
+    return {
+        expert: order[bounds[expert] : bounds[expert + 1]]
+        for expert in range(num_experts)
+        if bounds[expert] < bounds[expert + 1]
+    }
