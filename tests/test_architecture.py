@@ -42,19 +42,21 @@ ALLOWED = {
     "journal_lines": {"errors", "artifact"},
     "journal": {"errors", "artifact", "journal_lines", "progress"},
     "model": FOUNDATION,
-    "run": FOUNDATION | {"model"},
-    "serve": FOUNDATION | {"model", "run"},
     "profile": FOUNDATION | {"model"},
+    "route": FOUNDATION | {"model", "profile"},
+    "run": FOUNDATION | {"model", "route"},
+    "serve": FOUNDATION | {"model", "run", "route"},
     "train": FOUNDATION | {"model", "profile"},
     "publish": FOUNDATION | {"model"},
     "compress": FOUNDATION | {"model", "profile", "train", "publish"},
     "export": FOUNDATION | {"model", "profile", "train", "publish", "compress"},
-    "evaluate": FOUNDATION | {"model", "profile", "publish"},
+    "evaluate": FOUNDATION | {"model", "profile", "publish", "route"},
     "report": FOUNDATION | {"model", "profile", "compress", "evaluate", "publish"},
     "bench": FOUNDATION | {"model", "profile", "train", "compress", "evaluate", "report"},
     "testing": FOUNDATION | {"model", "profile", "publish", "compress"},
     "cli": FOUNDATION
-    | {"model", "run", "serve", "profile", "publish", "compress", "export", "evaluate", "report", "bench", "testing"},
+    | {"model", "run", "route", "serve", "profile", "publish", "compress", "export", "evaluate", "report", "bench"}
+    | {"testing"},
 }
 #: It may import anything: the front door.
 FREE = {"__init__"}

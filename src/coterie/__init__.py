@@ -7,8 +7,8 @@
     [card] = coterie.evaluate("small", against="model", text="text/test")
 
 Names are imported when they are first used, so ``import coterie`` is quick; see `coterie._callable` for why
-`coterie.profile`, `coterie.compress`, `coterie.evaluate`, `coterie.export`, `coterie.run`, `coterie.serve`,
-`coterie.bench` and `coterie.report` are packages that can be called.
+`coterie.profile`, `coterie.compress`, `coterie.evaluate`, `coterie.export`, `coterie.route`, `coterie.run`,
+`coterie.serve`, `coterie.bench` and `coterie.report` are packages that can be called.
 """
 
 from importlib import import_module
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from coterie.profile.run import profile as profile
     from coterie.publish.push import push as push
     from coterie.report.page import report as report
+    from coterie.route.policy import RoutePolicy as RoutePolicy
+    from coterie.route.run import route as route
     from coterie.run.engine import run as run
     from coterie.serve.run import serve as serve
 
@@ -47,6 +49,7 @@ __all__ = [
     "Plan",
     "Prices",
     "Profile",
+    "RoutePolicy",
     "Scorecard",
     "Ways",
     "bench",
@@ -64,17 +67,19 @@ __all__ = [
     "profile",
     "push",
     "report",
+    "route",
     "run",
     "serve",
     "ways",
 ]
 
-_CALLABLE_PACKAGES = ("bench", "compress", "evaluate", "export", "profile", "report", "run", "serve")
+_CALLABLE_PACKAGES = ("bench", "compress", "evaluate", "export", "profile", "report", "route", "run", "serve")
 _HOMES = {
     "Checkpoint": "coterie.model.disk.checkpoint",
     "Plan": "coterie.compress.plan",
     "Prices": "coterie.compress.prices",
     "Profile": "coterie.profile.profile",
+    "RoutePolicy": "coterie.route.policy",
     "Scorecard": "coterie.evaluate.scorecard",
     "Ways": "coterie.compress.way",
     "calibrate": "coterie.profile.calibrate",

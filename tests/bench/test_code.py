@@ -201,13 +201,14 @@ def test_nothing_runs_that_the_key_does_not_cover(tmp_path, recipe):
     program = f"""
 import json, sys
 from coterie.compress.apply import compress
-from coterie.evaluate.run import evaluate
+from coterie.evaluate.evaluation import Evaluation
 from coterie.profile.run import profile
 shared = dict(text={str(text)!r}, tokens=512, seq_len=32)
 profile({str(model)!r}, {str(tmp_path / "profile")!r}, gradients={recipe == "coterie"}, **shared)
 compress({str(model)!r}, {str(tmp_path / "out")!r}, keep=0.5, recipe={recipe!r}, router="plain", effort="fast",
          profile={str(tmp_path / "profile")!r}, **shared)
-evaluate({str(tmp_path / "out")!r}, against={str(model)!r}, **shared)
+with Evaluation(against={str(model)!r}, **shared) as evaluation:
+    evaluation.score({str(tmp_path / "out")!r})
 print(json.dumps(sorted(name for name in sys.modules if name.split(".")[0] == "coterie")))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -32,7 +32,8 @@ CALLS = {
     "inspect": "M", "calibrate": "M --text T", "profile": "M O --text T", "price": "M O --text T", "frontier": "M O",
     "plan": "M --keep 0.5", "compress": "M O --keep 0.5 --text T", "evaluate": "M --text T",
     "bench": "M O --text T --test T --jobs 0", "card": "M", "push": "M owner/name", "export": "M O",
-    "imatrix": "M O --text T", "run": "M prompt", "serve": "M --port 0", "report": "M", "recipes": "", "families": "",
+    "imatrix": "M O --text T", "route": "M O --experts-per-token 2 --profile T", "run": "M prompt",
+    "serve": "M --port 0", "report": "M", "recipes": "", "families": "",
 }  # fmt: skip
 TARGETS = ("--experts", "--width", "--budget", "--params", "--active-params", "--bits", "--type", "--plan")
 

@@ -55,6 +55,10 @@ def evaluate(
     include_path: Annotated[Path | None, typer.Option(help="Folder with task files (YAML) of your own.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples of each task at most.")] = None,
     on: options.On = "all",
+    route: Annotated[
+        Path | None,
+        typer.Option(help="How many experts a token gets: a policy that `coterie route` wrote, for all but --against."),
+    ] = None,
     max_memory: options.MaxMemory = None,
     allow_pickle: options.AllowPickle = False,
     out: Annotated[
@@ -100,6 +104,7 @@ def evaluate(
         include_path=include_path,
         limit=limit,
         on=on,
+        route=route,
     )
     for card, file in zip(cards, files, strict=False):
         card.save(file)

@@ -28,6 +28,7 @@ from coterie.cli.profile import profile
 from coterie.cli.push import push
 from coterie.cli.recipes import recipes
 from coterie.cli.report import report
+from coterie.cli.route import route
 from coterie.cli.run import run
 from coterie.cli.serve import serve
 from coterie.errors import CoterieError
@@ -64,8 +65,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for function in (
-    inspect, calibrate, profile, price, frontier, plan, compress, export, imatrix, run, serve, evaluate, card, push,
-    bench, report, recipes, families,
+    inspect, calibrate, profile, price, frontier, plan, compress, export, imatrix, route, run, serve, evaluate, card,
+    push, bench, report, recipes, families,
 ):  # fmt: skip
     app.command(cls=command.Command)(function)
 

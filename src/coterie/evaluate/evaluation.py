@@ -51,6 +51,7 @@ from coterie.evaluate.subjects import (
 )
 from coterie.evaluate.sums import Sums, add_answers, base_scores, total_of
 from coterie.evaluate.times import layers_of, text_of
+from coterie.model.arch.layers import Architecture
 from coterie.model.stream.likelihood import counted, counted_lengths, token_nll
 from coterie.model.stream.memory import fitting_batch
 from coterie.model.stream.reading import Head, logits_at, predictions, read
@@ -58,6 +59,8 @@ from coterie.model.stream.stream import Stream
 from coterie.paths import user_path
 from coterie.profile.sources import On, check_on
 from coterie.progress import track
+from coterie.route.apply import Spent, routed
+from coterie.route.policy import RoutePolicy
 
 #: Models of at most this many bytes are read a second time for the few answers that need it; in larger ones all that
 #: may be needed is computed in the one pass over their weights.
@@ -89,10 +92,12 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         cache: str | Path | None = None,
         on: On = "all",
         ask_base: bool = True,
+        route: RoutePolicy | None = None,
     ) -> None:
         """Read the questions and open the base; see `evaluate` for the arguments and what is raised.
 
-        With `ask_base` the base is asked the questions too; without it its exact answers are not known.
+        With `ask_base` the base is asked the questions too; without it its exact answers are not known. With `route`
+        models compute what that policy leaves of their routing, and the base all of it.
         """
         self.device = check_arguments(
             device=device, dtype=dtype, batch_size=batch_size, tokens=tokens, questions=questions
@@ -110,6 +115,8 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         self._streams: dict[Path, Stream] = {}
         self._stack = ExitStack()
         self._ask_base = ask_base
+        self._route = route
+        self._spent: dict[Path, Spent] = {}
         self._base_right: set[int] | None = None
         self._base_is_open = False
         self._base_outputs: ModelOutputs | None = None
@@ -221,12 +228,13 @@ class Evaluation(AbstractContextManager["Evaluation"]):
     def _measure_one(self, subject: Subject) -> dict[str, Sums]:
         stream, base = self._streams[subject.path], self.base
         is_base = base is not None and subject.path == base.path
+        is_as_base = is_base and self._route is None
         with ExitStack() as stack:
             if not is_base:  # which is open
                 stack.enter_context(stream)
             outputs = self._base_outputs
-            if outputs is None or not is_base or not outputs.with_answers:
-                outputs = self._read(subject, self._questions(subject))
+            if outputs is None or not is_as_base or not outputs.with_answers:
+                outputs = self._read_routed(subject, self._questions(subject))
             with ExitStack() as heads:
                 head = heads.enter_context(stream.head())
                 base_head = None
@@ -238,7 +246,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             if self._in_turns(subject):
                 right |= self._right_again(subject, begun, right)
         add_answers(sums, right, self._reader.questions_by_domain)
-        if is_base:
+        if is_as_base:
             self._base_right = right
         return sums
 
@@ -250,7 +258,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         begun: dict[int, int] = {}
         with self._streams[base.path].head() as head:
             right = self._right(base, outputs, head, begun)
-        return right | self._right_again(base, begun, right) if self._in_turns(base) else right
+        return right | self._right_again(base, begun, right, is_base=True) if self._in_turns(base) else right
 
     def _in_turns(self, subject: Subject) -> bool:
         """Tell whether second attempts at answers are read only once the first ones are known."""
@@ -272,6 +280,17 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             answers=outputs[len(texts) :],
             with_answers=attempts is not None,
         )
+
+    def _read_routed(self, subject: Subject, attempts: Sequence[Attempt] | None, *, text: bool = True) -> ModelOutputs:
+        """Do the same with what the policy leaves of the model's routing, if there is one."""
+        if self._route is None:
+            return self._read(subject, attempts, text=text)
+        layers = Architecture.of(subject.checkpoint).layers
+        with routed(self._streams[subject.path].model, layers, self._route) as spent:
+            outputs = self._read(subject, attempts, text=text)
+        if text:  # the tokens of the text and first attempts at answers
+            self._spent[subject.path] = spent
+        return outputs
 
     def _texts(self, subject: Subject, outputs: ModelOutputs) -> Iterator[tuple[int, str, Tensor, Any]]:
         """Yield of each batch the number of its first sequence, its domain, its tokens and the base model's output."""
@@ -326,7 +345,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             check_numbers(scored_T, subject, stream, domain)
             if base_head is not None:
                 base_BPV, base_nll_T = logits_BPV, nll_T
-                if base_head is not head:
+                if base_head is not head or self._route is not None:
                     base_BPV = logits_at(base_head, ids_BS, base_output, positions)
                     base_nll_T = token_nll(base_BPV, ids_BP)
                 kl_T, agreeing_T = token_divergence(base_BPV, logits_BPV)
@@ -353,12 +372,14 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             stream.release()
         return right
 
-    def _right_again(self, subject: Subject, begun: Mapping[int, int], right: set[int]) -> set[int]:
+    def _right_again(
+        self, subject: Subject, begun: Mapping[int, int], right: set[int], *, is_base: bool = False
+    ) -> set[int]:
         """Return the questions that second attempts answer, which a second pass over the weights reads."""
         second = second_attempts(self._reader.attempts(subject.tokenizer), begun, right)
         if not second:
             return set()
-        outputs = self._read(subject, second, text=False)
+        outputs = (self._read if is_base else self._read_routed)(subject, second, text=False)
         with self._streams[subject.path].head() as head:
             return self._right(subject, outputs, head, {})
 
@@ -388,4 +409,6 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             environment=environment(stream.device, stream.dtype),
             base_domains=base_domains,
             base_overall=base_overall,
+            route="" if self._route is None else self._route.origin,
+            experts_per_token=None if subject.path not in self._spent else self._spent[subject.path].experts_per_token,
         )

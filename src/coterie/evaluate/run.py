@@ -37,6 +37,7 @@ from coterie.model.stream.memory import Forecast, peak_bytes
 from coterie.model.stream.stream import Stream
 from coterie.profile.sources import On
 from coterie.progress import waiting
+from coterie.route.policy import RoutePolicy
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def evaluate(
     include_path: str | Path | None = None,
     limit: int | None = None,
     on: On = "all",
+    route: str | Path | RoutePolicy | None = None,
 ) -> list[Scorecard]:
     """Measure models on a text folder: quality by domain and bytes and, when asked for, speed, memory and tasks.
 
@@ -88,6 +90,8 @@ def evaluate(
         limit: examples of each task at most; all when None.
         on: predictions of which tokens are scored: "all", or those of answers in conversations and of completions,
             "assistant".
+        route: a policy, or the file of one that `coterie route` wrote: `models` compute the experts that it leaves of
+            those that routers choose, and the base all of them.
 
     Returns:
         One scorecard for each of `models`, in their order.
@@ -110,6 +114,11 @@ def evaluate(
         )
     if text is None and (against is not None or speed_seconds is not None):
         raise InputError("a base to compare with, and speed, take text: give a folder with --text")
+    if route is not None and (tasks or speed_seconds is not None):
+        raise InputError(
+            "--route counts for the scores on text; --speed and --tasks load models as they are: leave one of them out"
+        )
+    policy = RoutePolicy.load(route) if isinstance(route, str | Path) else route
     target = check_device(device)
     bound = None if max_memory is None else parse_bytes(max_memory)
     if tasks:
@@ -121,7 +130,7 @@ def evaluate(
         cards = _on_text(
             chosen, against=against, text=text, tokens=tokens, seq_len=seq_len, seed=seed, device=target,
             batch_size=batch_size, questions=questions, dtype=dtype, speed_seconds=speed_seconds, bound=bound,
-            allow_pickle=allow_pickle, cache=cache, whole=bool(tasks), on=on,
+            allow_pickle=allow_pickle, cache=cache, whole=bool(tasks), on=on, route=policy,
         )  # fmt: skip
     if not tasks:
         return cards

@@ -53,6 +53,8 @@ class Scorecard:
             scorecards from before they were kept.
         base_overall: the base's own scores over all; None where there are none.
         tasks: metrics by task of the lm-evaluation-harness, see `coterie.evaluate.harness`; empty when none was run.
+        route: how the policy was made that said which experts are computed; empty where all were that routers chose.
+        experts_per_token: experts that a layer computed for a token, in the mean; None without a policy.
     """
 
     model: str
@@ -75,6 +77,8 @@ class Scorecard:
     base_domains: Mapping[str, Scores] = field(default_factory=dict)
     base_overall: Scores | None = None
     tasks: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    route: str = ""
+    experts_per_token: float | None = None
 
     def save(self, path: str | Path) -> Path:
         """Write the scorecard as one JSON file and return its path; anything but a scorecard there is refused."""
@@ -102,8 +106,9 @@ class Scorecard:
         source = Path(path)
         artifact = open_artifact(source, kind="scorecard", inputs=inputs)
         digests = Fields(dict(artifact.inputs), where=str(source), path="inputs")
-        # Scorecards from before there were tasks, answers, or scores of the base, say nothing of them.
+        # Scorecards from before there were tasks, answers, scores of the base, or policies, say nothing of them.
         later: dict[str, object] = {"tasks": {}, "on": "all", "base_domains": {}, "base_overall": None}
+        later |= {"route": "", "experts_per_token": None}
         body = Fields(later | artifact.body, where=str(source))
         with digests.all_read(), body.all_read():
             base = None if body.null("base") else body.text("base")
@@ -133,6 +138,8 @@ class Scorecard:
                     task: {name: _number_or_none(metrics, name, least=None) for name in metrics.names()}
                     for task, metrics in body.each_by_name("tasks").items()
                 },
+                route=body.text("route"),
+                experts_per_token=_number_or_none(body, "experts_per_token"),
             )
 
 
