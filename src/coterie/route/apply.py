@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -75,9 +76,12 @@ def routed(model: nn.Module, layers: Sequence[MoELayer], policy: Choice) -> Iter
             index_TK = expert_map[index_TK]
         num_experts = int(module.num_experts)  # type: ignore[arg-type]
         index_TK, weight_TK = policy.choose(number, index_TK, weight_TK, num_experts)
-        spent.experts += int((index_TK < num_experts).sum())
+        is_computed_TK = index_TK < num_experts
+        spent.experts += int(is_computed_TK.sum())
         spent.tokens += len(index_TK)
-        return function(module, hidden_TD, index_TK, weight_TK)
+        # Not all of transformers' implementations know "no expert": what is left out is another one, of weight 0.
+        other_T1 = index_TK.gather(-1, is_computed_TK.int().argmax(dim=-1, keepdim=True)) % num_experts
+        return function(module, hidden_TD, torch.where(is_computed_TK, index_TK, other_T1), weight_TK)
 
     with intercepted(model, compute):
         yield spent
