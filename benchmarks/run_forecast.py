@@ -21,8 +21,8 @@ from statistics import fmean
 from coterie.amounts import parse_bytes
 from coterie.run.engine import Runtime, Sampling
 from coterie.run.forecast import forecast, hit_rate
-from coterie.run.policies import replay
 from coterie.run.prepare import CHUNK
+from coterie.run.replay import replay
 from coterie.run.trace import RoutingTrace, bundled_traces, record
 from make_large import Shape, make_large
 

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from coterie.model.arch.experts import Experts, canonical_experts
 from coterie.model.arch.seam import rows_by_expert
+from coterie.run.leases import Lease, Leases
 from coterie.run.lookahead import Lookahead
 from coterie.run.places import LayerPlaces
-from coterie.run.residency import Lease, Leases, Residency
+from coterie.run.residency import Residency
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,30 +75,32 @@ class StreamedExperts:
         if expert_map is not None:  # of a mapped result: the router names experts of the original
             index_TK = expert_map[index_TK]
         total_TD = torch.zeros(hidden_TD.shape, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
-        rows, top_k = rows_by_expert(index_TK, len(layer.places.experts)), index_TK.shape[-1]
+        rows, (num_tokens, top_k) = rows_by_expert(index_TK, len(layer.places.experts)), index_TK.shape
+        if num_tokens > 1 or len(rows) > self._num_slots:
+            tokens = [(each // top_k).tolist() for each in rows.values()]
+            self._residency.announce(layer.places.layer.index, list(rows), tokens, num_tokens)
+        weighted: dict[int, Tensor] = {}
         for leases in self._waves(layer.places.layer.index, list(rows)):
             if self._lookahead is not None:  # behind what this layer has just asked for
                 self._lookahead.look(layer.places.layer.index, hidden_TD)
-            weighted: dict[int, Tensor] = {}
             for lease in leases:  # those in memory first, then as they arrive
                 token_N, slot_N = rows[lease.expert] // top_k, rows[lease.expert] % top_k
                 output_ND = self._output(layer, lease, hidden_TD[token_N])
                 weighted[lease.expert] = (output_ND * weight_TK[token_N, slot_N, None]).to(total_TD.dtype)
             leases.release()
-            for expert in sorted(weighted):
-                total_TD.index_add_(0, rows[expert] // top_k, weighted[expert])
+        for expert in sorted(weighted):
+            total_TD.index_add_(0, rows[expert] // top_k, weighted[expert])
         return total_TD.to(hidden_TD.dtype)
 
     def _waves(self, layer: int, experts: Sequence[int]) -> Iterator[Leases]:
-        """Yield leases of experts, ascending; where they are too many, some at a time while the next ones are read."""
-        size = len(experts) if len(experts) <= self._num_slots else max(1, self._num_slots // 2)
-        waves = [experts[start : start + size] for start in range(0, len(experts), size)]
+        """Yield leases of experts; where they are too many, some at a time while the next ones are read."""
+        waves = self._residency.waves(layer, experts)
         asked: list[Leases] = []
         try:
             for number, wave in enumerate(waves):
                 if not asked:
                     asked.append(self._residency.acquire(layer, wave))
-                if number + 1 < len(waves) and 2 * size <= self._num_slots:
+                if number + 1 < len(waves) and 2 * len(wave) <= self._num_slots:
                     asked.append(self._residency.acquire(layer, waves[number + 1]))
                 yield asked[0]
                 asked.pop(0).release()

@@ -27,10 +27,10 @@ import torch
 from coterie.errors import InputError
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
-from coterie.run.policies import replay, replay_each
 from coterie.run.prepare import CONTEXT, Prepared, prepare
 from coterie.run.probe import DISK_SECONDS, ComputeSpeed, DiskSpeed, Stopwatch, probe_compute, probe_disk
 from coterie.run.records import Record
+from coterie.run.replay import replay, replay_each
 from coterie.run.trace import RoutingTrace, bundled_traces, mask_of, sch, srp
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def forecast(
     context: int = CONTEXT,
     prompt_tokens: int | None = None,
     trace: RoutingTrace | Path | None = None,
-    policy: str = "decay",
+    policy: str = "follow",
     lanes: int = 2,
     most_experts: int | None = None,
     direct: bool = True,
@@ -187,7 +187,7 @@ def forecast(
     if not 1 <= prompt_tokens < context:
         raise InputError(f"a prompt of {prompt_tokens} tokens does not fit into a context of {context} with an answer")
     own = RoutingTrace.load(trace) if isinstance(trace, Path) else trace
-    prepared = prepare(model, memory=memory, context=context, most_experts=most_experts)
+    prepared = prepare(model, memory=memory, context=context, most_experts=most_experts, policy=policy)
     budget, layers = prepared.budget, prepared.architecture.layers
     facts: dict[str, Any] = {
         "model": prepared.checkpoint.path, "memory": budget.limit, "smallest": budget.smallest, "context": context,
@@ -242,12 +242,10 @@ def hit_rate(trace: RoutingTrace, share: float, policy: str, *, chunk: int) -> f
     if share >= 1:
         return 1.0
     steps, behind = trace.run_steps(chunk)
-    slots = _slots(trace, share)
-    parts, owners = _parts(steps, slots)
     hits = asked = 0
-    for owner, (_, _, experts), count in zip(owners, parts, replay_each(parts, slots, policy), strict=True):
-        if behind[owner]:
-            asked, hits = asked + len(experts), hits + count
+    for is_behind, entry, count in zip(behind, steps, replay_each(steps, _slots(trace, share), policy), strict=True):
+        if is_behind:
+            asked, hits = asked + len(entry.experts), hits + count
     return hits / max(asked, 1)
 
 
@@ -255,22 +253,6 @@ def _slots(trace: RoutingTrace, share: float) -> int:
     """Return how many experts are in memory, at least what a token chooses of a layer."""
     top_k = max(int(chosen_TLK.shape[2]) for chosen_TLK in trace.chosen.values())
     return max(round(share * trace.most), top_k)
-
-
-def _parts(
-    steps: Sequence[tuple[int, int, list[int]]], slots: int
-) -> tuple[list[tuple[int, int, list[int]]], list[int]]:
-    """Return steps, of which what is too much at once is asked for part by part, and which step each part is of.
-
-    That is what `coterie.run.experts` does.
-    """
-    parts, owners = [], []
-    for owner, (step, layer, experts) in enumerate(steps):
-        size = len(experts) if len(experts) <= slots else max(1, slots // 2)
-        for start in range(0, len(experts), size):
-            parts.append((step, layer, experts[start : start + size]))
-            owners.append(owner)
-    return parts, owners
 
 
 def _hits(traces: Sequence[RoutingTrace], share: float, policy: str, chunk: int, *, is_own: bool) -> Hits:
@@ -409,8 +391,6 @@ def chunk_shares(trace: RoutingTrace, share: float, chunk: int, policy: str) -> 
         policy: which experts stay.
     """
     steps = trace.chunk_steps(min(chunk, max(map(len, trace.chosen.values()))))
-    asked = sum(len(experts) for _, _, experts in steps)
-    all_of_them = trace.most * (steps[-1][0] + 1)
-    slots = _slots(trace, share)
-    parts, _ = _parts(steps, slots)
-    return asked / all_of_them, (asked - replay(parts, slots, policy)) / all_of_them
+    asked = sum(len(entry.experts) for entry in steps)
+    all_of_them = trace.most * len({entry.step for entry in steps})
+    return asked / all_of_them, (asked - replay(steps, _slots(trace, share), policy)) / all_of_them

@@ -104,7 +104,7 @@ def probe_disk(
     *,
     lanes: int,
     most: int,
-    policy: str = "decay",
+    policy: str = "follow",
     seconds: float = DISK_SECONDS,
     direct: bool = True,
     seed: int = 0,
