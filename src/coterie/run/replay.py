@@ -31,12 +31,12 @@ def waves(experts: Sequence[int], in_memory: Sequence[bool], slots: int) -> list
     return [[expert for _, expert in order[start : start + size]] for start in range(0, len(order), size)]
 
 
-def replay(trace: Trace, slots: int, policy: str = "follow") -> int:
+def replay(trace: Trace, slots: int, policy: Policy | str = "follow") -> int:
     """Return how many experts would have been in memory when they were asked for; see `replay_each`."""
     return sum(replay_each(trace, slots, policy))
 
 
-def replay_each(trace: Trace, slots: int, policy: str = "follow") -> list[int]:
+def replay_each(trace: Trace, slots: int, policy: Policy | str = "follow") -> list[int]:
     """Return for each entry how many experts would have been in memory, with nothing prefetched.
 
     What is asked for at once is in memory at once, as in `coterie.run.residency`: it makes others go and never itself.
@@ -45,7 +45,7 @@ def replay_each(trace: Trace, slots: int, policy: str = "follow") -> list[int]:
     Args:
         trace: what layers ask for, in order.
         slots: how many experts memory holds.
-        policy: one of `coterie.run.policies.POLICIES`.
+        policy: a new one, or the name of one of `coterie.run.policies.POLICIES`.
 
     Raises:
         UnknownName: there is no such policy.
@@ -54,7 +54,7 @@ def replay_each(trace: Trace, slots: int, policy: str = "follow") -> list[int]:
         return []
     entries = [Asked(*entry) for entry in trace]
     shape = shape_of((entry.layer, expert) for entry in entries for expert in entry.experts)
-    chosen = policy_named(policy, shape, entries)
+    chosen = policy_named(policy, shape, entries) if isinstance(policy, str) else policy
     resident_LE = np.zeros(shape, dtype=bool)
     hits: list[int] = []
     for step, layer, experts, tokens in entries:
