@@ -1,6 +1,6 @@
 """What `coterie inspect --run` foretells beside what `coterie run` then does; and hits of all policies on real routing.
 
-    python benchmarks/run_forecast.py [--models reference/model] [--size 1GB] [--shares 0.25 0.5] [--tokens 64]
+    python benchmarks/run_forecast.py [--models reference/model] [--size 1GB] [--shares 0.25 0.5] [--tokens 32]
                                       [--repeats 3] [--markdown FILE]
 
 Each model runs with room for a share of its experts, from reads past the page cache and from ordinary ones. A forecast
@@ -216,8 +216,8 @@ def main() -> None:
     bundled = [REFERENCE / name for name in ("model", "glm4_moe", "qwen3_moe")]
     parser.add_argument("--models", type=Path, nargs="*", default=bundled)
     parser.add_argument("--size", default="1GB", help="bytes of the synthetic checkpoint; 0 for none")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5], help="bundled ones take the first")
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-replays", action="store_true", help="leave the tables of hits out")
     parser.add_argument("--markdown", type=Path, help="where it goes as well")
@@ -268,9 +268,8 @@ def main() -> None:
             for line in rows(f"synthetic, {options.size}", model, own, None, options.shares, options):
                 add(line)
             prefills.append(prefill_row(f"synthetic, {options.size}", model, words, 2))
-        for number, model in enumerate(options.models):
-            shares = options.shares if number == 0 else options.shares[:1]
-            for line in rows(model.name, model, prompts, bundled_traces()[model.name], shares, options):
+        for model in options.models:
+            for line in rows(model.name, model, prompts, bundled_traces()[model.name], options.shares[:1], options):
                 add(line)
             prefills.append(prefill_row(model.name, model, prose, 3))
     say(

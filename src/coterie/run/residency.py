@@ -93,6 +93,12 @@ class Residency:
         with self._changed:
             return replace(self._counters)
 
+    @property
+    def prefetched(self) -> tuple[int, int]:
+        """How many of the experts that were prefetched were of use, and of how many it is known."""
+        used = self._counters.prefetches_used
+        return used, used + self._counters.prefetches_wasted
+
     def in_memory(self) -> dict[int, list[int]]:
         """Return for each layer which experts are in memory now, ascending."""
         layers: dict[int, list[int]] = {layer: [] for layer, _ in self.records}
