@@ -72,7 +72,7 @@ tell(made.tokens, made.first_seconds, made.seconds, hits=made.hits, bytes=made.b
 MAPPED = """
 import coterie.run.engine as engine
 from coterie.run.engine import Runtime, Sampling
-from coterie.run.residency import Counters
+from coterie.run.leases import Counters
 
 class Mapped:
     '''Experts are views of mapped files.'''

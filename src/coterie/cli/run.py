@@ -40,7 +40,7 @@ def run(
     raw: Annotated[
         bool, typer.Option("--raw", help="Go on with the text as it is, without the model's chat template.")
     ] = False,
-    policy: options.Policy = "decay",
+    policy: options.Policy = "follow",
     lanes: options.Lanes = 2,
     lookahead: options.Lookahead = 0,
     dry_run: options.MemoryDryRun = False,
@@ -68,7 +68,7 @@ def run(
         check_trace_path(save_trace)
     limit = default_memory() if memory is None else memory
     if dry_run:
-        print_memory(model, limit, context, json=json)
+        print_memory(model, limit, context, policy, json=json)
         return
     text = sys.stdin.read() if prompt is None else prompt
 
@@ -90,11 +90,11 @@ def run(
         typer.echo(f"{generated}; {runtime.peak()}", err=True)
 
 
-def print_memory(model: str, memory: int | str, context: int, *, json: bool) -> None:
+def print_memory(model: str, memory: int | str, context: int, policy: str, *, json: bool) -> None:
     """Print the memory that a run would take; raises NotEnoughMemory where it is too much."""
     from coterie.run.prepare import prepare
 
-    budget = prepare(model, memory=memory, context=context).budget
+    budget = prepare(model, memory=memory, context=context, policy=policy).budget
     budget.check()
     if json:
         print_json(budget.to_json())

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from coterie.amounts import parse_bytes
-from coterie.errors import InputError
+from coterie.errors import InputError, UnknownName
 from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.load import checkpoint_meta_model
@@ -24,6 +24,7 @@ from coterie.model.disk.quantized import dequantized
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.run.budget import RunBudget
 from coterie.run.places import LayerPlaces, find_places
+from coterie.run.policies import POLICIES, shape_of
 from coterie.run.records import Key, Piece, Record, slot_bytes
 from coterie.run.resident import resident_size
 from coterie.run.sizes import buffer_bytes, cache_bytes
@@ -71,12 +72,15 @@ def prepare(
     chunk: int = CHUNK,
     most_experts: int | None = None,
     dtype: torch.dtype | None = None,
+    policy: str = "follow",
 ) -> Prepared:
     """Look at a model; see `coterie.run.engine.Runtime` for arguments and errors. The budget is not checked."""
     if context < 1 or chunk < 1:
         raise InputError(f"--context {context} and a chunk of {chunk} tokens must be 1 or more")
     if most_experts is not None and most_experts < 1:
         raise InputError(f"{most_experts} experts in memory at most is none; it must be 1 or more")
+    if policy not in POLICIES or policy == "belady":
+        raise UnknownName("policy", policy, sorted(POLICIES.keys() - {"belady"}))
     limit = parse_bytes(memory)
     stored = Checkpoint.open(model)
     manifest = Manifest.read(stored.path)
@@ -101,7 +105,8 @@ def prepare(
         resident=size.num_bytes,
         reading=size.largest,
         cache=cache_bytes(checkpoint, meta, context),
-        buffers=buffer_bytes(meta, architecture.layers, chunk=chunk, context=context),
+        buffers=buffer_bytes(meta, architecture.layers, chunk=chunk, context=context)
+        + POLICIES[policy].num_bytes(shape_of(records)),
         slot=slot_bytes(records.values()),
         least=min(max(layer.top_k for layer in architecture.layers), most_experts or len(records)),
         most=len(records) if most_experts is None else min(len(records), most_experts),
