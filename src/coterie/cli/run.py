@@ -25,6 +25,9 @@ def run(
     ] = None,
     context: options.RunContext = 4096,
     max_tokens: Annotated[int, typer.Option(help="Tokens that are made at most.")] = 256,
+    answers: Annotated[
+        int, typer.Option(help="Answers to the prompt, made at once: a step reads an expert once for all of them.")
+    ] = 1,
     temperature: Annotated[
         float | None, typer.Option(help="Above 1 for more variety, 0 for the likeliest token each time.")
     ] = None,
@@ -57,7 +60,9 @@ def run(
     What every token passes stays in memory, and as many experts as there is room for; others are read when they are
     needed. The result is the same with any budget.
     """
-    from coterie.run.engine import Runtime, Sampling, default_memory
+    from coterie.run.answers import Answers, generate_answers
+    from coterie.run.engine import Generated, Runtime, Sampling, default_memory
+    from coterie.run.prepare import MOST_BATCH
     from coterie.run.trace import check_trace_path, recording
 
     sampling = Sampling(
@@ -67,8 +72,9 @@ def run(
     if save_trace is not None:
         check_trace_path(save_trace)
     limit = default_memory() if memory is None else memory
+    batch = min(answers, MOST_BATCH)
     if dry_run:
-        print_memory(model, limit, context, json=json)
+        print_memory(model, limit, context, batch, json=json)
         return
     text = sys.stdin.read() if prompt is None else prompt
 
@@ -76,25 +82,35 @@ def run(
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead) as runtime:
+    with Runtime(
+        model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead, batch=batch
+    ) as runtime:
         with nullcontext() if save_trace is None else recording(runtime.model, runtime.layers) as recorder:
-            generated = runtime.generate(
-                text, max_tokens=max_tokens, sampling=sampling, template=not raw, on_text=None if json else show
-            )
+            generated: Generated | Answers
+            if answers == 1:
+                generated = runtime.generate(
+                    text, max_tokens=max_tokens, sampling=sampling, template=not raw, on_text=None if json else show
+                )
+            else:
+                generated = generate_answers(
+                    runtime, text, answers=answers, max_tokens=max_tokens, sampling=sampling, template=not raw
+                )
         if save_trace is not None and recorder is not None:
             recorder.trace(model=runtime.digest, name=runtime.path.name).save(save_trace)
         if json:
             print_json(generated.to_json())
             return
+        if isinstance(generated, Answers):
+            show("\n\n".join(f"--- {number} ---\n{each}" for number, each in enumerate(generated.texts, 1)))
         show("\n")
         typer.echo(f"{generated}; {runtime.peak()}", err=True)
 
 
-def print_memory(model: str, memory: int | str, context: int, *, json: bool) -> None:
+def print_memory(model: str, memory: int | str, context: int, batch: int, *, json: bool) -> None:
     """Print the memory that a run would take; raises NotEnoughMemory where it is too much."""
     from coterie.run.prepare import prepare
 
-    budget = prepare(model, memory=memory, context=context).budget
+    budget = prepare(model, memory=memory, context=context, batch=batch).budget
     budget.check()
     if json:
         print_json(budget.to_json())

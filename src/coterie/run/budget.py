@@ -29,11 +29,12 @@ class RunBudget:
         program: what this process takes before it loads anything.
         resident: weights that stay in memory.
         reading: what reading those takes on top, before anything else is there.
-        cache: keys and values of the whole context.
+        cache: keys and values of the whole context, of all sequences.
         buffers: activations of a chunk of the prompt, masks and logits.
         slot: bytes of the memory of one expert.
         least: slots that are needed, as many as a token chooses experts.
         most: slots that can be used, as many as there are experts.
+        sequences: how many pass at once.
     """
 
     limit: int
@@ -45,6 +46,7 @@ class RunBudget:
     slot: int
     least: int
     most: int
+    sequences: int = 1
 
     @property
     def fixed(self) -> int:
@@ -69,7 +71,7 @@ class RunBudget:
         return (
             ("weights that every token passes", self.resident),
             (f"{self.num_slots} of {self.most} experts", self.num_slots * self.slot),
-            ("keys and values", self.cache),
+            ("keys and values" if self.sequences == 1 else f"keys and values of {self.sequences}", self.cache),
             ("activations", self.buffers),
             ("the program", self.program + _LIBRARIES),
         )
@@ -79,9 +81,10 @@ class RunBudget:
         if self.limit < self.smallest:
             lines = ((name, size) for name, size in self._least_lines() if size)
             parts = " + ".join(f"{format_bytes(size)} ({name})" for name, size in lines)
+            smaller = "--context" if self.sequences == 1 else "--context or batch"
             raise NotEnoughMemory(
                 f"--memory {format_bytes(self.limit)} is too little for this model: {format_bytes(self.smallest)} is "
-                f"the smallest that works: {parts}; a smaller --context takes less"
+                f"the smallest that works: {parts}; a smaller {smaller} takes less"
             )
 
     def _least_lines(self) -> tuple[Line, ...]:

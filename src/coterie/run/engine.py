@@ -23,6 +23,7 @@ from coterie.model.arch.seam import install
 from coterie.model.quiet import quiet
 from coterie.model.stream.memory import free_bytes, peak_bytes
 from coterie.run.arena import Arena
+from coterie.run.batch import Batch, Outcome, Wanted
 from coterie.run.experts import StreamedExperts
 from coterie.run.lookahead import Lookahead
 from coterie.run.policies import POLICIES
@@ -31,56 +32,13 @@ from coterie.run.reader import Reader
 from coterie.run.records import slot_bytes
 from coterie.run.residency import Residency
 from coterie.run.resident import load_resident
+from coterie.run.sampling import Sampling as Sampling
+from coterie.run.sampling import check_tokens
 
 log = logging.getLogger(__name__)
 
 #: Threads that read experts.
 LANES = 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How tokens are chosen; None leaves what the model's generation_config.json says.
-
-    Attributes:
-        temperature: what scores are divided by; 0 for the likeliest token each time.
-        top_k: how many of the likeliest tokens are drawn from.
-        top_p: the share of probability of the likeliest tokens that are drawn from.
-        min_p: the share of the likeliest token's probability that others need.
-        repetition_penalty: what scores of tokens that were there are divided by.
-        seed: seed of the draws.
-    """
-
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-
-    def check(self) -> None:
-        """Raise InputError for what is out of range."""
-        ranges = {
-            "temperature": (self.temperature, 0.0, 100.0), "top-k": (self.top_k, 1, 2**31),
-            "top-p": (self.top_p, 0.0, 1.0), "min-p": (self.min_p, 0.0, 1.0),
-            "repetition-penalty": (self.repetition_penalty, 0.01, 100.0),
-        }  # fmt: skip
-        for name, (value, least, most) in ranges.items():
-            if value is not None and not least <= value <= most:
-                raise InputError(f"--{name} {value:g} is out of range: {least:g} to {most:g}")
-
-    def settings(self) -> dict[str, Any]:
-        """Return them as transformers has them."""
-        given = {
-            name: value
-            for name in ("top_k", "top_p", "min_p", "repetition_penalty")
-            if (value := getattr(self, name)) is not None
-        }
-        if self.temperature == 0:
-            return {"do_sample": False, "repetition_penalty": given.get("repetition_penalty")}
-        if self.temperature is not None:
-            given |= {"temperature": self.temperature, "do_sample": True}
-        return given
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +97,7 @@ class Runtime:
         most_experts: int | None = None,
         dtype: torch.dtype | None = None,
         direct: bool = True,
+        batch: int = 1,
     ) -> None:
         """Load what stays in memory, and take all the memory that the run may have.
 
@@ -153,6 +112,7 @@ class Runtime:
             most_experts: how many experts are in memory at most, also where there is room for more.
             dtype: number format that is computed in; that of the checkpoint when None.
             direct: read past the page cache, where the file system can.
+            batch: sequences of the whole context at once, at most; see `generate_batch`.
 
         Raises:
             NotEnoughMemory: the budget is too small; names the smallest that works.
@@ -163,7 +123,9 @@ class Runtime:
             raise InputError(f"--lanes {lanes} must be 1 or more, and --lookahead {lookahead} 0 or more")
         if policy not in POLICIES or policy == "belady":
             raise UnknownName("policy", policy, sorted(POLICIES.keys() - {"belady"}))
-        prepared = prepare(model, memory=memory, context=context, chunk=chunk, most_experts=most_experts, dtype=dtype)
+        prepared = prepare(
+            model, memory=memory, context=context, chunk=chunk, most_experts=most_experts, dtype=dtype, batch=batch
+        )
         prepared.budget.check()
         log.info("memory: %s", prepared.budget)
         if prepared.budget.num_slots < prepared.budget.most // 20:
@@ -172,7 +134,7 @@ class Runtime:
                 prepared.budget.num_slots, prepared.budget.most,
             )  # fmt: skip
         self.budget, self.tokenizer, self.context = prepared.budget, prepared.tokenizer, prepared.context
-        self.path, self._chunk = prepared.checkpoint.path, prepared.chunk
+        self.path, self._chunk, self.batch = prepared.checkpoint.path, prepared.chunk, batch
         self.digest, self.layers = prepared.checkpoint.digest, prepared.architecture.layers
         self.model = load_resident(prepared.checkpoint, prepared.conversion, prepared.dtype, prepared.apart)
         if (self.path / GENERATION_CONFIG_NAME).is_file():
@@ -184,11 +146,12 @@ class Runtime:
         self.residency = Residency(self._arena, self._reader, records, policy)
         self._cancelled: Callable[[], bool] | None = None
         self.lookahead = Lookahead(self.model, prepared.architecture.layers, self.residency, lookahead)
-        streamed = StreamedExperts(
+        self.experts = StreamedExperts(
             self.model, prepared.places, self.residency, num_slots=self.budget.num_slots, dtype=prepared.dtype,
             check=self._check, lookahead=self.lookahead if lookahead else None,
         )  # fmt: skip
-        install(self.model, streamed.compute)
+        install(self.model, self.experts.compute)
+        self._told_one_by_one = False
 
     def ids(
         self,
@@ -293,8 +256,7 @@ class Runtime:
         """
         sampling = sampling or Sampling()
         sampling.check()
-        if max_tokens < 1:
-            raise InputError(f"--max-tokens {max_tokens} must be 1 or more")
+        check_tokens(max_tokens)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         model, steps = cast(Any, self.model), None if on_token is None else _Steps(on_token)
@@ -315,6 +277,58 @@ class Runtime:
                 hook.remove()
         new: list[int] = output[0, ids_1S.shape[1] :].tolist()
         return new
+
+    def generate_batch(self, wanted: Sequence[Wanted]) -> list[Outcome]:
+        """Make several answers at once, each as it would be alone: a step reads an expert once for all of them.
+
+        Where a family keeps more of a sequence than keys and values, they are made one after the other, which is said.
+        One answer alone is made as `generate_ids` makes it.
+
+        Args:
+            wanted: the answers, as many as `batch` at most.
+
+        Returns:
+            What became of each. What ends one ends no other, but for a disk that fails, which ends those under way; the
+            next ones may pass.
+
+        Raises:
+            InputError: they are too many, or a setting cannot be.
+        """
+        if len(wanted) > self.batch:
+            raise InputError(f"{len(wanted)} answers at once are more than a batch of {self.batch}")
+        if len(wanted) < 2:
+            return [self._alone(each) for each in wanted]
+        batch = Batch(self.model, self.experts, wanted, context=self.context, pad=self._pad())
+        if not batch.is_possible:
+            if not self._told_one_by_one:
+                log.warning("answers are made one by one: this model keeps more of a text than keys and values")
+            self._told_one_by_one = True
+            return [self._alone(each) for each in wanted]
+        self._cancelled = lambda: batch.is_cancelled
+        try:
+            batch.run(self._chunk)
+        finally:
+            self._cancelled = None
+        return [answer.outcome for answer in batch.answers]
+
+    def _alone(self, wanted: Wanted) -> Outcome:
+        """Make one answer."""
+        outcome = Outcome()
+
+        def take(token: int, scores_V: Tensor) -> bool:
+            outcome.ids.append(token)
+            return wanted.on_token is not None and wanted.on_token(token, scores_V)
+
+        try:
+            self.generate_ids(
+                wanted.ids_1S, max_tokens=wanted.max_tokens, sampling=wanted.sampling, on_token=take,
+                cancelled=wanted.cancelled,
+            )  # fmt: skip
+        except Exception as error:
+            outcome.error = error
+        if wanted.on_end is not None:
+            wanted.on_end(outcome)
+        return outcome
 
     @property
     def ends(self) -> tuple[int, ...]:

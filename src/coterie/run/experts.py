@@ -32,7 +32,12 @@ class _Layer:
 
 
 class StreamedExperts:
-    """The experts of a model, which are read when a token needs them."""
+    """The experts of a model, which are read when a token needs them.
+
+    Attributes:
+        counts_T: which tokens of the pass count; the others are padding, and choose no experts. None for all.
+        num_chosen: experts that tokens have chosen so far, each as often as it was chosen.
+    """
 
     def __init__(
         self,
@@ -58,6 +63,8 @@ class StreamedExperts:
         """
         self._residency, self._num_slots, self._dtype, self._check = residency, num_slots, dtype, check
         self._lookahead = lookahead
+        self.counts_T: Tensor | None = None
+        self.num_chosen = 0
         self._layers = {
             id(module): _Layer(places=each, template=canonical_experts(module))
             for each in places
@@ -73,8 +80,11 @@ class StreamedExperts:
         expert_map: Tensor | None = getattr(module, "coterie_expert_map", None)
         if expert_map is not None:  # of a mapped result: the router names experts of the original
             index_TK = expert_map[index_TK]
+        if self.counts_T is not None and len(self.counts_T) == len(index_TK):
+            index_TK = index_TK.masked_fill(~self.counts_T[:, None], len(layer.places.experts))
         total_TD = torch.zeros(hidden_TD.shape, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
         rows, top_k = rows_by_expert(index_TK, len(layer.places.experts)), index_TK.shape[-1]
+        self.num_chosen += sum(map(len, rows.values()))
         for leases in self._waves(layer.places.layer.index, list(rows)):
             if self._lookahead is not None:  # behind what this layer has just asked for
                 self._lookahead.look(layer.places.layer.index, hidden_TD)

@@ -31,6 +31,9 @@ from coterie.run.sizes import buffer_bytes, cache_bytes
 #: Tokens of prompt and answer together, and of a prompt that pass the model at once.
 CONTEXT, CHUNK = 4096, 256
 
+#: Sequences at once at most.
+MOST_BATCH = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -71,10 +74,13 @@ def prepare(
     chunk: int = CHUNK,
     most_experts: int | None = None,
     dtype: torch.dtype | None = None,
+    batch: int = 1,
 ) -> Prepared:
     """Look at a model; see `coterie.run.engine.Runtime` for arguments and errors. The budget is not checked."""
     if context < 1 or chunk < 1:
         raise InputError(f"--context {context} and a chunk of {chunk} tokens must be 1 or more")
+    if not 1 <= batch <= MOST_BATCH:
+        raise InputError(f"a batch of {batch} sequences is out of range: 1 to {MOST_BATCH}")
     if most_experts is not None and most_experts < 1:
         raise InputError(f"{most_experts} experts in memory at most is none; it must be 1 or more")
     limit = parse_bytes(memory)
@@ -100,11 +106,12 @@ def prepare(
         program=psutil.Process().memory_info().rss,
         resident=size.num_bytes,
         reading=size.largest,
-        cache=cache_bytes(checkpoint, meta, context),
-        buffers=buffer_bytes(meta, architecture.layers, chunk=chunk, context=context),
+        cache=batch * cache_bytes(checkpoint, meta, context),
+        buffers=buffer_bytes(meta, architecture.layers, chunk=max(chunk, batch), context=context, scored=batch),
         slot=slot_bytes(records.values()),
         least=min(max(layer.top_k for layer in architecture.layers), most_experts or len(records)),
         most=len(records) if most_experts is None else min(len(records), most_experts),
+        sequences=batch,
     )
     return Prepared(
         checkpoint=checkpoint, architecture=architecture, conversion=conversion, places=places, records=records,

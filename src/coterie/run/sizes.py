@@ -45,7 +45,9 @@ def cache_bytes(checkpoint: Checkpoint, model: PreTrainedModel, context: int) ->
     return sum(sizes) + 2 * max(sizes, default=0)
 
 
-def buffer_bytes(model: PreTrainedModel, layers: Sequence[MoELayer], *, chunk: int, context: int) -> int:
+def buffer_bytes(
+    model: PreTrainedModel, layers: Sequence[MoELayer], *, chunk: int, context: int, scored: int = 1
+) -> int:
     """Return the bytes of what a chunk of the prompt has in memory while it passes a layer, and the head.
 
     Args:
@@ -53,6 +55,7 @@ def buffer_bytes(model: PreTrainedModel, layers: Sequence[MoELayer], *, chunk: i
         layers: its MoE layers.
         chunk: tokens of the chunk.
         context: tokens that they look at.
+        scored: tokens of a pass whose scores are needed, over all sequences.
     """
     config: Any = model.config.get_text_config()
     hidden = max(layer.hidden_size for layer in layers)
@@ -61,5 +64,5 @@ def buffer_bytes(model: PreTrainedModel, layers: Sequence[MoELayer], *, chunk: i
     inner = max(3 * layer.width + (3 + layer.top_k) * layer.hidden_size for layer in layers)
     numbers = _BESIDE * hidden + max(inner, 3 * dense)
     masks = 2 * chunk * context * _WIDE
-    logits = 3 * int(config.vocab_size) * _WIDE
+    logits = 3 * scored * int(config.vocab_size) * _WIDE
     return chunk * numbers * _WIDE + masks + logits

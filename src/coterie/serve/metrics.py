@@ -48,7 +48,7 @@ class Metrics:
         token_seconds: times from a token to the next one.
         request_seconds: times from when a request was admitted to its end.
         waiting: requests that wait.
-        running: requests that run, one at most.
+        running: requests that run.
         context: tokens whose keys and values are in use.
     """
 
@@ -72,7 +72,7 @@ class Metrics:
         )
         self.waiting = Gauge("coterie_queue_waiting", "Requests that wait", **own)
         self.queue = Gauge("coterie_queue_limit", "Requests that wait at most", **own)
-        self.running = Gauge("coterie_requests_running", "Requests that run, one at most", **own)
+        self.running = Gauge("coterie_requests_running", "Requests that run", **own)
         self.context = Gauge("coterie_kv_tokens", "Tokens whose keys and values are in use", **own)
 
     def watch(self, runtime: Runtime) -> None:
