@@ -9,6 +9,7 @@ import typer
 
 from coterie.cli import options
 from coterie.cli.output import print_json, print_text
+from coterie.errors import InputError
 
 
 def run(
@@ -46,6 +47,7 @@ def run(
     policy: options.Policy = "decay",
     lanes: options.Lanes = 2,
     lookahead: options.Lookahead = 0,
+    draft: options.Draft = "off",
     dry_run: options.MemoryDryRun = False,
     save_trace: Annotated[
         Path | None,
@@ -71,10 +73,12 @@ def run(
     sampling.check()
     if save_trace is not None:
         check_trace_path(save_trace)
+        if answers != 1 or draft != "off":
+            raise InputError("--save-trace keeps one text, token by token; leave --answers and --draft out")
     limit = default_memory() if memory is None else memory
     batch = min(answers, MOST_BATCH)
     if dry_run:
-        print_memory(model, limit, context, batch, json=json)
+        print_memory(model, limit, context, batch, draft, json=json)
         return
     text = sys.stdin.read() if prompt is None else prompt
 
@@ -83,7 +87,14 @@ def run(
         sys.stdout.flush()
 
     with Runtime(
-        model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead, batch=batch
+        model,
+        memory=limit,
+        context=context,
+        policy=policy,
+        lanes=lanes,
+        lookahead=lookahead,
+        batch=batch,
+        draft=draft,
     ) as runtime:
         with nullcontext() if save_trace is None else recording(runtime.model, runtime.layers) as recorder:
             generated: Generated | Answers
@@ -106,11 +117,11 @@ def run(
         typer.echo(f"{generated}; {runtime.peak()}", err=True)
 
 
-def print_memory(model: str, memory: int | str, context: int, batch: int, *, json: bool) -> None:
+def print_memory(model: str, memory: int | str, context: int, batch: int, draft: str, *, json: bool) -> None:
     """Print the memory that a run would take; raises NotEnoughMemory where it is too much."""
     from coterie.run.prepare import prepare
 
-    budget = prepare(model, memory=memory, context=context, batch=batch).budget
+    budget = prepare(model, memory=memory, context=context, batch=batch, draft=draft).budget
     budget.check()
     if json:
         print_json(budget.to_json())

@@ -30,6 +30,7 @@ def serve(
     policy: options.Policy = "decay",
     lanes: options.Lanes = 2,
     lookahead: options.Lookahead = 0,
+    draft: options.Draft = "off",
     batch: Annotated[
         int,
         typer.Option(help="Answers that are made at once, at most; a step reads an expert once for all of them."),
@@ -46,11 +47,11 @@ def serve(
     if dry_run:
         from coterie.run.engine import default_memory
 
-        print_memory(model, default_memory() if memory is None else memory, context, batch, json=json)
+        print_memory(model, default_memory() if memory is None else memory, context, batch, draft, json=json)
         return
     from coterie.serve.run import serve as answer
 
     answer(
         model, memory=memory, host=host, port=port, api_key=api_key, queue=queue, context=context, policy=policy,
-        lanes=lanes, lookahead=lookahead, batch=batch,
+        lanes=lanes, lookahead=lookahead, batch=batch, draft=draft,
     )  # fmt: skip

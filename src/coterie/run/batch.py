@@ -31,13 +31,11 @@ from transformers.cache_utils import (
 from coterie.errors import Cancelled
 from coterie.model.quiet import quiet
 from coterie.run.experts import StreamedExperts
+from coterie.run.passes import KEPT, let_pass
 from coterie.run.sampling import Sampling, check_tokens
 
 #: Tokens in common from which on it is worth a pass of its own.
 _SHARED = 16
-
-#: What transformers prepares of an answer that a batch can put together.
-_KNOWN = {"attention_mask", "position_ids", "past_key_values"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +186,7 @@ class Batch:
         What is kept of a sequence must be keys and values alone, and positions must be given by whoever calls.
         """
         for answer in self.answers:
-            others = {name for name, value in answer.inputs.items() if isinstance(value, Tensor)} - _KNOWN
+            others = {name for name, value in answer.inputs.items() if isinstance(value, Tensor)} - KEPT
             if others or answer.inputs.get("position_ids") is None:
                 return False
         return (
@@ -280,15 +278,12 @@ class Batch:
 
     def _pass(self, ids_BC: Tensor, *, is_first: bool) -> Tensor:
         """Let tokens pass the model, which are the last ones of the mask; return the scores behind the last."""
-        given = {name: value for name, value in self._alive[0].inputs.items() if name not in _KNOWN}
         is_padded = not bool(self._mask_BS.all())
         self._experts.counts_T = self._mask_BS[:, -ids_BC.shape[1] :].reshape(-1).bool() if is_padded else None
-        inputs = self._model.prepare_inputs_for_generation(
-            ids_BC, past_key_values=self._cache, attention_mask=self._mask_BS if is_padded else None,
-            position_ids=self._positions[..., -ids_BC.shape[1] :], is_first_iteration=is_first, **given,
-        )  # fmt: skip
-        scores_BV: Tensor = self._model(**inputs, return_dict=True).logits[:, -1]
-        return scores_BV
+        return let_pass(
+            self._model, ids_BC, self._cache, self._positions[..., -ids_BC.shape[1] :], self._alive[0].inputs,
+            mask_BS=self._mask_BS if is_padded else None, is_first=is_first,
+        )[:, -1]  # fmt: skip
 
     def _grow(self) -> None:
         """Make room in mask and positions for the token that was chosen last."""

@@ -35,6 +35,7 @@ class RunBudget:
         least: slots that are needed, as many as a token chooses experts.
         most: slots that can be used, as many as there are experts.
         sequences: how many pass at once.
+        draft: a model that guesses, with its keys and values.
     """
 
     limit: int
@@ -47,11 +48,12 @@ class RunBudget:
     least: int
     most: int
     sequences: int = 1
+    draft: int = 0
 
     @property
     def fixed(self) -> int:
         """Bytes of all but the slots."""
-        return self.program + _LIBRARIES + self.resident + self.cache + self.buffers
+        return self.program + _LIBRARIES + self.resident + self.cache + self.buffers + self.draft
 
     @property
     def num_slots(self) -> int:
@@ -61,7 +63,7 @@ class RunBudget:
     @property
     def smallest(self) -> int:
         """The smallest budget that works, in bytes."""
-        loading = self.program + _LIBRARIES + self.resident + self.reading
+        loading = self.program + _LIBRARIES + self.resident + self.draft + self.reading
         size = max(loading, self.fixed + self.least * self.slot)
         return -(-size // _STEP) * _STEP
 
@@ -73,6 +75,7 @@ class RunBudget:
             (f"{self.num_slots} of {self.most} experts", self.num_slots * self.slot),
             ("keys and values" if self.sequences == 1 else f"keys and values of {self.sequences}", self.cache),
             ("activations", self.buffers),
+            ("the model that drafts", self.draft),
             ("the program", self.program + _LIBRARIES),
         )
 

@@ -34,6 +34,7 @@ from coterie.run.residency import Residency
 from coterie.run.resident import load_resident
 from coterie.run.sampling import Sampling as Sampling
 from coterie.run.sampling import check_tokens
+from coterie.run.speculation import Drafted, speculation_of
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Generated:
         seconds: time to the last one.
         hits: share of the experts that were wanted that were in memory.
         bytes_read: bytes of experts that were read.
+        drafted: what guesses brought, where there are some.
     """
 
     text: str
@@ -62,6 +64,7 @@ class Generated:
     seconds: float
     hits: float
     bytes_read: int
+    drafted: Drafted | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON content."""
@@ -78,6 +81,7 @@ class Generated:
             f"{self.prompt_tokens} tokens read in {self.first_seconds:.1f} s, {self.tokens} made at "
             f"{self.tokens_per_second:.1f} a second; {self.hits:.0%} of experts were in memory, "
             f"{format_bytes(self.bytes_read)} were read ({each} a token)"
+            f"{'' if self.drafted is None else f'; {self.drafted}'}"
         )
 
 
@@ -98,6 +102,7 @@ class Runtime:
         dtype: torch.dtype | None = None,
         direct: bool = True,
         batch: int = 1,
+        draft: str = "off",
     ) -> None:
         """Load what stays in memory, and take all the memory that the run may have.
 
@@ -113,6 +118,9 @@ class Runtime:
             dtype: number format that is computed in; that of the checkpoint when None.
             direct: read past the page cache, where the file system can.
             batch: sequences of the whole context at once, at most; see `generate_batch`.
+            draft: who guesses tokens of an answer that is alone, for one pass to check, as long as it is worth its
+                time: nobody ("off"), the text so far ("lookup"), the model itself with the experts in memory
+                ("resident", or "resident:0.5" with half of a token's), or another model with the same tokenizer.
 
         Raises:
             NotEnoughMemory: the budget is too small; names the smallest that works.
@@ -124,8 +132,9 @@ class Runtime:
         if policy not in POLICIES or policy == "belady":
             raise UnknownName("policy", policy, sorted(POLICIES.keys() - {"belady"}))
         prepared = prepare(
-            model, memory=memory, context=context, chunk=chunk, most_experts=most_experts, dtype=dtype, batch=batch
-        )
+            model, memory=memory, context=context, chunk=chunk, most_experts=most_experts, dtype=dtype, batch=batch,
+            draft=draft,
+        )  # fmt: skip
         prepared.budget.check()
         log.info("memory: %s", prepared.budget)
         if prepared.budget.num_slots < prepared.budget.most // 20:
@@ -151,6 +160,9 @@ class Runtime:
             check=self._check, lookahead=self.lookahead if lookahead else None,
         )  # fmt: skip
         install(self.model, self.experts.compute)
+        self.speculation = speculation_of(
+            prepared.draft, self.model, self.layers, self.residency, self.experts, chunk=self._chunk
+        )
         self._told_one_by_one = False
 
     def ids(
@@ -217,6 +229,7 @@ class Runtime:
         ids_1S = self.ids(prompt, template=template)
         streamer = _Streamer(self.tokenizer, on_text)
         before = self.residency.counters
+        drafted = None if self.speculation is None else self.speculation.drafted
         started = time.perf_counter()
         new = self.generate_ids(
             ids_1S, max_tokens=max_tokens, sampling=sampling, streamer=streamer, cancelled=cancelled
@@ -228,6 +241,7 @@ class Runtime:
             text=str(self.tokenizer.decode(new, skip_special_tokens=True)), prompt_tokens=ids_1S.shape[1],
             tokens=len(new), first_seconds=(streamer.first or started) - started, seconds=seconds,
             hits=hits / max(hits + misses, 1), bytes_read=after.num_bytes - before.num_bytes,
+            drafted=None if self.speculation is None or drafted is None else self.speculation.drafted.since(drafted),
         )  # fmt: skip
 
     def generate_ids(
@@ -260,6 +274,9 @@ class Runtime:
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         model, steps = cast(Any, self.model), None if on_token is None else _Steps(on_token)
+        drafts: dict[str, Any] = {}
+        if self.speculation is not None:
+            drafts["custom_generate"] = self.speculation.decoder(streamer, None if steps is None else steps.see)
         hook = None if steps is None else self.model.register_forward_hook(steps.note)
         self._cancelled = cancelled
         try:
@@ -269,7 +286,7 @@ class Runtime:
                     stopping_criteria=None if steps is None else StoppingCriteriaList([steps]),
                     max_new_tokens=min(max_tokens, self.context - ids_1S.shape[1]),
                     prefill_chunk_size=self._chunk if ids_1S.shape[1] > self._chunk else None,
-                    pad_token_id=self._pad(), **sampling.settings(),
+                    pad_token_id=self._pad(), **drafts, **sampling.settings(),
                 )  # fmt: skip
         finally:
             self._cancelled = None
@@ -393,7 +410,11 @@ class _Steps(StoppingCriteria):
 
     def note(self, model: object, arguments: object, output: Any) -> None:
         """Keep the scores of the last token of a forward pass; a hook."""
-        self._scores_V = output.logits[0, -1].float().clone()
+        self.see(output.logits[0, -1])
+
+    def see(self, scores_V: Tensor) -> None:
+        """Keep scores of a token."""
+        self._scores_V = scores_V.float().clone()
 
     def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
         """Say whether the token that was chosen last is the last one."""
@@ -427,6 +448,7 @@ def run(
     policy: str = "decay",
     lanes: int = LANES,
     lookahead: int = 0,
+    draft: str = "off",
     on_text: Callable[[str], None] | None = None,
 ) -> Generated:
     """Go on with a prompt within a budget of memory; for several prompts, keep a `Runtime`.
@@ -442,11 +464,14 @@ def run(
         policy: which experts stay in memory, see `Runtime`.
         lanes: threads that read.
         lookahead: experts of the next layer that are guessed and read ahead; 0 for none.
+        draft: who guesses tokens, see `Runtime`.
         on_text: gets the text piece by piece, as it comes.
 
     Raises:
         NotEnoughMemory, InputError, ArchitectureMismatch, CorruptCheckpoint: see `Runtime` and `Runtime.generate`.
     """
     limit = default_memory() if memory is None else memory
-    with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead) as runtime:
+    with Runtime(
+        model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead, draft=draft
+    ) as runtime:
         return runtime.generate(prompt, max_tokens=max_tokens, sampling=sampling, template=template, on_text=on_text)

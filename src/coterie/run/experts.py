@@ -21,6 +21,7 @@ from coterie.model.arch.seam import rows_by_expert
 from coterie.run.lookahead import Lookahead
 from coterie.run.places import LayerPlaces
 from coterie.run.residency import Lease, Leases, Residency
+from coterie.run.restriction import Restriction
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +37,8 @@ class StreamedExperts:
 
     Attributes:
         counts_T: which tokens of the pass count; the others are padding, and choose no experts. None for all.
-        num_chosen: experts that tokens have chosen so far, each as often as it was chosen.
+        num_chosen: experts that tokens have chosen so far, each as often as it was chosen; without those of guesses.
+        restriction: while it is there, tokens pass with experts in memory alone, and nothing is read or counted.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class StreamedExperts:
         self._lookahead = lookahead
         self.counts_T: Tensor | None = None
         self.num_chosen = 0
+        self.restriction: Restriction | None = None
         self._layers = {
             id(module): _Layer(places=each, template=canonical_experts(module))
             for each in places
@@ -82,11 +85,14 @@ class StreamedExperts:
             index_TK = expert_map[index_TK]
         if self.counts_T is not None and len(self.counts_T) == len(index_TK):
             index_TK = index_TK.masked_fill(~self.counts_T[:, None], len(layer.places.experts))
+        if self.restriction is not None:
+            index_TK, weight_TK = self.restriction.apply(layer.places.layer.index, hidden_TD, index_TK, weight_TK)
         total_TD = torch.zeros(hidden_TD.shape, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
         rows, top_k = rows_by_expert(index_TK, len(layer.places.experts)), index_TK.shape[-1]
-        self.num_chosen += sum(map(len, rows.values()))
+        if self.restriction is None:
+            self.num_chosen += sum(map(len, rows.values()))
         for leases in self._waves(layer.places.layer.index, list(rows)):
-            if self._lookahead is not None:  # behind what this layer has just asked for
+            if self._lookahead is not None and self.restriction is None:  # behind what this layer has just asked for
                 self._lookahead.look(layer.places.layer.index, hidden_TD)
             weighted: dict[int, Tensor] = {}
             for lease in leases:  # those in memory first, then as they arrive
@@ -100,6 +106,10 @@ class StreamedExperts:
 
     def _waves(self, layer: int, experts: Sequence[int]) -> Iterator[Leases]:
         """Yield leases of experts, ascending; where they are too many, some at a time while the next ones are read."""
+        if self.restriction is not None:
+            with self._residency.peek(layer, experts) as leases:
+                yield leases
+            return
         size = len(experts) if len(experts) <= self._num_slots else max(1, self._num_slots // 2)
         waves = [experts[start : start + size] for start in range(0, len(experts), size)]
         asked: list[Leases] = []

@@ -40,13 +40,10 @@ class Lookahead:
             num_guesses: experts of a layer that are guessed, the likeliest; 0 for none.
         """
         self._residency, self._num_guesses = residency, num_guesses
-        self._routers: dict[int, tuple[MoELayer, Tensor]] = {}
-        state = model.state_dict()
-        for before, layer in pairwise(layers):
-            names = [name for name, axis in layer.router_tensors if axis == 0]
-            rows = [state[name] for name in names if tuple(state[name].shape) == (layer.num_experts, layer.hidden_size)]
-            if len(rows) == 1:
-                self._routers[before.index] = (layer, rows[0])
+        rows = router_rows(model, layers)
+        self._routers: dict[int, tuple[MoELayer, Tensor]] = {
+            before.index: (layer, rows[layer.index]) for before, layer in pairwise(layers) if layer.index in rows
+        }
 
     @property
     def is_on(self) -> bool:
@@ -74,3 +71,14 @@ class Lookahead:
         score_E = router_ED.float() @ hidden_TD[0].float()
         count = min(self._num_guesses, following.num_experts)
         self._residency.prefetch(following.index, score_E.topk(count).indices.tolist())
+
+
+def router_rows(model: PreTrainedModel, layers: Sequence[MoELayer]) -> dict[int, Tensor]:
+    """Return the router's rows (E, D) by number of layer, of layers whose router has one such matrix."""
+    state, rows_by_layer = model.state_dict(), {}
+    for layer in layers:
+        names = [name for name, axis in layer.router_tensors if axis == 0]
+        rows = [state[name] for name in names if tuple(state[name].shape) == (layer.num_experts, layer.hidden_size)]
+        if len(rows) == 1:
+            rows_by_layer[layer.index] = rows[0]
+    return rows_by_layer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.quantized import dequantized
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.run.budget import RunBudget
+from coterie.run.draft_choice import DraftChoice
 from coterie.run.places import LayerPlaces, find_places
 from coterie.run.records import Key, Piece, Record, slot_bytes
 from coterie.run.resident import resident_size
@@ -51,6 +52,7 @@ class Prepared:
         context: tokens of prompt and answer together, at most.
         chunk: tokens of a prompt that pass the model at once.
         budget: what memory is for.
+        draft: who guesses tokens.
     """
 
     checkpoint: Checkpoint
@@ -64,6 +66,7 @@ class Prepared:
     context: int
     chunk: int
     budget: RunBudget
+    draft: DraftChoice
 
 
 def prepare(
@@ -75,6 +78,7 @@ def prepare(
     most_experts: int | None = None,
     dtype: torch.dtype | None = None,
     batch: int = 1,
+    draft: str = "off",
 ) -> Prepared:
     """Look at a model; see `coterie.run.engine.Runtime` for arguments and errors. The budget is not checked."""
     if context < 1 or chunk < 1:
@@ -83,7 +87,7 @@ def prepare(
         raise InputError(f"a batch of {batch} sequences is out of range: 1 to {MOST_BATCH}")
     if most_experts is not None and most_experts < 1:
         raise InputError(f"{most_experts} experts in memory at most is none; it must be 1 or more")
-    limit = parse_bytes(memory)
+    limit, choice = parse_bytes(memory), DraftChoice.parse(draft)
     stored = Checkpoint.open(model)
     manifest = Manifest.read(stored.path)
     # In full precision, whatever it is stored in, its experts in one width.
@@ -101,21 +105,26 @@ def prepare(
     meta: Any = checkpoint_meta_model(checkpoint, dtype=dtype)
     size = resident_size(checkpoint, conversion, meta, apart)
     chunk = min(chunk, context)
+    sibling = choice.prepare(tokenizer, dtype=dtype, context=context)
     budget = RunBudget(
         limit=limit,
         program=psutil.Process().memory_info().rss,
         resident=size.num_bytes,
-        reading=size.largest,
+        reading=max(size.largest, 0 if sibling is None else sibling.reading),
         cache=batch * cache_bytes(checkpoint, meta, context),
-        buffers=buffer_bytes(meta, architecture.layers, chunk=max(chunk, batch), context=context, scored=batch),
+        buffers=buffer_bytes(
+            meta, architecture.layers, chunk=max(chunk, batch), context=context, scored=max(batch, choice.scored)
+        ),
         slot=slot_bytes(records.values()),
         least=min(max(layer.top_k for layer in architecture.layers), most_experts or len(records)),
         most=len(records) if most_experts is None else min(len(records), most_experts),
         sequences=batch,
+        draft=0 if sibling is None else sibling.num_bytes,
     )
     return Prepared(
         checkpoint=checkpoint, architecture=architecture, conversion=conversion, places=places, records=records,
         apart=apart, tokenizer=tokenizer, dtype=dtype, context=context, chunk=chunk, budget=budget,
+        draft=replace(choice, sibling=sibling),
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ def serve(
     lanes: int = LANES,
     lookahead: int = 0,
     batch: int = 1,
+    draft: str = "off",
 ) -> None:
     """Answer requests of OpenAI's API with a model, within a budget of memory, until a signal comes.
 
@@ -50,6 +51,7 @@ def serve(
         lanes: threads that read.
         lookahead: experts that are guessed and read ahead, see `coterie.run.engine.Runtime`.
         batch: answers that are made at once, at most; memory is taken for so many.
+        draft: who guesses tokens of an answer that is alone, see `coterie.run.engine.Runtime`.
 
     Raises:
         InputError: an address that others reach and no key, one that is taken, a number out of range, or the extra
@@ -70,7 +72,14 @@ def serve(
     try:
         limit = default_memory() if memory is None else memory
         with Runtime(
-            model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead, batch=batch
+            model,
+            memory=limit,
+            context=context,
+            policy=policy,
+            lanes=lanes,
+            lookahead=lookahead,
+            batch=batch,
+            draft=draft,
         ) as runtime:
             worker = Worker(runtime, queue=queue)
             try:
