@@ -1,6 +1,10 @@
 """Several answers in one batch: each as it would be alone, ended by its own end, and with fewer experts asked for."""
 
 import itertools
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -207,3 +211,41 @@ def test_memory_is_for_all_sequences_and_what_does_not_fit_is_refused(runtime, t
     with pytest.raises(InputError, match="--answers 0"):
         generate_answers(runtime, PROMPT, answers=0)
     assert runtime.generate_batch([]) == []
+
+
+LIMITED = """
+import json, resource, sys
+from coterie.model.stream.memory import peak_bytes
+from coterie.run.answers import generate_answers
+from coterie.run.engine import Runtime, Sampling
+model, memory, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+with Runtime(model, memory=memory, context=512, **options) as runtime:
+    if len(sys.argv) > 4:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    sampling = Sampling(temperature=1.0, seed=1)
+    made = generate_answers(
+        runtime, "a = 1\\n" * 64, answers=runtime.batch, max_tokens=100, sampling=sampling, template=False
+    )
+    json.dump({"peak": peak_bytes(), "smallest": runtime.budget.smallest, "texts": made.texts}, sys.stdout)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["batch", "resident", "sibling"])
+def test_no_more_memory_is_taken_than_allowed(tmp_path, way):
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "num_hidden_layers": 4}
+    model = tiny_checkpoint(tmp_path / "m", "qwen3_moe", dtype=torch.bfloat16, num_local_experts=64, **sizes)
+    small = tiny_checkpoint(tmp_path / "small", "qwen3_moe", dtype=torch.bfloat16, num_local_experts=8, **sizes)
+    options = {"batch": {"batch": 6}, "resident": {"draft": "resident"}, "sibling": {"draft": str(small)}}[way]
+
+    def run(memory, *more):
+        done = subprocess.run(
+            [sys.executable, "-c", LIMITED, str(model), str(memory), json.dumps(options), *more], capture_output=True,
+            text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        return json.loads(done.stdout)
+
+    memory = run(4 * 2**30)["smallest"] + 16 * 2**20
+    limited = run(memory, "limited")
+    assert limited["peak"] <= memory
+    assert len(limited["texts"]) == options.get("batch", 1)

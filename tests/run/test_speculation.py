@@ -1,10 +1,13 @@
 """Guesses that are checked: the same text as without them, whoever guesses, and nothing where they do not pay."""
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from coterie.compress.apply import compress
 from coterie.errors import Cancelled, CoterieError, InputError, NotEnoughMemory
@@ -182,3 +185,17 @@ def test_a_draft_that_cannot_be_is_refused(model, tmp_path):
         Runtime(model, memory="64GiB", draft="nowhere")
     with pytest.raises(InputError, match="has other tokens"):
         Runtime(model, memory="64GiB", draft=str(REFERENCE))
+
+
+def test_a_dense_model_guesses_too(model, expected, tmp_path):
+    config = Qwen3Config(
+        vocab_size=json.loads((model / "config.json").read_text())["vocab_size"], hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16, eos_token_id=None,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "dense")
+    for file in model.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "dense")
+    with open_runtime(model, str(tmp_path / "dense"), fixed=2) as runtime:
+        assert runtime.budget.draft > 0
+        assert made(runtime) == expected[0]
+        assert runtime.speculation.drafted.guesses > 20

@@ -54,7 +54,9 @@ class DraftChoice:
         return 1 if self.name == "off" else MOST + 1
 
     def prepare(
-        self, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, context: int
+        self, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, context: int, chunk: int
     ) -> PreparedSibling | None:
         """Look at the model that guesses, if one does; see `coterie.run.sibling.prepare_sibling` for errors."""
-        return prepare_sibling(self.name, tokenizer, dtype=dtype, context=context) if self.is_model else None
+        return (
+            prepare_sibling(self.name, tokenizer, dtype=dtype, context=context, chunk=chunk) if self.is_model else None
+        )

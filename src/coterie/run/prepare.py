@@ -105,16 +105,18 @@ def prepare(
     meta: Any = checkpoint_meta_model(checkpoint, dtype=dtype)
     size = resident_size(checkpoint, conversion, meta, apart)
     chunk = min(chunk, context)
-    sibling = choice.prepare(tokenizer, dtype=dtype, context=context)
+    sibling = choice.prepare(tokenizer, dtype=dtype, context=context, chunk=chunk)
+    buffers = buffer_bytes(
+        meta, architecture.layers, chunk=max(chunk, batch), context=context, scored=max(batch, choice.scored)
+    )
+    buffers = max(buffers, 0 if sibling is None else sibling.buffers)  # never both at once
     budget = RunBudget(
         limit=limit,
         program=psutil.Process().memory_info().rss,
         resident=size.num_bytes,
         reading=max(size.largest, 0 if sibling is None else sibling.reading),
         cache=batch * cache_bytes(checkpoint, meta, context),
-        buffers=buffer_bytes(
-            meta, architecture.layers, chunk=max(chunk, batch), context=context, scored=max(batch, choice.scored)
-        ),
+        buffers=buffers,
         slot=slot_bytes(records.values()),
         least=min(max(layer.top_k for layer in architecture.layers), most_experts or len(records)),
         most=len(records) if most_experts is None else min(len(records), most_experts),

@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from coterie.errors import InputError
+from coterie.errors import InputError, NotAMoE
 from coterie.model.arch.conversion import WeightConversion
+from coterie.model.arch.experts import canonical_experts, is_experts
+from coterie.model.arch.layers import Architecture
 from coterie.model.arch.load import checkpoint_meta_model
+from coterie.model.arch.seam import install, routed_output
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.quantized import dequantized
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.run.resident import load_resident, resident_size
-from coterie.run.sizes import cache_bytes
+from coterie.run.sizes import buffer_bytes, cache_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,7 @@ class PreparedSibling:
         dtype: number format in memory.
         num_bytes: bytes of its weights, and of its keys and values of a whole context.
         reading: bytes on top while it is read.
+        buffers: bytes of what a chunk of the prompt has in memory while it passes.
     """
 
     checkpoint: Checkpoint
@@ -38,14 +43,18 @@ class PreparedSibling:
     dtype: torch.dtype
     num_bytes: int
     reading: int
+    buffers: int
 
     def load(self) -> PreTrainedModel:
-        """Return it, in memory."""
-        return load_resident(self.checkpoint, self.conversion, self.dtype, frozenset())
+        """Return it, in memory; it computes one expert at a time, and copies none."""
+        model = load_resident(self.checkpoint, self.conversion, self.dtype, frozenset())
+        if any(is_experts(module) for module in model.modules()):
+            install(model, _compute)
+        return model
 
 
 def prepare_sibling(
-    model: str | Path, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, context: int
+    model: str | Path, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, context: int, chunk: int
 ) -> PreparedSibling:
     """Look at a model that is to guess.
 
@@ -54,6 +63,7 @@ def prepare_sibling(
         tokenizer: of the model that it guesses for.
         dtype: number format in memory.
         context: tokens of a text at most.
+        chunk: tokens of a prompt that pass it at once.
 
     Raises:
         InputError: its tokens are others, or its router names experts that it does not have.
@@ -69,7 +79,16 @@ def prepare_sibling(
     conversion = WeightConversion(checkpoint, checkpoint_meta_model(checkpoint, dtype=torch.float32))
     meta: Any = checkpoint_meta_model(checkpoint, dtype=dtype)
     size = resident_size(checkpoint, conversion, meta, frozenset())
+    try:
+        layers = Architecture.of(checkpoint).layers
+    except NotAMoE:
+        layers = ()
     return PreparedSibling(
         checkpoint=checkpoint, conversion=conversion, dtype=dtype, reading=size.largest,
         num_bytes=size.num_bytes + cache_bytes(checkpoint, meta, context),
+        buffers=buffer_bytes(meta, layers, chunk=chunk, context=context),
     )  # fmt: skip
+
+
+def _compute(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    return routed_output(canonical_experts(module), hidden_TD, index_TK, weight_TK)

@@ -31,7 +31,7 @@ THRESHOLD = 0.7
 #: Rounds, every second of them without guesses, in which it is looked at what guesses are worth; how many of either
 #: kind are needed to judge; how many tokens it is left alone for the first time after they were worth nothing, twice as
 #: many each time; and of so many rounds, one is without guesses, so that it is known what these take.
-_TRIAL, _ENOUGH, _REST, _COMPARE = 48, 16, 256, 16
+_TRIAL, _ENOUGH, _REST, _COMPARE = 32, 12, 256, 16
 
 #: Share of a mean that the last value has.
 _NEW = 0.1

@@ -99,6 +99,10 @@ class _OfRuntime:
         for layer, experts in self._runtime.residency.in_memory().items():
             layers.add_metric([str(layer)], len(experts))
         yield layers
+        if self._runtime.speculation is not None:
+            drafted = self._runtime.speculation.drafted
+            yield CounterMetricFamily("coterie_draft_guesses", "Guesses that were checked", value=drafted.guesses)
+            yield CounterMetricFamily("coterie_draft_right", "Those of them that were right", value=drafted.right)
         parts = GaugeMetricFamily("coterie_memory_plan_bytes", "What the budget is planned for", labels=["part"])
         slots = budget.num_slots * budget.slot
         for part, size in {
