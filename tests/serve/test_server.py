@@ -281,7 +281,7 @@ class Caller(threading.Thread):
 def test_a_full_queue_is_said_at_once(client, gate: Gate):
     gate.is_open.clear()
     callers = [Caller(client, stream=number % 2 == 0) for number in range(3)]  # one runs, two wait
-    gate.wait_until(lambda: client.worker.is_running and client.worker.num_waiting == 2)
+    gate.wait_until(lambda: client.worker.num_running and client.worker.num_waiting == 2)
     assert client.get("/health").json() == {"status": "ready", "running": 1, "waiting": 2}
     seconds = []
     for _ in range(5):
@@ -317,7 +317,7 @@ def test_who_goes_away_while_running_is_called_off_before_the_next_layer(client,
 def test_who_goes_away_while_waiting_makes_room(client, gate: Gate):
     gate.is_open.clear()
     first = Caller(client)
-    gate.wait_until(lambda: client.worker.is_running)
+    gate.wait_until(lambda: client.worker.num_running)
     with asked(client, "/v1/completions", {"prompt": "x"}):
         gate.wait_until(lambda: client.worker.num_waiting == 1)
     gate.wait_until(lambda: client.worker.num_waiting == 0)
@@ -389,7 +389,7 @@ def test_the_end_of_the_server_ends_what_runs_and_what_waits(runtime, gate: Gate
     gate.is_open.clear()
     with listening(runtime) as client:
         callers = [Caller(client, stream=stream) for _ in range(2)]
-        gate.wait_until(lambda: len(client.worker._waiting) == 1 and client.worker.is_running)
+        gate.wait_until(lambda: len(client.worker._waiting) == 1 and client.worker.num_running)
         client.server.should_exit = True
         gate.wait_until(lambda: client.worker.state == "closing")
         gate.is_open.set()

@@ -102,6 +102,14 @@ Lanes = Annotated[int, typer.Option(help="Threads that read experts.")]
 Lookahead = Annotated[
     int, typer.Option(help="Experts of the next layer to guess, and read ahead when threads are idle.")
 ]
+Draft = Annotated[
+    str,
+    typer.Option(
+        metavar="WHO",
+        help="Who guesses tokens, for one pass to check several: off, lookup (the text so far), resident (the model "
+        "with the experts in memory; resident:0.5 with half of a token's), or a smaller model of the same tokens.",
+    ),
+]
 MemoryDryRun = Annotated[bool, typer.Option("--dry-run", help="Say the memory that it would take, and load nothing.")]
 
 

@@ -9,6 +9,7 @@ import typer
 
 from coterie.cli import options
 from coterie.cli.output import print_json, print_text
+from coterie.errors import InputError
 
 
 def run(
@@ -25,6 +26,9 @@ def run(
     ] = None,
     context: options.RunContext = 4096,
     max_tokens: Annotated[int, typer.Option(help="Tokens that are made at most.")] = 256,
+    answers: Annotated[
+        int, typer.Option(help="Answers to the prompt, made at once: a step reads an expert once for all of them.")
+    ] = 1,
     temperature: Annotated[
         float | None, typer.Option(help="Above 1 for more variety, 0 for the likeliest token each time.")
     ] = None,
@@ -43,6 +47,7 @@ def run(
     policy: options.Policy = "follow",
     lanes: options.Lanes = 2,
     lookahead: options.Lookahead = 0,
+    draft: options.Draft = "off",
     dry_run: options.MemoryDryRun = False,
     save_trace: Annotated[
         Path | None,
@@ -57,7 +62,9 @@ def run(
     What every token passes stays in memory, and as many experts as there is room for; others are read when they are
     needed. The result is the same with any budget.
     """
-    from coterie.run.engine import Runtime, Sampling, default_memory
+    from coterie.run.answers import Answers, generate_answers
+    from coterie.run.engine import Generated, Runtime, Sampling, default_memory
+    from coterie.run.prepare import MOST_BATCH
     from coterie.run.trace import check_trace_path, recording
 
     sampling = Sampling(
@@ -66,9 +73,12 @@ def run(
     sampling.check()
     if save_trace is not None:
         check_trace_path(save_trace)
+        if answers != 1 or draft != "off":
+            raise InputError("--save-trace keeps one text, token by token; leave --answers and --draft out")
     limit = default_memory() if memory is None else memory
+    batch = min(answers, MOST_BATCH)
     if dry_run:
-        print_memory(model, limit, context, policy, json=json)
+        print_memory(model, limit, context, policy, batch, draft, json=json)
         return
     text = sys.stdin.read() if prompt is None else prompt
 
@@ -76,25 +86,44 @@ def run(
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead) as runtime:
+    with Runtime(
+        model,
+        memory=limit,
+        context=context,
+        policy=policy,
+        lanes=lanes,
+        lookahead=lookahead,
+        batch=batch,
+        draft=draft,
+    ) as runtime:
         with nullcontext() if save_trace is None else recording(runtime.model, runtime.layers) as recorder:
-            generated = runtime.generate(
-                text, max_tokens=max_tokens, sampling=sampling, template=not raw, on_text=None if json else show
-            )
+            generated: Generated | Answers
+            if answers == 1:
+                generated = runtime.generate(
+                    text, max_tokens=max_tokens, sampling=sampling, template=not raw, on_text=None if json else show
+                )
+            else:
+                generated = generate_answers(
+                    runtime, text, answers=answers, max_tokens=max_tokens, sampling=sampling, template=not raw
+                )
         if save_trace is not None and recorder is not None:
             recorder.trace(model=runtime.digest, name=runtime.path.name).save(save_trace)
         if json:
             print_json(generated.to_json())
             return
+        if isinstance(generated, Answers):
+            show("\n\n".join(f"--- {number} ---\n{each}" for number, each in enumerate(generated.texts, 1)))
         show("\n")
         typer.echo(f"{generated}; {runtime.peak()}", err=True)
 
 
-def print_memory(model: str, memory: int | str, context: int, policy: str, *, json: bool) -> None:
+def print_memory(
+    model: str, memory: int | str, context: int, policy: str, batch: int, draft: str, *, json: bool
+) -> None:
     """Print the memory that a run would take; raises NotEnoughMemory where it is too much."""
     from coterie.run.prepare import prepare
 
-    budget = prepare(model, memory=memory, context=context, policy=policy).budget
+    budget = prepare(model, memory=memory, context=context, policy=policy, batch=batch, draft=draft).budget
     budget.check()
     if json:
         print_json(budget.to_json())

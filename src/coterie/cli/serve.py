@@ -30,23 +30,29 @@ def serve(
     policy: options.Policy = "follow",
     lanes: options.Lanes = 2,
     lookahead: options.Lookahead = 0,
+    draft: options.Draft = "off",
+    batch: Annotated[
+        int,
+        typer.Option(help="Answers that are made at once, at most; a step reads an expert once for all of them."),
+    ] = 1,
     dry_run: options.MemoryDryRun = False,
     json: options.Json = False,
 ) -> None:
     """Serve a model of any size by the OpenAI API.
 
     What every token passes stays in memory, and as many experts as there is room for, as with `run`.
-    One request is answered at a time, the others wait. It listens at this machine's own address unless told otherwise,
-    and ends with Ctrl-C.
+    One request is answered at a time, or several with --batch; the others wait. It listens at this machine's own
+    address unless told otherwise, and ends with Ctrl-C.
     """
     if dry_run:
         from coterie.run.engine import default_memory
 
-        print_memory(model, default_memory() if memory is None else memory, context, policy, json=json)
+        limit = default_memory() if memory is None else memory
+        print_memory(model, limit, context, policy, batch, draft, json=json)
         return
     from coterie.serve.run import serve as answer
 
     answer(
         model, memory=memory, host=host, port=port, api_key=api_key, queue=queue, context=context, policy=policy,
-        lanes=lanes, lookahead=lookahead,
+        lanes=lanes, lookahead=lookahead, batch=batch, draft=draft,
     )  # fmt: skip

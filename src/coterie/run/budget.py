@@ -29,11 +29,13 @@ class RunBudget:
         program: what this process takes before it loads anything.
         resident: weights that stay in memory.
         reading: what reading those takes on top, before anything else is there.
-        cache: keys and values of the whole context.
+        cache: keys and values of the whole context, of all sequences.
         buffers: activations of a chunk of the prompt, masks and logits, and what the policy counts.
         slot: bytes of the memory of one expert.
         least: slots that are needed, as many as a token chooses experts.
         most: slots that can be used, as many as there are experts.
+        sequences: how many pass at once.
+        draft: a model that guesses, with its keys and values.
     """
 
     limit: int
@@ -45,11 +47,13 @@ class RunBudget:
     slot: int
     least: int
     most: int
+    sequences: int = 1
+    draft: int = 0
 
     @property
     def fixed(self) -> int:
         """Bytes of all but the slots."""
-        return self.program + _LIBRARIES + self.resident + self.cache + self.buffers
+        return self.program + _LIBRARIES + self.resident + self.cache + self.buffers + self.draft
 
     @property
     def num_slots(self) -> int:
@@ -59,7 +63,7 @@ class RunBudget:
     @property
     def smallest(self) -> int:
         """The smallest budget that works, in bytes."""
-        loading = self.program + _LIBRARIES + self.resident + self.reading
+        loading = self.program + _LIBRARIES + self.resident + self.draft + self.reading
         size = max(loading, self.fixed + self.least * self.slot)
         return -(-size // _STEP) * _STEP
 
@@ -69,8 +73,9 @@ class RunBudget:
         return (
             ("weights that every token passes", self.resident),
             (f"{self.num_slots} of {self.most} experts", self.num_slots * self.slot),
-            ("keys and values", self.cache),
+            ("keys and values" if self.sequences == 1 else f"keys and values of {self.sequences}", self.cache),
             ("activations", self.buffers),
+            ("the model that drafts", self.draft),
             ("the program", self.program + _LIBRARIES),
         )
 
@@ -79,9 +84,10 @@ class RunBudget:
         if self.limit < self.smallest:
             lines = ((name, size) for name, size in self._least_lines() if size)
             parts = " + ".join(f"{format_bytes(size)} ({name})" for name, size in lines)
+            smaller = "--context" if self.sequences == 1 else "--context or batch"
             raise NotEnoughMemory(
                 f"--memory {format_bytes(self.limit)} is too little for this model: {format_bytes(self.smallest)} is "
-                f"the smallest that works: {parts}; a smaller --context takes less"
+                f"the smallest that works: {parts}; a smaller {smaller} takes less"
             )
 
     def _least_lines(self) -> tuple[Line, ...]:

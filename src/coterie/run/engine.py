@@ -23,6 +23,7 @@ from coterie.model.arch.seam import install
 from coterie.model.quiet import quiet
 from coterie.model.stream.memory import free_bytes, peak_bytes
 from coterie.run.arena import Arena
+from coterie.run.batch import Batch, Outcome, Wanted
 from coterie.run.experts import StreamedExperts
 from coterie.run.lookahead import Lookahead
 from coterie.run.prepare import CHUNK, CONTEXT, prepare
@@ -30,56 +31,14 @@ from coterie.run.reader import Reader
 from coterie.run.records import slot_bytes
 from coterie.run.residency import Residency
 from coterie.run.resident import load_resident
+from coterie.run.sampling import Sampling as Sampling
+from coterie.run.sampling import check_tokens
+from coterie.run.speculation import Drafted, speculation_of
 
 log = logging.getLogger(__name__)
 
 #: Threads that read experts.
 LANES = 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How tokens are chosen; None leaves what the model's generation_config.json says.
-
-    Attributes:
-        temperature: what scores are divided by; 0 for the likeliest token each time.
-        top_k: how many of the likeliest tokens are drawn from.
-        top_p: the share of probability of the likeliest tokens that are drawn from.
-        min_p: the share of the likeliest token's probability that others need.
-        repetition_penalty: what scores of tokens that were there are divided by.
-        seed: seed of the draws.
-    """
-
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-
-    def check(self) -> None:
-        """Raise InputError for what is out of range."""
-        ranges = {
-            "temperature": (self.temperature, 0.0, 100.0), "top-k": (self.top_k, 1, 2**31),
-            "top-p": (self.top_p, 0.0, 1.0), "min-p": (self.min_p, 0.0, 1.0),
-            "repetition-penalty": (self.repetition_penalty, 0.01, 100.0),
-        }  # fmt: skip
-        for name, (value, least, most) in ranges.items():
-            if value is not None and not least <= value <= most:
-                raise InputError(f"--{name} {value:g} is out of range: {least:g} to {most:g}")
-
-    def settings(self) -> dict[str, Any]:
-        """Return them as transformers has them."""
-        given = {
-            name: value
-            for name in ("top_k", "top_p", "min_p", "repetition_penalty")
-            if (value := getattr(self, name)) is not None
-        }
-        if self.temperature == 0:
-            return {"do_sample": False, "repetition_penalty": given.get("repetition_penalty")}
-        if self.temperature is not None:
-            given |= {"temperature": self.temperature, "do_sample": True}
-        return given
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +53,7 @@ class Generated:
         seconds: time to the last one.
         hits: share of the experts that were wanted that were in memory.
         bytes_read: bytes of experts that were read.
+        drafted: what guesses brought, where there are some.
     """
 
     text: str
@@ -103,6 +63,7 @@ class Generated:
     seconds: float
     hits: float
     bytes_read: int
+    drafted: Drafted | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON content."""
@@ -119,6 +80,7 @@ class Generated:
             f"{self.prompt_tokens} tokens read in {self.first_seconds:.1f} s, {self.tokens} made at "
             f"{self.tokens_per_second:.1f} a second; {self.hits:.0%} of experts were in memory, "
             f"{format_bytes(self.bytes_read)} were read ({each} a token)"
+            f"{'' if self.drafted is None else f'; {self.drafted}'}"
         )
 
 
@@ -138,6 +100,8 @@ class Runtime:
         most_experts: int | None = None,
         dtype: torch.dtype | None = None,
         direct: bool = True,
+        batch: int = 1,
+        draft: str = "off",
     ) -> None:
         """Load what stays in memory, and take all the memory that the run may have.
 
@@ -152,6 +116,10 @@ class Runtime:
             most_experts: how many experts are in memory at most, also where there is room for more.
             dtype: number format that is computed in; that of the checkpoint when None.
             direct: read past the page cache, where the file system can.
+            batch: sequences of the whole context at once, at most; see `generate_batch`.
+            draft: who guesses tokens of an answer that is alone, for one pass to check, as long as it is worth its
+                time: nobody ("off"), the text so far ("lookup"), the model itself with the experts in memory
+                ("resident", or "resident:0.5" with half of a token's), or another model with the same tokenizer.
 
         Raises:
             NotEnoughMemory: the budget is too small; names the smallest that works.
@@ -161,8 +129,9 @@ class Runtime:
         if lanes < 1 or lookahead < 0:
             raise InputError(f"--lanes {lanes} must be 1 or more, and --lookahead {lookahead} 0 or more")
         prepared = prepare(
-            model, memory=memory, context=context, chunk=chunk, most_experts=most_experts, dtype=dtype, policy=policy
-        )
+            model, memory=memory, context=context, chunk=chunk, most_experts=most_experts, dtype=dtype, policy=policy,
+            batch=batch, draft=draft,
+        )  # fmt: skip
         prepared.budget.check()
         log.info("memory: %s", prepared.budget)
         if prepared.budget.num_slots < prepared.budget.most // 20:
@@ -171,7 +140,7 @@ class Runtime:
                 prepared.budget.num_slots, prepared.budget.most,
             )  # fmt: skip
         self.budget, self.tokenizer, self.context = prepared.budget, prepared.tokenizer, prepared.context
-        self.path, self._chunk = prepared.checkpoint.path, prepared.chunk
+        self.path, self._chunk, self.batch = prepared.checkpoint.path, prepared.chunk, batch
         self.digest, self.layers = prepared.checkpoint.digest, prepared.architecture.layers
         self.model = load_resident(prepared.checkpoint, prepared.conversion, prepared.dtype, prepared.apart)
         if (self.path / GENERATION_CONFIG_NAME).is_file():
@@ -183,11 +152,15 @@ class Runtime:
         self.residency = Residency(self._arena, self._reader, records, policy)
         self._cancelled: Callable[[], bool] | None = None
         self.lookahead = Lookahead(self.model, prepared.architecture.layers, self.residency, lookahead)
-        streamed = StreamedExperts(
+        self.experts = StreamedExperts(
             self.model, prepared.places, self.residency, num_slots=self.budget.num_slots, dtype=prepared.dtype,
             check=self._check, lookahead=self.lookahead if lookahead else None,
         )  # fmt: skip
-        install(self.model, streamed.compute)
+        install(self.model, self.experts.compute)
+        self.speculation = speculation_of(
+            prepared.draft, self.model, self.layers, self.residency, self.experts, chunk=self._chunk
+        )
+        self._told_one_by_one = False
 
     def ids(
         self,
@@ -253,6 +226,7 @@ class Runtime:
         ids_1S = self.ids(prompt, template=template)
         streamer = _Streamer(self.tokenizer, on_text)
         before = self.residency.counters
+        drafted = None if self.speculation is None else self.speculation.drafted
         started = time.perf_counter()
         new = self.generate_ids(
             ids_1S, max_tokens=max_tokens, sampling=sampling, streamer=streamer, cancelled=cancelled
@@ -264,6 +238,7 @@ class Runtime:
             text=str(self.tokenizer.decode(new, skip_special_tokens=True)), prompt_tokens=ids_1S.shape[1],
             tokens=len(new), first_seconds=(streamer.first or started) - started, seconds=seconds,
             hits=hits / max(hits + misses, 1), bytes_read=after.num_bytes - before.num_bytes,
+            drafted=None if self.speculation is None or drafted is None else self.speculation.drafted.since(drafted),
         )  # fmt: skip
 
     def generate_ids(
@@ -292,11 +267,13 @@ class Runtime:
         """
         sampling = sampling or Sampling()
         sampling.check()
-        if max_tokens < 1:
-            raise InputError(f"--max-tokens {max_tokens} must be 1 or more")
+        check_tokens(max_tokens)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         model, steps = cast(Any, self.model), None if on_token is None else _Steps(on_token)
+        drafts: dict[str, Any] = {}
+        if self.speculation is not None:
+            drafts["custom_generate"] = self.speculation.decoder(streamer, None if steps is None else steps.see)
         hook = None if steps is None else self.model.register_forward_hook(steps.note)
         self._cancelled = cancelled
         try:
@@ -306,7 +283,7 @@ class Runtime:
                     stopping_criteria=None if steps is None else StoppingCriteriaList([steps]),
                     max_new_tokens=min(max_tokens, self.context - ids_1S.shape[1]),
                     prefill_chunk_size=self._chunk if ids_1S.shape[1] > self._chunk else None,
-                    pad_token_id=self._pad(), **sampling.settings(),
+                    pad_token_id=self._pad(), **drafts, **sampling.settings(),
                 )  # fmt: skip
         finally:
             self._cancelled = None
@@ -314,6 +291,58 @@ class Runtime:
                 hook.remove()
         new: list[int] = output[0, ids_1S.shape[1] :].tolist()
         return new
+
+    def generate_batch(self, wanted: Sequence[Wanted]) -> list[Outcome]:
+        """Make several answers at once, each as it would be alone: a step reads an expert once for all of them.
+
+        Where a family keeps more of a sequence than keys and values, they are made one after the other, which is said.
+        One answer alone is made as `generate_ids` makes it.
+
+        Args:
+            wanted: the answers, as many as `batch` at most.
+
+        Returns:
+            What became of each. What ends one ends no other, but for a disk that fails, which ends those under way; the
+            next ones may pass.
+
+        Raises:
+            InputError: they are too many, or a setting cannot be.
+        """
+        if len(wanted) > self.batch:
+            raise InputError(f"{len(wanted)} answers at once are more than a batch of {self.batch}")
+        if len(wanted) < 2:
+            return [self._alone(each) for each in wanted]
+        batch = Batch(self.model, self.experts, wanted, context=self.context, pad=self._pad())
+        if not batch.is_possible:
+            if not self._told_one_by_one:
+                log.warning("answers are made one by one: this model keeps more of a text than keys and values")
+            self._told_one_by_one = True
+            return [self._alone(each) for each in wanted]
+        self._cancelled = lambda: batch.is_cancelled
+        try:
+            batch.run(self._chunk)
+        finally:
+            self._cancelled = None
+        return [answer.outcome for answer in batch.answers]
+
+    def _alone(self, wanted: Wanted) -> Outcome:
+        """Make one answer."""
+        outcome = Outcome()
+
+        def take(token: int, scores_V: Tensor) -> bool:
+            outcome.ids.append(token)
+            return wanted.on_token is not None and wanted.on_token(token, scores_V)
+
+        try:
+            self.generate_ids(
+                wanted.ids_1S, max_tokens=wanted.max_tokens, sampling=wanted.sampling, on_token=take,
+                cancelled=wanted.cancelled,
+            )  # fmt: skip
+        except Exception as error:
+            outcome.error = error
+        if wanted.on_end is not None:
+            wanted.on_end(outcome)
+        return outcome
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -378,7 +407,11 @@ class _Steps(StoppingCriteria):
 
     def note(self, model: object, arguments: object, output: Any) -> None:
         """Keep the scores of the last token of a forward pass; a hook."""
-        self._scores_V = output.logits[0, -1].float().clone()
+        self.see(output.logits[0, -1])
+
+    def see(self, scores_V: Tensor) -> None:
+        """Keep scores of a token."""
+        self._scores_V = scores_V.float().clone()
 
     def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
         """Say whether the token that was chosen last is the last one."""
@@ -412,6 +445,7 @@ def run(
     policy: str = "follow",
     lanes: int = LANES,
     lookahead: int = 0,
+    draft: str = "off",
     on_text: Callable[[str], None] | None = None,
 ) -> Generated:
     """Go on with a prompt within a budget of memory; for several prompts, keep a `Runtime`.
@@ -427,11 +461,14 @@ def run(
         policy: which experts stay in memory, see `Runtime`.
         lanes: threads that read.
         lookahead: experts of the next layer that are guessed and read ahead; 0 for none.
+        draft: who guesses tokens, see `Runtime`.
         on_text: gets the text piece by piece, as it comes.
 
     Raises:
         NotEnoughMemory, InputError, ArchitectureMismatch, CorruptCheckpoint: see `Runtime` and `Runtime.generate`.
     """
     limit = default_memory() if memory is None else memory
-    with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead) as runtime:
+    with Runtime(
+        model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead, draft=draft
+    ) as runtime:
         return runtime.generate(prompt, max_tokens=max_tokens, sampling=sampling, template=template, on_text=on_text)

@@ -22,6 +22,7 @@ from coterie.run.leases import Lease, Leases
 from coterie.run.lookahead import Lookahead
 from coterie.run.places import PROJECTIONS, ExpertTensor, LayerPlaces
 from coterie.run.residency import Residency
+from coterie.run.restriction import Restriction
 
 
 class _Layer:
@@ -47,7 +48,13 @@ class _Layer:
 
 
 class StreamedExperts:
-    """The experts of a model, which are read when a token needs them."""
+    """The experts of a model, which are read when a token needs them.
+
+    Attributes:
+        counts_T: which tokens of the pass count; the others are padding, and choose no experts. None for all.
+        num_chosen: experts that tokens have chosen so far, each as often as it was chosen; without those of guesses.
+        restriction: while it is there, tokens pass with experts in memory alone, and nothing is read or counted.
+    """
 
     def __init__(
         self,
@@ -73,6 +80,9 @@ class StreamedExperts:
         """
         self._residency, self._num_slots, self._dtype, self._check = residency, num_slots, dtype, check
         self._lookahead = lookahead
+        self.counts_T: Tensor | None = None
+        self.num_chosen = 0
+        self.restriction: Restriction | None = None
         self._layers = {
             id(module): _Layer(each, canonical_experts(module))
             for each in places
@@ -88,34 +98,40 @@ class StreamedExperts:
         expert_map: Tensor | None = getattr(module, "coterie_expert_map", None)
         if expert_map is not None:  # of a mapped result: the router names experts of the original
             index_TK = expert_map[index_TK]
+        if self.counts_T is not None and len(self.counts_T) == len(index_TK):
+            index_TK = index_TK.masked_fill(~self.counts_T[:, None], len(layer.places.experts))
+        if self.restriction is not None:
+            index_TK, weight_TK = self.restriction.apply(layer.places.layer.index, hidden_TD, index_TK, weight_TK)
         total_TD = torch.zeros(hidden_TD.shape, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
         index, num_experts, (num_tokens, top_k) = layer.places.layer.index, len(layer.places.experts), index_TK.shape
-        rows: dict[
-            int, tuple[Any, Any]
-        ]  # for each chosen expert, ascending: its tokens, and in which place they have it
-        if num_tokens == 1:
-            order = sorted((expert, slot) for slot, expert in enumerate(index_TK[0].tolist()) if expert < num_experts)
+        # For each chosen expert, ascending: its tokens, and in which place they have it.
+        rows: dict[int, tuple[Any, Any]] = {}
+        order = sorted((expert, slot) for slot, expert in enumerate(index_TK[0].tolist()) if expert < num_experts)
+        is_alone = num_tokens == 1 and len({expert for expert, _ in order}) == len(order)
+        if is_alone:
             rows = {expert: (slice(None), slice(slot, slot + 1)) for expert, slot in order}
         else:
             rows = {
                 expert: (each // top_k, (each % top_k)[:, None])
                 for expert, each in rows_by_expert(index_TK, num_experts).items()
             }
-        if num_tokens > 1 or len(rows) > self._num_slots:
-            tokens = [[0] if num_tokens == 1 else token_N.tolist() for token_N, _ in rows.values()]
-            self._residency.announce(index, list(rows), tokens, num_tokens)
+        if self.restriction is None:
+            self.num_chosen += len(rows) if is_alone else sum(len(token_N) for token_N, _ in rows.values())
+            if num_tokens > 1 or len(rows) > self._num_slots:
+                tokens = [[0] if is_alone else token_N.tolist() for token_N, _ in rows.values()]
+                self._residency.announce(index, list(rows), tokens, num_tokens)
         weighted: dict[int, Tensor] = {}
         for leases in self._waves(index, list(rows)):
-            if self._lookahead is not None:  # behind what this layer has just asked for
+            if self._lookahead is not None and self.restriction is None:  # behind what this layer has just asked for
                 self._lookahead.look(index, hidden_TD)
             for lease in leases:  # those in memory first, then as they arrive
                 token_N, slot_N1 = rows[lease.expert]
                 output_ND = self._output(layer, lease, hidden_TD[token_N])
-                weight_N1 = weight_TK[:, slot_N1] if num_tokens == 1 else weight_TK[token_N[:, None], slot_N1]
+                weight_N1 = weight_TK[:, slot_N1] if is_alone else weight_TK[token_N[:, None], slot_N1]
                 weighted[lease.expert] = (output_ND * weight_N1).to(total_TD.dtype)
             leases.release()
         for expert in sorted(weighted):
-            if num_tokens == 1:
+            if is_alone:
                 total_TD += weighted[expert]
             else:
                 total_TD.index_add_(0, rows[expert][0], weighted[expert])
@@ -123,6 +139,10 @@ class StreamedExperts:
 
     def _waves(self, layer: int, experts: Sequence[int]) -> Iterator[Leases]:
         """Yield leases of experts; where they are too many, some at a time while the next ones are read."""
+        if self.restriction is not None:
+            with self._residency.peek(layer, experts) as leases:
+                yield leases
+            return
         waves = self._residency.waves(layer, experts)
         asked: list[Leases] = []
         try:

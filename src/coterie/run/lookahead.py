@@ -1,8 +1,8 @@
 """Guess which experts the next layer will choose, so that idle lanes read them before it asks.
 
 The guess is what the next layer's router, with its biases and groups, makes of this layer's input: hidden states change
-little from layer to layer (HOBBIT, arXiv 2411.01433, section 3.3). A guess costs no exactness: what was not guessed is read
-when it is needed.
+little from layer to layer (HOBBIT, arXiv 2411.01433, section 3.3). A guess costs no exactness: what was not guessed is
+read when it is needed.
 
 Legend: E experts, D model width, T tokens.
 """
@@ -43,12 +43,11 @@ class Lookahead:
         """
         self._residency, self._num_guesses = residency, num_guesses
         self._following: dict[int, tuple[MoELayer, Tensor, Callable[[Tensor], Tensor] | None]] = {}
-        state = model.state_dict() if num_guesses else {}
-        for before, layer in pairwise(layers if num_guesses else ()):
-            names = [name for name, axis in layer.router_tensors if axis == 0]
-            rows = [state[name] for name in names if tuple(state[name].shape) == (layer.num_experts, layer.hidden_size)]
-            if len(rows) == 1:
-                self._following[before.index] = (layer, rows[0], _choice_of(model, layer, rows[0].dtype))
+        rows = router_rows(model, layers) if num_guesses else {}
+        for before, layer in pairwise(layers):
+            if layer.index in rows:
+                rows_ED = rows[layer.index]
+                self._following[before.index] = (layer, rows_ED, _choice_of(model, layer, rows_ED.dtype))
 
     @property
     def is_on(self) -> bool:
@@ -109,3 +108,14 @@ def _choice_of(model: PreTrainedModel, layer: MoELayer, dtype: torch.dtype) -> C
         if tuple(index_TK.shape) == (1, layer.top_k) and int(index_TK.max()) < layer.num_experts:
             return choose
     return None
+
+
+def router_rows(model: PreTrainedModel, layers: Sequence[MoELayer]) -> dict[int, Tensor]:
+    """Return the router's rows (E, D) by number of layer, of layers whose router has one such matrix."""
+    state, rows_by_layer = model.state_dict(), {}
+    for layer in layers:
+        names = [name for name, axis in layer.router_tensors if axis == 0]
+        rows = [state[name] for name in names if tuple(state[name].shape) == (layer.num_experts, layer.hidden_size)]
+        if len(rows) == 1:
+            rows_by_layer[layer.index] = rows[0]
+    return rows_by_layer

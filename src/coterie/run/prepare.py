@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.quantized import dequantized
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.run.budget import RunBudget
+from coterie.run.draft_choice import DraftChoice
 from coterie.run.places import LayerPlaces, find_places
 from coterie.run.policies import POLICIES, shape_of
 from coterie.run.records import Key, Piece, Record, slot_bytes
@@ -31,6 +32,9 @@ from coterie.run.sizes import buffer_bytes, cache_bytes
 
 #: Tokens of prompt and answer together, and of a prompt that pass the model at once.
 CONTEXT, CHUNK = 4096, 256
+
+#: Sequences at once at most.
+MOST_BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,7 @@ class Prepared:
         context: tokens of prompt and answer together, at most.
         chunk: tokens of a prompt that pass the model at once.
         budget: what memory is for.
+        draft: who guesses tokens.
     """
 
     checkpoint: Checkpoint
@@ -62,6 +67,7 @@ class Prepared:
     context: int
     chunk: int
     budget: RunBudget
+    draft: DraftChoice
 
 
 def prepare(
@@ -73,15 +79,19 @@ def prepare(
     most_experts: int | None = None,
     dtype: torch.dtype | None = None,
     policy: str = "follow",
+    batch: int = 1,
+    draft: str = "off",
 ) -> Prepared:
     """Look at a model; see `coterie.run.engine.Runtime` for arguments and errors. The budget is not checked."""
     if context < 1 or chunk < 1:
         raise InputError(f"--context {context} and a chunk of {chunk} tokens must be 1 or more")
+    if not 1 <= batch <= MOST_BATCH:
+        raise InputError(f"a batch of {batch} sequences is out of range: 1 to {MOST_BATCH}")
     if most_experts is not None and most_experts < 1:
         raise InputError(f"{most_experts} experts in memory at most is none; it must be 1 or more")
     if policy not in POLICIES or policy == "belady":
         raise UnknownName("policy", policy, sorted(POLICIES.keys() - {"belady"}))
-    limit = parse_bytes(memory)
+    limit, choice = parse_bytes(memory), DraftChoice.parse(draft)
     stored = Checkpoint.open(model)
     manifest = Manifest.read(stored.path)
     # In full precision, whatever it is stored in, its experts in one width.
@@ -99,21 +109,28 @@ def prepare(
     meta: Any = checkpoint_meta_model(checkpoint, dtype=dtype)
     size = resident_size(checkpoint, conversion, meta, apart)
     chunk = min(chunk, context)
+    sibling = choice.prepare(tokenizer, dtype=dtype, context=context, chunk=chunk)
+    buffers = buffer_bytes(
+        meta, architecture.layers, chunk=max(chunk, batch), context=context, scored=max(batch, choice.scored)
+    )
+    buffers = max(buffers, 0 if sibling is None else sibling.buffers)  # never both at once
     budget = RunBudget(
         limit=limit,
         program=psutil.Process().memory_info().rss,
         resident=size.num_bytes,
-        reading=size.largest,
-        cache=cache_bytes(checkpoint, meta, context),
-        buffers=buffer_bytes(meta, architecture.layers, chunk=chunk, context=context)
-        + POLICIES[policy].num_bytes(shape_of(records)),
+        reading=max(size.largest, 0 if sibling is None else sibling.reading),
+        cache=batch * cache_bytes(checkpoint, meta, context),
+        buffers=buffers + POLICIES[policy].num_bytes(shape_of(records)),
         slot=slot_bytes(records.values()),
         least=min(max(layer.top_k for layer in architecture.layers), most_experts or len(records)),
         most=len(records) if most_experts is None else min(len(records), most_experts),
+        sequences=batch,
+        draft=0 if sibling is None else sibling.num_bytes,
     )
     return Prepared(
         checkpoint=checkpoint, architecture=architecture, conversion=conversion, places=places, records=records,
         apart=apart, tokenizer=tokenizer, dtype=dtype, context=context, chunk=chunk, budget=budget,
+        draft=replace(choice, sibling=sibling),
     )  # fmt: skip
 
 

@@ -23,7 +23,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,6 +98,11 @@ class Residency:
         used = self._counters.prefetches_used
         return used, used + self._counters.prefetches_wasted
 
+    def ready(self, layer: int) -> NDArray[np.bool_]:
+        """Return which experts of a layer are in memory and not in use, bool [experts]: a copy."""
+        with self._changed:
+            return np.array(self._may_go_LE[layer])
+
     def in_memory(self) -> dict[int, list[int]]:
         """Return for each layer which experts are in memory now, ascending."""
         layers: dict[int, list[int]] = {layer: [] for layer, _ in self.records}
@@ -172,6 +176,15 @@ class Residency:
             own = {expert: entries[layer, expert] for _, expert in keys}
             return Leases(layer, own, self._wait_for, self.release)
 
+    def peek(self, layer: int, experts: Sequence[int]) -> Leases:
+        """Return leases of those experts of a layer that are in memory; nothing is read, and nothing is counted."""
+        with self._changed:
+            entries = {expert: entry for expert in experts if (entry := self._entries.get((layer, expert))) is not None}
+            ready = {expert: entry for expert, entry in entries.items() if entry.is_ready}
+            for entry in ready.values():
+                self._pin(entry)
+            return Leases(layer, ready, self._wait_for, self.release)
+
     def release(self, leases: Leases) -> None:
         """Give leases back; once more does nothing."""
         with self._changed:
@@ -233,9 +246,7 @@ class Residency:
     def __enter__(self) -> Residency:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _keys(self, layer: int, experts: Sequence[int]) -> list[Key]:
@@ -302,6 +313,9 @@ class Residency:
             self._counters.prefetches_used += 1
         if not entry.is_ready and entry.read is not None:
             self._reader.promote(entry.read)
+        self._pin(entry)
+
+    def _pin(self, entry: Entry) -> None:
         self._num_pinned += not entry.pins
         entry.pins += 1
         self._may_go_LE[entry.key] = False
@@ -426,10 +440,6 @@ class Residency:
             assert over.slot is not None
             record = self.records[over.key]
             return Lease(
-                layer=leases.layer,
-                expert=over.key[1],
-                slot=over.slot,
-                data=self._arena.slot(over.slot),
-                offsets=record.offsets,
-                record=record,
-            )
+                layer=leases.layer, expert=over.key[1], slot=over.slot, data=self._arena.slot(over.slot),
+                offsets=record.offsets, record=record,
+            )  # fmt: skip

@@ -135,7 +135,7 @@ async def _health(request: Request) -> Response:
     """Say whether it works: with 503 where it does not."""
     service = _service(request)
     worker = service.worker
-    content = {"status": worker.state, "running": int(worker.is_running), "waiting": worker.num_waiting}
+    content = {"status": worker.state, "running": worker.num_running, "waiting": worker.num_waiting}
     return JSONResponse(content, 200 if worker.state == "ready" else 503)
 
 

@@ -1,4 +1,4 @@
-"""One answer generated: its tokens as text, as calls of functions, and as numbers.
+"""Answers as they grow: their tokens as text, as calls of functions, and as numbers.
 
 What becomes of a token is emitted as soon as nothing that follows changes it.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from coterie.run.batch import Outcome, Wanted
 from coterie.run.engine import Sampling
 from coterie.serve.metrics import Metrics
 from coterie.serve.scores import ScoredToken, score_token
@@ -30,16 +31,12 @@ class Generator(Protocol):
     def ends(self) -> tuple[int, ...]:
         """Ids of the tokens that end an answer."""
 
-    def generate_ids(
-        self,
-        ids_1S: Tensor,
-        *,
-        max_tokens: int,
-        sampling: Sampling | None = None,
-        on_token: Callable[[int, Tensor], bool] | None = None,
-        cancelled: Callable[[], bool] | None = None,
-    ) -> list[int]:
-        """Go on with the ids of a prompt."""
+    @property
+    def batch(self) -> int:
+        """How many answers it makes at once, at most."""
+
+    def generate_batch(self, wanted: Sequence[Wanted]) -> list[Outcome]:
+        """Make answers, all at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,80 +119,88 @@ class Ended:
     tokens: int
 
 
-def generate(
-    runtime: Generator,
-    task: Task,
-    number: int,
-    emit: Callable[[Piece | Called | Ended], None],
-    *,
-    cancelled: Callable[[], bool],
-    metrics: Metrics,
-    asked: float,
-) -> None:
-    """Generate an answer.
+class Answer:
+    """An answer as it grows.
 
-    Args:
-        runtime: generates.
-        task: what is asked for.
-        number: the number of the answer, over all prompts.
-        emit: gets what comes, as it comes.
-        cancelled: asked before every layer; ends the generation where it says so.
-        metrics: counts what happens.
-        asked: when the request came, by `time.perf_counter`.
-
-    Raises:
-        Cancelled, CorruptCheckpoint, ReadError: see `coterie.run.engine.Runtime.generate`.
+    Attributes:
+        wanted: what a runtime is to make.
     """
-    ids_1S = task.prompts[number // task.num_answers]
-    answer = _Answer(runtime, task, number, emit)
-    metrics.context.set(ids_1S.shape[1])
-    last: float | None = None
-
-    def take(token: int, scores_V: Tensor) -> bool:
-        nonlocal last
-        now = time.perf_counter()
-        metrics.tokens.inc()
-        metrics.context.inc()
-        if last is not None:
-            metrics.token_seconds.observe(now - last)
-        else:
-            metrics.prompt_tokens.inc(ids_1S.shape[1])
-            if number == 0:
-                metrics.first_seconds.observe(now - asked)
-        last = now
-        return answer.take(token, scores_V)
-
-    sampling = task.sampling
-    if sampling.seed is not None:
-        sampling = replace(sampling, seed=sampling.seed + number)
-    ids = runtime.generate_ids(
-        ids_1S, max_tokens=task.max_tokens, sampling=sampling, on_token=take, cancelled=cancelled
-    )
-    answer.end(ids)
-
-
-class _Answer:
-    """An answer as it grows."""
 
     def __init__(
-        self, runtime: Generator, task: Task, number: int, emit: Callable[[Piece | Called | Ended], None]
+        self,
+        runtime: Generator,
+        task: Task,
+        number: int,
+        emit: Callable[[Piece | Called | Ended], None],
+        *,
+        cancelled: Callable[[], bool],
+        when_over: Callable[[Exception | None], None],
+        metrics: Metrics,
+        asked: float,
     ) -> None:
+        """Prepare it.
+
+        Args:
+            runtime: generates.
+            task: what is asked for.
+            number: the number of the answer, over all prompts.
+            emit: gets what comes, as it comes.
+            cancelled: asked before every layer; ends the generation where it says so.
+            when_over: called once no more comes, with what ended it, if it was not done.
+            metrics: counts what happens.
+            asked: when the request came, by `time.perf_counter`.
+        """
         self._runtime, self._task, self._number, self._emit = runtime, task, number, emit
+        self._metrics, self._asked, self._when_over = metrics, asked, when_over
+        self._last: float | None = None
+        self.wanted = Wanted(
+            ids_1S=task.prompts[number // task.num_answers], max_tokens=task.max_tokens,
+            sampling=task.sampling.counted_on(number), on_token=self._take, cancelled=cancelled, on_end=self._end,
+        )  # fmt: skip
         self._text = Text(runtime.tokenizer, task.stops)
         self._tools = None if task.form is None else ToolText(task.form)
         self._num_calls = 0
         self._scored: list[ScoredToken] = []
 
-    def take(self, token: int, scores_V: Tensor) -> bool:
+    def begin(self) -> Wanted:
+        """Count its prompt from now on, and return what a runtime is to make."""
+        self._metrics.context.inc(self.wanted.ids_1S.shape[1])
+        return self.wanted
+
+    def _take(self, token: int, scores_V: Tensor) -> bool:
         """Take a token and the scores of all; return whether it is the last one."""
+        self._count()
         if token not in self._runtime.ends:
             if self._task.top is not None:
                 self._scored.append(score_token(self._runtime.tokenizer, token, scores_V, top=self._task.top))
             self._say(self._text.add(token))
         return self._text.is_stopped
 
-    def end(self, ids: Sequence[int]) -> None:
-        """Say what was kept back, and why the answer ends, given all of its tokens."""
+    def _count(self) -> None:
+        """Count a token."""
+        now = time.perf_counter()
+        self._metrics.tokens.inc()
+        if self._last is not None:
+            self._metrics.token_seconds.observe(now - self._last)
+        else:
+            self._metrics.prompt_tokens.inc(self.wanted.ids_1S.shape[1])
+            if self._number == 0:
+                self._metrics.first_seconds.observe(now - self._asked)
+        self._metrics.context.inc()
+        self._last = now
+
+    def _end(self, outcome: Outcome) -> None:
+        """Say what was kept back, and why the answer ends, given what became of it."""
+        self._metrics.context.dec(self.wanted.ids_1S.shape[1] + len(outcome.ids))
+        error = outcome.error
+        try:
+            if error is None:
+                self._say_end(outcome.ids)
+        except Exception as raised:  # of this answer alone
+            error = raised
+        self._when_over(error)
+
+    def _say_end(self, ids: Sequence[int]) -> None:
         rest = self._text.rest()
         if self._text.is_stopped:
             self._scored.clear()  # of the stop string

@@ -48,7 +48,7 @@ class Metrics:
         token_seconds: times from a token to the next one.
         request_seconds: times from when a request was admitted to its end.
         waiting: requests that wait.
-        running: requests that run, one at most.
+        running: requests that run.
         context: tokens whose keys and values are in use.
     """
 
@@ -72,7 +72,7 @@ class Metrics:
         )
         self.waiting = Gauge("coterie_queue_waiting", "Requests that wait", **own)
         self.queue = Gauge("coterie_queue_limit", "Requests that wait at most", **own)
-        self.running = Gauge("coterie_requests_running", "Requests that run, one at most", **own)
+        self.running = Gauge("coterie_requests_running", "Requests that run", **own)
         self.context = Gauge("coterie_kv_tokens", "Tokens whose keys and values are in use", **own)
 
     def watch(self, runtime: Runtime) -> None:
@@ -99,6 +99,10 @@ class _OfRuntime:
         for layer, experts in self._runtime.residency.in_memory().items():
             layers.add_metric([str(layer)], len(experts))
         yield layers
+        if self._runtime.speculation is not None:
+            drafted = self._runtime.speculation.drafted
+            yield CounterMetricFamily("coterie_draft_guesses", "Guesses that were checked", value=drafted.guesses)
+            yield CounterMetricFamily("coterie_draft_right", "Those of them that were right", value=drafted.right)
         parts = GaugeMetricFamily("coterie_memory_plan_bytes", "What the budget is planned for", labels=["part"])
         slots = budget.num_slots * budget.slot
         for part, size in {

@@ -34,6 +34,8 @@ def serve(
     policy: str = "follow",
     lanes: int = LANES,
     lookahead: int = 0,
+    batch: int = 1,
+    draft: str = "off",
 ) -> None:
     """Answer requests of OpenAI's API with a model, within a budget of memory, until a signal comes.
 
@@ -48,6 +50,8 @@ def serve(
         policy: which experts stay in memory, see `coterie.run.engine.Runtime`.
         lanes: threads that read.
         lookahead: experts that are guessed and read ahead, see `coterie.run.engine.Runtime`.
+        batch: answers that are made at once, at most; memory is taken for so many.
+        draft: who guesses tokens of an answer that is alone, see `coterie.run.engine.Runtime`.
 
     Raises:
         InputError: an address that others reach and no key, one that is taken, a number out of range, or the extra
@@ -67,7 +71,16 @@ def serve(
     listening = listen(host, port)  # before minutes of loading
     try:
         limit = default_memory() if memory is None else memory
-        with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead) as runtime:
+        with Runtime(
+            model,
+            memory=limit,
+            context=context,
+            policy=policy,
+            lanes=lanes,
+            lookahead=lookahead,
+            batch=batch,
+            draft=draft,
+        ) as runtime:
             worker = Worker(runtime, queue=queue)
             try:
                 app = make_app(runtime, worker, name=name_of(model), api_key=api_key)

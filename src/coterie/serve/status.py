@@ -38,12 +38,12 @@ def status(runtime: Runtime, worker: Worker, *, name: str, started: float) -> di
     sample = worker.metrics.registry.get_sample_value
     return {
         "model": name, "state": worker.state, "time": now, "uptime": now - started,
-        "queue": {"running": int(worker.is_running), "waiting": worker.num_waiting, "limit": worker.queue},
+        "queue": {"running": worker.num_running, "waiting": worker.num_waiting, "limit": worker.queue},
         "requests": {outcome: sample("coterie_requests_total", {"outcome": outcome}) for outcome in OUTCOMES},
         "tokens": {
             "generated": sample("coterie_generated_tokens_total"), "prompt": sample("coterie_prompt_tokens_total"),
         },
-        "kv": {"tokens": sample("coterie_kv_tokens"), "limit": runtime.context, "bytes": budget.cache},
+        "kv": {"tokens": sample("coterie_kv_tokens"), "limit": runtime.batch * runtime.context, "bytes": budget.cache},
         "memory": {"budget": budget.limit, "used": psutil.Process().memory_info().rss, "peak": peak_bytes()},
         "experts": {
             "hits": counters.hits, "misses": counters.misses, "evictions": counters.evictions,

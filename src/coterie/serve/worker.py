@@ -1,8 +1,10 @@
-"""One thread that generates, and the jobs that wait for it: so many at most, first come, first served.
+"""One thread that generates, and the jobs that wait for it: so many at most.
 
-A job is admitted before anything is done for it, and refused at once where there is no room. It can be called off at
-any time: while it waits it is gone at once, while it runs before the next layer. An error ends the job that met it, and
-no other.
+A job is admitted before anything is done for it, and refused at once where there is no room. The oldest one is next, so
+each has its turn; where a batch has room for more, those that wait go with it, first those whose prompts begin like its
+own, which pass the model once, and then by age. A job can be called off at any time: while it waits it is gone at once,
+while it runs before the next layer, or the next token where it is not alone. An error ends the job that met it, and no
+other, but for a disk that fails, which ends all that run.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from coterie.errors import Cancelled, CoterieError
-from coterie.serve.generation import Called, Ended, Generator, Piece, Task, generate
+from coterie.serve.generation import Answer, Called, Ended, Generator, Piece, Task
 from coterie.serve.metrics import Metrics
 from coterie.serve.refusals import Refusal, refusal_of
 
@@ -49,7 +52,14 @@ class Job:
         self.task: Task | None = None
         self.cancelled = threading.Event()
         self.admitted = time.perf_counter()
+        self.error: Exception | None = None
+        self.num_left = 0
         self._worker, self._emit = worker, emit
+
+    @property
+    def is_unwanted(self) -> bool:
+        """Whether nobody waits for more of it."""
+        return self.cancelled.is_set() or self.error is not None
 
     def begin(self, task: Task) -> None:
         """Line up; what comes of it is emitted, an `Over` at the end, by other threads."""
@@ -81,12 +91,12 @@ class Worker:
         self.metrics = metrics or Metrics()
         self.metrics.queue.set(queue)
         self.metrics.waiting.set_function(lambda: self.num_waiting)
-        self.metrics.running.set_function(lambda: self.is_running)
+        self.metrics.running.set_function(lambda: self.num_running)
         self._runtime = runtime
         self._changed = threading.Condition()
         self._jobs: set[Job] = set()
         self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._running: set[Job] = set()
         self._is_closed = False
         self._failures = 0
         self._usual_seconds = 1.0
@@ -97,12 +107,12 @@ class Worker:
     def num_waiting(self) -> int:
         """Jobs that were admitted and do not run yet."""
         with self._changed:
-            return len(self._jobs) - (self._running is not None)
+            return len(self._jobs) - len(self._running)
 
     @property
-    def is_running(self) -> bool:
-        """Whether a job runs."""
-        return self._running is not None
+    def num_running(self) -> int:
+        """Jobs that run, all at once."""
+        return len(self._running)
 
     @property
     def state(self) -> str:
@@ -120,7 +130,7 @@ class Worker:
         """
         with self._changed:
             self._check_open()
-            if len(self._jobs) > self.queue:
+            if len(self._jobs) - len(self._running) >= self.queue + (not self._running):
                 seconds = max(1, math.ceil(self._usual_seconds))
                 raise Refusal(
                     429, f"{self.queue} requests wait already; try again in {seconds} seconds",
@@ -158,7 +168,7 @@ class Worker:
     def _withdraw(self, job: Job, reason: Exception) -> None:
         """Forget a job that does not run."""
         with self._changed:
-            if job is self._running or job not in self._jobs:
+            if job in self._running or job not in self._jobs:
                 return
             self._jobs.discard(job)
             if job in self._waiting:
@@ -166,34 +176,72 @@ class Worker:
         self._end(job, reason)
 
     def _work(self) -> None:
-        """Do one job after the other until the worker is closed: what the thread does."""
-        while (job := self._next()) is not None:
+        """Do one batch after the other until the worker is closed: what the thread does."""
+        while jobs := self._next():
             begun = time.perf_counter()
-            error: Exception | None = None
             try:
-                self._run(job)
-            except Cancelled:
-                error = Cancelled("the server ends" if self._is_closed else "the request was called off")
-            except Exception as raised:  # the next job may pass
-                error = raised
-            seconds = time.perf_counter() - begun
+                self._run(jobs, begun)
+            except Exception as error:  # the next jobs may pass
+                for job in jobs:
+                    job.error = job.error or error
             self.metrics.context.set(0)
-            with self._changed:
-                self._running = None
-                self._jobs.discard(job)
-                if not isinstance(error, Cancelled):
-                    self._failures = self._failures + 1 if error and refusal_of(error).status >= 500 else 0
-                    self._usual_seconds += 0.3 * (seconds - self._usual_seconds)
-            self._end(job, error)
+            for job in jobs:
+                self._finish(job, begun)
 
-    def _next(self) -> Job | None:
+    def _next(self) -> list[Job]:
+        """Wait for a job; return it and those that go with it, or none where the worker is closed."""
         with self._changed:
             while not self._waiting and not self._is_closed:
                 self._changed.wait()
             if self._is_closed:
-                return None
-            self._running = self._waiting.popleft()
-            return self._running
+                return []
+            first = self._waiting.popleft()
+            jobs = [first, *companions(first, self._waiting, self._runtime.batch)]
+            for job in jobs[1:]:
+                self._waiting.remove(job)
+            self._running = set(jobs)
+            return jobs
+
+    def _run(self, jobs: Sequence[Job], begun: float) -> None:
+        """Make the answers of jobs, as many at once as a batch holds."""
+        answers = [answer for job in jobs for answer in self._answers(job, begun)]
+        for start in range(0, len(answers), self._runtime.batch):
+            together = answers[start : start + self._runtime.batch]
+            wanted = [answer.begin() for answer in together if not answer.wanted.is_cancelled]
+            self._runtime.generate_batch(wanted)
+
+    def _answers(self, job: Job, begun: float) -> list[Answer]:
+        assert job.task is not None
+        job.num_left = job.task.count
+
+        def over(error: Exception | None) -> None:
+            job.error = job.error or error
+            job.num_left -= 1
+            if not job.num_left:
+                self._finish(job, begun)
+
+        return [
+            Answer(
+                self._runtime, job.task, number, job.emit, cancelled=lambda: job.is_unwanted, when_over=over,
+                metrics=self.metrics, asked=job.admitted,
+            )
+            for number in range(job.task.count)
+        ]  # fmt: skip
+
+    def _finish(self, job: Job, begun: float) -> None:
+        """Let a job that ran be over; once more does nothing."""
+        error = job.error
+        if isinstance(error, Cancelled) or (error is None and job.num_left):
+            error = Cancelled("the server ends" if self._is_closed else "the request was called off")
+        with self._changed:
+            if job not in self._running:
+                return
+            self._running.discard(job)
+            self._jobs.discard(job)
+            if not isinstance(error, Cancelled):
+                self._failures = self._failures + 1 if error and refusal_of(error).status >= 500 else 0
+                self._usual_seconds += 0.3 * (time.perf_counter() - begun - self._usual_seconds)
+        self._end(job, error)
 
     def _end(self, job: Job, error: Exception | None) -> None:
         """Say that a job is over, in all places; a refusal is told by whoever refuses."""
@@ -205,13 +253,39 @@ class Worker:
                 tell(error)
         job.emit(Over(error=error))
 
-    def _run(self, job: Job) -> None:
-        assert job.task is not None
-        for number in range(job.task.count):
-            generate(
-                self._runtime, job.task, number, job.emit, cancelled=job.cancelled.is_set, metrics=self.metrics,
-                asked=job.admitted,
-            )  # fmt: skip
+
+def companions(first: Job, waiting: Sequence[Job], room: int) -> list[Job]:
+    """Return which of the jobs that wait go with one in a batch.
+
+    Args:
+        first: the job that is next.
+        waiting: the others, by age.
+        room: answers that a batch holds.
+    """
+    beginning = _prompt_of(first)
+    left, chosen = room - _count_of(first), []
+    for job in sorted(waiting, key=lambda job: -_num_shared(beginning, _prompt_of(job))):
+        if _count_of(job) <= left:
+            left -= _count_of(job)
+            chosen.append(job)
+    return chosen
+
+
+def _prompt_of(job: Job) -> list[int]:
+    """Return the ids of the first prompt of a job that has lined up."""
+    assert job.task is not None
+    ids: list[int] = job.task.prompts[0][0].tolist()
+    return ids
+
+
+def _count_of(job: Job) -> int:
+    assert job.task is not None
+    return job.task.count
+
+
+def _num_shared(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return how many tokens two prompts have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
 def tell(error: Exception) -> None:
