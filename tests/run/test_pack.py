@@ -94,15 +94,19 @@ def four_in_float32(projection, x, bias=None):
     return torch.nn.functional.linear(x, values, bias)
 
 
-@pytest.mark.parametrize(
-    ("family", "bits", "dense"),
-    [
-        ("olmoe", 4, 8),
-        *(pytest.param(family, *bits, marks=pytest.mark.long) for family in FAMILIES for bits in ((4, 8), (8, 4))
-          if (family, bits) != ("olmoe", (4, 8))),
-    ],
-)  # fmt: skip
-def test_any_room_computes_the_same_bits_and_what_was_stored(family, bits, dense, tmp_path, monkeypatch):
+def test_any_room_computes_the_same_bits(packed):
+    with whole(packed) as runtime:
+        expected, alone = logits(runtime), logits(runtime, IDS[:, :1])
+    with whole(packed, most_experts=3, policy="lru", lookahead=8) as runtime:
+        assert torch.equal(logits(runtime), expected)
+        assert torch.equal(logits(runtime, IDS[:, :1]), alone)
+        assert runtime.residency.counters.evictions > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("bits", "dense"), [(4, 8), (8, 4)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_computes_what_was_stored_with_any_room(family, bits, dense, tmp_path, monkeypatch):
     model = tiny_checkpoint(tmp_path / "model", family, **{FAMILIES[family]: 64})
     result = pack(model, tmp_path / "out", bits=bits, dense=dense)
     assert "bfloat16" not in result.kinds
@@ -185,12 +189,19 @@ def test_widths_that_no_kernel_takes_stay_in_bfloat16_and_that_is_said(tmp_path,
     assert "48 matrices of experts stay in bfloat16, such as those of 24 rows and 32 columns" in caplog.text
     with whole(model) as plain, whole(result.path) as runtime:
         assert torch.equal(logits(runtime), logits(plain))
-    mixed = pack(model, tmp_path / "mixed", bits=8)
+    mixed = pack(model, tmp_path / "mixed", bits=8, dry_run=True)
     assert mixed.kinds == {"8 bits": 32, "bfloat16": 16}
-    with whole(mixed.path) as runtime, whole(mixed.path, most_experts=2) as small:
+
+
+@pytest.mark.long
+def test_experts_of_which_some_matrices_are_plain_compute_the_same_bits(tmp_path):
+    model = tiny_checkpoint(tmp_path / "model", "olmoe", dtype=torch.bfloat16)
+    mixed = pack(model, tmp_path / "mixed", bits=8).path
+    with whole(mixed) as runtime, whole(mixed, most_experts=2) as small:
         assert torch.equal(logits(runtime), logits(small))
 
 
+@pytest.mark.long
 def test_numbers_of_compressed_tensors_stay_as_they_are(tmp_path):
     """Those of GPTQ, symmetric and with scales in bfloat16; groups as they are."""
     wide = tiny_checkpoint(tmp_path / "wide", "olmoe", dtype=torch.float32, hidden_size=128, intermediate_size=256)
@@ -321,10 +332,23 @@ def test_checksums_name_the_record_that_was_changed(packed, tmp_path):
         (lambda s: s.update(version=9), "packed by another version of coterie"),
         (lambda s: s["records"][0].update(count=9), r"experts\.8\.record' is missing"),
         (lambda s: s["records"][0].update(count=0), "records that cannot be"),
-        (lambda s: s["records"][0]["matrices"][0].update(rows=48), "records that cannot be"),
+        (lambda s: s["records"][0]["matrices"][0].update(rows=48), "does not fit"),
+        (lambda s: s["records"][0]["matrices"][0].update(rows=2**60), "does not fit"),
+        (lambda s: s["records"][0]["matrices"][0].update(rows="a"), "records that cannot be"),
         (lambda s: s["records"][0]["matrices"][0].update(bits=5), "records that cannot be"),
-        (lambda s: s["records"][0]["matrices"].pop(), "records that cannot be"),
-        (lambda s: s["records"][0]["tensors"][0]["parts"][0].update(start=3), "records that cannot be"),
+        (lambda s: s["records"][0]["matrices"].pop(), "does not fit"),
+        (
+            lambda s: s["records"][0]["tensors"][0]["parts"][0].update(start=3),
+            "does not fit: .*, and (a part has|its parts)",
+        ),
+        (
+            lambda s: s["records"][0]["tensors"][0]["parts"][0].update(matrix=0),
+            "does not fit: .*, and (a part has|its parts)",
+        ),
+        (
+            lambda s: s["records"][0]["tensors"][0].update(shape=[2**60, 32]),
+            "does not fit: .*, and (a part has|its parts)",
+        ),
         (lambda s: s.update(records=[7]), "records that cannot be"),
         (lambda s: [each.update(group=64) for each in s["records"][0]["matrices"]], "does not fit|cannot be"),
     ],
@@ -387,6 +411,7 @@ def test_everybody_else_reads_a_packed_folder_as_plain_numbers(olmoe, packed):
     assert again.rounding.relative < 1e-3, "what was packed changes no more"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options", [{"recipe": "hc-smoe", "router": "map"}, {"recipe": "heapr-ragged"}], ids=["mapped", "ragged"]
 )

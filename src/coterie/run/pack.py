@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -328,7 +329,8 @@ def record_content(records: Records, matrices: list[Tensor], *, on_grid: bool, r
             stored, wrong = {"": matrix_RC.to(torch.bfloat16)}, 0.0
         else:
             stored, wrong = encoding.fit(matrix_RC, on_grid=on_grid)
-            total = sum(float(band_BC.double().square().sum()) for band_BC in matrix_RC.split(_BAND))
+            starts = range(0, len(matrix_RC), _BAND)
+            total = math.fsum(float(matrix_RC[start : start + _BAND].double().square().sum()) for start in starts)
             rounding.add(Rounding(matrices=1, exact=int(not wrong), wrong=wrong, total=total))
         for suffix, (begin, _, _) in pieces.items():
             piece = stored[suffix].contiguous().view(torch.uint8).flatten()

@@ -156,8 +156,6 @@ class Records:
         numbers += [n for part in parts for n in (part.matrix, part.axis, part.start, part.step)]
         if not matrices or not tensors or any(type(n) is not int or n < 0 for n in numbers) or count < 1:
             raise ValueError("there is nothing in it, or a number that is no whole number from 0 on")
-        for tensor in tensors:
-            _check_parts(tensor, matrices)
         records = cls(name=str(content["name"]), count=count, matrices=matrices, tensors=tensors)
         assert records.num_bytes  # matrices that cannot be show here
         return records
@@ -171,10 +169,12 @@ def _check_parts(tensor: RecordTensor, matrices: tuple[Matrix, ...]) -> None:
         if part.matrix >= len(matrices) or part.axis != axis or axis > 1 or part.step < 1:
             raise ValueError(f"{tensor.name} has parts that cannot be")
         matrix = matrices[part.matrix]
-        if matrix.columns != tensor.shape[1 - axis]:
-            raise ValueError(f"{tensor.name} is {list(tensor.shape)}, and a part has {matrix.columns} columns")
+        if matrix.columns != tensor.shape[1 - axis] or part.start + part.step * (matrix.rows - 1) >= tensor.shape[axis]:
+            raise ValueError(
+                f"{tensor.name} is {list(tensor.shape)}, and a part has {matrix.rows} rows and {matrix.columns} columns"
+            )
         rows += range(part.start, part.start + part.step * matrix.rows, part.step)
-    if sorted(rows) != list(range(tensor.shape[axis])):
+    if len(rows) != tensor.shape[axis] or len(set(rows)) != len(rows):
         raise ValueError(f"{tensor.name} is {list(tensor.shape)}, and its parts have other rows")
 
 
@@ -226,7 +226,7 @@ def find_records(source: QuantizedSource) -> PackedTensors:
     weights: dict[str, TensorInfo] = {}
     dropped: set[str] = set()
     for records in records_of(source.settings, source.where):
-        matrices = []
+        matrices: list[tuple[TensorInfo, ...]] = []
         for name in records.names():
             info = source.tensors.get(name)
             if info is None:
@@ -234,6 +234,8 @@ def find_records(source: QuantizedSource) -> PackedTensors:
             if (info.dtype, info.shape) != ("U8", (records.num_bytes,)):
                 raise source.misfit(info, f"a record of {records.num_bytes} bytes was expected")
             try:
+                for tensor in records.tensors if not matrices else ():  # of extents that the file has the bytes for
+                    _check_parts(tensor, records.matrices)
                 matrices.append(_matrices(records, info, isa, source.dtype))
             except (UnsupportedDtype, ValueError) as error:
                 raise source.misfit(info, str(error)) from None
