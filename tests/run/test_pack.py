@@ -339,15 +339,15 @@ def test_checksums_name_the_record_that_was_changed(packed, tmp_path):
         (lambda s: s["records"][0]["matrices"].pop(), "does not fit"),
         (
             lambda s: s["records"][0]["tensors"][0]["parts"][0].update(start=3),
-            "does not fit: .*, and (a part has|its parts)",
+            "and (a part has|its parts)",
         ),
         (
             lambda s: s["records"][0]["tensors"][0]["parts"][0].update(matrix=0),
-            "does not fit: .*, and (a part has|its parts)",
+            "and (a part has|its parts)",
         ),
         (
             lambda s: s["records"][0]["tensors"][0].update(shape=[2**60, 32]),
-            "does not fit: .*, and (a part has|its parts)",
+            "and (a part has|its parts)",
         ),
         (lambda s: s.update(records=[7]), "records that cannot be"),
         (lambda s: [each.update(group=64) for each in s["records"][0]["matrices"]], "does not fit|cannot be"),
