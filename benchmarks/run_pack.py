@@ -1,6 +1,6 @@
 """What packing costs and gives: how far predictions move, and how fast packed models run beside plain ones, in ratios.
 
-    python benchmarks/run_pack.py [--model reference/qwen3_moe] [--tokens 8192] [--size 1.5GB] [--new 24] [--repeats 5]
+    python benchmarks/run_pack.py [--model reference/qwen3_moe] [--tokens 4096] [--size 1.5GB] [--new 16] [--repeats 3]
                                   [--work DIR] [--markdown FILE]
 
 Predictions: a model is packed (`coterie pack`) with experts alone in few bits, and with linear layers besides; all run
@@ -9,9 +9,10 @@ in the runtime, with the kernels that it computes with, on held-out text, equall
 it runs otherwise.
 
 Speed: a synthetic checkpoint (`make_large.py`) plain and packed, with all experts in memory and with room for a quarter
-of them, all open in one process with one thread. They take turns, token by token of the same text, so that what others
-do to the machine falls on all of them; the median over repeats of plain time by packed time is printed, with the
-smallest and the largest. "prompt" is the time to the first token behind 128 others, whose experts are read as well.
+of them, all open in one process with one thread. They take turns with the same prompt, so that what others do to the
+machine falls on all of them; the median over repeats of plain time by packed time is printed, with the smallest and the
+largest. "processor" is the time of the processor that computes, which others hardly change; "token" and "prompt" are
+what passes: for a token, and until the first token behind a prompt of 128, whose experts are read as well.
 At last single products of one layer's shape: microseconds of plain matrices and of kernels, in turns, weights from
 memory.
 """
@@ -114,11 +115,30 @@ class Case:
     num_bytes: int
 
 
-def generate(runtime: Runtime, prompt: str, new: int) -> tuple[float, float, float]:
-    """Return seconds to the first token, seconds of each that follows, and bytes of experts that each read."""
-    told = runtime.generate(prompt, max_tokens=new, template=False, sampling=Sampling(temperature=0))
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Seconds to the first token, of each that follows, the processor's for that, and bytes of experts that it read."""
+
+    first: float
+    each: float
+    worked: float
+    num_bytes: float
+
+
+def generate(runtime: Runtime, prompt: str, new: int) -> Times:
+    """Go on with a prompt that passes the model at once."""
+    moments: list[float] = []  # of the processor, before every layer
+
+    def note() -> bool:
+        moments.append(time.thread_time())
+        return False
+
+    told = runtime.generate(
+        prompt, max_tokens=new, template=False, sampling=Sampling(temperature=0), cancelled=note
+    )  # fmt: skip
+    worked = (time.thread_time() - moments[len(runtime.layers)]) / (told.tokens - 1)
     each = (told.seconds - told.first_seconds) / (told.tokens - 1)
-    return told.first_seconds, each, told.bytes_read / told.tokens
+    return Times(first=told.first_seconds, each=each, worked=worked, num_bytes=told.bytes_read / told.tokens)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -152,30 +172,30 @@ def speed(size: str, new: int, repeats: int, work: Path) -> list[str]:
                 stack.enter_context(runtime)
                 resident = runtime.budget.resident + runtime.budget.num_slots * runtime.budget.slot
                 cases.append(Case(name=name, share=share, runtime=runtime, num_bytes=resident))
-        first: dict[int, list[float]] = {number: [] for number in range(len(cases))}
-        each: dict[int, list[float]] = {number: [] for number in range(len(cases))}
-        read = dict.fromkeys(range(len(cases)), 0.0)
+        times: list[list[Times]] = [[] for _ in cases]
         for case in cases:
             generate(case.runtime, prompt[:PROMPT], 4)
         for repeat in range(repeats):
-            for number, case in enumerate(cases):
-                told = generate(case.runtime, f"{repeat}{prompt}"[:PROMPT], new)
-                first[number].append(told[0])
-                each[number].append(told[1])
-                read[number] = told[2]
+            for case, told in zip(cases, times, strict=True):
+                told.append(generate(case.runtime, f"{repeat}{prompt}"[:PROMPT], new))
             print(f"repeat {repeat + 1} of {repeats}", flush=True)
     lines = [
-        "| experts in memory | packed with | in memory | read a token | ms a token | x plain | prompt, x plain |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| experts in memory | packed with | in memory | read a token | processor, ms a token "
+        "| x plain | token, x plain | prompt, x plain |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for number, case in enumerate(cases):
-        plain = next(other for other, each_case in enumerate(cases) if each_case.share == case.share)
-        ratios = [a / b for a, b in zip(each[plain], each[number], strict=True)]
-        prompts = [a / b for a, b in zip(first[plain], first[number], strict=True)]
+    for case, told in zip(cases, times, strict=True):
+        plain = next(each for other, each in zip(cases, times, strict=True) if other.share == case.share)
+        ratios = [
+            "-"
+            if told is plain
+            else spread([getattr(a, name) / getattr(b, name) for a, b in zip(plain, told, strict=True)])
+            for name in ("worked", "each", "first")
+        ]
+        read, worked = (statistics.median(getattr(each, name) for each in told) for name in ("num_bytes", "worked"))
         cells = (
-            f"{case.share:.0%}", case.name, format_bytes(case.num_bytes), f"{read[number] / 1e6:.0f} MB",
-            f"{1000 * statistics.median(each[number]):.0f}",
-            "-" if number == plain else spread(ratios), "-" if number == plain else spread(prompts),
+            f"{case.share:.0%}", case.name, format_bytes(case.num_bytes), f"{read / 1e6:.0f} MB",
+            f"{1000 * worked:.0f}", *ratios,
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -230,10 +250,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=REFERENCE / "qwen3_moe")
     parser.add_argument("--text", type=Path, default=REFERENCE / "text" / "test")
-    parser.add_argument("--tokens", type=int, default=8_192, help="of the text")
+    parser.add_argument("--tokens", type=int, default=4_096, help="of the text")
     parser.add_argument("--size", default="1.5GB", help="of the synthetic model")
-    parser.add_argument("--new", type=int, default=24, help="tokens that are made each time")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--new", type=int, default=16, help="tokens that are made each time")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, help="folder for models; a temporary one when left out")
     parser.add_argument("--markdown", type=Path, help="where the tables go")
     options = parser.parse_args()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.model.disk.encodings.kernel_matrix import SCALE, KernelMatrix
+from coterie.model.disk.tensors import TORCH_NAMES
 
 #: Tokens from which on a product of bfloat16 is faster than the kernel of 8 bits, though numbers are turned into that:
 #: the kernel's time is proportional to tokens (`benchmarks/run_pack.py`).
@@ -99,6 +100,15 @@ def projection_of(encoding: KernelMatrix, stored: Mapping[str, Tensor]) -> Proje
         return EightBitProjection(stored[""], stored[SCALE])
     assert encoding.group is not None
     return FourBitProjection(stored[""], stored[SCALE], encoding.group)
+
+
+def blank_projection(encoding: KernelMatrix, shape: tuple[int, int]) -> Projection:
+    """Return a matrix of a shape (R, C) that means nothing and takes the time of a real one."""
+    stored = {
+        suffix: torch.full(extents, 0.01).to(getattr(torch, TORCH_NAMES[form]))
+        for suffix, (form, extents) in encoding.stored(shape).items()
+    }
+    return projection_of(encoding, stored)
 
 
 def multiply(x_TC: Tensor, projection: Projection, bias_R: Tensor | None = None) -> Tensor:

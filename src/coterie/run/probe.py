@@ -28,10 +28,9 @@ from transformers import PreTrainedModel
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.seam import intercepted
 from coterie.model.disk.encodings.kernel_matrix import KernelMatrix
-from coterie.model.disk.tensors import TORCH_NAMES
 from coterie.run.arena import Arena
 from coterie.run.experts import StreamedExperts
-from coterie.run.kernels import PlainProjection, Projection, multiply, projection_of
+from coterie.run.kernels import PlainProjection, Projection, blank_projection, multiply
 from coterie.run.prepare import Prepared
 from coterie.run.reader import Reader
 from coterie.run.records import Key, Record, slot_bytes
@@ -331,11 +330,7 @@ def _projection(kind: KernelMatrix | None, outputs: int, inputs: int, dtype: tor
     """Return a matrix of a shape, of small numbers."""
     if kind is None:
         return PlainProjection(torch.full((outputs, inputs), 0.01, dtype=dtype))
-    stored = {
-        suffix: torch.full(shape, 0.01).to(getattr(torch, TORCH_NAMES[form]))
-        for suffix, (form, shape) in kind.stored((outputs, inputs)).items()
-    }
-    return projection_of(kind, stored)
+    return blank_projection(kind, (outputs, inputs))
 
 
 def _layer_seconds(prepared: Prepared, chunk: int, room: int, watch: Stopwatch) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from coterie.model.arch.load import checkpoint_meta_model
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.encodings.kernel_matrix import KernelMatrix
 from coterie.model.disk.tensors import Packed
-from coterie.run.kernels import KernelLinear, projection_of
+from coterie.run.kernels import KernelLinear, Projection, blank_projection, projection_of
 
 #: Bytes on disk that are read and converted at once, unless a single tensor has more.
 _AT_ONCE = 64 * 2**20
@@ -105,7 +105,7 @@ def load_resident(
     return model.eval()  # type: ignore[no-untyped-call, no-any-return]
 
 
-def fill_resident(model: PreTrainedModel, *, room: int) -> None:
+def fill_resident(model: PreTrainedModel, *, room: int, kernels: Mapping[str, Packed]) -> None:
     """Give a model a resident part that means nothing and takes the time of a real one; see `load_resident`.
 
     Tensors of one shape share memory where there are many of them, but for as many bytes as processors do not keep.
@@ -113,7 +113,17 @@ def fill_resident(model: PreTrainedModel, *, room: int) -> None:
     Args:
         model: the meta model in the number format of a run; matrices of experts stay on the meta device.
         room: bytes of tensors of one shape that are there, at most, unless one alone has more.
+        kernels: what kernels multiply with, see `kernel_tensors`.
     """
+    blank: dict[tuple[tuple[int, int], KernelMatrix], list[Projection]] = {}
+    for number, (name, packed) in enumerate(kernels.items()):
+        encoding = cast(KernelMatrix, packed.encoding)
+        linear = cast(nn.Linear, model.get_submodule(name.removesuffix(".weight")))
+        shape = linear.out_features, linear.in_features
+        alike = blank.setdefault((shape, encoding), [])
+        if not alike or (len(alike) + 1) * encoding.num_bytes(shape) <= room:
+            alike.append(blank_projection(encoding, shape))
+        _put_kernel(model, name, linear, alike[number % len(alike)])
     experts = {id(tensor) for module in model.modules() if is_experts(module) for tensor in module.parameters()}
     filled: dict[tuple[tuple[int, ...], torch.dtype], list[torch.Tensor]] = {}
     same: dict[int, torch.Tensor] = {}
@@ -172,9 +182,14 @@ def _put_kernels(model: PreTrainedModel, checkpoint: Checkpoint, tensors: Mappin
                 raise ArchitectureMismatch(f"{checkpoint.path}: {name} is packed, and {module_name} is no linear layer")
             stored = {suffix: reader.read(info.name) for suffix, info in packed.stored.items()}
             projection = projection_of(cast(KernelMatrix, packed.encoding), stored)
-            owner, _, leaf = module_name.rpartition(".")
-            kernel = KernelLinear(projection, inputs=linear.in_features, outputs=linear.out_features, bias=linear.bias)
-            setattr(model.get_submodule(owner), leaf, kernel)
+            _put_kernel(model, name, linear, projection)
+
+
+def _put_kernel(model: PreTrainedModel, name: str, linear: nn.Linear, projection: Projection) -> None:
+    """Put a projection in the place of a linear layer, by the name of its weight."""
+    owner, _, leaf = name.removesuffix(".weight").rpartition(".")
+    kernel = KernelLinear(projection, inputs=linear.in_features, outputs=linear.out_features, bias=linear.bias)
+    setattr(model.get_submodule(owner), leaf, kernel)
 
 
 def _batches(checkpoint: Checkpoint, conversion: WeightConversion, apart: Collection[str]) -> list[list[str]]:
