@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from coterie.route.policy import RoutePolicy as RoutePolicy
     from coterie.route.run import route as route
     from coterie.run.engine import run as run
+    from coterie.run.pack import pack as pack
     from coterie.serve.run import serve as serve
 
 __version__ = "0.1.0"
@@ -62,6 +63,7 @@ __all__ = [
     "imatrix",
     "inspect",
     "load_model",
+    "pack",
     "plan",
     "price",
     "profile",
@@ -88,6 +90,7 @@ _HOMES = {
     "inspect": "coterie.model.arch.inspect",
     "load_model": "coterie.model.arch.load",
     "frontier": "coterie.compress.frontier",
+    "pack": "coterie.run.pack",
     "plan": "coterie.compress.decide",
     "price": "coterie.compress.prices",
     "push": "coterie.publish.push",

@@ -14,6 +14,7 @@ from coterie.cli.main import app
 from coterie.errors import InputError
 from coterie.model.stream.stream import Stream
 from coterie.profile import calibrate
+from coterie.run import pack as packing
 from coterie.run.engine import Runtime
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -32,8 +33,8 @@ CALLS = {
     "inspect": "M", "calibrate": "M --text T", "profile": "M O --text T", "price": "M O --text T", "frontier": "M O",
     "plan": "M --keep 0.5", "compress": "M O --keep 0.5 --text T", "evaluate": "M --text T",
     "bench": "M O --text T --test T --jobs 0", "card": "M", "push": "M owner/name", "export": "M O",
-    "imatrix": "M O --text T", "route": "M O --experts-per-token 2 --profile T", "run": "M prompt",
-    "serve": "M --port 0", "report": "M", "recipes": "", "families": "",
+    "imatrix": "M O --text T", "route": "M O --experts-per-token 2 --profile T", "pack": "M O --bits 8",
+    "run": "M prompt", "serve": "M --port 0", "report": "M", "recipes": "", "families": "",
 }  # fmt: skip
 TARGETS = ("--experts", "--width", "--budget", "--params", "--active-params", "--bits", "--type", "--plan")
 
@@ -76,6 +77,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_run, "open_pool", refuse)
     monkeypatch.setattr(calibrate, "write_text", refuse)
     monkeypatch.setattr(Runtime, "__init__", refuse)
+    monkeypatch.setattr(packing, "open_run", refuse)
 
 
 def check(name: str, parameter: Any, values: tuple[str, ...], model: Path, text: Path, folder: Path) -> None:

@@ -14,7 +14,8 @@ from coterie.cli.main import app
 from coterie.errors import CoterieError
 
 COMMANDS = (
-    "inspect", "calibrate", "profile", "price", "frontier", "plan", "compress", "export", "imatrix", "route", "run",
+    "inspect", "calibrate", "profile", "price", "frontier", "plan", "compress", "export", "imatrix", "route", "pack",
+    "run",
     "serve", "evaluate", "card", "push", "bench", "report", "recipes", "families",
 )  # fmt: skip
 

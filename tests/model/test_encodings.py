@@ -17,12 +17,14 @@ from coterie.model.disk.encodings.bit_planes import BitPlanes
 from coterie.model.disk.encodings.block_scaled import BlockScaled
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
 from coterie.model.disk.encodings.gptq import Gptq
+from coterie.model.disk.encodings.kernel_matrix import KernelMatrix, this_isa
 from coterie.model.disk.encodings.mxfp4 import Mxfp4
 from coterie.model.disk.encodings.packed_integers import PackedIntegers
 from coterie.model.disk.encodings.plain import Plain
 from coterie.model.disk.encodings.ragged import Ragged
 from coterie.model.disk.encodings.rearranged import Rearranged
 from coterie.model.disk.encodings.shared_base import SharedBase
+from coterie.model.disk.encodings.stacked import Stacked
 from coterie.model.disk.gguf.take import Take
 from coterie.model.disk.tensors import DTYPE_BITS, TORCH_NAMES
 from some import first
@@ -66,6 +68,9 @@ EXAMPLES = [
     (Ragged(axis=0, width=2, full=5, inner=Plain(dtype="BF16")), (5, 3)),
     (Ragged(axis=1, width=0, full=5, inner=Plain(dtype="F32")), (4, 5)),
     (Ragged(axis=0, width=2, full=5, inner=BlockScaled(block=(4, 3))), (5, 3)),
+    (KernelMatrix(), (3, 64)),
+    (KernelMatrix(bits=4, group=32, isa=this_isa(), dtype="F32"), (48, 96)),
+    (Stacked(count=3, dtype="F32"), (3, 2, 5)),
     (SharedBase(base=GgmlBlocks(type="Q4_K"), factors=GgmlBlocks(type="Q8_0"), rank=5), (4, 64, 256)),
     (SharedBase(base=Plain(dtype="BF16"), factors=Plain(dtype="F16"), rank=3, axis=-2, dtype="F32"), (7, 5)),
     (Rearranged(takes=(EVEN, ODD), shape=(6, 5)), (6, 5)),
@@ -365,6 +370,8 @@ def test_rows_that_lie_by_themselves_are_the_same_rows(encoding, shape):
             PackedIntegers: False,
             Gptq: False,
             Awq: False,
+            KernelMatrix: False,
+            Stacked: False,
             Ragged: getattr(encoding, "axis", 0) > 0,
             SharedBase: len(shape) > 2,
             Rearranged: getattr(encoding, "stack", None) is not None,

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 PANELS: dict[str, tuple[str, ...]] = {
     "How small": (
         "keep", "experts", "width", "budget", "budget_for", "context", "batch", "kv_type", "params", "active_params",
-        "bits", "type", "removed", "multiple_of", "target", "experts_only", "plan", "budgets",
+        "bits", "dense", "group", "type", "removed", "multiple_of", "target", "experts_only", "plan", "budgets",
     ),
     "How": (
         "recipe", "recipes", "router", "routers", "effort", "train_tokens", "search", "inputs", "output_dtype", "mtp",
@@ -36,7 +36,9 @@ PANELS: dict[str, tuple[str, ...]] = {
     "The hub": ("push_to_hub", "private", "base_model"),
     "The server": ("host", "port", "api_key", "queue"),
     "Limits": ("device", "jobs", "lanes", "memory", "max_memory", "allow_pickle"),
-    "Output": ("out", "file", "picture", "dry_run", "save_trace", "keep_results", "write_card", "check", "json"),
+    "Output": (
+        "out", "file", "picture", "dry_run", "save_trace", "keep_results", "write_card", "check", "verify", "json",
+    ),
 }  # fmt: skip
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 

@@ -22,6 +22,7 @@ from coterie.cli.families import families
 from coterie.cli.frontier import frontier
 from coterie.cli.imatrix import imatrix
 from coterie.cli.inspect import inspect
+from coterie.cli.pack import pack
 from coterie.cli.plan import plan
 from coterie.cli.price import price
 from coterie.cli.profile import profile
@@ -65,8 +66,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for function in (
-    inspect, calibrate, profile, price, frontier, plan, compress, export, imatrix, route, run, serve, evaluate, card,
-    push, bench, report, recipes, families,
+    inspect, calibrate, profile, price, frontier, plan, compress, export, imatrix, route, pack, run, serve, evaluate,
+    card, push, bench, report, recipes, families,
 ):  # fmt: skip
     app.command(cls=command.Command)(function)
 

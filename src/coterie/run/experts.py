@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from coterie.model.arch.experts import Experts, canonical_experts
 from coterie.model.arch.seam import rows_by_expert
+from coterie.run.kernels import Projection, multiply
 from coterie.run.leases import Lease, Leases
 from coterie.run.lookahead import Lookahead
 from coterie.run.places import PROJECTIONS, ExpertTensor, LayerPlaces
@@ -84,7 +85,7 @@ class StreamedExperts:
         self.num_chosen = 0
         self.restriction: Restriction | None = None
         self._layers = {
-            id(module): _Layer(each, canonical_experts(module))
+            id(module): _Layer(each, replace(canonical_experts(module), linear=multiply))
             for each in places
             for module in (model.get_submodule(each.layer.experts),)
         }
@@ -159,23 +160,22 @@ class StreamedExperts:
 
     def _output(self, layer: _Layer, lease: Lease, input_ND: Tensor) -> Tensor:
         """Return f_e(x), (N, D), without the routing weight."""
-        matrices = self._matrices(layer, lease)
+        projections = self._projections(layer, lease)
         alone = layer.alone
-        for field, matrix in matrices.items():
-            getattr(alone, field)[lease.expert] = matrix
+        for field, projection in projections.items():
+            getattr(alone, field)[lease.expert] = projection
         try:
             return alone.output(lease.expert, input_ND)
         finally:
-            for field in matrices:  # memory of the arena is not to be kept
+            for field in projections:  # memory of the arena is not to be kept
                 del getattr(alone, field)[lease.expert]
 
-    def _matrices(self, layer: _Layer, lease: Lease) -> Mapping[str, Tensor]:
+    def _projections(self, layer: _Layer, lease: Lease) -> Mapping[str, Projection]:
         """Return the projections of an expert, by field."""
-        matrices: dict[str, Tensor] = {}
+        projections: dict[str, Projection] = {}
         piece = 0
         for tensor, count in layer.pieces(lease.expert):
             stored = [lease.piece(number) for number in range(piece, piece + count)]
-            for field, matrix in tensor.read(stored).items():
-                matrices[field] = matrix if matrix.dtype == self._dtype else matrix.to(self._dtype)
+            projections |= tensor.projections(stored, self._dtype)
             piece += count
-        return matrices
+        return projections

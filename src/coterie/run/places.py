@@ -8,7 +8,7 @@ Legend: E experts, F expert width, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +23,11 @@ from coterie.model.arch.layers import Architecture, MoELayer
 from coterie.model.arch.meta import meta_model
 from coterie.model.arch.resize import resized_config
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.encodings.kernel_matrix import KernelMatrix
+from coterie.model.disk.encodings.rearranged import Rearranged
+from coterie.model.disk.encodings.stacked import Stacked
 from coterie.model.disk.tensors import TORCH_NAMES, TensorInfo
+from coterie.run.kernels import PlainProjection, Projection, projection_of
 
 #: The projections that are read from disk, as fields of `Experts`.
 PROJECTIONS = ("gate_EFD", "up_EFD", "down_EDF")
@@ -86,6 +90,25 @@ class ExpertTensor:
             matrix = matrix[0]
         return {rows.field: rows.of(matrix) for rows in self.rows}
 
+    def projections(self, stored: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Projection]:
+        """Return its projections by field, as they multiply.
+
+        Args:
+            stored: the bytes of each that `stored` names; what kernels multiply with stays there.
+            dtype: number format of plain matrices.
+        """
+        kernels = _kernel_matrices(self.info)
+        if not kernels:
+            return {
+                field: PlainProjection(matrix if matrix.dtype == dtype else matrix.to(dtype))
+                for field, matrix in self.read(stored).items()
+            }
+        byte_N, projections = iter(stored), {}
+        for rows, (encoding, infos) in zip(self.rows, kernels, strict=True):
+            tensors = {suffix: _view(infos[suffix], next(byte_N)) for suffix in sorted(infos)}
+            projections[rows.field] = projection_of(encoding, tensors)
+        return projections
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerPlaces:
@@ -108,14 +131,32 @@ def _stored(info: TensorInfo) -> list[TensorInfo]:
 
 def _unpacked(info: TensorInfo, stored: Iterator[Tensor]) -> Tensor:
     if info.packed is None:
-        byte_N: Tensor = next(stored)
-        shape = (*info.shape[:-1], info.shape[-1] // 2) if info.dtype == "F4" else info.shape
-        dtype = getattr(torch, TORCH_NAMES[info.dtype])
-        if byte_N.data_ptr() % dtype.itemsize:  # numbers that lie at odd places are no tensor
-            byte_N = byte_N.clone()
-        return byte_N.view(dtype).view(shape)
+        return _view(info, next(stored))
     inside = {name: _unpacked(info.packed.stored[name], stored) for name in sorted(info.packed.stored)}
     return info.packed.encoding.unpack(inside)
+
+
+def _view(info: TensorInfo, byte_N: Tensor) -> Tensor:
+    """Return bytes as the tensor that they are."""
+    shape = (*info.shape[:-1], info.shape[-1] // 2) if info.dtype == "F4" else info.shape
+    dtype = getattr(torch, TORCH_NAMES[info.dtype])
+    if byte_N.data_ptr() % dtype.itemsize:  # numbers that lie at odd places are no tensor
+        byte_N = byte_N.clone()
+    return byte_N.view(dtype).view(shape)
+
+
+def _kernel_matrices(info: TensorInfo) -> list[tuple[KernelMatrix, Mapping[str, TensorInfo]]]:
+    """Return what kernels multiply with of one expert's tensor, and how it is stored; nothing where it is plain."""
+    packed = info.packed
+    if packed is not None and isinstance(packed.encoding, Stacked):  # of one
+        packed = packed.stored["0"].packed
+    if packed is None:
+        return []
+    if isinstance(packed.encoding, KernelMatrix):
+        return [(packed.encoding, packed.stored)]
+    if not isinstance(packed.encoding, Rearranged):
+        return []
+    return [matrix for name in sorted(packed.stored) for matrix in _kernel_matrices(packed.stored[name])]
 
 
 def find_places(

@@ -18,9 +18,11 @@ from coterie.model.arch.layers import Architecture
 from coterie.model.arch.load import checkpoint_meta_model
 from coterie.model.arch.resize import resized_config
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.encodings.kernel_matrix import this_isa
 from coterie.model.disk.filled import filled_up
 from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.quantized import dequantized
+from coterie.model.disk.quantized_records import pack_settings
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.run.budget import RunBudget
 from coterie.run.draft_choice import DraftChoice
@@ -70,6 +72,68 @@ class Prepared:
     draft: DraftChoice
 
 
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model by its headers, and where its experts lie.
+
+    Attributes:
+        stored: the model as it is stored.
+        checkpoint: the model, as a view in full precision, its experts in one width.
+        architecture: what it computes.
+        conversion: between its names on disk and in memory.
+        places: where the matrices of its experts lie.
+    """
+
+    stored: Checkpoint
+    checkpoint: Checkpoint
+    architecture: Architecture
+    conversion: WeightConversion
+    places: Sequence[LayerPlaces]
+
+    @property
+    def apart(self) -> frozenset[str]:
+        """Names on disk of those matrices."""
+        return frozenset(tensor.info.name for each in self.places for expert in each.experts for tensor in expert)
+
+
+def open_places(model: str | Path, *, output_dtype: str = "bfloat16") -> Opened:
+    """Look at a model, whatever it is stored in.
+
+    Args:
+        model: a model folder, a GGUF file, a hub id, or a result of Coterie.
+        output_dtype: number format that quantised tensors are read in.
+
+    Raises:
+        NotACheckpoint, CorruptCheckpoint, ArchitectureMismatch, NotAMoE: the model is not usable.
+    """
+    stored = Checkpoint.open(model)
+    manifest = Manifest.read(stored.path)
+    checkpoint = filled_up(dequantized(stored, output_dtype), None if manifest is None else manifest.ragged)
+    architecture = Architecture.of(checkpoint)
+    if manifest is not None and manifest.form is ResultForm.MAPPED:  # its config counts the router's rows
+        fewer = resized_config(architecture, manifest.layers[0].num_experts_after)
+        architecture = Architecture.from_config(fewer, where=str(checkpoint.path))
+    conversion = WeightConversion(checkpoint, checkpoint_meta_model(checkpoint, dtype=torch.float32))
+    places = find_places(checkpoint, architecture, conversion)
+    return Opened(stored=stored, checkpoint=checkpoint, architecture=architecture, conversion=conversion, places=places)
+
+
+def check_isa(stored: Checkpoint) -> None:
+    """Raise InputError where a model was packed for processors of another kind.
+
+    Args:
+        stored: the model as it is stored.
+    """
+    settings = pack_settings(stored.config)
+    isa = None if settings is None else settings.get("isa")
+    if isa is not None and isa != this_isa():
+        raise InputError(
+            f"{stored.path} was packed for processors with {isa}, whose kernels want 4-bit numbers in their own order, "
+            f"and this one computes with {this_isa()}: pack the model that it was made from again on this machine "
+            "(coterie pack MODEL OUT), or with --bits 8, which any processor reads"
+        )
+
+
 def prepare(
     model: str | Path,
     *,
@@ -92,18 +156,12 @@ def prepare(
     if policy not in POLICIES or policy == "belady":
         raise UnknownName("policy", policy, sorted(POLICIES.keys() - {"belady"}))
     limit, choice = parse_bytes(memory), DraftChoice.parse(draft)
-    stored = Checkpoint.open(model)
-    manifest = Manifest.read(stored.path)
-    # In full precision, whatever it is stored in, its experts in one width.
-    checkpoint = filled_up(dequantized(stored), None if manifest is None else manifest.ragged)
-    architecture = Architecture.of(checkpoint)
-    if manifest is not None and manifest.form is ResultForm.MAPPED:  # its config counts the router's rows
-        fewer = resized_config(architecture, manifest.layers[0].num_experts_after)
-        architecture = Architecture.from_config(fewer, where=str(checkpoint.path))
-    conversion = WeightConversion(checkpoint, checkpoint_meta_model(checkpoint, dtype=torch.float32))
-    places = find_places(checkpoint, architecture, conversion)
-    records = _records(checkpoint, places)
-    apart = frozenset(tensor.info.name for each in places for expert in each.experts for tensor in expert)
+    opened = open_places(model)
+    checkpoint, architecture, conversion, places = (
+        opened.checkpoint, opened.architecture, opened.conversion, opened.places,
+    )  # fmt: skip
+    check_isa(opened.stored)
+    records, apart = _records(checkpoint, places), opened.apart
     tokenizer = load_tokenizer(checkpoint.path)
     dtype = dtype or _dtype_of(checkpoint)
     meta: Any = checkpoint_meta_model(checkpoint, dtype=dtype)

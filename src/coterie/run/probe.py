@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
@@ -27,12 +27,15 @@ from transformers import PreTrainedModel
 
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.seam import intercepted
+from coterie.model.disk.encodings.kernel_matrix import KernelMatrix
 from coterie.run.arena import Arena
 from coterie.run.experts import StreamedExperts
+from coterie.run.kernels import PlainProjection, Projection, blank_projection, multiply
 from coterie.run.prepare import Prepared
 from coterie.run.reader import Reader
 from coterie.run.records import Key, Record, slot_bytes
 from coterie.run.residency import Residency
+from coterie.run.resident import kernel_tensors
 from coterie.run.weight_file import WeightFile
 
 _T = TypeVar("_T")
@@ -278,25 +281,56 @@ def probe_compute(prepared: Prepared, *, chunk: int, room: int) -> ComputeSpeed:
     watch = Stopwatch()
     layer, layer_chunk = _layer_seconds(prepared, chunk, room, watch)
     dense = dense_chunk = 0.0
-    for (outputs, inputs), count in operations.products.items():
-        copies = max(1, min(64, room // (outputs * inputs * dtype.itemsize)))
-        matrices = [torch.full((outputs, inputs), 0.01, dtype=dtype) for _ in range(copies)]
-        one, many = (torch.full((tokens, inputs), 0.01, dtype=dtype) for tokens in (1, chunk))
-        product = count * watch.seconds(partial(nn.functional.linear, one), matrices)
-        dense += product
-        # The head is asked for the last token alone.
-        is_head = (outputs, inputs) == operations.head
-        dense_chunk += product if is_head else count * watch.seconds(partial(nn.functional.linear, many), matrices)
-        del matrices
+    dense_bytes = 0
+    for (outputs, inputs), projections in _dense_projections(prepared, operations).items():
+        for kind, count in projections.items():
+            size = _num_bytes(kind, outputs, inputs, dtype)
+            copies = max(1, min(64, room // size))
+            matrices = [_projection(kind, outputs, inputs, dtype) for _ in range(copies)]
+            one, many = (torch.full((tokens, inputs), 0.01, dtype=dtype) for tokens in (1, chunk))
+            product = count * watch.seconds(partial(multiply, one), matrices)
+            dense += product
+            dense_bytes += count * size
+            # The head is asked for the last token alone.
+            is_head = (outputs, inputs) == operations.head
+            dense_chunk += product if is_head else count * watch.seconds(partial(multiply, many), matrices)
+            del matrices
     small = _small_operation_seconds(dtype, watch)
-    products = sum(outputs * inputs * count for (outputs, inputs), count in operations.products.items())
     return ComputeSpeed(
         layer=watch.load * layer, layer_chunk=watch.load * layer_chunk, dense=watch.load * dense,
         dense_chunk=watch.load * dense_chunk, rest=watch.load * operations.num_small * small,
         expert_bytes=round(sum(record.num_bytes for record in records.values()) / len(records)),
-        top_k=max(each.top_k for each in prepared.architecture.layers), dense_bytes=products * dtype.itemsize,
+        top_k=max(each.top_k for each in prepared.architecture.layers), dense_bytes=dense_bytes,
         load=watch.load,
     )  # fmt: skip
+
+
+def _dense_projections(
+    prepared: Prepared, operations: Operations
+) -> dict[tuple[int, int], Counter[KernelMatrix | None]]:
+    """Return how many products of each shape there are with matrices as kernels take them, and with plain ones."""
+    kernels = kernel_tensors(prepared.checkpoint, prepared.conversion, prepared.apart)
+    packed: dict[tuple[int, int], Counter[KernelMatrix | None]] = {}
+    for name, each in kernels.items():
+        linear = prepared.architecture.model.get_submodule(name.removesuffix(".weight"))
+        shape = cast(nn.Linear, linear).out_features, cast(nn.Linear, linear).in_features
+        packed.setdefault(shape, Counter())[cast(KernelMatrix, each.encoding)] += 1
+    counts = {}
+    for shape, count in operations.products.items():
+        of_shape = packed.get(shape, Counter())
+        counts[shape] = of_shape + Counter({None: max(0, count - of_shape.total())})
+    return counts
+
+
+def _num_bytes(kind: KernelMatrix | None, outputs: int, inputs: int, dtype: torch.dtype) -> int:
+    return outputs * inputs * dtype.itemsize if kind is None else kind.num_bytes((outputs, inputs))
+
+
+def _projection(kind: KernelMatrix | None, outputs: int, inputs: int, dtype: torch.dtype) -> Projection:
+    """Return a matrix of a shape, of small numbers."""
+    if kind is None:
+        return PlainProjection(torch.full((outputs, inputs), 0.01, dtype=dtype))
+    return blank_projection(kind, (outputs, inputs))
 
 
 def _layer_seconds(prepared: Prepared, chunk: int, room: int, watch: Stopwatch) -> tuple[float, float]:

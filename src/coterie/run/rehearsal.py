@@ -33,7 +33,7 @@ from coterie.run.probe import BEYOND_CACHES, zero_biases
 from coterie.run.reader import Reader
 from coterie.run.records import slot_bytes
 from coterie.run.residency import Residency
-from coterie.run.resident import fill_resident
+from coterie.run.resident import fill_resident, kernel_tensors
 
 #: Seconds that tokens are made for, and that a chunk of a prompt may take.
 SECONDS = 4.0
@@ -85,7 +85,8 @@ def rehearse(
         seconds: how long tokens are made, and how long a chunk may take; of one that takes longer a part is rehearsed.
     """
     model: Any = checkpoint_meta_model(prepared.checkpoint, dtype=prepared.dtype)
-    fill_resident(model, room=BEYOND_CACHES)
+    kernels = kernel_tensors(prepared.checkpoint, prepared.conversion, prepared.apart)
+    fill_resident(model, room=BEYOND_CACHES, kernels=kernels)
     layers, tokenizer = prepared.architecture.layers, prepared.tokenizer
     for layer in layers:
         module = model.get_submodule(layer.experts)

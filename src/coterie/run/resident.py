@@ -1,12 +1,17 @@
-"""The part of a model that stays in memory: all but the matrices of its routed experts. Their places stay empty."""
+"""The part of a model that stays in memory: all but the matrices of its routed experts. Their places stay empty.
+
+Where it was packed, linear layers multiply with numbers of few bits as they are stored.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
@@ -15,6 +20,9 @@ from coterie.model.arch.conversion import WeightConversion, put
 from coterie.model.arch.experts import is_experts
 from coterie.model.arch.load import checkpoint_meta_model
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.encodings.kernel_matrix import KernelMatrix
+from coterie.model.disk.tensors import Packed
+from coterie.run.kernels import KernelLinear, Projection, blank_projection, projection_of
 
 #: Bytes on disk that are read and converted at once, unless a single tensor has more.
 _AT_ONCE = 64 * 2**20
@@ -46,7 +54,10 @@ def resident_size(
     """
     state = model.state_dict()
     names = [name for name, sources in conversion.sources.items() if not set(sources) & set(apart)]
-    sizes = [state[name].numel() * _dtype_of(model, name).itemsize for name in names if name in state]
+    linear = kernel_tensors(checkpoint, conversion, apart)
+    plain = [name for name in names if name in state and name not in linear]
+    sizes = [state[name].numel() * _dtype_of(model, name).itemsize for name in plain]
+    sizes += [piece.num_bytes for packed in linear.values() for piece in packed.stored.values()]
     batches = _batches(checkpoint, conversion, apart)
     read = max((sum(checkpoint.tensors[name].num_bytes for name in batch) for batch in batches), default=0)
     return ResidentSize(num_bytes=sum(sizes), largest=2 * read)
@@ -76,6 +87,7 @@ def load_resident(
             for name, tensor in memory.items():
                 if name in state:
                     put(model, name, tensor)
+    _put_kernels(model, checkpoint, kernel_tensors(checkpoint, conversion, apart))
     tied = conversion.all_sources(model)
     by_sources = {sources: name for name, sources in conversion.sources.items()}
     empty = []
@@ -93,7 +105,7 @@ def load_resident(
     return model.eval()  # type: ignore[no-untyped-call, no-any-return]
 
 
-def fill_resident(model: PreTrainedModel, *, room: int) -> None:
+def fill_resident(model: PreTrainedModel, *, room: int, kernels: Mapping[str, Packed]) -> None:
     """Give a model a resident part that means nothing and takes the time of a real one; see `load_resident`.
 
     Tensors of one shape share memory where there are many of them, but for as many bytes as processors do not keep.
@@ -101,7 +113,17 @@ def fill_resident(model: PreTrainedModel, *, room: int) -> None:
     Args:
         model: the meta model in the number format of a run; matrices of experts stay on the meta device.
         room: bytes of tensors of one shape that are there, at most, unless one alone has more.
+        kernels: what kernels multiply with, see `kernel_tensors`.
     """
+    blank: dict[tuple[tuple[int, int], KernelMatrix], list[Projection]] = {}
+    for number, (name, packed) in enumerate(kernels.items()):
+        encoding = cast(KernelMatrix, packed.encoding)
+        linear = cast(nn.Linear, model.get_submodule(name.removesuffix(".weight")))
+        shape = linear.out_features, linear.in_features
+        alike = blank.setdefault((shape, encoding), [])
+        if not alike or (len(alike) + 1) * encoding.num_bytes(shape) <= room:
+            alike.append(blank_projection(encoding, shape))
+        _put_kernel(model, name, linear, alike[number % len(alike)])
     experts = {id(tensor) for module in model.modules() if is_experts(module) for tensor in module.parameters()}
     filled: dict[tuple[tuple[int, ...], torch.dtype], list[torch.Tensor]] = {}
     same: dict[int, torch.Tensor] = {}
@@ -140,12 +162,43 @@ def _dtype_of(model: PreTrainedModel, name: str) -> torch.dtype:
     return tensor.dtype if match is None or match.lastgroup is None else plan[by_group[match.lastgroup]]
 
 
+def kernel_tensors(checkpoint: Checkpoint, conversion: WeightConversion, apart: Collection[str]) -> dict[str, Packed]:
+    """Return how resident tensors are stored that kernels multiply with, by name in memory; see `resident_size`."""
+    return {
+        conversion.memory_names[name]: info.packed
+        for name, info in checkpoint.tensors.items()
+        if name not in apart and info.packed is not None and isinstance(info.packed.encoding, KernelMatrix)
+    }
+
+
+def _put_kernels(model: PreTrainedModel, checkpoint: Checkpoint, tensors: Mapping[str, Packed]) -> None:
+    """Let linear layers multiply with what is stored of their weights; tensors by name in memory."""
+    pieces = {info.name: info for packed in tensors.values() for info in packed.stored.values()}
+    with replace(checkpoint, tensors=pieces).reader() as reader:
+        for name, packed in tensors.items():
+            module_name = name.removesuffix(".weight")
+            linear = model.get_submodule(module_name)
+            if not isinstance(linear, nn.Linear):
+                raise ArchitectureMismatch(f"{checkpoint.path}: {name} is packed, and {module_name} is no linear layer")
+            stored = {suffix: reader.read(info.name) for suffix, info in packed.stored.items()}
+            projection = projection_of(cast(KernelMatrix, packed.encoding), stored)
+            _put_kernel(model, name, linear, projection)
+
+
+def _put_kernel(model: PreTrainedModel, name: str, linear: nn.Linear, projection: Projection) -> None:
+    """Put a projection in the place of a linear layer, by the name of its weight."""
+    owner, _, leaf = name.removesuffix(".weight").rpartition(".")
+    kernel = KernelLinear(projection, inputs=linear.in_features, outputs=linear.out_features, bias=linear.bias)
+    setattr(model.get_submodule(owner), leaf, kernel)
+
+
 def _batches(checkpoint: Checkpoint, conversion: WeightConversion, apart: Collection[str]) -> list[list[str]]:
     """Return names on disk of the resident part in batches; what becomes one tensor in memory is in one."""
+    linear = kernel_tensors(checkpoint, conversion, apart)
     groups: dict[str, list[str]] = {}
     for name in checkpoint.tensors:
         memory_name = conversion.memory_names[name]
-        if name not in apart and memory_name in conversion.sources:
+        if name not in apart and memory_name in conversion.sources and memory_name not in linear:
             groups.setdefault(memory_name, []).append(name)
     batches: list[list[str]] = [[]]
     size = 0

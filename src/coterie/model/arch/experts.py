@@ -16,6 +16,9 @@ from transformers.integrations.moe import _default_apply_gate
 
 Combine = Callable[[Tensor | None, Tensor], Tensor]
 
+#: Multiplies rows with a matrix and adds a bias, as `torch.nn.functional.linear` does.
+Linear = Callable[[Tensor, Any, Tensor | None], Tensor]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experts:
@@ -23,7 +26,8 @@ class Experts:
 
     For expert e and token x, ``h_e(x) = combine(gate_e x + gate_bias_e, up_e x + up_bias_e)`` and
     ``f_e(x) = finish(down_e h_e(x) + down_bias_e)``. Experts without a gate have ``gate_EFD`` None and
-    ``h_e(x) = combine(None, up_e x)``.
+    ``h_e(x) = combine(None, up_e x)``. What stands for a matrix may be of another kind where `linear` multiplies with
+    it.
     """
 
     gate_EFD: Tensor | None
@@ -34,6 +38,7 @@ class Experts:
     up_bias_EF: Tensor | None = None
     down_bias_ED: Tensor | None = None
     finish: Callable[[Tensor], Tensor] | None = None
+    linear: Linear = nn.functional.linear
 
     @property
     def num_experts(self) -> int:
@@ -47,15 +52,15 @@ class Experts:
 
     def hidden(self, expert: int, x_TD: Tensor) -> Tensor:
         """Return h_e(x), the activations between up and down projection, as (T, F)."""
-        up_TF = nn.functional.linear(x_TD, self.up_EFD[expert], _row(self.up_bias_EF, expert))
+        up_TF = self.linear(x_TD, self.up_EFD[expert], _row(self.up_bias_EF, expert))
         gate_TF = None
         if self.gate_EFD is not None:
-            gate_TF = nn.functional.linear(x_TD, self.gate_EFD[expert], _row(self.gate_bias_EF, expert))
+            gate_TF = self.linear(x_TD, self.gate_EFD[expert], _row(self.gate_bias_EF, expert))
         return self.combine(gate_TF, up_TF)
 
     def project(self, expert: int, hidden_TF: Tensor) -> Tensor:
         """Return f_e(x) from h_e(x), as (T, D)."""
-        out_TD = nn.functional.linear(hidden_TF, self.down_EDF[expert], _row(self.down_bias_ED, expert))
+        out_TD = self.linear(hidden_TF, self.down_EDF[expert], _row(self.down_bias_ED, expert))
         return out_TD if self.finish is None else self.finish(out_TD)
 
     def output(self, expert: int, x_TD: Tensor) -> Tensor:

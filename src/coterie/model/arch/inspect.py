@@ -39,6 +39,7 @@ from coterie.model.disk.filled import filled_up
 from coterie.model.disk.gguf.folder import place_of
 from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.quantized import as_read
+from coterie.model.disk.quantized_records import records_apart
 from coterie.model.disk.tensors import TensorInfo, file_bytes
 
 #: Parts of a model, in the order of printing. "shared" is everything in a MoE block but routed experts and router;
@@ -252,7 +253,8 @@ def read_headers(checkpoint: Checkpoint) -> Headers:
     """
     config = checkpoint.config
     check_chosen(config, str(checkpoint.path))
-    places, counts, storage = _places(checkpoint), expert_counts(config), Storage(checkpoint)
+    storage, checkpoint = Storage(checkpoint), records_apart(checkpoint)
+    places, counts = _places(checkpoint), expert_counts(config)
     described = _find_layers(checkpoint, places, counts, storage)
     running = [block for block, _ in described]
     depths = {block.stack: _depth(config, _expert_path(counts, block)) for block in running}

@@ -12,6 +12,7 @@ from coterie.model.arch.structure import integer_entries
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.encodings import OWN_METHOD
 from coterie.model.disk.quantized import shapes_of_packed
+from coterie.model.disk.quantized_records import PACK_METHOD
 from coterie.model.disk.tensors import DTYPE_BITS, TensorInfo
 
 _COMPANION = re.compile(r"scale|zero|g_idx|absmax|quant_map|quant_state|weight_shape")
@@ -43,7 +44,8 @@ class Storage:
         self.bits = _quantised_bits(entries[0]) if self.quantised else 16
         #: Shapes of what packed tensors are read as, where that is known.
         self.shapes = shapes_of_packed(checkpoint)
-        self.companions = self.quantised and str(entries[0].get("quant_method", "")).lower() != OWN_METHOD
+        method = str(entries[0].get("quant_method", "")).lower() if self.quantised else ""
+        self.companions = self.quantised and method not in (OWN_METHOD, PACK_METHOD)
 
     def parameters(self, info: TensorInfo) -> int:
         """Return the weights that a tensor stands for; 0 for the scales and zeros of a quantised one."""

@@ -9,7 +9,8 @@ What is understood is told apart by ``quantization_config.quant_method`` and the
   (`coterie.model.disk.quantized_compressed`);
 - ``gptq``, ``awq``: integers in words, matrices transposed (`coterie.model.disk.quantized_words`);
 - ``coterie``: what Coterie writes, where the config names the encoding of every weight, and what is read of GGUF files
-  (`coterie.model.disk.encodings.quantization_config`).
+  (`coterie.model.disk.encodings.quantization_config`);
+- ``coterie-pack``: records that `coterie pack` wrote (`coterie.model.disk.quantized_records`).
 
 No torch here.
 """
@@ -30,6 +31,7 @@ from coterie.model.disk.gguf.tensors import in_format
 from coterie.model.disk.patterns import matching
 from coterie.model.disk.quantized_compressed import find_compressed
 from coterie.model.disk.quantized_floats import find_blocks, find_groups
+from coterie.model.disk.quantized_records import PACK_METHOD, find_records
 from coterie.model.disk.quantized_source import PackedTensors, QuantizedSource
 from coterie.model.disk.quantized_words import find_awq, find_gptq
 from coterie.model.disk.tensors import TORCH_NAMES, Packed, TensorInfo
@@ -65,10 +67,10 @@ def dequantized(checkpoint: Checkpoint, dtype: str = "BF16") -> Checkpoint:
         return checkpoint
     packed, dropped = _find(checkpoint, chosen)
     tensors = {}
-    for name, info in checkpoint.tensors.items():
+    for name in {**checkpoint.tensors, **packed}:
         if name in dropped:
             continue
-        plain = packed.get(name, info)
+        plain = packed.get(name) or checkpoint.tensors[name]
         if plain.name in tensors or (plain.name != name and plain.name in checkpoint.tensors):
             raise CorruptCheckpoint(
                 f"{checkpoint.path} has tensor {plain.name!r} twice, packed (as {name!r}) and plain"
@@ -137,7 +139,7 @@ def as_read(checkpoint: Checkpoint) -> Checkpoint:
         CorruptCheckpoint: the config and the tensors contradict each other.
     """
     settings = _quantization_config(checkpoint.config)
-    own = settings is not None and str(settings.get("quant_method", "")).lower() == OWN_METHOD
+    own = settings is not None and str(settings.get("quant_method", "")).lower() in (OWN_METHOD, PACK_METHOD)
     return dequantized(checkpoint) if own else checkpoint
 
 
@@ -217,7 +219,7 @@ def _find_based(source: QuantizedSource, based: Mapping[str, SharedBase]) -> Pac
 
 _METHODS: dict[str, Callable[[QuantizedSource], PackedTensors]] = {
     "fp8": find_blocks, "mxfp4": find_groups, "compressed-tensors": find_compressed, "gptq": find_gptq,
-    "awq": find_awq, OWN_METHOD: _find_own,
+    "awq": find_awq, OWN_METHOD: _find_own, PACK_METHOD: find_records,
 }  # fmt: skip
 
 

@@ -22,11 +22,13 @@ ENCODINGS = {
     "bit-planes": "coterie.model.disk.encodings.bit_planes:BitPlanes",
     "block-scaled": "coterie.model.disk.encodings.block_scaled:BlockScaled",
     "ggml": "coterie.model.disk.encodings.ggml_blocks:GgmlBlocks",
+    "kernel-matrix": "coterie.model.disk.encodings.kernel_matrix:KernelMatrix",
     "mxfp4": "coterie.model.disk.encodings.mxfp4:Mxfp4",
     "packed-integers": "coterie.model.disk.encodings.packed_integers:PackedIntegers",
     "ragged": "coterie.model.disk.encodings.ragged:Ragged",
     "rearranged": "coterie.model.disk.encodings.rearranged:Rearranged",
     "shared-base": "coterie.model.disk.encodings.shared_base:SharedBase",
+    "stacked": "coterie.model.disk.encodings.stacked:Stacked",
 }
 
 #: Options that are encodings themselves.
