@@ -93,22 +93,24 @@ def test_what_layers_need_is_measured_in_the_model(tiny, text, measured, tmp_pat
     policy = budget_policy(measured, experts_per_token=1.0)
     batches = [ids for _, ids in CalibrationText(checkpoint, settings).draw().batches(8)]
     model = load_model(tiny(), dtype=torch.float32)
-    expected, whole = [], LayerRule()
-    for layer in range(len(measured.layers)):
-        rules = tuple(rule if number == layer else whole for number, rule in enumerate(policy.rules))
+    first, second = (replace(policy, rules=(*policy.rules[:1], *[LayerRule()] * (len(policy.rules) - 1))), policy)
+    expected = []
+    for each in (first, second):
         total = 0.0
         for ids in batches:
             with torch.no_grad():
                 before = model(ids).logits.double().log_softmax(-1)
-                with routed(model, measured.layers, replace(policy, rules=rules)):
+                with routed(model, measured.layers, each):
                     after = model(ids).logits.double().log_softmax(-1)
             total += float((before.exp() * (before - after)).sum(-1)[:, :-1].sum())
         expected.append(total / sum(ids[:, 1:].numel() for ids in batches))
-    assert divergences_of(checkpoint, measured, policy, batches, "cpu") == pytest.approx(expected, rel=1e-3, abs=1e-7)
+    found = divergences_of(checkpoint, measured.layers, [first, second], batches)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
     path = tmp_path / "policy.json"
     made = route(tiny(), path, experts_per_token=1.5, profile=measured, text=text, tokens=512, seq_len=64)
     assert made.experts_per_token == pytest.approx(1.5, abs=0.01)
     assert len({rule.threshold for rule in made.rules}) > 1
+    assert RoutePolicy.load(path).divergence == made.divergence > 0
     with pytest.raises(InputError, match="leave --text out"):
         route(tiny(), path, experts_per_token=1, profile=measured, rule="fewer", text=text)
 

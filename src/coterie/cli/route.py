@@ -30,7 +30,8 @@ def route(
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="Measure on this text how many experts each layer needs, in place of the same number in all.",
+            help="Measure on this text how many experts each layer needs, in place of the same number in all, and "
+            "what the policy costs.",
         ),
     ] = None,
     tokens: options.Tokens = 4096,
@@ -51,11 +52,12 @@ def route(
         text=text, tokens=tokens, seq_len=seq_len, seed=seed, device=device,
     )  # fmt: skip
     if json:
-        print_json({"out": str(out), "experts_per_token": policy.experts_per_token, "origin": policy.origin})
+        print_json({"out": str(out), "experts_per_token": policy.experts_per_token, "origin": policy.origin,
+                    "divergence": policy.divergence})  # fmt: skip
         return
     rows = []
     for number, (layer, chosen) in enumerate(zip(policy.rules, policy.top_k, strict=True)):
         told = f"at most {layer.most}" if layer.most is not None else f"share {layer.share:.3f}"
         rows.append((str(number), str(chosen), told if not layer.threshold else f"worth {layer.threshold:.4g} or more"))
     print_table(("layer", "chosen", "computed"), rows)
-    print_text(f"{policy.experts_per_token:.2f} experts a token; policy written to {out}")
+    print_text(f"{policy}; policy written to {out}")

@@ -12,29 +12,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from coterie.errors import InputError
+from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.stream.likelihood import token_kl
 from coterie.model.stream.reading import base_output, logits_at, predictions
 from coterie.model.stream.stream import Stream
 from coterie.model.stream.work import unit_work
 from coterie.profile.profile import Profile
-from coterie.profile.text import CalibrationText, TextSettings
 from coterie.progress import track
 from coterie.route.apply import routed
 from coterie.route.budget import budget_policy, worth_of
-from coterie.route.policy import RoutePolicy
+from coterie.route.policy import LayerRule, RoutePolicy
 
 
 def means_by_damage(
     checkpoint: Checkpoint,
     profile: Profile,
-    text: TextSettings,
+    batches: Sequence[Tensor],
     *,
     experts_per_token: float,
     device: str | torch.device = "cpu",
@@ -44,13 +45,12 @@ def means_by_damage(
     Args:
         checkpoint: the model.
         profile: of it.
-        text: a little text; the costs are measured on it.
+        batches: token ids (B, S) of a little text; the costs are measured on it.
         experts_per_token: experts of a layer that are computed for a token, in the mean over layers and tokens.
         device: where units are computed.
 
     Raises:
         InputError: a layer's tokens choose fewer experts.
-        TextError: there is no such text, or too little.
     """
     few = min(layer.top_k for layer in profile.layers)
     if experts_per_token > few:
@@ -58,8 +58,14 @@ def means_by_damage(
             f"--experts-per-token {experts_per_token:g}: tokens of a layer choose {few}; ask for as many at most"
         )
     policy = budget_policy(profile, experts_per_token=experts_per_token)
-    batches = [ids_BS for _, ids_BS in CalibrationText(checkpoint, text).draw().batches(8)]
-    return share(profile, divergences_of(checkpoint, profile, policy, batches, device), experts_per_token)
+    # In each of these, one layer alone has fewer.
+    policies = [
+        replace(policy, rules=tuple(rule if each is layer else LayerRule() for each, rule in
+                                    zip(profile.layers, policy.rules, strict=True)))
+        for layer in profile.layers
+    ]  # fmt: skip
+    divergences = divergences_of(checkpoint, profile.layers, policies, batches, device)
+    return share(profile, divergences, experts_per_token)
 
 
 def share(profile: Profile, divergence_L: Sequence[float], experts_per_token: float) -> list[float]:
@@ -84,54 +90,63 @@ def share(profile: Profile, divergence_L: Sequence[float], experts_per_token: fl
     return [1 + float(part.sum()) / max(1, len(cost_TJ)) for part, cost_TJ in zip(parts, costs, strict=True)]
 
 
-class _OneLayer:
-    """A policy of which one layer takes note, or none; which one is changed as the model runs."""
+class _Varying:
+    """A policy that is changed as the model runs; None for all experts."""
 
-    def __init__(self, policy: RoutePolicy) -> None:
-        self.layer: int | None = None
-        self.check = policy.check
-        self._policy = policy
+    def __init__(self) -> None:
+        self.policy: RoutePolicy | None = None
 
     def choose(self, layer: int, index_TK: Tensor, weight_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         """Return what is computed in a layer."""
-        if layer != self.layer:
+        if self.policy is None:
             return index_TK, weight_TK
-        return self._policy.choose(layer, index_TK, weight_TK, num_experts)
+        return self.policy.choose(layer, index_TK, weight_TK, num_experts)
+
+    def check(self, top_k: Sequence[int], *, where: str) -> None:
+        """Check nothing: policies of one profile are all for its model."""
 
 
 def divergences_of(
     checkpoint: Checkpoint,
-    profile: Profile,
-    policy: RoutePolicy,
+    layers: Sequence[MoELayer],
+    policies: Sequence[RoutePolicy],
     batches: Sequence[Tensor],
-    device: str | torch.device,
+    device: str | torch.device = "cpu",
 ) -> list[float]:
-    """Return the KL (nats a token) of the model in which one layer alone obeys a policy, for each layer."""
-    one = _OneLayer(policy)
-    variants = [None, *range(len(profile.layers))]
+    """Return the KL (nats a token) of a model that obeys a policy to the model as it is, for each policy.
+
+    Args:
+        checkpoint: the model.
+        layers: its MoE layers.
+        policies: one after the other, in one pass over the weights.
+        batches: token ids (B, S) of text.
+        device: where units are computed.
+    """
+    one = _Varying()
+    variants = [None, *policies]
     with Stream(checkpoint, device=device) as stream:
         run = stream.run([
             functools.partial(base_output, stream.model, ids_BS) for _ in variants for ids_BS in batches
         ])  # fmt: skip
         tokens = len(variants) * sum(ids_BS.numel() for ids_BS in batches)
         work = unit_work(stream, (), tokens=tokens, base=True)
-        with routed(stream.model, profile.layers, one):
-            for stage in track(run, "what each layer needs", work.total, weight=work.of, largest=work.largest):
+        with routed(stream.model, layers, one):
+            for stage in track(run, "what fewer experts cost", work.total, weight=work.of, largest=work.largest):
                 for call in stage.calls:
-                    one.layer = variants[call.job // len(batches)]
+                    one.policy = variants[call.job // len(batches)]
                     call.finish(call.compute())
         stream.release()
         outputs: list[Any] = run.results
-        totals, num_tokens, vocabulary = [0.0] * len(profile.layers), 0, _vocabulary(stream)
+        totals, num_tokens, vocabulary = [0.0] * len(policies), 0, _vocabulary(stream)
         with stream.head() as head:
             for batch, ids_BS in enumerate(batches):
                 for positions, ids_BP in predictions(ids_BS, vocabulary):
                     base_TV = logits_at(head, ids_BS, outputs[batch], positions)[:, :-1].flatten(0, 1)
                     num_tokens += ids_BP[:, 1:].numel()
-                    for layer in range(len(totals)):
-                        output = outputs[(layer + 1) * len(batches) + batch]
+                    for number in range(len(policies)):
+                        output = outputs[(number + 1) * len(batches) + batch]
                         logits_TV = logits_at(head, ids_BS, output, positions)[:, :-1].flatten(0, 1)
-                        totals[layer] += float(token_kl(base_TV, logits_TV).double().sum())
+                        totals[number] += float(token_kl(base_TV, logits_TV).double().sum())
                 stream.release()
     return [total / max(1, num_tokens) for total in totals]
 

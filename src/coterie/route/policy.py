@@ -93,6 +93,8 @@ class RoutePolicy:
         top_k: K of each layer, which the rules are made for.
         experts_per_token: experts that are computed for a token of a layer, in the mean over the text it was made on.
         origin: how it was made, for people.
+        divergence: KL to the model with all experts on the text that it was measured on, nats a token; None where it
+            was not.
     """
 
     model: str
@@ -100,10 +102,15 @@ class RoutePolicy:
     top_k: tuple[int, ...]
     experts_per_token: float
     origin: str = ""
+    divergence: float | None = None
 
     def choose(self, layer: int, index_TK: Tensor, weight_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         """Return what is computed of what the router of a layer chose; see `LayerRule.choose`."""
         return self.rules[layer].choose(index_TK, weight_TK, num_experts)
+
+    def __str__(self) -> str:
+        cost = "not measured" if self.divergence is None else f"{self.divergence:.2g} nats a token"
+        return f"{self.experts_per_token:.2f} experts a token; what that costs: {cost}"
 
     def check(self, top_k: Sequence[int], *, where: str) -> None:
         """Raise InputError where a model has other layers, or its tokens choose another number of experts.
@@ -123,6 +130,7 @@ class RoutePolicy:
         """Write it as a JSON file, which people may read and edit."""
         body: dict[str, Any] = {
             "origin": self.origin, "experts_per_token": self.experts_per_token,
+            "divergence": self.divergence,
             "layers": [
                 {
                     "top_k": top_k, "most": rule.most, "share": rule.share, "threshold": rule.threshold,
@@ -145,12 +153,13 @@ class RoutePolicy:
         fields = Fields(artifact.body, where=str(path))
         with fields.all_read():
             origin, mean = fields.text("origin"), fields.number("experts_per_token", least=0)
+            divergence = None if fields.null("divergence") else fields.number("divergence", least=0)
             layers = [_rule(each) for each in fields.each("layers")]
         if not layers:
             raise CorruptArtifact(f"{path}: holds no layers; make it anew with `coterie route`")
         return cls(
             model=str(artifact.inputs.get("model", "")), rules=tuple(rule for _, rule in layers),
-            top_k=tuple(top_k for top_k, _ in layers), experts_per_token=mean, origin=origin,
+            top_k=tuple(top_k for top_k, _ in layers), experts_per_token=mean, origin=origin, divergence=divergence,
         )  # fmt: skip
 
 

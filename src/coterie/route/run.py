@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from coterie.errors import InputError
@@ -10,9 +11,9 @@ from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.open import open_checkpoint
 from coterie.outputs import check_output
 from coterie.profile.profile import Profile
-from coterie.profile.text import TextSettings
+from coterie.profile.text import CalibrationText, TextSettings
 from coterie.route.budget import RuleName, budget_policy
-from coterie.route.layers import means_by_damage
+from coterie.route.layers import divergences_of, means_by_damage
 from coterie.route.policy import KIND, RoutePolicy
 
 
@@ -39,7 +40,8 @@ def route(
         profile: of that model.
         rule: how experts are told from each other.
         renormalise: scale the weights that are left to the sum that they had.
-        text: a text folder, on which it is measured how many experts each layer needs; all get the same number if None.
+        text: a text folder, on which it is measured how many experts each layer needs, and what the policy costs; all
+            layers get the same number, and nothing is measured, when None.
         tokens: tokens of that text.
         seq_len: tokens in a sequence.
         seed: seed of the draw of sequences.
@@ -56,22 +58,23 @@ def route(
     if path.suffix != ".json":
         raise InputError(f"{path}: a policy is a JSON file; give it a name that ends in .json")
     check_output(path, kind=KIND)
-    checkpoint = Checkpoint.open(model)
-    measured = profile if isinstance(profile, Profile) else Profile.load(profile, model_digest=checkpoint.digest)
-    means = None
+    stored = Checkpoint.open(model)
+    measured = profile if isinstance(profile, Profile) else Profile.load(profile, model_digest=stored.digest)
+    means, batches, target = None, [], check_device(device)
+    checkpoint = open_checkpoint(stored.path)
     if text is not None:
         if rule == "fewer":
             raise InputError("the rule 'fewer' gives all layers the same number of experts: leave --text out")
-        drawn = TextSettings(source=text, tokens=tokens, seq_len=seq_len, seed=seed)
+        drawn = CalibrationText(checkpoint, TextSettings(source=text, tokens=tokens, seq_len=seq_len, seed=seed)).draw()
+        batches = [ids_BS for _, ids_BS in drawn.batches(8)]
         means = means_by_damage(
-            open_checkpoint(checkpoint.path),
-            measured,
-            drawn,
-            experts_per_token=experts_per_token,
-            device=check_device(device),
-        )
+            checkpoint, measured, batches, experts_per_token=experts_per_token, device=target
+        )  # fmt: skip
     policy = budget_policy(
         measured, experts_per_token=experts_per_token, rule=rule, renormalise=renormalise, means=means
     )
+    if batches:
+        [divergence] = divergences_of(checkpoint, measured.layers, [policy], batches, target)
+        policy = replace(policy, divergence=divergence)
     policy.save(path)
     return policy
