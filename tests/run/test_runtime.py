@@ -11,7 +11,11 @@ import torch
 
 from coterie.compress.apply import compress
 from coterie.errors import Cancelled, InputError, NotEnoughMemory, UnknownName
+from coterie.model.arch.layers import Architecture
 from coterie.model.arch.load import load_model
+from coterie.model.disk.checkpoint import Checkpoint
+from coterie.route.apply import routed
+from coterie.route.policy import LayerRule, uniform_policy
 from coterie.run.engine import Runtime, Sampling, run
 from coterie.run.policies import POLICIES
 from coterie.run.prepare import prepare
@@ -127,6 +131,37 @@ def test_what_is_packed_runs_as_it_is_stored(tmp_path):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
         # Of a mapped result a token may have one expert twice.
         torch.testing.assert_close(alone, expected_alone, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("only_misses", [False, True])
+def test_what_a_policy_leaves_out_is_not_read(olmoe, tmp_path, only_misses):
+    """With room for all experts, misses alone are the first use of each; with little, most of what is left out."""
+    top_k = [layer.top_k for layer in Architecture.of(Checkpoint.open(olmoe)).layers]
+    policy = uniform_policy(LayerRule(most=1), top_k, experts_per_token=1, origin="test")
+    policy.save(tmp_path / "policy.json")
+    options = {"route": tmp_path / "policy.json", "only_misses": only_misses, "dtype": torch.float32}
+    with with_slots(olmoe, 3, dtype=torch.float32) as whole:
+        all_of_it = logits(whole, IDS)
+        for n in range(12):
+            logits(whole, IDS[:, n : n + 1])
+        wanted = whole.residency.counters.hits + whole.residency.counters.misses
+    with with_slots(olmoe, 3, **options) as runtime:
+        first = logits(runtime, IDS[:, :1])
+        for n in range(12):
+            logits(runtime, IDS[:, n : n + 1])
+        counters = runtime.residency.counters
+        assert counters.hits + counters.misses < wanted
+    model = load_model(olmoe, dtype=torch.float32)
+    layers = Architecture.of(Checkpoint.open(olmoe)).layers
+    with torch.no_grad(), routed(model, layers, policy):  # nothing was in memory before the first token
+        torch.testing.assert_close(first, model(IDS[:, :1]).logits, rtol=1e-5, atol=1e-5)
+    with Runtime(olmoe, memory="64GiB", context=256, **options) as roomy:
+        got = logits(roomy, IDS)
+        again = logits(roomy, IDS)  # what one token left out, another one may have brought
+    assert not torch.equal(got, all_of_it)
+    assert torch.equal(got, again) is not only_misses
+    with pytest.raises(InputError, match="--only-misses is about what a policy leaves out"):
+        Runtime(olmoe, memory="1GiB", only_misses=True)
 
 
 def test_the_smallest_budget_is_named_and_works(olmoe):

@@ -99,6 +99,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else
 RunContext = Annotated[int, typer.Option(help="Tokens of a sequence, prompt and answer.")]
 Policy = Annotated[str, typer.Option(help="Which experts stay in memory: follow, decay, lru, lfu, lcu or edgemoe.")]
 Lanes = Annotated[int, typer.Option(help="Threads that read experts.")]
+Route = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.json",
+        help="How many experts a token gets: a policy that `coterie route` wrote. What it leaves out is neither read "
+        "nor computed, which changes what the model says.",
+    ),
+]
+OnlyMisses = Annotated[
+    bool, typer.Option("--only-misses", help="Leave out what --route says only where it is not in memory.")
+]
 Lookahead = Annotated[
     int, typer.Option(help="Experts of the next layer to guess, and read ahead when threads are idle.")
 ]

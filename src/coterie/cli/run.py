@@ -48,6 +48,8 @@ def run(
     lanes: options.Lanes = 2,
     lookahead: options.Lookahead = 0,
     draft: options.Draft = "off",
+    route: options.Route = None,
+    only_misses: options.OnlyMisses = False,
     dry_run: options.MemoryDryRun = False,
     save_trace: Annotated[
         Path | None,
@@ -95,6 +97,8 @@ def run(
         lookahead=lookahead,
         batch=batch,
         draft=draft,
+        route=route,
+        only_misses=only_misses,
     ) as runtime:
         with nullcontext() if save_trace is None else recording(runtime.model, runtime.layers) as recorder:
             generated: Generated | Answers

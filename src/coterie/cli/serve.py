@@ -31,6 +31,8 @@ def serve(
     lanes: options.Lanes = 2,
     lookahead: options.Lookahead = 0,
     draft: options.Draft = "off",
+    route: options.Route = None,
+    only_misses: options.OnlyMisses = False,
     batch: Annotated[
         int,
         typer.Option(help="Answers that are made at once, at most; a step reads an expert once for all of them."),
@@ -54,5 +56,5 @@ def serve(
 
     answer(
         model, memory=memory, host=host, port=port, api_key=api_key, queue=queue, context=context, policy=policy,
-        lanes=lanes, lookahead=lookahead, batch=batch, draft=draft,
+        lanes=lanes, lookahead=lookahead, batch=batch, draft=draft, route=route, only_misses=only_misses,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from coterie.errors import Cancelled, InputError
 from coterie.model.arch.seam import install
 from coterie.model.quiet import quiet
 from coterie.model.stream.memory import free_bytes, peak_bytes
+from coterie.route.policy import RoutePolicy
 from coterie.run.arena import Arena
 from coterie.run.batch import Batch, Outcome, Wanted
 from coterie.run.experts import StreamedExperts
@@ -102,6 +103,8 @@ class Runtime:
         direct: bool = True,
         batch: int = 1,
         draft: str = "off",
+        route: RoutePolicy | str | Path | None = None,
+        only_misses: bool = False,
     ) -> None:
         """Load what stays in memory, and take all the memory that the run may have.
 
@@ -120,6 +123,9 @@ class Runtime:
             draft: who guesses tokens of an answer that is alone, for one pass to check, as long as it is worth its
                 time: nobody ("off"), the text so far ("lookup"), the model itself with the experts in memory
                 ("resident", or "resident:0.5" with half of a token's), or another model with the same tokenizer.
+            route: a policy, or the file of one that `coterie route` wrote: experts that it leaves out are neither read
+                nor computed, which changes what the model says.
+            only_misses: leave out of them only those that are not in memory.
 
         Raises:
             NotEnoughMemory: the budget is too small; names the smallest that works.
@@ -128,6 +134,12 @@ class Runtime:
         """
         if lanes < 1 or lookahead < 0:
             raise InputError(f"--lanes {lanes} must be 1 or more, and --lookahead {lookahead} 0 or more")
+        leaves = RoutePolicy.load(route) if isinstance(route, str | Path) else route
+        if only_misses and (leaves is None or any(rule.renormalise for rule in leaves.rules)):
+            raise InputError(
+                "--only-misses is about what a policy leaves out: name one with --route, and one that does not scale "
+                "the weights of the others up"
+            )
         prepared = prepare(
             model, memory=memory, context=context, chunk=chunk, most_experts=most_experts, dtype=dtype, policy=policy,
             batch=batch, draft=draft,
@@ -151,10 +163,13 @@ class Runtime:
         self._reader = Reader(lanes=lanes, direct=direct)
         self.residency = Residency(self._arena, self._reader, records, policy)
         self._cancelled: Callable[[], bool] | None = None
+        if leaves is not None:
+            leaves.check([layer.top_k for layer in self.layers], where=str(self.path))
+            log.info("not all experts are computed: %s%s", leaves, " at most" if only_misses else "")
         self.lookahead = Lookahead(self.model, prepared.architecture.layers, self.residency, lookahead)
         self.experts = StreamedExperts(
             self.model, prepared.places, self.residency, num_slots=self.budget.num_slots, dtype=prepared.dtype,
-            check=self._check, lookahead=self.lookahead if lookahead else None,
+            check=self._check, lookahead=self.lookahead if lookahead else None, route=leaves, only_misses=only_misses,
         )  # fmt: skip
         install(self.model, self.experts.compute)
         self.speculation = speculation_of(
@@ -446,6 +461,8 @@ def run(
     lanes: int = LANES,
     lookahead: int = 0,
     draft: str = "off",
+    route: RoutePolicy | str | Path | None = None,
+    only_misses: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> Generated:
     """Go on with a prompt within a budget of memory; for several prompts, keep a `Runtime`.
@@ -462,6 +479,8 @@ def run(
         lanes: threads that read.
         lookahead: experts of the next layer that are guessed and read ahead; 0 for none.
         draft: who guesses tokens, see `Runtime`.
+        route: how many experts a token gets, see `Runtime`.
+        only_misses: leave out only experts that are not in memory.
         on_text: gets the text piece by piece, as it comes.
 
     Raises:
@@ -469,6 +488,14 @@ def run(
     """
     limit = default_memory() if memory is None else memory
     with Runtime(
-        model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead, draft=draft
+        model,
+        memory=limit,
+        context=context,
+        policy=policy,
+        lanes=lanes,
+        lookahead=lookahead,
+        draft=draft,
+        route=route,
+        only_misses=only_misses,
     ) as runtime:
         return runtime.generate(prompt, max_tokens=max_tokens, sampling=sampling, template=template, on_text=on_text)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from coterie.model.arch.experts import Experts, canonical_experts
 from coterie.model.arch.seam import rows_by_expert
+from coterie.route.policy import RoutePolicy
 from coterie.run.kernels import Projection, multiply
 from coterie.run.leases import Lease, Leases
 from coterie.run.lookahead import Lookahead
@@ -55,6 +56,8 @@ class StreamedExperts:
         counts_T: which tokens of the pass count; the others are padding, and choose no experts. None for all.
         num_chosen: experts that tokens have chosen so far, each as often as it was chosen; without those of guesses.
         restriction: while it is there, tokens pass with experts in memory alone, and nothing is read or counted.
+        route: what is left out of what routers choose.
+        only_misses: whether that is left out only where it is not in memory.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class StreamedExperts:
         dtype: torch.dtype,
         check: Callable[[], None] | None = None,
         lookahead: Lookahead | None = None,
+        route: RoutePolicy | None = None,
+        only_misses: bool = False,
     ) -> None:
         """Look at the modules.
 
@@ -78,12 +83,15 @@ class StreamedExperts:
             dtype: number format that is computed with.
             check: called before every layer; raises to end a generation.
             lookahead: reads ahead for the layer that comes next.
+            route: what is left out of what routers choose.
+            only_misses: leave that out only where it is not in memory.
         """
         self._residency, self._num_slots, self._dtype, self._check = residency, num_slots, dtype, check
         self._lookahead = lookahead
         self.counts_T: Tensor | None = None
         self.num_chosen = 0
         self.restriction: Restriction | None = None
+        self.route, self.only_misses = route, only_misses
         self._layers = {
             id(module): _Layer(each, replace(canonical_experts(module), linear=multiply))
             for each in places
@@ -101,21 +109,13 @@ class StreamedExperts:
             index_TK = expert_map[index_TK]
         if self.counts_T is not None and len(self.counts_T) == len(index_TK):
             index_TK = index_TK.masked_fill(~self.counts_T[:, None], len(layer.places.experts))
+        index, num_experts, num_tokens = layer.places.layer.index, len(layer.places.experts), len(index_TK)
+        if self.route is not None:
+            index_TK, weight_TK = self._left(self.route, index, index_TK, weight_TK, num_experts)
         if self.restriction is not None:
-            index_TK, weight_TK = self.restriction.apply(layer.places.layer.index, hidden_TD, index_TK, weight_TK)
+            index_TK, weight_TK = self.restriction.apply(index, hidden_TD, index_TK, weight_TK)
         total_TD = torch.zeros(hidden_TD.shape, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
-        index, num_experts, (num_tokens, top_k) = layer.places.layer.index, len(layer.places.experts), index_TK.shape
-        # For each chosen expert, ascending: its tokens, and in which place they have it.
-        rows: dict[int, tuple[Any, Any]] = {}
-        order = sorted((expert, slot) for slot, expert in enumerate(index_TK[0].tolist()) if expert < num_experts)
-        is_alone = num_tokens == 1 and len({expert for expert, _ in order}) == len(order)
-        if is_alone:
-            rows = {expert: (slice(None), slice(slot, slot + 1)) for expert, slot in order}
-        else:
-            rows = {
-                expert: (each // top_k, (each % top_k)[:, None])
-                for expert, each in rows_by_expert(index_TK, num_experts).items()
-            }
+        rows, is_alone = _rows(index_TK, num_experts)
         if self.restriction is None:
             self.num_chosen += len(rows) if is_alone else sum(len(token_N) for token_N, _ in rows.values())
             if num_tokens > 1 or len(rows) > self._num_slots:
@@ -137,6 +137,17 @@ class StreamedExperts:
             else:
                 total_TD.index_add_(0, rows[expert][0], weighted[expert])
         return total_TD.to(hidden_TD.dtype)
+
+    def _left(
+        self, route: RoutePolicy, layer: int, index_TK: Tensor, weight_TK: Tensor, num_experts: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return what a policy leaves; where misses alone are left out, what is in memory is computed as well."""
+        left_TK, left_weight_TK = route.choose(layer, index_TK, weight_TK, num_experts)
+        if not self.only_misses:
+            return left_TK, left_weight_TK
+        ready_E = torch.from_numpy(self._residency.ready(layer)[:num_experts]).to(index_TK.device)
+        is_there_TK = (index_TK < num_experts) & ready_E[index_TK.clamp(max=num_experts - 1)]
+        return torch.where(is_there_TK, index_TK, left_TK), torch.where(is_there_TK, weight_TK, left_weight_TK)
 
     def _waves(self, layer: int, experts: Sequence[int]) -> Iterator[Leases]:
         """Yield leases of experts; where they are too many, some at a time while the next ones are read."""
@@ -179,3 +190,17 @@ class StreamedExperts:
             projections |= tensor.projections(stored, self._dtype)
             piece += count
         return projections
+
+
+def _rows(index_TK: Tensor, num_experts: int) -> tuple[dict[int, tuple[Any, Any]], bool]:
+    """Return for each chosen expert, ascending, its tokens and in which place they have it.
+
+    And whether that is one token, which has each of its experts once; then both are slices, which cost less.
+    """
+    num_tokens, top_k = index_TK.shape
+    if num_tokens == 1:
+        order = sorted((expert, slot) for slot, expert in enumerate(index_TK[0].tolist()) if expert < num_experts)
+        if len({expert for expert, _ in order}) == len(order):  # of a mapped result a token may have one twice
+            return {expert: (slice(None), slice(slot, slot + 1)) for expert, slot in order}, True
+    rows = rows_by_expert(index_TK, num_experts).items()
+    return {expert: (each // top_k, (each % top_k)[:, None]) for expert, each in rows}, False

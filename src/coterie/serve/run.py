@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from coterie.errors import InputError
+from coterie.route.policy import RoutePolicy
 from coterie.run.engine import LANES, Runtime, default_memory
 from coterie.run.prepare import CONTEXT
 from coterie.serve.address import HOST, PORT, check_address, listen
@@ -36,6 +37,8 @@ def serve(
     lookahead: int = 0,
     batch: int = 1,
     draft: str = "off",
+    route: RoutePolicy | str | Path | None = None,
+    only_misses: bool = False,
 ) -> None:
     """Answer requests of OpenAI's API with a model, within a budget of memory, until a signal comes.
 
@@ -52,6 +55,8 @@ def serve(
         lookahead: experts that are guessed and read ahead, see `coterie.run.engine.Runtime`.
         batch: answers that are made at once, at most; memory is taken for so many.
         draft: who guesses tokens of an answer that is alone, see `coterie.run.engine.Runtime`.
+        route: how many experts a token gets, see `coterie.run.engine.Runtime`.
+        only_misses: leave out only experts that are not in memory.
 
     Raises:
         InputError: an address that others reach and no key, one that is taken, a number out of range, or the extra
@@ -80,6 +85,8 @@ def serve(
             lookahead=lookahead,
             batch=batch,
             draft=draft,
+            route=route,
+            only_misses=only_misses,
         ) as runtime:
             worker = Worker(runtime, queue=queue)
             try:
