@@ -143,7 +143,7 @@ def test_an_expert_is_one_aligned_read_and_is_multiplied_with_where_it_lies(pack
                       if hasattr(module, "_coterie_installed")}  # fmt: skip
         layer = next(iter(streamed._layers.values()))
         with runtime.residency.acquire(0, [3]) as leases:
-            projections = streamed._projections(layer.places, leases[3])
+            projections = streamed._projections(layer, leases[3])
             begin = leases[3].data.data_ptr()
             for projection in projections.values():
                 assert isinstance(projection, FourBitProjection)
