@@ -1,6 +1,6 @@
 """What packing costs and gives: how far predictions move, and how fast packed models run beside plain ones, in ratios.
 
-    python benchmarks/run_pack.py [--model reference/qwen3_moe] [--tokens 4096] [--size 1.5GB] [--new 16] [--repeats 3]
+    python benchmarks/run_pack.py [--model reference/qwen3_moe] [--tokens 2560] [--size 1.5GB] [--new 16] [--repeats 3]
                                   [--work DIR] [--markdown FILE]
 
 Predictions: a model is packed (`coterie pack`) with experts alone in few bits, and with linear layers besides; all run
@@ -81,6 +81,8 @@ def quality(model: Path, text: Path, tokens: int, work: Path) -> list[str]:
         windows = windows_of(runtime, text, tokens)
     expected = logits_of(model, windows, torch.float32)
     lines = [
+        f"{model.name}, {WINDOW * len(windows)} tokens of held-out text.",
+        "",
         "| packed with | weights | packed weights changed by | KL | same token |",
         "|---|---:|---:|---:|---:|",
     ]
@@ -250,7 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=REFERENCE / "qwen3_moe")
     parser.add_argument("--text", type=Path, default=REFERENCE / "text" / "test")
-    parser.add_argument("--tokens", type=int, default=4_096, help="of the text")
+    parser.add_argument("--tokens", type=int, default=2_560, help="of the text, at least a window of each domain")
     parser.add_argument("--size", default="1.5GB", help="of the synthetic model")
     parser.add_argument("--new", type=int, default=16, help="tokens that are made each time")
     parser.add_argument("--repeats", type=int, default=3)
@@ -262,7 +264,6 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     try:
         parts = [
-            f"{options.model.name}, {options.tokens} tokens of held-out text.",
             *quality(options.model, options.text, options.tokens, work),
             f"\nA synthetic model of {options.size}, one thread of a processor with {this_isa()}, {options.new} tokens "
             f"made, {options.repeats} repeats.\n",
@@ -273,7 +274,6 @@ def main() -> None:
     finally:
         if options.work is None:
             shutil.rmtree(work, ignore_errors=True)
-    parts[1:1] = [""]
     text = "\n".join(parts) + "\n"
     print(text)
     if options.markdown:
