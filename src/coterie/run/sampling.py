@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from coterie.errors import InputError
+from coterie.fields import shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +38,7 @@ class Sampling:
         }  # fmt: skip
         for name, (value, least, most) in ranges.items():
             if value is not None and not least <= value <= most:
-                raise InputError(f"--{name} {value:g} is out of range: {least:g} to {most:g}")
+                raise InputError(f"--{name} {shown(value)} is out of range: {least:g} to {most:g}")
 
     def settings(self) -> dict[str, Any]:
         """Return them as transformers has them."""
