@@ -22,15 +22,17 @@ import torch
 from coterie.evaluate.evaluation import Evaluation
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile
-from coterie.route.budget import RuleName, budget_policy
+from coterie.route.budget import RuleName
+from coterie.route.run import route
 
 HERE = Path(__file__).resolve().parent.parent / "reference"
 MODELS = (HERE / "model", HERE / "glm4_moe", HERE / "qwen3_moe")
-#: Rule, whether weights are scaled up again, and what the table says.
-RULES: tuple[tuple[RuleName, bool, str], ...] = (
-    ("fewer", True, "fewer, renormalised"), ("fewer", False, "fewer"), ("share", True, "share, renormalised"),
-    ("share", False, "share"), ("threshold", False, "threshold"), ("output", True, "output, renormalised"),
-    ("output", False, "output"),
+#: Rule, whether weights are scaled up again, whether it is measured how many experts each layer needs, and what the
+#: table says.
+RULES: tuple[tuple[RuleName, bool, bool, str], ...] = (
+    ("fewer", True, False, "fewer, renormalised"), ("fewer", False, False, "fewer"), ("share", False, False, "share"),
+    ("threshold", False, False, "threshold"), ("output", True, False, "output, renormalised"),
+    ("output", False, False, "output"), ("output", False, True, "output, by layer"),
 )  # fmt: skip
 
 
@@ -46,13 +48,16 @@ def rows(model: Path, options: argparse.Namespace, work: Path) -> list[tuple[str
     lines = []
     top_k = profiles[0].layers[0].top_k
     for experts in (share * top_k for share in options.shares if share * top_k >= 1):
-        for rule, renormalise, name in RULES:
+        for rule, renormalise, by_layer, name in RULES:
             if rule == "fewer" and experts != int(experts):
                 continue
             draws = profiles[:1] if rule == "fewer" else profiles
             scores: list[dict[str, Any]] = []
-            for each in draws:
-                policy = budget_policy(each, experts_per_token=experts, rule=rule, renormalise=renormalise)
+            for seed, each in zip(options.seeds, draws, strict=False):
+                policy = route(
+                    model, work / "policy.json", experts_per_token=experts, profile=each, rule=rule,
+                    renormalise=renormalise, text=options.text if by_layer else None, seed=seed,
+                )  # fmt: skip
                 with Evaluation(
                     against=model, text=options.test, tokens=options.test_tokens, questions=options.questions,
                     cache=work / "cache", route=policy, ask_base=False, batch_size=4,

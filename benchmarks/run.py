@@ -11,11 +11,12 @@ of Linux with so much memory, in which pages of files count too: the machine is 
 * transformers with what does not fit on the disk (`device_map="auto"`, `max_memory` of that memory less half a GiB for
   the program, `offload_folder`), where the package accelerate is installed, which it needs for that. "killed": it took
   more than there is.
+* llama.cpp on the same numbers as a GGUF file (bfloat16), which it maps, where the package xllamacpp is installed.
 
 At last `coterie run` with all experts in memory, without a limit. Memory is the largest resident size of the process,
 of which pages of mapped files are a part. Seconds a token are those of tokens after the first. Bytes are those of
 experts. Rows of one repeat run one after the other, so that what others do to the machine falls on all of them; the
-mean and the smallest and largest ratio to `mmap` and to transformers are printed.
+mean and the smallest and largest ratio to `mmap`, to transformers and to llama.cpp are printed.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.amounts import parse_bytes
+from coterie.export.run import export
 
 HERE = Path(__file__).resolve().parent
 
@@ -70,7 +72,7 @@ tell(made.tokens, made.first_seconds, made.seconds, hits=made.hits, bytes=made.b
 MAPPED = """
 import coterie.run.engine as engine
 from coterie.run.engine import Runtime, Sampling
-from coterie.run.residency import Counters
+from coterie.run.leases import Counters
 
 class Mapped:
     '''Experts are views of mapped files.'''
@@ -131,10 +133,25 @@ with torch.no_grad():
 tell(made.shape[1] - ids.shape[1], streamer.first - begun, time.perf_counter() - begun, hits=None, bytes=None)
 """
 
+LLAMA = """
+import xllamacpp
+common = xllamacpp.CommonParams()
+common.model.path = settings["file"]
+common.n_ctx, common.n_parallel, common.n_gpu_layers = 256, 1, 0
+common.warmup, common.fit_params, common.verbosity = False, False, 0
+common.cpuparams.n_threads = common.cpuparams_batch.n_threads = 1
+server = xllamacpp.Server(common)
+said = server.handle_completions({"prompt": PROMPT, "n_predict": settings["tokens"], "temperature": 0,
+                                  "ignore_eos": True, "cache_prompt": False})
+times = (json.loads(said) if isinstance(said, str | bytes) else said)["timings"]
+first = times["prompt_ms"] / 1000
+tell(times["predicted_n"], first, first + times["predicted_ms"] / 1000, hits=None, bytes=None)
+"""
+
 
 def forget(model: Path) -> None:
-    """Tell the system to forget the pages of a model's files."""
-    for file in model.glob("*.safetensors"):
+    """Tell the system to forget the pages of a model's files, and of its GGUF file."""
+    for file in (*model.glob("*.safetensors"), *model.parent.glob("*.gguf")):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -186,7 +203,7 @@ def table(rows: dict[str, list[Told | None]]) -> str:
     """Return the table as Markdown: means, and ratios in each repeat."""
     headers = (
         "memory", "run", "resident", "first token", "seconds a token", "experts read a token", "hits", "x mmap",
-        "x transformers",
+        "x transformers", "x llama.cpp",
     )  # fmt: skip
     lines = ["| " + " | ".join(headers) + " |", "|---|---|" + "---:|" * (len(headers) - 2)]
 
@@ -212,6 +229,7 @@ def table(rows: dict[str, list[Told | None]]) -> str:
             shown(mean(name, "first"), "{:.1f} s"), shown(mean(name, "each"), "{:.2f}"),
             "-" if size is None else f"{size / 1e6:.0f} MB", shown(mean(name, "hits"), "{:.0%}"),
             ratio(name, f"{memory}, mmap"), ratio(name, f"{memory}, transformers"),
+            ratio(name, f"{memory}, llama.cpp"),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -232,6 +250,9 @@ def main() -> None:
     model = work / f"model-{options.size}"
     if not model.exists():
         subprocess.run([sys.executable, HERE / "make_large.py", model, "--size", options.size], check=True)
+    gguf = None if find_spec("xllamacpp") is None or find_spec("gguf") is None else model.with_suffix(".gguf")
+    if gguf is not None and not gguf.exists():
+        export(model, gguf)
     config = json.loads((model / "config.json").read_text())
     experts = config["num_hidden_layers"] * config.get("num_experts", config.get("num_local_experts"))
     rows: dict[str, list[Told | None]] = {}
@@ -254,6 +275,8 @@ def main() -> None:
                     stock = measured(STOCK, model, limit=limit, memory=most, offload=str(offload), tokens=few)
                     add(f"{memory}, transformers", stock)
                     shutil.rmtree(offload, ignore_errors=True)
+                if gguf is not None:
+                    add(f"{memory}, llama.cpp", measured(LLAMA, model, limit=limit, file=str(gguf), tokens=few))
             whole = measured(COTERIE, model, limit=None, memory="64GiB", lookahead=0, tokens=options.tokens)
             add("no limit, coterie", whole)
             print(table(rows), flush=True)

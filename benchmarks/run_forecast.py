@@ -1,12 +1,15 @@
 """What `coterie inspect --run` foretells beside what `coterie run` then does; and hits of all policies on real routing.
 
-    python benchmarks/run_forecast.py [--models reference/model] [--size 2GB] [--shares 0.25 0.5] [--tokens 100]
-                                      [--repeats 1] [--markdown FILE]
+    python benchmarks/run_forecast.py [--models reference/model] [--size 1GB] [--shares 0.25 0.5] [--tokens 32]
+                                      [--repeats 3] [--markdown FILE]
 
 Each model runs with room for a share of its experts, from reads past the page cache and from ordinary ones. A forecast
-and a run take turns, and means are compared, so that what others do to the machine falls on both. Runs go on with text
-that is not in the trace. A synthetic checkpoint (`make_large.py`), whose routing is that of noise, has its own trace,
-recorded on other text; the bundled models have theirs, and beside it stands what those of the other two would say.
+and a run take turns, and medians are compared, so that what others do to the machine falls on both. What is foretold is
+a run: its trace is of prompts and what the model made of them, recorded with other prompts than those of the runs. A
+synthetic checkpoint (`make_large.py`), whose weights mean nothing, has enough bytes for the disk to matter.
+
+The bound is the longer of reading what a token misses, at the most bytes a second that the probe of the same turn saw,
+and of computing, as that probe measured it with nothing else to do.
 """
 
 from __future__ import annotations
@@ -15,33 +18,48 @@ import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 
-from coterie.amounts import parse_bytes
+import numpy as np
+
+from coterie.amounts import format_bytes, parse_bytes
 from coterie.run.engine import Runtime, Sampling
-from coterie.run.forecast import forecast, hit_rate
-from coterie.run.policies import replay
+from coterie.run.forecast import Forecast, forecast, hit_rate
+from coterie.run.policies import Decay, shape_of
 from coterie.run.prepare import CHUNK
-from coterie.run.trace import RoutingTrace, bundled_traces, record
+from coterie.run.replay import replay
+from coterie.run.trace import RoutingTrace, bundled_traces, recording
 from make_large import Shape, make_large
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference"
-POLICIES = ("lru", "decay", "lcu", "edgemoe", "lfu", "belady")
-SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
-CONTEXT, PROMPT = 1024, 256
+POLICIES = ("lru", "decay", "follow", "lcu", "edgemoe", "lfu", "belady")
+SHARES = (0.125, 0.25, 0.5, 0.75)
+HALF_LIVES = (12.0, 16.0, 20.0, 24.0, 32.0)
+CONTEXT, PROMPT = 1024, 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a run did: share of hits behind the prompt, tokens a second, seconds to the first token."""
+    """What a run did.
+
+    Attributes:
+        hits: share of what tokens behind the prompt chose that was in memory.
+        read: bytes that one of them read.
+        seconds: how long one of them took.
+        first: seconds to the first token.
+    """
 
     hits: float
-    tokens_per_second: float
+    read: float
+    seconds: float
     first: float
 
 
-def measured(model: Path, prompt: str, num_slots: int, tokens: int, *, direct: bool) -> Measured:
+def measured(
+    model: Path, prompt: str, num_slots: int, tokens: int, *, direct: bool, seed: int, lookahead: int = 0
+) -> Measured:
     """Run a model with room for so many experts."""
     counters = []  # before every layer
 
@@ -49,76 +67,147 @@ def measured(model: Path, prompt: str, num_slots: int, tokens: int, *, direct: b
         counters.append(runtime.residency.counters)
         return False
 
-    with Runtime(model, memory="64GiB", context=CONTEXT, most_experts=num_slots, direct=direct) as runtime:
+    settings = {"most_experts": num_slots, "direct": direct, "lookahead": lookahead}
+    with Runtime(model, memory="64GiB", context=CONTEXT, **settings) as runtime:
         runtime.generate("a", max_tokens=1, template=False)  # what is done once in a process is no time of a prompt
-        ids = runtime.tokenizer(prompt).input_ids[:PROMPT]
         made = runtime.generate(
-            runtime.tokenizer.decode(ids), max_tokens=tokens, template=False,
-            sampling=Sampling(temperature=1.0, seed=0),
-            cancelled=note,
+            runtime.tokenizer.decode(runtime.tokenizer(prompt).input_ids[:PROMPT]), max_tokens=tokens, template=False,
+            sampling=Sampling(temperature=1.0, seed=seed), cancelled=note,
         )  # fmt: skip
         first, last = counters[-len(runtime.layers) * (made.tokens - 1)], runtime.residency.counters
     hits, misses = last.hits - first.hits, last.misses - first.misses
-    return Measured(hits=hits / (hits + misses), tokens_per_second=made.tokens_per_second, first=made.first_seconds)
+    return Measured(
+        hits=hits / (hits + misses), read=(last.num_bytes - first.num_bytes) / (made.tokens - 1),
+        seconds=1 / made.tokens_per_second, first=made.first_seconds,
+    )  # fmt: skip
+
+
+def trace_of_runs(model: Path, prompts: Sequence[str], tokens: int) -> RoutingTrace:
+    """Return what tokens chose in runs: as many of the end of a prompt as were made behind it, and these."""
+    with Runtime(model, memory="64GiB", context=CONTEXT) as runtime:
+        with recording(runtime.model, runtime.layers) as recorder:
+            for number, prompt in enumerate(prompts):
+                recorder.begin(str(number))
+                ids_1S = runtime.tokenizer(prompt, return_tensors="pt").input_ids[:, :PROMPT]
+                runtime.generate_ids(ids_1S, max_tokens=tokens + 1, sampling=Sampling(temperature=1.0, seed=number))
+        whole = recorder.trace(model=runtime.digest, name=model.name)
+    ends = {name: chosen_TLK[PROMPT - tokens :] for name, chosen_TLK in whole.chosen.items()}
+    return RoutingTrace(
+        model=whole.model, name=whole.name, layers=whole.layers, num_experts=whole.num_experts, chosen=ends
+    )
 
 
 def rows(
-    name: str,
-    model: Path,
-    trace: RoutingTrace,
-    prompt: str,
+    name: str, model: Path, prompts: Sequence[str], text_trace: RoutingTrace | None, shares: Sequence[float],
     options: argparse.Namespace,
-    others: Sequence[RoutingTrace],
-) -> Iterator[str]:
-    """Yield the lines of a model."""
-    for share in options.shares:
+) -> Iterator[tuple[str, str]]:  # fmt: skip
+    """Yield the lines of a model in the table of forecasts, and in that of bounds."""
+    trace = trace_of_runs(model, prompts[:3], options.tokens)
+    guesses = max(chosen_TLK.shape[2] for chosen_TLK in trace.chosen.values())
+    for share in shares:
         slots = round(share * trace.most)
         for direct in (True, False):
-            told, seen = [], []
-            for _ in range(options.repeats):
+            told: list[Forecast] = []
+            seen: list[Measured] = []
+            ahead: list[Measured] = []
+            for turn in range(options.repeats):
                 told.append(
                     forecast(
                         model, memory="64GiB", context=CONTEXT, prompt_tokens=PROMPT, trace=trace, most_experts=slots,
-                        direct=direct,
+                        direct=direct, disk_seconds=1.5,
                     )
                 )  # fmt: skip
-                seen.append(measured(model, prompt, slots, options.tokens, direct=direct))
+                run = partial(measured, model, prompts[3 + turn], slots, options.tokens, direct=direct, seed=turn)
+                seen.append(run())
+                if share == min(shares) and direct:
+                    ahead.append(run(lookahead=guesses))
             speeds = [each.own.tokens_per_second for each in told]
-            speed, rate = fmean(each.expected for each in speeds), fmean(each.tokens_per_second for each in seen)
-            first, took = fmean(each.first_token.expected for each in told), fmean(each.first for each in seen)
-            foreign = fmean(hit_rate(other, share, "decay", chunk=CHUNK) for other in others) if others else None
-            yield " | ".join([
+            speed = median(each.expected for each in speeds)
+            rate = median(1 / each.seconds for each in seen)
+            first, took = median(each.first_token.expected for each in told), median(each.first for each in seen)
+            text = None if text_trace is None else hit_rate(text_trace, share, "follow", chunk=CHUNK)
+            forecasts = " | ".join([
                 f"| {name}", f"{share:.0%}", "direct" if direct else "buffered",
-                f"{told[0].disk.bytes_per_second / 1e9:.2f}", f"{told[0].hits.rate.expected:.1%}",
-                "-" if foreign is None else f"{foreign:.1%}", f"{fmean(each.hits for each in seen):.1%}",
-                f"{fmean(each.low for each in speeds):.1f} to {fmean(each.high for each in speeds):.1f}",
+                f"{median(each.disk.bytes_per_second for each in told) / 1e9:.2f}",
+                "-" if text is None else f"{text:.1%}", f"{told[0].hits.rate.expected:.1%}",
+                f"{np.mean([each.hits for each in seen]):.1%}",
+                f"{median(each.low for each in speeds):.1f} to {median(each.high for each in speeds):.1f}",
                 f"{speed:.1f}", f"{rate:.1f}", f"{speed / rate:.2f}", f"{first:.2f}", f"{took:.2f}",
                 f"{first / took:.2f} |",
             ])  # fmt: skip
+            bounds = "" if not ahead else "\n".join(
+                bound(f"| {name} | {share:.0%} | {kind}", told, runs)
+                for kind, runs in (("-", seen), (f"--lookahead {guesses}", ahead))
+            )  # fmt: skip
+            yield forecasts, bounds
+
+
+def bound(label: str, told: Sequence[Forecast], seen: Sequence[Measured]) -> str:
+    """Return a line of the table of bounds."""
+    reading = [run.read / said.disk.bytes_per_second for said, run in zip(told, seen, strict=True)]
+    computing = [said.alone["experts"] + said.alone["rest"] for said in told]
+    shares = [max(read, compute) / run.seconds for read, compute, run in zip(reading, computing, seen, strict=True)]
+    cells = (
+        f"{median(run.read for run in seen) / 1e6:.1f} MB", f"{1000 * median(reading):.1f}",
+        f"{1000 * median(computing):.1f}", f"{1000 * median(run.seconds for run in seen):.1f}",
+        f"{median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})",
+    )  # fmt: skip
+    return f"{label} | {' | '.join(cells)} |"
+
+
+def prefill_row(name: str, model: Path, text: str, num_chunks: int) -> str:
+    """Return a line of the table of bytes that a prompt reads."""
+    with Runtime(model, memory="64GiB", context=CONTEXT) as runtime:
+        most = len(runtime.residency.records)
+    with Runtime(model, memory="64GiB", context=CONTEXT, most_experts=round(0.25 * most)) as runtime:
+        ids_1S = runtime.tokenizer(text, return_tensors="pt").input_ids[:, : num_chunks * CHUNK]
+        runtime.generate_ids(ids_1S, max_tokens=1)
+        counters, records = runtime.residency.counters, runtime.residency.records.values()
+    all_of_them = sum(record.num_bytes for record in records)
+    asked = (counters.hits + counters.misses) * all_of_them / len(records)
+    cells = (
+        f"{ids_1S.shape[1]}", format_bytes(counters.num_bytes),
+        f"{counters.num_bytes / (num_chunks * all_of_them):.2f}",
+        f"{counters.num_bytes / asked:.2f}",
+    )  # fmt: skip
+    return f"| {name} | 25% | {' | '.join(cells)} |"
 
 
 def hit_rows() -> Iterator[str]:
     """Yield the lines of the table of hits."""
     for name, trace in bundled_traces().items():
         steps = trace.steps()
-        asked = sum(len(experts) for _, _, experts in steps)
+        asked = sum(len(entry.experts) for entry in steps)
         for share in SHARES:
             rates = [replay(steps, round(share * trace.most), policy) / asked for policy in POLICIES]
-            gain, of_most = 100 * (rates[1] - rates[0]), rates[1] / rates[-1]
+            own, gain = rates[POLICIES.index("follow")], 100 * (rates[POLICIES.index("follow")] - rates[0])
             cells = " | ".join(f"{100 * rate:.1f}" for rate in rates)
-            yield f"| {name} | {100 * share:g} % | {cells} | {gain:+.1f} | {of_most:.1%} |"
+            yield f"| {name} | {100 * share:g} % | {cells} | {gain:+.1f} | {own / rates[-1]:.1%} |"
+
+
+def half_life_rows() -> Iterator[str]:
+    """Yield the lines of the table of half-lives."""
+    for name, trace in bundled_traces().items():
+        steps = trace.steps()
+        asked = sum(len(entry.experts) for entry in steps)
+        shape = shape_of((entry.layer, expert) for entry in steps for expert in entry.experts)
+        for share in (0.125, 0.25, 0.5):
+            slots = round(share * trace.most)
+            hits = [replay(steps, slots, Decay(shape, half_life=each)) for each in HALF_LIVES]
+            yield f"| {name} | {100 * share:g} % | {' | '.join(f'{100 * each / asked:.1f}' for each in hits)} |"
 
 
 def prompt_rows() -> Iterator[str]:
     """Yield the lines of the table of hits behind a prompt."""
     for name, trace in bundled_traces().items():
         for share in (0.25, 0.5):
-            cells = [
-                f"{100 * hit_rate(trace, share, policy, chunk=chunk):.1f}"
+            rates = {
+                (chunk, policy): hit_rate(trace, share, policy, chunk=chunk)
                 for chunk in (CHUNK, 1)
-                for policy in ("lru", "decay", "belady")
-            ]
-            yield f"| {name} | {100 * share:g} % | {' | '.join(cells)} |"
+                for policy in ("lru", "decay", "follow", "belady")
+            }
+            cells = " | ".join(f"{100 * rate:.1f}" for rate in rates.values())
+            yield f"| {name} | {100 * share:g} % | {cells} | {rates[CHUNK, 'follow'] / rates[CHUNK, 'belady']:.1%} |"
 
 
 def main() -> None:
@@ -126,10 +215,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     bundled = [REFERENCE / name for name in ("model", "glm4_moe", "qwen3_moe")]
     parser.add_argument("--models", type=Path, nargs="*", default=bundled)
-    parser.add_argument("--size", default="2GB", help="bytes of the synthetic checkpoint; 0 for none")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
-    parser.add_argument("--tokens", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--size", default="1GB", help="bytes of the synthetic checkpoint; 0 for none")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5], help="bundled ones take the first")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-replays", action="store_true", help="leave the tables of hits out")
     parser.add_argument("--markdown", type=Path, help="where it goes as well")
     options = parser.parse_args()
     lines: list[str] = []
@@ -138,40 +228,60 @@ def main() -> None:
         lines.extend(more)
         print(*more, sep="\n", flush=True)
 
+    if not options.no_replays:
+        say(
+            "Hits in a hundred, by the share of all experts that is in memory; follow over lru in points, and as a "
+            "share of belady.", "",
+            f"| routing of | in memory | {' | '.join(POLICIES)} | over lru | of belady |",
+            f"| --- | ---: |{' ---: |' * (len(POLICIES) + 2)}", *hit_rows(), "",
+            "Hits of decay, by the tokens after which a use counts half.", "",
+            f"| routing of | in memory | {' | '.join(f'{each:g}' for each in HALF_LIVES)} |",
+            f"| --- | ---: |{' ---: |' * len(HALF_LIVES)}", *half_life_rows(), "",
+            f"Behind the first half of each text, which is a prompt: one that passes in chunks of {CHUNK} tokens, as "
+            "in a run, and one that passes token by token; follow in chunks as a share of belady.", "",
+            "| routing of | in memory | chunks: lru | decay | follow | belady | tokens: lru | decay | follow | belady "
+            "| of belady |",
+            f"| --- | ---: |{' ---: |' * 9}", *prompt_rows(), "",
+        )  # fmt: skip
     say(
-        "Hits in a hundred, by the share of all experts that is in memory; decay over lru in points, and as a share of "
-        "belady.", "",
-        f"| routing of | in memory | {' | '.join(POLICIES)} | over lru | of belady |",
-        f"| --- | ---: |{' ---: |' * (len(POLICIES) + 2)}", *hit_rows(), "",
-    )  # fmt: skip
-    say(
-        f"Behind the first half of each text, which is a prompt: one that passes in chunks of {CHUNK} tokens, as in "
-        "a run, and one of which policies see every token.", "",
-        "| routing of | in memory | chunks: lru | decay | belady | tokens: lru | decay | belady |",
-        f"| --- | ---: |{' ---: |' * 6}", *prompt_rows(), "",
-    )  # fmt: skip
-    say(
-        f"Foretold and measured: {options.tokens} tokens behind {PROMPT} of a prompt, means of {options.repeats}.",
-        "",
-        "| model | in memory | reads | GB/s | hits foretold | by others' traces | hits | tokens/s: band | foretold "
+        f"Foretold and measured: {options.tokens} tokens behind {PROMPT} of a prompt, medians of {options.repeats} "
+        "turns.", "",
+        "| model | in memory | reads | GB/s | hits of text | foretold | measured | tokens/s: band | foretold "
         "| measured | ratio | first token, s: foretold | measured | ratio |",
         f"| --- | ---: | --- |{' ---: |' * 11}",
-    )
-    traces = bundled_traces()
-    text = (REFERENCE / "text" / "test" / "python.txt").read_text(encoding="utf-8")[40_000:44_000]
-    if options.size != "0":
-        with tempfile.TemporaryDirectory() as folder:
+    )  # fmt: skip
+    prose = (REFERENCE / "text" / "test" / "python.txt").read_text(encoding="utf-8")[40_000:]
+    prompts = [prose[start : start + 1500] for start in range(0, 1500 * (3 + options.repeats), 1500)]
+    bounds, prefills = [], []
+
+    def add(*of_a_model: tuple[str, str]) -> None:
+        for forecasts, more in of_a_model:
+            say(forecasts)
+            bounds.extend([more] if more else [])
+
+    with tempfile.TemporaryDirectory() as folder:
+        if options.size != "0":
             model = Path(folder) / "large"
             texts = make_large(model, layers=Shape().layers_in(parse_bytes(options.size)))
             words = "".join(file.read_text(encoding="utf-8") for file in sorted(texts.glob("*.txt")))
-            with Runtime(model, memory="64GiB", context=CONTEXT) as runtime:
-                trace = record(runtime, {"text": words[:2000]}, tokens=512)
-            for line in rows(f"synthetic, {options.size}", model, trace, words[4000:6000], options, []):
-                say(line)
-    for model in options.models:
-        others = [trace for name, trace in traces.items() if name != model.name]
-        for line in rows(model.name, model, traces[model.name], text, options, others):
-            say(line)
+            own = [words[start : start + 200] for start in range(0, 200 * (3 + options.repeats), 200)]
+            for line in rows(f"synthetic, {options.size}", model, own, None, options.shares, options):
+                add(line)
+            prefills.append(prefill_row(f"synthetic, {options.size}", model, words, 2))
+        for model in options.models:
+            for line in rows(model.name, model, prompts, bundled_traces()[model.name], options.shares[:1], options):
+                add(line)
+            prefills.append(prefill_row(model.name, model, prose, 3))
+    say(
+        "", "Decode beside its bound, reads past the page cache, milliseconds a token: the longer of reading and "
+        "computing, each alone.", "",
+        "| model | in memory | guesses | read a token | reading | computing | measured | share of the bound |",
+        f"| --- | ---: | --- |{' ---: |' * 5}", *bounds,
+        "", f"Bytes that a prompt reads in chunks of {CHUNK} tokens: beside those of all experts for each chunk, and "
+        "beside those of the experts that its tokens chose.", "",
+        "| model | in memory | tokens | read | of all experts a chunk | of those chosen |",
+        f"| --- | ---: |{' ---: |' * 4}", *prefills,
+    )  # fmt: skip
     if options.markdown is not None:
         options.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,14 @@ from typer.testing import CliRunner
 from coterie.cli.main import app
 from coterie.errors import InputError, StaleArtifact, UnknownName
 from coterie.evaluate.run import evaluate
+from coterie.model.arch.load import load_model
+from coterie.model.disk.checkpoint import Checkpoint
 from coterie.profile.profile import Profile
 from coterie.profile.run import profile
-from coterie.route.budget import RULES, budget_policy, experts_of
+from coterie.profile.text import CalibrationText, TextSettings
+from coterie.route.apply import routed
+from coterie.route.budget import RULES, budget_policy, experts_of, worth_of
+from coterie.route.layers import divergences_of, share
 from coterie.route.policy import LayerRule, RoutePolicy, uniform_policy
 from coterie.route.run import route
 
@@ -56,6 +62,55 @@ def test_layers_may_have_numbers_of_their_own(measured):
     assert experts_of(policy, measured).tolist() == pytest.approx(means, abs=0.01)
     with pytest.raises(InputError, match="give one for each"):
         budget_policy(measured, experts_per_token=1.5, means=[1.0])
+
+
+def test_layers_are_shared_out_as_brute_force_does(measured):
+    """Among all numbers of slots of two layers, none costs less."""
+    divergences = [0.3, 0.02] + [0.1] * (len(measured.layers) - 2)
+    wanted = 1.5
+    means = share(measured, divergences, wanted)
+    assert sum(means) / len(means) == pytest.approx(wanted, abs=0.01)
+    tables, kept = [], []
+    for number, divergence in enumerate(divergences):
+        square = worth_of(measured, number).sort(-1, descending=True).values[:, 1:].square().flatten()
+        ordered, tokens = square.sort().values, len(measured.samples[number].index_TK)
+        alone = float(ordered[: len(ordered) - round((wanted - 1) * tokens)].sum()) / tokens
+        tables.append([divergence / alone * float(ordered[: len(ordered) - n].sum()) / tokens
+                       for n in range(len(ordered) + 1)])  # fmt: skip
+        kept.append(round((means[number] - 1) * tokens))
+    first, second = tables[:2]
+    budget = kept[0] + kept[1]
+    best = min(
+        first[n] + second[budget - n] for n in range(max(0, budget - len(second) + 1), min(budget, len(first) - 1) + 1)
+    )
+    assert first[kept[0]] + second[kept[1]] == pytest.approx(best, rel=1e-9)
+
+
+def test_what_layers_need_is_measured_in_the_model(tiny, text, measured, tmp_path):
+    """One layer at a time, against whole models that obey the same rule."""
+    checkpoint = Checkpoint.open(tiny())
+    settings = TextSettings(source=text, tokens=512, seq_len=64)
+    policy = budget_policy(measured, experts_per_token=1.0)
+    batches = [ids for _, ids in CalibrationText(checkpoint, settings).draw().batches(8)]
+    model = load_model(tiny(), dtype=torch.float32)
+    expected, whole = [], LayerRule()
+    for layer in range(len(measured.layers)):
+        rules = tuple(rule if number == layer else whole for number, rule in enumerate(policy.rules))
+        total = 0.0
+        for ids in batches:
+            with torch.no_grad():
+                before = model(ids).logits.double().log_softmax(-1)
+                with routed(model, measured.layers, replace(policy, rules=rules)):
+                    after = model(ids).logits.double().log_softmax(-1)
+            total += float((before.exp() * (before - after)).sum(-1)[:, :-1].sum())
+        expected.append(total / sum(ids[:, 1:].numel() for ids in batches))
+    assert divergences_of(checkpoint, measured, policy, batches, "cpu") == pytest.approx(expected, rel=1e-3, abs=1e-7)
+    path = tmp_path / "policy.json"
+    made = route(tiny(), path, experts_per_token=1.5, profile=measured, text=text, tokens=512, seq_len=64)
+    assert made.experts_per_token == pytest.approx(1.5, abs=0.01)
+    assert len({rule.threshold for rule in made.rules}) > 1
+    with pytest.raises(InputError, match="leave --text out"):
+        route(tiny(), path, experts_per_token=1, profile=measured, rule="fewer", text=text)
 
 
 def test_what_cannot_be_is_refused(measured):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import time
 from collections import Counter
 
 import numpy as np
@@ -15,10 +16,12 @@ from coterie.errors import InputError
 from coterie.model.arch.layers import MoELayer
 from coterie.run import forecast as module
 from coterie.run.engine import Runtime, Sampling
-from coterie.run.forecast import Band, chunk_shares, forecast, hit_rate, token_parts, token_seconds
+from coterie.run.forecast import Band, chunk_shares, first_token, forecast, hit_rate, token_parts, token_seconds
 from coterie.run.prepare import prepare
 from coterie.run.probe import ComputeSpeed, DiskSpeed, Stopwatch, count_operations, probe_compute, probe_disk
+from coterie.run.rehearsal import Rehearsal, rehearse
 from coterie.run.trace import RoutingTrace, record
+from coterie.run.weight_file import WeightFile
 from coterie.testing import tiny_checkpoint
 
 FAST = {"disk_seconds": 0.1, "context": 128}
@@ -126,6 +129,38 @@ def test_probes_measure_what_a_run_does(family, tmp_path):
     speed = probe_compute(prepared, chunk=32, room=2**22)
     assert min(speed.layer, speed.layer_chunk, speed.dense, speed.dense_chunk, speed.rest) > 0
     assert speed.load >= 1
+
+
+def test_a_chunk_behind_the_first_waits_for_less():
+    played = Rehearsal(token=1.0, num_tokens=3, hits=0.5, chunk=4.0, waiting=3.0)
+    assert first_token(played, 1, 0.5) == Band(low=4.0, expected=4.0, high=4.0)
+    band = first_token(played, 3, 0.5)
+    assert (band.low, band.expected, band.high) == (4 + 2 * 1.0, 4 + 2 * 2.5, 12.0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", *(
+    pytest.param(family, marks=pytest.mark.long) for family in ("gpt_oss", "granitemoe", "deepseek_v3", "jamba")
+)])  # fmt: skip
+def test_a_rehearsal_takes_the_time_of_tokens_that_miss_so_many_experts(family, tmp_path, monkeypatch):
+    """Misses are those that are asked for, and whoever waits for a slow disk is slow."""
+    prepared = prepare(tiny_checkpoint(tmp_path / family, family), memory="64GiB", context=64, most_experts=6)
+    reads = []
+    read = WeightFile.read
+
+    def slow(self, *arguments):
+        reads.append(time.sleep(0.005))
+        return read(self, *arguments)
+
+    monkeypatch.setattr(WeightFile, "read", slow)
+    how = {"chunk": 32, "asked": 1.0, "policy": "follow", "lanes": 1, "direct": True, "seconds": 0.2}
+    few, many = (rehearse(prepared, rate=rate, **how) for rate in (0.9, 0.1))
+    for each, rate in ((few, 0.9), (many, 0.1)):
+        assert each.token > 0
+        assert each.num_tokens >= 3
+        assert each.hits == pytest.approx(rate, abs=0.25)
+        assert 0.005 < each.waiting <= each.chunk
+    count = sum(layer.num_experts for layer in prepared.architecture.layers)
+    assert many.waiting > 0.5 * 0.005 * count, "all experts of all layers were read, or taken to be"
 
 
 def test_a_stopwatch_counts_the_processor_and_not_what_is_waited_for():

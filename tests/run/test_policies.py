@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie.errors import InputError, UnknownName
-from coterie.run.policies import POLICIES, Decay, EdgeMoe, Lcu, policy_named, replay, shape_of
+from coterie.run.policies import HALF_LIFE, POLICIES, Decay, EdgeMoe, Follow, Lcu, policy_named, shape_of
+from coterie.run.replay import replay, replay_each, waves
 
 LAYERS, EXPERTS = 3, 5
 
@@ -39,7 +41,28 @@ def lfu(past, key):
 
 def decay(past, key):
     now = past[-1][0]
-    return round(sum(0.5 ** ((now - step) / 32) for step, _ in uses(past, key)), 9)
+    return round(sum(0.5 ** ((now - step) / HALF_LIFE) for step, _ in uses(past, key)), 9)
+
+
+def follow(past, key):
+    layer, expert = key
+    tokens = {}  # what the tokens that the layer has seen chose, one after the other
+    for step, place, chosen in past:
+        if place == layer:
+            tokens.setdefault(step, set()).add(chosen)
+    chosen = list(tokens.values())
+    if not any(expert in each for each in chosen):
+        return -1e300
+    now = max(tokens)
+    rate = sum(0.5 ** ((now - step) / HALF_LIFE) for step, _ in uses(past, key)) * math.log(2) / HALF_LIFE
+    share = (sum(expert in each for each in chosen) + 0.5) / (len(chosen) + 2)
+    guess = rate
+    for other in chosen[-1]:
+        behind = [after for before, after in itertools.pairwise(chosen) if other in before]
+        after = (sum(expert in each for each in behind) + 2 * share) / (len(behind) + 2)
+        guess *= (after / share) ** 0.5
+    part = ((layer - past[-1][1] - 1) % LAYERS) / LAYERS
+    return -round(1 / (rate + min(1, guess)) + part, 4)
 
 
 def distance(past, key):
@@ -56,7 +79,7 @@ def edgemoe(past, key):
     return round(len(uses(past, key)) / distance(past, key), 9)
 
 
-REFERENCES = {"lru": lru, "lfu": lfu, "decay": decay, "lcu": lcu, "edgemoe": edgemoe}
+REFERENCES = {"follow": follow, "lru": lru, "lfu": lfu, "decay": decay, "lcu": lcu, "edgemoe": edgemoe}
 
 
 def slow_replay(trace, slots, worth):
@@ -141,10 +164,10 @@ def test_decay_forgets_with_its_half_life():
     policy = Decay((1, 4))
     policy.touch(0, [0, 3], 0)
     policy.touch(0, [3], 0)
-    policy.touch(0, [1], 31)
-    assert policy.worth()[0, 3] > policy.worth()[0, 1], "two uses, 31 steps ago, are still more than one now"
-    policy.touch(0, [2], 33)
-    assert policy.worth()[0, 3] < policy.worth()[0, 2], "and less after 33 steps"
+    policy.touch(0, [1], 19)
+    assert policy.worth()[0, 3] > policy.worth()[0, 1], "two uses, 19 tokens ago, are still more than one now"
+    policy.touch(0, [2], 21)
+    assert policy.worth()[0, 3] < policy.worth()[0, 2], "and less after 21 tokens"
     assert policy.victims(np.array([[True, True, True, False]]), 2) == [(0, 0), (0, 1)]
 
 
@@ -154,7 +177,7 @@ def test_decay_counts_after_a_million_steps():
         policy.touch(0, [0], step)
     policy.touch(0, [1], 10**6 + 1)
     worth = policy.worth()[0]
-    assert worth[0] - worth[1] == pytest.approx(np.log2(1 + 0.5 ** (1 / 32)))
+    assert worth[0] - worth[1] == pytest.approx(np.log2(1 + 0.5 ** (1 / HALF_LIFE)))
     assert worth[2] == -np.inf
 
 
@@ -190,10 +213,62 @@ def test_edgemoe_lets_go_what_is_farther_away():
     assert policy.victims(may_go, 2) == [(3, 0), (2, 0)]
 
 
-def test_the_default_is_decay():
+@st.composite
+def chunks(draw, max_tokens=9, max_chosen=3):
+    """What tokens choose in each layer, and where chunks of them end."""
+    chosen = st.sets(st.integers(0, EXPERTS - 1), min_size=1, max_size=max_chosen)
+    tokens = draw(st.lists(st.tuples(*[chosen] * LAYERS), min_size=1, max_size=max_tokens))
+    ends = draw(st.sets(st.integers(1, len(tokens)))) | {len(tokens)}
+    return tokens, [0, *sorted(ends)]
+
+
+@pytest.mark.parametrize("name", ["follow", "decay", "lfu", "edgemoe"])
+@given(given=chunks())
+def test_a_chunk_counts_as_its_tokens_one_by_one(name, given):
+    tokens, bounds = given
+    whole, single = (policy_named(name, (LAYERS, EXPERTS)) for _ in range(2))
+    for start, stop in itertools.pairwise(bounds):
+        for layer in range(LAYERS):
+            places = {}
+            for place, chosen in enumerate(tokens[start:stop]):
+                single.touch(layer, sorted(chosen[layer]), start + place)
+                for expert in chosen[layer]:
+                    places.setdefault(expert, []).append(place)
+            whole.touch(layer, list(places), start, list(places.values()))
+    if name == "lfu":  # of equals the one that was used last is worth more, within a layer
+        np.testing.assert_array_equal(np.floor(whole.worth()), np.floor(single.worth()))
+    else:
+        np.testing.assert_allclose(whole.worth(), single.worth(), rtol=1e-5)
+
+
+def test_the_least_recent_of_a_chunk_is_the_one_that_no_late_token_chose():
+    policy = policy_named("lru", (1, 4))
+    policy.touch(0, [0, 1, 2], 0, [[0, 3], [2], [1]])
+    assert policy.worth()[0].argsort().tolist() == [3, 2, 1, 0]
+
+
+def test_follow_keeps_what_follows_what_is_chosen_now():
+    # Expert 2 follows 0 and expert 3 follows 1, each as often and as lately as the other: decay cannot tell them apart.
+    policy = Follow((1, 4))
+    for step in range(0, 80, 2):
+        first = step // 2 % 2
+        policy.touch(0, [first], step)
+        policy.touch(0, [2 + first], step + 1)
+    for first, after in ((0, 2), (1, 3)):
+        policy.touch(0, [first], 80 + first)
+        worth = policy.worth()[0]
+        assert worth[after] == max(worth[2:]), first
+
+
+def test_follow_says_what_it_takes_of_memory():
+    assert Follow.num_bytes((3, 5)) == Follow((3, 5))._follows_LEE.nbytes
+    assert Decay.num_bytes((3, 5)) == 0
+
+
+def test_the_default_is_follow():
     trace = [(step, 0, (step * step % 7, 7)) for step in range(50)]
-    assert replay(trace, 4) == replay(trace, 4, "decay")
-    assert next(iter(POLICIES)) == "decay"
+    assert replay(trace, 4) == replay(trace, 4, "follow")
+    assert next(iter(POLICIES)) == "follow"
 
 
 def test_an_unknown_policy_is_refused():
@@ -214,9 +289,12 @@ def test_belady_needs_the_trace_and_holds_to_it():
         policy.touch(0, [1], 1)
 
 
-def test_more_at_once_than_there_are_slots_is_refused():
-    with pytest.raises(InputError, match="step 0 asks layer 0 for 3 experts at once; 2 slots"):
-        replay([(0, 0, (0, 1, 2))], 2)
+def test_more_at_once_than_there_are_slots_comes_in_waves_of_which_the_first_is_in_memory():
+    assert waves([0, 1, 2, 3], [False, True, False, True], 4) == [[0, 1, 2, 3]]
+    assert waves([0, 1, 2, 3, 4], [False, True, False, False, True], 4) == [[1, 4], [0, 2], [3]]
+    assert waves([0, 1], [False, True], 1) == [[1], [0]]
+    # Of five, memory holds four: each pass finds again those that the last waves of the one before left.
+    assert replay_each([(step, 0, range(5)) for step in range(3)], 4) == [0, 4, 4]
 
 
 def test_shapes_come_from_the_largest_numbers():

@@ -11,9 +11,10 @@ import pytest
 
 from coterie.errors import CorruptCheckpoint, InputError, NotEnoughMemory, ReadError, UnknownName
 from coterie.run.arena import Arena
-from coterie.run.policies import POLICIES, Lru, policy_named, replay
+from coterie.run.policies import POLICIES, Lru, policy_named
 from coterie.run.reader import Reader
 from coterie.run.records import ALIGNMENT, Piece, Record, slot_bytes
+from coterie.run.replay import replay
 from coterie.run.residency import Residency
 from experts_on_disk import Disk, bytes_of, expert_files, pieces_in
 
@@ -185,9 +186,9 @@ def test_more_than_there_are_slots_is_refused_and_nothing_is_pinned(make):
 def test_waves_take_what_is_in_memory_first_and_fit_two_at_a_time(make):
     residency = make(4)
     ask(residency, 0, 3, 5)
-    waves = residency.waves(0, [0, 1, 2, 3, 4, 5, 0])
-    assert waves == [(3, 5), (0, 1), (2, 4)]
-    assert residency.waves(0, range(6), size=4) == [(3, 5, 0, 1), (2, 4)]
+    waves = residency.waves(0, [0, 1, 2, 3, 4, 5])
+    assert waves == [[3, 5], [0, 1], [2, 4]]
+    residency.announce(0, range(6), [[0]] * 6, 1)
     before = None
     for wave in waves:
         leases = residency.acquire(0, wave)
@@ -198,6 +199,31 @@ def test_waves_take_what_is_in_memory_first_and_fit_two_at_a_time(make):
     before.release()
     assert residency.counters.hits == 2
     assert residency.step == 1, "the waves are one pass, after the one that asked for two"
+
+
+def test_a_pass_of_several_tokens_is_as_many_steps_and_is_told_to_the_policy_once(make):
+    calls = []
+
+    class Heard(Lru):
+        def touch(self, layer, experts, step, tokens=None):
+            calls.append((layer, list(experts), step, tokens))
+            super().touch(layer, experts, step, tokens)
+
+    residency = make(3, Heard((LAYERS, EXPERTS)))
+    for layer in (0, 1):
+        residency.announce(layer, [0, 1, 4], [[0, 1], [2], [1, 2]], 3)
+        ask(residency, layer, 4)
+        ask(residency, layer, 0, 1)
+    ask(residency, 0, 1)
+    residency.announce(1, [2], [[1]], 2)
+    ask(residency, 1, 2)
+    ask(residency, 1, 2)  # again, without having been announced: the next pass, of one token
+    assert calls == [
+        (0, [0, 1, 4], 0, [[0, 1], [2], [1, 2]]), (1, [0, 1, 4], 0, [[0, 1], [2], [1, 2]]), (0, [1], 3, None),
+        (1, [2], 3, [[1]]), (1, [2], 5, None),
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="layer 1 has no expert 9"):
+        residency.announce(1, [9], [[0]], 1)
 
 
 def test_a_pass_is_over_when_a_layer_comes_again(make):
@@ -496,7 +522,8 @@ def test_nothing_asked_for_is_nothing(make):
 def test_a_thousand_random_steps_on_a_disk_that_fails(make, disk, records, seed):
     draw = random.Random(seed)
     slots = draw.randint(3, 9)
-    residency = make(slots, draw.choice(["lru", "lfu", "decay", "lcu", "edgemoe"]), lanes=2, block_bytes=ALIGNMENT)
+    policy = draw.choice(["follow", "lru", "lfu", "decay", "lcu", "edgemoe"])
+    residency = make(slots, policy, lanes=2, block_bytes=ALIGNMENT)
     expected = {key: bytes_of(record) for key, record in records.items()}
     chance = random.Random(seed + 100)
     rate = 0.0

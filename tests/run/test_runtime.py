@@ -56,7 +56,10 @@ def test_any_room_any_policy_and_any_lanes_compute_the_same_bits(family, tmp_pat
         with torch.no_grad():
             loaded = load_model(model, dtype=torch.float32)(IDS).logits
         assert (logits(wide, IDS) - loaded).abs().max() < 1e-5 * loaded.abs().max()
-    cases = [(2, "decay", 1, 0), (3, "lru", 2, 2), (5, "lcu", 3, 0), (4, "edgemoe", 2, 8), (7, "lfu", 2, 1)]
+    cases = [
+        (2, "decay", 1, 0), (4, "follow", 2, 2), (3, "lru", 2, 2), (5, "lcu", 3, 0), (4, "edgemoe", 2, 8),
+        (7, "lfu", 2, 1),
+    ]  # fmt: skip
     for slots, policy, lanes, lookahead in cases:
         with with_slots(model, slots, policy=policy, lanes=lanes, lookahead=lookahead) as runtime:
             assert runtime.budget.num_slots == slots < whole.budget.most

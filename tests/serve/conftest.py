@@ -14,7 +14,7 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 
 from coterie.run.engine import Runtime
-from coterie.run.residency import Leases
+from coterie.run.leases import Leases
 from coterie.serve.address import listen
 from coterie.serve.app import make_app
 from coterie.serve.server import Server

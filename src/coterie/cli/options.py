@@ -97,7 +97,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else
 
 #: How a model runs that is larger than memory.
 RunContext = Annotated[int, typer.Option(help="Tokens of a sequence, prompt and answer.")]
-Policy = Annotated[str, typer.Option(help="Which experts stay in memory: decay, lru, lfu, lcu or edgemoe.")]
+Policy = Annotated[str, typer.Option(help="Which experts stay in memory: follow, decay, lru, lfu, lcu or edgemoe.")]
 Lanes = Annotated[int, typer.Option(help="Threads that read experts.")]
 Lookahead = Annotated[
     int, typer.Option(help="Experts of the next layer to guess, and read ahead when threads are idle.")

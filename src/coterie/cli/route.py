@@ -26,6 +26,17 @@ def route(
     renormalise: Annotated[
         bool, typer.Option("--renormalise", help="Scale the weights that are left to the sum that they had.")
     ] = False,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Measure on this text how many experts each layer needs, in place of the same number in all.",
+        ),
+    ] = None,
+    tokens: options.Tokens = 4096,
+    seq_len: options.SequenceLength = 512,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
     json: options.Json = False,
 ) -> None:
     """Decide how many experts a token gets.
@@ -36,7 +47,8 @@ def route(
     from coterie.route.run import route as run
 
     policy = run(
-        model, out, experts_per_token=experts_per_token, profile=profile, rule=rule, renormalise=renormalise
+        model, out, experts_per_token=experts_per_token, profile=profile, rule=rule, renormalise=renormalise,
+        text=text, tokens=tokens, seq_len=seq_len, seed=seed, device=device,
     )  # fmt: skip
     if json:
         print_json({"out": str(out), "experts_per_token": policy.experts_per_token, "origin": policy.origin})

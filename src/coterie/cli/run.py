@@ -44,7 +44,7 @@ def run(
     raw: Annotated[
         bool, typer.Option("--raw", help="Go on with the text as it is, without the model's chat template.")
     ] = False,
-    policy: options.Policy = "decay",
+    policy: options.Policy = "follow",
     lanes: options.Lanes = 2,
     lookahead: options.Lookahead = 0,
     draft: options.Draft = "off",
@@ -78,7 +78,7 @@ def run(
     limit = default_memory() if memory is None else memory
     batch = min(answers, MOST_BATCH)
     if dry_run:
-        print_memory(model, limit, context, batch, draft, json=json)
+        print_memory(model, limit, context, policy, batch, draft, json=json)
         return
     text = sys.stdin.read() if prompt is None else prompt
 
@@ -117,11 +117,13 @@ def run(
         typer.echo(f"{generated}; {runtime.peak()}", err=True)
 
 
-def print_memory(model: str, memory: int | str, context: int, batch: int, draft: str, *, json: bool) -> None:
+def print_memory(
+    model: str, memory: int | str, context: int, policy: str, batch: int, draft: str, *, json: bool
+) -> None:
     """Print the memory that a run would take; raises NotEnoughMemory where it is too much."""
     from coterie.run.prepare import prepare
 
-    budget = prepare(model, memory=memory, context=context, batch=batch, draft=draft).budget
+    budget = prepare(model, memory=memory, context=context, policy=policy, batch=batch, draft=draft).budget
     budget.check()
     if json:
         print_json(budget.to_json())

@@ -27,7 +27,7 @@ def serve(
     ] = None,
     queue: Annotated[int, typer.Option(help="Requests that wait at most; more are sent away with status 429.")] = 8,
     context: options.RunContext = 4096,
-    policy: options.Policy = "decay",
+    policy: options.Policy = "follow",
     lanes: options.Lanes = 2,
     lookahead: options.Lookahead = 0,
     draft: options.Draft = "off",
@@ -47,7 +47,7 @@ def serve(
     if dry_run:
         from coterie.run.engine import default_memory
 
-        print_memory(model, default_memory() if memory is None else memory, context, batch, draft, json=json)
+        print_memory(model, default_memory() if memory is None else memory, context, policy, batch, draft, json=json)
         return
     from coterie.serve.run import serve as answer
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.seam import installed, intercepted
-from coterie.route.policy import RoutePolicy
 
 _Function = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
@@ -38,8 +38,18 @@ class Spent:
         return self.experts / max(self.tokens, 1)
 
 
+class Choice(Protocol):
+    """What says which experts are computed: a `coterie.route.policy.RoutePolicy`, or what acts like one."""
+
+    def choose(self, layer: int, index_TK: Tensor, weight_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+        """Return what is computed of what the router of a layer chose; see `LayerRule.choose`."""
+
+    def check(self, top_k: Sequence[int], *, where: str) -> None:
+        """Raise InputError where it is not for a model."""
+
+
 @contextmanager
-def routed(model: nn.Module, layers: Sequence[MoELayer], policy: RoutePolicy) -> Iterator[Spent]:
+def routed(model: nn.Module, layers: Sequence[MoELayer], policy: Choice) -> Iterator[Spent]:
     """Within the block, a model computes what a policy leaves of what its routers choose, as it computed it before.
 
     Args:
@@ -66,9 +76,12 @@ def routed(model: nn.Module, layers: Sequence[MoELayer], policy: RoutePolicy) ->
             index_TK = expert_map[index_TK]
         num_experts = int(module.num_experts)  # type: ignore[arg-type]
         index_TK, weight_TK = policy.choose(number, index_TK, weight_TK, num_experts)
-        spent.experts += int((index_TK < num_experts).sum())
+        is_computed_TK = index_TK < num_experts
+        spent.experts += int(is_computed_TK.sum())
         spent.tokens += len(index_TK)
-        return function(module, hidden_TD, index_TK, weight_TK)
+        # Not all of transformers' implementations know "no expert": what is left out is another one, of weight 0.
+        other_T1 = index_TK.gather(-1, is_computed_TK.int().argmax(dim=-1, keepdim=True)) % num_experts
+        return function(module, hidden_TD, torch.where(is_computed_TK, index_TK, other_T1), weight_TK)
 
     with intercepted(model, compute):
         yield spent

@@ -84,7 +84,7 @@ def experts_of(policy: RoutePolicy, profile: Profile) -> Tensor:
     return torch.stack(means)
 
 
-def _worth(profile: Profile, number: int) -> Tensor:
+def worth_of(profile: Profile, number: int) -> Tensor:
     """Return what the slots of a layer's sample are worth (T, K), float64: weights times mean norms of outputs."""
     sample, size_E = profile.samples[number], torch.tensor(_sizes(profile, number), dtype=torch.float64)
     index_TK = sample.index_TK.long()
@@ -116,7 +116,7 @@ def _rule(profile: Profile, number: int, mean: float, rule: RuleName, *, renorma
         ordered = begin_TK[:, 1:].flatten().sort().values
         return LayerRule(share=_cut(ordered, wanted, none=0.0, whole=1.0), renormalise=renormalise)
     worth = _sizes(profile, number) if rule == "output" else ()
-    worth_TK = _worth(profile, number) if rule == "output" else weight_TK
+    worth_TK = worth_of(profile, number) if rule == "output" else weight_TK
     ordered = worth_TK.sort(dim=-1, descending=True).values[:, 1:].flatten().sort(descending=True).values
     above = 2 * float(ordered[0]) if len(ordered) else 0.0
     return LayerRule(

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from coterie.errors import InputError
+from coterie.model.device import check_device
 from coterie.model.disk.checkpoint import Checkpoint
+from coterie.model.disk.open import open_checkpoint
 from coterie.outputs import check_output
 from coterie.profile.profile import Profile
+from coterie.profile.text import TextSettings
 from coterie.route.budget import RuleName, budget_policy
+from coterie.route.layers import means_by_damage
 from coterie.route.policy import KIND, RoutePolicy
 
 
@@ -20,6 +24,11 @@ def route(
     profile: Profile | str | Path,
     rule: RuleName = "output",
     renormalise: bool = False,
+    text: str | Path | None = None,
+    tokens: int = 4096,
+    seq_len: int = 512,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> RoutePolicy:
     """Decide how many experts a token gets, and write it into a file; see `coterie.route.budget.budget_policy`.
 
@@ -30,19 +39,39 @@ def route(
         profile: of that model.
         rule: how experts are told from each other.
         renormalise: scale the weights that are left to the sum that they had.
+        text: a text folder, on which it is measured how many experts each layer needs; all get the same number if None.
+        tokens: tokens of that text.
+        seq_len: tokens in a sequence.
+        seed: seed of the draw of sequences.
+        device: where the model runs for that.
 
     Raises:
         InputError: a number out of range, or a file that is no JSON.
         OutputExists: something else has the name.
         StaleArtifact: the profile is of another model.
         CorruptArtifact: it is damaged.
+        TextError: there is no such text, or too little.
     """
     path = Path(out)
     if path.suffix != ".json":
         raise InputError(f"{path}: a policy is a JSON file; give it a name that ends in .json")
     check_output(path, kind=KIND)
-    digest = Checkpoint.open(model).digest
-    measured = profile if isinstance(profile, Profile) else Profile.load(profile, model_digest=digest)
-    policy = budget_policy(measured, experts_per_token=experts_per_token, rule=rule, renormalise=renormalise)
+    checkpoint = Checkpoint.open(model)
+    measured = profile if isinstance(profile, Profile) else Profile.load(profile, model_digest=checkpoint.digest)
+    means = None
+    if text is not None:
+        if rule == "fewer":
+            raise InputError("the rule 'fewer' gives all layers the same number of experts: leave --text out")
+        drawn = TextSettings(source=text, tokens=tokens, seq_len=seq_len, seed=seed)
+        means = means_by_damage(
+            open_checkpoint(checkpoint.path),
+            measured,
+            drawn,
+            experts_per_token=experts_per_token,
+            device=check_device(device),
+        )
+    policy = budget_policy(
+        measured, experts_per_token=experts_per_token, rule=rule, renormalise=renormalise, means=means
+    )
     policy.save(path)
     return policy

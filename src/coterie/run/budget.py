@@ -30,7 +30,7 @@ class RunBudget:
         resident: weights that stay in memory.
         reading: what reading those takes on top, before anything else is there.
         cache: keys and values of the whole context, of all sequences.
-        buffers: activations of a chunk of the prompt, masks and logits.
+        buffers: activations of a chunk of the prompt, masks and logits, and what the policy counts.
         slot: bytes of the memory of one expert.
         least: slots that are needed, as many as a token chooses experts.
         most: slots that can be used, as many as there are experts.

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from coterie.amounts import format_bytes
-from coterie.errors import Cancelled, InputError, UnknownName
+from coterie.errors import Cancelled, InputError
 from coterie.model.arch.seam import install
 from coterie.model.quiet import quiet
 from coterie.model.stream.memory import free_bytes, peak_bytes
@@ -26,7 +26,6 @@ from coterie.run.arena import Arena
 from coterie.run.batch import Batch, Outcome, Wanted
 from coterie.run.experts import StreamedExperts
 from coterie.run.lookahead import Lookahead
-from coterie.run.policies import POLICIES
 from coterie.run.prepare import CHUNK, CONTEXT, prepare
 from coterie.run.reader import Reader
 from coterie.run.records import slot_bytes
@@ -94,7 +93,7 @@ class Runtime:
         *,
         memory: int | str,
         context: int = CONTEXT,
-        policy: str = "decay",
+        policy: str = "follow",
         lanes: int = LANES,
         lookahead: int = 0,
         chunk: int = CHUNK,
@@ -129,11 +128,9 @@ class Runtime:
         """
         if lanes < 1 or lookahead < 0:
             raise InputError(f"--lanes {lanes} must be 1 or more, and --lookahead {lookahead} 0 or more")
-        if policy not in POLICIES or policy == "belady":
-            raise UnknownName("policy", policy, sorted(POLICIES.keys() - {"belady"}))
         prepared = prepare(
-            model, memory=memory, context=context, chunk=chunk, most_experts=most_experts, dtype=dtype, batch=batch,
-            draft=draft,
+            model, memory=memory, context=context, chunk=chunk, most_experts=most_experts, dtype=dtype, policy=policy,
+            batch=batch, draft=draft,
         )  # fmt: skip
         prepared.budget.check()
         log.info("memory: %s", prepared.budget)
@@ -445,7 +442,7 @@ def run(
     max_tokens: int = 256,
     sampling: Sampling | None = None,
     template: bool = True,
-    policy: str = "decay",
+    policy: str = "follow",
     lanes: int = LANES,
     lookahead: int = 0,
     draft: str = "off",

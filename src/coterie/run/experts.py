@@ -9,7 +9,7 @@ Legend: T tokens, K chosen experts, D model width, F expert width, N tokens of o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,18 +18,33 @@ from transformers import PreTrainedModel
 
 from coterie.model.arch.experts import Experts, canonical_experts
 from coterie.model.arch.seam import rows_by_expert
+from coterie.run.leases import Lease, Leases
 from coterie.run.lookahead import Lookahead
-from coterie.run.places import LayerPlaces
-from coterie.run.residency import Lease, Leases, Residency
+from coterie.run.places import PROJECTIONS, ExpertTensor, LayerPlaces
+from coterie.run.residency import Residency
 from coterie.run.restriction import Restriction
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Layer:
-    """What is computed in the place of one experts module."""
+    """What is computed in the place of one experts module.
 
-    places: LayerPlaces
-    template: Experts
+    Attributes:
+        places: where its experts lie.
+        alone: its experts in canonical form, whose matrices are looked up by the number of the one that is computed.
+    """
+
+    def __init__(self, places: LayerPlaces, template: Experts) -> None:
+        """Know an experts module by its canonical form."""
+        self.places = places
+        fields: dict[str, Any] = {field: {} for field in PROJECTIONS if getattr(template, field) is not None}
+        self.alone = replace(template, **fields)
+        self._pieces: dict[int, list[tuple[ExpertTensor, int]]] = {}
+
+    def pieces(self, expert: int) -> list[tuple[ExpertTensor, int]]:
+        """Return the tensors that hold an expert's matrices, and of how many pieces of its record each is."""
+        if expert not in self._pieces:
+            self._pieces[expert] = [(each, len(each.stored())) for each in self.places.experts[expert]]
+        return self._pieces[expert]
 
 
 class StreamedExperts:
@@ -69,7 +84,7 @@ class StreamedExperts:
         self.num_chosen = 0
         self.restriction: Restriction | None = None
         self._layers = {
-            id(module): _Layer(places=each, template=canonical_experts(module))
+            id(module): _Layer(each, canonical_experts(module))
             for each in places
             for module in (model.get_submodule(each.layer.experts),)
         }
@@ -88,36 +103,54 @@ class StreamedExperts:
         if self.restriction is not None:
             index_TK, weight_TK = self.restriction.apply(layer.places.layer.index, hidden_TD, index_TK, weight_TK)
         total_TD = torch.zeros(hidden_TD.shape, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
-        rows, top_k = rows_by_expert(index_TK, len(layer.places.experts)), index_TK.shape[-1]
-        if self.restriction is None:
-            self.num_chosen += sum(map(len, rows.values()))
-        for leases in self._waves(layer.places.layer.index, list(rows)):
-            if self._lookahead is not None and self.restriction is None:  # behind what this layer has just asked for
-                self._lookahead.look(layer.places.layer.index, hidden_TD)
-            weighted: dict[int, Tensor] = {}
+        index, num_experts, (num_tokens, top_k) = layer.places.layer.index, len(layer.places.experts), index_TK.shape
+        rows: dict[
+            int, tuple[Any, Any]
+        ]  # for each chosen expert, ascending: its tokens, and in which place they have it
+        if num_tokens == 1:
+            order = sorted((expert, slot) for slot, expert in enumerate(index_TK[0].tolist()) if expert < num_experts)
+            rows = {expert: (slice(None), slice(slot, slot + 1)) for expert, slot in order}
+        else:
+            rows = {
+                expert: (each // top_k, (each % top_k)[:, None])
+                for expert, each in rows_by_expert(index_TK, num_experts).items()
+            }
+        is_guess = self.restriction is not None
+        if not is_guess:
+            self.num_chosen += int((index_TK < num_experts).sum())
+        if not is_guess and (num_tokens > 1 or len(rows) > self._num_slots):
+            tokens = [[0] if num_tokens == 1 else token_N.tolist() for token_N, _ in rows.values()]
+            self._residency.announce(index, list(rows), tokens, num_tokens)
+        weighted: dict[int, Tensor] = {}
+        for leases in self._waves(index, list(rows)):
+            if self._lookahead is not None and not is_guess:  # behind what this layer has just asked for
+                self._lookahead.look(index, hidden_TD)
             for lease in leases:  # those in memory first, then as they arrive
-                token_N, slot_N = rows[lease.expert] // top_k, rows[lease.expert] % top_k
+                token_N, slot_N1 = rows[lease.expert]
                 output_ND = self._output(layer, lease, hidden_TD[token_N])
-                weighted[lease.expert] = (output_ND * weight_TK[token_N, slot_N, None]).to(total_TD.dtype)
+                weight_N1 = weight_TK[:, slot_N1] if num_tokens == 1 else weight_TK[token_N[:, None], slot_N1]
+                weighted[lease.expert] = (output_ND * weight_N1).to(total_TD.dtype)
             leases.release()
-            for expert in sorted(weighted):
-                total_TD.index_add_(0, rows[expert] // top_k, weighted[expert])
+        for expert in sorted(weighted):
+            if num_tokens == 1:
+                total_TD += weighted[expert]
+            else:
+                total_TD.index_add_(0, rows[expert][0], weighted[expert])
         return total_TD.to(hidden_TD.dtype)
 
     def _waves(self, layer: int, experts: Sequence[int]) -> Iterator[Leases]:
-        """Yield leases of experts, ascending; where they are too many, some at a time while the next ones are read."""
+        """Yield leases of experts; where they are too many, some at a time while the next ones are read."""
         if self.restriction is not None:
             with self._residency.peek(layer, experts) as leases:
                 yield leases
             return
-        size = len(experts) if len(experts) <= self._num_slots else max(1, self._num_slots // 2)
-        waves = [experts[start : start + size] for start in range(0, len(experts), size)]
+        waves = self._residency.waves(layer, experts)
         asked: list[Leases] = []
         try:
             for number, wave in enumerate(waves):
                 if not asked:
                     asked.append(self._residency.acquire(layer, wave))
-                if number + 1 < len(waves) and 2 * size <= self._num_slots:
+                if number + 1 < len(waves) and 2 * len(wave) <= self._num_slots:
                     asked.append(self._residency.acquire(layer, waves[number + 1]))
                 yield asked[0]
                 asked.pop(0).release()
@@ -127,18 +160,23 @@ class StreamedExperts:
 
     def _output(self, layer: _Layer, lease: Lease, input_ND: Tensor) -> Tensor:
         """Return f_e(x), (N, D), without the routing weight."""
-        alone: dict[str, Any] = {  # a matrix is looked up by the number of its expert, as in a tensor of all
-            field: {lease.expert: matrix} for field, matrix in self._matrices(layer.places, lease).items()
-        }
-        return replace(layer.template, **alone).output(lease.expert, input_ND)
+        matrices = self._matrices(layer, lease)
+        alone = layer.alone
+        for field, matrix in matrices.items():
+            getattr(alone, field)[lease.expert] = matrix
+        try:
+            return alone.output(lease.expert, input_ND)
+        finally:
+            for field in matrices:  # memory of the arena is not to be kept
+                del getattr(alone, field)[lease.expert]
 
-    def _matrices(self, places: LayerPlaces, lease: Lease) -> Mapping[str, Tensor]:
+    def _matrices(self, layer: _Layer, lease: Lease) -> Mapping[str, Tensor]:
         """Return the projections of an expert, by field."""
         matrices: dict[str, Tensor] = {}
         piece = 0
-        for tensor in places.experts[lease.expert]:
-            count = len(tensor.stored())
+        for tensor, count in layer.pieces(lease.expert):
             stored = [lease.piece(number) for number in range(piece, piece + count)]
-            matrices |= {field: matrix.to(self._dtype) for field, matrix in tensor.read(stored).items()}
+            for field, matrix in tensor.read(stored).items():
+                matrices[field] = matrix if matrix.dtype == self._dtype else matrix.to(self._dtype)
             piece += count
         return matrices

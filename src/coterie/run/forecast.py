@@ -27,10 +27,11 @@ import torch
 from coterie.errors import InputError
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.encodings.ggml_blocks import GgmlBlocks
-from coterie.run.policies import replay, replay_each
 from coterie.run.prepare import CONTEXT, Prepared, prepare
 from coterie.run.probe import DISK_SECONDS, ComputeSpeed, DiskSpeed, Stopwatch, probe_compute, probe_disk
 from coterie.run.records import Record
+from coterie.run.rehearsal import Rehearsal, rehearse
+from coterie.run.replay import replay, replay_each
 from coterie.run.trace import RoutingTrace, bundled_traces, mask_of, sch, srp
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ class Forecast:
         disk: how fast they are read.
         compute: how fast is computed.
         seconds: expected seconds of a token by what takes them; some of it happens at the same time.
+        alone: the same where nothing else is done meanwhile.
         first_token: seconds to the first token of a prompt, with nothing read yet.
         outlooks: the model as it is, then what compressed ones would give.
     """
@@ -133,6 +135,7 @@ class Forecast:
     disk: DiskSpeed | None = None
     compute: ComputeSpeed | None = None
     seconds: Mapping[str, float] | None = None
+    alone: Mapping[str, float] | None = None
     first_token: Band | None = None
     outlooks: tuple[Outlook, ...] = ()
 
@@ -156,7 +159,7 @@ def forecast(
     context: int = CONTEXT,
     prompt_tokens: int | None = None,
     trace: RoutingTrace | Path | None = None,
-    policy: str = "decay",
+    policy: str = "follow",
     lanes: int = 2,
     most_experts: int | None = None,
     direct: bool = True,
@@ -187,7 +190,7 @@ def forecast(
     if not 1 <= prompt_tokens < context:
         raise InputError(f"a prompt of {prompt_tokens} tokens does not fit into a context of {context} with an answer")
     own = RoutingTrace.load(trace) if isinstance(trace, Path) else trace
-    prepared = prepare(model, memory=memory, context=context, most_experts=most_experts)
+    prepared = prepare(model, memory=memory, context=context, most_experts=most_experts, policy=policy)
     budget, layers = prepared.budget, prepared.architecture.layers
     facts: dict[str, Any] = {
         "model": prepared.checkpoint.path, "memory": budget.limit, "smallest": budget.smallest, "context": context,
@@ -197,18 +200,25 @@ def forecast(
     if budget.limit < budget.smallest:
         return Forecast(**facts, fits=False)
     log.info("replaying traces, reading experts, computing products; that takes some seconds")
-    hits = _hits(traces, budget.num_slots / len(prepared.records), policy, prepared.chunk, is_own=is_own)
+    share = budget.num_slots / len(prepared.records)
+    hits = _hits(traces, share, policy, prepared.chunk, is_own=is_own)
     most = max(layer.top_k for layer in layers)
     how: dict[str, Any] = {"lanes": lanes, "policy": policy, "direct": direct}
     disk = probe_disk(prepared.records, most=max(most, 8), seconds=0.8 * disk_seconds, **how)
-    chunk = min(prepared.chunk, prompt_tokens)
+    num_chunks = -(-prompt_tokens // prepared.chunk)
+    chunk = -(-prompt_tokens // num_chunks)
     compute = probe_compute(prepared, chunk=chunk, room=max(2**24, budget.num_slots * budget.slot))
-    seconds = token_parts(disk, compute, layers, hits.rate.expected)
-    siblings = _siblings(prepared, traces, policy, disk, compute, 0.2 * disk_seconds, how)
+    shares = [chunk_shares(trace, share, chunk, policy) for trace in traces]
+    asked, missed = (fmean(each) for each in zip(*shares, strict=True))
+    played = rehearse(prepared, rate=hits.rate.expected, chunk=chunk, asked=asked, seconds=disk_seconds, **how)
+    parts = token_parts(disk, compute, layers, hits.rate.expected)
+    beside = played.token / token_seconds(parts).expected
+    siblings = _siblings(prepared, traces, policy, disk, compute, beside, 0.2 * disk_seconds, how)
     return Forecast(
-        **facts, fits=True, hits=hits, disk=disk, compute=compute, seconds=seconds,
-        first_token=_first_token(prepared, traces, policy, disk, compute, prompt_tokens),
-        outlooks=(_outlook("as it is", prepared, hits.rate, disk, compute), *siblings),
+        **facts, fits=True, hits=hits, disk=disk, compute=compute,
+        seconds={name: beside * each for name, each in parts.items()}, alone=parts,
+        first_token=first_token(played, num_chunks, missed / asked),
+        outlooks=(_outlook("as it is", prepared, hits.rate, disk, compute, beside), *siblings),
     )  # fmt: skip
 
 
@@ -242,12 +252,10 @@ def hit_rate(trace: RoutingTrace, share: float, policy: str, *, chunk: int) -> f
     if share >= 1:
         return 1.0
     steps, behind = trace.run_steps(chunk)
-    slots = _slots(trace, share)
-    parts, owners = _parts(steps, slots)
     hits = asked = 0
-    for owner, (_, _, experts), count in zip(owners, parts, replay_each(parts, slots, policy), strict=True):
-        if behind[owner]:
-            asked, hits = asked + len(experts), hits + count
+    for is_behind, entry, count in zip(behind, steps, replay_each(steps, _slots(trace, share), policy), strict=True):
+        if is_behind:
+            asked, hits = asked + len(entry.experts), hits + count
     return hits / max(asked, 1)
 
 
@@ -255,22 +263,6 @@ def _slots(trace: RoutingTrace, share: float) -> int:
     """Return how many experts are in memory, at least what a token chooses of a layer."""
     top_k = max(int(chosen_TLK.shape[2]) for chosen_TLK in trace.chosen.values())
     return max(round(share * trace.most), top_k)
-
-
-def _parts(
-    steps: Sequence[tuple[int, int, list[int]]], slots: int
-) -> tuple[list[tuple[int, int, list[int]]], list[int]]:
-    """Return steps, of which what is too much at once is asked for part by part, and which step each part is of.
-
-    That is what `coterie.run.experts` does.
-    """
-    parts, owners = [], []
-    for owner, (step, layer, experts) in enumerate(steps):
-        size = len(experts) if len(experts) <= slots else max(1, slots // 2)
-        for start in range(0, len(experts), size):
-            parts.append((step, layer, experts[start : start + size]))
-            owners.append(owner)
-    return parts, owners
 
 
 def _hits(traces: Sequence[RoutingTrace], share: float, policy: str, chunk: int, *, is_own: bool) -> Hits:
@@ -318,7 +310,9 @@ def token_seconds(parts: Mapping[str, float]) -> Band:
     return Band(low=max(parts["reading"], computing), expected=total - parts["at once"], high=total)
 
 
-def _outlook(name: str, prepared: Prepared, rate: Band, disk: DiskSpeed, compute: ComputeSpeed) -> Outlook:
+def _outlook(
+    name: str, prepared: Prepared, rate: Band, disk: DiskSpeed, compute: ComputeSpeed, beside: float
+) -> Outlook:
     budget, layers = prepared.budget, prepared.architecture.layers
     slow, usual, fast = (
         token_seconds(token_parts(disk, compute, layers, each)) for each in (rate.low, rate.expected, rate.high)
@@ -326,13 +320,15 @@ def _outlook(name: str, prepared: Prepared, rate: Band, disk: DiskSpeed, compute
     return Outlook(
         name=name, num_slots=budget.num_slots, most=len(prepared.records), hit_rate=rate.expected,
         token_bytes=round(sum(layer.top_k for layer in layers) * (1 - rate.expected) * disk.record_bytes),
-        tokens_per_second=Band(low=1 / slow.high, expected=1 / usual.expected, high=1 / fast.low),
+        tokens_per_second=Band(
+            low=1 / (beside * slow.high), expected=1 / (beside * usual.expected), high=1 / (beside * fast.low)
+        ),
     )  # fmt: skip
 
 
 def _siblings(
     prepared: Prepared, traces: Sequence[RoutingTrace], policy: str, disk: DiskSpeed, compute: ComputeSpeed,
-    disk_seconds: float, how: Mapping[str, Any],
+    beside: float, disk_seconds: float, how: Mapping[str, Any],
 ) -> list[Outlook]:  # fmt: skip
     """Return what the model would be like with half of its experts, and with experts in fewer bits."""
     budget, layers = prepared.budget, prepared.architecture.layers
@@ -341,7 +337,7 @@ def _siblings(
         share = changed.budget.num_slots / len(changed.records)
         rates = [hit_rate(trace, share, policy, chunk=changed.chunk) for trace in traces]
         band = Band(low=min(rates), expected=fmean(rates), high=max(rates))
-        return _outlook(name, changed, band, disk, compute)
+        return _outlook(name, changed, band, disk, compute, beside)
 
     few = {key: record for key, record in prepared.records.items() if key[1] < layers[0].num_experts // 2}
     half = replace(prepared, records=few, budget=replace(budget, most=min(budget.most, len(few))))
@@ -379,24 +375,21 @@ def _unpack_seconds(shape: tuple[int, int]) -> float:
     return Stopwatch().seconds(encoding.unpack, [stored]) * shape[1] / padded[1]
 
 
-def _first_token(
-    prepared: Prepared, traces: Sequence[RoutingTrace], policy: str, disk: DiskSpeed, compute: ComputeSpeed,
-    prompt_tokens: int,
-) -> Band:  # fmt: skip
-    """Return the seconds that a prompt takes chunk by chunk, when nothing has been read before."""
-    layers, slots = prepared.architecture.layers, prepared.budget.num_slots
-    num_chunks = -(-prompt_tokens // prepared.chunk)
-    chunk = -(-prompt_tokens // num_chunks)
-    share = slots / len(prepared.records)
-    asked, missed = zip(*(chunk_shares(trace, share, chunk, policy) for trace in traces), strict=True)
-    read = computed = 0.0
-    for layer in layers:
-        touched = layer.num_experts * fmean(asked)
-        missing = touched + (num_chunks - 1) * layer.num_experts * fmean(missed)
-        read += disk.seconds(max(disk.seconds_of)) / max(disk.seconds_of) * missing
-        computed += num_chunks * fmean(asked) * compute.layer_chunk
-    rest = num_chunks * (compute.dense_chunk + compute.rest)
-    return Band(low=max(read, computed) + rest, expected=max(read, computed) + rest, high=read + computed + rest)
+def first_token(played: Rehearsal, num_chunks: int, missed: float) -> Band:
+    """Return the seconds that a prompt takes chunk by chunk, when nothing has been read before.
+
+    Args:
+        played: the first chunk.
+        num_chunks: how many there are.
+        missed: share of what a later chunk asks for that is not in memory.
+    """
+    later = played.chunk - (1 - missed) * played.waiting
+    computed = played.chunk - played.waiting
+    return Band(
+        low=played.chunk + (num_chunks - 1) * computed,
+        expected=played.chunk + (num_chunks - 1) * later,
+        high=num_chunks * played.chunk,
+    )
 
 
 def chunk_shares(trace: RoutingTrace, share: float, chunk: int, policy: str) -> tuple[float, float]:
@@ -409,8 +402,6 @@ def chunk_shares(trace: RoutingTrace, share: float, chunk: int, policy: str) -> 
         policy: which experts stay.
     """
     steps = trace.chunk_steps(min(chunk, max(map(len, trace.chosen.values()))))
-    asked = sum(len(experts) for _, _, experts in steps)
-    all_of_them = trace.most * (steps[-1][0] + 1)
-    slots = _slots(trace, share)
-    parts, _ = _parts(steps, slots)
-    return asked / all_of_them, (asked - replay(parts, slots, policy)) / all_of_them
+    asked = sum(len(entry.experts) for entry in steps)
+    all_of_them = trace.most * len({entry.step for entry in steps})
+    return asked / all_of_them, (asked - replay(steps, _slots(trace, share), policy)) / all_of_them

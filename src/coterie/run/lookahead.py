@@ -1,7 +1,8 @@
 """Guess which experts the next layer will choose, so that idle lanes read them before it asks.
 
-The guess is what the next layer's router says of this layer's input: hidden states change little from layer to layer
-(HOBBIT, arXiv 2411.01433, section 3.3). A guess costs no exactness: what was not guessed is read when it is needed.
+The guess is what the next layer's router, with its biases and groups, makes of this layer's input: hidden states change
+little from layer to layer (HOBBIT, arXiv 2411.01433, section 3.3). A guess costs no exactness: what was not guessed is read
+when it is needed.
 
 Legend: E experts, D model width, T tokens.
 """
@@ -9,11 +10,12 @@ Legend: E experts, D model width, T tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coterie.model.arch.layers import MoELayer
@@ -40,15 +42,17 @@ class Lookahead:
             num_guesses: experts of a layer that are guessed, the likeliest; 0 for none.
         """
         self._residency, self._num_guesses = residency, num_guesses
-        rows = router_rows(model, layers)
-        self._routers: dict[int, tuple[MoELayer, Tensor]] = {
-            before.index: (layer, rows[layer.index]) for before, layer in pairwise(layers) if layer.index in rows
-        }
+        self._following: dict[int, tuple[MoELayer, Tensor, Callable[[Tensor], Tensor] | None]] = {}
+        rows = router_rows(model, layers) if num_guesses else {}
+        for before, layer in pairwise(layers):
+            if layer.index in rows:
+                row_ED = rows[layer.index]
+                self._following[before.index] = (layer, row_ED, _choice_of(model, layer, row_ED.dtype))
 
     @property
     def is_on(self) -> bool:
         """Whether anything is read ahead."""
-        return self._num_guesses > 0 and bool(self._routers)
+        return self._num_guesses > 0 and bool(self._following)
 
     @torch.no_grad()
     def look(self, layer: int, hidden_TD: Tensor) -> None:
@@ -56,21 +60,21 @@ class Lookahead:
 
         Where less than a part of the guesses was of use, it stops for good, and says so.
         """
-        if not self.is_on or len(hidden_TD) != 1 or layer not in self._routers:
+        if not self.is_on or len(hidden_TD) != 1 or layer not in self._following:
             return
-        counters = self._residency.counters
-        settled = counters.prefetches_used + counters.prefetches_wasted
-        if settled >= _ENOUGH and counters.prefetches_used < _WORTH * settled:
-            log.warning(
-                "reading ahead stops: %d of %d experts that were read ahead were of use",
-                counters.prefetches_used, settled,
-            )  # fmt: skip
+        used, settled = self._residency.prefetched
+        if settled >= _ENOUGH and used < _WORTH * settled:
+            log.warning("reading ahead stops: %d of %d experts that were read ahead were of use", used, settled)
             self._num_guesses = 0
             return
-        following, router_ED = self._routers[layer]
-        score_E = router_ED.float() @ hidden_TD[0].float()
-        count = min(self._num_guesses, following.num_experts)
-        self._residency.prefetch(following.index, score_E.topk(count).indices.tolist())
+        following, router_ED, choose = self._following[layer]
+        input_1D = hidden_TD.to(router_ED.dtype)
+        chosen = [] if choose is None else choose(input_1D)[0].tolist()[: self._num_guesses]
+        if len(chosen) < min(self._num_guesses, following.num_experts):
+            score_E = nn.functional.linear(input_1D, router_ED)[0]
+            likely = score_E.topk(min(self._num_guesses, following.num_experts)).indices.tolist()
+            chosen = list(dict.fromkeys([*chosen, *likely]))[: self._num_guesses]
+        self._residency.prefetch(following.index, chosen)
 
 
 def router_rows(model: PreTrainedModel, layers: Sequence[MoELayer]) -> dict[int, Tensor]:
@@ -82,3 +86,36 @@ def router_rows(model: PreTrainedModel, layers: Sequence[MoELayer]) -> dict[int,
         if len(rows) == 1:
             rows_by_layer[layer.index] = rows[0]
     return rows_by_layer
+
+
+def _choice_of(model: PreTrainedModel, layer: MoELayer, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """Return what a layer's router chooses for hidden states (T, D), as numbers (T, K), with its biases and groups.
+
+    A router module of transformers returns its choice, or scores from which its block chooses
+    (`route_tokens_to_experts`). None where it is neither: then the products with the router's rows are what is known.
+    """
+    if layer.router is None:
+        return None
+    router, block = model.get_submodule(layer.router), model.get_submodule(layer.block)
+    route: Any = getattr(block, "route_tokens_to_experts", None)
+
+    def numbers(output: Any) -> list[Tensor]:
+        tensors = output if isinstance(output, tuple) else (output,)
+        return [each for each in tensors if not each.is_floating_point() and each.shape[-1] == layer.top_k]
+
+    def by_router(hidden_TD: Tensor) -> Tensor:
+        return numbers(router(hidden_TD))[0]
+
+    def by_block(hidden_TD: Tensor) -> Tensor:
+        output = router(hidden_TD)
+        return numbers(route(*output) if isinstance(output, tuple) else route(output))[0]
+
+    for choose in (by_router, by_block):
+        try:
+            with torch.no_grad():
+                index_TK = choose(torch.ones((1, layer.hidden_size), dtype=dtype))
+        except (IndexError, TypeError, AttributeError, RuntimeError, ValueError):
+            continue
+        if tuple(index_TK.shape) == (1, layer.top_k) and int(index_TK.max()) < layer.num_experts:
+            return choose
+    return None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from coterie.errors import ArchitectureMismatch
 from coterie.model.arch.accounting import expert_place, layer_tensors
@@ -53,6 +54,8 @@ class Rows:
         """Return the projection (rows, columns) as a view of the matrix."""
         stop = self.start + (self.count - 1) * self.step + 1
         rows = matrix if self.axis == 0 else matrix.T
+        if self.step == 1 and self.count == len(rows):
+            return rows
         return rows[self.start : stop : self.step]
 
 
@@ -79,7 +82,8 @@ class ExpertTensor:
             stored: the bytes of each that `stored` names.
         """
         matrix = _unpacked(self.info, iter(stored))
-        matrix = matrix[0] if matrix.ndim == 3 else matrix
+        if matrix.ndim == 3:
+            matrix = matrix[0]
         return {rows.field: rows.of(matrix) for rows in self.rows}
 
 
@@ -128,14 +132,18 @@ def find_places(
         ArchitectureMismatch: an expert's bytes do not lie by themselves, or not in rows that are evenly apart.
     """
     names = layer_tensors(checkpoint, architecture.layers, conversion)
+    # The conversion is that of the family, on as few experts as can be routed.
+    count = architecture.feasible_counts()[0]
+    small = meta_model(resized_config(architecture, count), where=str(checkpoint.path))
     places = []
     for layer, of_layer in zip(architecture.layers, names, strict=True):
         matrices = [name for name in of_layer.experts if not _is_small(checkpoint.tensors[name])]
-        rows_in = _rows_of(checkpoint, architecture, layer, matrices)
+        place = expert_place(matrices, layer.num_experts)
+        rows_in = _rows_of(checkpoint, small, count, layer, matrices, place)
         tensors: list[list[ExpertTensor]] = [[] for _ in range(layer.num_experts)]
         for name in matrices:
             info = checkpoint.tensors[name]
-            rows = rows_in.get(_without_expert(name, layer, matrices))
+            rows = rows_in.get(_without_expert(name, place))
             if rows is None:
                 raise ArchitectureMismatch(f"{checkpoint.path}: it is not known which projections {name} holds")
             if len(info.shape) == 3:
@@ -147,7 +155,8 @@ def find_places(
                         )
                     tensors[expert].append(ExpertTensor(info=one, rows=rows))
             else:
-                tensors[_expert_in(name, matrices, layer)].append(ExpertTensor(info=info, rows=rows))
+                assert place is not None, f"{name} is not one of {layer.num_experts} experts"
+                tensors[int(name.split(".")[place])].append(ExpertTensor(info=info, rows=rows))
         wanted = {field for field in PROJECTIONS if field != "gate_EFD" or _has_gate(architecture, layer)}
         for expert, own in enumerate(tensors):
             if {rows.field for tensor in own for rows in tensor.rows} != wanted:
@@ -168,15 +177,8 @@ def _is_small(info: TensorInfo) -> bool:
     return len(info.shape) < 2 or (len(info.shape) == 2 and info.name.endswith("bias"))
 
 
-def _expert_in(name: str, names: Sequence[str], layer: MoELayer) -> int:
-    place = expert_place(names, layer.num_experts)
-    assert place is not None, f"{name} is not one of {layer.num_experts} experts"
-    return int(name.split(".")[place])
-
-
-def _without_expert(name: str, layer: MoELayer, names: Sequence[str]) -> str:
-    """Return a name with a star for the expert's number, if it has one."""
-    place = expert_place(names, layer.num_experts)
+def _without_expert(name: str, place: int | None) -> str:
+    """Return a name with a star for the expert's number, if it has one, at a place between its dots."""
     if place is None:
         return name
     components = name.split(".")
@@ -185,15 +187,23 @@ def _without_expert(name: str, layer: MoELayer, names: Sequence[str]) -> str:
 
 
 def _rows_of(
-    checkpoint: Checkpoint, architecture: Architecture, layer: MoELayer, names: Sequence[str]
+    checkpoint: Checkpoint,
+    small: PreTrainedModel,
+    count: int,
+    layer: MoELayer,
+    names: Sequence[str],
+    place: int | None,
 ) -> dict[str, tuple[Rows, ...]]:
     """Return by name, a star for the expert's number, what a tensor on disk holds of each expert.
 
-    The conversion is that of the family, on as few experts as can be routed.
+    Args:
+        checkpoint: the model.
+        small: its meta model with fewer experts.
+        count: how many.
+        layer: the layer.
+        names: names on disk of the matrices of its experts.
+        place: where between the dots of a name the expert's number is, if it has one.
     """
-    count = architecture.feasible_counts()[0]
-    small = meta_model(resized_config(architecture, count), where=str(checkpoint.path))
-    place = expert_place(names, layer.num_experts)
     tensors: dict[str, TensorInfo] = {}
     for name in names:
         info = checkpoint.tensors[name]
@@ -224,7 +234,7 @@ def _rows_of(
         shape, lies = tensors[name].shape[-2:], shapes[conversion.memory_names[name]][-2:]
         if name in conversion.either_way and shape != lies:
             axis = 1 - axis
-        rows[_without_expert(name, layer, names)] = _evenly_apart(name, of_one.flatten().tolist(), axis)
+        rows[_without_expert(name, place)] = _evenly_apart(name, of_one.flatten().tolist(), axis)
     return rows
 
 

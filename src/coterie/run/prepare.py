@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from coterie.amounts import parse_bytes
-from coterie.errors import InputError
+from coterie.errors import InputError, UnknownName
 from coterie.model.arch.conversion import TORCH_DTYPES, WeightConversion
 from coterie.model.arch.layers import Architecture
 from coterie.model.arch.load import checkpoint_meta_model
@@ -25,6 +25,7 @@ from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.run.budget import RunBudget
 from coterie.run.draft_choice import DraftChoice
 from coterie.run.places import LayerPlaces, find_places
+from coterie.run.policies import POLICIES, shape_of
 from coterie.run.records import Key, Piece, Record, slot_bytes
 from coterie.run.resident import resident_size
 from coterie.run.sizes import buffer_bytes, cache_bytes
@@ -77,6 +78,7 @@ def prepare(
     chunk: int = CHUNK,
     most_experts: int | None = None,
     dtype: torch.dtype | None = None,
+    policy: str = "follow",
     batch: int = 1,
     draft: str = "off",
 ) -> Prepared:
@@ -87,6 +89,8 @@ def prepare(
         raise InputError(f"a batch of {batch} sequences is out of range: 1 to {MOST_BATCH}")
     if most_experts is not None and most_experts < 1:
         raise InputError(f"{most_experts} experts in memory at most is none; it must be 1 or more")
+    if policy not in POLICIES or policy == "belady":
+        raise UnknownName("policy", policy, sorted(POLICIES.keys() - {"belady"}))
     limit, choice = parse_bytes(memory), DraftChoice.parse(draft)
     stored = Checkpoint.open(model)
     manifest = Manifest.read(stored.path)
@@ -116,7 +120,7 @@ def prepare(
         resident=size.num_bytes,
         reading=max(size.largest, 0 if sibling is None else sibling.reading),
         cache=batch * cache_bytes(checkpoint, meta, context),
-        buffers=buffers,
+        buffers=buffers + POLICIES[policy].num_bytes(shape_of(records)),
         slot=slot_bytes(records.values()),
         least=min(max(layer.top_k for layer in architecture.layers), most_experts or len(records)),
         most=len(records) if most_experts is None else min(len(records), most_experts),

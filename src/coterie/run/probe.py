@@ -41,10 +41,10 @@ _T = TypeVar("_T")
 DISK_SECONDS = 3.0
 
 #: Seconds that one kind of product is repeated for.
-_PRODUCT_SECONDS = 0.25
+_PRODUCT_SECONDS = 0.15
 
 #: Bytes of weights that are gone through in turn, more than processors keep.
-_BEYOND_CACHES = 96 * 2**20
+BEYOND_CACHES = 96 * 2**20
 
 #: File systems that are memory.
 _IN_MEMORY = ("tmpfs", "ramfs")
@@ -104,7 +104,7 @@ def probe_disk(
     *,
     lanes: int,
     most: int,
-    policy: str = "decay",
+    policy: str = "follow",
     seconds: float = DISK_SECONDS,
     direct: bool = True,
     seed: int = 0,
@@ -272,7 +272,7 @@ def probe_compute(prepared: Prepared, *, chunk: int, room: int) -> ComputeSpeed:
         chunk: tokens of a prompt that pass the model at once.
         room: bytes of memory that it may take.
     """
-    room = min(_BEYOND_CACHES, room)
+    room = min(BEYOND_CACHES, room)
     records, dtype = prepared.records, prepared.dtype
     operations = count_operations(prepared.architecture.model)
     watch = Stopwatch()
@@ -307,7 +307,7 @@ def _layer_seconds(prepared: Prepared, chunk: int, room: int, watch: Stopwatch) 
     num_slots = max(most, min(room // size, len(prepared.records)))
     chosen = random.Random(0).sample(layers, max(1, min(len(layers), num_slots // most)))
     for layer in layers:
-        _zero_biases(model.get_submodule(layer.experts), dtype)
+        zero_biases(model.get_submodule(layer.experts), dtype)
     with Residency(Arena(num_slots, size), Reader(), prepared.records) as residency:
         streamed = StreamedExperts(model, prepared.places, residency, num_slots=num_slots, dtype=dtype)
         tokens = [_routed(model, layer, 1, layer.num_experts, dtype) for layer in chosen]
@@ -330,7 +330,7 @@ def _routed(
     return model.get_submodule(layer.experts), hidden_TD, index_TK, weight_TK
 
 
-def _zero_biases(module: nn.Module, dtype: torch.dtype) -> None:
+def zero_biases(module: nn.Module, dtype: torch.dtype) -> None:
     """Give a module of the meta model values where a product adds some; matrices stay as they are."""
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):

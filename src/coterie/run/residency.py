@@ -20,155 +20,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from types import TracebackType
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from coterie.errors import InputError, NotEnoughMemory, ReadError
 from coterie.run.arena import Arena
-from coterie.run.policies import Policy, policy_named, shape_of
+from coterie.run.leases import Counters, Entry, Lease, Leases
+from coterie.run.policies import Policy, Tokens, policy_named, shape_of
 from coterie.run.reader import Read, Reader
 from coterie.run.records import Key, Record, slot_bytes
-
-
-@dataclass(kw_only=True, slots=True)
-class Counters:
-    """What has happened so far.
-
-    Attributes:
-        hits: experts that were in memory when they were asked for.
-        misses: experts that were not, those under way among them.
-        evictions: experts that went to make room.
-        num_bytes: bytes of experts that were read, demanded or not.
-        waits: how many times whoever computes had to wait for an expert.
-        wait_seconds: how long in all.
-        prefetches: reads that were begun before they were asked for.
-        prefetches_used: those of them that were asked for, in time or under way.
-        prefetches_wasted: those whose layer came without asking for them, or that went before it came.
-        failures: reads that failed.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    num_bytes: int = 0
-    waits: int = 0
-    wait_seconds: float = 0.0
-    prefetches: int = 0
-    prefetches_used: int = 0
-    prefetches_wasted: int = 0
-    failures: int = 0
-
-
-class _Entry:
-    """An expert that has a slot, or is about to get one.
-
-    Attributes:
-        key: which one.
-        slot: its slot; None as long as a prefetch has not begun.
-        read: what fills the slot, until it is over.
-        pins: leases of it.
-        is_ready: the bytes are there.
-        error: why they never will be.
-    """
-
-    __slots__ = ("error", "is_ready", "key", "pins", "read", "slot")
-
-    def __init__(self, key: Key, slot: int | None) -> None:
-        self.key = key
-        self.slot = slot
-        self.read: Read | None = None
-        self.pins = 0
-        self.is_ready = False
-        self.error: Exception | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lease:
-    """An expert in memory, pinned until it is given back.
-
-    Attributes:
-        layer: its layer.
-        expert: its number.
-        slot: number of its slot.
-        data: what the slot holds, uint8 [slot_bytes], no copy.
-        offsets: where in it each piece of the record begins, in the order of the record.
-        record: where it came from.
-    """
-
-    layer: int
-    expert: int
-    slot: int
-    data: torch.Tensor
-    offsets: tuple[int, ...]
-    record: Record
-
-    def piece(self, number: int) -> torch.Tensor:
-        """Return the bytes of a piece of the record, uint8 [num_bytes], no copy.
-
-        It is as aligned in memory as it is in its file: where a file has a matrix of bfloat16 at an odd byte, which no
-        common writer does, `view` refuses and a copy is needed.
-        """
-        begin = self.offsets[number]
-        return self.data[begin : begin + self.record.pieces[number].num_bytes]
-
-
-class Leases:
-    """What a layer has asked for: each expert once, whenever it is there. Made by `Residency.acquire`.
-
-    Attributes:
-        layer: the layer.
-        experts: what it has asked for, each once, in the order of asking.
-        hits: those of them that were in memory at that moment.
-    """
-
-    def __init__(self, residency: Residency, layer: int, entries: Mapping[int, _Entry]) -> None:
-        """Hold entries, which are pinned."""
-        self.layer = layer
-        self.experts = tuple(entries)
-        self.hits = tuple(expert for expert, entry in entries.items() if entry.is_ready)
-        self._residency = residency
-        self._entries = dict(entries)
-
-    def __getitem__(self, expert: int) -> Lease:
-        """Return the lease of one expert; wait for it.
-
-        Raises:
-            KeyError: it was not asked for, or was given back.
-            ReadError: it cannot be read.
-            CorruptCheckpoint: its file is no longer what it was.
-        """
-        return self._residency._wait_for(self, [expert])
-
-    def __iter__(self) -> Iterator[Lease]:
-        """Yield the leases of all, those in memory first and then as they arrive.
-
-        Raises:
-            ReadError: one cannot be read.
-            CorruptCheckpoint: its file is no longer what it was.
-        """
-        left = list(self.experts)
-        while left:
-            lease = self._residency._wait_for(self, left)
-            left.remove(lease.expert)
-            yield lease
-
-    def __len__(self) -> int:
-        return len(self.experts)
-
-    def release(self) -> None:
-        """Give all of them back; what was yielded must not be used any more. Once more does nothing."""
-        self._residency.release(self)
-
-    def __enter__(self) -> Leases:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
+from coterie.run.replay import waves
 
 
 class Residency:
@@ -180,7 +46,7 @@ class Residency:
     """
 
     def __init__(
-        self, arena: Arena, reader: Reader, records: Mapping[Key, Record], policy: Policy | str = "decay"
+        self, arena: Arena, reader: Reader, records: Mapping[Key, Record], policy: Policy | str = "follow"
     ) -> None:
         """Take over an arena and a reader, both of which `close` closes, and open the files of all records.
 
@@ -208,16 +74,17 @@ class Residency:
         self._arena, self._reader = arena, reader
         self._changed = threading.Condition()
         self._is_closed = False
-        self._entries: dict[Key, _Entry] = {}
-        self._queued: dict[Key, _Entry] = {}  # prefetches that have not begun and have no slot
+        self._entries: dict[Key, Entry] = {}
+        self._queued: dict[Key, Entry] = {}  # prefetches that have not begun and have no slot
         self._free = list(reversed(range(arena.num_slots)))
         self._num_pinned = 0  # entries with a pin
         self._may_go_LE = np.zeros(shape, dtype=bool)  # ready, and not pinned
         self._to_come_LE = np.zeros(shape, dtype=bool)  # prefetched, and its layer still to come
         self._is_starved = False  # a layer waits for a slot
-        self._step = 0
+        self._step, self._num_tokens = 0, 1  # tokens before the pass, and in it
         self._layer = -1
         self._asked: set[int] = set()  # by the layer under way
+        self._announced: set[int] = set()  # and what it has said that it will ask for
         self._counters = Counters()
 
     @property
@@ -225,6 +92,12 @@ class Residency:
         """What has happened so far: a copy."""
         with self._changed:
             return replace(self._counters)
+
+    @property
+    def prefetched(self) -> tuple[int, int]:
+        """How many of the experts that were prefetched were of use, and of how many it is known."""
+        used = self._counters.prefetches_used
+        return used, used + self._counters.prefetches_wasted
 
     def ready(self, layer: int) -> NDArray[np.bool_]:
         """Return which experts of a layer are in memory and not in use, bool [experts]: a copy."""
@@ -242,8 +115,27 @@ class Residency:
 
     @property
     def step(self) -> int:
-        """Number of the pass through the layers; another begins when a layer comes that has been, or asks again."""
+        """Tokens before the pass through the layers; another begins when a layer comes that has been, or asks again."""
         return self._step
+
+    def announce(self, layer: int, experts: Sequence[int], tokens: Tokens, num_tokens: int) -> None:
+        """Say what a layer is about to ask for in a pass of several tokens, and which of them chose what.
+
+        Without that, what is asked for counts as if one token had chosen it.
+
+        Args:
+            layer: the layer.
+            experts: numbers of experts, each once, which `acquire` is called with next, in one wave or several.
+            tokens: the places in the pass of the tokens that chose each of them.
+            num_tokens: tokens of the pass.
+
+        Raises:
+            InputError: there is no such expert.
+        """
+        keys = self._keys(layer, experts)
+        with self._changed:
+            self._note(layer, [expert for _, expert in keys], tokens, num_tokens)
+            self._announced = set(experts)
 
     def acquire(self, layer: int, experts: Sequence[int]) -> Leases:
         """Ask for experts of a layer; reads of those that are missing are issued before this returns.
@@ -264,8 +156,10 @@ class Residency:
         with self._changed:
             self._check_open()
             self._check_room(keys)
-            self._note(layer, [expert for _, expert in keys])
-            entries: dict[Key, _Entry] = {}
+            if layer != self._layer or not self._announced.issuperset(experts):
+                self._note(layer, [expert for _, expert in keys])
+            self._announced.difference_update(experts)
+            entries: dict[Key, Entry] = {}
             try:
                 for key in keys:
                     entry = self._entries.get(key)
@@ -280,7 +174,8 @@ class Residency:
                 for entry in entries.values():
                     self._unpin(entry)
                 raise
-            return Leases(self, layer, {expert: entries[layer, expert] for _, expert in keys})
+            own = {expert: entries[layer, expert] for _, expert in keys}
+            return Leases(layer, own, self._wait_for, self.release)
 
     def peek(self, layer: int, experts: Sequence[int]) -> Leases:
         """Return leases of those experts of a layer that are in memory; nothing is read, and nothing is counted."""
@@ -289,7 +184,7 @@ class Residency:
             ready = {expert: entry for expert, entry in entries.items() if entry.is_ready}
             for entry in ready.values():
                 self._pin(entry)
-            return Leases(self, layer, ready)
+            return Leases(layer, ready, self._wait_for, self.release)
 
     def release(self, leases: Leases) -> None:
         """Give leases back; once more does nothing."""
@@ -318,7 +213,7 @@ class Residency:
             self._unqueue(layer)
             missing = [key for key in keys if key not in self._entries]
             for key in missing:
-                entry = _Entry(key, None)
+                entry = Entry(key, None)
                 entry.read = self._reader.submit(
                     self.records[key],
                     partial(self._place, entry),
@@ -328,19 +223,18 @@ class Residency:
                 self._queued[key] = entry
             return len(missing)
 
-    def waves(self, layer: int, experts: Sequence[int], size: int | None = None) -> list[tuple[int, ...]]:
-        """Split experts into groups to ask for one after the other: those in memory first, before they have to go.
+    def waves(self, layer: int, experts: Sequence[int]) -> list[list[int]]:
+        """Return experts of a layer as groups to ask for one after the other; see `coterie.run.replay.waves`.
 
         Args:
             layer: the layer.
-            experts: numbers of experts; one that is named twice counts once.
-            size: experts of a group at most; by default half the slots, so that one group can be read while another is
-                computed with.
+            experts: numbers of experts, each once.
         """
-        size = size or max(1, self._arena.num_slots // 2)
+        if len(experts) <= self._arena.num_slots:
+            return [list(experts)]
         with self._changed:
-            order = sorted(dict.fromkeys(experts), key=lambda expert: (layer, expert) not in self._entries)
-        return [tuple(order[begin : begin + size]) for begin in range(0, len(order), size)]
+            in_memory = [(layer, expert) in self._entries for expert in experts]
+        return waves(experts, in_memory, self._arena.num_slots)
 
     def close(self) -> None:
         """Wait for the lanes, fail what is still waited for, and give the memory back."""
@@ -353,7 +247,9 @@ class Residency:
     def __enter__(self) -> Residency:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
     def _keys(self, layer: int, experts: Sequence[int]) -> list[Key]:
@@ -380,16 +276,18 @@ class Residency:
                 f"{others} are in use for others, do not hold them; ask for them in waves, or take more slots"
             )
 
-    def _note(self, layer: int, experts: Sequence[int]) -> None:
-        """Take note of who asks for what, and begin a new step where the last one is over."""
+    def _note(self, layer: int, experts: Sequence[int], tokens: Tokens | None = None, num_tokens: int = 1) -> None:
+        """Take note of who asks for what, and begin a new pass where the last one is over."""
         is_again = layer == self._layer and not self._asked.isdisjoint(experts)
         if layer != self._layer or is_again:
             self._pass_by(self._layer)
-            self._step += layer < self._layer or is_again
-            self._layer, self._asked = layer, set()
+            if layer < self._layer or is_again:
+                self._step += self._num_tokens
+            self._layer, self._asked, self._announced = layer, set(), set()
+        self._num_tokens = num_tokens
         self._asked.update(experts)
         if experts:
-            self.policy.touch(layer, experts, self._step)
+            self.policy.touch(layer, experts, self._step, tokens)
 
     def _pass_by(self, layer: int) -> None:
         """Forget what was prefetched for a layer that is over."""
@@ -409,7 +307,7 @@ class Residency:
         if entry is not None and entry.read is not None:
             self._reader.cancel(entry.read)
 
-    def _join(self, entry: _Entry) -> None:
+    def _join(self, entry: Entry) -> None:
         """Pin an expert that is in memory or on the way there."""
         self._counters.hits += entry.is_ready
         self._counters.misses += not entry.is_ready
@@ -420,15 +318,15 @@ class Residency:
             self._reader.promote(entry.read)
         self._pin(entry)
 
-    def _pin(self, entry: _Entry) -> None:
+    def _pin(self, entry: Entry) -> None:
         self._num_pinned += not entry.pins
         entry.pins += 1
         self._may_go_LE[entry.key] = False
 
-    def _load(self, key: Key) -> _Entry:
+    def _load(self, key: Key) -> Entry:
         """Read an expert that is missing, pinned."""
         self._take_back(key)
-        entry = _Entry(key, self._take_slot())
+        entry = Entry(key, self._take_slot())
         assert entry.slot is not None
         try:
             entry.read = self._reader.submit(
@@ -471,21 +369,21 @@ class Residency:
             self._counters.prefetches_wasted += bool(self._to_come_LE[key])
             self._drop(self._entries[key])
 
-    def _drop(self, entry: _Entry) -> None:
+    def _drop(self, entry: Entry) -> None:
         """Free the slot of an entry."""
         assert entry.slot is not None
         del self._entries[entry.key]
         self._may_go_LE[entry.key] = self._to_come_LE[entry.key] = False
         self._free.append(entry.slot)
 
-    def _unpin(self, entry: _Entry) -> None:
+    def _unpin(self, entry: Entry) -> None:
         entry.pins -= 1
         if not entry.pins and entry.error is None:
             self._num_pinned -= 1
             self._may_go_LE[entry.key] = entry.is_ready
             self._changed.notify_all()
 
-    def _place(self, entry: _Entry) -> memoryview | None:
+    def _place(self, entry: Entry) -> memoryview | None:
         """Return memory for a prefetch that is about to begin, or None where it is not worth it. A lane calls this."""
         with self._changed:
             if self._queued.get(entry.key) is not entry:
@@ -505,7 +403,7 @@ class Residency:
             self._counters.prefetches += 1
             return self._arena.memory(entry.slot)
 
-    def _arrive(self, entry: _Entry, read: Read) -> None:
+    def _arrive(self, entry: Entry, read: Read) -> None:
         """Take note that a read is over. A lane calls this, or who closes."""
         with self._changed:
             entry.read = None
@@ -545,6 +443,10 @@ class Residency:
             assert over.slot is not None
             record = self.records[over.key]
             return Lease(
-                layer=leases.layer, expert=over.key[1], slot=over.slot, data=self._arena.slot(over.slot),
-                offsets=record.offsets, record=record,
-            )  # fmt: skip
+                layer=leases.layer,
+                expert=over.key[1],
+                slot=over.slot,
+                data=self._arena.slot(over.slot),
+                offsets=record.offsets,
+                record=record,
+            )

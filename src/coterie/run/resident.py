@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from transformers.core_model_loading import build_glob_alternation
 
 from coterie.errors import ArchitectureMismatch
 from coterie.model.arch.conversion import WeightConversion, put
+from coterie.model.arch.experts import is_experts
 from coterie.model.arch.load import checkpoint_meta_model
 from coterie.model.disk.checkpoint import Checkpoint
 
@@ -89,6 +91,36 @@ def load_resident(
         raise ArchitectureMismatch(f"{checkpoint.path}: {empty[0]} and {len(empty) - 1} others have no weights")
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-untyped-call, no-any-return]
+
+
+def fill_resident(model: PreTrainedModel, *, room: int) -> None:
+    """Give a model a resident part that means nothing and takes the time of a real one; see `load_resident`.
+
+    Tensors of one shape share memory where there are many of them, but for as many bytes as processors do not keep.
+
+    Args:
+        model: the meta model in the number format of a run; matrices of experts stay on the meta device.
+        room: bytes of tensors of one shape that are there, at most, unless one alone has more.
+    """
+    experts = {id(tensor) for module in model.modules() if is_experts(module) for tensor in module.parameters()}
+    filled: dict[tuple[tuple[int, ...], torch.dtype], list[torch.Tensor]] = {}
+    same: dict[int, torch.Tensor] = {}
+    turn: Counter[tuple[tuple[int, ...], torch.dtype]] = Counter()
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        if not tensor.is_meta or id(tensor) in experts:
+            continue
+        if id(tensor) not in same:
+            kind = tuple(tensor.shape), _dtype_of(model, name) if tensor.is_floating_point() else tensor.dtype
+            copies = filled.setdefault(kind, [])
+            size = max(1, tensor.numel() * tensor.element_size())
+            if not copies or (len(copies) + 1) * size <= room:
+                # Norms scale by one; matrices keep numbers small.
+                copies.append(torch.full(kind[0], 1 if tensor.ndim < 2 else 0.01, dtype=kind[1]))
+            same[id(tensor)] = copies[turn[kind] % len(copies)]
+            turn[kind] += 1
+        put(model, name, same[id(tensor)])
+    model.requires_grad_(False)
+    model.eval()  # type: ignore[no-untyped-call]
 
 
 def _dtype_of(model: PreTrainedModel, name: str) -> torch.dtype:

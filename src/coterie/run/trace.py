@@ -4,7 +4,7 @@
     coterie inspect MODEL --run --memory 6GiB --trace trace.json
 
 How many experts of a cache are hits depends on what follows what, which no header says. `srp` and `sch` say how much
-there is to be had ("Not All Models Suit Expert Offloading", arXiv 2505.16056); `coterie.run.policies.replay` says what
+there is to be had ("Not All Models Suit Expert Offloading", arXiv 2505.16056); `coterie.run.replay.replay` says what
 a policy makes of it.
 
 Legend: T tokens, L MoE layers, K chosen experts at most, E experts of a layer, M tokens of a segment.
@@ -30,6 +30,7 @@ from coterie.errors import CorruptArtifact, InputError, StaleArtifact
 from coterie.fields import Fields
 from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.seam import installed, intercepted
+from coterie.run.policies import Asked
 
 if TYPE_CHECKING:
     from coterie.run.engine import Runtime
@@ -70,17 +71,17 @@ class RoutingTrace:
         """Return all texts, one after the other, [T, L, K]."""
         return np.concatenate(list(self.chosen.values()))
 
-    def steps(self) -> list[tuple[int, int, list[int]]]:
-        """Return it as policies replay it: (step, layer, experts), a step for each token."""
+    def steps(self) -> list[Asked]:
+        """Return it as policies replay it, token by token."""
         return self._entries([(text, start, start + 1) for text in self.chosen for start in range(self._length(text))])
 
-    def run_steps(self, chunk: int) -> tuple[list[tuple[int, int, list[int]]], list[bool]]:
+    def run_steps(self, chunk: int) -> tuple[list[Asked], list[bool]]:
         """Return it as a run asks, the first half of each text as a prompt, and which entries are behind the prompt.
 
         Args:
             chunk: tokens of a prompt that pass the model at once; what a layer asks for is what any of them chose.
         """
-        entries: list[tuple[int, int, list[int]]] = []
+        entries: list[Asked] = []
         behind: list[bool] = []
         step = 0
         for text in self.chosen:
@@ -90,26 +91,34 @@ class RoutingTrace:
             for is_behind, each in ((False, parts), (True, answer)):
                 entries += self._entries(each, step)
                 behind += [is_behind] * (len(entries) - len(behind))
-                step += len(each)
+                step += half if not is_behind else self._length(text) - half
         return entries, behind
 
-    def chunk_steps(self, chunk: int) -> list[tuple[int, int, list[int]]]:
+    def chunk_steps(self, chunk: int) -> list[Asked]:
         """Return it as a run asks that takes all of it for prompts, in chunks of so many tokens."""
-        return self._entries([
-            (text, start, start + chunk) for text in self.chosen for start in range(0, self._length(text), chunk)
-        ])  # fmt: skip
+        return self._entries(
+            [
+                (text, start, min(start + chunk, self._length(text)))
+                for text in self.chosen
+                for start in range(0, self._length(text), chunk)
+            ]
+        )
 
     def _length(self, text: str) -> int:
         return len(self.chosen[text])
 
-    def _entries(self, parts: Sequence[tuple[str, int, int]], step: int = 0) -> list[tuple[int, int, list[int]]]:
-        """Return what each layer is asked for by parts of texts (name, from, to), each of which is a step."""
+    def _entries(self, parts: Sequence[tuple[str, int, int]], step: int = 0) -> list[Asked]:
+        """Return what each layer is asked for by parts of texts (name, from, to), each of which is a pass."""
         entries = []
-        for number, (text, start, stop) in enumerate(parts, start=step):
+        for text, start, stop in parts:
             for place, layer in enumerate(self.layers):
-                experts = np.unique(self.chosen[text][start:stop, place])
-                if len(asked := experts[experts >= 0].tolist()):
-                    entries.append((number, layer, asked))
+                chosen_TK = self.chosen[text][start:stop, place]
+                token_N, slot_N = np.nonzero(chosen_TK >= 0)
+                experts, which_N = np.unique(chosen_TK[token_N, slot_N], return_inverse=True)
+                tokens = None if stop - start == 1 else [token_N[which_N == n].tolist() for n in range(len(experts))]
+                if len(experts):
+                    entries.append(Asked(step, layer, experts.tolist(), tokens))
+            step += stop - start
         return entries
 
     def save(self, path: Path) -> None:

@@ -31,7 +31,7 @@ def serve(
     api_key: str | None = None,
     queue: int = QUEUE,
     context: int = CONTEXT,
-    policy: str = "decay",
+    policy: str = "follow",
     lanes: int = LANES,
     lookahead: int = 0,
     batch: int = 1,
