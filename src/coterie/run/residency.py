@@ -23,6 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -246,7 +247,9 @@ class Residency:
     def __enter__(self) -> Residency:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
     def _keys(self, layer: int, experts: Sequence[int]) -> list[Key]:
@@ -440,6 +443,10 @@ class Residency:
             assert over.slot is not None
             record = self.records[over.key]
             return Lease(
-                layer=leases.layer, expert=over.key[1], slot=over.slot, data=self._arena.slot(over.slot),
-                offsets=record.offsets, record=record,
-            )  # fmt: skip
+                layer=leases.layer,
+                expert=over.key[1],
+                slot=over.slot,
+                data=self._arena.slot(over.slot),
+                offsets=record.offsets,
+                record=record,
+            )
