@@ -93,7 +93,9 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 	$(BIN)/python benchmarks/run.py --markdown benchmarks/run.md
 	$(BIN)/python benchmarks/run_memory.py --markdown benchmarks/run_memory.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_batch.py --markdown benchmarks/run_batch.md
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_forecast.py --repeats 2 --markdown benchmarks/run_forecast.md
+	$(BIN)/python benchmarks/run_policies.py --markdown benchmarks/run_policies.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_forecast.py --markdown benchmarks/run_forecast.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_overhead.py --markdown benchmarks/run_overhead.md
 	$(BIN)/python benchmarks/memory.py --tokens 2048 --markdown benchmarks/memory.md
 	$(BIN)/python benchmarks/memory.py --sizes 2GB 4GB --bundled --tokens 2048 --markdown benchmarks/memory-stages.md
 	$(BIN)/python benchmarks/memory.py --sizes 2GB 16GB --commands gptq --limit 7GiB --tokens 4096 \

@@ -163,6 +163,16 @@ def test_a_rehearsal_takes_the_time_of_tokens_that_miss_so_many_experts(family, 
     assert many.waiting > 0.5 * 0.005 * count, "all experts of all layers were read, or taken to be"
 
 
+def test_a_rehearsal_of_many_slots_misses_as_many_as_of_few(model):
+    """Also where there is room for more experts than a layer has, which must not all be of one layer."""
+    for slots in (4, 8, 12):
+        prepared = prepare(model, memory="64GiB", context=64, most_experts=slots)
+        how = {"chunk": 32, "asked": 1.0, "policy": "follow", "lanes": 1, "direct": True, "seconds": 0.2}
+        for rate in (0.3, 0.7):
+            played = rehearse(prepared, rate=rate, **how)
+            assert played.hits == pytest.approx(rate, abs=0.2), (slots, rate)
+
+
 def test_a_stopwatch_counts_the_processor_and_not_what_is_waited_for():
     import time
 

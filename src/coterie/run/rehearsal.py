@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from coterie.model.arch.layers import MoELayer
 from coterie.model.arch.load import checkpoint_meta_model
 from coterie.model.arch.seam import intercepted
 from coterie.model.quiet import quiet
@@ -165,15 +166,14 @@ class _Stage:
         self.layers_played = 0
 
     def fill(self, num_slots: int) -> None:
-        """Have as many experts in memory as there is room for."""
-        for layer in self._layers:
-            experts = range(min(layer.num_experts, num_slots))
-            with self._residency.acquire(layer.index, experts) as leases:
+        """Have experts of as many layers in memory as there is room for twice what a token chooses of each."""
+        top_k, num_experts = self._layers[0].top_k, self._layers[0].num_experts
+        count = max(1, min(len(self._layers), num_slots // (2 * top_k)))
+        size = min(num_slots // count, max(1, num_experts - top_k))  # so that others are missing
+        for layer in self._layers[:count]:
+            with self._residency.acquire(layer.index, range(size)) as leases:
                 for lease in leases:
                     del lease  # it holds memory of the arena
-            num_slots -= len(experts)
-            if not num_slots:
-                return
 
     def play_tokens(self, rate: float) -> None:
         """From now on, tokens one by one find a share of their experts in memory."""
@@ -196,8 +196,13 @@ class _Stage:
         begun = time.perf_counter()
         num_missing = sum(self._draw.random() >= self._rate for _ in range(top_k))
         in_memory = self._residency.in_memory()
-        # Any layer will do, as all are alike: one that has as many in memory as are to be found there.
-        layer = max(self._layers, key=lambda each: (min(len(in_memory[each.index]), top_k), self._draw.random()))
+
+        # Any layer will do, as all are alike: one that has as many in memory as are to be there, and as few.
+        def lacking(layer: MoELayer) -> int:
+            there = len(in_memory[layer.index])
+            return max(0, top_k - num_missing - there) + max(0, num_missing - (layer.num_experts - there))
+
+        layer = min(self._layers, key=lambda each: (lacking(each), self._draw.random()))
         own = in_memory[layer.index]
         there = self._draw.sample(own, min(top_k - num_missing, len(own)))
         others = sorted(set(range(layer.num_experts)) - set(own))
