@@ -43,6 +43,9 @@ def run(
     policy: options.Policy = "decay",
     lanes: options.Lanes = 2,
     lookahead: options.Lookahead = 0,
+    kv: options.Kv = "auto",
+    sessions: options.Sessions = None,
+    sessions_size: options.SessionsSize = None,
     dry_run: options.MemoryDryRun = False,
     save_trace: Annotated[
         Path | None,
@@ -58,7 +61,14 @@ def run(
     needed. The result is the same with any budget.
     """
     from coterie.run.engine import Runtime, Sampling, default_memory
+    from coterie.run.session_store import SIZE
     from coterie.run.trace import check_trace_path, recording
+
+    if sessions is None:
+        options.only_with("--sessions", {"--sessions-size": sessions_size})
+    elif save_trace is not None:
+        raise typer.BadParameter("a trace is of the whole text, and --sessions skips what is known of it",
+                                 param_hint="--save-trace")  # fmt: skip
 
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
@@ -68,7 +78,7 @@ def run(
         check_trace_path(save_trace)
     limit = default_memory() if memory is None else memory
     if dry_run:
-        print_memory(model, limit, context, json=json)
+        print_memory(model, limit, context, kv, json=json)
         return
     text = sys.stdin.read() if prompt is None else prompt
 
@@ -76,7 +86,10 @@ def run(
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead) as runtime:
+    with Runtime(
+        model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead, kv=kv,
+        sessions=sessions, sessions_size=sessions_size or SIZE,
+    ) as runtime:  # fmt: skip
         with nullcontext() if save_trace is None else recording(runtime.model, runtime.layers) as recorder:
             generated = runtime.generate(
                 text, max_tokens=max_tokens, sampling=sampling, template=not raw, on_text=None if json else show
@@ -90,11 +103,11 @@ def run(
         typer.echo(f"{generated}; {runtime.peak()}", err=True)
 
 
-def print_memory(model: str, memory: int | str, context: int, *, json: bool) -> None:
+def print_memory(model: str, memory: int | str, context: int, kv: str, *, json: bool) -> None:
     """Print the memory that a run would take; raises NotEnoughMemory where it is too much."""
     from coterie.run.prepare import prepare
 
-    budget = prepare(model, memory=memory, context=context).budget
+    budget = prepare(model, memory=memory, context=context, kv=kv).budget
     budget.check()
     if json:
         print_json(budget.to_json())

@@ -30,6 +30,9 @@ def serve(
     policy: options.Policy = "decay",
     lanes: options.Lanes = 2,
     lookahead: options.Lookahead = 0,
+    kv: options.Kv = "auto",
+    sessions: options.Sessions = None,
+    sessions_size: options.SessionsSize = None,
     dry_run: options.MemoryDryRun = False,
     json: options.Json = False,
 ) -> None:
@@ -39,14 +42,17 @@ def serve(
     One request is answered at a time, the others wait. It listens at this machine's own address unless told otherwise,
     and ends with Ctrl-C.
     """
+    if sessions is None:
+        options.only_with("--sessions", {"--sessions-size": sessions_size})
     if dry_run:
         from coterie.run.engine import default_memory
 
-        print_memory(model, default_memory() if memory is None else memory, context, json=json)
+        print_memory(model, default_memory() if memory is None else memory, context, kv, json=json)
         return
+    from coterie.run.session_store import SIZE
     from coterie.serve.run import serve as answer
 
     answer(
         model, memory=memory, host=host, port=port, api_key=api_key, queue=queue, context=context, policy=policy,
-        lanes=lanes, lookahead=lookahead,
+        lanes=lanes, lookahead=lookahead, kv=kv, sessions=sessions, sessions_size=sessions_size or SIZE,
     )  # fmt: skip

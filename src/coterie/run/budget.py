@@ -34,6 +34,7 @@ class RunBudget:
         slot: bytes of the memory of one expert.
         least: slots that are needed, as many as a token chooses experts.
         most: slots that can be used, as many as there are experts.
+        kv: how keys and values are kept, see `coterie.run.kv`.
     """
 
     limit: int
@@ -45,6 +46,7 @@ class RunBudget:
     slot: int
     least: int
     most: int
+    kv: str = "full"
 
     @property
     def fixed(self) -> int:
@@ -69,7 +71,7 @@ class RunBudget:
         return (
             ("weights that every token passes", self.resident),
             (f"{self.num_slots} of {self.most} experts", self.num_slots * self.slot),
-            ("keys and values", self.cache),
+            ("keys and values" if self.kv == "full" else f"keys and values ({self.kv})", self.cache),
             ("activations", self.buffers),
             ("the program", self.program + _LIBRARIES),
         )

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from coterie.model.arch.seam import install
 from coterie.model.quiet import quiet
 from coterie.model.stream.memory import free_bytes, peak_bytes
 from coterie.run.arena import Arena
+from coterie.run.chunks import Reading, new_cache
 from coterie.run.experts import StreamedExperts
 from coterie.run.lookahead import Lookahead
 from coterie.run.policies import POLICIES
@@ -31,6 +33,8 @@ from coterie.run.reader import Reader
 from coterie.run.records import slot_bytes
 from coterie.run.residency import Residency
 from coterie.run.resident import load_resident
+from coterie.run.reuse import Growing, KeptSequences
+from coterie.run.session_store import SIZE, SessionStore, session_key
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +94,7 @@ class Generated:
     Attributes:
         text: the text, without the prompt.
         prompt_tokens: tokens of the prompt.
+        reused: tokens of the prompt whose keys and values were there already.
         tokens: tokens that were made.
         first_seconds: time to the first one.
         seconds: time to the last one.
@@ -99,6 +104,7 @@ class Generated:
 
     text: str
     prompt_tokens: int
+    reused: int
     tokens: int
     first_seconds: float
     seconds: float
@@ -116,15 +122,23 @@ class Generated:
 
     def __str__(self) -> str:
         each = format_bytes(self.bytes_read // max(self.tokens, 1))
+        known = f" ({self.reused} of them were known)" if self.reused else ""
         return (
-            f"{self.prompt_tokens} tokens read in {self.first_seconds:.1f} s, {self.tokens} made at "
+            f"{self.prompt_tokens} tokens read{known} in {self.first_seconds:.1f} s, {self.tokens} made at "
             f"{self.tokens_per_second:.1f} a second; {self.hits:.0%} of experts were in memory, "
             f"{format_bytes(self.bytes_read)} were read ({each} a token)"
         )
 
 
 class Runtime:
-    """A model within a budget of memory, ready to generate. Close it, or use it as a context."""
+    """A model within a budget of memory, ready to generate. Close it, or use it as a context.
+
+    Keys and values stay when a generation is over, and a prompt that begins in the same way reuses them, as far as the
+    memory for one context goes (`coterie.run.reuse`).
+
+    Attributes:
+        reused: tokens of the last prompt whose keys and values were there already.
+    """
 
     def __init__(
         self,
@@ -139,6 +153,9 @@ class Runtime:
         most_experts: int | None = None,
         dtype: torch.dtype | None = None,
         direct: bool = True,
+        kv: str = "auto",
+        sessions: str | Path | None = None,
+        sessions_size: int | str = SIZE,
     ) -> None:
         """Load what stays in memory, and take all the memory that the run may have.
 
@@ -153,17 +170,25 @@ class Runtime:
             most_experts: how many experts are in memory at most, also where there is room for more.
             dtype: number format that is computed in; that of the checkpoint when None.
             direct: read past the page cache, where the file system can.
+            kv: how keys and values are kept: "full", "int8", "int4" or "window:N" (`coterie.run.kv`); "auto" for full
+                where all experts, or twice as many as a token chooses in all layers, are in memory beside them, and
+                for int8 where not.
+            sessions: folder where keys and values go that there is no memory for, and all of them at the end; what is
+                there serves the next runtime of the same model. It holds what was asked and answered.
+            sessions_size: bytes that this folder may take; what was used longest ago goes.
 
         Raises:
             NotEnoughMemory: the budget is too small; names the smallest that works.
-            InputError: no such policy, or a number out of range.
+            InputError: no such policy, a number out of range, or a folder that nothing can be written to.
             NotACheckpoint, CorruptCheckpoint, ArchitectureMismatch, NotAMoE: the model is not usable.
         """
         if lanes < 1 or lookahead < 0:
             raise InputError(f"--lanes {lanes} must be 1 or more, and --lookahead {lookahead} 0 or more")
         if policy not in POLICIES or policy == "belady":
             raise UnknownName("policy", policy, sorted(POLICIES.keys() - {"belady"}))
-        prepared = prepare(model, memory=memory, context=context, chunk=chunk, most_experts=most_experts, dtype=dtype)
+        prepared = prepare(
+            model, memory=memory, context=context, chunk=chunk, most_experts=most_experts, dtype=dtype, kv=kv
+        )
         prepared.budget.check()
         log.info("memory: %s", prepared.budget)
         if prepared.budget.num_slots < prepared.budget.most // 20:
@@ -172,11 +197,14 @@ class Runtime:
                 prepared.budget.num_slots, prepared.budget.most,
             )  # fmt: skip
         self.budget, self.tokenizer, self.context = prepared.budget, prepared.tokenizer, prepared.context
-        self.path, self._chunk = prepared.checkpoint.path, prepared.chunk
+        self.path = prepared.checkpoint.path
         self.digest, self.layers = prepared.checkpoint.digest, prepared.architecture.layers
         self.model = load_resident(prepared.checkpoint, prepared.conversion, prepared.dtype, prepared.apart)
         if (self.path / GENERATION_CONFIG_NAME).is_file():
             self.model.generation_config = GenerationConfig.from_pretrained(self.path)
+            # Another cache would take other memory than the budget counts.
+            cast(Any, self.model.generation_config).cache_implementation = None
+        self._reading = Reading(self.model, prepared.chunk)
         _give_back()
         records = prepared.records
         self._arena = Arena(self.budget.num_slots, slot_bytes(records.values()))
@@ -189,6 +217,12 @@ class Runtime:
             check=self._check, lookahead=self.lookahead if lookahead else None,
         )  # fmt: skip
         install(self.model, streamed.compute)
+        self.reused = 0
+        cache = partial(new_cache, self.model, prepared.kv, prepared.plain)
+        store = None if sessions is None else SessionStore(
+            sessions, sessions_size, key=session_key(self.model, self.digest, cache(), self.budget.kv), new_cache=cache
+        )  # fmt: skip
+        self._kept = KeptSequences(prepared.cache, prepared.context, cache, store)
 
     def ids(
         self,
@@ -263,7 +297,7 @@ class Runtime:
         hits, misses = after.hits - before.hits, after.misses - before.misses
         return Generated(
             text=str(self.tokenizer.decode(new, skip_special_tokens=True)), prompt_tokens=ids_1S.shape[1],
-            tokens=len(new), first_seconds=(streamer.first or started) - started, seconds=seconds,
+            reused=self.reused, tokens=len(new), first_seconds=(streamer.first or started) - started, seconds=seconds,
             hits=hits / max(hits + misses, 1), bytes_read=after.num_bytes - before.num_bytes,
         )  # fmt: skip
 
@@ -298,19 +332,26 @@ class Runtime:
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         model, steps = cast(Any, self.model), None if on_token is None else _Steps(on_token)
+        running = self._kept.begin(ids_1S[0]) if self._reading.has_cache else None
+        self.reused = 0 if running is None else running.reused
         hook = None if steps is None else self.model.register_forward_hook(steps.note)
-        self._cancelled = cancelled
+        self._cancelled, whole = cancelled, False
+        watching = [each for each in (None if running is None else Growing(running), steps) if each is not None]
         try:
             with quiet(), torch.no_grad():
                 output = model.generate(
                     ids_1S, attention_mask=torch.ones_like(ids_1S), streamer=streamer,
-                    stopping_criteria=None if steps is None else StoppingCriteriaList([steps]),
+                    stopping_criteria=StoppingCriteriaList(watching),
                     max_new_tokens=min(max_tokens, self.context - ids_1S.shape[1]),
-                    prefill_chunk_size=self._chunk if ids_1S.shape[1] > self._chunk else None,
-                    pad_token_id=self._pad(), **sampling.settings(),
+                    prefill_chunk_size=self._reading.begin(ids_1S, running),
+                    pad_token_id=self._pad(), **({} if running is None else {"past_key_values": running.cache}),
+                    **sampling.settings(),
                 )  # fmt: skip
+            whole = True
         finally:
             self._cancelled = None
+            if running is not None:
+                running.end(whole=whole)
             if hook is not None:
                 hook.remove()
         new: list[int] = output[0, ids_1S.shape[1] :].tolist()
@@ -326,8 +367,13 @@ class Runtime:
         """Say how much memory this process took at most, beside what it may take."""
         return f"memory: {format_bytes(peak_bytes())} at most, of {format_bytes(self.budget.limit)}"
 
+    def forget(self) -> None:
+        """Forget the keys and values that were kept, so that the next prompt is computed from its beginning."""
+        self._kept.close()
+
     def close(self) -> None:
         """Let reads that are under way end, and give the memory back."""
+        self._kept.close()
         self.residency.close()
 
     def __enter__(self) -> Runtime:
@@ -413,6 +459,9 @@ def run(
     policy: str = "decay",
     lanes: int = LANES,
     lookahead: int = 0,
+    kv: str = "auto",
+    sessions: str | Path | None = None,
+    sessions_size: int | str = SIZE,
     on_text: Callable[[str], None] | None = None,
 ) -> Generated:
     """Go on with a prompt within a budget of memory; for several prompts, keep a `Runtime`.
@@ -428,11 +477,17 @@ def run(
         policy: which experts stay in memory, see `Runtime`.
         lanes: threads that read.
         lookahead: experts of the next layer that are guessed and read ahead; 0 for none.
+        kv: how keys and values are kept, see `Runtime`.
+        sessions: folder of keys and values for another time, see `Runtime`.
+        sessions_size: bytes that it may take.
         on_text: gets the text piece by piece, as it comes.
 
     Raises:
         NotEnoughMemory, InputError, ArchitectureMismatch, CorruptCheckpoint: see `Runtime` and `Runtime.generate`.
     """
     limit = default_memory() if memory is None else memory
-    with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead) as runtime:
+    with Runtime(
+        model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead, kv=kv,
+        sessions=sessions, sessions_size=sessions_size,
+    ) as runtime:  # fmt: skip
         return runtime.generate(prompt, max_tokens=max_tokens, sampling=sampling, template=template, on_text=on_text)

@@ -160,6 +160,7 @@ def forecast(
     lanes: int = 2,
     most_experts: int | None = None,
     direct: bool = True,
+    kv: str = "auto",
     disk_seconds: float = DISK_SECONDS,
 ) -> Forecast:
     """Say what a run is about to be like; takes some seconds, in which the disk is read and products are computed.
@@ -175,6 +176,7 @@ def forecast(
         lanes: threads that read.
         most_experts: how many experts are in memory at most, also where there is room for more.
         direct: read past the page cache, where the file system can.
+        kv: how keys and values are kept, see `coterie.run.engine.Runtime`.
         disk_seconds: how long the disk is read for, at most.
 
     Raises:
@@ -187,7 +189,7 @@ def forecast(
     if not 1 <= prompt_tokens < context:
         raise InputError(f"a prompt of {prompt_tokens} tokens does not fit into a context of {context} with an answer")
     own = RoutingTrace.load(trace) if isinstance(trace, Path) else trace
-    prepared = prepare(model, memory=memory, context=context, most_experts=most_experts)
+    prepared = prepare(model, memory=memory, context=context, most_experts=most_experts, kv=kv)
     budget, layers = prepared.budget, prepared.architecture.layers
     facts: dict[str, Any] = {
         "model": prepared.checkpoint.path, "memory": budget.limit, "smallest": budget.smallest, "context": context,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coterie.amounts import parse_bytes
 from coterie.errors import InputError
@@ -23,10 +24,13 @@ from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.quantized import dequantized
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.run.budget import RunBudget
+from coterie.run.kv import Heads, KVFormat, layer_size, plain_layers
 from coterie.run.places import LayerPlaces, find_places
 from coterie.run.records import Key, Piece, Record, slot_bytes
 from coterie.run.resident import resident_size
-from coterie.run.sizes import buffer_bytes, cache_bytes
+from coterie.run.sizes import CacheSize, buffer_bytes, cache_size
+
+log = logging.getLogger(__name__)
 
 #: Tokens of prompt and answer together, and of a prompt that pass the model at once.
 CONTEXT, CHUNK = 4096, 256
@@ -47,6 +51,9 @@ class Prepared:
         dtype: number format that is computed in.
         context: tokens of prompt and answer together, at most.
         chunk: tokens of a prompt that pass the model at once.
+        kv: how keys and values are kept.
+        plain: layers of the cache that keep them so.
+        cache: what they take.
         budget: what memory is for.
     """
 
@@ -60,6 +67,9 @@ class Prepared:
     dtype: torch.dtype
     context: int
     chunk: int
+    kv: KVFormat
+    plain: tuple[int, ...]
+    cache: CacheSize
     budget: RunBudget
 
 
@@ -71,13 +81,14 @@ def prepare(
     chunk: int = CHUNK,
     most_experts: int | None = None,
     dtype: torch.dtype | None = None,
+    kv: str = "auto",
 ) -> Prepared:
     """Look at a model; see `coterie.run.engine.Runtime` for arguments and errors. The budget is not checked."""
     if context < 1 or chunk < 1:
         raise InputError(f"--context {context} and a chunk of {chunk} tokens must be 1 or more")
     if most_experts is not None and most_experts < 1:
         raise InputError(f"{most_experts} experts in memory at most is none; it must be 1 or more")
-    limit = parse_bytes(memory)
+    limit, how = parse_bytes(memory), KVFormat.parse(kv)
     stored = Checkpoint.open(model)
     manifest = Manifest.read(stored.path)
     # In full precision, whatever it is stored in, its experts in one width.
@@ -95,21 +106,53 @@ def prepare(
     meta: Any = checkpoint_meta_model(checkpoint, dtype=dtype)
     size = resident_size(checkpoint, conversion, meta, apart)
     chunk = min(chunk, context)
+    cache = cache_size(checkpoint, meta)
     budget = RunBudget(
         limit=limit,
         program=psutil.Process().memory_info().rss,
         resident=size.num_bytes,
         reading=size.largest,
-        cache=cache_bytes(checkpoint, meta, context),
+        cache=cache.planned(context, chunk),
         buffers=buffer_bytes(meta, architecture.layers, chunk=chunk, context=context),
         slot=slot_bytes(records.values()),
         least=min(max(layer.top_k for layer in architecture.layers), most_experts or len(records)),
         most=len(records) if most_experts is None else min(len(records), most_experts),
     )
+    short = budget.num_slots < min(budget.most, 2 * sum(layer.top_k for layer in architecture.layers))
+    kv_format = how or KVFormat(name="int8" if short else "full")
+    plain: dict[int, Heads] = {}
+    if kv_format.name != "full":
+        plain = _plain_layers(meta)
+        smaller = cache.with_layers(
+            {number: layer_size(kv_format, heads, dtype.itemsize) for number, heads in plain.items()}
+        )
+        smaller_budget = replace(budget, cache=smaller.planned(context, chunk), kv=str(kv_format))
+        if how is None and smaller_budget.cache >= budget.cache:
+            kv_format, plain = KVFormat(), {}
+        else:
+            cache, budget = smaller, smaller_budget
+            _tell(kv_format, len(plain), len(cache.layers))
     return Prepared(
         checkpoint=checkpoint, architecture=architecture, conversion=conversion, places=places, records=records,
-        apart=apart, tokenizer=tokenizer, dtype=dtype, context=context, chunk=chunk, budget=budget,
+        apart=apart, tokenizer=tokenizer, dtype=dtype, context=context, chunk=chunk, kv=kv_format,
+        plain=tuple(plain), cache=cache, budget=budget,
     )  # fmt: skip
+
+
+def _plain_layers(meta: PreTrainedModel) -> dict[int, Heads]:
+    try:
+        return plain_layers(meta)
+    except Exception:  # whatever code of a family does not run without numbers
+        log.debug("a token does not pass this model without its weights", exc_info=True)
+        return {}
+
+
+def _tell(how: KVFormat, plain: int, layers: int) -> None:
+    """Say how many layers keep keys and values in the way that was asked for."""
+    if not plain:
+        log.warning("no layer of this model keeps keys and values of all tokens alone: --kv %s changes nothing", how)
+    elif plain < layers:
+        log.info("keys and values: %s in %d of %d layers; the others keep what they keep", how, plain, layers)
 
 
 def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:

@@ -30,6 +30,10 @@ class Generator(Protocol):
     def ends(self) -> tuple[int, ...]:
         """Ids of the tokens that end an answer."""
 
+    @property
+    def reused(self) -> int:
+        """Tokens of the last prompt whose keys and values were there already."""
+
     def generate_ids(
         self,
         ids_1S: Tensor,
@@ -115,11 +119,13 @@ class Ended:
         reason: "stop" for the model's own end or a stop string, "tool_calls" where it calls functions, "length" where
             there was no more room.
         tokens: how many it has.
+        reused: tokens of the prompt whose keys and values were there already.
     """
 
     answer: int
     reason: str
     tokens: int
+    reused: int
 
 
 def generate(
@@ -160,6 +166,7 @@ def generate(
             metrics.token_seconds.observe(now - last)
         else:
             metrics.prompt_tokens.inc(ids_1S.shape[1])
+            metrics.reused.inc(runtime.reused)
             if number == 0:
                 metrics.first_seconds.observe(now - asked)
         last = now
@@ -202,7 +209,8 @@ class _Answer:
         self._say(rest, is_last=True)
         reason = "stop" if self._text.is_stopped or ids[-1] in self._runtime.ends else "length"
         reason = "tool_calls" if self._num_calls and reason == "stop" else reason
-        self._emit(Ended(answer=self._number, reason=reason, tokens=len(ids)))
+        reused = self._runtime.reused
+        self._emit(Ended(answer=self._number, reason=reason, tokens=len(ids), reused=reused))
 
     def _say(self, text: str, *, is_last: bool = False) -> None:
         if self._tools is not None:

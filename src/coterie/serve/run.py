@@ -13,6 +13,7 @@ from pathlib import Path
 from coterie.errors import InputError
 from coterie.run.engine import LANES, Runtime, default_memory
 from coterie.run.prepare import CONTEXT
+from coterie.run.session_store import SIZE
 from coterie.serve.address import HOST, PORT, check_address, listen
 
 #: Requests that wait at most.
@@ -34,6 +35,9 @@ def serve(
     policy: str = "decay",
     lanes: int = LANES,
     lookahead: int = 0,
+    kv: str = "auto",
+    sessions: str | Path | None = None,
+    sessions_size: int | str = SIZE,
 ) -> None:
     """Answer requests of OpenAI's API with a model, within a budget of memory, until a signal comes.
 
@@ -48,6 +52,9 @@ def serve(
         policy: which experts stay in memory, see `coterie.run.engine.Runtime`.
         lanes: threads that read.
         lookahead: experts that are guessed and read ahead, see `coterie.run.engine.Runtime`.
+        kv: how keys and values are kept, see `coterie.run.engine.Runtime`.
+        sessions: folder of keys and values for another time, see `coterie.run.engine.Runtime`.
+        sessions_size: bytes that it may take.
 
     Raises:
         InputError: an address that others reach and no key, one that is taken, a number out of range, or the extra
@@ -67,7 +74,10 @@ def serve(
     listening = listen(host, port)  # before minutes of loading
     try:
         limit = default_memory() if memory is None else memory
-        with Runtime(model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead) as runtime:
+        with Runtime(
+            model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead, kv=kv,
+            sessions=sessions, sessions_size=sessions_size,
+        ) as runtime:  # fmt: skip
             worker = Worker(runtime, queue=queue)
             try:
                 app = make_app(runtime, worker, name=name_of(model), api_key=api_key)
