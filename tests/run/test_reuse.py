@@ -13,7 +13,7 @@ from coterie.run.chunks import goes_on, new_cache
 from coterie.run.engine import Runtime, Sampling
 from coterie.run.kv import KVFormat
 from coterie.run.reuse import KeptSequences
-from coterie.run.session_store import SessionStore, session_key
+from coterie.run.session_store import SessionStore, check_folder, session_key
 from coterie.testing import tiny_checkpoint
 
 GREEDY = Sampling(temperature=0)
@@ -193,6 +193,21 @@ def test_a_disk_that_fails_takes_nothing_of_what_is_known(runtime, monkeypatch):
     assert known >= 90
 
 
+def test_a_layer_that_was_interrupted_within_is_forgotten(runtime):
+    """As where there was memory for the keys and none for the values."""
+    ids_S = draw(20)[0]
+    for uneven in (False, True):
+        running = runtime._kept.begin(ids_S)
+        assert running.reused == 0
+        with torch.no_grad():
+            runtime.model(ids_S[None], past_key_values=running.cache)
+        if uneven:
+            running.cache.layers[1].values = running.cache.layers[1].values[:, :, :-1]
+        running.end(whole=False)
+        assert len(runtime._kept.sequences) == (0 if uneven else 1)
+        runtime.forget()
+
+
 def test_a_state_is_forgotten_where_a_generation_is_cancelled(tmp_path):
     ids = draw(40)
     with wide(tiny_checkpoint(tmp_path / "m", "qwen3_next"), chunk=32) as runtime:
@@ -264,8 +279,9 @@ def test_another_runtime_goes_on_where_this_one_ended(family, tmp_path):
 def store(runtime, tmp_path):
     """Return a function that looks at the folder anew."""
 
-    def open_store(size="1GiB", key="model"):
-        store = SessionStore(tmp_path / "s", size, key=key, new_cache=partial(new_cache, runtime.model))
+    def open_store(size="1GiB", key="model", context=256):
+        cache = partial(new_cache, runtime.model)
+        store = SessionStore(tmp_path / "s", size, key=key, context=context, new_cache=cache)
         with_context(runtime, 256, store)
         return store
 
@@ -314,6 +330,14 @@ def test_a_file_that_goes_while_a_server_runs_is_passed_over_with_a_word(runtime
         file.unlink()
     assert go_on(runtime, draw(70)) == (expected, 0)
     assert "No such file" in caplog.text
+
+
+def test_a_text_that_is_longer_than_the_context_is_left_on_the_disk(runtime, store):
+    store()
+    go_on(runtime, draw(200))
+    runtime.forget()
+    assert store(context=207).best(draw(100)[0]) == 99
+    assert store(context=206).best(draw(100)[0]) == 0
 
 
 def test_what_hangs_on_other_things_does_not_meet(olmoe, runtime, store, tmp_path, caplog):
@@ -375,10 +399,12 @@ def test_a_disk_that_is_full_costs_a_session_and_no_answer(runtime, store, tmp_p
     assert list((tmp_path / "s").iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_is_said(runtime, tmp_path):
+def test_a_folder_that_cannot_be_is_said(olmoe, tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match="--sessions"):
-            SessionStore(folder, "1GiB", key="k", new_cache=partial(new_cache, runtime.model))
+            check_folder(folder, "1GiB")
+        with pytest.raises(InputError, match="--sessions"):
+            Runtime(olmoe, memory="64GiB", sessions=folder)
     with pytest.raises(InputError, match="is no amount"):
-        SessionStore(tmp_path / "s", "much", key="k", new_cache=partial(new_cache, runtime.model))
+        check_folder(tmp_path / "s", "much")

@@ -63,9 +63,15 @@ def can_cut(layer: object) -> bool:
     return layer.is_croppable if isinstance(layer, WindowLayer) else is_whole(layer)
 
 
-def can_cut_exactly(layer: object) -> bool:
-    """Return whether what is left of a layer that is cut back has the bits that it had."""
-    return can_cut(layer) and not isinstance(layer, ZipLayer)
+def can_cut_exactly(layer: Any) -> bool:
+    """Return whether a layer that may have been interrupted can be cut back, and has then the bits that it had."""
+    if not can_cut(layer) or isinstance(layer, ZipLayer):
+        return False
+    tensors = dict(_tensors(layer))
+    indexed = tensors.pop("indexer_keys", None)  # (B, S, D)
+    tensors.pop("indexer_position_ids", None)
+    lengths = {tensor.shape[-2] for tensor in tensors.values() if tensor.dim() > 1}
+    return len(lengths | ({indexed.shape[1]} if indexed is not None else set())) <= 1
 
 
 def cut(cache: Cache, tokens: int) -> None:

@@ -34,7 +34,7 @@ from coterie.run.records import slot_bytes
 from coterie.run.residency import Residency
 from coterie.run.resident import load_resident
 from coterie.run.reuse import Growing, KeptSequences
-from coterie.run.session_store import SIZE, SessionStore, session_key
+from coterie.run.session_store import SIZE, SessionStore, check_folder, session_key
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +186,8 @@ class Runtime:
             raise InputError(f"--lanes {lanes} must be 1 or more, and --lookahead {lookahead} 0 or more")
         if policy not in POLICIES or policy == "belady":
             raise UnknownName("policy", policy, sorted(POLICIES.keys() - {"belady"}))
+        if sessions is not None:
+            check_folder(sessions, sessions_size)  # before minutes of loading
         prepared = prepare(
             model, memory=memory, context=context, chunk=chunk, most_experts=most_experts, dtype=dtype, kv=kv
         )
@@ -220,7 +222,8 @@ class Runtime:
         self.reused = 0
         cache = partial(new_cache, self.model, prepared.kv, prepared.plain)
         store = None if sessions is None else SessionStore(
-            sessions, sessions_size, key=session_key(self.model, self.digest, cache(), self.budget.kv), new_cache=cache
+            sessions, sessions_size, key=session_key(self.model, self.digest, cache(), self.budget.kv),
+            context=self.context, new_cache=cache,
         )  # fmt: skip
         self._kept = KeptSequences(prepared.cache, prepared.context, cache, store)
 

@@ -90,7 +90,7 @@ class Running:
         tokens = min(cache_tokens(self.cache), len(self._ids_S))
         lengths = {layer_tokens(layer) for layer in self.cache.layers} - {None}
         layers, same = self.cache.layers, lengths == {tokens}
-        is_sound = all(map(can_cut_exactly, layers)) or (same and (whole or all(map(can_cut, layers))))
+        is_sound = (whole and same) or all(map(can_cut_exactly, layers))
         if not tokens or not is_sound:
             return
         cut(self.cache, tokens)

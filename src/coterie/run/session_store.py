@@ -63,31 +63,48 @@ class _Stored:
     numbers: list[dict[str, int | None]]
 
 
+def check_folder(folder: str | Path, size: int | str) -> tuple[Path, int]:
+    """Return a folder that sessions can be written to, which is made where it is not there, and how many bytes.
+
+    Args:
+        folder: the folder.
+        size: bytes, or an amount like "1GiB".
+
+    Raises:
+        InputError: it is no folder, or nothing can be written there; or no amount.
+    """
+    path, num_bytes = Path(folder), parse_bytes(size)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--sessions {str(path)!r}: {error}; name a folder") from None
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise InputError(f"--sessions {path}: nothing can be written there; name another folder")
+    return path, num_bytes
+
+
 class SessionStore:
     """A folder of sessions."""
 
-    def __init__(self, folder: str | Path, size: int | str, *, key: str, new_cache: Callable[[], Cache]) -> None:
+    def __init__(
+        self, folder: str | Path, size: int | str, *, key: str, context: int, new_cache: Callable[[], Cache]
+    ) -> None:
         """Look at what is there.
 
         Args:
             folder: made where it is not there.
             size: bytes, or an amount like "1GiB", that sessions in it may take.
             key: names what keys and values hang on beside tokens: model, number formats, versions.
+            context: tokens of a sequence at most, since there is memory for no layer of more.
             new_cache: makes an empty cache.
 
         Raises:
             InputError: it is no folder, or nothing can be written there; or no amount.
         """
-        self._folder, self._size = Path(folder), parse_bytes(size)
-        self._key, self._new_cache = key, new_cache
+        self._folder, self._size = check_folder(folder, size)
+        self._key, self._context, self._new_cache = key, context, new_cache
         # Where layers can be cut back, the beginning of a sequence serves as well.
         self._whole = all(map(is_whole, new_cache().layers))
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--sessions {self._folder}: {error.strerror}; name a folder") from None
-        if not os.access(self._folder, os.R_OK | os.W_OK | os.X_OK):
-            raise InputError(f"--sessions {self._folder}: nothing can be written there; name another folder")
         self._stored = [stored for file, _ in self._files() if (stored := self._look(file)) is not None]
 
     @property
@@ -132,7 +149,7 @@ class SessionStore:
             return
         parts = [parts_of(layer) for layer in cache.layers]
         tensors = {_IDS: ids_S.to(torch.int64)} | {
-            f"{number}.{name}": tensor for number, (held, _) in enumerate(parts) for name, tensor in held.items()
+            f"{number}.{name}": tensor for number, (own, _) in enumerate(parts) for name, tensor in own.items()
         }
         head = _header(
             tensors, {"format": _FORMAT, "key": self._key, "numbers": json.dumps([each for _, each in parts])}
@@ -189,6 +206,8 @@ class SessionStore:
 
     def _usable(self, stored: _Stored, ids_S: Tensor) -> int:
         tokens = min(common(stored.ids_S, ids_S), len(ids_S) - 1)
+        if len(stored.ids_S) > self._context:
+            return 0
         return tokens if self._whole or tokens == len(stored.ids_S) else 0
 
     def _covers(self, ids_S: Tensor) -> bool:
