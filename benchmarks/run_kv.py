@@ -1,6 +1,6 @@
 """What keys and values in fewer bytes cost, and what it saves to keep them from turn to turn.
 
-    python benchmarks/run_kv.py [--models reference/model] [--windows 24] [--prefix 384] [--behind 64] [--size 1GB]
+    python benchmarks/run_kv.py [--models reference/model] [--windows 10] [--prefix 384] [--behind 48] [--size 1GB]
                                 [--turns 3] [--markdown FILE]
 
 Loss: held-out text of the bundled models, a prefix that passes in chunks as in a run, then token by token behind it.
@@ -215,9 +215,9 @@ def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", type=Path, default=list(MODELS))
-    parser.add_argument("--windows", type=int, default=30, help="pieces of text")
+    parser.add_argument("--windows", type=int, default=10, help="pieces of text")
     parser.add_argument("--prefix", type=int, default=384)
-    parser.add_argument("--behind", type=int, default=64, help="tokens behind the prefix")
+    parser.add_argument("--behind", type=int, default=48, help="tokens behind the prefix")
     parser.add_argument("--size", default="1GB", help="of the synthetic checkpoint, or 0 for none")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--markdown", type=Path, help="where it goes as well")
