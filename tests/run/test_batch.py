@@ -188,19 +188,21 @@ def test_answers_to_one_prompt_say_what_they_took(runtime):
     assert answers.tokens == (6,) * 11
     assert 1.0 < answers.sharing < 8
     assert answers.bytes_per_token == answers.bytes_read // 66
-    single = generate_answers(runtime, PROMPT, answers=1, max_tokens=6, sampling=drawn(3), template=False)
+    other = PROMPT[::-1]  # of which nothing is known
+    single = generate_answers(runtime, other, answers=1, max_tokens=6, sampling=drawn(3), template=False)
     assert single.sharing == 1.0
     assert single.bytes_per_token > answers.bytes_per_token > 0
     assert "in 11 answers" in str(answers)
 
 
 def test_memory_is_for_all_sequences_and_what_does_not_fit_is_refused(runtime, tmp_path):
-    one, eight = (prepare(runtime.path, memory="64GiB", context=256, batch=batch).budget for batch in (1, 8))
+    settings = {"context": 256, "kv": "full"}
+    one, eight = (prepare(runtime.path, memory="64GiB", batch=batch, **settings).budget for batch in (1, 8))
     assert eight.cache == 8 * one.cache
     assert eight.buffers > one.buffers
     between = (one.smallest + eight.smallest) // 2
     with pytest.raises(NotEnoughMemory, match=r"\(keys and values of 8\).*a smaller --context or batch takes less"):
-        Runtime(runtime.path, memory=between, context=256, batch=8)
+        Runtime(runtime.path, memory=between, batch=8, **settings)
     for batch in (0, 65):
         with pytest.raises(InputError, match=f"a batch of {batch}"):
             Runtime(runtime.path, memory="64GiB", batch=batch)

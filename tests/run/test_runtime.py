@@ -230,7 +230,7 @@ import torch
 from coterie.model.stream.memory import peak_bytes
 from coterie.run.engine import Runtime, Sampling
 model, memory, context = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-with Runtime(model, memory=memory, context=context) as runtime:
+with Runtime(model, memory=memory, context=context, kv="full") as runtime:
     if len(sys.argv) > 4:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     prompt = "a = 1\\n" * (context // 8)

@@ -111,9 +111,9 @@ def test_what_is_recorded_is_what_the_router_chose(model):
 def test_a_generation_is_recorded_and_computes_the_same(model):
     greedy = Sampling(temperature=0)
     with Runtime(model, memory="64GiB", context=64, most_experts=5) as runtime:
-        expected = runtime.generate(PROMPT, template=False, max_tokens=8, sampling=greedy)
         with recording(runtime.model, runtime.layers) as recorder:
             made = runtime.generate(PROMPT, template=False, max_tokens=8, sampling=greedy)
+        expected = runtime.generate(PROMPT, template=False, max_tokens=8, sampling=greedy)
         trace = recorder.trace(model=runtime.digest, name=runtime.path.name)
         assert made.text == expected.text == runtime.generate(
             PROMPT, template=False, max_tokens=8, sampling=greedy

@@ -35,7 +35,7 @@ def test_what_is_counted_is_what_happened(client, runtime, gate: Gate):
     after, now = numbers(client), runtime.residency.counters
     assert after["coterie_requests_total{outcome=done}"] == 2
     assert after["coterie_generated_tokens_total"] == sum(each["completion_tokens"] for each in usage) == 11
-    # A prompt with two answers is read twice.
+    # A prompt with two answers counts twice.
     assert after["coterie_prompt_tokens_total"] == usage[0]["prompt_tokens"] + 2 * usage[1]["prompt_tokens"]
     assert after["coterie_time_to_first_token_seconds_count"] == 2
     assert after["coterie_inter_token_seconds_count"] == 4 + 2 * 2
@@ -44,6 +44,15 @@ def test_what_is_counted_is_what_happened(client, runtime, gate: Gate):
         name = f"coterie_expert_{name}_total"
         assert after[name] == getattr(now, counter)
         assert after[name] - before[name] == getattr(now, counter) - getattr(counters, counter) > 0
+
+
+def test_tokens_that_were_known_are_counted(client, runtime):
+    runtime.forget()
+    usage = [chat(client, max_tokens=3).json()["usage"] for _ in range(2)]
+    after = numbers(client)
+    assert after["coterie_prompt_tokens_total"] == sum(each["prompt_tokens"] for each in usage)
+    assert after["coterie_prompt_tokens_reused_total"] == usage[0]["prompt_tokens"] - 1
+    assert [each["prompt_tokens_details"]["cached_tokens"] for each in usage] == [0, usage[0]["prompt_tokens"] - 1]
 
 
 def test_what_is_held_is_said(client, runtime, gate: Gate):

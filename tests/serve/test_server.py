@@ -46,6 +46,7 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
 
 
 def test_a_conversation_goes_on_as_the_runtime_would(client, runtime):
+    runtime.forget()
     content = chat(client, max_tokens=12).json()
     expected = runtime.generate(MESSAGES, max_tokens=12, sampling=Sampling(temperature=0))
     [choice] = content["choices"]
@@ -55,7 +56,27 @@ def test_a_conversation_goes_on_as_the_runtime_would(client, runtime):
     prompt_tokens = runtime.ids(MESSAGES).shape[1]
     assert content["usage"] == {
         "prompt_tokens": prompt_tokens, "completion_tokens": 12, "total_tokens": prompt_tokens + 12,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }  # fmt: skip
+
+
+def test_a_second_turn_is_computed_from_where_the_first_one_ended(client, runtime):
+    runtime.forget()
+    first = chat(client, max_tokens=12).json()
+    told = first["choices"][0]["message"]
+    messages = [*MESSAGES, told, {"role": "user", "content": "And then?"}]
+    second = chat(client, messages=messages, max_tokens=12).json()
+    known = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+    prompt_tokens = first["usage"]["prompt_tokens"]
+    assert prompt_tokens <= known < second["usage"]["prompt_tokens"]
+    runtime.forget()
+    assert chat(client, messages=messages, max_tokens=12).json()["choices"] == second["choices"]
+    # Of several answers to one prompt, the first one says what was there beforehand.
+    runtime.forget()
+    twice = chat(client, max_tokens=3, n=2, stream=True, stream_options={"include_usage": True})
+    assert events(twice)[-2]["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    again = chat(client, max_tokens=3, n=2).json()["usage"]
+    assert again["prompt_tokens_details"] == {"cached_tokens": prompt_tokens - 1}
 
 
 def test_a_stream_is_the_whole_answer_in_pieces(client):

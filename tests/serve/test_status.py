@@ -10,13 +10,15 @@ from .test_server import chat, error
 
 def test_the_numbers_are_those_of_the_runtime(runtime: Runtime):
     with listening(runtime, queue=3) as client:
+        runtime.forget()
         usage = chat(client, max_tokens=4).json()["usage"]
         content = client.get("/status").json()
         counters = runtime.residency.counters
         assert (content["model"], content["state"]) == (NAME, "ready")
         assert content["queue"] == {"running": 0, "waiting": 0, "limit": 3}
         assert content["requests"] == {"done": 1, "failed": 0, "cancelled": 0, "rejected": 0, "refused": 0}
-        assert content["tokens"] == {"generated": 4, "prompt": usage["prompt_tokens"]}
+        reused = usage["prompt_tokens_details"]["cached_tokens"]
+        assert content["tokens"] == {"generated": 4, "prompt": usage["prompt_tokens"], "reused": reused}
         assert content["experts"]["hits"] == counters.hits
         assert content["experts"]["read_bytes"] == counters.num_bytes
         layers = {each["layer"]: each["in_memory"] for each in content["layers"]}

@@ -25,7 +25,7 @@ PANELS: dict[str, tuple[str, ...]] = {
         "recipe", "recipes", "router", "routers", "effort", "train_tokens", "search", "inputs", "output_dtype", "mtp",
         "statistics", "gradients", "profile", "prices", "number_type", "seed", "seeds", "temperature", "first_token",
         "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "answers", "raw", "policy", "lookahead", "draft",
-        "experts_per_token", "rule", "renormalise", "route", "only_misses",
+        "experts_per_token", "rule", "renormalise", "route", "only_misses", "kv", "sessions", "sessions_size",
     ),
     "Text": (
         "text", "test", "generate", "domains", "on", "tokens", "test_tokens", "seq_len", "sample_tokens", "questions",

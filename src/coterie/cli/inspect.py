@@ -48,6 +48,14 @@ def inspect(
     prompt_tokens: Annotated[
         int | None, typer.Option(help="For --run: tokens of the prompt before the first token.", show_default="512")
     ] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="For --run: how keys and values are kept, as coterie run has it.",
+            show_default="auto",
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Show what is in a model and what would fit.
@@ -63,9 +71,9 @@ def inspect(
         given = {"--budget": budget, "--batch": batch, "--kv-type": kv_type}
         if names := [name for name, value in given.items() if value is not None]:
             raise typer.BadParameter("it is not for --run, whose budget is --memory", param_hint=names[0])
-        _forecast(model, memory, context, trace, prompt_tokens, json=json)
+        _forecast(model, memory, context, trace, prompt_tokens, kv, json=json)
         return
-    options.only_with("--run", {"--memory": memory, "--trace": trace, "--prompt-tokens": prompt_tokens})
+    options.only_with("--run", {"--memory": memory, "--trace": trace, "--prompt-tokens": prompt_tokens, "--kv": kv})
     how = options.running(budget, budget_for, context, batch, kv_type)
     listed = None
     if budget is None:
@@ -86,7 +94,14 @@ def inspect(
 
 
 def _forecast(
-    model: str, memory: str | None, context: int | None, trace: Path | None, prompt_tokens: int | None, *, json: bool
+    model: str,
+    memory: str | None,
+    context: int | None,
+    trace: Path | None,
+    prompt_tokens: int | None,
+    kv: str | None,
+    *,
+    json: bool,
 ) -> None:
     """Forecast a run, and print that."""
     from coterie.cli.forecast import print_forecast
@@ -100,6 +115,7 @@ def _forecast(
         context=CONTEXT if context is None else context,
         trace=trace,
         prompt_tokens=prompt_tokens,
+        kv=kv or "auto",
     )
     if json:
         print_json(said.to_json())

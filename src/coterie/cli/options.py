@@ -121,6 +121,24 @@ Draft = Annotated[
         "with the experts in memory; resident:0.5 with half of a token's), or a smaller model of the same tokens.",
     ),
 ]
+Kv = Annotated[
+    str,
+    typer.Option(
+        metavar="FORMAT",
+        help="How keys and values are kept: full, int8, int4, window:N (the first 4 tokens and the last N), or auto: "
+        "full, or int8 where memory is short.",
+    ),
+]
+Sessions = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Keep keys and values there, so that a text that goes on is not read anew; it holds what was asked.",
+    ),
+]
+SessionsSize = Annotated[
+    str | None, typer.Option(help="For --sessions: bytes that the folder may take.", show_default="1GiB")
+]
 MemoryDryRun = Annotated[bool, typer.Option("--dry-run", help="Say the memory that it would take, and load nothing.")]
 
 

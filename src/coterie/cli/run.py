@@ -50,6 +50,9 @@ def run(
     draft: options.Draft = "off",
     route: options.Route = None,
     only_misses: options.OnlyMisses = False,
+    kv: options.Kv = "auto",
+    sessions: options.Sessions = None,
+    sessions_size: options.SessionsSize = None,
     dry_run: options.MemoryDryRun = False,
     save_trace: Annotated[
         Path | None,
@@ -67,7 +70,14 @@ def run(
     from coterie.run.answers import Answers, generate_answers
     from coterie.run.engine import Generated, Runtime, Sampling, default_memory
     from coterie.run.prepare import MOST_BATCH
+    from coterie.run.session_store import SIZE
     from coterie.run.trace import check_trace_path, recording
+
+    if sessions is None:
+        options.only_with("--sessions", {"--sessions-size": sessions_size})
+    elif save_trace is not None:
+        raise typer.BadParameter("a trace is of the whole text, and --sessions skips what is known of it",
+                                 param_hint="--save-trace")  # fmt: skip
 
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
@@ -80,7 +90,7 @@ def run(
     limit = default_memory() if memory is None else memory
     batch = min(answers, MOST_BATCH)
     if dry_run:
-        print_memory(model, limit, context, policy, batch, draft, json=json)
+        print_memory(model, limit, context, policy, batch, draft, kv, json=json)
         return
     text = sys.stdin.read() if prompt is None else prompt
 
@@ -89,17 +99,9 @@ def run(
         sys.stdout.flush()
 
     with Runtime(
-        model,
-        memory=limit,
-        context=context,
-        policy=policy,
-        lanes=lanes,
-        lookahead=lookahead,
-        batch=batch,
-        draft=draft,
-        route=route,
-        only_misses=only_misses,
-    ) as runtime:
+        model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead, batch=batch, draft=draft,
+        route=route, only_misses=only_misses, kv=kv, sessions=sessions, sessions_size=sessions_size or SIZE,
+    ) as runtime:  # fmt: skip
         with nullcontext() if save_trace is None else recording(runtime.model, runtime.layers) as recorder:
             generated: Generated | Answers
             if answers == 1:
@@ -122,12 +124,12 @@ def run(
 
 
 def print_memory(
-    model: str, memory: int | str, context: int, policy: str, batch: int, draft: str, *, json: bool
+    model: str, memory: int | str, context: int, policy: str, batch: int, draft: str, kv: str, *, json: bool
 ) -> None:
     """Print the memory that a run would take; raises NotEnoughMemory where it is too much."""
     from coterie.run.prepare import prepare
 
-    budget = prepare(model, memory=memory, context=context, policy=policy, batch=batch, draft=draft).budget
+    budget = prepare(model, memory=memory, context=context, policy=policy, batch=batch, draft=draft, kv=kv).budget
     budget.check()
     if json:
         print_json(budget.to_json())

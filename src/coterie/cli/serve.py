@@ -33,6 +33,9 @@ def serve(
     draft: options.Draft = "off",
     route: options.Route = None,
     only_misses: options.OnlyMisses = False,
+    kv: options.Kv = "auto",
+    sessions: options.Sessions = None,
+    sessions_size: options.SessionsSize = None,
     batch: Annotated[
         int,
         typer.Option(help="Answers that are made at once, at most; a step reads an expert once for all of them."),
@@ -46,15 +49,19 @@ def serve(
     One request is answered at a time, or several with --batch; the others wait. It listens at this machine's own
     address unless told otherwise, and ends with Ctrl-C.
     """
+    if sessions is None:
+        options.only_with("--sessions", {"--sessions-size": sessions_size})
     if dry_run:
         from coterie.run.engine import default_memory
 
         limit = default_memory() if memory is None else memory
-        print_memory(model, limit, context, policy, batch, draft, json=json)
+        print_memory(model, limit, context, policy, batch, draft, kv, json=json)
         return
+    from coterie.run.session_store import SIZE
     from coterie.serve.run import serve as answer
 
     answer(
         model, memory=memory, host=host, port=port, api_key=api_key, queue=queue, context=context, policy=policy,
-        lanes=lanes, lookahead=lookahead, batch=batch, draft=draft, route=route, only_misses=only_misses,
+        lanes=lanes, lookahead=lookahead, batch=batch, draft=draft, route=route, only_misses=only_misses, kv=kv,
+        sessions=sessions, sessions_size=sessions_size or SIZE,
     )  # fmt: skip

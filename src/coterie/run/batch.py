@@ -31,6 +31,7 @@ from transformers.cache_utils import (
 from coterie.errors import Cancelled
 from coterie.model.quiet import quiet
 from coterie.run.experts import StreamedExperts
+from coterie.run.kv import WindowLayer, ZipLayer
 from coterie.run.passes import KEPT, let_pass
 from coterie.run.sampling import Sampling, check_tokens
 
@@ -154,6 +155,7 @@ class Batch:
         *,
         context: int,
         pad: int | None,
+        cache: Cache | None = None,
     ) -> None:
         """Prepare them.
 
@@ -163,6 +165,7 @@ class Batch:
             wanted: the answers, one at least.
             context: tokens of prompt and answer together, at most.
             pad: the token that stands for none, which transformers asks for.
+            cache: an empty one for keys and values; what transformers makes for the model when None.
 
         Raises:
             InputError: a setting cannot be.
@@ -175,7 +178,7 @@ class Batch:
         self._model: Any = model
         self._experts = experts
         self._alive = list(self.answers)
-        self._cache: Any = self.answers[0].inputs.get("past_key_values")
+        self._cache: Any = self.answers[0].inputs.get("past_key_values") if cache is None else cache
         self._mask_BS = torch.empty(0)
         self._positions: Any = None
 
@@ -310,6 +313,7 @@ class Batch:
 
 
 def _is_plain(layer: object) -> bool:
-    """Return whether a layer of a cache keeps keys and values alone, or nothing."""
-    more = LinearAttentionCacheLayerMixin | DynamicIndexedLayer
+    """Return whether a layer of a cache keeps keys and values alone, each token's for itself, or nothing."""
+    # In a window, and in a block that is rounded together, padding would count.
+    more = LinearAttentionCacheLayerMixin | DynamicIndexedLayer | WindowLayer | ZipLayer
     return isinstance(layer, DynamicLayer | DummyLayer) and not isinstance(layer, more)

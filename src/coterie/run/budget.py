@@ -36,6 +36,7 @@ class RunBudget:
         most: slots that can be used, as many as there are experts.
         sequences: how many pass at once.
         draft: a model that guesses, with its keys and values.
+        kv: how keys and values are kept, see `coterie.run.kv`.
     """
 
     limit: int
@@ -49,6 +50,7 @@ class RunBudget:
     most: int
     sequences: int = 1
     draft: int = 0
+    kv: str = "full"
 
     @property
     def fixed(self) -> int:
@@ -73,11 +75,17 @@ class RunBudget:
         return (
             ("weights that every token passes", self.resident),
             (f"{self.num_slots} of {self.most} experts", self.num_slots * self.slot),
-            ("keys and values" if self.sequences == 1 else f"keys and values of {self.sequences}", self.cache),
+            (self._of_cache, self.cache),
             ("activations", self.buffers),
             ("the model that drafts", self.draft),
             ("the program", self.program + _LIBRARIES),
         )
+
+    @property
+    def _of_cache(self) -> str:
+        """What keys and values are called."""
+        kind = "" if self.kv == "full" else f" ({self.kv})"
+        return f"keys and values{kind}" if self.sequences == 1 else f"keys and values{kind} of {self.sequences}"
 
     def check(self) -> None:
         """Raise NotEnoughMemory where it is too little, with what it takes and the smallest that works."""

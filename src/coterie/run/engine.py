@@ -9,15 +9,17 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from coterie.amounts import format_bytes
+from coterie.artifact import digest_of
 from coterie.errors import Cancelled, InputError
 from coterie.model.arch.seam import install
 from coterie.model.quiet import quiet
@@ -25,15 +27,19 @@ from coterie.model.stream.memory import free_bytes, peak_bytes
 from coterie.route.policy import RoutePolicy
 from coterie.run.arena import Arena
 from coterie.run.batch import Batch, Outcome, Wanted
+from coterie.run.chunks import Reading, new_cache
 from coterie.run.experts import StreamedExperts
+from coterie.run.listeners import Steps, Streamer
 from coterie.run.lookahead import Lookahead
 from coterie.run.prepare import CHUNK, CONTEXT, prepare
 from coterie.run.reader import Reader
 from coterie.run.records import slot_bytes
 from coterie.run.residency import Residency
 from coterie.run.resident import load_resident
+from coterie.run.reuse import Growing, KeptSequences
 from coterie.run.sampling import Sampling as Sampling
 from coterie.run.sampling import check_tokens
+from coterie.run.session_store import SIZE, SessionStore, check_folder, session_key
 from coterie.run.speculation import Drafted, speculation_of
 
 log = logging.getLogger(__name__)
@@ -49,6 +55,7 @@ class Generated:
     Attributes:
         text: the text, without the prompt.
         prompt_tokens: tokens of the prompt.
+        reused: tokens of the prompt whose keys and values were there already.
         tokens: tokens that were made.
         first_seconds: time to the first one.
         seconds: time to the last one.
@@ -59,6 +66,7 @@ class Generated:
 
     text: str
     prompt_tokens: int
+    reused: int
     tokens: int
     first_seconds: float
     seconds: float
@@ -77,8 +85,9 @@ class Generated:
 
     def __str__(self) -> str:
         each = format_bytes(self.bytes_read // max(self.tokens, 1))
+        known = f" ({self.reused} of them were known)" if self.reused else ""
         return (
-            f"{self.prompt_tokens} tokens read in {self.first_seconds:.1f} s, {self.tokens} made at "
+            f"{self.prompt_tokens} tokens read{known} in {self.first_seconds:.1f} s, {self.tokens} made at "
             f"{self.tokens_per_second:.1f} a second; {self.hits:.0%} of experts were in memory, "
             f"{format_bytes(self.bytes_read)} were read ({each} a token)"
             f"{'' if self.drafted is None else f'; {self.drafted}'}"
@@ -86,7 +95,14 @@ class Generated:
 
 
 class Runtime:
-    """A model within a budget of memory, ready to generate. Close it, or use it as a context."""
+    """A model within a budget of memory, ready to generate. Close it, or use it as a context.
+
+    Keys and values stay when a generation is over, and a prompt that begins in the same way reuses them, as far as the
+    memory for one context goes (`coterie.run.reuse`).
+
+    Attributes:
+        reused: tokens of the last prompt whose keys and values were there already.
+    """
 
     def __init__(
         self,
@@ -105,6 +121,9 @@ class Runtime:
         draft: str = "off",
         route: RoutePolicy | str | Path | None = None,
         only_misses: bool = False,
+        kv: str = "auto",
+        sessions: str | Path | None = None,
+        sessions_size: int | str = SIZE,
     ) -> None:
         """Load what stays in memory, and take all the memory that the run may have.
 
@@ -126,10 +145,16 @@ class Runtime:
             route: a policy, or the file of one that `coterie route` wrote: experts that it leaves out are neither read
                 nor computed, which changes what the model says.
             only_misses: leave out of them only those that are not in memory.
+            kv: how keys and values are kept: "full", "int8", "int4" or "window:N" (`coterie.run.kv`); "auto" for full
+                where all experts, or twice as many as a token chooses in all layers, are in memory beside them, and
+                for int8 where not.
+            sessions: folder where keys and values go that there is no memory for, and all of them at the end; what is
+                there serves the next runtime of the same model. It holds what was asked and answered.
+            sessions_size: bytes that this folder may take; what was used longest ago goes.
 
         Raises:
             NotEnoughMemory: the budget is too small; names the smallest that works.
-            InputError: no such policy, or a number out of range.
+            InputError: no such policy, a number out of range, or a folder that nothing can be written to.
             NotACheckpoint, CorruptCheckpoint, ArchitectureMismatch, NotAMoE: the model is not usable.
         """
         if lanes < 1 or lookahead < 0:
@@ -140,9 +165,11 @@ class Runtime:
                 "--only-misses is about what a policy leaves out: name one with --route, and one that does not scale "
                 "the weights of the others up"
             )
+        if sessions is not None:
+            check_folder(sessions, sessions_size)  # before minutes of loading
         prepared = prepare(
             model, memory=memory, context=context, chunk=chunk, most_experts=most_experts, dtype=dtype, policy=policy,
-            batch=batch, draft=draft,
+            batch=batch, draft=draft, kv=kv,
         )  # fmt: skip
         prepared.budget.check()
         log.info("memory: %s", prepared.budget)
@@ -157,6 +184,9 @@ class Runtime:
         self.model = load_resident(prepared.checkpoint, prepared.conversion, prepared.dtype, prepared.apart)
         if (self.path / GENERATION_CONFIG_NAME).is_file():
             self.model.generation_config = GenerationConfig.from_pretrained(self.path)
+            # Another cache would take other memory than the budget counts.
+            cast(Any, self.model.generation_config).cache_implementation = None
+        self._reading = Reading(self.model, prepared.chunk)
         _give_back()
         records = prepared.records
         self._arena = Arena(self.budget.num_slots, slot_bytes(records.values()))
@@ -176,6 +206,14 @@ class Runtime:
             prepared.draft, self.model, self.layers, self.residency, self.experts, chunk=self._chunk
         )
         self._told_one_by_one = False
+        self.reused = 0
+        self._new_cache = partial(new_cache, self.model, prepared.kv, prepared.plain)
+        told = digest_of([self.budget.kv, repr(leaves), only_misses])  # what keys and values hang on beside the model
+        store = None if sessions is None else SessionStore(
+            sessions, sessions_size, key=session_key(self.model, self.digest, self._new_cache(), told),
+            context=self.context, new_cache=self._new_cache,
+        )  # fmt: skip
+        self._kept = KeptSequences(prepared.cache, prepared.context, self._new_cache, store)
 
     def ids(
         self,
@@ -239,7 +277,7 @@ class Runtime:
             CorruptCheckpoint: a file cannot be read any more, or is another; the next generation may pass.
         """
         ids_1S = self.ids(prompt, template=template)
-        streamer = _Streamer(self.tokenizer, on_text)
+        streamer = Streamer(self.tokenizer, on_text)
         before = self.residency.counters
         drafted = None if self.speculation is None else self.speculation.drafted
         started = time.perf_counter()
@@ -251,7 +289,7 @@ class Runtime:
         hits, misses = after.hits - before.hits, after.misses - before.misses
         return Generated(
             text=str(self.tokenizer.decode(new, skip_special_tokens=True)), prompt_tokens=ids_1S.shape[1],
-            tokens=len(new), first_seconds=(streamer.first or started) - started, seconds=seconds,
+            reused=self.reused, tokens=len(new), first_seconds=(streamer.first or started) - started, seconds=seconds,
             hits=hits / max(hits + misses, 1), bytes_read=after.num_bytes - before.num_bytes,
             drafted=None if self.speculation is None or drafted is None else self.speculation.drafted.since(drafted),
         )  # fmt: skip
@@ -285,23 +323,30 @@ class Runtime:
         check_tokens(max_tokens)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        model, steps = cast(Any, self.model), None if on_token is None else _Steps(on_token)
+        model, steps = cast(Any, self.model), None if on_token is None else Steps(on_token)
         drafts: dict[str, Any] = {}
         if self.speculation is not None:
             drafts["custom_generate"] = self.speculation.decoder(streamer, None if steps is None else steps.see)
+        running = self._kept.begin(ids_1S[0]) if self._reading.has_cache else None
+        self.reused = 0 if running is None else running.reused
         hook = None if steps is None else self.model.register_forward_hook(steps.note)
-        self._cancelled = cancelled
+        self._cancelled, whole = cancelled, False
+        watching = [each for each in (None if running is None else Growing(running), steps) if each is not None]
         try:
             with quiet(), torch.no_grad():
                 output = model.generate(
                     ids_1S, attention_mask=torch.ones_like(ids_1S), streamer=streamer,
-                    stopping_criteria=None if steps is None else StoppingCriteriaList([steps]),
+                    stopping_criteria=StoppingCriteriaList(watching),
                     max_new_tokens=min(max_tokens, self.context - ids_1S.shape[1]),
-                    prefill_chunk_size=self._chunk if ids_1S.shape[1] > self._chunk else None,
-                    pad_token_id=self._pad(), **drafts, **sampling.settings(),
+                    prefill_chunk_size=self._reading.begin(ids_1S, running),
+                    pad_token_id=self._pad(), **({} if running is None else {"past_key_values": running.cache}),
+                    **drafts, **sampling.settings(),
                 )  # fmt: skip
+            whole = True
         finally:
             self._cancelled = None
+            if running is not None:
+                running.end(whole=whole)
             if hook is not None:
                 hook.remove()
         new: list[int] = output[0, ids_1S.shape[1] :].tolist()
@@ -327,7 +372,10 @@ class Runtime:
             raise InputError(f"{len(wanted)} answers at once are more than a batch of {self.batch}")
         if len(wanted) < 2:
             return [self._alone(each) for each in wanted]
-        batch = Batch(self.model, self.experts, wanted, context=self.context, pad=self._pad())
+        self.reused = 0
+        self._kept.make_room(self.context)  # whose memory is that of the first of these answers
+        cache = self._new_cache() if self._reading.has_cache else None
+        batch = Batch(self.model, self.experts, wanted, context=self.context, pad=self._pad(), cache=cache)
         if not batch.is_possible:
             if not self._told_one_by_one:
                 log.warning("answers are made one by one: this model keeps more of a text than keys and values")
@@ -369,8 +417,13 @@ class Runtime:
         """Say how much memory this process took at most, beside what it may take."""
         return f"memory: {format_bytes(peak_bytes())} at most, of {format_bytes(self.budget.limit)}"
 
+    def forget(self) -> None:
+        """Forget the keys and values that were kept, so that the next prompt is computed from its beginning."""
+        self._kept.close()
+
     def close(self) -> None:
         """Let reads that are under way end, and give the memory back."""
+        self._kept.close()
         self.residency.close()
 
     def __enter__(self) -> Runtime:
@@ -389,49 +442,6 @@ class Runtime:
         if settings.pad_token_id is not None:
             return int(settings.pad_token_id)
         return self.ends[0] if self.ends else None
-
-
-class _Streamer(TextStreamer):
-    """Hands on text as it is made, and notes when the first token came."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.first: float | None = None
-        self._on_text = on_text
-        self._calls = 0
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt, then token after token."""
-        self._calls += 1
-        if self._calls == 2:
-            self.first = time.perf_counter()
-        super().put(value)  # type: ignore[no-untyped-call]
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Hand on text that no later token changes."""
-        if self._on_text is not None and text:
-            self._on_text(text)
-
-
-class _Steps(StoppingCriteria):
-    """Hands on each token with the scores that it was chosen by, and ends where that says so."""
-
-    def __init__(self, on_token: Callable[[int, Tensor], bool]) -> None:
-        self._on_token = on_token
-        self._scores_V: Tensor | None = None
-
-    def note(self, model: object, arguments: object, output: Any) -> None:
-        """Keep the scores of the last token of a forward pass; a hook."""
-        self.see(output.logits[0, -1])
-
-    def see(self, scores_V: Tensor) -> None:
-        """Keep scores of a token."""
-        self._scores_V = scores_V.float().clone()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
-        """Say whether the token that was chosen last is the last one."""
-        assert self._scores_V is not None
-        return torch.tensor([self._on_token(int(input_ids[0, -1]), self._scores_V)], device=input_ids.device)
 
 
 def default_memory() -> int:
@@ -463,6 +473,9 @@ def run(
     draft: str = "off",
     route: RoutePolicy | str | Path | None = None,
     only_misses: bool = False,
+    kv: str = "auto",
+    sessions: str | Path | None = None,
+    sessions_size: int | str = SIZE,
     on_text: Callable[[str], None] | None = None,
 ) -> Generated:
     """Go on with a prompt within a budget of memory; for several prompts, keep a `Runtime`.
@@ -481,6 +494,9 @@ def run(
         draft: who guesses tokens, see `Runtime`.
         route: how many experts a token gets, see `Runtime`.
         only_misses: leave out only experts that are not in memory.
+        kv: how keys and values are kept, see `Runtime`.
+        sessions: folder of keys and values for another time, see `Runtime`.
+        sessions_size: bytes that it may take.
         on_text: gets the text piece by piece, as it comes.
 
     Raises:
@@ -488,14 +504,7 @@ def run(
     """
     limit = default_memory() if memory is None else memory
     with Runtime(
-        model,
-        memory=limit,
-        context=context,
-        policy=policy,
-        lanes=lanes,
-        lookahead=lookahead,
-        draft=draft,
-        route=route,
-        only_misses=only_misses,
-    ) as runtime:
+        model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead, draft=draft, route=route,
+        only_misses=only_misses, kv=kv, sessions=sessions, sessions_size=sessions_size,
+    ) as runtime:  # fmt: skip
         return runtime.generate(prompt, max_tokens=max_tokens, sampling=sampling, template=template, on_text=on_text)

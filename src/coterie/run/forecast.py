@@ -163,6 +163,7 @@ def forecast(
     lanes: int = 2,
     most_experts: int | None = None,
     direct: bool = True,
+    kv: str = "auto",
     disk_seconds: float = DISK_SECONDS,
 ) -> Forecast:
     """Say what a run is about to be like; takes some seconds, in which the disk is read and products are computed.
@@ -178,6 +179,7 @@ def forecast(
         lanes: threads that read.
         most_experts: how many experts are in memory at most, also where there is room for more.
         direct: read past the page cache, where the file system can.
+        kv: how keys and values are kept, see `coterie.run.engine.Runtime`.
         disk_seconds: how long the disk is read for, at most.
 
     Raises:
@@ -190,7 +192,7 @@ def forecast(
     if not 1 <= prompt_tokens < context:
         raise InputError(f"a prompt of {prompt_tokens} tokens does not fit into a context of {context} with an answer")
     own = RoutingTrace.load(trace) if isinstance(trace, Path) else trace
-    prepared = prepare(model, memory=memory, context=context, most_experts=most_experts, policy=policy)
+    prepared = prepare(model, memory=memory, context=context, most_experts=most_experts, policy=policy, kv=kv)
     budget, layers = prepared.budget, prepared.architecture.layers
     facts: dict[str, Any] = {
         "model": prepared.checkpoint.path, "memory": budget.limit, "smallest": budget.smallest, "context": context,

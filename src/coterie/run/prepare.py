@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coterie.amounts import parse_bytes
 from coterie.errors import InputError, UnknownName
@@ -26,11 +27,14 @@ from coterie.model.disk.quantized_records import pack_settings
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.run.budget import RunBudget
 from coterie.run.draft_choice import DraftChoice
+from coterie.run.kv import Heads, KVFormat, layer_size, plain_layers
 from coterie.run.places import LayerPlaces, find_places
 from coterie.run.policies import POLICIES, shape_of
 from coterie.run.records import Key, Piece, Record, slot_bytes
 from coterie.run.resident import resident_size
-from coterie.run.sizes import buffer_bytes, cache_bytes
+from coterie.run.sizes import CacheSize, buffer_bytes, cache_size
+
+log = logging.getLogger(__name__)
 
 #: Tokens of prompt and answer together, and of a prompt that pass the model at once.
 CONTEXT, CHUNK = 4096, 256
@@ -54,6 +58,9 @@ class Prepared:
         dtype: number format that is computed in.
         context: tokens of prompt and answer together, at most.
         chunk: tokens of a prompt that pass the model at once.
+        kv: how keys and values are kept.
+        plain: layers of the cache that keep them so.
+        cache: what they take.
         budget: what memory is for.
         draft: who guesses tokens.
     """
@@ -68,6 +75,9 @@ class Prepared:
     dtype: torch.dtype
     context: int
     chunk: int
+    kv: KVFormat
+    plain: tuple[int, ...]
+    cache: CacheSize
     budget: RunBudget
     draft: DraftChoice
 
@@ -145,6 +155,7 @@ def prepare(
     policy: str = "follow",
     batch: int = 1,
     draft: str = "off",
+    kv: str = "auto",
 ) -> Prepared:
     """Look at a model; see `coterie.run.engine.Runtime` for arguments and errors. The budget is not checked."""
     if context < 1 or chunk < 1:
@@ -155,7 +166,7 @@ def prepare(
         raise InputError(f"{most_experts} experts in memory at most is none; it must be 1 or more")
     if policy not in POLICIES or policy == "belady":
         raise UnknownName("policy", policy, sorted(POLICIES.keys() - {"belady"}))
-    limit, choice = parse_bytes(memory), DraftChoice.parse(draft)
+    limit, choice, how = parse_bytes(memory), DraftChoice.parse(draft), KVFormat.parse(kv)
     opened = open_places(model)
     checkpoint, architecture, conversion, places = (
         opened.checkpoint, opened.architecture, opened.conversion, opened.places,
@@ -172,12 +183,13 @@ def prepare(
         meta, architecture.layers, chunk=max(chunk, batch), context=context, scored=max(batch, choice.scored)
     )
     buffers = max(buffers, 0 if sibling is None else sibling.buffers)  # never both at once
+    cache = cache_size(checkpoint, meta)
     budget = RunBudget(
         limit=limit,
         program=psutil.Process().memory_info().rss,
         resident=size.num_bytes,
         reading=max(size.largest, 0 if sibling is None else sibling.reading),
-        cache=batch * cache_bytes(checkpoint, meta, context),
+        cache=batch * cache.planned(context, chunk),
         buffers=buffers + POLICIES[policy].num_bytes(shape_of(records)),
         slot=slot_bytes(records.values()),
         least=min(max(layer.top_k for layer in architecture.layers), most_experts or len(records)),
@@ -185,11 +197,41 @@ def prepare(
         sequences=batch,
         draft=0 if sibling is None else sibling.num_bytes,
     )
+    short = budget.num_slots < min(budget.most, 2 * sum(layer.top_k for layer in architecture.layers))
+    kv_format = how or KVFormat(name="int8" if short else "full")
+    plain: dict[int, Heads] = {}
+    if kv_format.name != "full":
+        plain = _plain_layers(meta)
+        smaller = cache.with_layers(
+            {number: layer_size(kv_format, heads, dtype.itemsize) for number, heads in plain.items()}
+        )
+        smaller_budget = replace(budget, cache=batch * smaller.planned(context, chunk), kv=str(kv_format))
+        if how is None and smaller_budget.cache >= budget.cache:
+            kv_format, plain = KVFormat(), {}
+        else:
+            cache, budget = smaller, smaller_budget
+            _tell(kv_format, len(plain), len(cache.layers))
     return Prepared(
         checkpoint=checkpoint, architecture=architecture, conversion=conversion, places=places, records=records,
-        apart=apart, tokenizer=tokenizer, dtype=dtype, context=context, chunk=chunk, budget=budget,
-        draft=replace(choice, sibling=sibling),
+        apart=apart, tokenizer=tokenizer, dtype=dtype, context=context, chunk=chunk, kv=kv_format,
+        plain=tuple(plain), cache=cache, budget=budget, draft=replace(choice, sibling=sibling),
     )  # fmt: skip
+
+
+def _plain_layers(meta: PreTrainedModel) -> dict[int, Heads]:
+    try:
+        return plain_layers(meta)
+    except Exception:  # whatever code of a family does not run without numbers
+        log.debug("a token does not pass this model without its weights", exc_info=True)
+        return {}
+
+
+def _tell(how: KVFormat, plain: int, layers: int) -> None:
+    """Say how many layers keep keys and values in the way that was asked for."""
+    if not plain:
+        log.warning("no layer of this model keeps keys and values of all tokens alone: --kv %s changes nothing", how)
+    elif plain < layers:
+        log.info("keys and values: %s in %d of %d layers; the others keep what they keep", how, plain, layers)
 
 
 def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:

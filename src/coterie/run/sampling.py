@@ -38,7 +38,8 @@ class Sampling:
         }  # fmt: skip
         for name, (value, least, most) in ranges.items():
             if value is not None and not least <= value <= most:
-                raise InputError(f"--{name} {shown(value)} is out of range: {least:g} to {most:g}")
+                given = f"{value:g}" if isinstance(value, float) else shown(value)
+                raise InputError(f"--{name} {given} is out of range: {least:g} to {most:g}")
 
     def settings(self) -> dict[str, Any]:
         """Return them as transformers has them."""

@@ -22,7 +22,7 @@ from coterie.model.disk.manifest import Manifest, ResultForm
 from coterie.model.disk.quantized import dequantized
 from coterie.model.disk.tokenizer import load_tokenizer
 from coterie.run.resident import load_resident, resident_size
-from coterie.run.sizes import buffer_bytes, cache_bytes
+from coterie.run.sizes import buffer_bytes, cache_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def prepare_sibling(
         layers = ()
     return PreparedSibling(
         checkpoint=checkpoint, conversion=conversion, dtype=dtype, reading=size.largest,
-        num_bytes=size.num_bytes + cache_bytes(checkpoint, meta, context),
+        num_bytes=size.num_bytes + cache_size(checkpoint, meta).planned(context, chunk),
         buffers=buffer_bytes(meta, layers, chunk=chunk, context=context),
     )  # fmt: skip
 

@@ -21,10 +21,12 @@ class Answers:
         is_chat: whether answers are messages, or texts.
         prompt_tokens: tokens of all prompts.
         count: answers.
+        per_prompt: answers to each prompt.
         is_scored: whether probabilities of tokens are told.
         id: what the request is called.
         created: when it came, in seconds.
         tokens: tokens of answers that have ended.
+        reused: tokens of prompts whose keys and values were there when the first answer to each was asked for.
         texts: the answers so far.
         calls: the functions that they call.
         scored: their tokens so far, where they are asked for.
@@ -35,10 +37,12 @@ class Answers:
     is_chat: bool
     prompt_tokens: int
     count: int
+    per_prompt: int = 1
     is_scored: bool = False
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     tokens: int = 0
+    reused: int = 0
     texts: list[str] = field(init=False)
     calls: list[list[dict[str, Any]]] = field(init=False)
     scored: list[list[ScoredToken]] = field(init=False)
@@ -62,13 +66,16 @@ class Answers:
         else:
             self.reasons[event.answer] = event.reason
             self.tokens += event.tokens
+            if event.answer % self.per_prompt == 0:
+                self.reused += event.reused
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Return the numbers of tokens."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.tokens,
             "total_tokens": self.prompt_tokens + self.tokens,
+            "prompt_tokens_details": {"cached_tokens": self.reused},
         }
 
     def whole(self) -> dict[str, Any]:

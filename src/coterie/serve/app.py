@@ -233,7 +233,7 @@ async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> R
         task = await asyncio.to_thread(asked.prepare, service.runtime, service.form)
         answers = Answers(
             model=service.name, is_chat=isinstance(asked, ChatRequest), prompt_tokens=task.prompt_tokens,
-            count=task.count, is_scored=task.top is not None,
+            count=task.count, per_prompt=task.num_answers, is_scored=task.top is not None,
         )  # fmt: skip
         job.begin(task)
         if asked.stream:

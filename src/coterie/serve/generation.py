@@ -32,6 +32,10 @@ class Generator(Protocol):
         """Ids of the tokens that end an answer."""
 
     @property
+    def reused(self) -> int:
+        """Tokens of the last prompt whose keys and values were there already."""
+
+    @property
     def batch(self) -> int:
         """How many answers it makes at once, at most."""
 
@@ -112,11 +116,13 @@ class Ended:
         reason: "stop" for the model's own end or a stop string, "tool_calls" where it calls functions, "length" where
             there was no more room.
         tokens: how many it has.
+        reused: tokens of the prompt whose keys and values were there already.
     """
 
     answer: int
     reason: str
     tokens: int
+    reused: int
 
 
 class Answer:
@@ -184,6 +190,7 @@ class Answer:
             self._metrics.token_seconds.observe(now - self._last)
         else:
             self._metrics.prompt_tokens.inc(self.wanted.ids_1S.shape[1])
+            self._metrics.reused.inc(self._runtime.reused)
             if self._number == 0:
                 self._metrics.first_seconds.observe(now - self._asked)
         self._metrics.context.inc()
@@ -207,7 +214,8 @@ class Answer:
         self._say(rest, is_last=True)
         reason = "stop" if self._text.is_stopped or ids[-1] in self._runtime.ends else "length"
         reason = "tool_calls" if self._num_calls and reason == "stop" else reason
-        self._emit(Ended(answer=self._number, reason=reason, tokens=len(ids)))
+        reused = self._runtime.reused
+        self._emit(Ended(answer=self._number, reason=reason, tokens=len(ids), reused=reused))
 
     def _say(self, text: str, *, is_last: bool = False) -> None:
         if self._tools is not None:

@@ -42,7 +42,8 @@ class Metrics:
 
     Attributes:
         requests: how many ended, by outcome.
-        prompt_tokens: tokens of prompts that were read.
+        prompt_tokens: tokens of prompts.
+        reused: those of them whose keys and values were there already.
         tokens: tokens that were made.
         first_seconds: times from when a request was admitted to its first token.
         token_seconds: times from a token to the next one.
@@ -59,7 +60,10 @@ class Metrics:
         self.requests = Counter("coterie_requests", "Requests that ended", ["outcome"], **own)
         for outcome in OUTCOMES:
             self.requests.labels(outcome)
-        self.prompt_tokens = Counter("coterie_prompt_tokens", "Tokens of prompts that were read", **own)
+        self.prompt_tokens = Counter("coterie_prompt_tokens", "Tokens of prompts", **own)
+        self.reused = Counter(
+            "coterie_prompt_tokens_reused", "Tokens of prompts whose keys and values were there already", **own
+        )
         self.tokens = Counter("coterie_generated_tokens", "Tokens that were made", **own)
         self.first_seconds = Histogram(
             "coterie_time_to_first_token_seconds", "From the request to its first token", buckets=_REQUEST, **own

@@ -14,6 +14,7 @@ from coterie.errors import InputError
 from coterie.route.policy import RoutePolicy
 from coterie.run.engine import LANES, Runtime, default_memory
 from coterie.run.prepare import CONTEXT
+from coterie.run.session_store import SIZE
 from coterie.serve.address import HOST, PORT, check_address, listen
 
 #: Requests that wait at most.
@@ -39,6 +40,9 @@ def serve(
     draft: str = "off",
     route: RoutePolicy | str | Path | None = None,
     only_misses: bool = False,
+    kv: str = "auto",
+    sessions: str | Path | None = None,
+    sessions_size: int | str = SIZE,
 ) -> None:
     """Answer requests of OpenAI's API with a model, within a budget of memory, until a signal comes.
 
@@ -57,6 +61,9 @@ def serve(
         draft: who guesses tokens of an answer that is alone, see `coterie.run.engine.Runtime`.
         route: how many experts a token gets, see `coterie.run.engine.Runtime`.
         only_misses: leave out only experts that are not in memory.
+        kv: how keys and values are kept, see `coterie.run.engine.Runtime`.
+        sessions: folder of keys and values for another time, see `coterie.run.engine.Runtime`.
+        sessions_size: bytes that it may take.
 
     Raises:
         InputError: an address that others reach and no key, one that is taken, a number out of range, or the extra
@@ -77,17 +84,9 @@ def serve(
     try:
         limit = default_memory() if memory is None else memory
         with Runtime(
-            model,
-            memory=limit,
-            context=context,
-            policy=policy,
-            lanes=lanes,
-            lookahead=lookahead,
-            batch=batch,
-            draft=draft,
-            route=route,
-            only_misses=only_misses,
-        ) as runtime:
+            model, memory=limit, context=context, policy=policy, lanes=lanes, lookahead=lookahead, batch=batch,
+            draft=draft, route=route, only_misses=only_misses, kv=kv, sessions=sessions, sessions_size=sessions_size,
+        ) as runtime:  # fmt: skip
             worker = Worker(runtime, queue=queue)
             try:
                 app = make_app(runtime, worker, name=name_of(model), api_key=api_key)

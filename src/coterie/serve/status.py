@@ -42,6 +42,7 @@ def status(runtime: Runtime, worker: Worker, *, name: str, started: float) -> di
         "requests": {outcome: sample("coterie_requests_total", {"outcome": outcome}) for outcome in OUTCOMES},
         "tokens": {
             "generated": sample("coterie_generated_tokens_total"), "prompt": sample("coterie_prompt_tokens_total"),
+            "reused": sample("coterie_prompt_tokens_reused_total"),
         },
         "kv": {"tokens": sample("coterie_kv_tokens"), "limit": runtime.batch * runtime.context, "bytes": budget.cache},
         "memory": {"budget": budget.limit, "used": psutil.Process().memory_info().rss, "peak": peak_bytes()},
