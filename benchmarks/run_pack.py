@@ -12,9 +12,8 @@ Speed: a synthetic checkpoint (`make_large.py`) plain and packed, with all exper
 of them, all open in one process with one thread. They take turns with the same prompt, so that what others do to the
 machine falls on all of them; the median over repeats of plain time by packed time is printed, with the smallest and the
 largest. "processor" is the time of the processor that computes, which others hardly change; "token" and "prompt" are
-what passes: for a token, and until the first token behind a prompt of 128, whose experts are read as well.
-At last single products of one layer's shape: microseconds of plain matrices and of kernels, in turns, weights from
-memory.
+what passes: for a token, and until the first token behind a prompt of 128, whose experts are read as well. Single
+products are in `run_kernels.py`.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ import torch
 from torch import Tensor
 
 from coterie.amounts import format_bytes, parse_bytes
-from coterie.model.disk.encodings.kernel_matrix import KernelMatrix, this_isa
+from coterie.model.disk.encodings.kernel_matrix import this_isa
 from coterie.run.engine import Runtime, Sampling
-from coterie.run.kernels import PlainProjection, Projection, projection_of
 from coterie.run.pack import PackedModel, pack
 from make_large import Shape, make_large
 
@@ -207,46 +205,6 @@ def _layers(model: Path) -> int:
     return len(list(model.glob("*.safetensors"))) - 1
 
 
-# --- products -------------------------------------------------------------------------------------------------------
-
-
-def products(repeats: int) -> list[str]:
-    """Return the lines of the third table."""
-    rows, columns, copies = 1280, 1024, 48
-    isa = this_isa()
-    plain = [torch.randn(rows, columns).to(torch.bfloat16) for _ in range(copies)]
-    forms = {"8 bits": KernelMatrix(), "4 bits": KernelMatrix(bits=4, group=64, isa=isa)}
-    kinds: dict[str, list[Projection]] = {"linear": [PlainProjection(matrix) for matrix in plain]}
-    for name, encoding in forms.items():
-        stored = encoding.pack(plain[0])
-        kinds[name] = [
-            projection_of(encoding, {key: each.clone() for key, each in stored.items()}) for _ in range(copies)
-        ]
-    lines = [
-        f"| tokens | linear, µs | mv, x linear | 8 bits, x linear | 4 bits, x linear ({rows} x {columns}) |",
-        "|---:|---:|---:|---:|---:|",
-    ]
-    with torch.no_grad():
-        for tokens in (1, 4, 16, 64, 256):
-            x = torch.randn(tokens, columns).to(torch.bfloat16)
-            times: dict[str, list[float]] = {name: [] for name in ("linear", "mv", *forms)}
-            for number in range(repeats * copies):
-                for name in times:
-                    if name == "mv" and tokens > 1:
-                        continue
-                    begun = time.perf_counter()
-                    if name == "mv":
-                        torch.mv(plain[(number + copies // 2) % copies], x[0])
-                    else:
-                        kinds[name][number % copies](x)
-                    times[name].append(time.perf_counter() - begun)
-            median = {name: statistics.median(each) for name, each in times.items() if each}
-            linear = median["linear"]
-            cells = [f"{linear / median[name]:.2f}" if name in median else "-" for name in ("mv", *forms)]
-            lines.append("| " + " | ".join([str(tokens), f"{1e6 * linear:.0f}", *cells]) + " |")
-    return lines
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -268,8 +226,6 @@ def main() -> None:
             f"\nA synthetic model of {options.size}, one thread of a processor with {this_isa()}, {options.new} tokens "
             f"made, {options.repeats} repeats.\n",
             *speed(options.size, options.new, options.repeats, work),
-            "\nSingle products, one thread.\n",
-            *products(options.repeats),
         ]
     finally:
         if options.work is None:

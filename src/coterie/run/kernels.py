@@ -18,7 +18,7 @@ from coterie.model.disk.encodings.kernel_matrix import SCALE, KernelMatrix
 from coterie.model.disk.tensors import TORCH_NAMES
 
 #: Tokens from which on a product of bfloat16 is faster than the kernel of 8 bits, though numbers are turned into that:
-#: the kernel's time is proportional to tokens (`benchmarks/run_pack.py`).
+#: the kernel's time is proportional to tokens (`benchmarks/run_kernels.py`).
 _MANY = 16
 
 #: Numbers that are turned into bfloat16 at once.
