@@ -113,7 +113,7 @@ def prepare(
     buffers = buffer_bytes(
         meta, architecture.layers, chunk=max(chunk, batch), context=context, scored=max(batch, choice.scored)
     )
-    buffers = max(buffers, 0 if sibling is None else sibling.buffers)  # never both at once
+    buffers += 0 if sibling is None else sibling.buffers  # what one gives back the other may not get
     budget = RunBudget(
         limit=limit,
         program=psutil.Process().memory_info().rss,
