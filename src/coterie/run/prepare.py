@@ -182,7 +182,7 @@ def prepare(
     buffers = buffer_bytes(
         meta, architecture.layers, chunk=max(chunk, batch), context=context, scored=max(batch, choice.scored)
     )
-    buffers = max(buffers, 0 if sibling is None else sibling.buffers)  # never both at once
+    buffers += 0 if sibling is None else sibling.buffers  # what one gives back the other may not get
     cache = cache_size(checkpoint, meta)
     budget = RunBudget(
         limit=limit,
