@@ -31,8 +31,8 @@ MODELS = (HERE / "model", HERE / "glm4_moe", HERE / "qwen3_moe")
 #: table says.
 RULES: tuple[tuple[RuleName, bool, bool, str], ...] = (
     ("fewer", True, False, "fewer, renormalised"), ("fewer", False, False, "fewer"), ("share", False, False, "share"),
-    ("threshold", False, False, "threshold"), ("output", True, False, "output, renormalised"),
-    ("output", False, False, "output"), ("output", False, True, "output, by layer"),
+    ("output", False, False, "output"), ("threshold", False, False, "threshold"),
+    ("threshold", False, True, "threshold, by layer"),
 )  # fmt: skip
 
 

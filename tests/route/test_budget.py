@@ -72,7 +72,7 @@ def test_layers_are_shared_out_as_brute_force_does(measured):
     assert sum(means) / len(means) == pytest.approx(wanted, abs=0.01)
     tables, kept = [], []
     for number, divergence in enumerate(divergences):
-        square = worth_of(measured, number).sort(-1, descending=True).values[:, 1:].square().flatten()
+        square = worth_of(measured, number, "threshold").sort(-1, descending=True).values[:, 1:].square().flatten()
         ordered, tokens = square.sort().values, len(measured.samples[number].index_TK)
         alone = float(ordered[: len(ordered) - round((wanted - 1) * tokens)].sum()) / tokens
         tables.append([divergence / alone * float(ordered[: len(ordered) - n].sum()) / tokens
@@ -161,7 +161,7 @@ def test_the_command_writes_a_policy(tiny, measured, tmp_path):
     told = json.loads(run("--experts-per-token", 1, "--profile", folder, "--rule", "fewer", "--json").stdout)
     assert told["experts_per_token"] == 1
     assert RoutePolicy.load(out).rules[0] == LayerRule(most=1)
-    assert RULES[0] == "output"
+    assert RULES[0] == "threshold"
 
 
 def test_a_profile_of_another_model_and_a_name_that_is_no_json_are_refused(tiny, measured, tmp_path):

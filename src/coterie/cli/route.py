@@ -17,12 +17,12 @@ def route(
     ],
     profile: Annotated[Path, typer.Option(metavar="PROFILE", help="What `coterie profile` measured of the model.")],
     rule: Annotated[
-        Literal["output", "threshold", "share", "fewer"],
+        Literal["threshold", "output", "share", "fewer"],
         typer.Option(
-            help="What decides: an expert's weight times the size of its output, its weight alone, a share of the "
-            "token's weight, or the same number for every token."
+            help="What decides: an expert's weight, its weight times the size of its output, a share of the token's "
+            "weight, or the same number for every token."
         ),
-    ] = "output",
+    ] = "threshold",
     renormalise: Annotated[
         bool, typer.Option("--renormalise", help="Scale the weights that are left to the sum that they had.")
     ] = False,

@@ -5,8 +5,8 @@
 Each token keeps the expert that is worth most. Of the others, those are computed that are worth as much as a threshold,
 which is the quantile of the profile's sample at which so many are left: no search, and exact in expectation. What is
 left out is left out: the weights of the others stay, which in models that normalise them leaves a smaller sum, and does
-less damage than scaling them up (`benchmarks/route.py`). What an expert is worth to a token is its weight times the
-mean size of its output, so that of what is left out the squares add up to the least.
+less damage than scaling them up (`benchmarks/route.py`). What an expert is worth to a token is its weight, or its weight
+times the mean size of its output; the latter leaves the least out, by size, and still does more damage in some models.
 
 Layers get the same number of experts each, or what `means` says.
 
@@ -27,7 +27,7 @@ from coterie.profile.profile import Profile
 from coterie.route.policy import LayerRule, RoutePolicy
 
 #: How it is decided which experts of a token are computed.
-RuleName = Literal["output", "threshold", "share", "fewer"]
+RuleName = Literal["threshold", "output", "share", "fewer"]
 RULES: tuple[RuleName, ...] = get_args(RuleName)
 
 
@@ -35,7 +35,7 @@ def budget_policy(
     profile: Profile,
     *,
     experts_per_token: float,
-    rule: RuleName = "output",
+    rule: RuleName = "threshold",
     renormalise: bool = False,
     means: Sequence[float] | None = None,
 ) -> RoutePolicy:
@@ -84,11 +84,14 @@ def experts_of(policy: RoutePolicy, profile: Profile) -> Tensor:
     return torch.stack(means)
 
 
-def worth_of(profile: Profile, number: int) -> Tensor:
-    """Return what the slots of a layer's sample are worth (T, K), float64: weights times mean norms of outputs."""
-    sample, size_E = profile.samples[number], torch.tensor(_sizes(profile, number), dtype=torch.float64)
+def worth_of(profile: Profile, number: int, rule: RuleName) -> Tensor:
+    """Return what the slots of a layer's sample are worth to a rule (T, K), float64."""
+    layer, sample = profile.layers[number], profile.samples[number]
     index_TK = sample.index_TK.long()
-    weight_TK = sample.weight_TK.double().masked_fill(index_TK >= len(size_E), 0)
+    weight_TK = sample.weight_TK.double().masked_fill(index_TK >= layer.num_experts, 0)
+    if rule != "output":
+        return weight_TK
+    size_E = torch.tensor(_sizes(profile, number), dtype=torch.float64)
     return weight_TK * size_E[index_TK.clamp(max=len(size_E) - 1)]
 
 
@@ -107,16 +110,14 @@ def _rule(profile: Profile, number: int, mean: float, rule: RuleName, *, renorma
         return LayerRule(most=int(mean), renormalise=renormalise)
     layer, sample = profile.layers[number], profile.samples[number]
     wanted = (mean - 1) * len(sample.index_TK)
-    is_expert_TK = sample.index_TK < layer.num_experts
-    weight_TK = sample.weight_TK.double().masked_fill(~is_expert_TK, 0)
+    worth_TK = worth_of(profile, number, rule)
     if rule == "share":
         # Where in its token each expert begins: it is computed if that is before the share.
-        sorted_TK = weight_TK.sort(dim=-1, descending=True).values
+        sorted_TK = worth_TK.sort(dim=-1, descending=True).values
         begin_TK = (sorted_TK.cumsum(-1) - sorted_TK) / sorted_TK.sum(-1, keepdim=True).clamp_min(1e-30)
         ordered = begin_TK[:, 1:].flatten().sort().values
         return LayerRule(share=_cut(ordered, wanted, none=0.0, whole=1.0), renormalise=renormalise)
     worth = _sizes(profile, number) if rule == "output" else ()
-    worth_TK = worth_of(profile, number) if rule == "output" else weight_TK
     ordered = worth_TK.sort(dim=-1, descending=True).values[:, 1:].flatten().sort(descending=True).values
     above = 2 * float(ordered[0]) if len(ordered) else 0.0
     return LayerRule(

@@ -28,7 +28,7 @@ from coterie.model.stream.work import unit_work
 from coterie.profile.profile import Profile
 from coterie.progress import track
 from coterie.route.apply import routed
-from coterie.route.budget import budget_policy, worth_of
+from coterie.route.budget import RuleName, budget_policy, worth_of
 from coterie.route.policy import LayerRule, RoutePolicy
 
 
@@ -38,6 +38,7 @@ def means_by_damage(
     batches: Sequence[Tensor],
     *,
     experts_per_token: float,
+    rule: RuleName = "threshold",
     device: str | torch.device = "cpu",
 ) -> list[float]:
     """Return how many experts each layer gets, so that their mean is as given and the damage the least.
@@ -47,6 +48,7 @@ def means_by_damage(
         profile: of it.
         batches: token ids (B, S) of a little text; the costs are measured on it.
         experts_per_token: experts of a layer that are computed for a token, in the mean over layers and tokens.
+        rule: how experts are told from each other.
         device: where units are computed.
 
     Raises:
@@ -57,7 +59,7 @@ def means_by_damage(
         raise InputError(
             f"--experts-per-token {experts_per_token:g}: tokens of a layer choose {few}; ask for as many at most"
         )
-    policy = budget_policy(profile, experts_per_token=experts_per_token)
+    policy = budget_policy(profile, experts_per_token=experts_per_token, rule=rule)
     # In each of these, one layer alone has fewer.
     policies = [
         replace(policy, rules=tuple(rule if each is layer else LayerRule() for each, rule in
@@ -65,20 +67,23 @@ def means_by_damage(
         for layer in profile.layers
     ]  # fmt: skip
     divergences = divergences_of(checkpoint, profile.layers, policies, batches, device)
-    return share(profile, divergences, experts_per_token)
+    return share(profile, divergences, experts_per_token, rule)
 
 
-def share(profile: Profile, divergence_L: Sequence[float], experts_per_token: float) -> list[float]:
+def share(
+    profile: Profile, divergence_L: Sequence[float], experts_per_token: float, rule: RuleName = "threshold"
+) -> list[float]:
     """Return how many experts each layer gets, given what each costs that alone has as few as the mean.
 
     Args:
         profile: of the model; its sample says what slots are worth.
         divergence_L: KL to the model as it is, nats.
         experts_per_token: the mean.
+        rule: says what slots are worth.
     """
     costs = []
     for number, divergence in enumerate(divergence_L):
-        square_TJ = worth_of(profile, number).sort(dim=-1, descending=True).values[:, 1:].square()
+        square_TJ = worth_of(profile, number, rule).sort(dim=-1, descending=True).values[:, 1:].square()
         count = square_TJ.numel() - round((experts_per_token - 1) * len(square_TJ))
         left_out = float(square_TJ.flatten().sort().values[:count].sum()) / max(1, len(square_TJ))
         costs.append(square_TJ * (max(divergence, 0.0) / max(left_out, 1e-30)))

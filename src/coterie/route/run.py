@@ -23,7 +23,7 @@ def route(
     *,
     experts_per_token: float,
     profile: Profile | str | Path,
-    rule: RuleName = "output",
+    rule: RuleName = "threshold",
     renormalise: bool = False,
     text: str | Path | None = None,
     tokens: int = 4096,
@@ -68,7 +68,7 @@ def route(
         drawn = CalibrationText(checkpoint, TextSettings(source=text, tokens=tokens, seq_len=seq_len, seed=seed)).draw()
         batches = [ids_BS for _, ids_BS in drawn.batches(8)]
         means = means_by_damage(
-            checkpoint, measured, batches, experts_per_token=experts_per_token, device=target
+            checkpoint, measured, batches, experts_per_token=experts_per_token, rule=rule, device=target
         )  # fmt: skip
     policy = budget_policy(
         measured, experts_per_token=experts_per_token, rule=rule, renormalise=renormalise, means=means
