@@ -34,6 +34,7 @@ FUNCTIONS = {
     "generate": lambda device: generate("nowhere", "nowhere", device=device),
     "bench": lambda device: bench("nowhere", "out", text="nowhere", test="nowhere", device=device),
     "imatrix": lambda device: imatrix("nowhere", "out", text="nowhere", device=device),
+    "route": lambda device: route("nowhere", "out.json", experts_per_token=2, profile="nowhere", device=device),
     "load_model": lambda device: load_model("nowhere", device=device),
 }
 COMMANDS = {
@@ -44,6 +45,7 @@ COMMANDS = {
     "calibrate": ("nowhere", "--text", "nowhere"),
     "bench": ("nowhere", "out", "--text", "nowhere", "--test", "nowhere"),
     "imatrix": ("nowhere", "out", "--text", "nowhere"),
+    "route": ("nowhere", "out.json", "--experts-per-token", "2", "--profile", "nowhere"),
 }
 
 

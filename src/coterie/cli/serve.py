@@ -46,7 +46,7 @@ def serve(
     """Serve a model of any size by the OpenAI API.
 
     What every token passes stays in memory, and as many experts as there is room for, as with `run`.
-    One request is answered at a time, or several with --batch; the others wait. It listens at this machine's own
+    One request is answered at a time, or several in a batch; the others wait. It listens at this machine's own
     address unless told otherwise, and ends with Ctrl-C.
     """
     if sessions is None:

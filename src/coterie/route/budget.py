@@ -5,8 +5,9 @@
 Each token keeps the expert that is worth most. Of the others, those are computed that are worth as much as a threshold,
 which is the quantile of the profile's sample at which so many are left: no search, and exact in expectation. What is
 left out is left out: the weights of the others stay, which in models that normalise them leaves a smaller sum, and does
-less damage than scaling them up (`benchmarks/route.py`). What an expert is worth to a token is its weight, or its weight
-times the mean size of its output; the latter leaves the least out, by size, and still does more damage in some models.
+less damage than scaling them up (`benchmarks/route.py`). What an expert is worth to a token is its weight, or its
+weight times the mean size of its output; the latter leaves the least out, by size, and yet does more damage in some
+models.
 
 Layers get the same number of experts each, or what `means` says.
 
@@ -108,7 +109,7 @@ def _rule(profile: Profile, number: int, mean: float, rule: RuleName, *, renorma
         if mean != int(mean):
             raise InputError(f"the rule 'fewer' gives every token a whole number of experts, and {mean:g} is none")
         return LayerRule(most=int(mean), renormalise=renormalise)
-    layer, sample = profile.layers[number], profile.samples[number]
+    sample = profile.samples[number]
     wanted = (mean - 1) * len(sample.index_TK)
     worth_TK = worth_of(profile, number, rule)
     if rule == "share":

@@ -54,13 +54,13 @@ def route(
         CorruptArtifact: it is damaged.
         TextError: there is no such text, or too little.
     """
-    path = Path(out)
+    path, target = Path(out), check_device(device)
     if path.suffix != ".json":
         raise InputError(f"{path}: a policy is a JSON file; give it a name that ends in .json")
     check_output(path, kind=KIND)
     stored = Checkpoint.open(model)
     measured = profile if isinstance(profile, Profile) else Profile.load(profile, model_digest=stored.digest)
-    means, batches, target = None, [], check_device(device)
+    means, batches = None, []
     checkpoint = open_checkpoint(stored.path)
     if text is not None:
         if rule == "fewer":
