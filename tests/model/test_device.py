@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from coterie import bench, calibrate, compress, evaluate, imatrix, load_model, profile
+from coterie import bench, calibrate, compress, evaluate, imatrix, load_model, profile, route
 from coterie.cli.main import app
 from coterie.errors import InputError
 from coterie.model.device import check_device
