@@ -93,6 +93,10 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 	$(BIN)/python benchmarks/run.py --markdown benchmarks/run.md
 	$(BIN)/python benchmarks/run_memory.py --markdown benchmarks/run_memory.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_batch.py --markdown benchmarks/run_batch.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_pack.py --markdown benchmarks/run_pack.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_kernels.py --markdown benchmarks/run_kernels.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_kv.py --markdown benchmarks/run_kv.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/route.py --seeds 0 --markdown benchmarks/route.md
 	$(BIN)/python benchmarks/run_policies.py --markdown benchmarks/run_policies.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_forecast.py --markdown benchmarks/run_forecast.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_overhead.py --markdown benchmarks/run_overhead.md

@@ -172,6 +172,8 @@ class Runtime:
             batch=batch, draft=draft, kv=kv,
         )  # fmt: skip
         prepared.budget.check()
+        # oneDNN keeps a kernel for each shape that it has met, 1024 of them, which no budget counts.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         log.info("memory: %s", prepared.budget)
         if prepared.budget.num_slots < prepared.budget.most // 20:
             log.warning(
