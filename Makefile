@@ -72,6 +72,7 @@ bench: $(VENV)/.stamp ## all benchmarks, their tables kept in benchmarks/*.md (a
 	$(BIN)/python benchmarks/first_steps.py --markdown benchmarks/first_steps.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plain_quantisation.py --markdown benchmarks/plain_quantisation.md
 	$(BITS) --models reference/model reference/qwen3_moe --shares 0.16 --seeds 0 1 2 --recipes coterie-bits --markdown benchmarks/bits.md
+	$(BITS) --models reference/model reference/qwen3_moe --recipes nearest gptq coterie-bits --markdown benchmarks/bits-plain.md
 	$(BITS) --formats IQ4_XS IQ3_XXS IQ2_XS --shares 0.24 0.21 0.16 --recipes coterie-bits-width@packed \
 		--markdown benchmarks/bits-packed.md
 	$(BITS) --models reference/qwen3_moe --formats --expert-shares 0.25 --tokens 32768 --json benchmarks/bits-shared-base.json \
