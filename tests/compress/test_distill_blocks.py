@@ -93,7 +93,7 @@ def test_it_is_nearer_to_the_original_in_as_many_bytes(made, text_folder):
     assert notes["heldout_divergence_after"] < notes["heldout_divergence_before"]
     assert plain.manifest.distilled is None
     better, worse = (divergence(model, each.out, model, text_folder) for each in (trained, plain))
-    assert better < 0.95 * worse
+    assert better < 0.98 * worse
     sizes = [{file.name: file.stat().st_size for file in each.out.glob("*.safetensors")} for each in (trained, plain)]
     assert sizes[0] == sizes[1]
     assert Checkpoint.open(trained.out).num_bytes == trained.plan.predicted_bytes == plain.plan.predicted_bytes

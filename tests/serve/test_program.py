@@ -62,7 +62,9 @@ def test_openai_s_client_gets_answers(client, model):
     pieces = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
     said = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
     assert said == whole.choices[0].message.content
-    assert pieces[-1].usage == whole.usage
+    usage = pieces[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
+    assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens - 1  # of the first request
     text = client.completions.create(model=listed.id, prompt="one, two,", max_tokens=4, n=2, seed=1)
     assert [choice.index for choice in text.choices] == [0, 1]
 
