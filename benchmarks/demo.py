@@ -8,7 +8,7 @@ Compresses the model to a share of its bytes with `PRECISE`, profiles it on the 
 `SHOWN` to a share of its experts, evaluates all results against the original
 on the test text, prints the tables (in Markdown: OUT/tables.md) and writes the report. At the end a second model goes
 the way to llama.cpp: in fewer bits, exported as GGUF, and a real llama.cpp goes on with `PROMPTS`; and the first result
-goes on with the last of them in the least memory that a run of it takes, which has no room for most of its experts.
+goes on with the last of them in little more than the least memory that a run takes, which has no room for all experts.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def run_within_memory(console: Console, folder: Path) -> None:
         check=True,
     )
     memory = f"{json.loads(told.stdout)['smallest'] // 2**20 + 8}MiB"  # what a process takes differs a little
-    console.print(f"coterie run {folder.name} --memory {memory}, in which most of its experts have no room:")
+    console.print(f"coterie run {folder.name} --memory {memory}, in which not all of its experts have room:")
     line = [*program, "run", folder, PROMPTS[-1], "--memory", memory, "--max-tokens", "24", "--temperature", "0"]
     done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
     for shown in done.stdout.strip().splitlines():
