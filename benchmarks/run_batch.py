@@ -28,6 +28,7 @@ import coterie
 from coterie.run.batch import Wanted
 from coterie.run.engine import Runtime, Sampling
 from coterie.run.stop_rule import FixedLength
+from printed import Printed
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference"
 CONTEXT, PROMPT = 512, 64
@@ -165,11 +166,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--markdown", type=Path, help="where it goes as well")
     options = parser.parse_args()
-    lines: list[str] = []
-
-    def say(*more: str) -> None:
-        lines.extend(more)
-        print(*more, sep="\n", flush=True)
+    printed = Printed()
+    say = printed.say
 
     say(
         f"Eight answers of {options.tokens} tokens to each of {len(TEXTS)} prompts; ratios are those to one at a time.",
@@ -195,8 +193,7 @@ def main() -> None:
             sibling = coterie.compress(model, Path(folder) / "half", keep=0.5, recipe="reap", **text).out
             for share in options.shares:
                 say(*draft_rows(model, share, options.tokens, sibling))
-    if options.markdown is not None:
-        options.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    printed.keep(options.markdown)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from coterie.run.forecast import Forecast, forecast, hit_rate
 from coterie.run.prepare import CHUNK
 from coterie.run.trace import RoutingTrace, bundled_traces, recording
 from make_large import Shape, make_large
+from printed import Printed
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference"
 CONTEXT, PROMPT = 1024, 128
@@ -179,11 +180,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--markdown", type=Path, help="where it goes as well")
     options = parser.parse_args()
-    lines: list[str] = []
-
-    def say(*more: str) -> None:
-        lines.extend(more)
-        print(*more, sep="\n", flush=True)
+    printed = Printed()
+    say = printed.say
 
     say(
         f"Foretold and measured: {options.tokens} tokens behind {PROMPT} of a prompt, medians of {options.repeats} "
@@ -224,8 +222,7 @@ def main() -> None:
         "| model | in memory | tokens | read | of all experts a chunk | of those chosen |",
         f"| --- | ---: |{' ---: |' * 4}", *prefills,
     )  # fmt: skip
-    if options.markdown is not None:
-        options.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    printed.keep(options.markdown)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from coterie.run.policies import Decay, shape_of
 from coterie.run.prepare import CHUNK
 from coterie.run.replay import replay
 from coterie.run.trace import bundled_traces
+from printed import Printed
 
 POLICIES = ("lru", "decay", "follow", "lcu", "edgemoe", "lfu", "belady")
 SHARES = (0.125, 0.25, 0.5, 0.75)
@@ -65,11 +66,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, help="where it goes as well")
     options = parser.parse_args()
-    lines: list[str] = []
-
-    def say(*more: str) -> None:
-        lines.extend(more)
-        print(*more, sep="\n", flush=True)
+    printed = Printed()
+    say = printed.say
 
     say(
         "Hits in a hundred, by the share of all experts that is in memory; follow over lru in points, and as a "
@@ -85,8 +83,7 @@ def main() -> None:
         "| of belady |",
         f"| --- | ---: |{' ---: |' * 9}", *prompt_rows(), "",
     )  # fmt: skip
-    if options.markdown is not None:
-        options.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    printed.keep(options.markdown)
 
 
 if __name__ == "__main__":
