@@ -28,7 +28,7 @@ from coterie.model.arch.inspect import inspect
 from coterie.model.arch.load import load_model
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.encodings.kernel_matrix import SCALE, KernelMatrix, this_isa
-from coterie.model.disk.header import read_header
+from coterie.model.disk.header import header_of, read_header
 from coterie.model.disk.open import open_checkpoint
 from coterie.model.disk.quantized_records import BLOCK
 from coterie.run import pack as packing
@@ -269,12 +269,11 @@ def test_a_pack_that_was_killed_goes_on_and_is_the_same(olmoe, packed, tmp_path,
 
 
 def test_what_reads_back_as_something_else_is_no_result(olmoe, tmp_path, monkeypatch):
-    header = packing.header_of
     monkeypatch.setattr(packing, "_changed", lambda folder, infos, digests: iter(sorted(infos)[:1]))
     with pytest.raises(ReloadMismatch, match=r"experts\.0\.record reads back as something else"):
         pack(olmoe, tmp_path / "out", bits=8)
     assert list(tmp_path.iterdir()) == []
-    assert header({"a": ("U8", (5,))})[:8] == (BLOCK - 8).to_bytes(8, "little")
+    assert header_of({"a": ("U8", (5,))}, multiple=BLOCK)[:8] == (BLOCK - 8).to_bytes(8, "little")
 
 
 def test_a_disk_without_room_is_noticed_before(olmoe, tmp_path, monkeypatch):

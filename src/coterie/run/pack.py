@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import logging
 import math
 import shutil
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +26,7 @@ from coterie.journal import Run, open_run
 from coterie.model.disk.beside import MODELING_FILE
 from coterie.model.disk.checkpoint import Checkpoint, TensorReader
 from coterie.model.disk.encodings.kernel_matrix import this_isa
-from coterie.model.disk.header import read_header
+from coterie.model.disk.header import header_of, read_header
 from coterie.model.disk.quantized import dequantized
 from coterie.model.disk.quantized_records import BLOCK, Records, pack_config, pack_settings
 from coterie.model.disk.tensors import TORCH_NAMES, TensorInfo, bytes_of
@@ -255,7 +253,7 @@ def _write(run: Run, file: PlannedFile, opened: Opened, plan: PackPlan, reader: 
     else:
         contents = _expert_contents(opened.places[file.layer], plan.experts[file.layer], reader, rounding)
     with atomic_path(run.folder / file.name) as temporary, temporary.open("wb") as out:
-        out.write(header_of(file.tensors))
+        out.write(header_of(file.tensors, metadata={"format": "pt"}, multiple=BLOCK))
         for name, content in zip(file.tensors, contents, strict=True):
             assert len(content) == bytes_of(*file.tensors[name]), name
             out.write(content)
@@ -264,23 +262,6 @@ def _write(run: Run, file: PlannedFile, opened: Opened, plan: PackPlan, reader: 
     if wrong is not None:
         raise ReloadMismatch(f"{run.folder / file.name}: {wrong} reads back as something else: the disk is damaged")
     run.finish(file.name, files=[file.name], content={"digests": digests, "rounding": asdict(rounding)})
-
-
-def header_of(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """Return the header of a safetensors file whose first tensor begins at a multiple of `BLOCK`.
-
-    Args:
-        tensors: number format and shape by name, in the order of the file.
-    """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, (dtype, shape) in tensors.items():
-        end = position + bytes_of(dtype, shape)
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % BLOCK)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _expert_contents(

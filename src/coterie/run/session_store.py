@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 from coterie.amounts import format_bytes, parse_bytes
 from coterie.artifact import atomic_path, digest_of
 from coterie.errors import CorruptCheckpoint, CoterieError, InputError
-from coterie.model.disk.header import read_header
+from coterie.model.disk.header import header_of, read_header
 from coterie.model.disk.tensors import DTYPE_NAMES, TORCH_NAMES, TensorInfo
 from coterie.run.cache_layers import cache_tokens, common, cut_layer, is_known, is_whole, parts_of, put_together
 
@@ -286,18 +286,12 @@ def _begins(whole_S: Tensor, part_S: Tensor) -> bool:
 
 
 def _header(tensors: dict[str, Tensor], said: dict[str, str]) -> bytes:
-    """Return what a safetensors file of some tensors, and a digest behind them, begins with."""
-    content: dict[str, Any] = {"__metadata__": said}
-    position = 0
-    for name, tensor in tensors.items():
-        dtype = DTYPE_NAMES[str(tensor.dtype).removeprefix("torch.")]
-        offsets = [position, position := position + tensor.nbytes]
-        content[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-    size = hashlib.sha256().digest_size
-    content[_DIGEST] = {"dtype": "U8", "shape": [size], "data_offsets": [position, position + size]}
-    text = json.dumps(content).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    """Return the header of a safetensors file of some tensors, and a digest behind them."""
+    all_of_it = {
+        name: (DTYPE_NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
+    return header_of(all_of_it | {_DIGEST: ("U8", (hashlib.sha256().digest_size,))}, metadata=said)
 
 
 def _write(stream: BinaryIO, head: bytes, tensors: dict[str, Tensor]) -> None:

@@ -10,8 +10,6 @@ Legend: B sequences, S tokens of a sequence, V vocabulary, K tokens kept of each
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from coterie.artifact import atomic_path
 from coterie.errors import CorruptArtifact, CorruptCheckpoint
-from coterie.model.disk.header import read_header
+from coterie.model.disk.header import header_of, read_header
 
 #: The two tensors of a file and their number formats, both of four bytes.
 _TOKEN, _LOG_PROBABILITY = "token", "log_probability"
@@ -161,16 +159,11 @@ class PredictionWriter:
     def _begin(self, row_shape: tuple[int, ...]) -> None:
         self._row_shape = row_shape
         shape, size = (self._sequences, *row_shape), 4 * self._sequences * int(np.prod(row_shape))
-        header = {
-            name: {"dtype": code, "shape": shape, "data_offsets": [number * size, (number + 1) * size]}
-            for number, (name, (code, _)) in enumerate(_FORMATS.items())
-        }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        header = header_of({name: (code, shape) for name, (code, _) in _FORMATS.items()})
+        self._file.write(header)
         for number, name in enumerate(_FORMATS):
-            self._begins[name] = 8 + len(text) + number * size
-        self._file.truncate(8 + len(text) + len(_FORMATS) * size)
+            self._begins[name] = len(header) + number * size
+        self._file.truncate(len(header) + len(_FORMATS) * size)
 
 
 @contextmanager

@@ -1,21 +1,42 @@
-"""The header of a safetensors file: read, and checked against the file. No torch here."""
+"""The header of a safetensors file: made; read, and checked against the file. No torch here."""
 
 from __future__ import annotations
 
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from coterie.errors import CorruptCheckpoint
 from coterie.model.disk.damage import check_no_pointer
-from coterie.model.disk.tensors import DTYPE_BITS, TensorInfo
+from coterie.model.disk.tensors import DTYPE_BITS, TensorInfo, bytes_of
 
 HEADER_LIMIT = 100_000_000  # bytes; the limit that safetensors itself sets
 _NUMBER_LIMIT = 2**63  # what a file position or a number of elements can be
 _RANK_LIMIT = 64  # axes of one tensor; torch sets the same limit
+
+
+def header_of(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], *, metadata: Mapping[str, str] | None = None, multiple: int = 8
+) -> bytes:
+    """Return what a safetensors file begins with: all that stands before its first tensor.
+
+    Args:
+        tensors: number format and shape by name, in the order of the file, which has them without gaps.
+        metadata: what the file says of itself; nothing when None.
+        multiple: bytes of which the place of the first tensor is a multiple.
+    """
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    position = 0
+    for name, (dtype, shape) in tensors.items():
+        end = position + bytes_of(dtype, tuple(shape))
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-(8 + len(text)) % multiple)
+    return struct.pack("<Q", len(text)) + text
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
