@@ -45,7 +45,6 @@ from coterie.evaluate.subjects import (
     check_same_vocabulary,
     generation_config,
     hidden_size,
-    num_logits,
     open_subject,
     text_digest,
 )
@@ -54,7 +53,7 @@ from coterie.evaluate.times import layers_of, text_of
 from coterie.model.arch.layers import Architecture
 from coterie.model.stream.likelihood import counted, counted_lengths, token_nll
 from coterie.model.stream.memory import fitting_batch
-from coterie.model.stream.reading import Head, logits_at, predictions, read
+from coterie.model.stream.reading import Head, logits_at, num_logits, predictions, read
 from coterie.model.stream.stream import Stream
 from coterie.paths import user_path
 from coterie.profile.sources import On, check_on

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coterie.evaluate.speed import whole_stage
-from coterie.evaluate.subjects import Subject, num_logits
+from coterie.evaluate.subjects import Subject
 from coterie.model.stream.likelihood import BATCH_ELEMENTS
 from coterie.model.stream.memory import LOGITS, Forecast, Line, Stage, batch_lines, head_lines, text_lines, unit_lines
+from coterie.model.stream.reading import num_logits
 from coterie.model.stream.stream import Stream
 
 #: Copies of the logits of a slice of positions: those of the model and the base, and number formats and soft caps.

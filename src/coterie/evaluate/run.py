@@ -118,7 +118,7 @@ def evaluate(
         raise InputError(
             "--route counts for the scores on text; --speed and --tasks load models as they are: leave one of them out"
         )
-    policy = RoutePolicy.load(route) if isinstance(route, str | Path) else route
+    policy = RoutePolicy.of(route)
     target = check_device(device)
     bound = None if max_memory is None else parse_bytes(max_memory)
     if tasks:

@@ -20,6 +20,7 @@ from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.disk.files import name_of_model
 from coterie.model.disk.open import open_checkpoint
 from coterie.model.disk.tokenizer import load_tokenizer
+from coterie.model.stream.reading import num_logits
 from coterie.model.stream.stream import Stream
 from coterie.profile.calibration import TokenSet, tokenize
 from coterie.profile.data_sets import is_data_set_name
@@ -179,11 +180,6 @@ def generation_config(subject: Subject, stream: Stream) -> GenerationConfig | No
         return GenerationConfig.from_pretrained(subject.path, local_files_only=True)
     except (OSError, ValueError):
         return stream.model.generation_config
-
-
-def num_logits(stream: Stream) -> int:
-    """Return how many tokens a model scores."""
-    return int(stream.model.config.get_text_config().vocab_size)
 
 
 def hidden_size(stream: Stream) -> int:

@@ -22,7 +22,7 @@ from coterie.errors import InputError
 from coterie.model.arch.layers import MoELayer
 from coterie.model.disk.checkpoint import Checkpoint
 from coterie.model.stream.likelihood import token_kl
-from coterie.model.stream.reading import base_output, logits_at, predictions
+from coterie.model.stream.reading import base_output, logits_at, num_logits, predictions
 from coterie.model.stream.stream import Stream
 from coterie.model.stream.work import unit_work
 from coterie.profile.profile import Profile
@@ -142,7 +142,7 @@ def divergences_of(
                     call.finish(call.compute())
         stream.release()
         outputs: list[Any] = run.results
-        totals, num_tokens, vocabulary = [0.0] * len(policies), 0, _vocabulary(stream)
+        totals, num_tokens, vocabulary = [0.0] * len(policies), 0, num_logits(stream)
         with stream.head() as head:
             for batch, ids_BS in enumerate(batches):
                 for positions, ids_BP in predictions(ids_BS, vocabulary):
@@ -154,9 +154,3 @@ def divergences_of(
                         totals[number] += float(token_kl(base_TV, logits_TV).double().sum())
                 stream.release()
     return [total / max(1, num_tokens) for total in totals]
-
-
-def _vocabulary(stream: Stream) -> int:
-    """Return how many scores the model gives."""
-    config: Any = stream.model.config.get_text_config()
-    return int(config.vocab_size)

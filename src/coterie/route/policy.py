@@ -142,6 +142,11 @@ class RoutePolicy:
         write_artifact(path, kind=KIND, body=body, inputs={"model": self.model})
 
     @classmethod
+    def of(cls, route: RoutePolicy | str | Path | None) -> RoutePolicy | None:
+        """Return a policy that is given as one, or as its file; see `load` for what is raised."""
+        return cls.load(route) if isinstance(route, str | Path) else route
+
+    @classmethod
     def load(cls, path: str | Path) -> RoutePolicy:
         """Read one, edited by hand or not.
 

@@ -159,7 +159,7 @@ class Runtime:
         """
         if lanes < 1 or lookahead < 0:
             raise InputError(f"--lanes {lanes} must be 1 or more, and --lookahead {lookahead} 0 or more")
-        leaves = RoutePolicy.load(route) if isinstance(route, str | Path) else route
+        leaves = RoutePolicy.of(route)
         if only_misses and (leaves is None or any(rule.renormalise for rule in leaves.rules)):
             raise InputError(
                 "--only-misses is about what a policy leaves out: name one with --route, and one that does not scale "
@@ -374,8 +374,6 @@ class Runtime:
             raise InputError(f"{len(wanted)} answers at once are more than a batch of {self.batch}")
         if len(wanted) < 2:
             return [self._alone(each) for each in wanted]
-        self.reused = 0
-        self._kept.make_room(self.context)  # whose memory is that of the first of these answers
         cache = self._new_cache() if self._reading.has_cache else None
         batch = Batch(self.model, self.experts, wanted, context=self.context, pad=self._pad(), cache=cache)
         if not batch.is_possible:
@@ -383,6 +381,8 @@ class Runtime:
                 log.warning("answers are made one by one: this model keeps more of a text than keys and values")
             self._told_one_by_one = True
             return [self._alone(each) for each in wanted]
+        self.reused = 0
+        self._kept.make_room(self.context)  # whose memory is that of the first of these answers
         self._cancelled = lambda: batch.is_cancelled
         try:
             batch.run(self._chunk)

@@ -76,6 +76,11 @@ def likeliest(head: Head, ids_BS: Tensor, output: Any, *, start: int, vocab_size
     return torch.cat(parts, 1)
 
 
+def num_logits(stream: Stream) -> int:
+    """Return how many tokens a model scores."""
+    return int(stream.model.config.get_text_config().vocab_size)
+
+
 def base_output(model: Any, ids_BS: Tensor) -> Any:
     """Return what the base model returns for token ids (B, S): its last hidden states alone."""
     output = model.base_model(input_ids=ids_BS, use_cache=False)
